@@ -1,0 +1,79 @@
+"""How a weight's integers lie in the file: one module per way, each with the same two functions.
+
+    encode(levels, name, target) -> Stored | Refusal       levels: int8, any shape; name: what the integer tensor shall be called
+    decode(name, contents) -> int8 levels                  the inverse; FileError for a damaged file
+
+A new way is a module with these two functions and a line in `STORAGES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+
+from ecqx_onnx_converters.targets import Target
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something can't be had, in words for the report."""
+
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One weight's levels as parts of an ONNX graph.
+
+    label: for the report, such as "dense INT4".
+    levels: name of the integer tensor of the weight's shape: an initializer, or the output of the last of `nodes`.
+    type: its TensorProto type.
+    opset: the first opset that has all of this.
+    functions: model-local functions that the nodes call, each written once per file; their opset import is set by the writer.
+    """
+
+    storage: str
+    label: str
+    levels: str
+    type: int
+    opset: int
+    initializers: tuple[TensorProto, ...] = ()
+    sparse_initializers: tuple[SparseTensorProto, ...] = ()
+    nodes: tuple[NodeProto, ...] = ()
+    functions: tuple[FunctionProto, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file: data, names and nodes; functions are shared and not counted."""
+        return sum(part.ByteSize() for part in (*self.initializers, *self.sparse_initializers, *self.nodes))
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """A model's initializers and value makers by name, for decoding."""
+
+    initializers: Mapping[str, TensorProto]
+    sparse_initializers: Mapping[str, SparseTensorProto]
+    makers: Mapping[str, NodeProto]
+
+    @classmethod
+    def of(cls, model: ModelProto) -> Contents:
+        return cls(
+            {tensor.name: tensor for tensor in model.graph.initializer},
+            {sparse.values.name: sparse for sparse in model.graph.sparse_initializer},
+            {output: node for node in model.graph.node for output in node.output},
+        )
+
+
+class Storage(Protocol):
+    """What a module of this package offers."""
+
+    def encode(self, levels: np.ndarray, name: str, target: Target) -> Stored | Refusal: ...
+    def decode(self, name: str, contents: Contents) -> np.ndarray: ...
+
+
+MAX_WEIGHTS = 1 << 31  # of one tensor; a file that declares more is damaged

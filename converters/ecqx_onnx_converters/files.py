@@ -1,0 +1,118 @@
+"""ModelProto <-> files: one .onnx, with external data beside it where one protobuf can't hold it; whole or not at all.
+
+Nothing is allocated on a file's word: sizes that a file declares are compared with its real length first.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto
+
+from ecqx_onnx.errors import FileError
+
+PROTOBUF_LIMIT = (1 << 31) - 1  # bytes of one serialized message
+INLINE = 1024  # bytes; smaller tensors stay in the .onnx even when the rest is external (shapes and scales are read while parsing)
+ALIGNMENT = 4096  # of external data: pages, so that runtimes can map it
+
+
+def read_proto(path: Path | str) -> ModelProto:
+    """The model, external data left where it is. FileError for anything that is no ONNX model."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > PROTOBUF_LIMIT:
+            raise FileError(f"'{path}' has {size} bytes, more than the 2 GB that an ONNX file can have; is it an ONNX model?")
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"cannot read '{path}': {error.strerror or error}; check the path") from error
+    try:
+        model = onnx.load_model_from_string(data)
+    except (DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise FileError(f"'{path}' is not an ONNX model ({error or 'cannot be parsed'}); it may be damaged or truncated") from error
+    if not model.HasField("graph") or not model.opset_import:
+        raise FileError(f"'{path}' is not an ONNX model (it has no graph or imports no operators); it may be damaged or empty")
+    return model
+
+
+def external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """The values of a tensor whose data lies in a file beside the model. FileError for files elsewhere and for wrong lengths."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    path = folder / location
+    if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise FileError(f"tensor '{tensor.name}' has its data in '{location}', outside the model's folder; such a file is not opened")
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        offset, needed = int(entries.get("offset", 0)), math.prod(tensor.dims) * dtype.itemsize
+        length, available = int(entries.get("length", needed)), path.stat().st_size
+    except (KeyError, ValueError) as error:
+        raise FileError(f"tensor '{tensor.name}' describes its external data wrongly ({error}); the model is damaged") from error
+    except OSError as error:
+        raise FileError(f"cannot read '{path}', the data of tensor '{tensor.name}': {error.strerror}; keep both files together") from error
+    if length != needed or min(offset, *tensor.dims, 0) < 0 or offset + length > available:
+        raise FileError(
+            f"tensor '{tensor.name}' needs {needed} bytes at {offset} of '{path}' ({available} bytes) and declares {length};"
+            " the two files don't belong together or are damaged"
+        )
+    return np.fromfile(path, dtype.newbyteorder("<"), math.prod(tensor.dims), offset=offset).astype(dtype, copy=False).reshape(tensor.dims)
+
+
+@contextmanager
+def replacing(path: Path, *, force: bool) -> Iterator[Path]:
+    """Gives a path in a fresh folder beside `path`; what was written there takes its final place when the block ends well,
+    and vanishes when it doesn't. FileError when a file is in the way (without `force`) or the disk refuses."""
+    if path.exists() and not force:
+        raise FileError(f"'{path}' exists already; choose another name or allow it to be replaced (--force)")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise FileError(f"cannot write '{path}': {error.strerror or error}; check the folder") from error
+    try:
+        yield folder / path.name
+        for written in sorted(folder.iterdir(), key=lambda part: part.name == path.name):  # the model itself last
+            os.replace(written, path.parent / written.name)
+    except OSError as error:
+        raise FileError(f"cannot write '{path}': {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Path, *, external: bool) -> None:
+    """Writes the model; `payloads` are the values of initializers that `model` declares without data. With `external`, tensors of
+    more than INLINE bytes go to `<path>.data`, one at a time. The model is used up: data is moved into or out of it."""
+    if not external:
+        for tensor in model.graph.initializer:
+            if tensor.name in payloads:
+                tensor.raw_data = little_endian_bytes(payloads[tensor.name])
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        return
+    with open(path.with_name(path.name + ".data"), "wb") as data:
+        for tensor in model.graph.initializer:
+            content = little_endian_bytes(payloads[tensor.name]) if tensor.name in payloads else tensor.raw_data
+            if len(content) <= INLINE:
+                if tensor.name in payloads:
+                    tensor.raw_data = content
+                continue
+            data.write(bytes(-data.tell() % ALIGNMENT))
+            where = {"location": path.name + ".data", "offset": str(data.tell()), "length": str(len(content))}
+            data.write(content)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in where.items():
+                tensor.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def little_endian_bytes(values: np.ndarray) -> bytes:
+    """What TensorProto.raw_data holds: row-major, little-endian."""
+    return np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False)).tobytes()
