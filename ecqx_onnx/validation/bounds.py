@@ -1,0 +1,134 @@
+"""(PyTorch model, inputs) -> how far another float32 implementation of it may lie from the exact result.
+
+The yardstick is derived from the model and the data, not chosen. The reference runs in float32 (y32) and in float64 (y64);
+float64 rounds 2^29 times finer, so y64 stands for the exact result and
+
+    e = max |y32 - y64|        is what one float32 implementation of this very network loses to rounding.
+
+onnxruntime computes the same sums in another order and with other kernels. For sums of n terms in L parallel lanes the
+rounding grows like sqrt(n / L); between one lane and sixteen (AVX-512) that is a factor of 4. A further factor of 2 covers
+the spread of a maximum from one draw to the next and polynomial exp, tanh and erf. Where the sums are so short that y32
+happens to be exact, a few roundings of the result itself remain: 4 units in the last place of the largest output. Hence
+
+    |onnx - y64| <= 8·e + 4·ulp(max |y64|).
+
+A weight that is off by one level, or a scale by 1e-3, moves outputs by 1e-3 to 1e-1 of their size: about a thousand bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ecqx_onnx.errors import ModelError
+from ecqx_onnx.validation.metrics import largest_difference
+
+ORDER_FACTOR = 8.0  # other order of summation (4) and spread of maxima (2), see above
+FINAL_ULPS = 4.0
+FALLBACK_ULPS = 1024.0  # without float64: 2^10 roundings of the largest output, 1.2e-4 of it
+LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """rounding: e, or None where no float64 result could be had. ulp: of the largest output."""
+
+    rounding: float | None
+    ulp: float
+
+    @property
+    def limit(self) -> float:
+        return FALLBACK_ULPS * self.ulp if self.rounding is None else ORDER_FACTOR * self.rounding + FINAL_ULPS * self.ulp
+
+    @property
+    def formula(self) -> str:
+        if self.rounding is None:
+            return f"{FALLBACK_ULPS:.0f} ulp of the largest output, as no float64 result could be had"
+        return f"{ORDER_FACTOR:.0f} x {self.rounding:.2e} (float32 rounding of PyTorch) + {FINAL_ULPS:.0f} ulp"
+
+    def widen(self, other: Bound) -> Bound:
+        """The bound for both sets of inputs."""
+        known = self.rounding is not None and other.rounding is not None
+        return Bound(max(self.rounding or 0.0, other.rounding or 0.0) if known else None, max(self.ulp, other.ulp))
+
+
+def bound(output: np.ndarray, exact: np.ndarray | None) -> Bound:
+    """output: y32, PyTorch's; exact: y64, or None. Outputs that are no floats must be equal: their bound is 0."""
+    if not np.issubdtype(output.dtype, np.floating):
+        return Bound(0.0, 0.0)
+    finite = np.abs(output[np.isfinite(output)])
+    ulp = float(np.spacing(finite.max(initial=0.0).astype(output.dtype)))
+    return Bound(None if exact is None else largest_difference(output, exact), ulp)
+
+
+def reference_outputs(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """PyTorch's outputs as they are, in evaluation mode. ModelError if the model does not take these inputs."""
+    arguments = [torch.from_numpy(array) for array in inputs]
+    with torch.no_grad(), evaluating(reference):
+        try:
+            return _arrays(reference(*_on(reference, arguments)))
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            shapes = ", ".join(str(list(array.shape)) for array in inputs)
+            message = " ".join(str(error).split())[:200]
+            raise ModelError(f"the PyTorch model cannot run on the data (inputs of shape {shapes}): {message}") from None
+
+
+def exact_outputs(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...] | None:
+    """PyTorch's outputs in float64; None if some operation of the model has no float64 form.
+
+    The parameters are replaced by float64 ones for this call only. Whatever the code still makes in a lower precision
+    (`torch.zeros(..., dtype=torch.float32)`, `x.float()`, constants of an exported program) a dispatch mode raises.
+    """
+    tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+    raised = {name: _raise(value.detach()) for name, value in tensors.items()}
+    arguments = [_raise(torch.from_numpy(array)) for array in inputs]
+    with torch.no_grad(), evaluating(reference), _Float64():
+        try:
+            outputs = torch.func.functional_call(reference, raised, tuple(_on(reference, arguments)))
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError):
+            return None
+        arrays = _arrays(outputs)
+    low = any(np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64 for array in arrays)
+    return None if low else arrays
+
+
+@contextmanager
+def evaluating(reference: torch.nn.Module) -> Iterator[None]:
+    """Dropout and BatchNorm in evaluation mode, each module's own flag given back after. (Exported ones have no `.eval()`.)"""
+    training = [module for module in reference.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Float64(TorchDispatchMode):
+    """Every operation gets float64 where it would have got, or was told to make, a lower precision."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*tree_map(_raise, args), **tree_map(_raise, kwargs or {}))
+
+
+def _raise(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype in LOW_PRECISION else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in LOW_PRECISION else value
+
+
+def _on(reference: torch.nn.Module, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parameter = next(reference.parameters(), None)
+    return [argument if parameter is None else argument.to(parameter.device) for argument in arguments]
+
+
+def _arrays(outputs: Any) -> tuple[np.ndarray, ...]:
+    return tuple(leaf.detach().cpu().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))

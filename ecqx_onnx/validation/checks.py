@@ -1,0 +1,141 @@
+"""What was measured -> the checks of the report, each with its verdict and one sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnxruntime import InferenceSession
+
+from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.validation.bounds import Bound
+from ecqx_onnx.validation.comparison import Comparison, Difference
+from ecqx_onnx.validation.metrics import largest_difference
+from ecqx_onnx.validation.model_file import ModelFile, graphs
+from ecqx_onnx.validation.report import Check
+from ecqx_onnx.validation.sessions import run
+
+# Operators that round activations to integers, and those that compute on such.
+QUANTISING = {
+    "MatMulNBits",
+    "QuantizeLinear",
+    "DynamicQuantizeLinear",
+    "DynamicQuantizeMatMul",
+    "DynamicQuantizeLSTM",
+    "QGemm",
+    "QAttention",
+    "MatMulIntegerToFloat",
+}
+
+
+def format_check(file: ModelFile) -> Check:
+    """onnx's own checker, with full shape inference where it knows all that is in the file."""
+    sparse = bool(file.proto.graph.sparse_initializer)  # onnx's strict shape inference rejects these
+    try:
+        onnx.checker.check_model(str(file.path), full_check=not sparse)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        return Check("format", False, None, None, f"onnx's checker rejects the file: {_one_line(error)}")
+    without = ", without shape inference, which rejects sparse initializers" if sparse else ""
+    return Check("format", True, None, None, f"onnx's checker accepts the file (opset {opset(file.proto)}{without})")
+
+
+def opset(proto: onnx.ModelProto) -> int:
+    return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def levels_check(
+    optimised: InferenceSession, plain: InferenceSession, inputs: Sequence[np.ndarray], bounds: list[Bound]
+) -> Check:
+    """The same inputs through a session with all optimisations and one with none. bounds: one per output."""
+    try:
+        outputs = list(zip(run(optimised, inputs), run(plain, inputs), bounds, strict=True))
+    except CheckFailed as error:
+        return Check("optimisation", False, None, None, str(error))
+    measured, limit = max(((largest_difference(a, b), bound.limit) for a, b, bound in outputs), key=lambda pair: _excess(*pair))
+    says = "agree" if measured <= limit else "do NOT agree: an optimisation of the runtime changes the result"
+    sentence = f"outputs with all optimisations and with none {says} (largest difference)"
+    return Check("optimisation", measured <= limit, measured, limit, sentence)
+
+
+def operators_check(file: ModelFile, executed: Counter[str]) -> Check:
+    """Red if the runtime rounded activations that the file does not say are quantised."""
+    found = {name: count for name, count in executed.items() if rounds_activations(name)}
+    words = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
+    total = sum(executed.values())
+    if not found:
+        return Check("operators", True, 0, 0, f"{total} operators were executed, none of which quantises activations")
+    if activations_quantised(file):
+        return Check("operators", True, sum(found.values()), None, f"activations are quantised, as the file says: {words}")
+    sentence = f"the runtime SILENTLY QUANTISED ACTIVATIONS: it executed {words}, which the file does not ask for"
+    return Check("operators", False, sum(found.values()), 0, f"{sentence}; convert with --dequantize folded")
+
+
+def rounds_activations(operator: str) -> bool:
+    return operator in QUANTISING or operator.startswith("QLinear") or operator.endswith("Integer")
+
+
+def activations_quantised(file: ModelFile) -> bool:
+    """Whether the file itself says so: in our metadata, or, for a foreign file, by such operators in its graph."""
+    if file.metadata is not None:
+        return bool(file.metadata.get("activations"))
+    return any(rounds_activations(node.op_type) for graph in graphs(file.proto) for node in graph.node)
+
+
+def difference_check(comparison: Comparison, *, quantised: bool) -> Check:
+    """quantised: activations are quantised on purpose, so that outputs may differ by more than rounding."""
+    if comparison.mismatch:
+        return Check("outputs", False, None, None, comparison.mismatch)
+    worst = max(comparison.differences, key=lambda d: _excess(d.measured, d.bound.limit))
+    where = f"output '{worst.output}', " if len(comparison.differences) > 1 else ""
+    if quantised:
+        sentence = f"{where}largest difference to PyTorch; no bound, because activations are quantised"
+        return Check("outputs", None, worst.measured, None, sentence)
+    return Check("outputs", worst.within, worst.measured, worst.bound.limit, f"{where}{_says(worst, comparison.samples)}")
+
+
+def agreement_check(comparison: Comparison, *, quantised: bool) -> Check | None:
+    """Every input gets the class that PyTorch gives, except where PyTorch's own lead is no more than rounding."""
+    if comparison.agreement is None:
+        return None
+    same, margin = comparison.agreement.same, comparison.agreement.margin
+    tie = 2 * comparison.differences[0].bound.limit  # both classes' scores may each move by the bound
+    share = 100 * same.share
+    differ = f"{same.total - same.hits} of {same.total} samples get another class"
+    if same.hits == same.total:
+        return Check("top-1", True, share, 100, f"PyTorch and ONNX give the same class to all {same.total} samples (per cent)")
+    if quantised:
+        return Check("top-1", None, share, None, f"{differ}; activations are quantised")
+    if margin <= tie:
+        return Check("top-1", True, share, 100, f"{differ}, all of them ties in PyTorch (lead {margin:.1e}, at most {tie:.1e})")
+    return Check("top-1", False, share, 100, f"{differ}, with a lead of up to {margin:.2e} in PyTorch, which is no rounding")
+
+
+def accuracy_check(comparison: Comparison) -> Check | None:
+    """The file is not less accurate than PyTorch's model may be by chance, on the same data."""
+    if comparison.onnx_accuracy is None:
+        return None
+    measured = 100 * comparison.onnx_accuracy.share
+    if comparison.pytorch_accuracy is None:
+        sentence = f"{comparison.onnx_accuracy} on {comparison.samples} samples, nothing to compare with"
+        return Check("accuracy", None, measured, None, sentence)
+    lowest = 100 * comparison.pytorch_accuracy.interval[0]
+    sentence = f"ONNX {comparison.onnx_accuracy}, PyTorch {comparison.pytorch_accuracy}, per cent with 95 % interval"
+    return Check("accuracy", measured >= lowest, measured, lowest, sentence)
+
+
+def _says(difference: Difference, samples: int) -> str:
+    verb = "lies within" if difference.within else "EXCEEDS"
+    return f"the largest difference over {samples} samples {verb} the bound {difference.bound.formula}"
+
+
+def _excess(measured: float, limit: float) -> float:
+    if measured <= limit:
+        return measured / limit if limit else 0.0
+    return float(np.inf) if not limit else measured / limit
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

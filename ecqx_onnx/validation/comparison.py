@@ -1,0 +1,142 @@
+"""(session, PyTorch model, batches) -> differences against their bounds, agreement, accuracies. One batch in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import torch
+
+from ecqx_onnx.errors import DataError
+from ecqx_onnx.validation.bounds import Bound, bound, exact_outputs, reference_outputs
+from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
+from ecqx_onnx.validation.sessions import fit, fixed_batch, run
+
+EXACT_SAMPLES = 256  # the first ones get a float64 result in any case, later batches where they look suspicious
+
+Batch = tuple[Sequence[np.ndarray], np.ndarray | None]
+"""(the model's inputs, class of each sample or None)"""
+Progress = Callable[[int], None]
+"""Called with the number of samples done so far."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output of the graph against PyTorch's.
+
+    measured: largest |onnx - exact| where an exact result was computed, |onnx - PyTorch| elsewhere; inf for other shapes.
+    to_pytorch: largest |onnx - PyTorch| over all samples.
+    """
+
+    output: str
+    measured: float
+    to_pytorch: float
+    bound: Bound
+
+    @property
+    def within(self) -> bool:
+        return self.measured <= self.bound.limit
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a pass over the data found.
+
+    first: the inputs of the first batch. differences: one per output; empty without a reference.
+    agreement, pytorch_accuracy, onnx_accuracy: of the first output, if it is one of classes.
+    mismatch: a sentence where the two models' outputs cannot be paired; the pass ended there.
+    """
+
+    samples: int
+    first: tuple[np.ndarray, ...]
+    differences: tuple[Difference, ...] = ()
+    agreement: Agreement | None = None
+    pytorch_accuracy: Proportion | None = None
+    onnx_accuracy: Proportion | None = None
+    mismatch: str | None = None
+
+
+def compare(
+    session: onnxruntime.InferenceSession,
+    reference: torch.nn.Module | None,
+    batches: Iterable[Batch],
+    *,
+    progress: Progress | None = None,
+) -> Comparison:
+    """DataError if there is no sample, or inputs or labels do not fit the graph; CheckFailed if the runtime fails."""
+    size = fixed_batch(session)
+    differences = _Differences(session, reference)
+    samples, first = 0, None
+    agreed, right, reference_right = Agreement(Proportion(0, 0), 0.0), Proportion(0, 0), Proportion(0, 0)
+    for raw, labels in batches:
+        count = len(raw[0]) if raw and raw[0].ndim else 1
+        inputs = fit(session, [_padded(array, size) for array in raw])
+        first = first or inputs
+        got = run(session, inputs)
+        samples += count
+        classes = bool(got) and is_classification(got[0])
+        if classes and labels is not None:
+            right += accuracy(got[0][:count], labels)
+        if reference is not None:
+            wanted = reference_outputs(reference, inputs)
+            if [array.shape for array in wanted] != [array.shape for array in got]:
+                return Comparison(samples, first, onnx_accuracy=right or None, mismatch=_mismatch(got, wanted))
+            differences.judge(inputs, got, wanted, samples_before=samples - count)
+            if classes:
+                agreed += agreement(wanted[0][:count], got[0][:count])
+                if labels is not None:
+                    reference_right += accuracy(wanted[0][:count], labels)
+        if progress is not None:
+            progress(samples)
+    if first is None:
+        raise DataError("the data set holds no sample: there is nothing to validate on")
+    same = agreed if agreed.same else None
+    return Comparison(samples, first, tuple(differences.worst), same, reference_right or None, right or None)
+
+
+class _Differences:
+    """The worst difference of each output so far, and its bound, which grows with the data."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, reference: torch.nn.Module | None) -> None:
+        self.names = [node.name for node in session.get_outputs()]
+        self.reference = reference
+        self.worst: list[Difference] = []
+        self.has_exact = reference is not None
+
+    def judge(
+        self, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], *, samples_before: int
+    ) -> None:
+        """Against the float64 result for the first samples, and later wherever PyTorch's own is not close enough."""
+        to_pytorch = [largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
+        exact = None
+        if self.has_exact and (samples_before < EXACT_SAMPLES or self._undecided(to_pytorch)):
+            assert self.reference is not None
+            exact = exact_outputs(self.reference, inputs)
+            self.has_exact = exact is not None
+        for i, name in enumerate(self.names):
+            measured = to_pytorch[i] if exact is None else largest_difference(got[i], exact[i])
+            limit = bound(wanted[i], None if exact is None else exact[i])
+            if i == len(self.worst):
+                self.worst.append(Difference(name, measured, to_pytorch[i], limit))
+                continue
+            before = self.worst[i]
+            limit = before.bound if exact is None else before.bound.widen(limit)
+            self.worst[i] = Difference(name, max(before.measured, measured), max(before.to_pytorch, to_pytorch[i]), limit)
+
+    def _undecided(self, to_pytorch: Sequence[float]) -> bool:
+        """Some output lies too far from PyTorch's, and none had failed before: only then is the float64 result worth its time."""
+        far = any(difference > before.bound.limit for difference, before in zip(to_pytorch, self.worst, strict=True))
+        return far and all(before.within for before in self.worst)
+
+
+def _padded(array: np.ndarray, size: int | None) -> np.ndarray:
+    """Filled up with its last sample to the batch that the graph insists on."""
+    missing = 0 if size is None or array.ndim == 0 else size - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing > 0 else array
+
+
+def _mismatch(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
+    shapes = " and ".join(str([list(array.shape) for array in arrays]) for arrays in (got, wanted))
+    return f"its outputs have other shapes than PyTorch's: {shapes}"

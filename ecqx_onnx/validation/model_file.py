@@ -1,0 +1,224 @@
+"""A path -> the ONNX model in it, every tensor's size checked, or one sentence on what is wrong with the file.
+
+Nothing is loaded into a runtime before it has passed here: lying shapes, data cut short, paths that leave the model's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, numpy_helper
+
+from ecqx_onnx.errors import FileError, ModelError
+
+METADATA_KEY = "ecqx_onnx"
+
+# Sub-byte types pack several values into a byte; all others have numpy's itemsize.
+SUB_BYTE_BITS: dict[int, int] = {
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
+}
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+TYPED_FIELDS: dict[int, str] = {
+    TensorProto.FLOAT: "float_data",
+    TensorProto.DOUBLE: "double_data",
+    TensorProto.INT64: "int64_data",
+    TensorProto.UINT32: "uint64_data",
+    TensorProto.UINT64: "uint64_data",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFile:
+    """proto: without the contents of external data. metadata: our JSON in it, None for a foreign file."""
+
+    path: Path
+    proto: onnx.ModelProto
+    external: tuple[Path, ...]
+    metadata: dict[str, Any] | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file and of its external data."""
+        return self.path.stat().st_size + sum(path.stat().st_size for path in self.external)
+
+    def with_data(self) -> onnx.ModelProto:
+        """The model with its external data read in."""
+        if not self.external:
+            return self.proto
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        onnx.load_external_data_for_model(proto, str(self.path.parent))
+        return proto
+
+
+def read_model(path: Path | str) -> ModelFile:
+    """FileError if the file is missing, damaged or lies about itself; ModelError if a weight is not a number."""
+    path = Path(path)
+    proto = _parse(path, _bytes(path))
+    external = set()
+    for where, tensor in named_tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            external.add(_external_file(path, where, tensor))
+        else:
+            _check_size(path, where, tensor)
+            _check_numbers(path, where, tensor)
+    for sparse in proto.graph.sparse_initializer:
+        _check_sparse(path, sparse)
+    return ModelFile(path, proto, tuple(sorted(external)), _metadata(path, proto))
+
+
+def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and every graph inside its nodes (branches of If, bodies of Loop), outer ones first."""
+
+    def within(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                    yield from within(inner)
+
+    yield from within(proto.graph)
+
+
+def named_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
+    """(what it is in words, tensor) for every tensor stored in the model."""
+    for graph in graphs(proto):
+        for tensor in graph.initializer:
+            yield f"initializer '{tensor.name}'", tensor
+        for sparse in graph.sparse_initializer:
+            yield f"the values of sparse initializer '{sparse.values.name}'", sparse.values
+            yield f"the indices of sparse initializer '{sparse.values.name}'", sparse.indices
+        yield from _constants(graph.node)
+    for function in proto.functions:
+        yield from _constants(function.node)
+
+
+def stored_bytes(tensor: TensorProto) -> int:
+    """Bytes that the tensor's shape and type ask for."""
+    count = math.prod(tensor.dims)
+    if tensor.data_type in SUB_BYTE_BITS:
+        return -(-count * SUB_BYTE_BITS[tensor.data_type] // 8)
+    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise FileError(f"{path} is a folder: give the .onnx file in it")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from None
+    if not content:
+        raise FileError(f"{path} is empty (0 bytes): write the ONNX file again")
+    return content
+
+
+def _parse(path: Path, content: bytes) -> onnx.ModelProto:
+    try:
+        proto = onnx.load_model_from_string(content)
+    except DecodeError:
+        raise FileError(f"{path} is not an ONNX file, or it is damaged or cut short ({len(content)} bytes were read)") from None
+    if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
+        raise FileError(f"{path} is not an ONNX model: it has no IR version, graph or opset ({len(content)} bytes were read)")
+    if not proto.graph.output:
+        raise FileError(f"{path} holds a graph without outputs: the file is damaged or cut short")
+    return proto
+
+
+def _constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield f"attribute '{attribute.name}' of node '{node.name or node.op_type}'", attribute.t
+
+
+def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
+    if any(length < 0 for length in tensor.dims):
+        raise FileError(f"{path}: {where} has the shape {list(tensor.dims)}, and no length can be negative")
+    if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
+        raise FileError(f"{path}: {where} has data type {tensor.data_type}, which ONNX does not know")
+    count = math.prod(tensor.dims)
+    if tensor.data_type == TensorProto.STRING:
+        found, needed, unit = len(tensor.string_data), count, "strings"
+    elif tensor.HasField("raw_data"):
+        found, needed, unit = len(tensor.raw_data), stored_bytes(tensor), "bytes"
+    else:
+        found = len(getattr(tensor, TYPED_FIELDS.get(tensor.data_type, "int32_data")))
+        needed = stored_bytes(tensor) if tensor.data_type in SUB_BYTE_BITS else count
+        unit = "values"
+    if found != needed:
+        raise FileError(f"{path}: {where} claims the shape {list(tensor.dims)}, {needed} {unit}, but the file holds {found}")
+
+
+def _check_numbers(path: Path, where: str, tensor: TensorProto) -> None:
+    if tensor.data_type in FLOATS:
+        bad = int(np.count_nonzero(np.isnan(numpy_helper.to_array(tensor).astype(np.float32, copy=False))))
+        if bad:
+            raise ModelError(f"{path}: {where} holds {bad} values that are no numbers (NaN): train or save the model again")
+
+
+def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
+    where, size = f"{path}: sparse initializer '{sparse.values.name}'", math.prod(sparse.dims)
+    if list(sparse.indices.dims) != list(sparse.values.dims):  # one linear index per value, the form that onnxruntime reads
+        raise FileError(f"{where} has {list(sparse.values.dims)} values but {list(sparse.indices.dims)} indices")
+    if sparse.indices.data_type != TensorProto.INT64:
+        raise FileError(f"{where} has indices of ONNX data type {sparse.indices.data_type}, INT64 is needed")
+    indices = numpy_helper.to_array(sparse.indices)
+    if indices.size and not 0 <= indices.min() <= indices.max() < size:
+        wrong = int(indices.min() if indices.min() < 0 else indices.max())
+        raise FileError(f"{where} has index {wrong}, outside of its {size} values (shape {list(sparse.dims)})")
+
+
+def _external_file(path: Path, where: str, tensor: TensorProto) -> Path:
+    """The file that holds the tensor's data: beside the model, there, and long enough."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    try:
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(stored_bytes(tensor))))
+    except ValueError:
+        raise FileError(f"{path}: {where} has external data whose offset or length is not a number") from None
+    folder = path.parent.resolve()
+    outside = PureWindowsPath(location).is_absolute() or Path(location).is_absolute()
+    if not location or outside or folder not in (folder / location).resolve().parents:
+        raise FileError(f"{path}: {where} points to external data at '{location}', outside of the model's folder: refused")
+    file = folder / location
+    if not file.is_file():
+        raise FileError(f"{path}: {where} lies in '{location}', which is missing: keep that file beside the model")
+    if offset < 0 or length != stored_bytes(tensor):
+        raise FileError(
+            f"{path}: {where} claims {length} bytes of external data at offset {offset}, but its shape {list(tensor.dims)} "
+            f"takes {stored_bytes(tensor)}"
+        )
+    if offset + length > file.stat().st_size:
+        raise FileError(
+            f"{path}: {where} needs bytes {offset} to {offset + length} of '{location}', which has only {file.stat().st_size}"
+        )
+    return file
+
+
+def _metadata(path: Path, proto: onnx.ModelProto) -> dict[str, Any] | None:
+    for entry in proto.metadata_props:
+        if entry.key == METADATA_KEY:
+            try:
+                metadata = json.loads(entry.value)
+            except ValueError as error:
+                raise FileError(f"{path}: its '{METADATA_KEY}' metadata is not JSON ({error}): convert the model again") from None
+            if not isinstance(metadata, dict):
+                kind = type(metadata).__name__
+                raise FileError(f"{path}: its '{METADATA_KEY}' metadata is a {kind}, not an object: convert the model again")
+            return metadata
+    return None

@@ -1,0 +1,152 @@
+"""What validation found, as frozen values -> JSON for programs, tables for people. Knows no runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ecqx_onnx.validation.metrics import Proportion
+
+Value = float | int | str | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to the file and its answer.
+
+    passed: None where nothing was at stake or the question could not be asked; `sentence` says which.
+    measured, limit: of the same unit, named in the sentence.
+    """
+
+    name: str
+    passed: bool | None
+    measured: Value
+    limit: Value
+    sentence: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "measured": _finite(self.measured),
+            "limit": _finite(self.limit),
+            "sentence": self.sentence,
+        }
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians over interleaved runs of one sample on one thread, in seconds; ratio: median of the pairs' file / float twin."""
+
+    seconds: float
+    float_seconds: float
+    ratio: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """samples: how many were compared. labels: whether they came with labels. operators: executed type -> count."""
+
+    file: str
+    runtime: str
+    size: int
+    samples: int
+    checks: tuple[Check, ...]
+    pytorch_accuracy: Proportion | None = None
+    onnx_accuracy: Proportion | None = None
+    agreement: Proportion | None = None
+    largest_difference: float | None = None
+    load_seconds: float | None = None
+    latency: Latency | None = None
+    operators: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.passed is False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; sizes in bytes, times in seconds, shares in [0, 1]."""
+        return {
+            "file": self.file,
+            "runtime": self.runtime,
+            "ok": self.ok,
+            "bytes": self.size,
+            "samples": self.samples,
+            "pytorch_accuracy": self.pytorch_accuracy.to_json() if self.pytorch_accuracy else None,
+            "onnx_accuracy": self.onnx_accuracy.to_json() if self.onnx_accuracy else None,
+            "agreement": self.agreement.to_json() if self.agreement else None,
+            "largest_difference": _finite(self.largest_difference),
+            "load_seconds": self.load_seconds,
+            "latency_seconds": self.latency.seconds if self.latency else None,
+            "float_latency_seconds": self.latency.float_seconds if self.latency else None,
+            "latency_ratio": self.latency.ratio if self.latency else None,
+            "operators": dict(sorted(self.operators.items())),
+            "checks": [check.to_json() for check in self.checks],
+        }
+
+
+def render(report: ValidationReport) -> RenderableType:
+    """The report as tables for a terminal: every check, the numbers, and a last line with the verdict."""
+    checks = Table(title=Text(f"{report.file} on {report.runtime}"), title_justify="left")
+    for heading in ("", "check", "measured", "limit", "what it says"):
+        checks.add_column(heading, overflow="fold")
+    for check in report.checks:
+        checks.add_row(_mark(check), check.name, show(check.measured), show(check.limit), Text(check.sentence))
+    numbers = Table(show_header=False)
+    for name, value in _numbers(report):
+        numbers.add_row(name, Text(value))
+    return Group(checks, numbers, _verdict(report))
+
+
+def show(value: Value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else value
+
+
+def _numbers(report: ValidationReport) -> list[tuple[str, str]]:
+    rows = [("size", f"{show(report.size)} bytes"), ("samples compared", show(report.samples))]
+    if report.pytorch_accuracy and report.onnx_accuracy:
+        rows.append(("accuracy of PyTorch (95 %)", str(report.pytorch_accuracy)))
+    if report.onnx_accuracy:
+        rows.append(("accuracy of ONNX (95 %)", str(report.onnx_accuracy)))
+    if report.load_seconds is not None:
+        rows.append(("load time", f"{1e3 * report.load_seconds:.1f} ms"))
+    if report.latency:
+        latency = report.latency
+        rows.append(("latency, one sample", f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x its float twin"))
+    if report.operators:
+        rows.append(("executed operators", ", ".join(f"{count} {name}" for name, count in sorted(report.operators.items()))))
+    return rows
+
+
+def _mark(check: Check) -> Text:
+    if check.passed is None:
+        return Text("-", style="dim")
+    return Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
+
+
+def _verdict(report: ValidationReport) -> Text:
+    done = sum(check.passed is True for check in report.checks)
+    if report.ok:
+        return Text(f"All {done} checks passed.", style="bold green")
+    names = ", ".join(check.name for check in report.failures)
+    return Text(f"{len(report.failures)} of {done + len(report.failures)} checks failed: {names}.", style="bold red")
+
+
+def _finite(value: Value) -> Value:
+    """JSON has no infinity and no NaN."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,147 @@
+"""(.onnx file, PyTorch reference, quantised weights, data) -> ValidationReport: does the file still say the same?"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ecqx_onnx.data import Split
+from ecqx_onnx.errors import CheckFailed, FileError
+from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.bounds import Bound, bound
+from ecqx_onnx.validation.comparison import Batch, Comparison, compare
+from ecqx_onnx.validation.latency import measure_latency
+from ecqx_onnx.validation.model_file import ModelFile, read_model
+from ecqx_onnx.validation.report import Check, Latency, ValidationReport
+from ecqx_onnx.validation.sessions import (
+    executed_operators,
+    fixed_batch,
+    load_seconds,
+    open_session,
+    run,
+    runtime_name,
+    synthetic_inputs,
+)
+from ecqx_onnx.validation.twin import FloatTwin, float_twin
+
+SYNTHETIC_BATCH = 4
+
+
+def validate(
+    path: Path | str,
+    *,
+    reference: torch.nn.Module | None = None,
+    tensors: Sequence[QuantTensor] = (),
+    split: Split | None = None,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+    latency_runs: int = 50,
+) -> ValidationReport:
+    """Everything that can be asked of the file with what is given; `report.ok` says whether every check passed.
+
+    reference: the PyTorch model, compared output by output. tensors: the quantised weights that it holds.
+    split: data with classes; without it, synthetic inputs are compared. preprocessing: by default what the file records.
+    progress: called with (samples done, samples in all). latency_runs: pairs of measurements; 0 leaves latency out.
+    InputError if the file or the data cannot be used.
+    """
+    file = read_model(path)
+    found = [checks.format_check(file)]
+    try:
+        session = open_session(file.path)
+        plain = open_session(file.path, level="disabled")
+    except CheckFailed as error:
+        found.append(Check("load", False, None, None, str(error)))
+        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+    found.append(Check("load", True, None, None, f"{runtime_name()} loads it with all optimisations and with none"))
+    quantised = checks.activations_quantised(file)
+
+    total = SYNTHETIC_BATCH if split is None else len(split)
+    if split is None:
+        batches: Iterator[Batch] = iter([(synthetic_inputs(session, batch=SYNTHETIC_BATCH), None)])
+    else:
+        batches = _batches(split, preprocessing or stored_preprocessing(file), fixed_batch(session) or batch_size)
+    try:
+        counted = None if progress is None else lambda done: progress(done, total)
+        comparison = compare(session, reference, batches, progress=counted)
+    except CheckFailed as error:
+        found.append(Check("run", False, None, None, str(error)))
+        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+    few = tuple(array[: fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
+
+    found.append(checks.levels_check(session, plain, few, _bounds(comparison, run(session, few))))
+    operators = executed_operators(file.path, few)
+    found.append(checks.operators_check(file, operators))
+    twin = _twin(file, found)
+    if tensors and twin is not None:
+        from ecqx_onnx.validation.weights import weights_check
+
+        found.append(weights_check(file, twin.weights, tensors))
+    if reference is not None:
+        found.append(checks.difference_check(comparison, quantised=quantised))
+    for check in (checks.agreement_check(comparison, quantised=quantised), checks.accuracy_check(comparison)):
+        if check is not None:
+            found.append(check)
+    one = tuple(array[: fixed_batch(session) or 1] if array.ndim else array for array in comparison.first)
+    return ValidationReport(
+        file=str(path),
+        runtime=runtime_name(),
+        size=file.size,
+        samples=comparison.samples,
+        checks=tuple(found),
+        pytorch_accuracy=comparison.pytorch_accuracy,
+        onnx_accuracy=comparison.onnx_accuracy,
+        agreement=comparison.agreement.same if comparison.agreement else None,
+        largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
+        load_seconds=load_seconds(file.path),
+        latency=_latency(file, twin, one, latency_runs),
+        operators=Counter(operators),
+    )
+
+
+def stored_preprocessing(file: ModelFile | Path | str) -> Preprocessing | None:
+    """The preprocessing in the file's metadata; None in a foreign file. FileError if it is there and cannot be used."""
+    file = file if isinstance(file, ModelFile) else read_model(file)
+    stored = (file.metadata or {}).get("preprocessing")
+    if stored is None:
+        return None
+    try:
+        return Preprocessing.from_json(stored if isinstance(stored, str) else json.dumps(stored))
+    except FileError as error:
+        raise FileError(f"{file.path}: {error}") from error
+
+
+def _batches(split: Split, preprocessing: Preprocessing | None, size: int) -> Iterator[Batch]:
+    for x, y in (split if preprocessing is None else split.with_preprocessing(preprocessing)).batches(size):
+        yield (x,), y
+
+
+def _bounds(comparison: Comparison, outputs: Sequence) -> list[Bound]:
+    """How far two ways of computing each output may lie apart: the derived bound, or without a reference the coarse one."""
+    if comparison.differences:
+        return [difference.bound for difference in comparison.differences]
+    return [bound(output, None) for output in outputs]
+
+
+def _twin(file: ModelFile, found: list[Check]) -> FloatTwin | None:
+    try:
+        return float_twin(file.with_data())
+    except CheckFailed as error:
+        found.append(Check("weights", False, None, None, f"the runtime cannot decode the weights: {error}"))
+        return None
+
+
+def _latency(file: ModelFile, twin: FloatTwin | None, inputs: Sequence, runs: int) -> Latency | None:
+    serialised = twin.serialize() if twin is not None and runs > 0 else None
+    if serialised is None:
+        return None
+    try:
+        return measure_latency(file.path, serialised, inputs, runs=runs)
+    except CheckFailed:  # a graph that only runs as it is written has no float twin to compare with
+        return None

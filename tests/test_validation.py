@@ -1,0 +1,218 @@
+"""Validation of hand-made files: right ones pass, each planted error turns the check red that is there for it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from ecqx_onnx.data.dataset import Arrays, Split
+from ecqx_onnx.errors import DataError, FileError
+from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.validation import ValidationReport, render, validate
+from ecqx_onnx.validation.twin import float_twin
+from tests.onnx_torch_pairs import Pair, edit, make_pair
+
+
+def some_data(pair: Pair, count: int = 100) -> Split:
+    x = np.random.default_rng(1).standard_normal((count, 8)).astype(np.float32)
+    with torch.no_grad():
+        y = pair.reference(torch.from_numpy(x)).argmax(1).numpy()
+    y[::10] = (y[::10] + 1) % 5  # one in ten is wrong
+    return Split(Arrays("x", x), np.arange(count), y, Preprocessing("array"))
+
+
+def verdicts(report: ValidationReport) -> dict[str, bool | None]:
+    return {check.name: check.passed for check in report.checks}
+
+
+@pytest.mark.parametrize("decoding", ["folded", "standard", "float"])
+def test_a_right_file_passes_every_check(tmp_path, decoding):
+    pair = make_pair(decoding=decoding)
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=some_data(pair), batch_size=32, latency_runs=3)
+    assert report.ok, report.failures
+    assert set(verdicts(report)) == {"format", "load", "optimisation", "operators", "outputs", "top-1", "accuracy"}
+    assert report.samples == 100
+    assert report.onnx_accuracy == report.pytorch_accuracy
+    assert report.onnx_accuracy.share == 0.9
+    assert report.agreement.share == 1.0
+    assert report.operators["Gemm"] + report.operators["FusedGemm"] == 2
+    assert report.latency.runs == 3
+
+
+def test_one_level_off_by_one_is_found_in_the_outputs(tmp_path):
+    pair = make_pair()
+    levels = edit(pair.model, "0.weight.levels")
+    changed = np.frombuffer(levels.raw_data, np.int8).copy()
+    changed[17] += 1 if changed[17] < 7 else -1
+    levels.raw_data = changed.tobytes()
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=some_data(pair), latency_runs=0)
+    assert verdicts(report)["outputs"] is False
+
+
+def test_a_scale_off_by_a_thousandth_is_found_in_the_outputs(tmp_path):
+    pair = make_pair()
+    edit(pair.model, "2.weight.step").raw_data = np.float32(0.037 * 1.001).tobytes()
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=some_data(pair), latency_runs=0)
+    check = next(check for check in report.checks if check.name == "outputs")
+    assert check.passed is False
+    assert check.measured > 100 * check.limit
+
+
+def test_silently_quantised_activations_are_a_loud_failure(tmp_path):
+    # ORT >= 1.25 turns DequantizeLinear + MatMul into MatMulNBits, which rounds activations to 8 bit.
+    pair = make_pair(decoding="matmul")
+    for index, tensor in enumerate(pair.tensors):  # blocks of 4 bit along the inputs is what it fuses
+        stored = edit(pair.model, f"{tensor.name}.levels")
+        stored.CopyFrom(helper.make_tensor(stored.name, TensorProto.INT4, tensor.levels.T.shape, tensor.levels.T.reshape(-1)))
+        step = edit(pair.model, f"{tensor.name}.step")
+        step.CopyFrom(numpy_helper.from_array(np.full((1, tensor.shape[0]), 0.037, np.float32), step.name))
+        node = next(node for node in pair.model.graph.node if node.output[0] == tensor.name)
+        node.attribute.extend([helper.make_attribute("axis", 0), helper.make_attribute("block_size", 16 if index else 8)])
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=some_data(pair), latency_runs=0)
+    if "MatMulNBits" not in report.operators:
+        pytest.skip("this onnxruntime does not fuse blocks so small")
+    assert verdicts(report)["operators"] is False
+    assert "SILENTLY" in next(check for check in report.checks if check.name == "operators").sentence
+
+
+def test_a_foreign_file_is_compared_on_synthetic_inputs_without_data(tmp_path):
+    pair = make_pair(decoding="float")
+    report = validate(pair.save(tmp_path), reference=pair.reference, latency_runs=0)
+    assert report.ok
+    assert report.onnx_accuracy is None
+    assert verdicts(report)["outputs"] is True
+
+
+def test_without_a_reference_what_can_be_checked_is_checked(tmp_path):
+    pair = make_pair()
+    report = validate(pair.save(tmp_path), split=some_data(pair), latency_runs=0)
+    assert report.ok
+    assert report.pytorch_accuracy is None
+    assert report.onnx_accuracy.hits == 90
+    assert "outputs" not in verdicts(report)
+
+
+def test_outputs_of_another_shape_fail_with_both_shapes(tmp_path):
+    pair = make_pair()
+    wider = torch.nn.Sequential(torch.nn.Linear(8, 6)).eval()
+    report = validate(pair.save(tmp_path), reference=wider, split=some_data(pair), latency_runs=0)
+    check = next(check for check in report.checks if check.name == "outputs")
+    assert check.passed is False
+    assert "[100, 5]" in check.sentence
+    assert "[100, 6]" in check.sentence
+
+
+def test_a_fixed_batch_size_is_honoured_and_every_sample_counted(tmp_path):
+    pair = make_pair(batch=32)
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=some_data(pair), latency_runs=2)
+    assert report.ok, report.failures
+    assert report.samples == report.onnx_accuracy.total == 100
+
+
+def test_the_preprocessing_in_the_file_is_used_unless_another_is_given(tmp_path):
+    halved = Preprocessing("array", scale=2.0)
+    pair = make_pair(metadata=json.dumps({"preprocessing": halved.to_json()}))
+    path, data = pair.save(tmp_path), some_data(pair)
+    stored = validate(path, split=data, latency_runs=0)
+    given = validate(path, split=data, preprocessing=Preprocessing("array"), latency_runs=0)
+    assert given.onnx_accuracy.hits == 90
+    assert stored.onnx_accuracy == validate(path, split=data, preprocessing=halved, latency_runs=0).onnx_accuracy
+    assert stored.onnx_accuracy.hits < 90
+
+
+def test_a_well_formed_file_that_the_runtime_refuses_fails_with_its_reason(tmp_path):
+    pair = make_pair()
+    pair.model.graph.node[1].op_type = "Gemmmm"
+    report = validate(pair.save(tmp_path), reference=pair.reference)
+    assert not report.ok
+    load = next(check for check in report.checks if check.name == "load")
+    assert load.passed is False
+    assert "Gemmmm" in load.sentence
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_labels_out_of_range_are_refused(tmp_path, label):
+    pair = make_pair()
+    data = some_data(pair)
+    data.y[3] = label
+    with pytest.raises(DataError, match=f"label {label} is out of range"):
+        validate(pair.save(tmp_path), split=data)
+
+
+def test_data_of_another_shape_are_refused(tmp_path):
+    pair = make_pair()
+    data = Split(Arrays("x", np.zeros((4, 9), np.float32)), np.arange(4), np.zeros(4, np.int64), Preprocessing("array"))
+    with pytest.raises(DataError, match=r"input 'x' has shape \['batch', 8\], but the data set gives \[4, 9\]"):
+        validate(pair.save(tmp_path), split=data)
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    pair = make_pair()
+    data = Split(Arrays("x", np.zeros((0, 8), np.float32)), np.arange(0), np.zeros(0, np.int64), Preprocessing("array"))
+    with pytest.raises(DataError, match="no sample"):
+        validate(pair.save(tmp_path), split=data)
+
+
+def test_a_preprocessing_that_cannot_be_used_is_refused(tmp_path):
+    pair = make_pair(metadata=json.dumps({"preprocessing": "{}"}))
+    with pytest.raises(FileError, match="preprocessing"):
+        validate(pair.save(tmp_path), split=some_data(pair))
+
+
+def test_progress_ends_at_the_number_of_samples(tmp_path):
+    pair, calls = make_pair(), []
+    validate(pair.save(tmp_path), split=some_data(pair), batch_size=40, progress=lambda *done: calls.append(done), latency_runs=0)
+    assert calls == [(40, 100), (80, 100), (100, 100)]
+
+
+def test_the_report_is_json_and_a_table(tmp_path):
+    pair = make_pair()
+    edit(pair.model, "2.weight.step").raw_data = np.float32(0.04).tobytes()
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=some_data(pair), latency_runs=2)
+    document = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert document["ok"] is False
+    assert document["onnx_accuracy"]["total"] == 100
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(report))
+    text = console.file.getvalue()
+    assert "FAILED" in text
+    assert "outputs" in text.splitlines()[-1]
+
+
+def test_the_float_twin_holds_what_the_runtime_decoded_and_no_decoding_node():
+    pair = make_pair()
+    twin = float_twin(pair.model)
+    assert [node.op_type for node in twin.proto.graph.node] == ["Gemm", "Relu", "Gemm"]
+    for tensor in pair.tensors:
+        assert np.array_equal(twin.weights[tensor.name], tensor.dequantize())
+
+
+def test_the_float_twin_decodes_inside_branches_too():
+    weight = np.arange(-4, 5, dtype=np.int8).reshape(3, 3)
+    levels = helper.make_tensor("levels", TensorProto.INT8, (3, 3), weight.tobytes(), raw=True)
+    cast = helper.make_node("Cast", ["levels"], ["w"], to=TensorProto.FLOAT)
+    output = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    branches = {
+        "then_branch": helper.make_graph([cast, helper.make_node("MatMul", ["x", "w"], ["z"])], "then", [], [output]),
+        "else_branch": helper.make_graph([helper.make_node("Identity", ["x"], ["z"])], "else", [], [output]),
+    }
+    graph = helper.make_graph(
+        [helper.make_node("If", ["c"], ["y"], **branches)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3]), helper.make_tensor_value_info("c", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])],
+        [levels],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model)
+    twin = float_twin(model)
+    assert np.array_equal(twin.weights["w"], weight.astype(np.float32))
+    branch = next(attribute.g for attribute in twin.proto.graph.node[0].attribute if attribute.name == "then_branch")
+    assert [node.op_type for node in branch.node] == ["MatMul"]
