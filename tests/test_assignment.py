@@ -99,9 +99,9 @@ def test_ecqx_levels_are_the_oracles_at_the_beta_it_reports(beta_band, bits):
     keep, prune = beta_band
     found = assign(weights, torch.tensor(step), grid, strength=strength, relevance=relevance, band=Band(keep, prune))
 
-    I = oracle.information(oracle.probabilities(weights.tolist(), [step32] * 500, levels))
-    lam = strength * oracle.lambda_max(weights.tolist(), step32, levels, I)
-    costs = {k: lam * I[k] for k in levels}
+    info = oracle.information(oracle.probabilities(weights.tolist(), [step32] * 500, levels))
+    lam = strength * oracle.lambda_max(weights.tolist(), step32, levels, info)
+    costs = {k: lam * info[k] for k in levels}
     expected = oracle.ecqx_levels(weights.tolist(), relevance.tolist(), step32, costs, 2.0, found.beta)
     # At the band's edge one weight decides β, so its own tie is settled by the last bit of a logarithm.
     assert sum(a != b for a, b in zip(found.levels.tolist(), expected, strict=True)) <= 1

@@ -39,7 +39,7 @@ class Grid:
 def choose_grid(weight: Tensor, bits: int, *, levels: Levels = "symmetric") -> Grid:
     """The grid for this tensor. Reads two numbers of it: its smallest entry and, if asymmetric, its mean."""
     if not 2 <= bits <= 8:
-        raise OptionError(f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8 (the paper's range is 2 to 5)")
+        raise OptionError(f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8 (the paper uses 2 to 5)")
     if weight.numel() and bool((weight >= 0).all()) and bool((weight > 0).any()):
         return Grid(bits, 0, min(2**bits - 1, 127))  # 127: levels are stored as int8
     side = 2 ** (bits - 1) - 1

@@ -16,7 +16,7 @@ def nearest_level(w, step, levels):
 
 def probabilities(weights, steps, levels, zero_floor=0.5):
     """P_k: how often level k is nearest; an empty level counts half a weight, P_0 is floored and the rest rescaled."""
-    counts = {k: 0.0 for k in levels}
+    counts = dict.fromkeys(levels, 0.0)
     for w, step in zip(weights, steps, strict=True):
         counts[nearest_level(w, step, levels)] += 1
     counts = {k: max(count, 0.5) for k, count in counts.items()}
@@ -32,7 +32,7 @@ def information(P):
     return {k: -math.log2(p) for k, p in P.items()}
 
 
-def lambda_max(weights, step, levels, I):
+def lambda_max(weights, step, levels, info):
     """One step for the whole tensor: min over both sides of (e^2 - (e - w_e)^2) / (I_e - I_0)."""
     limits = []
     for side in (-1, 1):
@@ -42,8 +42,8 @@ def lambda_max(weights, step, levels, I):
         e = max(weights, key=lambda w: w * side)
         k = max(occupied, key=abs)
         gain = e * e - (e - k * step) ** 2
-        if I[k] > I[0] and gain > 0:
-            limits.append(gain / (I[k] - I[0]))
+        if info[k] > info[0] and gain > 0:
+            limits.append(gain / (info[k] - info[0]))
     return min(limits, default=0.0)
 
 
@@ -54,9 +54,9 @@ def brute_force_level(w, step, costs):
 
 def ecq(weights, step, levels, strength):
     """Levels of plain ECQ; λ = strength · λ_max."""
-    I = information(probabilities(weights, [step] * len(weights), levels))
-    lam = strength * lambda_max(weights, step, levels, I)
-    return [brute_force_level(w, step, {k: lam * I[k] for k in levels}) for w in weights]
+    info = information(probabilities(weights, [step] * len(weights), levels))
+    lam = strength * lambda_max(weights, step, levels, info)
+    return [brute_force_level(w, step, {k: lam * info[k] for k in levels}) for w in weights]
 
 
 def ecqx_costs(w, R, step, costs, rho, beta):

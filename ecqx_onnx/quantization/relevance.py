@@ -1,0 +1,270 @@
+"""(model, background weights, a batch) -> how much each weight mattered to the output. The one file that knows zennit.
+
+Layer-wise relevance propagation (LRP) starts with a relevance at the output and hands it down layer by layer; which share goes
+where is the composite's business (zennit). What a weight carried on the way is its relevance, in epsilon form for every layer:
+
+    r_w = Σ w·x·R_z / (z + ε sign z) = w ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂w                                          [ECQx, sec. 4]
+
+It is taken on a shadow of the model that holds the background weights: r_w is proportional to w, so a weight that is quantised to
+zero would have no relevance and could never regrow. The user's modules are never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ecqx_onnx.errors import DataError, ModelError, OptionError
+from ecqx_onnx.quantization.functional import FunctionalRules, stabilize
+from ecqx_onnx.quantization.zennit_import import import_zennit
+
+Start = str | Callable[[Any, Any], Any]
+STARTS = ("logit", "probability", "ones")
+
+
+def composite_by_name(name: str, low: Tensor, high: Tensor) -> Any:
+    """The zennit composite of this name; low and high bound the inputs, for those with a box rule."""
+    import_zennit()
+    from zennit.composites import COMPOSITES
+
+    if name not in COMPOSITES:
+        raise OptionError(f"relevance '{name}' names no zennit composite: use one of {', '.join(sorted(COMPOSITES))}, or none")
+    try:
+        return COMPOSITES[name]()
+    except TypeError:
+        return COMPOSITES[name](low=low, high=high)
+
+
+class Relevances:
+    """LRP on a shadow of the model. `self(inputs, target)` gives r_w for each background weight, summed over the batch.
+
+    composite: a name, or a zennit Composite without canonizers. start: the relevance at the output: "logit", "probability" or
+    "ones" of the true class, or a function (output, target) -> relevance, shaped as the output (or -> (tensor, its relevance) for
+    models that return several). After a call, `rules` says for each weight which rule its layer used, and `approximated` names
+    the operators that were passed by gradient times input.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str], *, composite: Any, start: Start = "logit") -> None:
+        if isinstance(start, str) and start not in STARTS:
+            raise OptionError(f"start '{start}' is unknown: use one of {', '.join(STARTS)}, or a function of (output, target)")
+        import_zennit()
+        from zennit.layer import Sum
+
+        self.model, self.names, self.start = model, names, start
+        self.rules: dict[str, str] = {}
+        self.shadow = _shadow_of(model)
+        for name, parameter in self.shadow.named_parameters():
+            parameter.requires_grad_(name in names)
+        self._sum = Sum()
+        self._functional = FunctionalRules(add=self._add)
+        self._low, self._high = torch.zeros(()), torch.zeros(())
+        self._compared = False
+        if isinstance(composite, str):
+            composite = composite_by_name(composite, self._low, self._high)
+        self._attach_rules(composite)
+
+    @property
+    def approximated(self) -> tuple[str, ...]:
+        return tuple(sorted(self._functional.approximated))
+
+    def __call__(self, inputs: Any, target: Any, background: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """r_w per name: the weight's shape and dtype; None-free: a weight that no relevance reached is left out.
+
+        inputs: the model's input, or a tuple / mapping of its arguments. background: name -> weights W.
+        """
+        self._share_values(background)
+        dtype = next(iter(background.values())).dtype
+        args, kwargs = _arguments(inputs, dtype)
+        device = next(self.shadow.parameters()).device
+        self._functional.paused = 0
+        self._set_input_bounds(args or tuple(kwargs.values()))
+        with (
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not self._recurrent),
+        ):
+            with self._functional:
+                output = self.shadow(*args, **kwargs)
+            self._compare_once(output, args, kwargs)
+            output, R = start_relevance(output, target, self.start)
+            torch.autograd.backward(output, R)
+        found = {}
+        for name, parameter in self.shadow.named_parameters():
+            if name in background and parameter.grad is not None:
+                gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+                found[name] = parameter.detach() * gradient
+            parameter.grad = None
+        return found
+
+    @property
+    def _recurrent(self) -> bool:
+        return any(isinstance(module, nn.RNNBase) for module in self.shadow.modules())  # cuDNN's backward wants train mode
+
+    def _share_values(self, background: Mapping[str, Tensor]) -> None:
+        """The shadow's parameters and buffers become views of the background's and the model's: nothing is copied."""
+        values: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers()), **background}
+        for name, tensor in (*self.shadow.named_parameters(), *self.shadow.named_buffers()):
+            tensor.data = values[name].data
+
+    def _set_input_bounds(self, inputs: tuple) -> None:
+        x = next((x for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()), None)
+        if x is not None:  # the box rule's composite holds these two tensors
+            self._low.data, self._high.data = x.detach().amin(), x.detach().amax()
+
+    def _compare_once(self, output: Any, args: Any, kwargs: Any) -> None:
+        """Out-of-place rules must not change what the model computes; looked at once, on the first batch."""
+        if self._compared or not isinstance(output, Tensor):
+            return
+        self._compared = True
+        self._rules_off = True
+        with torch.no_grad():
+            plain = self.shadow(*args, **kwargs)
+        self._rules_off = False
+        if not torch.allclose(plain, output, rtol=1e-3, atol=1e-4):
+            raise ModelError(
+                f"the model computes something else under relevance propagation (outputs differ by "
+                f"{float((plain - output).abs().max()):.3g}): it probably relies on an in-place operation whose result it does "
+                "not assign; write `x = op(x)`, or use relevance=None"
+            )
+
+    _rules_off = False
+
+    def _add(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._sum(torch.stack(torch.broadcast_tensors(a, b), dim=-1))
+
+    def _attach_rules(self, composite: Any) -> None:
+        if composite.canonizers:
+            raise OptionError(
+                f"composite {type(composite).__name__} has canonizers, which rewrite the very weights whose relevance is wanted: "
+                "construct it without; residual additions and BatchNorm are taken care of"
+            )
+        parameter_names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
+        context: dict = {}
+        matched = False
+        for name, module in (*self.shadow.named_modules(), ("", self._sum)):
+            template = composite.module_map(context, name, module)
+            if template is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+                continue
+            weights = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            for weight in weights:
+                self.rules[parameter_names[id(weight)]] = type(template).__name__
+            matched = matched or bool(weights)
+            _Rule(self, module, template, weights)
+        if not matched and not self._has_only_functional_layers():
+            raise OptionError(
+                f"composite {type(composite).__name__} has no rule for any of the {len(self.names)} quantised layers: "
+                "use epsilon_plus_flat, or relevance none"
+            )
+
+    def _has_only_functional_layers(self) -> bool:
+        layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        return not any(isinstance(module, layers) for module in self.shadow.modules())
+
+
+class _Rule:
+    """Runs one module of the shadow under one zennit rule, with a fresh copy of the rule for each call of the module."""
+
+    def __init__(self, owner: Relevances, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
+        self.owner, self.template, self.weights = owner, template, weights
+        self.calls: list[Tensor] = []
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
+        module.register_forward_hook(self.after)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if self.owner._rules_off:
+            return None
+        if not args:
+            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        self.calls.append(x)
+        self.owner._functional.paused += 1
+        # Cut off from the graph: only the weights' part of it is recorded, the input's is the rule's business.
+        return (x.detach().clone() if getattr(module, "inplace", False) else x.detach(), *args[1:]), kwargs
+
+    def after(self, module: nn.Module, args: tuple, z: Tensor) -> Any:
+        if self.owner._rules_off:
+            return None
+        self.owner._functional.paused -= 1
+        rule = self.template.copy()
+        rule.forward(module, (args[0],), z)
+        return _Propagate.apply(self.calls.pop(), z.detach(), lambda R: self.backward(rule, module, args[0], z, R))
+
+    def backward(self, rule: Any, module: nn.Module, x: Tensor, z: Tensor, R: Tensor) -> Tensor:
+        if z.requires_grad and self.weights:
+            # r_w = w ⊙ ∂⟨z, R / stabilise(z)⟩/∂w: the gradient gathers in w.grad over calls and ties, w comes last
+            torch.autograd.backward(z, R / stabilize(z.detach()), inputs=self.weights)
+        return rule.backward(module, (x,), (R,))[0]
+
+
+class _Propagate(torch.autograd.Function):
+    """(x, z, rule) -> z forward; R_x = rule(R_z) backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.rule = rule
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *R: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        rule, ctx.rule = ctx.rule, None
+        return rule(R[0]), None, None
+
+
+def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Tensor]:
+    """(output tensor, relevance of the same shape). DataError if the targets do not fit the output."""
+    if callable(start):
+        answer = start(output, target)
+        output, R = answer if isinstance(answer, tuple) else (output, answer)
+        if not isinstance(R, Tensor) or not isinstance(output, Tensor) or R.shape != output.shape:
+            raise DataError(
+                f"the start function gave a relevance of shape {tuple(getattr(R, 'shape', ()))} for an output of shape "
+                f"{tuple(getattr(output, 'shape', ()))}: they must be equal"
+            )
+        return output, R.detach().to(output.dtype)
+    if not isinstance(output, Tensor):
+        raise ModelError(
+            f"the model returns a {type(output).__name__}: give start=function(output, target) -> (tensor, its relevance)"
+        )
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (output.shape[0], *output.shape[2:]):
+        raise DataError(
+            f"start '{start}' needs one class index per sample, shape {(output.shape[0], *output.shape[2:])}, and got "
+            f"{_described(target)}: for other tasks give start=function(output, target)"
+        )
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
+        raise DataError(f"targets run from {int(target.min())} to {int(target.max())}, the output has {output.shape[1]} classes")
+    true_class = torch.zeros_like(output).scatter_(1, target.long().unsqueeze(1), 1.0)
+    if start == "logit":
+        return output, output.detach() * true_class
+    if start == "probability":
+        return output, F.softmax(output.detach(), dim=1) * true_class
+    return output, true_class
+
+
+def _described(target: Any) -> str:
+    return f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
+
+
+def _shadow_of(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"the model cannot be copied, which relevances need ({error}): use relevance=None") from error
+
+
+def _arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple, dict]:
+    """Positional and keyword arguments, floating tensors as fresh leaves that carry relevance."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().to(dtype).requires_grad_()
+
+    if isinstance(inputs, Mapping):
+        return (), {key: leaf(value) for key, value in inputs.items()}
+    return tuple(leaf(value) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,))), {}
