@@ -1,0 +1,33 @@
+"""A float ONNX graph and the levels of its weights in; a small ONNX file that stock onnxruntime runs out.
+
+    graph = FloatGraph.from_model(model)             # structure and data apart, exporter metadata gone
+    matching = match(graph.weights, tensors)         # where each QuantTensor sits
+    plan = make_plan(graph, matching, target="onnxruntime")
+    report = write(plan, "out.onnx")
+    stored = read_weights("out.onnx")                # and back
+
+Numpy and ONNX only: no torch, no onnxruntime.
+"""
+
+from ecqx_onnx_converters.graph import FloatGraph
+from ecqx_onnx_converters.matching import GraphWeight, Matching, match
+from ecqx_onnx_converters.planning import Plan, make_plan
+from ecqx_onnx_converters.reading import StoredWeight, read_weights
+from ecqx_onnx_converters.targets import TARGETS, Target
+from ecqx_onnx_converters.writer import WriteReport, build, write
+
+__all__ = [
+    "TARGETS",
+    "FloatGraph",
+    "GraphWeight",
+    "Matching",
+    "Plan",
+    "StoredWeight",
+    "Target",
+    "WriteReport",
+    "build",
+    "make_plan",
+    "match",
+    "read_weights",
+    "write",
+]

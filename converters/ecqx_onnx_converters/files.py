@@ -21,7 +21,7 @@ from onnx import ModelProto, TensorProto
 from ecqx_onnx.errors import FileError
 
 PROTOBUF_LIMIT = (1 << 31) - 1  # bytes of one serialized message
-INLINE = 1024  # bytes; smaller tensors stay in the .onnx even when the rest is external (shapes and scales are read while parsing)
+INLINE = 1024  # bytes; smaller tensors stay in the .onnx even when the rest is external
 ALIGNMENT = 4096  # of external data: pages, so that runtimes can map it
 
 
@@ -38,7 +38,9 @@ def read_proto(path: Path | str) -> ModelProto:
     try:
         model = onnx.load_model_from_string(data)
     except (DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise FileError(f"'{path}' is not an ONNX model ({error or 'cannot be parsed'}); it may be damaged or truncated") from error
+        raise FileError(
+            f"'{path}' is not an ONNX model ({error or 'cannot be parsed'}); it may be damaged or truncated"
+        ) from error
     if not model.HasField("graph") or not model.opset_import:
         raise FileError(f"'{path}' is not an ONNX model (it has no graph or imports no operators); it may be damaged or empty")
     return model
@@ -50,7 +52,9 @@ def external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
     location = entries.get("location", "")
     path = folder / location
     if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise FileError(f"tensor '{tensor.name}' has its data in '{location}', outside the model's folder; such a file is not opened")
+        raise FileError(
+            f"tensor '{tensor.name}' has its data in '{location}', outside the model's folder; such a file is not opened"
+        )
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         offset, needed = int(entries.get("offset", 0)), math.prod(tensor.dims) * dtype.itemsize
@@ -58,13 +62,19 @@ def external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
     except (KeyError, ValueError) as error:
         raise FileError(f"tensor '{tensor.name}' describes its external data wrongly ({error}); the model is damaged") from error
     except OSError as error:
-        raise FileError(f"cannot read '{path}', the data of tensor '{tensor.name}': {error.strerror}; keep both files together") from error
+        raise FileError(
+            f"cannot read '{path}', the data of tensor '{tensor.name}': {error.strerror}; keep both files together"
+        ) from error
     if length != needed or min(offset, *tensor.dims, 0) < 0 or offset + length > available:
         raise FileError(
             f"tensor '{tensor.name}' needs {needed} bytes at {offset} of '{path}' ({available} bytes) and declares {length};"
             " the two files don't belong together or are damaged"
         )
-    return np.fromfile(path, dtype.newbyteorder("<"), math.prod(tensor.dims), offset=offset).astype(dtype, copy=False).reshape(tensor.dims)
+    return (
+        np.fromfile(path, dtype.newbyteorder("<"), math.prod(tensor.dims), offset=offset)
+        .astype(dtype, copy=False)
+        .reshape(tensor.dims)
+    )
 
 
 @contextmanager

@@ -115,26 +115,35 @@ def value_names(graph: GraphProto) -> set[str]:
 
 
 def tensor_values(tensor: TensorProto) -> np.ndarray:
-    """The values of an initializer or Constant; FileError when data and declaration disagree. Nothing larger than the data that is
-    really there is allocated."""
+    """The values of an initializer or Constant; FileError when data and declaration disagree; nothing is allocated
+    on the declaration's word."""
     if any(length < 0 for length in tensor.dims):
         raise FileError(f"tensor '{tensor.name}' declares dims {list(tensor.dims)}; the ONNX file is damaged, export it again")
     if tensor.data_location == TensorProto.EXTERNAL:
-        raise FileError(f"the data of tensor '{tensor.name}' lies in another file; load the model by its path, not as a single message")
+        raise FileError(
+            f"the data of tensor '{tensor.name}' lies in another file; load the model by its path, not as a single message"
+        )
     try:
         return np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(tuple(tensor.dims))
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise FileError(
-            f"tensor '{tensor.name}' declares dims {list(tensor.dims)} and type {tensor.data_type}, which its data doesn't fill ({error});"
+            f"tensor '{tensor.name}' declares dims {list(tensor.dims)}, which its data doesn't fill ({error});"
             " the ONNX file is damaged, export it again"
         ) from error
 
 
 def clear_data(tensor: TensorProto) -> None:
-    for field in ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "external_data", "data_location"):
+    for field in (
+        "raw_data",
+        "float_data",
+        "double_data",
+        "int32_data",
+        "int64_data",
+        "uint64_data",
+        "external_data",
+        "data_location",
+    ):
         tensor.ClearField(field)
-
-
 
 
 def strip_metadata(model: ModelProto) -> None:

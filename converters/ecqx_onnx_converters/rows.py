@@ -71,7 +71,7 @@ class _Table:
         place = self.order[np.minimum(slots, len(self.order) - 1)]
         if not np.array_equal(self.rows[place], rows):
             return None
-        # A row of zeros could be anyone's; it takes its step from the row before it (at the start: from the first that isn't zero).
+        # A row of zeros could be anyone's: it takes its step from the row before it, at the start from the first other one.
         occupied = rows.any(axis=1)
         last = np.maximum.accumulate(np.where(occupied, np.arange(len(rows)), -1))
         like = place[np.where(last >= 0, last, np.argmax(occupied))]
@@ -79,7 +79,9 @@ class _Table:
         meaning = self._meaning(owners, like, values.shape)
         if meaning is None:
             return None
-        return Gathered(QuantTensor(name, self.levels[place].reshape(values.shape), meaning), tuple(owner.name for owner in owners))
+        return Gathered(
+            QuantTensor(name, self.levels[place].reshape(values.shape), meaning), tuple(owner.name for owner in owners)
+        )
 
     def _meaning(self, owners: Sequence[QuantTensor], like: np.ndarray, shape: tuple[int, ...]) -> Scale | Codebook | None:
         """What the gathered levels stand for: one step per row, or what all owners share. None when they share nothing."""
@@ -89,7 +91,11 @@ class _Table:
         if isinstance(first, Codebook):
             books = [owner.meaning.values for owner in owners if isinstance(owner.meaning, Codebook)]
             return first if len(books) == len(owners) and all(np.array_equal(book, first.values) for book in books) else None
-        along = [owner.meaning.step for owner in owners if isinstance(owner.meaning, Scale) and owner.meaning.axis == len(owner.shape) - 1]
+        along = [
+            owner.meaning.step
+            for owner in owners
+            if isinstance(owner.meaning, Scale) and owner.meaning.axis == len(owner.shape) - 1
+        ]
         if len(along) != len(owners) or not all(np.array_equal(step.reshape(-1), along[0].reshape(-1)) for step in along):
             return None
         return Scale(along[0].reshape((1,) * (len(shape) - 1) + (-1,)))

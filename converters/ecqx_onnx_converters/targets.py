@@ -16,8 +16,12 @@ INT8_TYPES = frozenset({TensorProto.INT8, TensorProto.UINT8})
 INT4_TYPES = frozenset({TensorProto.INT4, TensorProto.UINT4})
 INT2_TYPES = frozenset({TensorProto.INT2, TensorProto.UINT2})
 
-# The first opset whose operators take the type.
-OPSET_OF_TYPE = {**dict.fromkeys(INT8_TYPES, 13), **dict.fromkeys(INT4_TYPES, 21), **dict.fromkeys(INT2_TYPES, 25)}
+# The first opset whose Cast and DequantizeLinear take the type.
+OPSET_OF_TYPE: Mapping[int, int] = {
+    **dict.fromkeys(INT8_TYPES, 10),
+    **dict.fromkeys(INT4_TYPES, 21),
+    **dict.fromkeys(INT2_TYPES, 25),
+}
 # The IR version that came with each opset; 8 is the first with model-local functions.
 IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
@@ -29,7 +33,6 @@ class Target:
     max_opset: highest opset the runtime has kernels for.
     dense_types: integer TensorProto types a weight may have.
     sparse: sparse_initializer of INT8 values can be loaded.
-    folded: model-local functions are inlined and constant-folded at load.
     dequantize: the form used when the user leaves the choice, "folded" or "standard".
     """
 
@@ -38,7 +41,6 @@ class Target:
     max_opset: int
     dense_types: frozenset[int]
     sparse: bool
-    folded: bool
     dequantize: str
 
     def ir_version(self, opset: int) -> int:
@@ -49,9 +51,9 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         # Opset 28 DequantizeLinear has no kernel in 1.32, so never above 25.
-        Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, INT8_TYPES | INT4_TYPES | INT2_TYPES, True, True, "folded"),
-        Target("onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, True, "folded"),
-        Target("qdq", "tools that want standard DequantizeLinear", 21, INT8_TYPES | INT4_TYPES, False, False, "standard"),
+        Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, INT8_TYPES | INT4_TYPES | INT2_TYPES, True, "folded"),
+        Target("onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, "folded"),
+        Target("qdq", "tools that want standard DequantizeLinear", 21, INT8_TYPES | INT4_TYPES, False, "standard"),
     )
 }
 

@@ -1,9 +1,10 @@
-"""How a weight's integers lie in the file: one module per way, each with the same two functions.
+"""How a weight's integers lie in the file: one module per way, each with the same three functions.
 
     encode(levels, name, target) -> Stored | Refusal       levels: int8, any shape; name: what the integer tensor shall be called
-    decode(name, contents) -> int8 levels                  the inverse; FileError for a damaged file
+    decode(name, contents) -> int8 levels                  the inverse; FileError for a damaged file, KeyError for an absent one
+    stored_bytes(name, contents) -> int                    what encode's Stored.nbytes was
 
-A new way is a module with these two functions and a line in `STORAGES`.
+A new way is a module with these functions and a line in registry.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from google.protobuf.message import Message
 from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 from ecqx_onnx_converters.targets import Target
@@ -49,7 +51,8 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes in the file: data, names and nodes; functions are shared and not counted."""
-        return sum(part.ByteSize() for part in (*self.initializers, *self.sparse_initializers, *self.nodes))
+        parts: list[Message] = [*self.initializers, *self.sparse_initializers, *self.nodes]
+        return sum(part.ByteSize() for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,7 @@ class Storage(Protocol):
 
     def encode(self, levels: np.ndarray, name: str, target: Target) -> Stored | Refusal: ...
     def decode(self, name: str, contents: Contents) -> np.ndarray: ...
+    def stored_bytes(self, name: str, contents: Contents) -> int: ...
 
 
 MAX_WEIGHTS = 1 << 31  # of one tensor; a file that declares more is damaged

@@ -16,7 +16,7 @@ from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored
 from ecqx_onnx_converters.targets import OPSET_OF_TYPE, Target
 
 # type -> (bits, lowest level, highest level), narrowest first. UINT8 is never needed: levels are int8.
-TYPES = {
+TYPES: dict[int, tuple[int, int, int]] = {
     TensorProto.INT2: (2, -2, 1),
     TensorProto.UINT2: (2, 0, 3),
     TensorProto.INT4: (4, -8, 7),
@@ -40,11 +40,19 @@ def decode(name: str, contents: Contents) -> np.ndarray:
     tensor = contents.initializers[name]
     size = math.prod(tensor.dims)
     if tensor.data_type not in TYPES or min(tensor.dims, default=0) < 0 or size > MAX_WEIGHTS:
-        raise FileError(f"integer tensor '{name}' has type {tensor.data_type} and dims {list(tensor.dims)}; the ONNX file is damaged")
+        raise FileError(
+            f"integer tensor '{name}' has type {tensor.data_type} and dims {list(tensor.dims)}; the ONNX file is damaged"
+        )
     bits, least, _ = TYPES[tensor.data_type]
     if len(tensor.raw_data) != (size * bits + 7) // 8:
-        raise FileError(f"integer tensor '{name}' of dims {list(tensor.dims)} has {len(tensor.raw_data)} bytes; the ONNX file is damaged")
+        raise FileError(
+            f"integer tensor '{name}' of dims {list(tensor.dims)} has {len(tensor.raw_data)} bytes; the ONNX file is damaged"
+        )
     return unpack_bits(tensor.raw_data, bits, size, signed=least < 0).reshape(tensor.dims)
+
+
+def stored_bytes(name: str, contents: Contents) -> int:
+    return contents.initializers[name].ByteSize()
 
 
 def pack_bits(levels: np.ndarray, bits: int) -> bytes:
@@ -57,7 +65,7 @@ def pack_bits(levels: np.ndarray, bits: int) -> bytes:
     padded[: flat.size] = flat & ((1 << bits) - 1)
     packed = np.zeros(padded.size // per_byte, np.uint8)
     for position in range(per_byte):
-        packed |= padded[position::per_byte] << (position * bits)
+        packed |= padded[position::per_byte] << np.uint8(position * bits)
     return packed.tobytes()
 
 
@@ -66,6 +74,6 @@ def unpack_bits(data: bytes, bits: int, size: int, *, signed: bool) -> np.ndarra
     packed = np.frombuffer(data, np.uint8)
     levels = np.empty((packed.size, 8 // bits), np.int8)
     for position in range(8 // bits):
-        high = packed << (8 - bits * (position + 1))  # the level in the highest bits: shifting back extends its sign
+        high = packed << np.uint8(8 - bits * (position + 1))  # the level in the highest bits: shifting back extends its sign
         levels[:, position] = (high.view(np.int8) if signed else high) >> (8 - bits)
     return levels.reshape(-1)[:size]

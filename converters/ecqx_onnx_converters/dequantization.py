@@ -1,0 +1,117 @@
+"""(integer tensor, what its levels stand for) -> nodes and constants that compute the float weight.
+
+Two forms. `folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for a codebook; runtimes
+inline it and fold it while loading, so inference runs at float speed. `standard`: DequantizeLinear, which every tool knows and
+which onnxruntime recomputes at every inference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ecqx_onnx.errors import FileError
+from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
+from ecqx_onnx_converters.storage import Refusal
+
+DOMAIN = "ecqx_onnx"
+
+# Function name -> (inputs, body). Codebook levels may be negative: Gather counts negative indices from the end, as Codebook does.
+BODIES = {
+    "Dequantize": (("levels", "step"), (("Cast", "levels", "floats"), ("Mul", "floats step", "weight"))),
+    "LookUp": (("levels", "values"), (("CastIndex", "levels", "indices"), ("Gather", "values indices", "weight"))),
+    "LookUpScaled": (
+        ("levels", "values", "factor"),
+        (("CastIndex", "levels", "indices"), ("Gather", "values indices", "found"), ("Mul", "found factor", "weight")),
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantization:
+    """Constants and the one node that turns the integer tensor into the weight; `function` is the model-local function it calls.
+
+    form: "folded" or "standard".
+    """
+
+    form: str
+    node: NodeProto
+    initializers: tuple[TensorProto, ...]
+    function: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.node.ByteSize() + sum(tensor.ByteSize() for tensor in self.initializers)
+
+
+def folded(tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None) -> Dequantization:
+    """`constant` names the step or the codebook; a factor's name is that with an f appended."""
+    if isinstance(tensor.meaning, Scale):
+        inputs, constants = [constant], [numpy_helper.from_array(tensor.meaning.step.astype(np.float32), constant)]
+        name = "Dequantize"
+    else:
+        inputs, constants = [constant], [numpy_helper.from_array(tensor.meaning.values.astype(np.float32), constant)]
+        name = "LookUp"
+        if factor is not None:
+            name, inputs = "LookUpScaled", [constant, constant + "f"]
+            constants.append(numpy_helper.from_array(factor.astype(np.float32), constant + "f"))
+    return Dequantization("folded", helper.make_node(name, [levels, *inputs], [output], domain=DOMAIN), tuple(constants), name)
+
+
+def standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) -> Dequantization | Refusal:
+    """DequantizeLinear: one step, or one per index along one axis."""
+    refusal = why_not_standard(tensor)
+    if refusal is not None:
+        return refusal
+    assert isinstance(tensor.meaning, Scale)  # narrowed by why_not_standard
+    axis = tensor.meaning.axis
+    step = numpy_helper.from_array(tensor.meaning.step.reshape(() if axis is None else (-1,)).astype(np.float32), constant)
+    node = helper.make_node("DequantizeLinear", [levels, constant], [output])
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", axis))
+    return Dequantization("standard", node, (step,))
+
+
+def why_not_standard(tensor: QuantTensor) -> Refusal | None:
+    if isinstance(tensor.meaning, Codebook):
+        return Refusal("a codebook isn't a uniform grid, which DequantizeLinear needs")
+    if sum(length > 1 for length in tensor.meaning.step.shape) > 1:
+        return Refusal(
+            f"the step, of shape {list(tensor.meaning.step.shape)}, varies along more than the one axis of DequantizeLinear"
+        )
+    return None
+
+
+def function(name: str, opset: int) -> FunctionProto:
+    """One of BODIES as a model-local function."""
+    inputs, body = BODIES[name]
+    nodes = []
+    for operation, sources, result in body:
+        if operation.startswith("Cast"):
+            to = TensorProto.INT32 if operation == "CastIndex" else TensorProto.FLOAT
+            nodes.append(helper.make_node("Cast", [sources], [result], to=to))
+        else:
+            nodes.append(helper.make_node(operation, sources.split(), [result]))
+    return helper.make_function(DOMAIN, name, list(inputs), ["weight"], nodes, [helper.make_opsetid("", opset)])
+
+
+def meaning_of(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> tuple[Scale | Codebook, np.ndarray | None]:
+    """The inverse of `folded` and `standard`: (what the node's levels stand for, factor). rank: of the integer tensor."""
+    missing = [name for name in node.input[1:] if name not in constants]
+    if missing or len(node.input) < 2:
+        raise FileError(
+            f"the dequantisation of '{node.input[0]}' reads '{missing[:1] or node.op_type}', not a constant; the file is damaged"
+        )
+    first = constants[node.input[1]]
+    if node.op_type == "DequantizeLinear":
+        if first.ndim == 0:
+            return Scale(first), None
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        if first.ndim != 1 or not -rank <= axis < rank:
+            raise FileError(f"the step of '{node.input[0]}' has shape {list(first.shape)} and axis {axis}; the file is damaged")
+        return Scale(first.reshape([-1 if dimension == axis % rank else 1 for dimension in range(rank)])), None
+    if node.op_type == "Dequantize":
+        return Scale(first), None
+    return Codebook(first), constants[node.input[2]] if node.op_type == "LookUpScaled" else None

@@ -1,0 +1,161 @@
+"""An .onnx file that `write` made -> the levels of its weights and what they stand for, checked against their CRC."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+
+from ecqx_onnx.errors import FileError
+from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
+from ecqx_onnx_converters.dequantization import DOMAIN, meaning_of
+from ecqx_onnx_converters.files import external_values, read_proto
+from ecqx_onnx_converters.graph import tensor_values
+from ecqx_onnx_converters.matching import GraphWeight
+from ecqx_onnx_converters.storage import Contents
+from ecqx_onnx_converters.storage.registry import STORAGES
+from ecqx_onnx_converters.writer import METADATA_KEY, levels_crc
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """One weight of a written file.
+
+    weight: name and layout as in the float graph; `weight.dequantize()` is what the file's graph computes.
+    nbytes: of the integers as stored, with their decoding.
+    crc_ok: the levels have the checksum that the metadata states.
+    """
+
+    weight: GraphWeight
+    storage: str
+    levels_name: str
+    nbytes: int
+    crc_ok: bool
+
+
+def read_metadata(model: ModelProto) -> dict[str, Any]:
+    """What `write` put under METADATA_KEY; empty for a file of someone else's. FileError when it can't be read."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"the metadata '{METADATA_KEY}' of the ONNX file is no JSON ({error}); the file is damaged") from error
+    if not isinstance(content, dict) or content.get("format") != 1 or not isinstance(content.get("tensors"), list):
+        raise FileError(
+            f"the metadata '{METADATA_KEY}' of the ONNX file isn't of format 1; update ecqx-onnx, or the file is damaged"
+        )
+    return content
+
+
+def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
+    """Every weight that the metadata lists; none for a file of someone else's. FileError for a file that is damaged or lies."""
+    model = source if isinstance(source, ModelProto) else read_proto(source)
+    if not isinstance(source, ModelProto):
+        _bring_in(model, Path(source).parent)
+    records = read_metadata(model).get("tensors", [])
+    contents = Contents.of(model)
+    users: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input[:1]:
+            users.setdefault(name, []).append(node)
+    return tuple(_read(_Record.of(record), contents, users) for record in records)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One entry of the metadata's list of tensors, with its types checked."""
+
+    name: str
+    storage: str
+    levels: str
+    sources: tuple[str, ...]
+    transposed: bool
+    crc32: int
+
+    @classmethod
+    def of(cls, record: Any) -> _Record:
+        try:
+            name, sources = str(record["name"]), record.get("sources", [record["name"]])
+            parsed = cls(
+                name, str(record["storage"]), str(record["levels"]), tuple(str(source) for source in sources),
+                record.get("transposed", False) is True, int(record["crc32"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(
+                f"the metadata of the ONNX file describes a tensor wrongly ({error!r}); the file is damaged"
+            ) from error
+        if parsed.storage not in STORAGES:
+            raise FileError(f"weight '{name}' has storage '{parsed.storage}', which this version can't read; update ecqx-onnx")
+        return parsed
+
+
+def _read(record: _Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> StoredWeight:
+    try:
+        levels = STORAGES[record.storage].decode(record.levels, contents)
+    except KeyError as error:
+        raise FileError(
+            f"the integers '{record.levels}' of weight '{record.name}' aren't in the file; some tool has folded or renamed them:"
+            " convert the model again, and simplify it before, not after"
+        ) from error
+    node = _dequantization(record, contents, users)
+    constants = {name: _floats(contents.initializers[name]) for name in node.input[1:] if name in contents.initializers}
+    meaning, factor = meaning_of(node, constants, levels.ndim)
+    try:
+        for part in (meaning.step if isinstance(meaning, Scale) else None, factor):
+            if part is not None and np.broadcast_shapes(part.shape, levels.shape) != levels.shape:
+                raise ValueError("a constant is larger than the weight")
+        if isinstance(meaning, Codebook) and levels.size:
+            meaning.values[[int(levels.min()), int(levels.max())]]
+    except (ValueError, IndexError) as error:
+        raise FileError(
+            f"the levels of '{record.name}', {list(levels.shape)}, don't fit what dequantises them ({error})"
+        ) from error
+    tensor = QuantTensor(record.name, levels, meaning)
+    crc_ok = levels_crc(levels) == record.crc32
+    if record.transposed:
+        tensor, factor = tensor.transpose((1, 0)), factor if factor is None else factor.T
+    weight = GraphWeight(record.name, tensor, record.sources, factor)
+    return StoredWeight(
+        weight, record.storage, record.levels, STORAGES[record.storage].stored_bytes(record.levels, contents), crc_ok
+    )
+
+
+def _dequantization(record: _Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:
+    """The node that dequantises the record's levels into its value, or, for an embedding, into the gathered rows."""
+    node = contents.makers.get(record.name)
+    if node is not None and node.op_type == "Transpose":
+        node = contents.makers.get(node.input[0])
+    if node is not None and node.input[0] == record.levels and (node.domain == DOMAIN or node.op_type == "DequantizeLinear"):
+        return node
+    reached, queue = set(), [record.levels]
+    while queue:
+        for user in users.get(queue.pop(), []):
+            if user.op_type == "DequantizeLinear":
+                return user
+            if user.op_type in ("Cast", "Gather") and user.output[0] not in reached:
+                reached.add(user.output[0])
+                queue.append(user.output[0])
+    raise FileError(
+        f"nothing dequantises weight '{record.name}' in the ONNX file; some tool has rewritten it: convert the model again"
+    )
+
+
+def _floats(tensor: TensorProto) -> np.ndarray:
+    if tensor.data_type != TensorProto.FLOAT:
+        raise FileError(f"'{tensor.name}' should be float32 and has type {tensor.data_type}; the ONNX file is damaged")
+    return tensor_values(tensor)
+
+
+def _bring_in(model: ModelProto, folder: Path) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            tensor.raw_data = external_values(tensor, folder).tobytes()
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")

@@ -1,0 +1,240 @@
+"""Plan -> ModelProto -> .onnx file, whole or not at all; and a report of what lies in it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, helper
+
+from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.consumers import apply_standard, find_uses
+from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, folded, function, standard
+from ecqx_onnx_converters.files import PROTOBUF_LIMIT, replacing, write_proto
+from ecqx_onnx_converters.graph import all_graphs, value_names
+from ecqx_onnx_converters.matching import Missing
+from ecqx_onnx_converters.names import NameMaker
+from ecqx_onnx_converters.opsets import set_opset
+from ecqx_onnx_converters.planning import Entry, Kept, Plan
+
+METADATA_KEY = "ecqx_onnx"
+EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """One weight as it lies in the file. nbytes: integers and their decoding, step or codebook; tied weights count their integers
+    once, with the first. entropy: bits per weight; zeros: share in [0, 1]."""
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    bits: int
+    zeros: float
+    entropy: float
+    storage: str
+    dequantization: str
+    nbytes: int
+    rescaled: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """nbytes: of all files. kept: float weights; missing: quantised tensors that the graph doesn't have."""
+
+    path: Path
+    nbytes: int
+    opset: int
+    target: str
+    tensors: tuple[WrittenTensor, ...]
+    kept: tuple[Kept, ...]
+    missing: tuple[Missing, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A finished model. payloads: values of the initializers that `model` declares without data."""
+
+    model: ModelProto
+    payloads: Mapping[str, np.ndarray]
+    tensors: tuple[WrittenTensor, ...] = field(default=())
+
+    def to_model(self) -> ModelProto:
+        """With the data in place; for models that fit one protobuf."""
+        model = ModelProto()
+        model.CopyFrom(self.model)
+        for tensor in model.graph.initializer:
+            if tensor.name in self.payloads:
+                tensor.raw_data = self.payloads[tensor.name].tobytes()
+        return model
+
+
+def write(
+    plan: Plan,
+    path: Path | str,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    force: bool = False,
+    external_data: bool | None = None,
+) -> WriteReport:
+    """Writes `path`, and `<path>.data` beside it when the tensors need more than one protobuf holds (or external_data=True).
+
+    metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors. Same plan, same bytes.
+    """
+    path = Path(path)
+    built = build(plan, metadata=metadata)
+    if external_data is None:
+        external_data = _tensor_bytes(built) > EXTERNAL_FROM
+    with replacing(path, force=force) as temporary:
+        write_proto(built.model, built.payloads, temporary, external=external_data)
+        _check(temporary)
+        nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
+    return WriteReport(path, nbytes, plan.opset, plan.target.name, built.tensors, plan.kept, plan.missing)
+
+
+def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
+    """The model in memory; the plan's graph is left as it is."""
+    model = ModelProto()
+    model.CopyFrom(plan.graph.proto)
+    quantised = {entry.weight.name for entry in plan.entries}
+    graph = model.graph
+    for values in (graph.initializer, graph.input):  # old exporters list weights among the inputs, too
+        for index in reversed([index for index, value in enumerate(values) if value.name in quantised]):
+            del values[index]
+    for scope in all_graphs(graph):
+        scope.ClearField("value_info")  # shapes that every runtime infers; they outweigh a small model's weights
+    set_opset(model, plan.opset)
+    model.ir_version = max(plan.target.ir_version(plan.opset), 8)
+    model.producer_name = "ecqx-onnx"
+    model.ClearField("producer_version")
+    tensors = _put_weights(model, plan)
+    payloads = {name: values for name, values in plan.graph.weights.items() if name not in quantised}
+    records = [_record(entry) for entry in plan.entries]
+    content = {"format": 1, **(metadata or {}), "tensors": records}
+    for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
+        del model.metadata_props[index]
+    model.metadata_props.add(
+        key=METADATA_KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False, sort_keys=False)
+    )
+    return Built(model, payloads, tensors)
+
+
+def _put_weights(model: ModelProto, plan: Plan) -> tuple[WrittenTensor, ...]:
+    """Storage, dequantisation and functions; sparse tensors last, since other tools drop them."""
+    graph, names, uses = model.graph, NameMaker(value_names(model.graph)), find_uses(model.graph)
+    names.taken.update(name for entry in plan.entries for name in _names_of(entry))
+    nodes: list[NodeProto] = []
+    functions: dict[tuple[str, str], FunctionProto] = {}
+    sparse: list[SparseTensorProto] = []
+    rows: list[WrittenTensor] = []
+    seen: set[str] = set()
+    for entry in plan.entries:
+        first = entry.stored.levels not in seen
+        if first:
+            seen.add(entry.stored.levels)
+            graph.initializer.extend(entry.stored.initializers)
+            sparse.extend(entry.stored.sparse_initializers)
+            nodes.extend(entry.stored.nodes)
+            functions.update({(part.domain, part.name): part for part in entry.stored.functions})
+        dequantization = _dequantization(entry, names)
+        graph.initializer.extend(dequantization.initializers)
+        if dequantization.function is not None:
+            functions[DOMAIN, dequantization.function] = function(dequantization.function, plan.opset)
+        if entry.form is None or entry.form.dense:
+            nodes.append(dequantization.node)
+            if entry.form is None and entry.permutation is not None:
+                nodes[-1].output[0] = names("t")
+                nodes.append(helper.make_node("Transpose", [nodes[-1].output[0]], [entry.weight.name], perm=entry.permutation))
+        if entry.form is not None:
+            step = dequantization.initializers[0].name
+            weight, stored = entry.weight, entry.stored
+            apply_standard(
+                weight.tensor,
+                uses[weight.name],
+                weight=weight.name,
+                levels=stored.levels,
+                type=stored.type,
+                step=step,
+                names=names,
+            )
+        rows.append(_row(entry, dequantization, first))
+    existing = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *existing])
+    graph.sparse_initializer.extend(sparse)
+    for part in functions.values():
+        model.functions.add().CopyFrom(part)
+    set_opset(model, plan.opset)
+    present = {entry.domain for entry in model.opset_import}
+    for domain in sorted({domain for domain, _ in functions} - present):
+        model.opset_import.append(helper.make_opsetid(domain, 1))
+    return tuple(rows)
+
+
+def _names_of(entry: Entry) -> set[str]:
+    parts = (*entry.stored.initializers, *(sparse.values for sparse in entry.stored.sparse_initializers))
+    return {entry.stored.levels, *(part.name for part in parts), *(name for node in entry.stored.nodes for name in node.output)}
+
+
+def _dequantization(entry: Entry, names: NameMaker) -> Dequantization:
+    weight, constant = entry.weight, names("s")
+    if entry.form is None:
+        tensor = weight.tensor if entry.permutation is None else weight.tensor.transpose(entry.permutation)
+        factor = (
+            weight.factor if weight.factor is None or entry.permutation is None else weight.factor.transpose(entry.permutation)
+        )
+        return folded(tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor)
+    tensor = weight.tensor.transpose((1, 0)) if entry.form.transposed else weight.tensor
+    made = standard(tensor, levels=entry.stored.levels, output=weight.name, constant=constant)
+    if not isinstance(made, Dequantization):
+        raise TypeError(f"planning let through what DequantizeLinear can't express: {made.reason}")
+    return made
+
+
+def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTensor:
+    tensor = entry.weight.tensor
+    nbytes = dequantization.nbytes + (entry.stored.nbytes if first else 0)
+    label = entry.stored.label if first else f"{entry.stored.label}, shared"
+    return WrittenTensor(
+        entry.weight.name, entry.weight.sources, tensor.shape, tensor.bits, tensor.zeros, tensor.entropy,
+        label, entry.dequantization, nbytes, entry.weight.rescaled, entry.reason,
+    )  # fmt: skip
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    """What the metadata says of one weight; `crc32` is that of its int8 levels, row-major in the layout they are stored in."""
+    tensor = entry.weight.tensor
+    turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
+    record: dict[str, Any] = {"name": entry.weight.name, "storage": entry.stored.storage, "levels": entry.stored.levels}
+    if entry.weight.sources != (entry.weight.name,):
+        record["sources"] = list(entry.weight.sources)
+    if turned:
+        record["transposed"] = True
+    return record | {"bits": tensor.bits, "crc32": levels_crc(tensor.levels.T if turned else tensor.levels)}
+
+
+def levels_crc(levels: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(levels, np.int8).tobytes())
+
+
+def _tensor_bytes(built: Built) -> int:
+    inside = sum(tensor.ByteSize() for tensor in built.model.graph.initializer)
+    return inside + sum(values.nbytes for values in built.payloads.values())
+
+
+def _check(path: Path) -> None:
+    """onnx's checker, with shape inference unless there are sparse tensors (which strict inference rejects)."""
+    model = onnx.load(path, load_external_data=False)
+    full = not model.graph.sparse_initializer
+    del model
+    try:
+        onnx.checker.check_model(str(path), full_check=full)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise FileError(f"the model would not be valid ONNX and was not written: {str(error).strip().splitlines()[0]}") from error
