@@ -1,0 +1,91 @@
+"""The options of a quantisation, as one frozen value; (parameter name) -> how that parameter is quantised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from ecqx_onnx.errors import OptionError
+from ecqx_onnx.quantization.assignment import Band
+from ecqx_onnx.quantization.grid import Levels, StepRule
+
+Granularity = Literal["tensor", "channel"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantised.
+
+    bits: 2 to 8, one number or {pattern of parameter names: bits}, the last matching pattern wins ("*" for all others).
+    entropy_weight: γ in [0, 1], how dear a bit is against a squared error; 0 is nearest level.
+    relevance: name of a zennit composite, a Composite, or None for plain ECQ.
+    start: relevance at the output: "logit", "probability", "ones" of the true class, or a function (output, target).
+    refresh_every: relevances are taken anew every so many steps. relevance_memory: share of the old in the moving average.
+    rho: ρ of f(R) = ρ R^β. keep, prune: relevances may lower the share of zeros by `keep` and raise it by `prune`, no further.
+    zero_floor: P_0 is at least this, so that zero is the cheapest symbol; 0 turns it off.
+    levels, step, granularity: the grid, see grid.py. exclude: patterns of parameter names that stay float.
+    """
+
+    bits: int | Mapping[str, int] = 4
+    entropy_weight: float = 0.1
+    relevance: Any = "epsilon_plus_flat"
+    start: Any = "logit"
+    refresh_every: int = 8
+    relevance_memory: float = 0.9
+    rho: float = 2.0
+    keep: float = 0.1
+    prune: float = 0.1
+    zero_floor: float = 0.5
+    levels: Levels = "symmetric"
+    step: StepRule = "auto"
+    granularity: Granularity = "tensor"
+    exclude: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name, choices in (("levels", Levels), ("step", StepRule), ("granularity", Granularity)):
+            if getattr(self, name) not in get_args(choices):
+                raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(get_args(choices))}")
+        for name in ("entropy_weight", "keep", "prune", "zero_floor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise OptionError(f"{name} is {value}: choose a number from 0 to 1")
+        if not 0 <= self.relevance_memory < 1:
+            raise OptionError(f"relevance_memory is {self.relevance_memory}: choose a number from 0 to below 1")
+        if not (math.isfinite(self.rho) and self.rho > 1):
+            raise OptionError(f"rho is {self.rho}: f(R) = ρ R^β needs ρ above 1")
+        if self.refresh_every < 1:
+            raise OptionError(f"refresh_every is {self.refresh_every}: choose 1 or more steps")
+        for bits in self.bits.values() if isinstance(self.bits, Mapping) else (self.bits,):
+            if not (isinstance(bits, int) and 2 <= bits <= 8):
+                raise OptionError(f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8")
+        if isinstance(self.exclude, str):
+            object.__setattr__(self, "exclude", (self.exclude,))
+
+    @property
+    def band(self) -> Band:
+        return Band(self.keep, self.prune)
+
+    def excluded_by(self, name: str) -> str | None:
+        """The pattern that keeps this parameter float, if one does."""
+        return next((pattern for pattern in self.exclude if fnmatchcase(name, pattern)), None)
+
+    def bits_of(self, name: str) -> int | None:
+        """None if no pattern matches: the parameter stays float."""
+        if not isinstance(self.bits, Mapping):
+            return self.bits
+        matching = [bits for pattern, bits in self.bits.items() if fnmatchcase(name, pattern)]
+        return matching[-1] if matching else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and strings only; a Composite or a function by its type's or its own name."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["bits"] = dict(self.bits) if isinstance(self.bits, Mapping) else self.bits
+        values["exclude"] = list(self.exclude)
+        if not isinstance(self.relevance, str | None):
+            values["relevance"] = type(self.relevance).__name__
+        if callable(self.start):
+            values["start"] = getattr(self.start, "__name__", type(self.start).__name__)
+        return values
