@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
+from ecqx_onnx_converters.writer import levels_crc
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from ecqx_onnx.data.dataset import Arrays, Split
 from ecqx_onnx.errors import DataError, FileError
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.validation import ValidationReport, render, validate
+from ecqx_onnx.validation import ValidationReport, validate
 from ecqx_onnx.validation.twin import float_twin
 from tests.onnx_torch_pairs import Pair, edit, make_pair
+
+
+def converted(folder: Path, *, storage: str = "dense", dequantize: str = "folded") -> tuple[Pair, Path]:
+    """The pair's float graph through the converter."""
+    pair = make_pair(decoding="float")
+    graph = FloatGraph.from_model(pair.model)
+    plan = make_plan(graph, match(graph.weights, pair.tensors), storage=storage, dequantize=dequantize)
+    write(plan, folder / "model.onnx")
+    return pair, folder / "model.onnx"
 
 
 def some_data(pair: Pair, count: int = 100) -> Split:
@@ -118,7 +130,7 @@ def test_a_fixed_batch_size_is_honoured_and_every_sample_counted(tmp_path):
 
 def test_the_preprocessing_in_the_file_is_used_unless_another_is_given(tmp_path):
     halved = Preprocessing("array", scale=2.0)
-    pair = make_pair(metadata=json.dumps({"preprocessing": halved.to_json()}))
+    pair = make_pair(metadata=json.dumps({"format": 1, "tensors": [], "preprocessing": halved.to_json()}))
     path, data = pair.save(tmp_path), some_data(pair)
     stored = validate(path, split=data, latency_runs=0)
     given = validate(path, split=data, preprocessing=Preprocessing("array"), latency_runs=0)
@@ -161,7 +173,7 @@ def test_an_empty_data_set_is_refused(tmp_path):
 
 
 def test_a_preprocessing_that_cannot_be_used_is_refused(tmp_path):
-    pair = make_pair(metadata=json.dumps({"preprocessing": "{}"}))
+    pair = make_pair(metadata=json.dumps({"format": 1, "tensors": [], "preprocessing": "{}"}))
     with pytest.raises(FileError, match="preprocessing"):
         validate(pair.save(tmp_path), split=some_data(pair))
 
@@ -180,7 +192,7 @@ def test_the_report_is_json_and_a_table(tmp_path):
     assert document["ok"] is False
     assert document["onnx_accuracy"]["total"] == 100
     console = Console(file=io.StringIO(), width=160)
-    console.print(render(report))
+    console.print(report.render())
     text = console.file.getvalue()
     assert "FAILED" in text
     assert "outputs" in text.splitlines()[-1]
@@ -216,3 +228,64 @@ def test_the_float_twin_decodes_inside_branches_too():
     assert np.array_equal(twin.weights["w"], weight.astype(np.float32))
     branch = next(attribute.g for attribute in twin.proto.graph.node[0].attribute if attribute.name == "then_branch")
     assert [node.op_type for node in branch.node] == ["MatMul"]
+
+
+@pytest.mark.parametrize("dequantize", ["folded", "standard"])
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
+def test_stored_and_decoded_weights_of_a_converted_file_are_pytorchs(tmp_path, storage, dequantize):
+    pair, path = converted(tmp_path, storage=storage, dequantize=dequantize)
+    report = validate(path, reference=pair.reference, tensors=pair.tensors, split=some_data(pair), latency_runs=0)
+    assert report.ok, report.failures
+    check = next(check for check in report.checks if check.name == "weights")
+    assert (check.measured, check.limit) == (2, 2)
+
+
+def one_level_changed(path: Path, *, checksum_too: bool) -> None:
+    """The first level of the first weight, moved by one; as a clever forger also with the right checksum."""
+    model = onnx.load(path)
+    stored = next(tensor for tensor in model.graph.initializer if tensor.name == read_weights(path)[0].levels_name)
+    content = bytearray(stored.raw_data)
+    content[0] ^= 1
+    stored.raw_data = bytes(content)
+    if checksum_too:
+        entry = next(entry for entry in model.metadata_props if entry.key == "ecqx_onnx")
+        metadata = json.loads(entry.value)
+        onnx.save(model, path)
+        metadata["tensors"][0]["crc32"] = levels_crc(read_weights(path)[0].weight.tensor.levels)
+        entry.value = json.dumps(metadata)
+    onnx.save(model, path)
+
+
+def test_a_changed_level_breaks_the_checksum_and_the_weights_check(tmp_path):
+    pair, path = converted(tmp_path)
+    one_level_changed(path, checksum_too=False)
+    report = validate(path, tensors=pair.tensors, latency_runs=0)
+    assert [check.name for check in report.failures] == ["weights"]
+    assert "checksum" in report.failures[0].sentence
+
+
+def test_a_changed_level_with_a_forged_checksum_differs_from_pytorch(tmp_path):
+    pair, path = converted(tmp_path)
+    one_level_changed(path, checksum_too=True)
+    report = validate(path, reference=pair.reference, tensors=pair.tensors, split=some_data(pair), latency_runs=0)
+    assert {"weights", "outputs"} <= {check.name for check in report.failures}
+    sentence = next(check.sentence for check in report.failures if check.name == "weights")
+    assert "'0.weight' differs from PyTorch's in 1 of 128 values" in sentence
+
+
+def test_a_float_file_is_compared_weight_by_weight_too(tmp_path):
+    pair = make_pair(decoding="float")
+    assert validate(pair.save(tmp_path), tensors=pair.tensors, latency_runs=0).ok
+    values = numpy_helper.to_array(edit(pair.model, "2.weight")).copy()
+    values[0, 0] += np.float32(0.037)
+    edit(pair.model, "2.weight").raw_data = values.tobytes()
+    report = validate(pair.save(tmp_path), tensors=pair.tensors, latency_runs=0)
+    assert "'2.weight' differs from PyTorch's in 1 of 80 values" in report.failures[0].sentence
+
+
+def test_a_file_whose_weights_some_tool_has_folded_fails_with_advice(tmp_path):
+    pair, path = converted(tmp_path)
+    metadata = onnx.load(path).metadata_props[0].value
+    inflated = make_pair(decoding="float", metadata=metadata).save(tmp_path, "inflated.onnx")
+    report = validate(inflated, tensors=pair.tensors, latency_runs=0)
+    assert "some tool has folded" in report.failures[0].sentence

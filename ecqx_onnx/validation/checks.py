@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+from ecqx_onnx_converters.graph import all_graphs
 from onnxruntime import InferenceSession
 
 from ecqx_onnx.errors import CheckFailed
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.comparison import Comparison, Difference
 from ecqx_onnx.validation.metrics import largest_difference
-from ecqx_onnx.validation.model_file import ModelFile, graphs
+from ecqx_onnx.validation.model_file import ModelFile
 from ecqx_onnx.validation.report import Check
 from ecqx_onnx.validation.sessions import run
+from ecqx_onnx.validation.weights import WeightsComparison
 
 # Operators that round activations to integers, and those that compute on such.
 QUANTISING = {
@@ -78,9 +80,23 @@ def rounds_activations(operator: str) -> bool:
 
 def activations_quantised(file: ModelFile) -> bool:
     """Whether the file itself says so: in our metadata, or, for a foreign file, by such operators in its graph."""
-    if file.metadata is not None:
+    if file.metadata:
         return bool(file.metadata.get("activations"))
-    return any(rounds_activations(node.op_type) for graph in graphs(file.proto) for node in graph.node)
+    return any(rounds_activations(node.op_type) for graph in all_graphs(file.proto.graph) for node in graph.node)
+
+
+def weights_check(comparison: WeightsComparison) -> Check:
+    """The stored integers dequantise to PyTorch's values bit for bit, and the runtime decodes them so."""
+    faults = comparison.faults
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        return Check("weights", False, comparison.equal, comparison.total, f"{faults[0]}{more}")
+    sentence = f"all {comparison.total} quantised weights are PyTorch's bit for bit, as stored and as the runtime decodes them"
+    if comparison.rescaled:
+        sentence += f"; {comparison.rescaled} of them up to a factor per channel (BatchNorm), for which the outputs vouch"
+    if comparison.absent:
+        sentence += f"; not in the graph: {', '.join(comparison.absent)}"
+    return Check("weights", True, comparison.equal, comparison.total, sentence)
 
 
 def difference_check(comparison: Comparison, *, quantised: bool) -> Check:

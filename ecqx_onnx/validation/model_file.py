@@ -5,7 +5,6 @@ Nothing is loaded into a runtime before it has passed here: lying shapes, data c
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from ecqx_onnx_converters.files import read_proto
+from ecqx_onnx_converters.graph import all_graphs
+from ecqx_onnx_converters.reading import read_metadata
 from onnx import TensorProto, numpy_helper
 
 from ecqx_onnx.errors import FileError, ModelError
-
-METADATA_KEY = "ecqx_onnx"
 
 # Sub-byte types pack several values into a byte; all others have numpy's itemsize.
 SUB_BYTE_BITS: dict[int, int] = {
@@ -41,12 +40,12 @@ TYPED_FIELDS: dict[int, str] = {
 
 @dataclass(frozen=True, eq=False)
 class ModelFile:
-    """proto: without the contents of external data. metadata: our JSON in it, None for a foreign file."""
+    """proto: without the contents of external data. metadata: our JSON in it, empty for a foreign file."""
 
     path: Path
     proto: onnx.ModelProto
     external: tuple[Path, ...]
-    metadata: dict[str, Any] | None
+    metadata: dict[str, Any]
 
     @property
     def size(self) -> int:
@@ -66,7 +65,14 @@ class ModelFile:
 def read_model(path: Path | str) -> ModelFile:
     """FileError if the file is missing, damaged or lies about itself; ModelError if a weight is not a number."""
     path = Path(path)
-    proto = _parse(path, _bytes(path))
+    proto = read_proto(path)
+    _check_text(path, proto)
+    if not proto.graph.output:
+        raise FileError(f"{path}: holds a graph without outputs; the file is damaged or cut short")
+    try:
+        metadata = read_metadata(proto)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from error
     external = set()
     for where, tensor in named_tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -76,25 +82,12 @@ def read_model(path: Path | str) -> ModelFile:
             _check_numbers(path, where, tensor)
     for sparse in proto.graph.sparse_initializer:
         _check_sparse(path, sparse)
-    return ModelFile(path, proto, tuple(sorted(external)), _metadata(path, proto))
-
-
-def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and every graph inside its nodes (branches of If, bodies of Loop), outer ones first."""
-
-    def within(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                    yield from within(inner)
-
-    yield from within(proto.graph)
+    return ModelFile(path, proto, tuple(sorted(external)), metadata)
 
 
 def named_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
     """(what it is in words, tensor) for every tensor stored in the model."""
-    for graph in graphs(proto):
+    for graph in all_graphs(proto.graph):
         for tensor in graph.initializer:
             yield f"initializer '{tensor.name}'", tensor
         for sparse in graph.sparse_initializer:
@@ -113,30 +106,16 @@ def stored_bytes(tensor: TensorProto) -> int:
     return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
-def _bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise FileError(f"{path} is a folder: give the .onnx file in it")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from None
-    if not content:
-        raise FileError(f"{path} is empty (0 bytes): write the ONNX file again")
-    return content
-
-
-def _parse(path: Path, content: bytes) -> onnx.ModelProto:
-    try:
-        proto = onnx.load_model_from_string(content)
-    except DecodeError:
-        raise FileError(f"{path} is not an ONNX file, or it is damaged or cut short ({len(content)} bytes were read)") from None
-    if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
-        raise FileError(f"{path} is not an ONNX model: it has no IR version, graph or opset ({len(content)} bytes were read)")
-    if not proto.graph.output:
-        raise FileError(f"{path} holds a graph without outputs: the file is damaged or cut short")
-    return proto
+def _check_text(path: Path, message: Any) -> None:
+    """Protobuf hands over text that is not UTF-8 as bytes, on which runtimes stumble."""
+    for field, value in message.ListFields():
+        if field.message_type is None and field.cpp_type != field.CPPTYPE_STRING:
+            continue
+        for part in value if field.is_repeated else [value]:
+            if field.message_type is not None:
+                _check_text(path, part)
+            elif field.type == field.TYPE_STRING and not isinstance(part, str):
+                raise FileError(f"{path}: holds a name that is no text ({bytes(part)[:40]!r}); the file is damaged")
 
 
 def _constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
@@ -208,17 +187,3 @@ def _external_file(path: Path, where: str, tensor: TensorProto) -> Path:
             f"{path}: {where} needs bytes {offset} to {offset + length} of '{location}', which has only {file.stat().st_size}"
         )
     return file
-
-
-def _metadata(path: Path, proto: onnx.ModelProto) -> dict[str, Any] | None:
-    for entry in proto.metadata_props:
-        if entry.key == METADATA_KEY:
-            try:
-                metadata = json.loads(entry.value)
-            except ValueError as error:
-                raise FileError(f"{path}: its '{METADATA_KEY}' metadata is not JSON ({error}): convert the model again") from None
-            if not isinstance(metadata, dict):
-                kind = type(metadata).__name__
-                raise FileError(f"{path}: its '{METADATA_KEY}' metadata is a {kind}, not an object: convert the model again")
-            return metadata
-    return None

@@ -75,6 +75,18 @@ class ValidationReport:
     def failures(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if check.passed is False)
 
+    def render(self) -> RenderableType:
+        """As tables for a terminal: every check, the numbers, and a last line with the verdict."""
+        checks = Table(title=Text(f"{self.file} on {self.runtime}"), title_justify="left")
+        for heading in ("", "check", "measured", "limit", "what it says"):
+            checks.add_column(heading, overflow="fold")
+        for check in self.checks:
+            checks.add_row(_mark(check), check.name, show(check.measured), show(check.limit), Text(check.sentence))
+        numbers = Table(show_header=False)
+        for name, value in _numbers(self):
+            numbers.add_row(name, Text(value))
+        return Group(checks, numbers, _verdict(self))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; sizes in bytes, times in seconds, shares in [0, 1]."""
         return {
@@ -94,19 +106,6 @@ class ValidationReport:
             "operators": dict(sorted(self.operators.items())),
             "checks": [check.to_json() for check in self.checks],
         }
-
-
-def render(report: ValidationReport) -> RenderableType:
-    """The report as tables for a terminal: every check, the numbers, and a last line with the verdict."""
-    checks = Table(title=Text(f"{report.file} on {report.runtime}"), title_justify="left")
-    for heading in ("", "check", "measured", "limit", "what it says"):
-        checks.add_column(heading, overflow="fold")
-    for check in report.checks:
-        checks.add_row(_mark(check), check.name, show(check.measured), show(check.limit), Text(check.sentence))
-    numbers = Table(show_header=False)
-    for name, value in _numbers(report):
-        numbers.add_row(name, Text(value))
-    return Group(checks, numbers, _verdict(report))
 
 
 def show(value: Value) -> str:

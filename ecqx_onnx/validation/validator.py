@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import onnx
 import torch
+from ecqx_onnx_converters.reading import read_weights
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, FileError
@@ -29,6 +31,7 @@ from ecqx_onnx.validation.sessions import (
     synthetic_inputs,
 )
 from ecqx_onnx.validation.twin import FloatTwin, float_twin
+from ecqx_onnx.validation.weights import compare_weights
 
 SYNTHETIC_BATCH = 4
 
@@ -78,11 +81,10 @@ def validate(
     found.append(checks.levels_check(session, plain, few, _bounds(comparison, run(session, few))))
     operators = executed_operators(file.path, few)
     found.append(checks.operators_check(file, operators))
-    twin = _twin(file, found)
-    if tensors and twin is not None:
-        from ecqx_onnx.validation.weights import weights_check
-
-        found.append(weights_check(file, twin.weights, tensors))
+    model = file.with_data()
+    twin = _twin(model, found)
+    if twin is not None:
+        found += _weights(model, twin, tensors)
     if reference is not None:
         found.append(checks.difference_check(comparison, quantised=quantised))
     for check in (checks.agreement_check(comparison, quantised=quantised), checks.accuracy_check(comparison)):
@@ -108,7 +110,7 @@ def validate(
 def stored_preprocessing(file: ModelFile | Path | str) -> Preprocessing | None:
     """The preprocessing in the file's metadata; None in a foreign file. FileError if it is there and cannot be used."""
     file = file if isinstance(file, ModelFile) else read_model(file)
-    stored = (file.metadata or {}).get("preprocessing")
+    stored = file.metadata.get("preprocessing")
     if stored is None:
         return None
     try:
@@ -129,9 +131,19 @@ def _bounds(comparison: Comparison, outputs: Sequence) -> list[Bound]:
     return [bound(output, None) for output in outputs]
 
 
-def _twin(file: ModelFile, found: list[Check]) -> FloatTwin | None:
+def _weights(model: onnx.ModelProto, twin: FloatTwin, tensors: Sequence[QuantTensor]) -> list[Check]:
     try:
-        return float_twin(file.with_data())
+        stored = read_weights(model)
+    except FileError as error:  # the metadata promises weights that are not there as promised
+        return [Check("weights", False, None, None, str(error))]
+    if not stored and not tensors:
+        return []
+    return [checks.weights_check(compare_weights(stored, twin.weights, tensors))]
+
+
+def _twin(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:
+    try:
+        return float_twin(model)
     except CheckFailed as error:
         found.append(Check("weights", False, None, None, f"the runtime cannot decode the weights: {error}"))
         return None

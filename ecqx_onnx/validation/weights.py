@@ -1,0 +1,86 @@
+"""(weights in the file, weights as the runtime decoded them, PyTorch's QuantTensors) -> which are equal, and what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ecqx_onnx_converters.matching import GraphWeight, match
+from ecqx_onnx_converters.reading import StoredWeight
+
+from ecqx_onnx.tensors import QuantTensor
+
+
+@dataclass(frozen=True)
+class WeightsComparison:
+    """equal of total weights are right. rescaled: how many of them carry a BatchNorm's factor per channel.
+
+    faults: one sentence each. absent: names of PyTorch's quantised weights that the graph does not have under any name.
+    """
+
+    equal: int
+    total: int
+    rescaled: int
+    absent: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+def compare_weights(
+    stored: Sequence[StoredWeight], decoded: Mapping[str, np.ndarray], tensors: Sequence[QuantTensor]
+) -> WeightsComparison:
+    """stored: empty for a foreign file, whose float weights are compared as they are. tensors: empty to check the file in itself.
+
+    decoded: float32 by name, what the runtime computed from the stored integers.
+    """
+    values = {name: weight for name, weight in decoded.items() if weight.ndim >= 2}
+    values.update({item.weight.name: np.ascontiguousarray(item.weight.dequantize()) for item in stored})
+    matching = match(values, tensors)
+    matched = {weight.name: weight for weight in matching.found}
+    faults: dict[str, str] = {}
+    for item in stored:
+        name = item.weight.name
+        fault = _stored_fault(item) or _decoding_fault(values[name], decoded.get(name))
+        if fault is None and tensors:
+            found = matched.get(name)
+            fault = _other_values(values[name], name, tensors) if found is None else _rescaling_fault(item.weight, found)
+        if fault is not None:
+            faults[name] = f"weight '{name}' {fault}"
+    named = {item.weight.name for item in stored}
+    for missing in matching.missing:
+        if missing.name in values and missing.name not in named:
+            faults[missing.name] = f"weight '{missing.name}' {_other_values(values[missing.name], missing.name, tensors)}"
+    absent = tuple(missing.name for missing in matching.missing if missing.name not in values)
+    total = len(stored) or len(tensors) - len(absent)
+    rescaled = sum(weight.rescaled for weight in matching.found)
+    return WeightsComparison(total - len(faults), total, rescaled, absent, tuple(faults.values()))
+
+
+def _stored_fault(item: StoredWeight) -> str | None:
+    return None if item.crc_ok else "has other integers than the file's own checksum says: it was changed after it was written"
+
+
+def _decoding_fault(stored: np.ndarray, decoded: np.ndarray | None) -> str | None:
+    """decoded: None where only the needed rows are decoded at inference (embeddings); it may be laid out transposed."""
+    if decoded is None or _same(stored, decoded) or (stored.ndim == 2 and _same(stored.T, decoded)):
+        return None
+    return "is decoded to other values by the runtime than its integers and scale stand for"
+
+
+def _rescaling_fault(weight: GraphWeight, found: GraphWeight) -> str | None:
+    """A weight with a BatchNorm in it was found up to one factor per channel; its integers must be PyTorch's."""
+    if not found.rescaled or np.array_equal(weight.tensor.levels, found.tensor.levels):
+        return None
+    changed = int(np.count_nonzero(weight.tensor.levels != found.tensor.levels))
+    return f"has {changed} of {weight.tensor.size} integers that are not PyTorch's"
+
+
+def _other_values(values: np.ndarray, name: str, tensors: Sequence[QuantTensor]) -> str:
+    for tensor in tensors:
+        if tensor.name == name and tensor.shape == values.shape:
+            return f"differs from PyTorch's in {int(np.count_nonzero(tensor.dequantize() != values))} of {tensor.size} values"
+    return "is none of PyTorch's quantised weights, not even transposed, reordered or scaled per channel"
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.shape == second.shape and bool(np.array_equal(first, second))
