@@ -11,9 +11,9 @@ from torch import nn
 
 from ecqx_onnx.preprocessing import Preprocessing
 
-# CIFAR-10's own mean and std. The public float checkpoint was trained with ImageNet's and is as accurate with either; EC2T's ternary
-# one was measured with these.
 INPUT_SHAPE = (3, 32, 32)
+# CIFAR-10's own mean and std. The public float checkpoint was trained with ImageNet's and is as accurate with either; EC2T's
+# ternary one was measured with these.
 PREPROCESSING = Preprocessing("image", scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ecqx_onnx.data.dataset import Augmentation, Dataset, Source, Split
+from ecqx_onnx.data.folders import load_folder
 from ecqx_onnx.data.npz import Jpegs, read_npz
 from ecqx_onnx.errors import DataError, FileError, InputError
 from ecqx_onnx.preprocessing import Preprocessing
@@ -38,6 +39,8 @@ def load_dataset(spec: str, *, preprocessing: Preprocessing | None = None) -> Da
     path = Path(spec)
     if path.suffix == ".npz":
         return _npz(path, preprocessing)
+    if path.is_dir():
+        return load_folder(path, preprocessing=preprocessing)
     if not path.exists():
         raise FileError(f"there is no data set {spec}: give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
     raise FileError(f"{spec} is no data set that can be read: give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")

@@ -1,0 +1,144 @@
+"""(a folder with one subfolder of images or wavs per class) -> sources that read the files when a batch needs them."""
+
+from __future__ import annotations
+
+import os
+import wave
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ecqx_onnx.data.dataset import Dataset, Source
+from ecqx_onnx.data.images import decode_image
+from ecqx_onnx.errors import DataError, FileError
+from ecqx_onnx.preprocessing import Preprocessing
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+WAVS = (".wav",)
+TEST_FOLDERS = ("test", "val", "validation")
+
+
+def load_folder(root: Path, *, preprocessing: Preprocessing | None) -> Dataset:
+    """Classes are the subfolders' names in sorted order; files come in a fixed drawn order, not class by class.
+
+    root/train/CLASS and root/test/CLASS (or val, validation) are the splits where they exist; else 20 % are drawn for testing.
+    """
+    try:
+        parts = _parts(root)
+        labels = sorted({name for part in parts.values() for name in _subfolders(part)})
+        if not labels:
+            raise DataError(f"{root} has no subfolders: make one for each class and put its images or wavs there")
+        listed = {key: _files(part, labels) for key, part in parts.items()}
+    except OSError as error:
+        raise FileError(f"{root} cannot be listed ({error.strerror or error}): check its permissions") from error
+
+    everything = [file for files, _ in listed.values() for file in files]
+    if not everything:
+        raise DataError(f"{root} holds no images ({', '.join(IMAGES)}) and no .wav files in its class folders: add some")
+    first = everything[0]
+    if len({file.suffix.lower() in WAVS for file in everything}) > 1:
+        raise DataError(f"{root} holds images and wavs, such as {first}: keep them in two data sets")
+    make_source = partial(_wavs, first, preprocessing) if first.suffix.lower() in WAVS else partial(_images, first, preprocessing)
+    sources: dict[str, Source] = {"x" + key: make_source(str(parts[key]), files) for key, (files, _) in listed.items()}
+    arrays = {"y" + key: y for key, (_, y) in listed.items()} | {"labels": np.array(labels)}
+    return Dataset.from_sources(str(root), sources, arrays, preprocessing=preprocessing)
+
+
+def _parts(root: Path) -> Mapping[str, Path]:
+    """'_train' and '_test', or '' for a root without such folders (or whose folders of these names are classes)."""
+    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir() and _subfolders(root / name)), None)
+    if test is None:
+        if (root / "train").is_dir() and _subfolders(root / "train"):
+            raise DataError(f"{root} has train/ and no test/ or val/: add one with the same classes, or name {root}/train")
+        return {"": root}
+    return {"_train": root / "train", "_test": test} if (root / "train").is_dir() else {"_test": test}
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files(part: Path, labels: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+    """The images and wavs below part/CLASS and the class of each, in a fixed drawn order."""
+    found = [
+        (path, label)
+        for label, name in enumerate(labels)
+        if (part / name).is_dir()
+        for path in sorted((part / name).iterdir())
+        if path.suffix.lower() in IMAGES + WAVS and not path.name.startswith(".")
+    ]
+    order = np.random.RandomState(0).permutation(len(found))
+    return [found[i][0] for i in order], np.array([found[i][1] for i in order], dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files, decoded whenever they are read. sample_shape: [H, W, C]."""
+
+    name: str
+    files: Sequence[Path]
+    sample_shape: tuple[int, ...]
+    resize: bool
+    dtype = np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        files = [self.files[row] for row in rows]
+        return np.stack([decode_image(file, shape=self.sample_shape, where=str(file), resize=self.resize) for file in files])
+
+
+def _images(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> ImageFiles:
+    shape = None if preprocessing is None else preprocessing.image_shape
+    return ImageFiles(name, files, shape or decode_image(first, shape=None, where=str(first)).shape, resize=shape is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class WavFiles:
+    """16 bit mono wavs, cut or zero-padded at the end to sample_shape [T]. rate: Hz, the same for all."""
+
+    name: str
+    files: Sequence[Path]
+    sample_shape: tuple[int]
+    rate: int
+    dtype = np.dtype(np.int16)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        waves = np.zeros((len(rows), *self.sample_shape), np.int16)
+        for target, row in zip(waves, rows, strict=True):
+            rate, samples = read_wav(self.files[row], most=len(target))
+            if rate != self.rate:
+                raise DataError(f"{self.files[row]} has {rate} Hz where {self.rate} are expected: resample it")
+            target[: len(samples)] = samples
+        return waves
+
+
+def _wavs(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> WavFiles:
+    rate = read_wav(first, most=0)[0]
+    if preprocessing is not None and preprocessing.spectrum is not None:
+        rate = preprocessing.spectrum.sample_rate
+    samples = None if preprocessing is None else preprocessing.samples
+    return WavFiles(name, files, (samples or rate,), rate)
+
+
+def read_wav(path: Path, *, most: int) -> tuple[int, np.ndarray]:
+    """(sample rate in Hz, int16 [at most `most`]). DataError if the file is not a mono wav of 16 bit PCM."""
+    try:
+        with wave.open(str(path)) as file:
+            if (file.getnchannels(), file.getsampwidth()) != (1, 2):
+                found = f"{file.getnchannels()} channels of {8 * file.getsampwidth()} bit"
+                raise DataError(f"{path} has {found}: convert it to one channel of 16 bit PCM")
+            rate, data = file.getframerate(), file.readframes(most)
+    except (wave.Error, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a wav ({error or 'it ends too early'}): repair or remove it") from error
+    if not 0 < rate <= 1_000_000:
+        raise DataError(f"{path} claims {rate} samples a second: repair or remove it")
+    return rate, np.frombuffer(data[: len(data) // 2 * 2], dtype="<i2").astype(np.int16)
