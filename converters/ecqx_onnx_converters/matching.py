@@ -97,7 +97,8 @@ def _by_name(tensor: QuantTensor, values: np.ndarray) -> GraphWeight | None:
         if np.array_equal(layout.dequantize(), values):
             return GraphWeight(tensor.name, _flat_step(layout), (tensor.name,))
     for layout in layouts:
-        for weight in _rescaled(layout, values):
+        weight = _rescaled(layout, values)
+        if weight is not None:
             return weight
     return None
 
@@ -107,45 +108,62 @@ def _layouts(tensor: QuantTensor) -> list[QuantTensor]:
     return [tensor, tensor.transpose((1, 0))] if len(tensor.shape) == 2 else [tensor]
 
 
-def _rescaled(layout: QuantTensor, values: np.ndarray) -> Iterator[GraphWeight]:
-    """values = what layout's levels stand for, times one factor per channel along dimension 0 or 1, to BATCHNORM_ROUNDING."""
+def _rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | None:
+    """values = what layout's levels stand for, times one factor per channel, to BATCHNORM_ROUNDING; None when that's not so."""
     scaled = isinstance(layout.meaning, Scale) and layout.meaning.step.ndim == 0
     base = layout.levels.astype(np.float32) if scaled else layout.dequantize()
-    for axis in range(min(2, values.ndim)):
-        others = tuple(other for other in range(values.ndim) if other != axis)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = values.astype(np.float64) / base  # NaN where both are zero: any factor will do
-        # The middle of all ratios of a channel: none is further from it than their spread.
-        factor = (_nan_extreme(np.fmin, ratio, others) + _nan_extreme(np.fmax, ratio, others)) / 2
-        dead = ~(values != 0).any(axis=others, keepdims=True)  # e.g. a BatchNorm weight of 0: every level is 0 then
+    for split, others in _channels(values.shape):
+        factor, dead = _factor(base.reshape(split), values.reshape(split), others)
+        if factor is not None:
+            per_channel = tuple(1 if length == 1 else full for length, full in zip(factor.shape, split, strict=True))
+            if len(split) > values.ndim:  # [groups, 1, out, …] -> [in, out, …]
+                spread = (split[0], split[1], *per_channel[2:])
+                factor, dead = (
+                    np.broadcast_to(part, spread).reshape(values.shape[0], *per_channel[2:]) for part in (factor, dead)
+                )
+            weight = _with_factor(layout, factor, dead, scaled=scaled)
+            if weight is not None:
+                return weight
+    return None
+
+
+def _channels(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(shape to see the weight in, dimensions that share a factor): output channels first, then inputs, then a ConvTranspose's
+    outputs in each of its groups, [groups, in / groups, out / groups, …]."""
+    for axis in range(min(2, len(shape))):
+        yield shape, tuple(other for other in range(len(shape)) if other != axis)
+    if len(shape) > 2:
+        for groups in (groups for groups in range(2, shape[0] + 1) if shape[0] % groups == 0):
+            yield (groups, shape[0] // groups, *shape[1:]), (1, *range(3, len(shape) + 1))
+
+
+def _factor(base: np.ndarray, values: np.ndarray, shared: tuple[int, ...]) -> tuple[np.ndarray | None, np.ndarray]:
+    """(float32 factor with base · factor = values to BATCHNORM_ROUNDING, or None; where all values are zero), keepdims."""
+    dead = ~(values != 0).any(axis=shared, keepdims=True)  # a BatchNorm weight of 0, say: any factor will do
+    with np.errstate(all="ignore"):
+        ratio = values.astype(np.float64) / base  # NaN where both are zero: no condition
+        # The middle of a channel's ratios: none is further from it than half their spread.
+        factor = (np.fmin.reduce(ratio, axis=shared, keepdims=True) + np.fmax.reduce(ratio, axis=shared, keepdims=True)) / 2
         factor = np.where(dead, 1.0, factor).astype(np.float32)
-        restored = np.where(dead, np.float32(0), base * factor)
-        if not (np.abs(restored - values) <= BATCHNORM_ROUNDING * np.abs(values)).all():
-            continue
-        levels, sources = layout.levels, (layout.name,)
-        if isinstance(layout.meaning, Codebook):
-            levels = levels * ~dead if dead.any() else levels
-            yield GraphWeight(layout.name, replace(layout, levels=levels), sources, factor, rescaled=True)
-            return
-        if dead.any() or (factor < 0).any():  # a step is positive: the sign goes into the levels
-            signs = np.where(dead, 0, np.sign(factor)).astype(np.int16)
-            flipped = layout.levels * signs
-            if flipped.max() > 127:
-                continue
-            levels = flipped.astype(np.int8)
-        step = np.abs(factor) if scaled else np.abs(factor) * layout.meaning.step
-        step = np.where(dead, np.float32(_typical_step(layout.meaning)), step).astype(np.float32)
-        tensor = _flat_step(replace(layout, levels=levels, meaning=Scale(step)))
-        yield GraphWeight(layout.name, tensor, sources, rescaled=True)
-        return
+        close = np.abs(np.where(dead, np.float32(0), base * factor) - values) <= BATCHNORM_ROUNDING * np.abs(values)
+    return (factor if close.all() else None), dead
 
 
-def _nan_extreme(extreme: np.ufunc, ratio: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    return extreme.reduce(ratio, axis=axes, keepdims=True)
-
-
-def _typical_step(meaning: Scale | Codebook) -> float:
-    return float(meaning.step.reshape(-1)[0]) if isinstance(meaning, Scale) else 1.0
+def _with_factor(layout: QuantTensor, factor: np.ndarray, dead: np.ndarray, *, scaled: bool) -> GraphWeight | None:
+    """`scaled`: the factor multiplies the levels themselves, not what they stand for."""
+    if isinstance(layout.meaning, Codebook):
+        alive = replace(layout, levels=layout.levels * ~dead) if dead.any() else layout
+        return GraphWeight(layout.name, alive, (layout.name,), factor, rescaled=True)
+    levels = layout.levels
+    if dead.any() or (factor < 0).any():  # a step is positive: the sign goes into the levels
+        flipped = levels * np.where(dead, 0, np.sign(factor)).astype(np.int16)
+        if flipped.max() > 127:
+            return None
+        levels = flipped.astype(np.int8)
+    step = np.abs(factor) if scaled else np.abs(factor) * layout.meaning.step
+    step = np.where(dead, layout.meaning.step.reshape(-1)[0], step).astype(np.float32)
+    tensor = _flat_step(replace(layout, levels=levels, meaning=Scale(step)))
+    return GraphWeight(layout.name, tensor, (layout.name,), rescaled=True)
 
 
 def _flat_step(tensor: QuantTensor) -> QuantTensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ecqx_onnx.errors import OptionError
-from ecqx_onnx.tensors import Codebook, QuantTensor
+from ecqx_onnx.tensors import Codebook
 from ecqx_onnx_converters.consumers import StandardForm, Use, find_uses, standard_form
 from ecqx_onnx_converters.dequantization import why_not_standard
 from ecqx_onnx_converters.graph import FloatGraph, value_names
@@ -96,11 +96,18 @@ def make_plan(
     quantised = {entry.weight.name for entry in entries} | {left.name for left in kept}
     for name, values in graph.weights.items():
         if name not in quantised and values.dtype == np.float32 and values.ndim >= 2:
-            kept.append(Kept(name, values.shape, "no quantised tensor has its name or values"))
+            kept.append(Kept(name, values.shape, _why_float(name, uses.get(name, []))))
     needed = max((_needs(entry) for entry in entries), default=0)
-    order = {name: index for index, name in enumerate(graph.weights)}
+    order = {weight.name: index for index, weight in enumerate(matching.found)}  # a checkpoint's graph has them taken out
     entries.sort(key=lambda entry: order[entry.weight.name])
     return Plan(graph, able, max(graph.opset, needed), tuple(entries), tuple(kept), matching.missing)
+
+
+def _why_float(name: str, uses: Sequence[Use]) -> str:
+    biases = {"LSTM": 3, "GRU": 3, "RNN": 3, "Gemm": 2, "Conv": 2, "ConvTranspose": 2}
+    if uses and all(biases.get(use.node.op_type) == use.position for use in uses):
+        return "biases stay float"
+    return "no quantised tensor has its name or values"
 
 
 def _able(graph: FloatGraph, target: Target, opset: int | None) -> Target:
@@ -124,13 +131,21 @@ def _able(graph: FloatGraph, target: Target, opset: int | None) -> Target:
 
 
 def _tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
-    """Weights grouped by the memory that their levels are views of: copies of one parameter, transposed or not."""
-    groups: dict[tuple, list[GraphWeight]] = {}
+    """Weights grouped by their levels: those of one parameter that are equal, as they are or transposed, are stored once."""
+    groups: list[list[GraphWeight]] = []
     for weight in found:
-        levels = weight.tensor.levels
-        layout = tuple(sorted(zip(levels.strides, levels.shape, strict=True)))
-        groups.setdefault((levels.__array_interface__["data"][0], layout), []).append(weight)
-    return list(groups.values())
+        twins = (group for group in groups if group[0].sources == weight.sources)
+        group = next((group for group in twins if _same(group[0], weight)), None)
+        if group is None:
+            groups.append([weight])
+        else:
+            group.append(weight)
+    return groups
+
+
+def _same(one: GraphWeight, other: GraphWeight) -> bool:
+    levels, twin = one.tensor.levels, other.tensor.levels
+    return np.array_equal(levels, twin) or (twin.ndim == 2 and np.array_equal(levels, twin.T))
 
 
 def _plan_tied(
@@ -141,37 +156,28 @@ def _plan_tied(
     uses: Mapping[str, Sequence[Use]],
     names: NameMaker,
 ) -> list[Entry] | Refusal:
+    """One set of integers, in the layout that the first member wants, for all."""
     forms = [_form(member, dequantize, uses.get(member.name, []), target) for member in members]
-    wanted = [
-        _transposed(member.tensor) if _is_turned(form) else member.tensor for member, form in zip(members, forms, strict=True)
-    ]
-    # One set of integers, in the layout that the first member wants; another member may want it transposed.
-    levels = wanted[0].levels
+    levels = _wanted(members[0], forms[0])
     stored, reason = _cheapest(levels, names("q"), target, storage)
     if stored is None:
         return Refusal(reason)
     entries = []
-    for member, form, tensor in zip(members, forms, wanted, strict=True):
-        permutation = None if tensor.levels.strides == levels.strides and tensor.shape == levels.shape else (1, 0)
-        if permutation and form is not None and not isinstance(form, Refusal):
+    for member, form in zip(members, forms, strict=True):
+        if isinstance(form, StandardForm) and not np.array_equal(_wanted(member, form), levels):
             form = Refusal("it is stored once with its tied twin, in the other layout")
-        why = reason
-        if isinstance(form, Refusal):
-            why += f"; folded, since {form.reason}"
-            permutation = (
-                None if member.tensor.levels.strides == levels.strides and member.tensor.shape == levels.shape else (1, 0)
-            )
-        standard = form if isinstance(form, StandardForm) else None
-        entries.append(Entry(member, stored, permutation, standard, why))
+        why = f"{reason}; folded, since {form.reason}" if isinstance(form, Refusal) else reason
+        if isinstance(form, StandardForm):
+            entries.append(Entry(member, stored, None, form, why))
+        else:
+            permutation = None if np.array_equal(member.tensor.levels, levels) else (1, 0)
+            entries.append(Entry(member, stored, permutation, None, why))
     return entries
 
 
-def _is_turned(form: StandardForm | Refusal | None) -> bool:
-    return isinstance(form, StandardForm) and form.transposed
-
-
-def _transposed(tensor: QuantTensor) -> QuantTensor:
-    return tensor.transpose((1, 0))
+def _wanted(weight: GraphWeight, form: StandardForm | Refusal | None) -> np.ndarray:
+    """The levels in the layout that the weight's dequantisation reads."""
+    return weight.tensor.levels.T if isinstance(form, StandardForm) and form.transposed else weight.tensor.levels
 
 
 def _form(weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target) -> StandardForm | Refusal | None:

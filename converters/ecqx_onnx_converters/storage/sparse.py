@@ -21,8 +21,6 @@ def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
         return Refusal(f"target '{target.name}' has no sparse tensors")
     flat = np.ascontiguousarray(levels).reshape(-1)
     positions = np.flatnonzero(flat).astype("<i8")
-    if not positions.size:
-        return Refusal("a tensor of zeros only has nothing to list")
     sparse = SparseTensorProto(
         values=TensorProto(name=name, data_type=TensorProto.INT8, dims=[positions.size], raw_data=flat[positions].tobytes()),
         indices=TensorProto(data_type=TensorProto.INT64, dims=[positions.size], raw_data=positions.tobytes()),
