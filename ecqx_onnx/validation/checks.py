@@ -11,10 +11,10 @@ from ecqx_onnx_converters.graph import all_graphs
 from onnxruntime import InferenceSession
 
 from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.onnx_file import OnnxFile
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.comparison import Comparison, Difference
 from ecqx_onnx.validation.metrics import largest_difference
-from ecqx_onnx.validation.model_file import ModelFile
 from ecqx_onnx.validation.report import Check
 from ecqx_onnx.validation.sessions import run
 from ecqx_onnx.validation.weights import WeightsComparison
@@ -32,7 +32,7 @@ QUANTISING = {
 }
 
 
-def format_check(file: ModelFile) -> Check:
+def format_check(file: OnnxFile) -> Check:
     """onnx's own checker, with full shape inference where it knows all that is in the file."""
     sparse = bool(file.proto.graph.sparse_initializer)  # onnx's strict shape inference rejects these
     try:
@@ -61,7 +61,7 @@ def levels_check(
     return Check("optimisation", measured <= limit, measured, limit, sentence)
 
 
-def operators_check(file: ModelFile, executed: Counter[str]) -> Check:
+def operators_check(file: OnnxFile, executed: Counter[str]) -> Check:
     """Red if the runtime rounded activations that the file does not say are quantised."""
     found = {name: count for name, count in executed.items() if rounds_activations(name)}
     words = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
@@ -78,7 +78,7 @@ def rounds_activations(operator: str) -> bool:
     return operator in QUANTISING or operator.startswith("QLinear") or operator.endswith("Integer")
 
 
-def activations_quantised(file: ModelFile) -> bool:
+def activations_quantised(file: OnnxFile) -> bool:
     """Whether the file itself says so: in our metadata, or, for a foreign file, by such operators in its graph."""
     if file.metadata:
         return bool(file.metadata.get("activations"))

@@ -13,13 +13,13 @@ from ecqx_onnx_converters.reading import read_weights
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, FileError
+from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.comparison import Batch, Comparison, compare
 from ecqx_onnx.validation.latency import measure_latency
-from ecqx_onnx.validation.model_file import ModelFile, read_model
 from ecqx_onnx.validation.report import Check, Latency, ValidationReport
 from ecqx_onnx.validation.sessions import (
     executed_operators,
@@ -54,7 +54,7 @@ def validate(
     progress: called with (samples done, samples in all). latency_runs: pairs of measurements; 0 leaves latency out.
     InputError if the file or the data cannot be used.
     """
-    file = read_model(path)
+    file = read_onnx(path)
     found = [checks.format_check(file)]
     try:
         session = open_session(file.path)
@@ -107,9 +107,9 @@ def validate(
     )
 
 
-def stored_preprocessing(file: ModelFile | Path | str) -> Preprocessing | None:
+def stored_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
     """The preprocessing in the file's metadata; None in a foreign file. FileError if it is there and cannot be used."""
-    file = file if isinstance(file, ModelFile) else read_model(file)
+    file = file if isinstance(file, OnnxFile) else read_onnx(file)
     stored = file.metadata.get("preprocessing")
     if stored is None:
         return None
@@ -149,7 +149,7 @@ def _twin(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:
         return None
 
 
-def _latency(file: ModelFile, twin: FloatTwin | None, inputs: Sequence, runs: int) -> Latency | None:
+def _latency(file: OnnxFile, twin: FloatTwin | None, inputs: Sequence, runs: int) -> Latency | None:
     serialised = twin.serialize() if twin is not None and runs > 0 else None
     if serialised is None:
         return None

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import InputError
+from ecqx_onnx.onnx_file import read_onnx
 from ecqx_onnx.validation import validate
-from ecqx_onnx.validation.model_file import read_model
 from tests.onnx_torch_pairs import edit, make_pair
 
 LEVELS, STEP, BIAS = "0.weight.levels", "0.weight.step", "0.bias"
@@ -209,7 +209,7 @@ def external(folder: Path, **entries: str) -> Path:
 
 
 def test_external_data_in_its_place_are_read(tmp_path):
-    file = read_model(external(tmp_path))
+    file = read_onnx(external(tmp_path))
     assert file.size == file.path.stat().st_size + 128
     assert validate(file.path, latency_runs=0).ok
 
@@ -244,13 +244,13 @@ def test_external_data_behind_a_link_that_leaves_the_folder(tmp_path):
 
 
 def test_a_foreign_file_without_metadata_is_no_error(tmp_path):
-    file = read_model(make_pair().save(tmp_path))
+    file = read_onnx(make_pair().save(tmp_path))
     assert file.metadata == {}
 
 
 def test_unknown_keys_in_the_metadata_are_no_error(tmp_path):
     metadata = {"format": 1, "tensors": [], "news": [1]}
-    assert read_model(make_pair(metadata=json.dumps(metadata)).save(tmp_path)).metadata == metadata
+    assert read_onnx(make_pair(metadata=json.dumps(metadata)).save(tmp_path)).metadata == metadata
 
 
 def test_real_files_from_the_field_are_read_or_refused(tmp_path):
@@ -258,5 +258,5 @@ def test_real_files_from_the_field_are_read_or_refused(tmp_path):
     if not folder.is_dir():
         pytest.skip(f"the real ONNX files are not at {folder}")
     for path in sorted(folder.glob("*.onnx")):
-        file = read_model(path)
+        file = read_onnx(path)
         assert isinstance(file.proto, onnx.ModelProto)

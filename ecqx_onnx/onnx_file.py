@@ -39,7 +39,7 @@ TYPED_FIELDS: dict[int, str] = {
 
 
 @dataclass(frozen=True, eq=False)
-class ModelFile:
+class OnnxFile:
     """proto: without the contents of external data. metadata: our JSON in it, empty for a foreign file."""
 
     path: Path
@@ -62,7 +62,7 @@ class ModelFile:
         return proto
 
 
-def read_model(path: Path | str) -> ModelFile:
+def read_onnx(path: Path | str) -> OnnxFile:
     """FileError if the file is missing, damaged or lies about itself; ModelError if a weight is not a number."""
     path = Path(path)
     proto = read_proto(path)
@@ -82,7 +82,7 @@ def read_model(path: Path | str) -> ModelFile:
             _check_numbers(path, where, tensor)
     for sparse in proto.graph.sparse_initializer:
         _check_sparse(path, sparse)
-    return ModelFile(path, proto, tuple(sorted(external)), metadata)
+    return OnnxFile(path, proto, tuple(sorted(external)), metadata)
 
 
 def named_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
