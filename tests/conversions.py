@@ -1,4 +1,4 @@
-"""A PyTorch model -> quantised weights -> ONNX graph -> our file -> onnxruntime's outputs: the whole way, for the converters' tests."""
+"""PyTorch model -> quantised weights -> ONNX graph -> our file -> onnxruntime: the whole way, for the converters' tests."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ecqx_onnx.errors import OptionError
-from ecqx_onnx.tensors import Codebook
+from ecqx_onnx.tensors import Codebook, Scale
 from ecqx_onnx_converters.consumers import StandardForm, Use, find_uses, standard_form
 from ecqx_onnx_converters.dequantization import why_not_standard
 from ecqx_onnx_converters.graph import FloatGraph, value_names
@@ -184,9 +184,17 @@ def _form(weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Tar
     """None where the folded function is wanted anyway."""
     if dequantize == "folded":
         return None
-    if target.max_opset < 13:
-        return Refusal("DequantizeLinear along an axis needs opset 13, which the graph can't be raised to")
-    return why_not_standard(weight.tensor) or standard_form(weight.tensor, uses)
+    refusal = why_not_standard(weight.tensor)
+    if refusal is not None:
+        return refusal
+    if target.max_opset < _standard_opset(weight):
+        return Refusal(f"DequantizeLinear needs opset {_standard_opset(weight)}, which the graph can't be raised to")
+    return standard_form(weight.tensor, uses)
+
+
+def _standard_opset(weight: GraphWeight) -> int:
+    """10 for one step, 13 for one per index of an axis."""
+    return 13 if isinstance(weight.tensor.meaning, Scale) and weight.tensor.meaning.axis is not None else 10
 
 
 def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tuple[Stored | None, str]:
@@ -211,5 +219,5 @@ def _needs(entry: Entry) -> int:
     if isinstance(entry.weight.tensor.meaning, Codebook):
         needed.append(11)  # Gather with negative indices
     if entry.form is not None:
-        needed.append(13)
+        needed.append(_standard_opset(entry.weight))
     return max(needed)
