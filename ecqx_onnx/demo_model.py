@@ -11,7 +11,7 @@ PREPROCESSING = Preprocessing("image", scale=16.0)
 
 
 def digits_cnn() -> nn.Module:
-    """float32 [N, 1, 8, 8] in [0, 1] -> logits [N, 10]. 38 026 parameters; about 98.5 % of held-out digits."""
+    """float32 [N, 1, 8, 8] in [0, 1] -> logits [N, 10]. 38 282 parameters; about 99 % of held-out digits."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),

@@ -8,7 +8,6 @@ The JSON travels in the checkpoint and in the ONNX metadata, so that `validate` 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -106,14 +105,15 @@ class Preprocessing:
                 "indices": "integers [N, ...]",
             }[self.kind]
             found = f"{dtype} [N{''.join(f', {length}' for length in sample_shape)}]"
-            raise DataError(f"{where} holds {found}, and the preprocessing of kind '{self.kind}' needs {needs}")
+            raise DataError(f"{where} holds {found} where the preprocessing of kind '{self.kind}' needs {needs}: change either")
         channels = self._channels(sample_shape)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) > 1 and len(values) != channels:
-                raise DataError(f"the preprocessing's {name} has {len(values)} values, and {where} has {channels} channels")
+                raise DataError(f"the preprocessing has {len(values)} values as {name}: give {channels} to fit {where}")
         if self.spectrum is not None and self.spectrum.frames(sample_shape[0]) < 1:
             raise DataError(
-                f"{where} holds waveforms of {sample_shape[0]} samples, shorter than one frame of {self.spectrum.frame_length}"
+                f"{where} holds waveforms of {sample_shape[0]} samples, less than a frame of {self.spectrum.frame_length}: "
+                "use longer ones or another spectrum"
             )
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
@@ -176,7 +176,7 @@ def infer_preprocessing(dtype: np.dtype, sample_shape: tuple[int, ...], *, where
 
 def _is_number(value: Any) -> bool:
     # Finite in float32 too, where the arithmetic happens.
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= 3.4e38
+    return type(value) in (int, float) and abs(value) <= 3.4e38  # NaN is not
 
 
 def _is_count(value: Any, highest: int) -> bool:

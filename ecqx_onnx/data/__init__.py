@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +37,12 @@ def load_dataset(spec: str, *, preprocessing: Preprocessing | None = None) -> Da
     if is_function_spec(spec):
         return _from_function(spec, preprocessing)
     path = Path(spec)
+    if spec and os.path.isdir(path):  # unlike Path's, these take any text for an answer
+        return load_folder(path, preprocessing=preprocessing)
     if path.suffix == ".npz":
         return _npz(path, preprocessing)
-    if path.is_dir():
-        return load_folder(path, preprocessing=preprocessing)
-    if not path.exists():
-        raise FileError(f"there is no data set {spec}: give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
+    if not spec or not os.path.exists(path):
+        raise FileError(f"there is no data set '{spec}': give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
     raise FileError(f"{spec} is no data set that can be read: give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
 
 
@@ -75,6 +75,8 @@ def _from_function(spec: str, preprocessing: Preprocessing | None) -> Dataset:
     function = load_function(spec)
     try:
         result = function()
+        if isinstance(result, Mapping):
+            result = {name: np.asarray(value) for name, value in result.items() if name in _ARRAYS}
     except InputError:
         raise
     except Exception as error:  # the user's function may raise anything
@@ -83,5 +85,4 @@ def _from_function(spec: str, preprocessing: Preprocessing | None) -> Dataset:
         return result if preprocessing is None else result.with_preprocessing(preprocessing)
     if not isinstance(result, Mapping):
         raise DataError(f"the function {spec} returns {type(result).__name__}: return a dict of x_train, y_train, x_test, y_test")
-    arrays = {name: np.asarray(value) for name, value in result.items() if name in _ARRAYS}
-    return replace(Dataset.from_arrays(spec, arrays, preprocessing=preprocessing), name=spec)
+    return Dataset.from_arrays(spec, result, preprocessing=preprocessing)

@@ -35,4 +35,8 @@ def shift_audio(waveforms: np.ndarray, generator: np.random.Generator, *, most: 
     return padded[np.arange(count)[:, None], start + np.arange(length)]
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"crop_and_flip": crop_and_flip, "shift_images": shift_images, "shift_audio": shift_audio}
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "crop_and_flip": crop_and_flip,
+    "shift_images": shift_images,
+    "shift_audio": shift_audio,
+}

@@ -182,9 +182,8 @@ class Dataset:
         labels, an array of strings, names the classes. preprocessing: by default what dtype and shape ask for.
         DataError for anything that cannot be a labelled data set.
         """
-        sources: dict[str, Source] = {
-            key: Arrays(f"{key} in {name}", array) for key, array in arrays.items() if key in ("x", "x_train", "x_test")
-        }
+        samples = [key for key in ("x", "x_train", "x_test") if key in arrays]
+        sources: dict[str, Source] = {key: Arrays(f"{key} in {name}", np.atleast_1d(arrays[key])) for key in samples}
         return cls.from_sources(name, sources, arrays, preprocessing=preprocessing)
 
     @classmethod
@@ -225,8 +224,6 @@ def _split(
     y_key = "y" + key[1:]
     if y_key not in arrays:
         raise DataError(f"{name} has '{key}' and no '{y_key}': add the labels, one integer for each sample")
-    if len(source.sample_shape) == 0 and len(source) == 0:
-        raise DataError(f"{source.name} is empty: give at least one sample")
     y = _labels(f"{y_key} in {name}", arrays[y_key], len(names) or MOST_CLASSES)
     if len(y) != len(source):
         raise DataError(f"{name} has {len(source)} samples in '{key}' and {len(y)} labels in '{y_key}': make the lengths equal")
@@ -268,5 +265,5 @@ def _class_names(name: str, labels: np.ndarray | None) -> tuple[str, ...]:
     if labels is None:
         return ()
     if labels.dtype.kind != "U" or labels.ndim != 1 or not 0 < len(labels) <= MOST_CLASSES:
-        raise DataError(f"labels in {name} is {labels.dtype} {labels.shape}, and must be strings, one for each class")
+        raise DataError(f"labels in {name} is {labels.dtype} {labels.shape}, and must be strings: give one for each class")
     return tuple(map(str, labels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ MOST_PIXELS = 64_000_000
 # What Pillow raises on damaged files, by its many decoders.
 _DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError, struct.error, zlib.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
+    Image.DecompressionBombError,
 )  # fmt: skip
 _GRAY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
@@ -27,7 +28,8 @@ def decode_image(file: Path | bytes, *, shape: tuple[int, ...] | None, where: st
     resize: bring the shorter side to `shape` and cut out the middle; otherwise another size is a DataError.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        # Pillow warns about odd metadata, and about large images, which are refused here.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(f"{where} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}: make it smaller")
             if image.mode not in _GRAY + _COLOUR:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zipfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
+from tokenize import TokenError  # numpy's reader lets it through
 
 import numpy as np
 
@@ -28,7 +30,7 @@ def read_npz(path: Path, *, wanted: Collection[str]) -> dict[str, np.ndarray]:
             return {info.filename.removesuffix(".npy"): _read_member(path, archive, info, room) for info in infos}
     except FileNotFoundError:
         raise FileError(f"there is no file {path}: check the path") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise FileError(f"{path} cannot be read as .npz ({error}): save it anew with numpy.savez_compressed") from error
 
 
@@ -40,15 +42,18 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, ro
             if version not in ((1, 0), (2, 0)):
                 raise ValueError(f"version {version} of the .npy format")
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read_header(file)
-        except (ValueError, SyntaxError, TypeError) as error:
+            with warnings.catch_warnings(action="ignore"):  # about headers that Python 2 wrote
+                shape, fortran, dtype = read_header(file)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, TokenError) as error:
             raise FileError(f"{where} has a damaged header ({error}): save it anew with numpy.savez_compressed") from error
         if dtype.hasobject or dtype.kind not in "biufU":
             raise FileError(f"{where} holds {dtype}, and only numbers and strings are read: save it as a plain array")
         if any(length < 0 for length in shape):
             raise FileError(f"{where} claims the shape {shape}: save it anew")
         claimed, present = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-        if claimed != present or present > room:
+        if present > room:
+            raise FileError(f"{where} claims {present} bytes, more than the whole file could hold: save it anew")
+        if claimed != present:
             raise FileError(f"{where} claims {claimed} bytes {shape} of {dtype} and {present} are there: save it anew")
         data = file.read()
         if len(data) != claimed:
