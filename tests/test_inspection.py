@@ -158,7 +158,10 @@ def test_files_of_other_kinds_are_refused(tmp_path):
 
 def test_inspecting_an_onnx_file_loads_neither_torch_nor_a_runtime(tmp_path):
     path = make_pair().save(tmp_path)
-    code = "import sys; from ecqx_onnx.inspection import inspect; inspect(sys.argv[1]); print({'torch', 'onnxruntime'} & set(sys.modules))"
-    paths = ":".join(entry for entry in sys.path if entry)
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env={"PYTHONPATH": paths}, check=True)
+    code = (
+        "import sys; from ecqx_onnx.inspection import inspect; inspect(sys.argv[1]);"
+        "print({'torch', 'onnxruntime'} & set(sys.modules))"
+    )
+    environment = {"PYTHONPATH": ":".join(entry for entry in sys.path if entry)}
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "set()"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,13 @@ from rich.console import Console
 
 from ecqx_onnx.data.dataset import Arrays, Split
 from ecqx_onnx.errors import DataError, FileError
+from ecqx_onnx.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.validation import ValidationReport, validate
+from ecqx_onnx.validation.bounds import Bound
+from ecqx_onnx.validation.checks import accuracy_check, agreement_check, operators_check
+from ecqx_onnx.validation.comparison import Comparison, Difference
+from ecqx_onnx.validation.metrics import Agreement, Proportion
 from ecqx_onnx.validation.twin import float_twin
 from tests.onnx_torch_pairs import Pair, edit, make_pair
 
@@ -289,3 +295,64 @@ def test_a_file_whose_weights_some_tool_has_folded_fails_with_advice(tmp_path):
     inflated = make_pair(decoding="float", metadata=metadata).save(tmp_path, "inflated.onnx")
     report = validate(inflated, tensors=pair.tensors, latency_runs=0)
     assert "some tool has folded" in report.failures[0].sentence
+
+
+def late_outlier(pair: Pair, *, factor: float) -> Split:
+    """600 samples, number 500 of which is far larger than all that the bound was derived from."""
+    data = some_data(pair, 600)
+    data.source.x[500] *= factor
+    return data
+
+
+def test_a_late_batch_with_larger_rounding_is_judged_by_its_own_float64_result(tmp_path):
+    pair = make_pair()
+    data = late_outlier(pair, factor=3e4)
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=data, batch_size=64, latency_runs=0)
+    assert report.ok, report.failures
+
+
+def test_a_fault_that_only_a_late_batch_shows_is_found(tmp_path):
+    pair = make_pair()
+    relu = next(node for node in pair.model.graph.node if node.op_type == "Relu")
+    relu.op_type = "Clip"
+    relu.input.extend(["zero", "fifty"])
+    for value, name in ((0, "zero"), (50, "fifty")):
+        pair.model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+    data = late_outlier(pair, factor=1e3)
+    report = validate(pair.save(tmp_path), reference=pair.reference, split=data, batch_size=64, latency_runs=0)
+    assert verdicts(report)["outputs"] is False
+
+
+def compared(*, margin: float, limit: float) -> Comparison:
+    """One of ten samples gets another class; PyTorch's lead there is `margin`."""
+    difference = Difference("y", 0.0, 0.0, Bound(limit / 8, 0.0))
+    return Comparison(10, (), (difference,), Agreement(Proportion(9, 10), margin))
+
+
+def test_another_class_is_forgiven_only_where_pytorchs_lead_is_rounding():
+    assert agreement_check(compared(margin=1.9e-6, limit=1e-6), quantised=False).passed is True
+    assert agreement_check(compared(margin=2.1e-6, limit=1e-6), quantised=False).passed is False
+    assert agreement_check(compared(margin=2.1e-6, limit=1e-6), quantised=True).passed is None
+
+
+def test_an_accuracy_below_pytorchs_interval_is_a_failure():
+    for hits, passed in ((85, True), (70, False)):
+        comparison = Comparison(100, (), pytorch_accuracy=Proportion(90, 100), onnx_accuracy=Proportion(hits, 100))
+        assert accuracy_check(comparison).passed is passed
+
+
+def test_quantised_activations_that_the_file_states_are_no_failure(tmp_path):
+    metadata = {"format": 1, "tensors": []}
+    stated = read_onnx(make_pair(metadata=json.dumps({**metadata, "activations": "int8"})).save(tmp_path, "a.onnx"))
+    silent = read_onnx(make_pair(metadata=json.dumps(metadata)).save(tmp_path, "b.onnx"))
+    assert operators_check(stated, Counter({"QLinearConv": 2})).passed is True
+    assert operators_check(silent, Counter({"QLinearConv": 2})).passed is False
+    assert operators_check(silent, Counter({"Conv": 2, "DequantizeLinear": 2})).passed is True
+
+
+def test_the_float_twin_is_decoded_in_pieces_with_the_same_result(monkeypatch):
+    pair = make_pair()
+    whole = float_twin(pair.model)
+    monkeypatch.setattr("ecqx_onnx.validation.twin.PIECE", 1)
+    pieces = float_twin(pair.model)
+    assert pieces.proto == whole.proto

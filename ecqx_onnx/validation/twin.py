@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from ecqx_onnx_converters.graph import all_graphs, subgraphs
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.onnx_file import stored_bytes
 from ecqx_onnx.validation.sessions import open_session, run
 
 # Operators that give another result each time: never constant, whatever their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
-SERIALISED_LIMIT = 2**31 - 2**20  # protobuf's 2 GB, less the graph around the weights
+SERIALISED_LIMIT = 2**31 - 2**24  # bytes of tensors: protobuf's 2 GB, less the graph around them
+PIECE = 2**28  # bytes of constants that are decoded in one session
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,8 @@ class FloatTwin:
 
     def serialize(self) -> bytes | None:
         """None if it is above protobuf's 2 GB."""
-        if self.proto.ByteSize() > SERIALISED_LIMIT:
-            return None
-        return self.proto.SerializeToString()
+        tensors = (tensor for graph in all_graphs(self.proto.graph) for tensor in graph.initializer)
+        return None if sum(map(stored_bytes, tensors)) > SERIALISED_LIMIT else self.proto.SerializeToString()
 
 
 def float_twin(model: ModelProto) -> FloatTwin:
@@ -41,9 +43,8 @@ def float_twin(model: ModelProto) -> FloatTwin:
     proto.CopyFrom(model)
     _fold(proto.graph, proto, {})
     del proto.metadata_props[:]
-    weights: dict[str, np.ndarray] = {}
-    _collect(proto.graph, weights)
-    return FloatTwin(proto, weights)
+    tensors = [tensor for graph in all_graphs(proto.graph) for tensor in graph.initializer]
+    return FloatTwin(proto, {t.name: numpy_helper.to_array(t) for t in tensors if t.data_type == TensorProto.FLOAT})
 
 
 def _fold(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
@@ -68,7 +69,7 @@ def _fold(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]
     del graph.sparse_initializer[:]
     graph.initializer.extend(copies)
     for node in graph.node:
-        for inner in _inner_graphs(node):
+        for inner in subgraphs(node):
             _fold(inner, model, constants)
 
 
@@ -76,7 +77,7 @@ def _split(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], lis
     constant, rest, known = [], [], set(constants)
     for node in graph.node:
         fixed = all(not name or name in known for name in node.input) and node.op_type not in RANDOM
-        if fixed and not _inner_graphs(node):
+        if fixed and not any(subgraphs(node)):
             constant.append(node)
             known.update(node.output)
         else:
@@ -87,22 +88,40 @@ def _split(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], lis
 def _evaluate(
     nodes: list[NodeProto], names: list[str], constants: Mapping[str, TensorProto], model: ModelProto
 ) -> dict[str, TensorProto]:
-    """What the runtime computes for `names`, without optimisations: each operator exactly as written."""
-    if not names:
-        return {}
-    needed = {name for node in nodes for name in node.input}
-    graph = onnx.helper.make_graph(
-        nodes,
-        "constants",
-        [],
-        [onnx.ValueInfoProto(name=name) for name in names],
-        [constants[name] for name in sorted(needed & constants.keys())],
-    )
+    """What the runtime computes for `names`, without optimisations: each operator exactly as written. A piece at a time."""
+    makers = {output: node for node in nodes for output in node.output}
+    results: dict[str, TensorProto] = {}
+    piece: list[str] = []
+    read: set[str] = set()
+    for name in names:
+        piece.append(name)
+        read |= _ancestors(name, makers)
+        if name == names[-1] or sum(stored_bytes(constants[n]) for n in read & constants.keys()) > PIECE:
+            used = [node for node in nodes if not read.isdisjoint(node.output)]
+            results.update(_run(used, piece, [constants[n] for n in sorted(read & constants.keys())], model))
+            piece, read = [], set()
+    return results
+
+
+def _ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
+    """The name and all that it is computed from."""
+    found, queue = set(), [name]
+    while queue:
+        current = queue.pop()
+        if current and current not in found:
+            found.add(current)
+            queue.extend(makers[current].input if current in makers else ())
+    return found
+
+
+def _run(nodes: list[NodeProto], names: list[str], constants: list[TensorProto], model: ModelProto) -> dict[str, TensorProto]:
+    if sum(map(stored_bytes, constants)) > SERIALISED_LIMIT:
+        raise CheckFailed(f"the constants behind '{names[-1]}' take more than 2 GB, more than a session can be given at once")
+    outputs = [onnx.ValueInfoProto(name=name) for name in names]
+    graph = onnx.helper.make_graph(nodes, "constants", [], outputs, constants)
     part = onnx.helper.make_model(graph, functions=model.functions, opset_imports=model.opset_import, ir_version=model.ir_version)
-    if part.ByteSize() > SERIALISED_LIMIT:
-        raise CheckFailed("its weights take more than 2 GB at once, which validation cannot decode in one piece")
-    outputs = run(open_session(part.SerializeToString(), level="disabled"), ())
-    return {name: numpy_helper.from_array(array, name) for name, array in zip(names, outputs, strict=True)}
+    results = run(open_session(part.SerializeToString(), level="disabled"), ())
+    return {name: numpy_helper.from_array(array, name) for name, array in zip(names, results, strict=True)}
 
 
 def _read_by(nodes: list[NodeProto], graph: GraphProto) -> set[str]:
@@ -110,14 +129,9 @@ def _read_by(nodes: list[NodeProto], graph: GraphProto) -> set[str]:
     names = {value.name for value in graph.output}
     for node in nodes:
         names.update(node.input)
-        for inner in _inner_graphs(node):
+        for inner in subgraphs(node):
             names |= _read_by(list(inner.node), inner)
     return names
-
-
-def _inner_graphs(node: NodeProto) -> list[GraphProto]:
-    single = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return single + [graph for attribute in node.attribute for graph in attribute.graphs]
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> TensorProto:
@@ -125,12 +139,3 @@ def _dense(sparse: onnx.SparseTensorProto) -> TensorProto:
     dense = np.zeros(int(np.prod(sparse.dims)), values.dtype)
     dense[numpy_helper.to_array(sparse.indices)] = values
     return numpy_helper.from_array(dense.reshape(tuple(sparse.dims)), sparse.values.name)
-
-
-def _collect(graph: GraphProto, weights: dict[str, np.ndarray]) -> None:
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT:
-            weights[tensor.name] = numpy_helper.to_array(tensor)
-    for node in graph.node:
-        for inner in _inner_graphs(node):
-            _collect(inner, weights)
