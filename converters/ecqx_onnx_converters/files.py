@@ -46,35 +46,44 @@ def read_proto(path: Path | str) -> ModelProto:
     return model
 
 
-def external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """The values of a tensor whose data lies in a file beside the model. FileError for files elsewhere and for wrong lengths."""
+def external_bytes(tensor: TensorProto, folder: Path) -> bytes:
+    """The raw data of a tensor that lies in a file beside the model. FileError for files elsewhere and for wrong lengths."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     path = folder / location
     if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise FileError(
-            f"tensor '{tensor.name}' has its data in '{location}', outside the model's folder; such a file is not opened"
-        )
+        raise FileError(f"the data of tensor '{tensor.name}' lies in '{location}', outside the model's folder; it is not opened")
     try:
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        offset, needed = int(entries.get("offset", 0)), math.prod(tensor.dims) * dtype.itemsize
-        length, available = int(entries.get("length", needed)), path.stat().st_size
+        needed = (math.prod(tensor.dims) * _bits(tensor.data_type) + 7) // 8
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
+        available = path.stat().st_size
+        if length != needed or min(offset, *tensor.dims, 0) < 0 or offset + length > available:
+            raise FileError(
+                f"tensor '{tensor.name}' needs {needed} bytes at {offset} of '{path}' ({available} bytes) and declares {length};"
+                " the two files don't belong together or are damaged"
+            )
+        with open(path, "rb") as data:
+            data.seek(offset)
+            return data.read(length)
     except (KeyError, ValueError) as error:
         raise FileError(f"tensor '{tensor.name}' describes its external data wrongly ({error}); the model is damaged") from error
     except OSError as error:
-        raise FileError(
-            f"cannot read '{path}', the data of tensor '{tensor.name}': {error.strerror}; keep both files together"
-        ) from error
-    if length != needed or min(offset, *tensor.dims, 0) < 0 or offset + length > available:
-        raise FileError(
-            f"tensor '{tensor.name}' needs {needed} bytes at {offset} of '{path}' ({available} bytes) and declares {length};"
-            " the two files don't belong together or are damaged"
-        )
-    return (
-        np.fromfile(path, dtype.newbyteorder("<"), math.prod(tensor.dims), offset=offset)
-        .astype(dtype, copy=False)
-        .reshape(tensor.dims)
-    )
+        why = error.strerror or error
+        raise FileError(f"cannot read '{path}', the data of tensor '{tensor.name}': {why}; keep both files together") from error
+
+
+def external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """The same as an array; for types that numpy has."""
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    return np.frombuffer(external_bytes(tensor, folder), dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(tensor.dims)
+
+
+def _bits(kind: int) -> int:
+    """Bits of one element; KeyError for an unknown type."""
+    name = TensorProto.DataType.Name(kind) if kind in TensorProto.DataType.values() else ""
+    if name.endswith(("INT4", "INT2")):
+        return int(name[-1])
+    return int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize * 8)
 
 
 @contextmanager

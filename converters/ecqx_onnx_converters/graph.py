@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.files import external_values, little_endian_bytes, read_proto
+from ecqx_onnx_converters.files import external_bytes, external_values, little_endian_bytes, read_proto
 
 LARGE = 1 << 16  # bytes; tensors of any number of dimensions and type from this size on are kept outside the proto
 NATIVE = {  # types that numpy holds without help
@@ -57,8 +57,13 @@ class FloatGraph:
         weights = {}
         for tensor in proto.graph.initializer:
             if folder is not None and tensor.data_location == TensorProto.EXTERNAL:
-                weights[tensor.name] = external_values(tensor, folder)
-                clear_data(tensor)
+                if tensor.data_type in NATIVE:
+                    weights[tensor.name] = external_values(tensor, folder)
+                    clear_data(tensor)
+                else:
+                    content = external_bytes(tensor, folder)
+                    clear_data(tensor)
+                    tensor.raw_data = content
             elif _is_weight(tensor):
                 weights[tensor.name] = tensor_values(tensor)
                 clear_data(tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from onnx import ModelProto, NodeProto, TensorProto
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 from ecqx_onnx_converters.dequantization import DOMAIN, meaning_of
-from ecqx_onnx_converters.files import external_values, read_proto
-from ecqx_onnx_converters.graph import tensor_values
+from ecqx_onnx_converters.files import external_bytes, read_proto
+from ecqx_onnx_converters.graph import clear_data, tensor_values
 from ecqx_onnx_converters.matching import GraphWeight
 from ecqx_onnx_converters.storage import Contents
 from ecqx_onnx_converters.storage.registry import STORAGES
@@ -57,10 +57,9 @@ def read_metadata(model: ModelProto) -> dict[str, Any]:
 def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
     """Every weight that the metadata lists; none for a file of someone else's. FileError for a file that is damaged or lies."""
     model = source if isinstance(source, ModelProto) else read_proto(source)
-    if not isinstance(source, ModelProto):
-        _bring_in(model, Path(source).parent)
     records = read_metadata(model).get("tensors", [])
-    contents = Contents.of(model)
+    folder = None if isinstance(source, ModelProto) else Path(source).parent
+    contents = replace(Contents.of(model), initializers=_Initializers(model, folder))
     users: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input[:1]:
@@ -153,9 +152,17 @@ def _floats(tensor: TensorProto) -> np.ndarray:
     return tensor_values(tensor)
 
 
-def _bring_in(model: ModelProto, folder: Path) -> None:
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            tensor.raw_data = external_values(tensor, folder).tobytes()
-            tensor.ClearField("data_location")
-            tensor.ClearField("external_data")
+class _Initializers(dict[str, TensorProto]):
+    """By name; external data is read when a tensor is asked for."""
+
+    def __init__(self, model: ModelProto, folder: Path | None) -> None:
+        super().__init__({tensor.name: tensor for tensor in model.graph.initializer})
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> TensorProto:
+        tensor = super().__getitem__(name)
+        if self.folder is not None and tensor.data_location == TensorProto.EXTERNAL:
+            content = external_bytes(tensor, self.folder)
+            clear_data(tensor)
+            tensor.raw_data = content
+        return tensor

@@ -1,0 +1,120 @@
+"""Our files read back, other people's and damaged ones handled."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from ecqx_onnx_converters import FloatGraph, build, make_plan, match, read_weights
+from ecqx_onnx_converters.reading import read_metadata
+from ecqx_onnx_converters.writer import METADATA_KEY
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from ecqx_onnx.errors import FileError
+from tests.onnx_graphs import model_of, product, quantised
+from tests.test_writer import mixed_plan
+
+
+def written(**options) -> ModelProto:
+    return build(mixed_plan(**options)).to_model()
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "qdq"}, {"target": "onnxruntime-1.17"}, {"dequantize": "standard"}])
+def test_every_weight_comes_back_bit_for_bit(options):
+    plan = mixed_plan(**options)
+    stored = read_weights(build(plan).to_model())
+    assert [weight.weight.name for weight in stored] == ["a", "b", "c"]
+    for entry, weight in zip(plan.entries, stored, strict=True):
+        assert weight.crc_ok
+        assert weight.nbytes == entry.stored.nbytes
+        np.testing.assert_array_equal(weight.weight.tensor.levels, entry.weight.tensor.levels)
+        np.testing.assert_array_equal(weight.weight.dequantize(), entry.weight.dequantize())
+
+
+@pytest.mark.parametrize("step", [np.float32(0.1), np.linspace(0.1, 0.3, 8).reshape(1, 8)])
+def test_an_embedding_of_gathered_integers_comes_back(step):
+    table = quantised("w", (20, 8), step=step)
+    node = helper.make_node("Gather", ["w", "x"], ["y"])
+    inputs = {"x": (TensorProto.INT64, ["n"])}
+    graph = FloatGraph.from_model(model_of([node], {"w": table.dequantize()}, inputs=inputs, output_shape=["n", 8]))
+    (stored,) = read_weights(build(make_plan(graph, match(graph.weights, [table]), dequantize="standard")).to_model())
+    np.testing.assert_array_equal(stored.weight.dequantize(), table.dequantize())
+
+
+def test_a_file_of_someone_else_has_no_weights_of_ours():
+    assert read_weights(product("Gemm", quantised("w", (3, 4)), transB=1)) == ()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_flipped_bit_shows_in_the_checksum(index):
+    model = written()
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == f"q{index}")
+    tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
+    assert [weight.crc_ok for weight in read_weights(model)] == [place != index for place in range(3)]
+
+
+def with_metadata(**changes: object) -> ModelProto:
+    """The mixed model with its first tensor's record changed; a value of None removes the key."""
+    model = written()
+    entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+    content = json.loads(entry.value)
+    record = content["tensors"][0] | changes
+    content["tensors"][0] = {key: value for key, value in record.items() if value is not None}
+    entry.value = json.dumps(content)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": None}, {"storage": None}, {"levels": None}, {"crc32": None}, {"crc32": "x"}, {"sources": 5}, {"storage": "zip"},
+        {"levels": "nothing"}, {"levels": "s0"}, {"levels": ""}, {"storage": "sparse"}, {"name": "other"}, {"name": "y"},
+    ],
+)  # fmt: skip
+def test_a_record_that_lies_is_refused(changes):
+    with pytest.raises(FileError):
+        read_weights(with_metadata(**changes))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "5", '{"format":1}', '{"format":2,"tensors":[]}', '{"format":1,"tensors":[[]]}',
+     '{"format":1,"tensors":[7]}', "[" * 100000],
+)  # fmt: skip
+def test_metadata_that_is_no_metadata_is_refused(text):
+    model = written()
+    next(entry for entry in model.metadata_props if entry.key == METADATA_KEY).value = text
+    with pytest.raises(FileError):
+        read_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("s1", np.ones((3, 5), np.float32)),
+        ("s1", np.ones((2, 8, 8), np.float32)),
+        ("s1", np.ones((1, 8), np.float64)),
+        ("s0", np.ones((1,), np.float32)),  # a codebook shorter than its levels
+    ],
+)
+def test_constants_that_do_not_fit_the_levels_are_refused(name, values):
+    model = written()
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+    with pytest.raises(FileError):
+        read_weights(model)
+
+
+def test_a_file_that_a_simplifier_has_folded_is_recognised():
+    model = written()
+    for index in reversed([index for index, tensor in enumerate(model.graph.initializer) if tensor.name == "q1"]):
+        del model.graph.initializer[index]
+    with pytest.raises(FileError, match="simplify it before"):
+        read_weights(model)
+
+
+def test_metadata_is_read_back():
+    model = build(mixed_plan(), metadata={"labels": ["cat", "dog"]}).to_model()
+    assert read_metadata(model)["labels"] == ["cat", "dog"]
+    assert read_metadata(ModelProto()) == {}
