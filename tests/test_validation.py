@@ -155,6 +155,15 @@ def test_a_well_formed_file_that_the_runtime_refuses_fails_with_its_reason(tmp_p
     assert "Gemmmm" in load.sentence
 
 
+def test_a_model_that_does_not_run_on_synthetic_inputs_needs_data(tmp_path):
+    pair = make_pair(decoding="float")
+    pair.model.graph.node[0].input[0] = "halves"
+    pair.model.graph.node.insert(0, helper.make_node("Reshape", ["x", "shape"], ["halves"]))
+    pair.model.graph.initializer.append(numpy_helper.from_array(np.array([5, -1], np.int64), "shape"))
+    with pytest.raises(DataError, match="synthetic inputs, so give it real data"):
+        validate(pair.save(tmp_path))
+
+
 @pytest.mark.parametrize("label", [-1, 5])
 def test_labels_out_of_range_are_refused(tmp_path, label):
     pair = make_pair()

@@ -32,7 +32,7 @@ from ecqx_onnx.validation.metrics import largest_difference
 
 ORDER_FACTOR = 8.0  # other order of summation (4) and spread of maxima (2), see above
 FINAL_ULPS = 4.0
-FALLBACK_ULPS = 1024.0  # without float64: 2^10 roundings of the largest output, 1.2e-4 of it
+FALLBACK_ULPS = 1024.0  # without float64: 2^10 roundings of the largest output or of 1, 1.2e-4 of it
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -50,7 +50,7 @@ class Bound:
     @property
     def formula(self) -> str:
         if self.rounding is None:
-            return f"{FALLBACK_ULPS:.0f} ulp of the largest output, as no float64 result could be had"
+            return f"{FALLBACK_ULPS:.0f} ulp of the largest output or of 1, as no float64 result could be had"
         return f"{ORDER_FACTOR:.0f} x {self.rounding:.2e} (float32 rounding of PyTorch) + {FINAL_ULPS:.0f} ulp"
 
     def widen(self, other: Bound) -> Bound:
@@ -63,8 +63,9 @@ def bound(output: np.ndarray, exact: np.ndarray | None) -> Bound:
     """output: y32, PyTorch's; exact: y64, or None. Outputs that are no floats must be equal: their bound is 0."""
     if not np.issubdtype(output.dtype, np.floating):
         return Bound(0.0, 0.0)
+    # Without a measured rounding, values of order one inside the network are all that can be assumed.
     finite = np.abs(output[np.isfinite(output)])
-    ulp = float(np.spacing(finite.max(initial=0.0).astype(output.dtype)))
+    ulp = float(np.spacing(finite.max(initial=1.0 if exact is None else 0.0).astype(output.dtype)))
     return Bound(None if exact is None else largest_difference(output, exact), ulp)
 
 

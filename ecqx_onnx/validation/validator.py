@@ -12,7 +12,7 @@ import torch
 from ecqx_onnx_converters.reading import read_weights
 
 from ecqx_onnx.data import Split
-from ecqx_onnx.errors import CheckFailed, FileError
+from ecqx_onnx.errors import CheckFailed, DataError, FileError
 from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.tensors import QuantTensor
@@ -74,6 +74,8 @@ def validate(
         counted = None if progress is None else lambda done: progress(done, total)
         comparison = compare(session, reference, batches, progress=counted)
     except CheckFailed as error:
+        if split is None:  # the shapes or values may be what it cannot take
+            raise DataError(f"{path}: does not run on synthetic inputs, so give it real data: {error}") from error
         found.append(Check("run", False, None, None, str(error)))
         return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
     few = tuple(array[: fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
