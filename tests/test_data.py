@@ -237,6 +237,15 @@ def test_image_folders_give_classes_in_sorted_order(tmp_path, splits):
         np.testing.assert_array_equal(x[:, 0, 0, 0] * 255 >= 100, y == 0)
 
 
+def test_files_of_a_folder_are_not_sorted_by_class_and_come_in_the_same_order_each_time(tmp_path):
+    for name in ("a", "b"):
+        for number in range(20):
+            save_image(tmp_path / "test" / name / f"{number}.png", np.zeros((2, 2), np.uint8))
+    first, again = load_dataset(str(tmp_path)).test.y, load_dataset(str(tmp_path)).test.y
+    assert 0 < first[:20].sum() < 20
+    np.testing.assert_array_equal(first, again)
+
+
 def test_classes_may_be_called_train_and_test(tmp_path):
     for name in ("bus", "test", "train"):
         save_image(tmp_path / name / "1.png", np.zeros((4, 4), np.uint8))

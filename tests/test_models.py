@@ -13,8 +13,15 @@ MODELS = Path(__file__).parents[1] / "models"
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
 NAMES = ["digits_cnn", "kws_dscnn", "lenet5", "lenet_300_100", "mlp_gsc", "resnet20", "vgg16"]
-PARAMETERS = {"lenet5": 61_706, "lenet_300_100": 266_610, "resnet20": 269_722, "vgg16": 14_728_266, "digits_cnn": 38_282}
-RAW = {"image": np.uint8, "waveform": np.int16}
+PARAMETERS = {
+    "lenet5": 61_706,
+    "lenet_300_100": 266_610,
+    "resnet20": 269_722,
+    "vgg16": 14_728_266,
+    "digits_cnn": 38_282,
+    "kws_dscnn": 23_052,
+    "mlp_gsc": 766_688,
+}
 
 
 def factory(name: str):

@@ -285,6 +285,12 @@ def test_damaged_images(tmp_path, content):
     assert "bad.png" in refusal(tmp_path)
 
 
+def test_an_image_larger_than_the_limit_is_not_decoded(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "bad.png").write_bytes(png_that_claims(9000, 9000))
+    assert "9000x9000 pixels" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_truncated_images(tmp_path, share):
     save_image(tmp_path / "cat" / "bad.jpg", np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
