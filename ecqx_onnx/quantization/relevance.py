@@ -23,9 +23,12 @@ from torch import Tensor
 from ecqx_onnx.errors import DataError, ModelError, OptionError
 from ecqx_onnx.quantization.functional import FunctionalRules, stabilize
 from ecqx_onnx.quantization.zennit_import import import_zennit
+from ecqx_onnx.quantization.zplus import PositiveContributions
 
 Start = str | Callable[[Any, Any], Any]
 STARTS = ("logit", "probability", "ones")
+RULED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+UNRULED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # their kernels are in functional.py
 
 
 def composite_by_name(name: str, low: Tensor, high: Tensor) -> Any:
@@ -64,10 +67,14 @@ class Relevances:
         self._sum = Sum()
         self._functional = FunctionalRules(add=self._add)
         self._low, self._high = torch.zeros(()), torch.zeros(())
-        self._compared = False
         if isinstance(composite, str):
             composite = composite_by_name(composite, self._low, self._high)
-        self._attach_rules(composite)
+        if composite.canonizers:
+            raise OptionError(
+                f"composite {type(composite).__name__} has canonizers, which rewrite the very weights whose relevance is wanted: "
+                "construct it without; residual additions and BatchNorm are taken care of"
+            )
+        self._composite: Any = composite
 
     @property
     def approximated(self) -> tuple[str, ...]:
@@ -89,9 +96,11 @@ class Relevances:
             torch.autocast(device.type, enabled=False),
             torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not self._recurrent),
         ):
+            plain = self._attach_rules(args, kwargs) if self._composite is not None else None
             with self._functional:
                 output = self.shadow(*args, **kwargs)
-            self._compare_once(output, args, kwargs)
+            if isinstance(plain, Tensor):
+                _check_same(plain, output)
             output, R = start_relevance(output, target, self.start)
             torch.autograd.backward(output, R)
         found = {}
@@ -117,80 +126,86 @@ class Relevances:
         if x is not None:  # the box rule's composite holds these two tensors
             self._low.data, self._high.data = x.detach().amin(), x.detach().amax()
 
-    def _compare_once(self, output: Any, args: Any, kwargs: Any) -> None:
-        """Out-of-place rules must not change what the model computes; looked at once, on the first batch."""
-        if self._compared or not isinstance(output, Tensor):
-            return
-        self._compared = True
-        self._rules_off = True
-        with torch.no_grad():
-            plain = self.shadow(*args, **kwargs)
-        self._rules_off = False
-        if not torch.allclose(plain, output, rtol=1e-3, atol=1e-4):
-            raise ModelError(
-                f"the model computes something else under relevance propagation (outputs differ by "
-                f"{float((plain - output).abs().max()):.3g}): it probably relies on an in-place operation whose result it does "
-                "not assign; write `x = op(x)`, or use relevance=None"
-            )
-
-    _rules_off = False
-
     def _add(self, a: Tensor, b: Tensor) -> Tensor:
         return self._sum(torch.stack(torch.broadcast_tensors(a, b), dim=-1))
 
-    def _attach_rules(self, composite: Any) -> None:
-        if composite.canonizers:
-            raise OptionError(
-                f"composite {type(composite).__name__} has canonizers, which rewrite the very weights whose relevance is wanted: "
-                "construct it without; residual additions and BatchNorm are taken care of"
-            )
-        parameter_names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
+    def _attach_rules(self, args: tuple, kwargs: dict) -> Any:
+        """Ask the composite for each module's rule, in the order in which they run; returns the model's plain output.
+
+        The order matters to composites with a special first layer: it is the first that runs, and there is none behind an
+        embedding or a recurrent layer.
+        """
+        from zennit.composites import SpecialFirstLayerMapComposite
+        from zennit.rules import ZPlus
+
+        composite, self._composite = self._composite, None
+        order, plain = _running_order(self.shadow, args, kwargs)
+        names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
         context: dict = {}
         matched = False
-        for name, module in (*self.shadow.named_modules(), ("", self._sum)):
-            template = composite.module_map(context, name, module)
-            if template is None or isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        for name, module in (*order, ("", self._sum)):
+            if isinstance(module, UNRULED):
+                if isinstance(composite, SpecialFirstLayerMapComposite):
+                    context["first_layer_visited"] = True
                 continue
-            weights = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            template = composite.module_map(context, name, module)
+            if template is None:
+                continue
+            weights = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
             for weight in weights:
-                self.rules[parameter_names[id(weight)]] = type(template).__name__
+                self.rules[names[id(weight)]] = type(template).__name__
             matched = matched or bool(weights)
-            _Rule(self, module, template, weights)
-        if not matched and not self._has_only_functional_layers():
+            _Rule(self._functional, module, PositiveContributions() if type(template) is ZPlus else template, weights)
+        if not matched and any(isinstance(module, RULED) for _, module in order):
             raise OptionError(
                 f"composite {type(composite).__name__} has no rule for any of the {len(self.names)} quantised layers: "
                 "use epsilon_plus_flat, or relevance none"
             )
+        return plain
 
-    def _has_only_functional_layers(self) -> bool:
-        layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        return not any(isinstance(module, layers) for module in self.shadow.modules())
+
+def _running_order(shadow: nn.Module, args: tuple, kwargs: dict) -> tuple[list[tuple[str, nn.Module]], Any]:
+    """(modules by name, those that ran first in the order they ran; the output)."""
+    ran: dict[nn.Module, None] = {}
+    handles = [module.register_forward_pre_hook(lambda module, _: ran.setdefault(module)) for module in shadow.modules()]
+    with torch.no_grad():
+        output = shadow(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    names = {module: name for name, module in shadow.named_modules()}
+    return [(names[module], module) for module in (*ran, *(module for module in names if module not in ran))], output
+
+
+def _check_same(plain: Tensor, output: Any) -> None:
+    """Out-of-place rules must not change what the model computes; looked at once, on the first batch."""
+    if not torch.allclose(plain, output, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ModelError(
+            f"the model computes something else under relevance propagation (outputs differ by "
+            f"{float((plain - output).abs().max()):.3g}): it probably relies on an in-place operation whose result it does "
+            "not assign; write `x = op(x)`, or use relevance=None"
+        )
 
 
 class _Rule:
     """Runs one module of the shadow under one zennit rule, with a fresh copy of the rule for each call of the module."""
 
-    def __init__(self, owner: Relevances, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
-        self.owner, self.template, self.weights = owner, template, weights
+    def __init__(self, functional: FunctionalRules, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
+        self.functional, self.template, self.weights = functional, template, weights
         self.calls: list[Tensor] = []
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        if self.owner._rules_off:
-            return None
         if not args:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
         self.calls.append(x)
-        self.owner._functional.paused += 1
+        self.functional.paused += 1
         # Cut off from the graph: only the weights' part of it is recorded, the input's is the rule's business.
         return (x.detach().clone() if getattr(module, "inplace", False) else x.detach(), *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple, z: Tensor) -> Any:
-        if self.owner._rules_off:
-            return None
-        self.owner._functional.paused -= 1
+        self.functional.paused -= 1
         rule = self.template.copy()
         rule.forward(module, (args[0],), z)
         return _Propagate.apply(self.calls.pop(), z.detach(), lambda R: self.backward(rule, module, args[0], z, R))

@@ -1,4 +1,4 @@
-"""(model, data set, recipe) -> the model quantised by training, the best epoch chosen on a validation split, never on the test set.
+"""(model, data set, recipe) -> the model quantised by training, best epoch by a validation split, never by the test set.
 
 Adam on all parameters, levels assigned anew after each step. An epoch's order and dropout follow from (seed, epoch) alone, so a
 run that is resumed from its state file continues bit for bit as if it had not been interrupted.
@@ -93,7 +93,7 @@ def train(
 
     options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the training samples that chooses
     the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. epochs=0 assigns
-    levels without training, with relevances taken on up to 8 batches. state_file: written after each epoch; resume: go on from it.
+    levels without training, with relevances of up to 8 batches. state_file: written after each epoch; resume: go on from it.
     """
     if epochs < 0 or batch_size < 1 or not (math.isfinite(learning_rate) and learning_rate >= 0):
         raise OptionError(f"epochs {epochs}, batch size {batch_size}, learning rate {learning_rate}: need >= 0, >= 1, >= 0")

@@ -1,0 +1,369 @@
+"""Relevances against LRP by hand, against zennit's own hooks, and conserved on models as people write them."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ecqx_onnx.errors import DataError, ModelError, OptionError
+from ecqx_onnx.quantization.relevance import Relevances, start_relevance
+from ecqx_onnx.quantization.zennit_import import import_zennit
+from ecqx_onnx.quantization.zplus import PositiveContributions
+from tests.oracles import lrp as oracle
+
+zennit = import_zennit()
+
+
+def relevances_of(model, x, y, *, composite="epsilon_plus_flat", start="ones", names=None):
+    model.eval()
+    background = {n: p.detach() for n, p in model.named_parameters() if p.ndim >= 2 and (names is None or n in names)}
+    relevances = Relevances(model, list(background), composite=composite, start=start)
+    return relevances(x, y, background), relevances
+
+
+def without_biases(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    return model
+
+
+class KeywordNet(nn.Module):
+    """Conv without padding, strided conv, two dense layers: everything that the hand oracle covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(2, 3, 3)
+        self.second = nn.Conv1d(3, 4, 2, stride=2)
+        self.hidden = nn.Linear(12, 6)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.second(torch.relu(self.first(x))))
+        return self.last(F.relu(self.hidden(torch.flatten(x, 1))))
+
+
+@pytest.mark.parametrize("start", ["logit", "ones", "probability"])
+def test_weight_relevances_equal_lrp_by_hand(start):
+    torch.manual_seed(0)
+    model = KeywordNet().double()
+    x, y = torch.randn(3, 2, 8, dtype=torch.float64), torch.tensor([4, 0, 2])
+    found, _ = relevances_of(model, x, y, start=start)
+
+    value = {name: p.detach().numpy().reshape(-1) for name, p in model.named_parameters()}
+    first, p1 = oracle.conv_connections(2, 3, 8, 3, 1)
+    second, p2 = oracle.conv_connections(3, 4, p1, 2, 2)
+    hidden, last = oracle.dense_connections(12, 6), oracle.dense_connections(6, 5)
+    biases = {
+        "first": np.repeat(value["first.bias"], p1),
+        "second": np.repeat(value["second.bias"], p2),
+        "hidden": value["hidden.bias"],
+        "last": value["last.bias"],
+    }
+    layers = [("first", first), ("second", second), ("hidden", hidden), ("last", last)]
+    expected = {f"{name}.weight": 0.0 for name, _ in layers}
+    for sample, target in zip(x.numpy().reshape(3, -1), y.tolist(), strict=True):
+        inputs, outputs = {}, {}
+        a = sample
+        for name, connections in layers:
+            inputs[name] = a
+            outputs[name] = oracle.forward(a, connections, biases[name], value[f"{name}.weight"])
+            a = np.maximum(outputs[name], 0)
+        logits = outputs["last"]
+        R = np.zeros(5)
+        R[target] = {"ones": 1.0, "logit": logits[target], "probability": (np.exp(logits) / np.exp(logits).sum())[target]}[start]
+        for name, connections in reversed(layers):
+            weights = value[f"{name}.weight"]
+            r = oracle.weight_relevance(inputs[name], connections, biases[name], outputs[name], R, weights)
+            expected[f"{name}.weight"] = expected[f"{name}.weight"] + r
+            rule = oracle.z_plus_rule if name == "second" else oracle.epsilon_rule
+            if name != "first":
+                R = rule(inputs[name], connections, biases[name], weights, R)
+    for name, r in expected.items():
+        np.testing.assert_allclose(found[name].numpy().reshape(-1), r, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_input_relevance_equals_zennits_own_attribution():
+    """The same rules, attached by zennit's Composite.register, give the same relevance at the input of a residual net."""
+    torch.manual_seed(1)
+
+    class Residual(nn.Module):
+        def __init__(self, add):
+            super().__init__()
+            self.stem, self.inner, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+            self.pool, self.relu = nn.AdaptiveAvgPool2d(1), nn.ReLU()
+            self.sum = zennit.layer.Sum()
+            self.add = add
+
+        def forward(self, x):
+            x = self.relu(self.stem(x))
+            y = self.inner(x)
+            y = self.sum(torch.stack([y, x], dim=-1)) if self.add == "Sum" else y + x
+            return self.last(self.pool(self.relu(y)).flatten(1))
+
+    model = Residual("Sum").double()
+    x = torch.randn(2, 1, 6, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 2])
+    with zennit.composites.EpsilonPlusFlat().context(model) as hooked:
+        output = hooked(x)
+        (expected,) = torch.autograd.grad(output, x, F.one_hot(y, 3).double())
+
+    model.add = "+"
+    captured = {}
+    relevances = Relevances(model, ["stem.weight"], composite="epsilon_plus_flat", start="ones")
+    relevances.shadow.register_forward_pre_hook(
+        lambda module, args: args[0].register_hook(lambda R: captured.setdefault("R", R)) and None
+    )
+    relevances(x, y, {"stem.weight": model.stem.weight.detach()})
+    torch.testing.assert_close(captured["R"], expected, rtol=1e-10, atol=1e-13)
+
+
+class Functional(nn.Module):
+    """No module for any addition, activation, pooling or concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8)
+        self.depthwise, self.last = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.Linear(16, 5, bias=False)
+        self.layer_norm = nn.LayerNorm(16)
+
+    def forward(self, x):
+        x = F.relu(self.first(x), inplace=True)
+        y = self.norm(x)
+        x = F.relu(self.depthwise(x)) + x
+        x += y
+        x.mul_(0.5)
+        x = torch.cat([F.avg_pool2d(x, 2), F.max_pool2d(x, 2)], dim=1)
+        return self.last(self.layer_norm(x.mean((2, 3))))
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation: a product of two tensors that both depend on the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x):
+        x = F.silu(self.first(x))
+        return self.last(x * torch.sigmoid(self.gate(x)))
+
+
+class Reused(nn.Module):
+    """One module called three times, and a tied weight: relevance adds up over the calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(3):
+            x = F.relu(self.again(x))
+        return self.last(x)
+
+
+def torchvision_model(name):
+    import torchvision.models
+
+    torch.manual_seed(3)
+    model = getattr(torchvision.models, name)(num_classes=10)
+    if name == "vgg11_bn":  # its 25088 x 4096 dense layer says nothing more than a small one
+        model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
+    without_biases(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the statistics of the one batch below: activations stay alive at every depth
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 64, 64))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.zero_()  # a shift is a bias: it would take its share of the relevance
+    return model
+
+
+@pytest.mark.parametrize("name", ["Functional", "Gated", "Reused", "resnet18", "mobilenet_v2", "vgg11_bn"])
+def test_relevance_is_conserved_from_the_output_to_the_first_layer(name):
+    torch.manual_seed(2)
+    small = {"Functional": (Functional, (3, 8, 8)), "Gated": (Gated, (6,)), "Reused": (Reused, (6,))}
+    if name in small:
+        model, shape = small[name][0](), small[name][1]
+    else:
+        model, shape = torchvision_model(name), (3, 64, 64)
+    x, y = torch.randn(2, *shape), torch.tensor([1, 2])
+    found, relevances = relevances_of(model, x, y)
+    total = {layer: float(r.sum()) for layer, r in found.items()}
+    assert total[next(iter(total))] == pytest.approx(2.0, rel=0.01)
+    assert total[list(total)[-1]] == pytest.approx(2.0, rel=0.01)
+    assert relevances.approximated == ()
+
+
+def test_a_module_called_three_times_carries_the_relevance_three_times():
+    torch.manual_seed(4)
+    found, _ = relevances_of(Reused(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    assert float(found["again.weight"].sum()) == pytest.approx(3 * float(found["first.weight"].sum()), rel=1e-3)
+
+
+def test_without_the_sum_rule_relevance_would_double_at_a_residual_addition():
+    """The planted error: the same net with additions left to the gradient."""
+    torch.manual_seed(5)
+    model = Functional()
+    names = [n for n, p in model.named_parameters() if p.ndim >= 2]
+    relevances = Relevances(model.eval(), names, composite="epsilon_plus_flat", start="ones")
+    relevances._functional.add = torch.add
+    found = relevances(
+        torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), {n: dict(model.named_parameters())[n].detach() for n in names}
+    )
+    assert float(found["first.weight"].sum()) > 2.5
+
+
+@pytest.mark.parametrize("negative_inputs", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_our_z_plus_is_zennits(negative_inputs, bias):
+    torch.manual_seed(12)
+    layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=bias).double()
+    x = torch.randn(3, 4, 7, 7, dtype=torch.float64)
+    x = x if negative_inputs else x.relu()
+    R = torch.randn(3, 6, 4, 4, dtype=torch.float64)
+    stock = zennit.rules.ZPlus()
+    stock.forward(layer, (x,), None)
+    torch.testing.assert_close(PositiveContributions().backward(layer, (x,), (R,)), stock.backward(layer, (x,), (R,)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lstm, self.last = nn.Embedding(10, 8), nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, tokens):
+        return self.last(self.lstm(self.embedding(tokens))[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.last = nn.Linear(8, 10, bias=False)
+        self.last.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.last(self.block(self.embedding(tokens)).mean(1))
+
+
+@pytest.mark.parametrize(("model", "kernel"), [(Recurrent, "lstm"), (Attention, "multi_head_attention_forward")])
+def test_recurrent_and_attention_weights_get_relevance_and_the_report_names_the_approximation(model, kernel):
+    torch.manual_seed(6)
+    found, relevances = relevances_of(model(), torch.randint(0, 10, (3, 7)), torch.tensor([0, 1, 2]))
+    assert relevances.approximated == (kernel,)
+    assert set(found) == set(relevances.names)
+    assert all(bool(r.isfinite().all()) and float(r.abs().max()) > 0 for r in found.values())
+
+
+def test_gradient_times_input_of_a_kernel_is_its_formula():
+    """LSTM weights: r_w = w ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂w, computed here without any of the machinery."""
+    torch.manual_seed(7)
+    model = Recurrent().double().eval()
+    tokens, y = torch.randint(0, 10, (3, 7)), torch.tensor([0, 1, 2])
+    found, _ = relevances_of(model, tokens, y)
+    z = model.lstm(model.embedding(tokens))[0]
+    hidden = z[:, -1].detach()
+    logits = model.last(hidden)
+    share = F.one_hot(y, 5).double() / (logits + 1e-6 * logits.sign())
+    R_hidden = hidden * (share @ model.last.weight)
+    (gradient,) = torch.autograd.grad(z[:, -1], model.lstm.weight_ih_l0, R_hidden.detach() / (hidden + 1e-6 * hidden.sign()))
+    torch.testing.assert_close(found["lstm.weight_ih_l0"], model.lstm.weight_ih_l0.detach() * gradient)
+
+
+@pytest.mark.parametrize("name", ["epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box"])
+def test_composites_go_by_name_or_as_objects(name):
+    torch.manual_seed(8)
+    model, x, y = Functional(), torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    found, _ = relevances_of(model, x, y, composite=name)
+    assert all(float(r.abs().sum()) > 0 for r in found.values())
+    if name == "epsilon_plus":
+        again, _ = relevances_of(model, x, y, composite=zennit.composites.EpsilonPlus())
+        assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+def test_the_users_model_is_untouched():
+    torch.manual_seed(9)
+    model = Functional()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    relevances_of(model, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_relevance_is_taken_on_the_background_weights():
+    torch.manual_seed(10)
+    model = Functional().eval()
+    names = ["last.weight"]
+    background = {"last.weight": model.last.weight.detach().clone()}
+    with torch.no_grad():
+        model.last.weight.zero_()
+    found = Relevances(model, names, composite="epsilon_plus_flat", start="ones")(
+        torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), background
+    )
+    assert float(found["last.weight"][:2].abs().min()) > 0  # the rows of the two classes in the batch
+
+
+def test_start_value_may_be_a_function_for_models_that_are_no_classifiers():
+    torch.manual_seed(11)
+    x, wanted = torch.randn(4, 6), torch.randn(4, 3)
+
+    def error_of(output, target):
+        return (output - target).abs()
+
+    found, _ = relevances_of(Gated(), x, wanted, start=error_of)
+    assert set(found) == {"first.weight", "gate.weight", "last.weight"}
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.box, self.label = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x, scale):
+        x = F.relu(self.body(x)) * scale
+        return {"box": self.box(x), "label": self.label(x)}
+
+
+def test_models_with_several_inputs_and_outputs_name_the_output_that_relevance_starts_at():
+    inputs = {"x": torch.randn(4, 6), "scale": torch.ones(4, 1)}
+    found, _ = relevances_of(TwoOutputs(), inputs, None, start=lambda output, target: (output["label"], output["label"].detach()))
+    assert set(found) == {"body.weight", "label.weight"}
+    with pytest.raises(ModelError, match="returns a dict"):
+        relevances_of(TwoOutputs(), inputs, torch.tensor([0, 1, 2, 0]))
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (torch.tensor([0, 1, 2]), "one class index per sample"),
+        (torch.tensor([0.0, 1.0]), "one class index per sample"),
+        (torch.tensor([0, 5]), "targets run from 0 to 5"),
+        (torch.tensor([-1, 1]), "targets run from -1"),
+        (None, "NoneType"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(target, words):
+    with pytest.raises(DataError, match=words):
+        start_relevance(torch.zeros(2, 5), target, "logit")
+
+
+def test_composites_with_canonizers_unknown_names_and_composites_without_a_match_are_refused():
+    model, x, y = Functional(), torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    merging = zennit.composites.EpsilonPlusFlat(canonizers=[zennit.torchvision.ResNetCanonizer()])
+    with pytest.raises(OptionError, match="canonizers"):
+        relevances_of(model, x, y, composite=merging)
+    with pytest.raises(OptionError, match="names no zennit composite"):
+        relevances_of(model, x, y, composite="epsilon_minus")
+    with pytest.raises(OptionError, match="no rule for any"):
+        relevances_of(model, x, y, composite=zennit.composites.NameMapComposite([(["nothing"], zennit.rules.Epsilon())]))
+    with pytest.raises(OptionError, match="start 'loss' is unknown"):
+        relevances_of(model, x, y, start="loss")
