@@ -12,6 +12,8 @@ from ecqx_onnx.quantization.assignment import Band, assign, boundaries, cheapest
 from ecqx_onnx.quantization.grid import Grid
 from tests.oracles import ecqx as oracle
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
 SYMMETRIC = {bits: Grid(bits, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) for bits in (2, 3, 4, 5)}
 
 

@@ -12,6 +12,8 @@ from ecqx_onnx.quantization.zennit_import import import_zennit
 from ecqx_onnx.quantization.zplus import PositiveContributions
 from tests.oracles import lrp as oracle
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
 zennit = import_zennit()
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from ecqx_onnx.quantization.entropy import cluster_probabilities, information_content, largest_lambda
 from ecqx_onnx.quantization.grid import Grid, channel_rows, from_channel_rows
 
+LEAST_RELEVANCE = 1e-12  # R = 0 counts as this, so that weights without any relevance fall in order of what falling costs
+
 
 @dataclass(frozen=True)
 class Band:
@@ -59,7 +61,7 @@ def assign(
     weight: float [...]; step: float32, () or keepdims-shaped along axis; strength: γ·δ, the share of λ_max that λ takes;
     relevance: R in [0, 1], the weight's shape and dtype.
     """
-    rows, step_rows = channel_rows(weight, axis), step.double().reshape(-1, 1)
+    rows, step_rows = channel_rows(weight, axis).contiguous(), step.double().reshape(-1, 1)
     levels = grid.levels(weight)
     nearest = cheapest(rows, step_rows, levels, torch.zeros_like(levels))
     counts = torch.bincount(nearest.reshape(-1), minlength=len(levels))
@@ -117,7 +119,7 @@ def critical_exponents(
     zero = rows.square().add_(zero_cost.to(rows.dtype))
     ecq_zeros = _share(zero <= away)
     exponent = zero.mul_(rho).clamp_(min=tiny).log_().sub_(away.clamp_(min=tiny).log_())
-    return exponent.div_(away.copy_(R).log_().neg_().clamp_(min=tiny)), ecq_zeros
+    return exponent.div_(away.copy_(R).clamp_(min=LEAST_RELEVANCE).log_().neg_().clamp_(min=tiny)), ecq_zeros
 
 
 def choose_exponent(exponent: Tensor, R: Tensor, ecq_zeros: float, *, band: Band, rho: float) -> tuple[float, bool]:

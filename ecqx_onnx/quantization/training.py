@@ -276,7 +276,7 @@ def _write_state(state: dict[str, Any], path: str | Path) -> None:
 def _read_state(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise FileError(f"cannot read the training state '{path}' ({error}): delete it to start anew") from error
     if not isinstance(state, dict) or not {"setup", "model", "optimizer", "quantizer", "history", "best"} <= set(state):
         raise FileError(f"'{path}' is no training state: delete it to start anew")

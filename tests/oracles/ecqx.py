@@ -60,7 +60,8 @@ def ecq(weights, step, levels, strength):
 
 
 def ecqx_costs(w, R, step, costs, rho, beta):
-    """{level: cost}, zero's multiplied by f(R) = ρ R^β."""
+    """{level: cost}, zero's multiplied by f(R) = ρ R^β; R = 0 counts as 1e-12."""
+    R = max(R, 1e-12)
     return {k: (rho * R**beta * (w * w + c) if k == 0 else (w - k * step) ** 2 + c) for k, c in costs.items()}
 
 

@@ -1,0 +1,179 @@
+"""`train`: the best epoch by validation, resumed bit for bit, refusals in one sentence."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
+from ecqx_onnx.quantization import train
+from ecqx_onnx.quantization import training as module
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+
+class Split:
+    """The door of a data set's split, on arrays."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def batches(self, batch_size, *, shuffle=None):
+        order = np.arange(len(self)) if shuffle is None else shuffle.permutation(len(self))
+        for start in range(0, len(self), batch_size):
+            rows = order[start : start + batch_size]
+            yield self.x[rows], self.y[rows]
+
+    def divide(self, fraction, *, seed):
+        part = np.random.default_rng(seed).random(len(self)) < fraction
+        return Split(self.x[~part], self.y[~part]), Split(self.x[part], self.y[part])
+
+
+class Blobs:
+    """Three clouds in five dimensions; its test split must never be looked at."""
+
+    def __init__(self, samples=240):
+        generator = np.random.default_rng(0)
+        y = generator.integers(0, 3, samples)
+        centres = generator.normal(size=(3, 5)) * 2
+        self.train = Split((centres[y] + generator.normal(size=(samples, 5))).astype(np.float32), y.astype(np.int64))
+
+    @property
+    def test(self):
+        raise AssertionError("training looked at the test split")
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.2), nn.BatchNorm1d(16), nn.Linear(16, 3))
+
+
+def options(**changes):
+    return {"epochs": 4, "batch_size": 32, "learning_rate": 1e-2, "validation": 0.2, "device": "cpu", **changes}
+
+
+def same(a, b):
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_training_learns_and_reports_its_way():
+    model, seen = net(), []
+    result = train(model, Blobs(), **options(progress=seen.append, epochs=6), bits=4)
+    assert result.history[-1].validation_accuracy > 0.8
+    assert [record.epoch for record in result.history] == [1, 2, 3, 4, 5, 6]
+    assert (seen[0].epoch, seen[0].step, seen[0].epochs) == (1, 1, 6)
+    assert (seen[-1].epoch, seen[-1].step) == (6, seen[-1].steps)
+    assert 0 < seen[-1].zeros < 1
+    assert seen[-1].bits_per_weight > 0
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
+    models = [net(), net(), net()]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        torch.manual_seed(len(models) * 7)  # what the caller's generator holds does not matter
+        torch.rand(1 + seed)
+        train(model, Blobs(), **options(seed=seed))
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+def test_training_leaves_the_callers_random_numbers_alone():
+    model = net()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(model, Blobs(), **options(epochs=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, schedule):
+    class StoppedError(Exception):
+        pass
+
+    def stop(progress):
+        if (progress.epoch, progress.step) == (3, 2):
+            raise StoppedError
+
+    whole, parts = net(), net()
+    expected = train(whole, Blobs(), **options(schedule=schedule), refresh_every=3)
+    with pytest.raises(StoppedError):
+        train(parts, Blobs(), **options(schedule=schedule, state_file=tmp_path / "s", progress=stop), refresh_every=3)
+    parts = net(seed=9)
+    found = train(parts, Blobs(), **options(schedule=schedule, state_file=tmp_path / "s", resume=True), refresh_every=3)
+    assert same(whole, parts)
+    assert found.history == expected.history
+    assert found.best_epoch == expected.best_epoch
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    train(net(), Blobs(), **options(epochs=2, state_file=tmp_path / "s"))
+    with pytest.raises(OptionError, match="had epochs 2, this one has 3"):
+        train(net(), Blobs(), **options(epochs=3, state_file=tmp_path / "s", resume=True))
+    with pytest.raises(OptionError, match="had recipe"):
+        train(net(), Blobs(), **options(epochs=2, state_file=tmp_path / "s", resume=True), bits=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 50, None])
+def test_a_damaged_state_file_is_refused(tmp_path, content):
+    path = tmp_path / "s"
+    if content is None:
+        torch.save({"model": 1}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(FileError, match="delete it to start anew"):
+        train(net(), Blobs(), **options(state_file=path, resume=True))
+
+
+def test_a_state_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(FileError, match="cannot write the training state"):
+        train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "missing" / "s"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_epoch_by_validation_is_kept(monkeypatch):
+    scores = iter([0.1, 0.9, 0.9, 0.3])
+    monkeypatch.setattr(module._Run, "accuracy", lambda self, split: next(scores))
+    model = net()
+    result = train(model, Blobs(), **options())
+    assert result.best_epoch == 3
+    for tensor in result.quantizer.tensors():
+        assert np.array_equal(model.state_dict()[tensor.name].numpy(), tensor.dequantize())
+
+
+def test_no_epochs_assign_with_relevances_and_leave_everything_else():
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = train(model, Blobs(), **options(epochs=0), bits=4)
+    assert result.history == ()
+    assert all(entry.beta is not None for entry in result.quantizer.report().tensors)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before if name not in ("0.weight", "4.weight"))
+
+
+def test_distillation_follows_the_float_model():
+    plain, distilled = net(), net()
+    teacher = net()
+    train(plain, Blobs(), **options(learning_rate=3e-2), bits=2)
+    train(distilled, Blobs(), **options(learning_rate=3e-2, distillation=1.0), bits=2)
+    x = torch.from_numpy(Blobs().train.x)
+    teacher.eval()
+
+    def distance(model):
+        return float((model(x).softmax(1) - teacher(x).softmax(1)).abs().mean().detach())
+
+    assert distance(distilled) < distance(plain)
+
+
+def test_refusals():
+    with pytest.raises(DataError, match="no training samples"):
+        train(net(), Blobs(0), **options())
+    with pytest.raises(OptionError, match="learning rate nan"):
+        train(net(), Blobs(), **options(learning_rate=float("nan")))
+    with pytest.raises(OptionError, match=r"validation 1\.5"):
+        train(net(), Blobs(), **options(validation=1.5))
+    with pytest.raises(ModelError, match="lower the learning rate"):
+        train(net(), Blobs(), **options(learning_rate=1e30), relevance=None)
