@@ -1,1 +1,49 @@
-"""(placeholder until the first room stands)"""
+"""A PyTorch model in, a tiny ONNX file out: 2-5 bit sparse weights that stock onnxruntime runs, and proof that it says the same.
+
+    import ecqx_onnx
+
+    quantizer = ecqx_onnx.Quantizer(model, bits=4, entropy_weight=0.1)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss_function(model(x), y).backward()
+        optimizer.step()
+        quantizer.step(x, y)
+    ecqx_onnx.save(quantizer, "model.pt", example=x)
+    ecqx_onnx.convert("model.pt", "out.onnx")
+    ecqx_onnx.validate("out.onnx", against="model.pt", data="data.npz")
+
+Names are imported when first used, so that `import ecqx_onnx` alone loads neither torch nor onnx.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Quantizer": "ecqx_onnx.quantization",
+    "save": "ecqx_onnx.api",
+    "convert": "ecqx_onnx.api",
+    "validate": "ecqx_onnx.api",
+    "inspect": "ecqx_onnx.inspection",
+    "load": "ecqx_onnx.checkpoint",
+    "load_dataset": "ecqx_onnx.data",
+    "Preprocessing": "ecqx_onnx.preprocessing",
+    "QuantTensor": "ecqx_onnx.tensors",
+    "Scale": "ecqx_onnx.tensors",
+    "Codebook": "ecqx_onnx.tensors",
+    "EcqxError": "ecqx_onnx.errors",
+    "InputError": "ecqx_onnx.errors",
+    "CheckFailed": "ecqx_onnx.errors",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ecqx_onnx' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -38,7 +38,7 @@ class OptionError(InputError):
     """Options do not go together, or the target cannot satisfy them."""
 
 
-class CheckFailed(EcqxError):
+class CheckFailed(EcqxError):  # noqa: N818 - a failed check is a result, not a fault
     """A check ran and failed; the message says which and by how much."""
 
     exit_status = 1

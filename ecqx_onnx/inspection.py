@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 from ecqx_onnx_converters.dequantization import DOMAIN
 from ecqx_onnx_converters.graph import all_graphs
-from ecqx_onnx_converters.reading import StoredWeight, read_weights
+from ecqx_onnx_converters.reading import StoredWeight, read_records, read_weights
 from onnx import TensorProto
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -187,7 +187,7 @@ def _is_inflated(file: OnnxFile) -> bool:
     graph = file.proto.graph
     present = {tensor.name for tensor in graph.initializer if tensor.data_type in NARROW}
     present |= {sparse.values.name for sparse in graph.sparse_initializer} | {name for node in graph.node for name in node.output}
-    listed = [record.get("levels") for record in file.metadata.get("tensors", []) if isinstance(record, dict)]
+    listed = [record.levels for record in read_records(file.metadata)]
     return bool(listed) and not any(name in present for name in listed)
 
 

@@ -35,7 +35,9 @@ def recognise(name: str, weight: np.ndarray) -> QuantTensor | NotRecognised:
     if found is None:
         found = next((f for axis in (0, 1) if (f := _per_channel(weight, axis)) is not None), None)
     if found is None:
-        return NotRecognised(name, f"its {weight.size} entries lie on more than {MAX_CODEBOOK} values and on no uniform grid per channel")
+        return NotRecognised(
+            name, f"its {weight.size} entries lie on more than {MAX_CODEBOOK} values and on no uniform grid per channel"
+        )
     tensor = QuantTensor(name, *found)
     table = tensor.meaning.step.size if isinstance(tensor.meaning, Scale) else tensor.meaning.values.size
     if tensor.size * tensor.bits + 32 * table >= 24 * tensor.size:

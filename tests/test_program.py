@@ -77,7 +77,9 @@ def test_an_archive_that_could_run_code_is_refused(archive, change, why):
 
 
 def test_pickled_weights_are_refused(archive):
-    evil = altered(archive, "model_weights_config.json", lambda text: text.replace('"use_pickle": false', '"use_pickle": true', 1))
+    evil = altered(
+        archive, "model_weights_config.json", lambda text: text.replace('"use_pickle": false', '"use_pickle": true', 1)
+    )
     with pytest.raises(FileError, match="unpickling"):
         load_program(evil, "evil.pt2")
 

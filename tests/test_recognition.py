@@ -35,7 +35,9 @@ def test_one_step_per_channel_is_found_along_the_output_axis_of_convs_and_transp
 
 
 def test_all_zero_channels_and_all_zero_tensors_are_kept():
-    weight = np.random.default_rng(2).integers(-3, 4, (300, 40)).astype(np.float32) * np.random.default_rng(3).uniform(0.1, 1, (300, 1)).astype(np.float32)
+    weight = np.random.default_rng(2).integers(-3, 4, (300, 40)).astype(np.float32) * np.random.default_rng(3).uniform(
+        0.1, 1, (300, 1)
+    ).astype(np.float32)
     weight[7] = 0
     recognised(weight)
     assert recognised(np.zeros((4, 4), np.float32)).zeros == 1.0

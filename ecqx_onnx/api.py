@@ -1,0 +1,381 @@
+"""The verbs: save, convert, validate, quantize as functions of paths and values; the command line only adds words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ecqx_onnx_converters import WriteReport, make_plan, write
+
+from ecqx_onnx import __version__
+from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, load, load_plain
+from ecqx_onnx.checkpoint import save as save_checkpoint
+from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
+from ecqx_onnx.export import Exported, export, float_graph
+from ecqx_onnx.loading import Loaded, apply_state, is_program, load_factory, load_model, load_state
+from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.quantization.quantizer import Report
+from ecqx_onnx.quantization.training import EpochRecord
+from ecqx_onnx.recognition import NotRecognised, recognise
+from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.validation import ValidationReport
+from ecqx_onnx.validation.metrics import Proportion
+
+Source = Any  # Quantizer | nn.Module | ExportedProgram | Checkpoint | path
+
+
+def save(
+    source: Source,
+    path: str | Path,
+    *,
+    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Checkpoint:
+    """Write a Quantizer, or a module whose weights are already on few values, as a self-contained model.pt.
+
+    example: one batch of the model's input (or a tuple of the forward's arguments); only its shape and type matter.
+    """
+    checkpoint = as_checkpoint(source, example=example, preprocessing=preprocessing, labels=labels, recipe=recipe)
+    save_checkpoint(checkpoint, path, force=force)
+    return checkpoint
+
+
+def convert(
+    model: Source,
+    out: str | Path,
+    *,
+    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    factory: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    trust_pickle: bool = False,
+    bits: int | None = None,
+    entropy_weight: float = 0.0,
+    exclude: Sequence[str] = (),
+    storage: str = "auto",
+    dequantize: str = "auto",
+    target: str = "onnxruntime",
+    opset: int | None = None,
+    force: bool = False,
+) -> WriteReport:
+    """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
+
+    bits: quantise a float model without training, by entropy-constrained assignment. Without it a float model is refused.
+    """
+    if Path(out).exists() and not force:
+        raise OptionError(f"{out}: exists already; use --force to replace it")
+    checkpoint = as_checkpoint(
+        model,
+        example=example,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        bits=bits,
+        entropy_weight=entropy_weight,
+        exclude=exclude,
+    )
+    plan = make_plan(checkpoint.graph, checkpoint.matching, target=target, storage=storage, dequantize=dequantize, opset=opset)
+    metadata = {
+        "version": __version__,
+        "recipe": dict(checkpoint.recipe),
+        "preprocessing": json.loads(checkpoint.preprocessing.to_json()),
+        "labels": list(checkpoint.labels),
+    }
+    return write(plan, out, metadata=metadata, force=force)
+
+
+def as_checkpoint(
+    model: Source,
+    *,
+    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    factory: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    trust_pickle: bool = False,
+    bits: int | None = None,
+    entropy_weight: float = 0.0,
+    exclude: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Any of the sources that `convert` takes -> a Checkpoint in memory."""
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, str | Path):
+        if factory is None and not trust_pickle and _is_checkpoint_file(model):
+            return load(model)
+        loaded = load_model(model, factory=factory, trust_pickle=trust_pickle)
+    else:
+        loaded = Loaded(model)
+    recipe = dict(recipe or {})
+    if isinstance(loaded.model, torch.export.ExportedProgram):
+        exported = Exported(loaded.model, float_graph(loaded.model), ())
+        tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude)
+        exported.program.state_dict.update(_written_back(exported.program.state_dict, tensors))
+        exported = Exported(exported.program, float_graph(exported.program), ()) if bits else exported
+    else:
+        quantizer, module = (loaded.model, loaded.model.model) if hasattr(loaded.model, "tensors") else (None, loaded.model)
+        if quantizer is not None:
+            tensors = quantizer.tensors()
+            recipe = {**quantizer.recipe(), **recipe}
+        else:
+            tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude)
+            with torch.no_grad():
+                module.load_state_dict(_written_back(module.state_dict(), tensors), strict=False)
+        exported = export(module, _example(example, input_shape or loaded.input_shape, loaded.preprocessing))
+    if bits:
+        recipe |= {"bits": bits, "entropy_weight": entropy_weight, "trained": False}
+    return build(exported, tensors, recipe=recipe, preprocessing=preprocessing or loaded.preprocessing, labels=tuple(labels))
+
+
+def _is_checkpoint_file(path: str | Path) -> bool:
+    return not is_program(path) and is_checkpoint(load_plain(path))
+
+
+def _tensors_of(
+    state: Mapping[str, torch.Tensor], bits: int | None, entropy_weight: float, exclude: Sequence[str]
+) -> tuple[QuantTensor, ...]:
+    """The quantised weights of a state dict: recognised, or quantised here when `bits` says so. ModelError for a float model."""
+    from fnmatch import fnmatchcase
+
+    seen: set[int] = set()
+    found: list[QuantTensor] = []
+    refusals: list[NotRecognised] = []
+    for name, value in state.items():
+        if not value.is_floating_point() or value.ndim < 2 or value.data_ptr() in seen:
+            continue
+        seen.add(value.data_ptr())
+        weight = value.detach().cpu().float().numpy()
+        if not np.isfinite(weight).all():
+            raise ModelError(f"the weight {name!r} holds NaN or infinite values; train it again or repair it before converting")
+        result = recognise(name, weight)
+        if isinstance(result, NotRecognised) and bits and not any(fnmatchcase(name, pattern) for pattern in exclude):
+            result = _assigned(name, value.detach().cpu().float(), bits, entropy_weight)
+        if isinstance(result, QuantTensor):
+            found.append(result)
+        else:
+            refusals.append(result)
+    if not found:
+        first = f" ({refusals[0].name}: {refusals[0].reason})" if refusals else ""
+        raise ModelError(
+            f"the model's weights are float, none lies on few values{first}; "
+            "train with `ecqx-onnx quantize`, or add --bits 4 to quantise without training"
+        )
+    return tuple(found)
+
+
+def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float) -> QuantTensor:
+    from ecqx_onnx.quantization.assignment import assign
+    from ecqx_onnx.quantization.grid import choose_grid, fit_step
+    from ecqx_onnx.tensors import Scale
+
+    grid = choose_grid(weight, bits)
+    step = fit_step(weight, grid)
+    levels = assign(weight, step, grid, strength=entropy_weight).levels
+    return QuantTensor(name, levels.numpy(), Scale(step.numpy()))
+
+
+def _written_back(state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]) -> dict[str, torch.Tensor]:
+    """The state entries that hold quantised weights, with their dequantised values."""
+    changed = {}
+    for tensor in tensors:
+        old = state[tensor.name]
+        value = torch.from_numpy(np.ascontiguousarray(tensor.dequantize())).to(old.dtype)
+        changed[tensor.name] = torch.nn.Parameter(value, requires_grad=False) if isinstance(old, torch.nn.Parameter) else value
+    return changed
+
+
+def _example(
+    example: torch.Tensor | Sequence[torch.Tensor] | None, shape: Sequence[int] | None, preprocessing: Preprocessing | None
+) -> torch.Tensor | Sequence[torch.Tensor]:
+    if example is not None:
+        return example
+    if shape is None:
+        raise OptionError(
+            "the model's input shape is not known; add --input-shape 3,32,32 (no batch), or INPUT_SHAPE = (3, 32, 32) to FILE.py"
+        )
+    if math.prod(shape) > 2**28:
+        raise OptionError(f"an input of shape {tuple(shape)} has more than 2^28 entries; give the shape of one sample")
+    if preprocessing is not None and preprocessing.kind == "indices":
+        return torch.zeros(2, *shape, dtype=torch.int64)
+    return torch.zeros(2, *shape)
+
+
+def validate(
+    onnx_file: str | Path,
+    *,
+    against: Source | None = None,
+    data: Any = None,
+    factory: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    trust_pickle: bool = False,
+    samples: int | None = None,
+    batch_size: int = 64,
+    latency_runs: int = 50,
+    progress: Callable[[int, int], None] | None = None,
+) -> ValidationReport:
+    """Does the .onnx file say the same as PyTorch? `report.ok`, and one check a question.
+
+    against: what it was converted from (anything that `convert` takes). data: a data set's name (see `load_dataset`), a
+    Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples: only so many of it.
+    """
+    from ecqx_onnx import validation
+    from ecqx_onnx.data import Dataset, Split, load_dataset
+
+    checkpoint = None
+    if against is not None:
+        checkpoint = as_checkpoint(against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle)
+    dataset = load_dataset(data) if isinstance(data, str) else data
+    split = dataset.test if isinstance(dataset, Dataset) else dataset
+    if isinstance(split, Split) and samples is not None:
+        split = split.take(samples)
+    return validation.validate(
+        onnx_file,
+        reference=None if checkpoint is None else checkpoint.module(),
+        tensors=() if checkpoint is None else checkpoint.tensors,
+        split=split,
+        batch_size=batch_size,
+        latency_runs=latency_runs,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """What `quantize` did. accuracy: on the test split, which no choice was made on; before is the float network's."""
+
+    path: Path
+    before: Proportion | None
+    after: Proportion
+    best_epoch: int
+    history: tuple[EpochRecord, ...]
+    report: Report
+    tensors: tuple[QuantTensor, ...]
+    data: str
+    notes: tuple[str, ...]
+
+    @property
+    def zeros(self) -> float:
+        return sum(t.zeros * t.size for t in self.tensors) / sum(t.size for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return sum(t.entropy * t.size for t in self.tensors) / sum(t.size for t in self.tensors)
+
+
+def quantize(
+    factory: str,
+    *,
+    data: str,
+    out: str | Path,
+    weights: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[..., None] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    **options: Any,
+) -> Quantized:
+    """Train and quantise the network of 'FILE.py:FACTORY' on a data set, and save it as a checkpoint.
+
+    weights: its float state dict; without it the network starts as the factory made it, under `seed`. mean, std: the
+    input's normalisation; by default PREPROCESSING of FILE.py, else the training split's own statistics.
+    options: those of `quantization.train` and the Quantizer. While training, OUT.training holds what `resume` needs.
+    """
+    from ecqx_onnx.data import load_dataset
+    from ecqx_onnx.quantization import train
+
+    out = Path(out)
+    if out.exists() and not force:
+        raise FileError(f"{out}: exists already; use --force to replace it")
+    if not out.parent.is_dir():
+        raise FileError(f"{out}: the folder {out.parent} does not exist; create it first")
+    torch.manual_seed(seed)
+    loaded = load_factory(factory)
+    dataset = load_dataset(data)
+    if mean or std:
+        dataset = dataset.normalized(mean or (0.0,), std or (1.0,))
+    elif loaded.preprocessing is not None:
+        dataset = dataset.with_preprocessing(loaded.preprocessing)
+    elif dataset.preprocessing.kind != "indices":
+        dataset = dataset.normalized()
+    if weights is not None:
+        apply_state(loaded.model, load_state(weights), weights)
+    x, _ = next(dataset.test.batches(2))
+    try:
+        outputs = loaded.model.eval()(torch.from_numpy(x)).shape[-1]
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{data}: a batch of shape {x.shape} does not go through {factory} ({reason})") from error
+    dataset.check_outputs(outputs)
+    before = accuracy(loaded.model, dataset.test) if weights is not None else None
+    state_file = out.with_name(out.name + ".training")
+    shown = None if progress is None else training_progress(progress)
+    trained = train(
+        loaded.model,
+        dataset,
+        seed=seed,
+        batch_size=batch_size,
+        progress=shown,
+        state_file=state_file,
+        resume=resume,
+        **options,
+    )
+    recipe = {**trained.quantizer.recipe(), "seed": seed, "batch_size": batch_size, "data": dataset.name}
+    recipe |= {"epochs": options.get("epochs", 10), "best_epoch": trained.best_epoch}
+    checkpoint = save(
+        trained.quantizer,
+        out,
+        example=torch.from_numpy(x),
+        preprocessing=dataset.preprocessing,
+        labels=dataset.labels,
+        recipe=recipe,
+        force=force,
+    )
+    state_file.unlink(missing_ok=True)
+    after = accuracy(trained.quantizer.model, dataset.test)
+    return Quantized(
+        out,
+        before,
+        after,
+        trained.best_epoch,
+        trained.history,
+        trained.quantizer.report(),
+        checkpoint.tensors,
+        dataset.name,
+        checkpoint.notes,
+    )
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Proportion:
+    """Share of the split that the model classifies right."""
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    right = 0
+    for x, y in split.batches(batch_size):
+        right += int((model(torch.from_numpy(x).to(device)).argmax(1).cpu().numpy() == y).sum())
+    return Proportion(right, len(split))
+
+
+def training_progress(progress: Callable[..., None]) -> Callable[[Any], None]:
+    """Training's progress value -> (done, total, text) as the command line's bar wants it."""
+
+    def show(at: Any) -> None:
+        text = (
+            f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}  accuracy {at.accuracy:.2%}  "
+            f"zeros {at.zeros:.1%}  {at.bits_per_weight:.2f} bit/weight"
+        )
+        progress((at.epoch - 1) * at.steps + at.step, at.epochs * at.steps, text)
+
+    return show

@@ -1,0 +1,310 @@
+"""Arguments -> one call of a room -> a table, or JSON with --json; errors -> one sentence and an exit status.
+
+Exit status: 0 all well; 1 a check failed; 2 bad input. Imports are inside the commands, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ecqx_onnx.errors import CheckFailed, EcqxError, OptionError
+
+app = typer.Typer(
+    name="ecqx-onnx",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="A PyTorch model in, a tiny ONNX file out: 2-5 bit sparse weights that stock onnxruntime runs, "
+    "and proof that it still says the same.\n\n"
+    "[bold]quantize[/] trains, [bold]convert[/] writes the .onnx, [bold]validate[/] proves it, [bold]inspect[/] looks inside, "
+    "[bold]demo[/] shows all of it.",
+)
+stdout = Console()
+stderr = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")]
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a command whose own errors end in one sentence on stderr and their exit status."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except EcqxError as error:
+            stderr.print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(error.exit_status) from None
+        except KeyboardInterrupt:
+            stderr.print("stopped", style="red")
+            raise typer.Exit(130) from None
+
+    return app.command()(guarded)
+
+
+def main() -> None:
+    """Entry point of the ecqx-onnx command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from ecqx_onnx import __version__
+
+        print(f"ecqx-onnx {__version__}")
+        raise typer.Exit
+
+
+@contextlib.contextmanager
+def _progress(silent: bool) -> Iterator[Callable[..., None] | None]:
+    """A bar on stderr, fed with (done, total, text); None where nobody wants to see one."""
+    if silent:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, text: str = "") -> None:
+            bar.update(task, completed=done, total=total, **({"description": text} if text else {}))
+
+        yield show
+
+
+def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
+    """Any report of ours, as JSON or as a table, or not at all."""
+    from ecqx_onnx.tables import as_table, to_json
+
+    if as_json:
+        print(json.dumps(to_json(result), indent=2))
+    elif not quiet:
+        stdout.print(as_table(result))
+
+
+@command
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="FILE.py:FACTORY", help="A function (or class) that returns the network.")],
+    data: Annotated[str, typer.Option(help="Training data: .npz, a folder per class, sklearn:digits, or FILE.py:FUNCTION.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="The trained float state dict. Without it, training starts from scratch.")
+    ] = None,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits per level.")] = 4,
+    entropy_weight: Annotated[
+        float, typer.Option(min=0.0, help="How dear coding is against distance; 0 is nearest level.")
+    ] = 0.1,
+    relevance: Annotated[
+        str, typer.Option(help="Composite for LRP: epsilon_plus_flat, ...; none is plain ECQ.")
+    ] = "epsilon_plus_flat",
+    epochs: Annotated[int, typer.Option(min=0, help="0 assigns levels without training.")] = 10,
+    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Adam's learning rate.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of parameter names that stay float; repeat for more.")
+    ] = None,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="One step per output channel instead of one per tensor.")
+    ] = False,
+    refresh: Annotated[int, typer.Option(min=1, help="Take relevances anew every so many steps.")] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    mean: Annotated[str | None, typer.Option(help="Normalisation: one value or one per channel, with commas.")] = None,
+    std: Annotated[str | None, typer.Option(help="Its standard deviation, likewise.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run with the same OUT stopped.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train and quantise with ECQx: levels that are near and cheap, relevance deciding what may become zero.
+
+    Example:  ecqx-onnx quantize models/lenet5.py:lenet5 --weights fp32.pt --data mnist.npz --bits 4 --out lenet5.pt
+    """
+    from ecqx_onnx import api
+
+    with _progress(quiet or as_json) as progress:
+        result = api.quantize(
+            model,
+            data=data,
+            out=out,
+            weights=weights,
+            bits=bits,
+            entropy_weight=entropy_weight,
+            relevance=None if relevance == "none" else relevance,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            exclude=tuple(exclude or ()),
+            granularity="channel" if per_channel else "tensor",
+            refresh_every=refresh,
+            seed=seed,
+            mean=_numbers(mean, "--mean"),
+            std=_numbers(std, "--std"),
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    emit(result, as_json=as_json, quiet=quiet)
+
+
+@command
+def convert(
+    model: Annotated[
+        Path, typer.Argument(help="A checkpoint of ours, a .pt2 program, a state dict (with --model), or a pickled module.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    factory: Annotated[
+        str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
+    ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(help="Shape of one input without the batch: 3,32,32. Only where FILE.py has no INPUT_SHAPE.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(min=2, max=8, help="Quantise a float model to so many bits, without training.")
+    ] = None,
+    entropy_weight: Annotated[float, typer.Option(min=0.0, help="With --bits: how dear coding is against distance.")] = 0.0,
+    exclude: Annotated[list[str] | None, typer.Option(help="With --bits: pattern of parameter names that stay float.")] = None,
+    storage: Annotated[
+        str, typer.Option(help="auto, dense, sparse or packed: how integers lie in the file. auto: fewest bytes.")
+    ] = "auto",
+    dequantize: Annotated[str, typer.Option(help="auto, folded (float speed) or standard (DequantizeLinear).")] = "auto",
+    target: Annotated[
+        str, typer.Option(help="The runtime that must load the file; `ecqx-onnx targets` lists them.")
+    ] = "onnxruntime",
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the lowest that holds the weights.")] = None,
+    trust_pickle: TrustPickle = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the .onnx file: integer weights, and the nodes that turn them into floats.
+
+    Example:  ecqx-onnx convert lenet5.pt lenet5.onnx
+    """
+    from ecqx_onnx import api
+
+    report = api.convert(
+        model,
+        out,
+        factory=factory,
+        input_shape=_shape(input_shape),
+        bits=bits,
+        entropy_weight=entropy_weight,
+        exclude=tuple(exclude or ()),
+        storage=storage,
+        dequantize=dequantize,
+        target=target,
+        opset=opset,
+        trust_pickle=trust_pickle,
+        force=force,
+    )
+    emit(report, as_json=as_json, quiet=quiet)
+
+
+@command
+def validate(
+    onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
+    against: Annotated[Path, typer.Option(help="The PyTorch side: the checkpoint (or state dict, .pt2) it was converted from.")],
+    data: Annotated[
+        str | None, typer.Option(help="Labelled data for accuracy: as for quantize. Without it, random inputs are compared.")
+    ] = None,
+    factory: Annotated[
+        str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the .onnx file beside PyTorch and check that both say the same. Exit status 1 if not.
+
+    Example:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --data mnist.npz
+    """
+    from ecqx_onnx import api
+
+    with _progress(quiet or as_json) as progress:
+        report = api.validate(
+            onnx_file,
+            against=against,
+            data=data,
+            factory=factory,
+            samples=samples,
+            batch_size=batch_size,
+            trust_pickle=trust_pickle,
+            progress=progress,
+        )
+    emit(report, as_json=as_json, quiet=quiet)
+    if not report.ok:
+        raise CheckFailed("; ".join(f"{check.name}: {check.sentence}" for check in report.failures))
+
+
+@command
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An .onnx file or a checkpoint of ours.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what is in a file: each weight's bits, zeros, entropy and bytes, and where every byte of the file goes.
+
+    Example:  ecqx-onnx inspect lenet5.onnx
+    """
+    from ecqx_onnx.inspection import inspect as look
+
+    emit(look(file), as_json=as_json, quiet=quiet)
+
+
+@command
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the checkpoint and the .onnx file go.")] = Path("demo"),
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small CNN on handwritten digits, quantise, convert and validate it. No download, about a minute.
+
+    Example:  ecqx-onnx demo
+    """
+    from ecqx_onnx.demo import run_demo
+
+    with _progress(quiet or as_json) as progress:
+        result = run_demo(folder, force=force, progress=progress)
+    emit(result, as_json=as_json, quiet=quiet)
+    if not result.ok:
+        raise CheckFailed("the converted model does not say the same as PyTorch; the table shows which check failed")
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(
+            f"{option} {text!r} is not a list of numbers; write one value, or one per channel with commas: 0.49,0.48,0.45"
+        ) from None
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and 0 < int(part) < 2**31 for part in parts):
+        raise OptionError(f"--input-shape {text!r} is not a list of positive integers; write it without the batch: 3,32,32")
+    return tuple(int(part) for part in parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""MODEL as users have it -> an nn.Module: a factory in a Python file, a state dict, a .pt2 program, a trusted pickle."""
+
+from __future__ import annotations
+
+import inspect
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecqx_onnx.checkpoint import load_plain
+from ecqx_onnx.errors import FileError, ModelError, OptionError
+from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.program import load_program
+from ecqx_onnx.user_code import is_function_spec, load_function
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys under which training scripts put the state dict
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A network and what its file says about its input: the shape without the batch, and the preprocessing; None if nothing."""
+
+    model: Any  # nn.Module, ExportedProgram or Quantizer
+    input_shape: tuple[int, ...] | None = None
+    preprocessing: Preprocessing | None = None
+
+
+def load_factory(spec: str) -> Loaded:
+    """'FILE.py:FACTORY' -> what FACTORY() returns, with INPUT_SHAPE and PREPROCESSING of the file where it has them.
+
+    Runs the user's own Python file. FileError or ModelError with the reason when that does not give an nn.Module.
+    """
+    if not is_function_spec(spec):
+        raise OptionError(f"{spec!r} does not name a model; write FILE.py:FACTORY, for example models/lenet5.py:lenet5")
+    factory = load_function(spec)
+    try:
+        model = factory()
+    except Exception as error:  # the user's code may raise anything
+        raise ModelError(f"{spec}() failed with {type(error).__name__}: {error}; it must work without arguments") from error
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"{spec}() returned {type(model).__name__}, not a torch.nn.Module")
+    names = vars(inspect.getmodule(factory) or object) if inspect.isclass(factory) else getattr(factory, "__globals__", {})
+    shape = names.get("INPUT_SHAPE")
+    return Loaded(model, None if shape is None else tuple(int(length) for length in shape), names.get("PREPROCESSING"))
+
+
+def load_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """A state dict from a file: bare, or wrapped under a usual key; DataParallel's 'module.' prefix is dropped."""
+    document = load_plain(path)
+    return _state_of(document, path)
+
+
+def apply_state(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Load `state` into `model`, strictly. ModelError names what is missing, left over or of another shape."""
+    own = model.state_dict()
+    # BatchNorm's step counter plays no part in inference, and old checkpoints lack it.
+    missing = sorted(name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked"))
+    extra = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{n} is {tuple(state[n].shape)}, the model wants {tuple(own[n].shape)}"
+        for n in own.keys() & state.keys()
+        if own[n].shape != state[n].shape
+    ]
+    if missing or extra or shapes:
+        parts = (
+            [f"lacks {_few(missing)}"] * bool(missing)
+            + [f"has {_few(extra)} too many"] * bool(extra)
+            + [f"shape of {_few(sorted(shapes))}"] * bool(shapes)
+        )
+        raise ModelError(f"{source}: does not fit the model: {'; '.join(parts)}")
+    model.load_state_dict(state, strict=False)
+
+
+def load_model(path: str | Path, *, factory: str | None = None, trust_pickle: bool = False) -> Loaded:
+    """A .pt2 program, a state dict with its factory, or a trusted pickled module."""
+    path = Path(path)
+    if is_program(path):
+        return Loaded(load_program(path.read_bytes(), str(path)))
+    if factory is not None:
+        loaded = load_factory(factory)
+        apply_state(loaded.model, load_state(path), path)
+        loaded.model.eval()
+        return loaded
+    if trust_pickle:
+        try:
+            model = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:  # unpickling runs the author's code, which may raise anything
+            raise FileError(f"{path}: cannot be unpickled ({type(error).__name__}: {error})") from error
+        if isinstance(model, torch.nn.Module):
+            return Loaded(model.eval())
+    else:
+        load_plain(path)  # says it better when the file is damaged or a pickle
+    raise ModelError(f"{path}: is a state dict, which has no network in it; add --model FILE.py:FACTORY")
+
+
+def is_program(path: str | Path) -> bool:
+    """Whether the file is a .pt2 archive. FileError if there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"{path}: is a folder; name a file in it" if path.is_dir() else f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as members:
+            return any(name.endswith("archive_format") or "/models/" in name for name in members.namelist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise FileError(f"{path}: is damaged ({error}); save it again") from error
+
+
+def _state_of(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    if isinstance(document, dict):
+        for key in WRAPPERS:
+            if isinstance(document.get(key), dict):
+                document = document[key]
+                break
+    if not isinstance(document, dict) or not document or not all(isinstance(v, torch.Tensor) for v in document.values()):
+        raise ModelError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), FILE)")
+    if all(str(name).startswith("module.") for name in document):
+        document = {str(name).removeprefix("module."): value for name, value in document.items()}
+    return {str(name): value for name, value in document.items()}
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
