@@ -20,6 +20,12 @@ def written(**options) -> ModelProto:
     return build(mixed_plan(**options)).to_model()
 
 
+def initializer(model: ModelProto, *, dequantised: int, position: int) -> TensorProto:
+    """What the dequantisation of the n-th weight reads at an input: 0 are the levels, 1 the step or codebook."""
+    name = model.graph.node[dequantised].input[position]
+    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+
+
 @pytest.mark.parametrize("options", [{}, {"target": "qdq"}, {"target": "onnxruntime-1.17"}, {"dequantize": "standard"}])
 def test_every_weight_comes_back_bit_for_bit(options):
     plan = mixed_plan(**options)
@@ -27,7 +33,7 @@ def test_every_weight_comes_back_bit_for_bit(options):
     assert [weight.weight.name for weight in stored] == ["a", "b", "c"]
     for entry, weight in zip(plan.entries, stored, strict=True):
         assert weight.crc_ok
-        assert weight.nbytes == entry.stored.nbytes
+        assert 0 <= entry.stored.nbytes - weight.nbytes <= 4  # names are shortened when the file is finished
         np.testing.assert_array_equal(weight.weight.tensor.levels, entry.weight.tensor.levels)
         np.testing.assert_array_equal(weight.weight.dequantize(), entry.weight.dequantize())
 
@@ -49,32 +55,36 @@ def test_a_file_of_someone_else_has_no_weights_of_ours():
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_flipped_bit_shows_in_the_checksum(index):
     model = written()
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == f"q{index}")
+    tensor = initializer(model, dequantised=index, position=0)
     tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
     assert [weight.crc_ok for weight in read_weights(model)] == [place != index for place in range(3)]
 
 
-def with_metadata(**changes: object) -> ModelProto:
-    """The mixed model with its first tensor's record changed; a value of None removes the key."""
+def with_record(place: int, value: object) -> ModelProto:
+    """The mixed model with one field of its first tensor's record changed."""
     model = written()
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     content = json.loads(entry.value)
-    record = content["tensors"][0] | changes
-    content["tensors"][0] = {key: value for key, value in record.items() if value is not None}
+    content["tensors"][0][place] = value
     entry.value = json.dumps(content)
     return model
 
 
+NAME, SOURCES, STORAGE, CRC, LEVELS, VALUE = 0, 1, 2, 4, 6, 7
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("place", "value"),
     [
-        {"name": None}, {"storage": None}, {"levels": None}, {"crc32": None}, {"crc32": "x"}, {"sources": 5}, {"storage": "zip"},
-        {"levels": "nothing"}, {"levels": "s0"}, {"levels": ""}, {"storage": "sparse"}, {"name": "other"}, {"name": "y"},
+        (NAME, 5), (SOURCES, 5), (SOURCES, [5]), (STORAGE, None), (STORAGE, "zip"), (STORAGE, "sparse"), (CRC, "x"),
+        (CRC, None), (LEVELS, "nothing"), (LEVELS, "x"), (LEVELS, ""), (LEVELS, []),
+        (VALUE, "other"), (VALUE, "y"),
+        (VALUE, None),
     ],
 )  # fmt: skip
-def test_a_record_that_lies_is_refused(changes):
+def test_a_record_that_lies_is_refused(place, value):
     with pytest.raises(FileError):
-        read_weights(with_metadata(**changes))
+        read_weights(with_record(place, value))
 
 
 @pytest.mark.parametrize(
@@ -90,26 +100,25 @@ def test_metadata_that_is_no_metadata_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("index", "values"),
     [
-        ("s1", np.ones((3, 5), np.float32)),
-        ("s1", np.ones((2, 8, 8), np.float32)),
-        ("s1", np.ones((1, 8), np.float64)),
-        ("s0", np.ones((1,), np.float32)),  # a codebook shorter than its levels
+        (1, np.ones((3, 5), np.float32)),
+        (1, np.ones((2, 8, 8), np.float32)),
+        (1, np.ones((1, 8), np.float64)),
+        (0, np.ones((1,), np.float32)),  # a codebook shorter than its levels
     ],
 )
-def test_constants_that_do_not_fit_the_levels_are_refused(name, values):
+def test_constants_that_do_not_fit_the_levels_are_refused(index, values):
     model = written()
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    tensor.CopyFrom(numpy_helper.from_array(values, name))
+    tensor = initializer(model, dequantised=index, position=1)
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(FileError):
         read_weights(model)
 
 
 def test_a_file_that_a_simplifier_has_folded_is_recognised():
     model = written()
-    for index in reversed([index for index, tensor in enumerate(model.graph.initializer) if tensor.name == "q1"]):
-        del model.graph.initializer[index]
+    model.graph.initializer.remove(initializer(model, dequantised=1, position=0))
     with pytest.raises(FileError, match="simplify it before"):
         read_weights(model)
 

@@ -266,7 +266,7 @@ def one_level_changed(path: Path, *, checksum_too: bool) -> None:
         entry = next(entry for entry in model.metadata_props if entry.key == "ecqx_onnx")
         metadata = json.loads(entry.value)
         onnx.save(model, path)
-        metadata["tensors"][0]["crc32"] = levels_crc(read_weights(path)[0].weight.tensor.levels)
+        metadata["tensors"][0][4] = levels_crc(read_weights(path)[0].weight.tensor.levels)
         entry.value = json.dumps(metadata)
     onnx.save(model, path)
 

@@ -80,7 +80,7 @@ def test_metadata_holds_recipe_and_tensors(tmp_path):
     (entry,) = onnx.load(tmp_path / "out.onnx").metadata_props
     content = json.loads(entry.value)
     assert content["labels"] == ["ä", "b"]
-    assert content["tensors"][0]["bits"] == 4
+    assert content["tensors"][0][:4] == ["w", 0, "dense", 4]
 
 
 def test_an_existing_file_is_left_alone_without_force(tmp_path):
@@ -169,3 +169,21 @@ def test_a_model_above_two_gigabytes_is_written_read_and_run(tmp_path):
     given = session(tmp_path / "big.onnx", 0).run(None, {"x": x})[0]
     np.testing.assert_array_equal(given, 2**layers * (x @ weight.dequantize()))
     assert len(FloatGraph.load(tmp_path / "big.onnx").weights) == layers
+
+
+def test_inner_names_are_short_and_outer_ones_stay(tmp_path):
+    model = build(mixed_plan()).model
+    inner = {name for node in model.graph.node for name in (*node.input, *node.output)} - {"x", "y"}
+    assert max(map(len, inner)) == 1
+    assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["x", "y"]
+
+
+def test_attributes_that_state_a_default_are_left_out():
+    weight = quantised("w", (2, 3, 3, 3))
+    attributes = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0], "group": 1, "auto_pad": "NOTSET"}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["h"], **attributes), helper.make_node("LeakyRelu", ["h"], ["y"], alpha=0.2)]
+    inputs = {"x": (TensorProto.FLOAT, ["n", 3, 5, 5])}
+    model = model_of(nodes, {"w": weight.dequantize()}, inputs=inputs, output_shape=["n", 2, 3, 3])
+    made = build(plan_of(model, weight)).model.graph.node
+    assert not made[1].attribute
+    assert [attribute.name for attribute in made[2].attribute] == ["alpha"]

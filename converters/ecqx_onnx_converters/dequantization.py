@@ -16,7 +16,7 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 from ecqx_onnx_converters.storage import Refusal
 
-DOMAIN = "ecqx_onnx"
+DOMAIN = "ecqx"  # of the model-local functions; every node of theirs spells it out
 
 # Function name -> (inputs, body). Codebook levels may be negative: Gather counts negative indices from the end, as Codebook does.
 BODIES = {

@@ -54,24 +54,29 @@ def read_metadata(model: ModelProto) -> dict[str, Any]:
     return content
 
 
+def read_records(metadata: Mapping[str, Any]) -> tuple[Record, ...]:
+    """The list of tensors in what `read_metadata` gave; FileError for one that can't be read."""
+    return tuple(Record.of(record) for record in metadata.get("tensors", []))
+
+
 def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
     """Every weight that the metadata lists; none for a file of someone else's. FileError for a file that is damaged or lies."""
     model = source if isinstance(source, ModelProto) else read_proto(source)
-    records = read_metadata(model).get("tensors", [])
     folder = None if isinstance(source, ModelProto) else Path(source).parent
     contents = replace(Contents.of(model), initializers=_Initializers(model, folder))
     users: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input[:1]:
             users.setdefault(name, []).append(node)
-    return tuple(_read(_Record.of(record), contents, users) for record in records)
+    return tuple(_read(record, contents, users) for record in read_records(read_metadata(model)))
 
 
 @dataclass(frozen=True)
-class _Record:
-    """One entry of the metadata's list of tensors, with its types checked."""
+class Record:
+    """One entry of the metadata's list of tensors, with its types checked; writer._record says what each is."""
 
     name: str
+    value: str
     storage: str
     levels: str
     sources: tuple[str, ...]
@@ -79,23 +84,21 @@ class _Record:
     crc32: int
 
     @classmethod
-    def of(cls, record: Any) -> _Record:
+    def of(cls, record: Any) -> Record:
         try:
-            name, sources = str(record["name"]), record.get("sources", [record["name"]])
-            parsed = cls(
-                name, str(record["storage"]), str(record["levels"]), tuple(str(source) for source in sources),
-                record.get("transposed", False) is True, int(record["crc32"]),
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileError(
-                f"the metadata of the ONNX file describes a tensor wrongly ({error!r}); the file is damaged"
-            ) from error
+            name, sources, storage, _, crc, transposed, levels, value = record
+            texts = (name, storage, levels, value, *(sources or [name]))
+            if not all(isinstance(text, str) for text in texts) or not isinstance(crc, int):
+                raise ValueError("a name is no text, or the checksum no number")
+        except (TypeError, ValueError) as error:
+            raise FileError(f"the metadata of the ONNX file describes a tensor wrongly ({error}); the file is damaged") from error
+        parsed = cls(name, value, storage, levels, tuple(sources or [name]), bool(transposed), crc)
         if parsed.storage not in STORAGES:
             raise FileError(f"weight '{name}' has storage '{parsed.storage}', which this version can't read; update ecqx-onnx")
         return parsed
 
 
-def _read(record: _Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> StoredWeight:
+def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> StoredWeight:
     try:
         levels = STORAGES[record.storage].decode(record.levels, contents)
     except KeyError as error:
@@ -126,9 +129,9 @@ def _read(record: _Record, contents: Contents, users: Mapping[str, list[NodeProt
     )
 
 
-def _dequantization(record: _Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:
+def _dequantization(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:
     """The node that dequantises the record's levels into its value, or, for an embedding, into the gathered rows."""
-    node = contents.makers.get(record.name)
+    node = contents.makers.get(record.value)
     if node is not None and node.op_type == "Transpose":
         node = contents.makers.get(node.input[0])
     if node is not None and node.input[0] == record.levels and (node.domain == DOMAIN or node.op_type == "DequantizeLinear"):

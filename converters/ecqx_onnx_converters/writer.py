@@ -14,6 +14,7 @@ import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, helper
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.compact import drop_defaults, shorten_names
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
 from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, folded, function, standard
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, replacing, write_proto
@@ -115,14 +116,14 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     model.producer_name = "ecqx-onnx"
     model.ClearField("producer_version")
     tensors = _put_weights(model, plan)
-    payloads = {name: values for name, values in plan.graph.weights.items() if name not in quantised}
-    records = [_record(entry) for entry in plan.entries]
+    drop_defaults(model, plan.opset)
+    renamed = shorten_names(model)
+    payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantised}
+    records = [_record(entry, renamed) for entry in plan.entries]
     content = {"format": 1, **(metadata or {}), "tensors": records}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
         del model.metadata_props[index]
-    model.metadata_props.add(
-        key=METADATA_KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False, sort_keys=False)
-    )
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
     return Built(model, payloads, tensors)
 
 
@@ -208,16 +209,18 @@ def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTe
     )  # fmt: skip
 
 
-def _record(entry: Entry) -> dict[str, Any]:
-    """What the metadata says of one weight; `crc32` is that of its int8 levels, row-major in the layout they are stored in."""
-    tensor = entry.weight.tensor
+def _record(entry: Entry, renamed: Mapping[str, str]) -> list[Any]:
+    """What the metadata says of one weight, as a row, since keys would outweigh the rest:
+
+    [name, sources (0 for just the name), storage, bits, crc32 of the int8 levels row-major as stored, 1 if stored transposed,
+    integer value, float value]; the last two are names in the file's graph.
+    """
+    weight, stored = entry.weight, entry.stored
     turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    record: dict[str, Any] = {"name": entry.weight.name, "storage": entry.stored.storage, "levels": entry.stored.levels}
-    if entry.weight.sources != (entry.weight.name,):
-        record["sources"] = list(entry.weight.sources)
-    if turned:
-        record["transposed"] = True
-    return record | {"bits": tensor.bits, "crc32": levels_crc(tensor.levels.T if turned else tensor.levels)}
+    sources = list(weight.sources) if weight.sources != (weight.name,) else 0
+    crc = levels_crc(weight.tensor.levels.T if turned else weight.tensor.levels)
+    names = [renamed[stored.levels], renamed.get(weight.name, "")]
+    return [weight.name, sources, stored.storage, weight.tensor.bits, crc, int(turned), *names]
 
 
 def levels_crc(levels: np.ndarray) -> int:

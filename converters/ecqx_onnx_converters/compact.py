@@ -1,0 +1,85 @@
+"""(model) -> the same model in fewer bytes: short names for its inner values, attributes that only state a default left out.
+
+On a small net these outweigh the weights: a ternary ResNet-20 becomes 5 kB smaller.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Mapping
+
+from onnx import AttributeProto, ModelProto, NodeProto, defs
+
+from ecqx_onnx_converters.graph import all_graphs
+
+DIGITS = string.ascii_letters + string.digits
+# Operators whose defaults of these attributes the specification states in words only.
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+ONES, ZEROS = ("strides", "dilations"), ("pads", "output_padding")
+
+
+def shorten_names(model: ModelProto) -> Mapping[str, str]:
+    """Renames every inner value in place, in order of appearance; the model's inputs and outputs keep their names. Old -> new."""
+    fixed = {value.name for value in (*model.graph.input, *model.graph.output)}
+    names = (name for name in _short() if name not in fixed)
+    renamed: dict[str, str] = {"": ""} | {name: name for name in fixed}
+
+    def new(name: str) -> str:
+        if name not in renamed:
+            renamed[name] = next(names)
+        return renamed[name]
+
+    for scope in all_graphs(model.graph):
+        for node in scope.node:
+            for values in (node.input, node.output):
+                values[:] = [new(name) for name in values]
+        for value in (*scope.input, *scope.output, *scope.initializer, *(sparse.values for sparse in scope.sparse_initializer)):
+            value.name = new(value.name)
+        for info in scope.quantization_annotation:
+            info.tensor_name = new(info.tensor_name)
+    return renamed
+
+
+def _short() -> Iterator[str]:
+    """a, b, … 9, aa, ab, …; never starting with a digit."""
+    length = 1
+    while True:
+        for number in range(52 * 62 ** (length - 1)):
+            name, rest = "", number
+            for _ in range(length - 1):
+                rest, digit = divmod(rest, 62)
+                name = DIGITS[digit] + name
+            yield DIGITS[rest] + name
+        length += 1
+
+
+def drop_defaults(model: ModelProto, opset: int) -> None:
+    """Removes, in place, attributes of standard operators that equal their default."""
+    for scope in all_graphs(model.graph):
+        for node in (node for node in scope.node if node.domain in ("", "ai.onnx")):
+            for index in reversed(range(len(node.attribute))):
+                if _is_default(node, node.attribute[index], opset):
+                    del node.attribute[index]
+
+
+def _is_default(node: NodeProto, attribute: AttributeProto, opset: int) -> bool:
+    if attribute.ref_attr_name:
+        return False
+    if node.op_type in CONVOLUTIONS:
+        if attribute.name == "kernel_shape":  # the weight has it
+            return True
+        if attribute.name in ONES:
+            return all(value == 1 for value in attribute.ints)
+        if attribute.name in ZEROS:
+            return all(value == 0 for value in attribute.ints)
+    try:
+        schema = defs.get_schema(node.op_type, opset).attributes
+    except defs.SchemaError:
+        return False
+    if attribute.name not in schema:
+        return False
+    default = schema[attribute.name].default_value
+    kinds = (AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING)
+    if attribute.type not in kinds or default.type != attribute.type:
+        return False
+    return (attribute.i, attribute.f, attribute.s) == (default.i, default.f, default.s)
