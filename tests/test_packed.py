@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -120,6 +121,18 @@ def test_the_same_levels_give_the_same_bytes():
     assert [f.SerializeToString(deterministic=True) for f in functions([one])] == [
         f.SerializeToString(deterministic=True) for f in functions([two])
     ]
+
+
+@pytest.mark.parametrize("contexts", [1, 16])
+def test_golden_bytes_stand(contexts):
+    packed = pack([(np.arange(8 * 4 * 9) * 7919 % 29 % 5 - 2).astype(np.int8).reshape(8, 4, 3, 3)], contexts=contexts)
+    arrays = (packed.payload, packed.states, packed.frequencies, packed.thresholds, packed.dictionary)
+    written = " ".join(array.astype(array.dtype.newbyteorder("<")).tobytes().hex() or "-" for array in arrays)
+    assert written == (Path(__file__).parent / "golden" / f"packed_{contexts}.hex").read_text().strip()
+
+
+def test_contexts_are_used_only_where_they_pay_for_their_functions():
+    assert packed_codec.pack_smallest(small_net()).contexts == 1
 
 
 def test_contexts_and_raw_signs_keep_dense_columns_below_the_entropy():

@@ -27,6 +27,8 @@ from ecqx_onnx_converters.storage.packed.model import (
 from ecqx_onnx_converters.storage.packed.stream import LOW, STATE_BITS, Decoder, bits_of, encode, fields
 
 MAX_WEIGHTS = 1 << 33
+CONTEXT_BYTES = 4200  # what the functions for contexts add to a file
+CONTEXT_WEIGHTS = 2_000_000  # a runtime keeps about 450 bytes a weight while it folds contexts away, 170 without them
 GUARD = (2, 1)  # zero bytes before and after the bits, so that the decoder's 16-bit windows need no edge
 
 
@@ -82,10 +84,21 @@ class Packed:
         return -(-self.kernels * (1 if self.contexts > 1 else self.rounds) // self.lanes)
 
 
-def pack(tensors: Sequence[np.ndarray], *, contexts: int = 16, rounds: int | None = None, width: int = 1, lanes: int | None = None) -> Packed:
+def pack_smallest(tensors: Sequence[np.ndarray]) -> Packed:
+    """int8 arrays -> the Packed whose arrays and decoder together take the fewest bytes. Large sets get no contexts: memory."""
+    plain = pack(tensors, contexts=1)
+    if sum(levels.size for levels in tensors) > CONTEXT_WEIGHTS:
+        return plain
+    rich = pack(tensors)
+    return rich if rich.nbytes + CONTEXT_BYTES < plain.nbytes else plain
+
+
+def pack(
+    tensors: Sequence[np.ndarray], *, contexts: int = 16, rounds: int | None = None, width: int = 1, lanes: int | None = None
+) -> Packed:
     """int8 arrays of any shape -> Packed. Deterministic."""
     rounds = rounds or _common_taps(tensors)
-    histogram = sum((np.bincount(levels.reshape(-1).view(np.uint8), minlength=256) for levels in tensors), np.zeros(256, np.int64))
+    histogram = sum((np.bincount(levels.reshape(-1).view(np.uint8), minlength=256) for levels in tensors), np.zeros(256, int))
     count = np.roll(histogram, 128)  # of levels -128 .. 127
     signs = width == 1 and _signs_are_noise(count)
     alphabet = np.flatnonzero(count + (np.arange(256) == 128)) - 128
@@ -224,7 +237,7 @@ def _check(packed: Packed) -> None:
         and 2 <= len(packed.dictionary) == packed.frequencies.shape[1] <= 256 and packed.width >= 1
         and not (packed.signs and packed.width > 1)
         and 1 <= packed.gain <= 4096 and packed.rounds >= 1
-        and all(min(view.shape, default=0) >= 0 and min(view.rows, view.columns) >= 0 and 1 <= view.mean <= 4095 for view in packed.views)
+        and all(min(view.rows, view.columns, *view.shape) >= 0 and 1 <= view.mean <= 4095 for view in packed.views)
         and all(view.weights <= view.kernels * packed.rounds * packed.width for view in packed.views)
         and bool((packed.frequencies.sum(axis=1, dtype=np.int64) == SLOTS).all())
     )  # fmt: skip

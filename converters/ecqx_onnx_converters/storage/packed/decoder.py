@@ -25,8 +25,9 @@ from ecqx_onnx_converters.storage.packed.stream import LOW, STATE_BITS
 DOMAIN = "ecqx"
 OPSET = 18
 FAN = 8  # calls in one of the nested functions
-# What every step reads: windows of 16 bits, tables of frequency, slot - start, symbol and missing bits, powers of 2, 4096, axis 0.
-STEP = [*"wfgynpku"]
+# What a step reads: windows of 24 bits, tables of frequency, slot - start, symbol, missing bits; powers of 2, 4096, axis 0;
+# 256 / 2**i and 8. A runtime copies each for every node that reads it, so that one window a bit would cost more than it saves.
+STEP = [*"wfgynpkuaz"]
 # What every round reads besides: growth of divisors, prior sums, lines, logarithm, score's first slot, mass, 32 * gain.
 ROUND = [*STEP, *"ijlqtvh"]
 
@@ -39,7 +40,9 @@ class _Function:
         self.nodes: list[NodeProto] = []
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], str] = {}
 
-    def add(self, op: str, inputs: str | Sequence[str], outputs: str | Sequence[str], *, domain: str = "", **attributes: Any) -> None:
+    def add(
+        self, op: str, inputs: str | Sequence[str], outputs: str | Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> None:
         """Names in one string are parted by blanks."""
         ins = inputs.split() if isinstance(inputs, str) else inputs
         outs = outputs.split() if isinstance(outputs, str) else outputs
@@ -83,7 +86,7 @@ def _tables() -> FunctionProto:
     f.add("Constant", "", "k", value=numpy_helper.from_array(np.array(SLOTS, np.int32)))
     f.add("Constant", "", "u", value_int=0)
     zero, one, row, flat = f.constant([0]), f.constant([1]), f.constant(1), f.constant([-1])
-    # w[p]: the 16 bits that end before bit p
+    # w[b]: the 24 bits of the bytes up to b; the 16 that end before bit p are w[p div 8] div a[p mod 8] mod 2**16
     c256 = f.int32(256)
     f.add("Cast", "P", "A", to=TensorProto.INT32)
     f.add("Slice", ["A", zero, f.constant([-2])], "B")
@@ -92,11 +95,9 @@ def _tables() -> FunctionProto:
     f.add("Mul", ["B", c256], "E")
     f.add("Add", "E C", "G")
     f.add("Mul", ["G", c256], "H")
-    f.add("Add", "H D", "I")
-    f.add("Unsqueeze", ["I", row], "J")
-    f.add("Div", ["J", f.int32([256 >> r for r in range(8)])], "K")
-    f.add("BitwiseAnd", ["K", f.int32(LOW - 1)], "L")
-    f.add("Reshape", ["L", flat], "w")
+    f.add("Add", "H D", "w")
+    f.add("Constant", "", "a", value=numpy_helper.from_array(np.array([256 >> r for r in range(8)], np.int32)))
+    f.add("Constant", "", "z", value=numpy_helper.from_array(np.array(8, np.int32)))
     f.add("Cast", "S", "M", to=TensorProto.INT32)
     f.add("Add", ["M", f.int32(LOW)], "x")
     # a slot's symbol: how many intervals end at or before it
@@ -111,9 +112,9 @@ def _tables() -> FunctionProto:
     f.add("GatherElements", "N W", "X", axis=1)
     f.add("GatherElements", "O W", "Y", axis=1)
     f.add("Sub", "X Y", "Z")
-    f.add("Add", "Z Q", "a")
+    f.add("Add", "Z Q", "aa")
     f.add("Cast", "W", "b", to=TensorProto.UINT8)
-    for table, output in ("Xf", "ag", "by"):
+    for table, output in (("X", "f"), ("aa", "g"), ("b", "y")):
         f.add("Reshape", [table, flat], output)
     # n[z]: how many bits take z to 2**16 or more, which is how many of these powers are above z
     f.add("Constant", "", "c", value_ints=[1 << n for n in range(STATE_BITS + 1)])
@@ -128,7 +129,7 @@ def _tables() -> FunctionProto:
 
 
 def _context_tables() -> FunctionProto:
-    """(thresholds uint8, dictionary; rows r, columns c, means b of the tensors, 32 * gain g) -> sums U, divisors E, round tables."""
+    """(thresholds uint8, dictionary; rows r, columns c, means b of tensors, 32 * gain g) -> sums U, divisors E, tables."""
     f = _Function("i", ["H", "D", "k", "u"], ["U", "E", *ROUND[len(STEP) :]], [*"rcbg"])
     one, flat, row = f.constant([1]), f.constant([-1]), f.constant(1)
     for name, output in zip("rcbg", "RCBh", strict=True):
@@ -199,11 +200,11 @@ def _context_tables() -> FunctionProto:
 
 
 def _step(*, contexts: bool) -> FunctionProto:
-    """(states x int32 [lanes], position o [1], first slots of the contexts c [lanes]) -> (states, position, symbols uint8 [lanes])."""
+    """(states x int32 [lanes], position o [1], contexts' first slots c [lanes]) -> (states, position, symbols uint8 [lanes])."""
     f = _Function("s", ["x", "o", *(["c"] if contexts else []), *STEP], ["X", "O", "Y"])
-    f.add("Mod", "x k", "a" if contexts else "b")
+    f.add("Mod", "x k", "A" if contexts else "b")
     if contexts:
-        f.add("Add", "a c", "b")
+        f.add("Add", "A c", "b")
     f.add("GatherElements", "y b", "Y")
     f.add("GatherElements", "f b", "d")
     f.add("GatherElements", "g b", "e")
@@ -213,7 +214,11 @@ def _step(*, contexts: bool) -> FunctionProto:
     f.add("GatherElements", "n j", "l")
     f.add("CumSum", "l u", "m")
     f.add("Add", "m o", "q")
-    f.add("GatherElements", "w q", "r")
+    f.add("Div", "q z", "B")
+    f.add("GatherElements", "w B", "C")
+    f.add("Mod", "q z", "D")
+    f.add("GatherElements", "a D", "E")
+    f.add("Div", "C E", "r")
     f.add("GatherElements", "p l", "s")
     f.add("Mod", "r s", "t")
     f.add("Mul", "j s", "v")
@@ -244,7 +249,9 @@ class _Builder:
 
     def steps(self, count: int) -> str:
         """The function of `count` steps: (x, o, first slots [count * lanes] if contexts) -> (x, o, symbols [count * lanes])."""
-        name = ("s" if self.contexts else "n") + (f"{count}_{self.packed.lanes}" if self.contexts and count > 1 else str(count) if count > 1 else "")
+        name = "s" if self.contexts else "n"
+        if count > 1:
+            name += f"{count}_{self.packed.lanes}" if self.contexts else str(count)
         if name in self.known:
             return name
         if count == 1:
@@ -348,7 +355,10 @@ class _Builder:
         f.add("Div", ["A0", f.int32([1 << n for n in range(STATE_BITS - 1, -1, -1)])], "A1")
         f.add("Reshape", ["A1", f.constant([-1])], "A2")
         f.add("Add", ["O", f.int32(1)], "A3")
-        f.add("Slice", ["w", "A3", f.int32([2**31 - 1])], "A4")
+        f.add("Unsqueeze", ["w", f.constant(1)], "A7")
+        f.add("Div", "A7 a", "A8")
+        f.add("Reshape", ["A8", f.constant([-1])], "A9")
+        f.add("Slice", ["A9", "A3", f.int32([2**31 - 1])], "A4")
         f.add("Concat", "A2 A4", "A5", axis=0)
         f.add("BitwiseAnd", ["A5", f.int32(1)], "A6")
         f.add("Cast", "D", "B0", to=TensorProto.INT32)
@@ -398,18 +408,19 @@ def nodes(packed: Packed, outputs: Sequence[str], *, prefix: str = "ecqx") -> tu
     levels = f"{prefix}.y"
     if views:
         arrays = {"p": packed.payload, "s": packed.states, "f": packed.frequencies, "d": packed.dictionary}
-        attributes = {}
+        lines: dict[str, Any] = {}
         if packed.contexts > 1:
             arrays["h"] = packed.thresholds
-            attributes = {"r": [v.rows for v in views], "c": [v.columns for v in views], "b": [v.mean for v in views], "g": [32 * packed.gain]}
+            lines = {"r": [v.rows for v in views], "c": [v.columns for v in views], "b": [v.mean for v in views]}
+            lines["g"] = [32 * packed.gain]
         initializers = [numpy_helper.from_array(array, f"{prefix}.{name}") for name, array in arrays.items()]
-        made.append(helper.make_node(builder.group(), [f"{prefix}.{name}" for name in arrays], [levels], domain=DOMAIN, **attributes))
+        made.append(helper.make_node(builder.group(), [f"{prefix}.{name}" for name in arrays], [levels], domain=DOMAIN, **lines))
     begin = 0
     for view, output in zip(packed.views, outputs, strict=True):
         if not view.weights:
             initializers.append(numpy_helper.from_array(np.zeros(view.shape, np.int8), output))
             continue
-        numbers = {"v": [begin, begin + view.kernels], "s": list(view.shape) or [1]}
+        numbers: dict[str, Any] = {"v": [begin, begin + view.kernels], "s": list(view.shape) or [1]}
         if not view.kernels_first:
             numbers["v"].append(view.weights)
             numbers["q"] = [packed.rounds, view.rows, view.columns, packed.width]

@@ -1,0 +1,85 @@
+"""What does loading a packed file cost? Session load time and peak memory, each in a fresh process, against the float model.
+
+Weights: 4-bit levels at 0.94 bit a weight (80 % forced zeros), as 20 conv layers and as one tensor.
+Run: python benchmarks/packed_load.py [million weights]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from ecqx_onnx_converters.storage.packed import DOMAIN, functions, nodes, pack
+from onnx import TensorProto, helper, numpy_helper
+
+LOAD = """
+import json, sys, time
+import onnxruntime as ort
+options = ort.SessionOptions()
+options.intra_op_num_threads = 1
+options.log_severity_level = 3
+status = lambda field: int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 1024
+before = status("VmRSS")
+begin, cpu = time.perf_counter(), time.process_time()
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+print(json.dumps({"wall": time.perf_counter() - begin, "cpu": time.process_time() - cpu, "peak": status("VmHWM"), "base": before}))
+"""
+
+
+def levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    w = np.clip(np.round(generator.laplace(size=shape) * 1.4), -7, 7)
+    return (w * (generator.random(shape) < 0.2)).astype(np.int8)
+
+
+def conv_net(weights: list[np.ndarray], *, packed: bool, **options) -> onnx.ModelProto:
+    """Each weight feeds a convolution of its own over a one-pixel image."""
+    made, initializers, protos, x = [], [numpy_helper.from_array(np.float32(0.02), "step")], [], "x"
+    if packed:
+        group = pack(weights, **options)
+        made, more = nodes(group, [f"q{i}" for i in range(len(weights))])
+        initializers += more
+        protos = functions([group])
+    for i, w in enumerate(weights):
+        if packed:
+            made += [helper.make_node("Cast", [f"q{i}"], [f"f{i}"], to=TensorProto.FLOAT), helper.make_node("Mul", [f"f{i}", "step"], [f"w{i}"])]
+        else:
+            initializers.append(numpy_helper.from_array(w.astype(np.float32) * np.float32(0.02), f"w{i}"))
+        made.append(helper.make_node("Conv", [x, f"w{i}"], [f"x{i}"], pads=[1, 1, 1, 1]))
+        x = f"x{i}"
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, weights[0].shape[1], 4, 4])
+    graph = helper.make_graph(made, "g", [image], [helper.make_empty_tensor_value_info(x)], initializers)
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, functions=protos, opset_imports=imports, ir_version=8)
+
+
+def measure(model: onnx.ModelProto, folder: Path) -> dict[str, float]:
+    path = folder / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    runs = [json.loads(subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, check=True, env=os.environ).stdout) for _ in range(3)]
+    return {"file": path.stat().st_size / 1e6} | {key: min(run[key] for run in runs) for key in runs[0]}
+
+
+def main() -> None:
+    million = float(sys.argv[1]) if len(sys.argv) > 1 else 10
+    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+    side = int((million * 1e6 / 20 / 9) ** 0.5) // 16 * 16  # whole NCHWc blocks
+    nets = {"20 layers": [levels((side, side, 3, 3), i) for i in range(20)]}
+    side = int((million * 1e6 / 9) ** 0.5) // 16 * 16
+    nets["one tensor"] = [levels((side, side, 3, 3), 0)]
+    print(f"{'':24s}{'MB':>8s}{'load s':>8s}{'cpu s':>8s}{'peak MB':>9s}{'x float':>9s}{'M weights/s':>13s}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, weights in nets.items():
+            plain = measure(conv_net(weights, packed=False), Path(folder))
+            tight = measure(conv_net(weights, packed=True, **options), Path(folder))
+            speed = sum(w.size for w in weights) / 1e6 / max(1e-9, tight["cpu"] - plain["cpu"])
+            for kind, row, last in (("float", plain, ""), ("packed", tight, f"{tight['peak'] / plain['peak']:9.2f}{speed:13.1f}")):
+                print(f"{name + ', ' + kind:24s}{row['file']:8.2f}{row['wall']:8.2f}{row['cpu']:8.2f}{row['peak']:9.0f}{last}")
+
+
+if __name__ == "__main__":
+    main()

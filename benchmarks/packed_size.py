@@ -1,0 +1,118 @@
+"""How many bytes do the integers of a net take? Zero-order entropy, packed, NNCodec (where installed), xz and zip side by side.
+
+Payload: packed arrays only. Decoder: what the file holds besides (functions, nodes, names), before any float parameter.
+NNCodec: its own bitstream on the same integers, exact. Run: make bench-size
+"""
+
+import lzma
+import math
+import sys
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from ecqx_onnx_converters.storage.packed import functions, nodes, pack, unpack
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
+Tensors = list[np.ndarray]
+
+
+def checkpoint(name: str) -> dict[str, np.ndarray]:
+    import torch
+
+    state = torch.load(DATA / name, map_location="cpu", weights_only=True)
+    return {key: value.numpy() for key, value in state.get("state_dict", state).items() if value.ndim in (2, 4)}
+
+
+def ec2t_ternary_resnet20() -> Tensors:
+    return [np.sign(w).astype(np.int8) for w in checkpoint("resnet20_cifar10_ec2t_ternary64.pt").values() if len(np.unique(w)) <= 3]
+
+
+def resnet20_4bit() -> Tensors:
+    steps = {key: np.quantile(np.abs(w), 0.999) / 7 for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()}
+    return [np.clip(np.round(w / steps[key]), -7, 7).astype(np.int8) for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()]
+
+
+def laplacian(shape: tuple[int, ...], zeros: float, generator: np.random.Generator, *, uneven: bool) -> np.ndarray:
+    """4-bit levels of Laplacian weights whose spread varies over rows and columns if uneven."""
+    w = generator.laplace(size=shape)
+    if uneven:
+        w *= np.exp(0.3 * generator.normal(size=(shape[0], 1))) * np.exp(0.5 * generator.normal(size=(1, shape[1])))
+    return np.clip(np.round(w / (2 * np.quantile(np.abs(w), zeros))), -7, 7).astype(np.int8)
+
+
+def lenet_300_100() -> Tensors:
+    generator = np.random.default_rng(1)
+    shapes = [((300, 784), 0.95), ((100, 300), 0.9), ((10, 100), 0.6)]
+    return [laplacian(shape, zeros, generator, uneven=True) for shape, zeros in shapes]
+
+
+def vgg16() -> Tensors:
+    generator = np.random.default_rng(2)
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    convs = [(o, i, 3, 3) for i, o in zip(widths, widths[1:], strict=False)]
+    return [laplacian(shape, 0.85, generator, uneven=False) for shape in [*convs, (10, 512)]]
+
+
+def entropy_bytes(tensors: Tensors) -> float:
+    total = 0.0
+    for levels in tensors:
+        counts = np.unique(levels, return_counts=True)[1]
+        total -= float((counts * np.log2(counts / levels.size)).sum()) / 8
+    return total
+
+
+def nncodec_bytes(tensors: Tensors) -> float:
+    """The arithmetic coder of NNCodec with its contexts optimised, tensor by tensor; nan where it is not installed."""
+    try:
+        from nncodec.extensions import deepCABAC
+    except ImportError:
+        return math.nan
+    total = 0
+    for levels in tensors:
+        best = math.inf
+        for scan_order in range(5 if levels.ndim > 1 else 1):
+            encoder = deepCABAC.Encoder()
+            encoder.initCtxModels(10, 1)
+            skip = np.array([not row.any() for row in levels], np.int32) if levels.ndim > 1 else np.zeros(len(levels), np.int32)
+            off = (deepCABAC.HdspMode(0), np.zeros(0, np.int8))
+            encoder.encodeLayer(levels.astype(np.int32), 0, scan_order, 1, 0, 1, skip, *off, 0, 0)
+            best = min(best, len(encoder.finish()))
+        total += best
+    return total
+
+
+def main() -> None:
+    nets: dict[str, Callable[[], Tensors]] = {
+        "EC2T ternary ResNet-20": ec2t_ternary_resnet20,
+        "ResNet-20, 4 bit": resnet20_4bit,
+        "LeNet-300-100, synthetic": lenet_300_100,
+        "VGG16, random": vgg16,
+    }
+    print(f"{'':26s}{'weights':>10s}{'zeros':>7s}{'entropy':>10s}{'packed':>8s}{'decoder':>9s}{'NNCodec':>9s}{'xz':>7s}{'zip':>7s}   (of the entropy)")
+    for name, make in nets.items():
+        if len(sys.argv) > 1 and sys.argv[1] not in name:
+            continue
+        if make in (ec2t_ternary_resnet20, resnet20_4bit) and not DATA.exists():
+            print(f"{name:26s}skipped: {DATA} is missing")
+            continue
+        tensors = make()
+        entropy = entropy_bytes(tensors)
+        packed = pack(tensors)
+        if any(not np.array_equal(a, b) for a, b in zip(unpack(packed), tensors, strict=True)):
+            sys.exit(f"{name}: the levels did not come back")
+        made, initializers = nodes(packed, [f"w{i}" for i in range(len(tensors))])
+        container = sum(proto.ByteSize() for proto in [*functions([packed]), *made, *initializers]) - packed.nbytes
+        raw = b"".join(levels.tobytes() for levels in tensors)
+        archive = BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+            file.writestr("w", raw)
+        columns = [packed.nbytes, container, nncodec_bytes(tensors), len(lzma.compress(raw, preset=9)), len(archive.getvalue())]
+        weights, zeros = sum(t.size for t in tensors), sum(int((t == 0).sum()) for t in tensors)
+        print(f"{name:26s}{weights:10d}{zeros / weights:7.3f}{entropy:10.0f}" + f"{columns[0] / entropy:8.3f}{columns[1]:9d}" + "".join(f"{c / entropy:9.3f}" for c in columns[2:]))
+
+
+if __name__ == "__main__":
+    main()
