@@ -5,7 +5,6 @@ Run: python benchmarks/packed_load.py [million weights]
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,8 @@ def levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def conv_net(weights: list[np.ndarray], *, packed: bool, **options) -> onnx.ModelProto:
     """Each weight feeds a convolution of its own over a one-pixel image."""
-    made, initializers, protos, x = [], [numpy_helper.from_array(np.float32(0.02), "step")], [], "x"
+    initializers = [numpy_helper.from_array(np.float32(0.02), "step")]
+    made, protos, x = [], [], "x"
     if packed:
         group = pack(weights, **options)
         made, more = nodes(group, [f"q{i}" for i in range(len(weights))])
@@ -46,7 +46,8 @@ def conv_net(weights: list[np.ndarray], *, packed: bool, **options) -> onnx.Mode
         protos = functions([group])
     for i, w in enumerate(weights):
         if packed:
-            made += [helper.make_node("Cast", [f"q{i}"], [f"f{i}"], to=TensorProto.FLOAT), helper.make_node("Mul", [f"f{i}", "step"], [f"w{i}"])]
+            made.append(helper.make_node("Cast", [f"q{i}"], [f"f{i}"], to=TensorProto.FLOAT))
+            made.append(helper.make_node("Mul", [f"f{i}", "step"], [f"w{i}"]))
         else:
             initializers.append(numpy_helper.from_array(w.astype(np.float32) * np.float32(0.02), f"w{i}"))
         made.append(helper.make_node("Conv", [x, f"w{i}"], [f"x{i}"], pads=[1, 1, 1, 1]))
@@ -60,7 +61,8 @@ def conv_net(weights: list[np.ndarray], *, packed: bool, **options) -> onnx.Mode
 def measure(model: onnx.ModelProto, folder: Path) -> dict[str, float]:
     path = folder / "m.onnx"
     path.write_bytes(model.SerializeToString())
-    runs = [json.loads(subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, check=True, env=os.environ).stdout) for _ in range(3)]
+    command = [sys.executable, "-c", LOAD, str(path)]
+    runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(3)]
     return {"file": path.stat().st_size / 1e6} | {key: min(run[key] for run in runs) for key in runs[0]}
 
 
@@ -77,7 +79,8 @@ def main() -> None:
             plain = measure(conv_net(weights, packed=False), Path(folder))
             tight = measure(conv_net(weights, packed=True, **options), Path(folder))
             speed = sum(w.size for w in weights) / 1e6 / max(1e-9, tight["cpu"] - plain["cpu"])
-            for kind, row, last in (("float", plain, ""), ("packed", tight, f"{tight['peak'] / plain['peak']:9.2f}{speed:13.1f}")):
+            ratios = f"{tight['peak'] / plain['peak']:9.2f}{speed:13.1f}"
+            for kind, row, last in (("float", plain, ""), ("packed", tight, ratios)):
                 print(f"{name + ', ' + kind:24s}{row['file']:8.2f}{row['wall']:8.2f}{row['cpu']:8.2f}{row['peak']:9.0f}{last}")
 
 

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
 
 
 def ec2t_ternary_resnet20() -> Tensors:
-    return [np.sign(w).astype(np.int8) for w in checkpoint("resnet20_cifar10_ec2t_ternary64.pt").values() if len(np.unique(w)) <= 3]
+    weights = checkpoint("resnet20_cifar10_ec2t_ternary64.pt").values()
+    return [np.sign(w).astype(np.int8) for w in weights if len(np.unique(w)) <= 3]
 
 
 def resnet20_4bit() -> Tensors:
@@ -52,7 +54,7 @@ def lenet_300_100() -> Tensors:
 def vgg16() -> Tensors:
     generator = np.random.default_rng(2)
     widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
-    convs = [(o, i, 3, 3) for i, o in zip(widths, widths[1:], strict=False)]
+    convs = [(o, i, 3, 3) for i, o in pairwise(widths)]
     return [laplacian(shape, 0.85, generator, uneven=False) for shape in [*convs, (10, 512)]]
 
 
@@ -76,7 +78,7 @@ def nncodec_bytes(tensors: Tensors) -> float:
         for scan_order in range(5 if levels.ndim > 1 else 1):
             encoder = deepCABAC.Encoder()
             encoder.initCtxModels(10, 1)
-            skip = np.array([not row.any() for row in levels], np.int32) if levels.ndim > 1 else np.zeros(len(levels), np.int32)
+            skip = np.array([levels.ndim > 1 and not row.any() for row in levels], np.int32)
             off = (deepCABAC.HdspMode(0), np.zeros(0, np.int8))
             encoder.encodeLayer(levels.astype(np.int32), 0, scan_order, 1, 0, 1, skip, *off, 0, 0)
             best = min(best, len(encoder.finish()))
@@ -91,7 +93,8 @@ def main() -> None:
         "LeNet-300-100, synthetic": lenet_300_100,
         "VGG16, random": vgg16,
     }
-    print(f"{'':26s}{'weights':>10s}{'zeros':>7s}{'entropy':>10s}{'packed':>8s}{'decoder':>9s}{'NNCodec':>9s}{'xz':>7s}{'zip':>7s}   (of the entropy)")
+    heads = ["weights", "zeros", "entropy", "packed", "decoder", "NNCodec", "xz", "zip"]
+    print(" " * 25 + "".join(f"{head:>9s}" for head in heads) + "   (bytes; right of entropy as shares of it)")
     for name, make in nets.items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:
             continue
@@ -111,7 +114,8 @@ def main() -> None:
             file.writestr("w", raw)
         columns = [packed.nbytes, container, nncodec_bytes(tensors), len(lzma.compress(raw, preset=9)), len(archive.getvalue())]
         weights, zeros = sum(t.size for t in tensors), sum(int((t == 0).sum()) for t in tensors)
-        print(f"{name:26s}{weights:10d}{zeros / weights:7.3f}{entropy:10.0f}" + f"{columns[0] / entropy:8.3f}{columns[1]:9d}" + "".join(f"{c / entropy:9.3f}" for c in columns[2:]))
+        coded = "".join(f"{column / entropy:9.3f}" for column in columns[2:])
+        print(f"{name:25s}{weights:9d}{zeros / weights:9.3f}{entropy:9.0f}{columns[0] / entropy:9.3f}{columns[1]:9d}{coded}")
 
 
 if __name__ == "__main__":
