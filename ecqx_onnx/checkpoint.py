@@ -21,6 +21,7 @@ import torch
 from ecqx_onnx_converters.files import replacing
 from ecqx_onnx_converters.graph import FloatGraph
 from ecqx_onnx_converters.matching import GraphWeight, Matching, Missing, match
+from google.protobuf.message import DecodeError
 
 from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx.export import Exported
@@ -168,10 +169,9 @@ def load(path: str | Path) -> Checkpoint:
     document = load_plain(path)
     if not is_checkpoint(document):
         raise FileError(f"{path}: is no checkpoint of ecqx-onnx; give a plain state dict together with --model FILE.py:FACTORY")
-    if document["version"] != VERSION:
-        raise FileError(
-            f"{path}: is a checkpoint of version {document['version']!r}, this ecqx-onnx reads version {VERSION}; update it"
-        )
+    version = document.get("version")
+    if version != VERSION:
+        raise FileError(f"{path}: is a checkpoint of version {version!r}, this ecqx-onnx reads version {VERSION}; update it")
     try:
         return _read(document)
     except (
@@ -181,7 +181,7 @@ def load(path: str | Path) -> Checkpoint:
         AttributeError,
         RuntimeError,
         json.JSONDecodeError,
-        onnx.onnx_pb.message.DecodeError,
+        DecodeError,
     ) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileError(f"{path}: is damaged or incomplete ({what}); save it again") from error
