@@ -247,6 +247,48 @@ def test_relevances_move_zeros_only_within_the_band():
         assert entry.beta is not None
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_learned_step_follows_the_gradient_of_lsq(granularity):
+    model = small_net()
+    quantizer = Quantizer(model, bits=2, relevance=None, step="learned", step_rate=0.01, granularity=granularity)
+    before = {tensor.name: tensor for tensor in quantizer.tensors()}
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    quantizer.step()  # no optimizer step: W stays, only the steps move
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for tensor in quantizer.tensors():
+        old, W = before[tensor.name], quantizer.background()[tensor.name]
+        ratio = W / torch.from_numpy(old.meaning.step)
+        k = torch.from_numpy(old.levels)
+        slope = gradients[tensor.name] * torch.where(ratio.abs() >= 1, k, k - ratio)
+        slope = slope.sum_to_size(old.meaning.step.shape)
+        # Adam's first update has the size of its rate
+        expected = torch.from_numpy(old.meaning.step) * torch.exp(-0.01 * slope.sign())
+        torch.testing.assert_close(torch.from_numpy(tensor.meaning.step), expected, rtol=1e-4, atol=0)
+    loop(model, quantizer, torch.optim.Adam(model.parameters(), lr=1e-2), steps=2)
+    assert_on_levels(model, quantizer)
+
+
+def test_a_learned_step_needs_the_gradients_and_resumes_with_its_moments():
+    model = small_net()
+    quantizer = Quantizer(model, relevance=None, step="learned")
+    with pytest.raises(OptionError, match=r"before optimizer\.zero_grad"):
+        quantizer.step()
+    loop(model, quantizer, torch.optim.Adam(model.parameters(), lr=1e-2), steps=2)
+    again = Quantizer(small_net(), relevance=None, step="learned")
+    again.load_state_dict(quantizer.state_dict())
+    assert all(torch.equal(a.learner.second, b.learner.second) for a, b in zip(again._weights, quantizer._weights, strict=True))
+
+
+def test_relevances_of_fewer_samples_are_those_of_the_first():
+    model, (x, y) = small_net(), batch()
+    some, first = Quantizer(model, relevance_samples=4), Quantizer(copy.deepcopy(small_net()))
+    some.step(x, y)
+    first.step(x[:4], y[:4])
+    for name, R in first.relevances().items():
+        torch.testing.assert_close(some.relevances()[name], R)
+
+
 def test_models_that_cannot_be_quantised_are_refused():
     with pytest.raises(ModelError, match="no weight that can be quantised"):
         Quantizer(nn.Sequential(nn.ReLU()))
@@ -309,6 +351,8 @@ def test_a_relevance_that_is_zero_or_reaches_nothing_is_a_warning_in_the_report(
         {"relevance_memory": 1.0},
         {"levels": "odd"},
         {"step": "guess"},
+        {"step": "learned", "step_rate": 0.0},
+        {"relevance_samples": 0},
         {"granularity": "row"},
         {"relevance": "epsilon_minus"},
         {"start": "loss"},

@@ -168,6 +168,67 @@ def test_distillation_follows_the_float_model():
     assert distance(distilled) < distance(plain)
 
 
+def train_as_one_of_two(rank, folder):
+    """One of the processes that torchrun would start."""
+    import os
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    model = plain_net(seed=rank)  # the second process starts elsewhere and must get the first one's weights
+    result = train(model, Blobs(), **options(epochs=2), refresh_every=2)
+    torch.save({"model": model.state_dict(), "background": result.quantizer.background()}, folder / f"{rank}.pt")
+    if rank == 0:
+        torch.save([record.accuracy for record in result.history], folder / "accuracy.pt")
+
+
+def plain_net(seed=0):
+    """Neither BatchNorm nor dropout: their statistics and masks are each process's own."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def test_two_processes_train_as_one_would_and_hold_the_same_levels(tmp_path, monkeypatch):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(train_as_one_of_two, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for part in ("model", "background"):
+        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
+
+    alone = plain_net()
+    result = train(alone, Blobs(), **options(epochs=2), refresh_every=2)
+    for name, value in result.quantizer.background().items():
+        torch.testing.assert_close(first["background"][name], value, rtol=1e-3, atol=1e-4)
+    assert torch.load(tmp_path / "accuracy.pt") == pytest.approx([record.accuracy for record in result.history], abs=0.02)
+
+
+def drift(rank, folder, port):
+    import torch.distributed as dist
+
+    from ecqx_onnx.quantization import Quantizer
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    quantizer = Quantizer(plain_net(seed=rank), relevance=None)
+    try:
+        quantizer.step()
+    except ModelError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_processes_that_drift_apart_are_told_so(tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(drift, (tmp_path, port), nprocs=2)
+    assert all("holds other levels" in (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+
+
 def test_refusals():
     with pytest.raises(DataError, match="no training samples"):
         train(net(), Blobs(0), **options())

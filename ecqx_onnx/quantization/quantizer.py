@@ -21,8 +21,10 @@ from torch import Tensor
 
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.quantization.assignment import Assignment, assign
+from ecqx_onnx.quantization.distributed import assert_same_levels, sum_over_processes
 from ecqx_onnx.quantization.entropy import size_factor
 from ecqx_onnx.quantization.grid import Grid, choose_grid, fit_step
+from ecqx_onnx.quantization.learned_step import StepOptimizer
 from ecqx_onnx.quantization.recipe import Recipe
 from ecqx_onnx.tensors import QuantTensor, Scale
 
@@ -76,6 +78,7 @@ class _Weight:
     step: Tensor
     levels: Tensor
     relevance: Tensor | None = None  # moving average of |r_w| / max |r_w|
+    learner: StepOptimizer | None = None
     last: Assignment | None = None
     warnings: set[str] = field(default_factory=set)
 
@@ -114,18 +117,27 @@ class Quantizer:
         classes. Not needed for relevance=None.
         """
         self._absorb()
-        if self._relevances is not None and self._steps % self.options.refresh_every == 0:
+        for weight in self._weights:
+            if weight.learner is not None:
+                weight.step = weight.learner.step(
+                    weight.name, weight.parameter.grad, weight.background, weight.levels, weight.step, weight.grid
+                )
+        refresh = self._steps % self.options.refresh_every == 0
+        if self._relevances is not None and refresh:
             if inputs is None:
                 raise OptionError("quantizer.step() needs the batch, step(x, y), to take relevances; or use relevance=None")
-            self.observe(inputs, target)
+            self.observe(*_first((inputs, target), self.options.relevance_samples))
         self._steps += 1
         self.assign()
+        if refresh:
+            assert_same_levels([weight.levels for weight in self._weights])
 
     def observe(self, inputs: Any, target: Any = None) -> None:
         """Take relevances on this batch into the moving average, without assigning."""
         if self._relevances is None:
             return
         found = self._relevances(inputs, target, {weight.name: weight.background for weight in self._weights})
+        found = sum_over_processes(found, self.background())
         magnitudes = {name: r.detach().abs_() for name, r in found.items()}
         largest = torch.stack([magnitude.amax() for magnitude in magnitudes.values()]).tolist() if magnitudes else []
         for (name, magnitude), peak in zip(magnitudes.items(), largest, strict=True):
@@ -178,6 +190,8 @@ class Quantizer:
                     tensor.to(device) for tensor in (weight.background, weight.step, weight.levels)
                 )
                 weight.relevance = None if weight.relevance is None else weight.relevance.to(device)
+                if weight.learner is not None:
+                    weight.learner.to(device)
             weight.background += weight.parameter - weight.quantised()
         sums = torch.stack([weight.background.sum() for weight in self._weights])
         if not bool(sums.isfinite().all()):
@@ -272,6 +286,7 @@ class Quantizer:
                     "step": weight.step.clone(),
                     "levels": weight.levels.clone(),
                     "relevance": None if weight.relevance is None else weight.relevance.clone(),
+                    "learner": None if weight.learner is None else weight.learner.state(),
                 }
                 for weight in self._weights
             },
@@ -291,7 +306,20 @@ class Quantizer:
                 saved[key].to(device).clone() for key in ("background", "step", "levels")
             )
             weight.relevance = None if saved["relevance"] is None else saved["relevance"].to(device).clone()
+            if weight.learner is not None:
+                weight.learner.load(saved["learner"], device)
         self.assign()
+
+
+def _first(value: Any, samples: int | None) -> Any:
+    """The first samples of each tensor in a batch."""
+    if samples is None:
+        return value
+    if isinstance(value, Tensor):
+        return value[:samples]
+    if isinstance(value, Mapping):
+        return {key: _first(item, samples) for key, item in value.items()}
+    return type(value)(_first(item, samples) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -360,6 +388,8 @@ def _attach(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recip
     if recipe.granularity == "channel":
         # Transposed convolutions have their output channels second; an embedding's rows are looked up, its columns are scaled.
         axis = 1 if isinstance(module, TRANSPOSED + EMBEDDINGS) else 0
-    step = fit_step(background, grid, axis=axis, rule=recipe.step)
+    learned = recipe.step == "learned"
+    step = fit_step(background, grid, axis=axis, rule="auto" if recipe.step == "learned" else recipe.step)
     levels = torch.zeros(background.shape, dtype=torch.int8, device=background.device)
-    return _Weight(name, parameter, grid, axis, background, step, levels)
+    learner = StepOptimizer(step, recipe.step_rate) if learned else None
+    return _Weight(name, parameter, grid, axis, background, step, levels, learner=learner)

@@ -24,9 +24,11 @@ class Recipe:
     relevance: name of a zennit composite, a Composite, or None for plain ECQ.
     start: relevance at the output: "logit", "probability", "ones" of the true class, or a function (output, target).
     refresh_every: relevances are taken anew every so many steps. relevance_memory: share of the old in the moving average.
+    relevance_samples: take them on so many samples of the batch; None for all.
     rho: ρ of f(R) = ρ R^β. keep, prune: relevances may lower the share of zeros by `keep` and raise it by `prune`, no further.
     zero_floor: P_0 is at least this, so that zero is the cheapest symbol; 0 turns it off.
-    levels, step, granularity: the grid, see grid.py. exclude: patterns of parameter names that stay float.
+    levels, step, granularity: the grid, see grid.py. step="learned" begins at "auto" and then follows the gradient (LSQ), by
+    Adam on log Δ with step_rate. exclude: patterns of parameter names that stay float.
     """
 
     bits: int | Mapping[str, int] = 4
@@ -35,19 +37,22 @@ class Recipe:
     start: Any = "logit"
     refresh_every: int = 8
     relevance_memory: float = 0.9
+    relevance_samples: int | None = None
     rho: float = 2.0
     keep: float = 0.1
     prune: float = 0.1
     zero_floor: float = 0.5
     levels: Levels = "symmetric"
-    step: StepRule = "auto"
+    step: StepRule | Literal["learned"] = "auto"
+    step_rate: float = 1e-3
     granularity: Granularity = "tensor"
     exclude: Sequence[str] = field(default=())
 
     def __post_init__(self) -> None:
-        for name, choices in (("levels", Levels), ("step", StepRule), ("granularity", Granularity)):
-            if getattr(self, name) not in get_args(choices):
-                raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(get_args(choices))}")
+        steps = (*get_args(StepRule), "learned")
+        for name, choices in (("levels", get_args(Levels)), ("step", steps), ("granularity", get_args(Granularity))):
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")
         for name in ("entropy_weight", "keep", "prune", "zero_floor"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1):
@@ -56,6 +61,10 @@ class Recipe:
             raise OptionError(f"relevance_memory is {self.relevance_memory}: choose a number from 0 to below 1")
         if not (math.isfinite(self.rho) and self.rho > 1):
             raise OptionError(f"rho is {self.rho}: f(R) = ρ R^β needs ρ above 1")
+        if not (math.isfinite(self.step_rate) and self.step_rate > 0):
+            raise OptionError(f"step_rate is {self.step_rate}: choose a positive number, such as 0.001")
+        if self.relevance_samples is not None and self.relevance_samples < 1:
+            raise OptionError(f"relevance_samples is {self.relevance_samples}: choose 1 or more, or None for the whole batch")
         if self.refresh_every < 1:
             raise OptionError(f"refresh_every is {self.refresh_every}: choose 1 or more steps")
         for bits in self.bits.values() if isinstance(self.bits, Mapping) else (self.bits,):

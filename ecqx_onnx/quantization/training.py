@@ -2,6 +2,9 @@
 
 Adam on all parameters, levels assigned anew after each step. An epoch's order and dropout follow from (seed, epoch) alone, so a
 run that is resumed from its state file continues bit for bit as if it had not been interrupted.
+
+Under torchrun (`torchrun --nproc-per-node=N -m ecqx_onnx quantize ...`) each process takes every N-th sample of each batch;
+gradients and relevances are averaged and summed over the processes, so the global batch is what one process would see.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
+from ecqx_onnx.quantization.distributed import added_up, copy_from_first, process_group, processes, rank
 from ecqx_onnx.quantization.quantizer import Quantizer
 
 Schedule = Literal["cosine", "constant"]
@@ -95,158 +99,178 @@ def train(
     the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. epochs=0 assigns
     levels without training, with relevances of up to 8 batches. state_file: written after each epoch; resume: go on from it.
     """
-    if epochs < 0 or batch_size < 1 or not (math.isfinite(learning_rate) and learning_rate >= 0):
-        raise OptionError(f"epochs {epochs}, batch size {batch_size}, learning rate {learning_rate}: need >= 0, >= 1, >= 0")
-    if not 0 <= validation < 1 or not 0 <= distillation <= 1:
-        raise OptionError(f"validation {validation} and distillation {distillation} are shares: below 1, up to 1")
+    setup = _Setup(epochs, batch_size, learning_rate, schedule, validation, distillation, temperature, seed)
     split = dataset.train
     if split is None or len(split) == 0:
         raise DataError("the data set has no training samples")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(device)
-    run = _Run(model, batch_size, device, seed, augment)
-    rest, held_out = split.divide(validation, seed=seed) if validation and epochs else (split, None)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if distillation else None
-    quantizer = Quantizer(model, **options)
-    if epochs == 0:
-        run.assign_only(quantizer, split)
-        return Training(quantizer, (), 0)
+    with process_group() as local:
+        where = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        run = _Run(model.to(where), setup, options, where, augment, progress)
+        if epochs == 0:
+            run.assign_only(split)
+            return Training(run.quantizer, (), 0)
+        rest, held_out = split.divide(validation, seed=seed) if validation else (split, None)
+        if resume and state_file is not None and Path(state_file).exists():
+            run.restore(_read_state(state_file))
+        while len(run.history) < epochs:
+            run.epoch(rest, held_out)
+            if state_file is not None and rank() == 0:
+                _write_state(run.state(), state_file)
+        return run.finish()
 
-    steps = math.ceil(len(rest) / batch_size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    history: list[EpochRecord] = []
-    best: dict[str, Any] | None = None
-    if resume and state_file is not None and Path(state_file).exists():
-        state = _read_state(state_file)
-        run.check_same(state, epochs, learning_rate, schedule, quantizer)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        quantizer.load_state_dict(state["quantizer"])
-        history, best = [EpochRecord(**record) for record in state["history"]], state["best"]
 
-    for epoch in range(len(history) + 1, epochs + 1):
-        loss, accuracy = run.epoch(
-            quantizer,
-            optimizer,
-            rest,
-            epoch,
-            epochs,
-            steps,
-            schedule,
-            learning_rate,
-            teacher,
-            distillation,
-            temperature,
-            progress,
-        )
-        score = run.accuracy(held_out) if held_out is not None else None
-        history.append(EpochRecord(epoch, loss, accuracy, score, quantizer.zeros, quantizer.bits_per_weight))
-        if best is None or score is None or score >= best["score"]:  # a tie goes to the later, longer trained epoch
-            best = {"epoch": epoch, "score": score, "model": _copied(model.state_dict()), "quantizer": quantizer.state_dict()}
-        if state_file is not None:
-            state = {
-                "setup": run.setup(epochs, learning_rate, schedule, quantizer),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "quantizer": quantizer.state_dict(),
-                "history": [asdict(record) for record in history],
-                "best": best,
-            }
-            _write_state(state, state_file)
-    assert best is not None
-    model.load_state_dict(best["model"])
-    quantizer.load_state_dict(best["quantizer"])
-    model.eval()
-    return Training(quantizer, tuple(history), best["epoch"])
+@dataclass(frozen=True)
+class _Setup:
+    """The numbers of one training, which a resumed run must share."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    schedule: Schedule
+    validation: float
+    distillation: float
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1 or not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise OptionError(
+                f"epochs {self.epochs}, batch size {self.batch_size}, learning rate {self.learning_rate}: "
+                "they must be at least 0, 1 and 0"
+            )
+        if not 0 <= self.validation < 1 or not 0 <= self.distillation <= 1 or not self.temperature > 0:
+            raise OptionError(
+                f"validation {self.validation}, distillation {self.distillation}, temperature {self.temperature}: the first is a "
+                "share below 1, the second one up to 1, the third above 0"
+            )
+        if self.schedule not in get_args(Schedule):
+            raise OptionError(f"schedule '{self.schedule}' is unknown: use one of {', '.join(get_args(Schedule))}")
+
+    def rate(self, done: float) -> float:
+        """The learning rate when this share of the training is done."""
+        return self.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0)
 
 
 class _Run:
-    """What stays the same throughout one training."""
+    """One training: the model, its quantizer and optimizer, and what it has seen so far."""
 
-    def __init__(self, model: nn.Module, batch_size: int, device: torch.device, seed: int, augment: Any) -> None:
-        self.model, self.batch_size, self.device, self.seed, self.augment = model, batch_size, device, seed, augment
+    def __init__(
+        self,
+        model: nn.Module,
+        setup: _Setup,
+        options: Mapping[str, Any],
+        device: torch.device,
+        augment: Any,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        copy_from_first((*model.parameters(), *model.buffers()))
+        self.model, self.setup, self.device, self.augment, self.progress = model, setup, device, augment, progress
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False) if setup.distillation else None
+        self.quantizer = Quantizer(model, **options)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
+        # Averages the gradients over the processes; with one process the model itself.
+        self.parallel = nn.parallel.DistributedDataParallel(model) if processes() > 1 and setup.epochs else model
+        self.history: list[EpochRecord] = []
+        self.best: dict[str, Any] | None = None
 
     def batches(self, split: TrainingSplit, epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """On the device; shuffled by (seed, epoch), in order without an epoch."""
         options: dict[str, Any] = {}
         if epoch is not None:
-            options = {"shuffle": np.random.default_rng([self.seed, epoch])}
+            options = {"shuffle": np.random.default_rng([self.setup.seed, epoch])}
             if self.augment is not None:
                 options["augment"] = self.augment
-        for x, y in split.batches(self.batch_size, **options):
+        for x, y in split.batches(self.setup.batch_size, **options):
             yield torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
 
-    def epoch(
-        self,
-        quantizer: Quantizer,
-        optimizer: torch.optim.Optimizer,
-        split: TrainingSplit,
-        epoch: int,
-        epochs: int,
-        steps: int,
-        schedule: Schedule,
-        learning_rate: float,
-        teacher: nn.Module | None,
-        distillation: float,
-        temperature: float,
-        progress: Callable[[Progress], None] | None,
-    ) -> tuple[float, float]:
-        """(mean loss, accuracy) over the epoch's training batches."""
+    def epoch(self, split: TrainingSplit, held_out: TrainingSplit | None) -> None:
+        """Train one more epoch, score it on the validation split, remember it if it is the best."""
+        epoch, setup = len(self.history) + 1, self.setup
+        steps = math.ceil(len(split) / setup.batch_size)
         self.model.train()
         seen = correct = 0
         total = bits = 0.0
-        forked = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=forked):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence([setup.seed, epoch, rank()]).generate_state(1)[0]))
             for step, (x, y) in enumerate(self.batches(split, epoch)):
-                done = (epoch - 1 + step / steps) / epochs
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * ((1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1.0)
-                optimizer.zero_grad(set_to_none=True)
-                output = self.model(x)
-                loss = F.cross_entropy(output, y)
-                if teacher is not None:
-                    loss = (1 - distillation) * loss + distillation * _divergence(output, teacher, x, temperature)
-                loss.backward()
-                optimizer.step()
-                quantizer.step(x, y)
-                seen, correct = seen + len(y), correct + int((output.argmax(1) == y).sum())
-                total += float(loss.detach()) * len(y)
+                if len(y) < processes():
+                    continue  # a last batch with too few samples to go round
+                for group in self.optimizer.param_groups:
+                    group["lr"] = setup.rate((epoch - 1 + step / steps) / setup.epochs)
+                loss, hits, count = self.step(x, y)
+                seen, correct, total = seen + count, correct + hits, total + loss * count
                 if not math.isfinite(total):
                     raise ModelError(f"the loss is {total} in epoch {epoch}, step {step + 1}: lower the learning rate")
-                if progress is not None:
-                    bits = quantizer.bits_per_weight if step % ENTROPY_EVERY == 0 else bits
-                    progress(Progress(epoch, epochs, step + 1, steps, total / seen, correct / seen, quantizer.zeros, bits))
-        return total / seen, correct / seen
+                if self.progress is not None and rank() == 0:
+                    bits = self.quantizer.bits_per_weight if step % ENTROPY_EVERY == 0 else bits
+                    zeros = self.quantizer.zeros
+                    self.progress(Progress(epoch, setup.epochs, step + 1, steps, total / seen, correct / seen, zeros, bits))
+        copy_from_first(self.model.buffers())  # BatchNorm's statistics are each process's own
+        seen_by_all, correct_by_all, total_by_all = added_up([seen, correct, total], self.device)
+        score = self.accuracy(held_out) if held_out is not None else None
+        loss, accuracy = total_by_all / seen_by_all, correct_by_all / seen_by_all
+        self.history.append(EpochRecord(epoch, loss, accuracy, score, self.quantizer.zeros, self.quantizer.bits_per_weight))
+        if self.best is None or score is None or score >= self.best["score"]:  # a tie goes to the later, longer trained epoch
+            model = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.best = {"epoch": epoch, "score": score, "model": model, "quantizer": self.quantizer.state_dict()}
+
+    def step(self, x: Tensor, y: Tensor) -> tuple[float, int, int]:
+        """(mean loss, correct ones, samples) of this process's share of the batch."""
+        share = processes() / len(y)
+        x, y = x[rank() :: processes()], y[rank() :: processes()]
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self.parallel(x)
+        loss = F.cross_entropy(output, y)
+        if self.teacher is not None:
+            wanted = _divergence(output, self.teacher, x, self.setup.temperature)
+            loss = (1 - self.setup.distillation) * loss + self.setup.distillation * wanted
+        # Shares may differ by one sample: weighted so that the mean over processes is the mean over the batch.
+        (loss * (len(y) * share)).backward() if processes() > 1 else loss.backward()
+        self.optimizer.step()
+        self.quantizer.step(x, y)
+        return float(loss.detach()), int((output.argmax(1) == y).sum()), len(y)
 
     @torch.no_grad()
     def accuracy(self, split: TrainingSplit) -> float:
         self.model.eval()
         return sum(int((self.model(x).argmax(1) == y).sum()) for x, y in self.batches(split)) / len(split)
 
-    def assign_only(self, quantizer: Quantizer, split: TrainingSplit, *, batches: int = 8) -> None:
+    def assign_only(self, split: TrainingSplit, *, batches: int = 8) -> None:
         self.model.eval()
         for _, (x, y) in zip(range(batches), self.batches(split, epoch=0), strict=False):
-            quantizer.observe(x, y)
-        quantizer.assign()
+            self.quantizer.observe(x, y)
+        self.quantizer.assign()
 
-    def setup(self, epochs: int, learning_rate: float, schedule: str, quantizer: Quantizer) -> dict[str, Any]:
+    def finish(self) -> Training:
+        """Back to the best epoch."""
+        assert self.best is not None  # at least one epoch has run
+        self.model.load_state_dict(self.best["model"])
+        self.quantizer.load_state_dict(self.best["quantizer"])
+        self.model.eval()
+        return Training(self.quantizer, tuple(self.history), self.best["epoch"])
+
+    def described(self) -> dict[str, Any]:
+        return {**asdict(self.setup), "recipe": self.quantizer.recipe()}
+
+    def state(self) -> dict[str, Any]:
         return {
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            "schedule": schedule,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "recipe": quantizer.recipe(),
+            "setup": self.described(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "quantizer": self.quantizer.state_dict(),
+            "history": [asdict(record) for record in self.history],
+            "best": self.best,
         }
 
-    def check_same(self, state: Mapping[str, Any], epochs: int, rate: float, schedule: str, quantizer: Quantizer) -> None:
-        now, then = self.setup(epochs, rate, schedule, quantizer), state["setup"]
-        for key, value in now.items():
-            if then.get(key) != value:
-                raise OptionError(
-                    f"the run to resume had {key} {then.get(key)}, this one has {value}: give the same, or start anew"
-                )
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for key, value in self.described().items():
+            then = state["setup"].get(key)
+            if then != value:
+                raise OptionError(f"the run to resume had {key} {then}, this one has {value}: give the same, or start anew")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.quantizer.load_state_dict(state["quantizer"])
+        self.history, self.best = [EpochRecord(**record) for record in state["history"]], state["best"]
 
 
 def _divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: float) -> Tensor:
@@ -255,10 +279,6 @@ def _divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: floa
         wanted = F.log_softmax(teacher(x) / temperature, dim=1)
     found = F.log_softmax(output / temperature, dim=1)
     return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def _write_state(state: dict[str, Any], path: str | Path) -> None:
