@@ -1,5 +1,8 @@
 """Relevances against LRP by hand, against zennit's own hooks, and conserved on models as people write them."""
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -22,14 +25,6 @@ def relevances_of(model, x, y, *, composite="epsilon_plus_flat", start="ones", n
     background = {n: p.detach() for n, p in model.named_parameters() if p.ndim >= 2 and (names is None or n in names)}
     relevances = Relevances(model, list(background), composite=composite, start=start)
     return relevances(x, y, background), relevances
-
-
-def without_biases(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-    return model
 
 
 class KeywordNet(nn.Module):
@@ -167,39 +162,44 @@ class Reused(nn.Module):
         return self.last(x)
 
 
-def torchvision_model(name):
-    import torchvision.models
-
+def whole_model(name):
+    """(model, input shape): no bias, BatchNorm without a shift (which is a bias), with statistics that keep every depth alive."""
     torch.manual_seed(3)
-    model = getattr(torchvision.models, name)(num_classes=10)
+    if name in SMALL:
+        return SMALL[name][0](), SMALL[name][1]
+    if name.endswith(".py"):
+        module = importlib.import_module(f"models.{name.removesuffix('.py')}")
+        model, shape = getattr(module, module.__name__.rpartition(".")[2])(), module.INPUT_SHAPE
+    else:
+        import torchvision.models
+
+        model, shape = getattr(torchvision.models, name)(num_classes=10), (3, 64, 64)
     if name == "vgg11_bn":  # its 25088 x 4096 dense layer says nothing more than a small one
         model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
-    without_biases(model)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the statistics of the one batch below: activations stay alive at every depth
-    model.train()
+    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms:
+        norm.momentum = None
     with torch.no_grad():
-        model(torch.randn(8, 3, 64, 64))
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.zero_()  # a shift is a bias: it would take its share of the relevance
-    return model
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.zero_()
+        model.train()(torch.randn(8, *shape))
+        for norm in norms:
+            norm.running_mean.zero_()
+    return model, shape
 
 
-@pytest.mark.parametrize("name", ["Functional", "Gated", "Reused", "resnet18", "mobilenet_v2", "vgg11_bn"])
+SMALL = {"Functional": (Functional, (3, 8, 8)), "Gated": (Gated, (6,)), "Reused": (Reused, (6,))}
+OURS = sorted(path.name for path in (Path(__file__).parents[1] / "models").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [*SMALL, *OURS, "resnet18", "mobilenet_v2", "vgg11_bn"])
 def test_relevance_is_conserved_from_the_output_to_the_first_layer(name):
-    torch.manual_seed(2)
-    small = {"Functional": (Functional, (3, 8, 8)), "Gated": (Gated, (6,)), "Reused": (Reused, (6,))}
-    if name in small:
-        model, shape = small[name][0](), small[name][1]
-    else:
-        model, shape = torchvision_model(name), (3, 64, 64)
-    x, y = torch.randn(2, *shape), torch.tensor([1, 2])
-    found, relevances = relevances_of(model, x, y)
-    total = {layer: float(r.sum()) for layer, r in found.items()}
-    assert total[next(iter(total))] == pytest.approx(2.0, rel=0.01)
-    assert total[list(total)[-1]] == pytest.approx(2.0, rel=0.01)
+    model, shape = whole_model(name)
+    found, relevances = relevances_of(model, torch.randn(2, *shape), torch.tensor([1, 2]))
+    total = [float(r.sum()) for r in found.values()]
+    assert total[0] == pytest.approx(2.0, rel=0.01)
+    assert total[-1] == pytest.approx(2.0, rel=0.01)
     assert relevances.approximated == ()
 
 
