@@ -162,3 +162,15 @@ def test_all_zero_weights_stay_zero():
         found = assign(torch.zeros(2, 8), torch.tensor(1.0), SYMMETRIC[4], strength=0.5, relevance=relevance)
         assert found.zeros == 1.0
         assert not math.isnan(found.beta or 0.0)
+
+
+def test_boundaries_round_down_so_that_float32_decides_as_float64_does():
+    """Boundaries that float32 cannot hold, and the two float32 weights on either side of each."""
+    levels, generator = SYMMETRIC[4].levels(torch.zeros(1)), torch.Generator().manual_seed(10)
+    for _ in range(20):
+        step = torch.rand(1, 1, generator=generator).double() + 0.1
+        cost = torch.rand(15, generator=generator, dtype=torch.float64) * 0.01
+        exact = boundaries(step, levels, cost, torch.float64)
+        below = boundaries(step, levels, cost, torch.float32)
+        assert bool((below.double() <= exact).all())
+        assert bool((torch.nextafter(below, torch.full_like(below, torch.inf)).double() > exact).all())

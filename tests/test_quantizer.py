@@ -369,3 +369,16 @@ def test_float64_models_hold_the_float32_products():
     weight = dict(model.named_parameters())["hidden.weight"].detach()
     tensor = {tensor.name: tensor for tensor in quantizer.tensors()}["hidden.weight"]
     assert np.array_equal(weight.numpy(), tensor.dequantize().astype(np.float64))
+
+
+def test_relevances_are_a_moving_average():
+    model = small_net()
+    quantizer = Quantizer(model, relevance_memory=0.75)
+    alone = []
+    for seed in (0, 1):
+        one = Quantizer(small_net())
+        one.observe(*batch(seed))
+        alone.append(one.relevances()["hidden.weight"])
+        quantizer.observe(*batch(seed))
+    expected = 0.75 * alone[0] + 0.25 * alone[1]
+    torch.testing.assert_close(quantizer.relevances()["hidden.weight"], expected / expected.amax())

@@ -238,3 +238,18 @@ def test_refusals():
         train(net(), Blobs(), **options(validation=1.5))
     with pytest.raises(ModelError, match="lower the learning rate"):
         train(net(), Blobs(), **options(learning_rate=1e30), relevance=None)
+
+
+def test_each_epoch_has_its_own_order():
+    orders = []
+
+    class Recorded(Split):
+        def batches(self, batch_size, *, shuffle=None):
+            for x, y in super().batches(batch_size, shuffle=shuffle):
+                orders.append(x[:3].tobytes())
+                yield x, y
+
+    data = Blobs()
+    data.train = Recorded(data.train.x, data.train.y)
+    train(net(), data, **options(epochs=2, validation=0.0))
+    assert len(set(orders)) == len(orders)
