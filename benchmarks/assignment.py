@@ -3,10 +3,10 @@
     python benchmarks/assignment.py
 
 The straightforward way is kept here: the cost of every level for every weight in one [2^b, n] tensor, and up to 50 trial
-exponents, 1/50 apart, until the share of zeros is in the band, each a pass over the table. How many it tries depends on how far
-the relevances would move the zeros on their own, so there are three cases: hardly, some way, far. Both ways take the same
-weights, relevances and band in one process; times are medians of interleaved runs, memory is the peak of what torch's allocator
-hands out beyond the inputs.
+exponents, found by bisection, until the share of zeros is in the band, each a pass over the table. How many it tries depends on
+how far the relevances would move the zeros on their own, so there are three cases: hardly, some way, far. Both ways take the
+same weights, relevances and band in one process; times are medians of interleaved runs, memory is the peak of what torch's
+allocator hands out beyond the inputs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def straightforward(weight, relevance, step, grid: Grid, *, trials: int = 50):
     s = float((cost.argmin(0) == zero).float().mean())
     R = relevance.reshape(-1)
     beta = min(1.0, math.log(1 / RHO) / math.log(float(R.mean())))
-    direction = 0.0
+    low, high = 0.0, 1.0
     tried = 0
     while tried < trials:
         tried += 1
@@ -51,8 +51,8 @@ def straightforward(weight, relevance, step, grid: Grid, *, trials: int = 50):
         zeros = float((index == zero).float().mean())
         if s - BAND.keep <= zeros <= s + BAND.prune:
             break
-        direction = direction or (1.0 if zeros < s else -1.0)
-        beta = min(1.0, max(0.0, beta + direction / trials))
+        low, high = (beta, high) if zeros < s else (low, beta)
+        beta = (low + high) / 2
     return (index + grid.lowest).reshape(weight.shape), tried
 
 

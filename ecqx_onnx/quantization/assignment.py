@@ -103,10 +103,10 @@ def count_below(sorted_rows: Tensor, rows: Tensor) -> Tensor:
     table[:, :m] = sorted_rows
     offsets = torch.arange(0, channels * width, width, dtype=torch.int32, device=rows.device)[:, None]
     index = torch.zeros(rows.shape, dtype=torch.int32, device=rows.device).add_(offsets)
-    half = width // 2
+    half, middle, above = width // 2, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool)
     while half:  # binary search, all weights in step: is the middle of what is left below w?
-        middle = table.reshape(-1)[half - 1 :].index_select(0, index.view(-1)).view_as(rows)
-        index.add_(middle < rows, alpha=half)
+        torch.index_select(table.view(-1)[half - 1 :], 0, index.view(-1), out=middle.view(-1))
+        index.add_(torch.lt(middle, rows, out=above), alpha=half)
         half //= 2
     return index.sub_(offsets)
 
