@@ -38,7 +38,13 @@ def test_auto_takes_sparse_when_few_levels_remain():
 def test_old_runtimes_get_bytes_at_the_graphs_own_opset():
     weight = quantised("w", (16, 16), most=1)
     plan = plan_of(product("Gemm", weight, transB=1), weight, target="onnxruntime-1.17")
-    assert (plan.entries[0].stored.label, plan.opset) == ("dense INT8", 18)
+    assert (plan.entries[0].stored.label, plan.opset) == ("dense, 5 in a byte", 18)
+
+
+def test_tools_that_want_plain_integers_get_no_decoder():
+    weight = quantised("w", (16, 16), most=1)
+    plan = plan_of(product("Gemm", weight, transB=1), weight, target="qdq")
+    assert (plan.entries[0].stored.label, plan.opset) == ("dense INT4", 21)
 
 
 def test_a_lower_opset_asked_for_is_kept():

@@ -33,6 +33,7 @@ class Target:
     max_opset: highest opset the runtime has kernels for.
     dense_types: integer TensorProto types a weight may have.
     sparse: sparse_initializer of INT8 values can be loaded.
+    decoders: weights may come out of nodes that decode them (digits, packed): the runtime folds these while loading.
     dequantize: the form used when the user leaves the choice, "folded" or "standard".
     """
 
@@ -41,6 +42,7 @@ class Target:
     max_opset: int
     dense_types: frozenset[int]
     sparse: bool
+    decoders: bool
     dequantize: str
 
     def ir_version(self, opset: int) -> int:
@@ -51,9 +53,9 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         # Opset 28 DequantizeLinear has no kernel in 1.32, so never above 25.
-        Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, INT8_TYPES | INT4_TYPES | INT2_TYPES, True, "folded"),
-        Target("onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, "folded"),
-        Target("qdq", "tools that want standard DequantizeLinear", 21, INT8_TYPES | INT4_TYPES, False, "standard"),
+        Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, INT8_TYPES | INT4_TYPES | INT2_TYPES, True, True, "folded"),
+        Target("onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, True, "folded"),
+        Target("qdq", "tools that want standard DequantizeLinear", 21, INT8_TYPES | INT4_TYPES, False, False, "standard"),
     )
 }
 

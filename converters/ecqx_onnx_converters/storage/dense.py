@@ -1,4 +1,5 @@
-"""int8 levels <-> one initializer of the narrowest integer type that holds them: INT8, INT4, INT2 or their unsigned twins.
+"""int8 levels <-> one initializer of the narrowest integer type that holds them: INT8, INT4, INT2 or their unsigned twins, or
+several to a byte as digits (radix.py) where that is smaller and the target folds functions.
 
 Sub-byte types are packed as the ONNX specification says: row-major, the first element in the lowest bits of each byte, the last
 byte filled with zero bits.
@@ -12,7 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored
+from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored, radix
 from ecqx_onnx_converters.targets import OPSET_OF_TYPE, Target
 
 # type -> (bits, lowest level, highest level), narrowest first. UINT8 is never needed: levels are int8.
@@ -26,7 +27,13 @@ TYPES: dict[int, tuple[int, int, int]] = {
 
 
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
-    """One initializer `name` of the narrowest type that the target has."""
+    """One initializer `name` of the narrowest type that the target has, or digits if fewer bytes."""
+    whole = _whole_bits(levels, name, target)
+    digits = radix.encode(levels, name) if target.decoders and target.max_opset >= radix.OPSET and levels.size else None
+    return whole if digits is None or (isinstance(whole, Stored) and whole.nbytes <= digits.nbytes) else digits
+
+
+def _whole_bits(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     lowest, highest = (int(levels.min()), int(levels.max())) if levels.size else (0, 0)
     for kind, (bits, least, most) in TYPES.items():
         if kind in target.dense_types and least <= lowest and highest <= most:
@@ -37,6 +44,8 @@ def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:
+    if radix.is_digits(contents.makers.get(name)):
+        return radix.decode(name, contents)
     tensor = contents.initializers[name]
     size = math.prod(tensor.dims)
     if tensor.data_type not in TYPES or min(tensor.dims, default=0) < 0 or size > MAX_WEIGHTS:
@@ -52,6 +61,8 @@ def decode(name: str, contents: Contents) -> np.ndarray:
 
 
 def stored_bytes(name: str, contents: Contents) -> int:
+    if radix.is_digits(contents.makers.get(name)):
+        return radix.stored_bytes(name, contents)
     return contents.initializers[name].ByteSize()
 
 
