@@ -30,6 +30,7 @@ def encode(levels: np.ndarray, name: str) -> Stored:
     """levels: not empty. One uint8 initializer `name`_, and the node that makes `name` of it."""
     lowest, highest = int(levels.min()), int(levels.max())
     base = max(2, highest - lowest + 1)
+    lowest = min(lowest, 128 - base)  # a tensor of nothing but 127 still has two digits, both int8
     count = digits_per_byte(base)
     powers = base ** np.arange(count)
     digits = np.zeros((-(-levels.size // count), count), np.uint8)
