@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -360,7 +361,8 @@ def quantize(
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Proportion:
     """Share of the split that the model classifies right."""
-    model.eval()
+    with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only
+        model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right = 0
     for x, y in split.batches(batch_size):

@@ -1,4 +1,4 @@
-"""() -> the whole main job on scikit-learn's handwritten digits: train, quantise, convert, validate, and a table of before and after."""
+"""() -> the whole main job on handwritten digits: train, quantise, convert, validate, and a table of before and after."""
 
 from __future__ import annotations
 

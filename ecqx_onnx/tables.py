@@ -44,7 +44,7 @@ def _(report: WriteReport) -> RenderableType:
     floats = sum(4 * _count(row.shape) for row in (*report.tensors, *report.kept))
     lines.append(
         Text(
-            f"{report.path}: {report.nbytes:,} bytes for weights of {floats:,} as float32 ({floats / max(1, report.nbytes):.1f}x); "
+            f"{report.path}: {report.nbytes:,} bytes, its weights {floats:,} as float32 ({floats / max(1, report.nbytes):.1f}x); "
             f"opset {report.opset}, for {report.target}",
             style="bold",
         )
