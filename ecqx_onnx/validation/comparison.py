@@ -72,7 +72,7 @@ def compare(
     agreed, right, reference_right = Agreement(Proportion(0, 0), 0.0), Proportion(0, 0), Proportion(0, 0)
     for raw, labels in batches:
         count = len(raw[0]) if raw and raw[0].ndim else 1
-        inputs = fit(session, [_padded(array, size) for array in raw])
+        inputs = fit(session, [padded(array, size) for array in raw])
         first = first or inputs
         got = run(session, inputs)
         samples += count
@@ -131,7 +131,7 @@ class _Differences:
         return far and all(before.within for before in self.worst)
 
 
-def _padded(array: np.ndarray, size: int | None) -> np.ndarray:
+def padded(array: np.ndarray, size: int | None) -> np.ndarray:
     """Filled up with its last sample to the batch that the graph insists on."""
     missing = 0 if size is None or array.ndim == 0 else size - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing > 0 else array

@@ -52,7 +52,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """samples: how many were compared. labels: whether they came with labels. operators: executed type -> count."""
+    """samples: how many were compared. operators: executed type -> count.
+
+    device: its name; None for the process that validates. peak_memory: bytes that loading the file and running a batch took
+    on the device (of WebAssembly: the whole heap); None where nobody measured it.
+    """
 
     file: str
     runtime: str
@@ -66,6 +70,8 @@ class ValidationReport:
     load_seconds: float | None = None
     latency: Latency | None = None
     operators: Mapping[str, int] = field(default_factory=dict)
+    device: str | None = None
+    peak_memory: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -91,6 +97,7 @@ class ValidationReport:
         """Plain JSON values; sizes in bytes, times in seconds, shares in [0, 1]."""
         return {
             "file": self.file,
+            "device": self.device,
             "runtime": self.runtime,
             "ok": self.ok,
             "bytes": self.size,
@@ -103,6 +110,7 @@ class ValidationReport:
             "latency_seconds": self.latency.seconds if self.latency else None,
             "float_latency_seconds": self.latency.float_seconds if self.latency else None,
             "latency_ratio": self.latency.ratio if self.latency else None,
+            "peak_memory_bytes": self.peak_memory,
             "operators": dict(sorted(self.operators.items())),
             "checks": [check.to_json() for check in self.checks],
         }
@@ -127,6 +135,8 @@ def _numbers(report: ValidationReport) -> list[tuple[str, str]]:
     if report.latency:
         latency = report.latency
         rows.append(("latency, one sample", f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x its float twin"))
+    if report.peak_memory is not None:
+        rows.append(("peak memory", f"{report.peak_memory / 2**20:.1f} MiB"))
     if report.operators:
         rows.append(("executed operators", ", ".join(f"{count} {name}" for name, count in sorted(report.operators.items()))))
     return rows

@@ -69,7 +69,7 @@ def validate(
     if split is None:
         batches: Iterator[Batch] = iter([(synthetic_inputs(session, batch=SYNTHETIC_BATCH), None)])
     else:
-        batches = _batches(split, preprocessing or stored_preprocessing(file), fixed_batch(session) or batch_size)
+        batches = preprocessed_batches(split, preprocessing or stored_preprocessing(file), fixed_batch(session) or batch_size)
     try:
         counted = None if progress is None else lambda done: progress(done, total)
         comparison = compare(session, reference, batches, progress=counted)
@@ -80,13 +80,13 @@ def validate(
         return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
     few = tuple(array[: fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
 
-    found.append(checks.levels_check(session, plain, few, _bounds(comparison, run(session, few))))
+    found.append(checks.levels_check(session, plain, few, bounds_of(comparison, run(session, few))))
     operators = executed_operators(file.path, few)
     found.append(checks.operators_check(file, operators))
     model = file.with_data()
-    twin = _twin(model, found)
+    twin = twin_or_check(model, found)
     if twin is not None:
-        found += _weights(model, twin, tensors)
+        found += weights_checks(model, twin, tensors)
     if reference is not None:
         found.append(checks.difference_check(comparison, quantised=quantised))
     for check in (checks.agreement_check(comparison, quantised=quantised), checks.accuracy_check(comparison)):
@@ -121,19 +121,19 @@ def stored_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
         raise FileError(f"{file.path}: {error}") from error
 
 
-def _batches(split: Split, preprocessing: Preprocessing | None, size: int) -> Iterator[Batch]:
+def preprocessed_batches(split: Split, preprocessing: Preprocessing | None, size: int) -> Iterator[Batch]:
     for x, y in (split if preprocessing is None else split.with_preprocessing(preprocessing)).batches(size):
         yield (x,), y
 
 
-def _bounds(comparison: Comparison, outputs: Sequence) -> list[Bound]:
+def bounds_of(comparison: Comparison, outputs: Sequence) -> list[Bound]:
     """How far two ways of computing each output may lie apart: the derived bound, or without a reference the coarse one."""
     if comparison.differences:
         return [difference.bound for difference in comparison.differences]
     return [bound(output, None) for output in outputs]
 
 
-def _weights(model: onnx.ModelProto, twin: FloatTwin, tensors: Sequence[QuantTensor]) -> list[Check]:
+def weights_checks(model: onnx.ModelProto, twin: FloatTwin, tensors: Sequence[QuantTensor]) -> list[Check]:
     try:
         stored = read_weights(model)
     except FileError as error:  # the metadata promises weights that are not there as promised
@@ -143,7 +143,7 @@ def _weights(model: onnx.ModelProto, twin: FloatTwin, tensors: Sequence[QuantTen
     return [checks.weights_check(compare_weights(stored, twin.weights, tensors))]
 
 
-def _twin(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:
+def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:
     try:
         return float_twin(model)
     except CheckFailed as error:

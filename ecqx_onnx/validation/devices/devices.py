@@ -1,0 +1,140 @@
+"""A device's name as the user writes it -> something that does a job, or one sentence on why it cannot."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ecqx_onnx.errors import InputError, OptionError
+from ecqx_onnx.validation.devices import setup
+from ecqx_onnx.validation.devices.browser import NAMES, RUNNERS, Browser
+from ecqx_onnx.validation.devices.job import Job
+from ecqx_onnx.validation.devices.supervision import Progress, supervise
+
+KNOWN = "local, node, web, arm64, ssh://user@host, folder:PATH"
+
+
+class Device(Protocol):
+    """Whatever can do a job: it leaves result.json and the output files in the job's folder, and nothing anywhere else."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
+        """InputError if the device is absent, or its runner dies or is not done after time_limit seconds."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A runner that is a program of this machine; the job's folder is its last argument."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
+        command = (*self.command, str(job.folder))
+        supervise(self.name, command, time_limit=time_limit, progress=progress, environment=self.environment)
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """Another machine with numpy and onnxruntime for its python3: job there, run, results back, all in one connection.
+
+    options: more arguments for ssh (-p, -i). Keys only: it never asks for a password.
+    """
+
+    host: str
+    options: tuple[str, ...] = ()
+    python: str = "python3"
+
+    @property
+    def name(self) -> str:
+        return f"ssh://{self.host}"
+
+    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
+        # The folder goes whatever happens: the trap runs when the runner dies, and `timeout` ends one that outlives us.
+        script = (
+            "set -e; d=$(mktemp -d); trap 'rm -rf \"$d\"' EXIT; trap 'exit 1' HUP INT TERM PIPE; tar xf - -C \"$d\"; "
+            f'timeout {time_limit:.0f} {shlex.quote(self.python)} "$d/run.py" "$d" 1>&2 || late=$?; '
+            f'if [ "${{late:-0}}" = 124 ]; then echo "it had not finished after {time_limit:.0f} s" >&2; fi; '
+            'if [ -n "$late" ]; then exit "$late"; fi; tar cf - -C "$d" result.json outputs'
+        )
+        options = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", *self.options)
+        command = ["ssh", *options, self.host, f"sh -c {shlex.quote(script)}"]
+        with tempfile.TemporaryFile() as sent, tempfile.TemporaryFile() as received:
+            with tarfile.open(fileobj=sent, mode="w") as archive:
+                archive.add(job.folder, ".")
+                archive.add(RUNNERS / "run.py", "run.py")
+            sent.seek(0)
+            supervise(self.name, command, time_limit=time_limit + 30, progress=progress, stdin=sent, stdout=received)
+            received.seek(0)
+            try:
+                with tarfile.open(fileobj=received) as archive:
+                    archive.extractall(job.folder, filter="data")
+            except tarfile.TarError as error:
+                raise InputError(f"{self.name}: what came back is no archive of results ({error})") from None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder that is carried to the device and back: the first call leaves the job in it, the next one reads the results."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return f"folder:{self.path}"
+
+    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
+        if (self.path / "result.json").is_file():
+            shutil.copyfile(self.path / "result.json", job.folder / "result.json")
+            if (self.path / "outputs").is_dir():
+                shutil.copytree(self.path / "outputs", job.folder / "outputs", dirs_exist_ok=True)
+            return
+        if self.path.exists() and any(self.path.iterdir()) and not (self.path / "job.json").is_file():
+            raise OptionError(f"{self.path}: holds other things than a job; name a new folder")
+        shutil.copytree(job.folder, self.path, dirs_exist_ok=True)
+        shutil.copyfile(RUNNERS / "run.py", self.path / "run.py")
+        raise InputError(
+            f"{self.name}: holds no result.json yet, so the job was written there; do it on the device "
+            f"(`python3 run.py .` in that folder, or a runner of your own), bring the folder back, and repeat this command"
+        )
+
+
+def find_device(name: str) -> Device:
+    """OptionError for a name that is none; InputError with what to install for a device that this machine does not have."""
+    kind, _, rest = name.partition(":")
+    match kind:
+        case "local" if name == kind:
+            return Command("local", (sys.executable, str(RUNNERS / "run.py")))
+        case "node" if name == kind:
+            node = _program("node", ("node",), "install Node.js 18 or newer")
+            return Command("node", (node, str(RUNNERS / "run.mjs"), str(setup.web_runtime("node"))))
+        case "web" if name == kind:
+            chromium = _program("web", NAMES, "install Chromium (Debian: apt-get install chromium)")
+            return Browser("web", chromium, setup.web_runtime("web"))
+        case "arm64" if name == kind:
+            command, environment = setup.arm64_command()
+            return Command("arm64", (*command, str(RUNNERS / "run.py")), environment)
+        case "ssh" if rest.startswith("//") and rest[2:] and not rest.startswith("//-"):
+            _program("ssh", ("ssh",), "install an OpenSSH client")
+            host, _, port = rest[2:].rstrip("/").partition(":")
+            return Ssh(host, ("-p", port) if port.isdecimal() else ())
+        case "folder" if rest:
+            return Folder(Path(rest))
+    raise OptionError(f"there is no device '{name}'; choose one of {KNOWN}")
+
+
+def _program(device: str, names: tuple[str, ...], advice: str) -> str:
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise InputError(f"{device}: there is no {names[0]} on this machine; {advice}")

@@ -1,0 +1,196 @@
+"""(.onnx file, PyTorch reference, data, device) -> the same ValidationReport as at home, of what the device computed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ecqx_onnx.data import Split
+from ecqx_onnx.errors import CheckFailed, FileError, ModelError
+from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.comparison import Batch, compare, padded
+from ecqx_onnx.validation.devices.devices import Device, find_device
+from ecqx_onnx.validation.devices.job import Result, read_result, write_job
+from ecqx_onnx.validation.report import Check, Latency, ValidationReport, show
+from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_session, synthetic_inputs
+from ecqx_onnx.validation.validator import (
+    SYNTHETIC_BATCH,
+    bounds_of,
+    preprocessed_batches,
+    stored_preprocessing,
+    twin_or_check,
+    weights_checks,
+)
+
+COLUMNS = ("device", "file", "verdict", "accuracy (95 %)", "same class", "difference", "load", "latency", "memory", "runtime")
+TIME_LIMIT = 1800.0  # seconds for everything that the runner does
+
+
+def validate_on(
+    device: str | Device,
+    path: Path | str,
+    *,
+    reference: torch.nn.Module | None = None,
+    tensors: Sequence[QuantTensor] = (),
+    split: Split | None = None,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 64,
+    latency_runs: int = 50,
+    time_limit: float = TIME_LIMIT,
+    progress: Callable[[int, int], None] | None = None,
+) -> ValidationReport:
+    """As `validate`, but the file runs on the device: every output, the load, the latency and the operators are its own.
+
+    The inputs are preprocessed here and travel as they go into the model. progress: called with (batches done, in all).
+    InputError if the device is absent, its runner dies or is not done in time, or its runtime does not take the file.
+    """
+    device = find_device(device) if isinstance(device, str) else device
+    file = read_onnx(path)
+    found = [checks.format_check(file)]
+    try:
+        session = open_session(file.path, level="disabled")  # only for what inputs and outputs look like
+    except CheckFailed as error:
+        raise ModelError(f"{path}: its inputs and outputs cannot be told here: {error}") from None
+    quantised = checks.activations_quantised(file)
+    size = fixed_batch(session)
+
+    def batches() -> Iterator[Batch]:
+        if split is None:
+            yield synthetic_inputs(session, batch=SYNTHETIC_BATCH), None
+        else:
+            yield from preprocessed_batches(split, preprocessing or stored_preprocessing(file), size or batch_size)
+
+    def feeds() -> Iterator[Mapping[str, np.ndarray]]:
+        names = [node.name for node in session.get_inputs()]
+        for raw, _ in batches():
+            yield dict(zip(names, fit(session, [padded(array, size) for array in raw]), strict=True))
+
+    first = next(feeds(), {})
+    single = {name: array[: size or 1] if array.ndim else array for name, array in first.items()}
+    model = file.with_data()
+    twin = twin_or_check(model, found)
+    serialised = twin.serialize() if twin is not None and latency_runs else None
+    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as temporary:
+        job = write_job(file, Path(temporary), feeds(), single, twin=serialised, latency_runs=latency_runs)
+        device.run(job, time_limit=time_limit, progress=progress)
+        result = read_result(job, device.name)
+        found.append(Check("load", True, None, None, f"{result.runtime} loads and runs it"))
+        comparison = compare(_Replay(session, result.outputs()), reference, batches())
+        if result.plain is not None:
+            feed = list(first.values())
+            optimised = _Replay(session, result.outputs())
+            bounds = bounds_of(comparison, next(result.outputs()))
+            found.append(checks.levels_check(optimised, _Replay(session, iter([result.plain])), feed, bounds))
+    if result.operators is not None:
+        found.append(checks.operators_check(file, Counter(result.operators)))
+    if twin is not None:
+        found += weights_checks(model, twin, tensors)
+    if reference is not None:
+        found.append(checks.difference_check(comparison, quantised=quantised))
+    for check in (checks.agreement_check(comparison, quantised=quantised), checks.accuracy_check(comparison)):
+        if check is not None:
+            found.append(check)
+    return ValidationReport(
+        file=str(path),
+        runtime=result.runtime,
+        size=file.size,
+        samples=comparison.samples,
+        checks=tuple(found),
+        pytorch_accuracy=comparison.pytorch_accuracy,
+        onnx_accuracy=comparison.onnx_accuracy,
+        agreement=comparison.agreement.same if comparison.agreement else None,
+        largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
+        load_seconds=result.load_seconds,
+        latency=_latency(result),
+        operators=result.operators or {},
+        device=device.name,
+        peak_memory=result.peak_memory,
+    )
+
+
+@dataclass(frozen=True)
+class DeviceTable:
+    """Reports of one file (or several) on several devices, side by side."""
+
+    reports: tuple[ValidationReport, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(report.ok for report in self.reports)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for report in self.reports for check in report.failures)
+
+    def render(self) -> RenderableType:
+        table = Table(title="on each device", title_justify="left")
+        for heading in COLUMNS:
+            table.add_column(heading, overflow="fold")
+        for report in self.reports:
+            table.add_row(*map(Text, _row(report)))
+        failed = [Text(f"{r.device}: {c.name}: {c.sentence}", style="red") for r in self.reports for c in r.failures]
+        return Group(table, *failed)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [report.to_json() for report in self.reports]
+
+
+def _row(report: ValidationReport) -> tuple[str, ...]:
+    return (
+        report.device or "here",
+        f"{Path(report.file).name}, {show(report.size)} bytes",
+        "ok" if report.ok else "FAILED",
+        str(report.onnx_accuracy or ""),
+        f"{100 * report.agreement.share:.2f} % of {report.agreement.total}" if report.agreement else "",
+        show(report.largest_difference),
+        f"{1e3 * report.load_seconds:.1f} ms" if report.load_seconds is not None else "",
+        f"{1e3 * report.latency.seconds:.3f} ms, {report.latency.ratio:.2f} x float" if report.latency else "",
+        f"{report.peak_memory / 2**20:.1f} MiB" if report.peak_memory is not None else "",
+        report.runtime,
+    )
+
+
+def _latency(result: Result) -> Latency | None:
+    found = result.latency
+    if found is None or found.float_seconds is None or found.ratio is None:
+        return None
+    return Latency(found.seconds, found.float_seconds, found.ratio, found.runs)
+
+
+class _Replay:
+    """A session that ran elsewhere: each `run` gives the next batch of outputs, once they fit what the graph declares."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, outputs: Iterator[tuple[np.ndarray, ...]]) -> None:
+        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+        self.outputs = outputs
+
+    def run(self, names: None, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        arrays = next(self.outputs)
+        lengths: dict[str, int] = {}
+        for node in self.get_inputs():
+            lengths.update({d: n for d, n in zip(node.shape, feed[node.name].shape, strict=True) if isinstance(d, str)})
+        if len(arrays) != len(self.get_outputs()):
+            raise FileError(f"the device returned {len(arrays)} outputs of {len(self.get_outputs())}; its runner is at fault")
+        for node, array in zip(self.get_outputs(), arrays, strict=True):
+            wanted = [lengths.get(d) if isinstance(d, str) else d for d in node.shape]
+            fits = len(wanted) == array.ndim and all(w in (None, n) for w, n in zip(wanted, array.shape, strict=True))
+            if not fits or array.dtype != NUMPY_TYPES.get(node.type):
+                raise FileError(
+                    f"the device returned output '{node.name}' as {array.dtype} {list(array.shape)}, but the graph declares "
+                    f"{node.type} {node.shape}; its runner is at fault"
+                )
+        return list(arrays)

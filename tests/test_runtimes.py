@@ -1,0 +1,114 @@
+"""Slow: written files load and say the same in every onnxruntime that their target promises, old and new side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ecqx_onnx import api
+from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.validation.devices.job import read_result, write_job
+
+pytestmark = pytest.mark.slow
+
+RUNNER = Path(api.__file__).parent / "validation" / "devices" / "runners" / "run.py"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ecqx-onnx" / "runtimes"
+PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
+# Oldest numpy that runs with each: onnxruntime before 1.19 was compiled against numpy 1.
+RUNTIMES = {
+    "1.17.3": ("onnxruntime==1.17.3", "numpy==1.26.4"),
+    "1.20.1": ("onnxruntime==1.20.1", "numpy==1.26.4"),
+    "1.23.2": ("onnxruntime==1.23.2", "numpy==1.26.4"),
+    "current": (),
+}
+TARGETS = {"onnxruntime": ("current",), "onnxruntime-1.17": tuple(RUNTIMES), "qdq": ("1.20.1", "1.23.2", "current")}
+BATCH = 5
+# Sums here have at most 256 terms; two float32 orders of summation differ by at most 2^-24 of a few times that.
+FLOAT32_SUMS = 256 * 2.0**-24
+
+
+class Net(torch.nn.Module):
+    """Every kind of weight: 4D with BatchNorm behind it, depthwise, matrix, LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.depthwise = torch.nn.Conv2d(8, 8, 3, groups=8)
+        self.fc1 = torch.nn.Linear(8 * 6 * 6, 40)
+        self.lstm = torch.nn.LSTM(40, 12, batch_first=True)
+        self.fc2 = torch.nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.depthwise(torch.relu(self.norm(self.conv(x))))).flatten(1)
+        x = torch.relu(self.fc1(x)).reshape(-1, 1, 40)
+        return self.fc2(self.lstm(x)[0][:, -1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    net = Net().eval()
+    path = tmp_path_factory.mktemp("net") / "net.pt"
+    source = api.as_checkpoint(net, example=torch.zeros(2, 1, 8, 8), bits=4, entropy_weight=0.1)
+    from ecqx_onnx.checkpoint import save
+
+    save(source, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(request) -> dict[str, str]:
+    """The variables under which this Python imports the runtime of the parameter."""
+    packages = RUNTIMES[request.param]
+    if not packages:
+        return dict(os.environ)
+    folder = CACHE / f"onnxruntime-{request.param}-{PYTHON}"
+    if not (folder / ".complete").exists():
+        options = ["--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
+        command = [sys.executable, "-m", "pip", "install", *options, *packages]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode:
+            pytest.skip(f"pip cannot install onnxruntime {request.param} here: {done.stderr.strip().splitlines()[-1]}")
+        (folder / ".complete").touch()
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def combinations():
+    for target, runtimes in TARGETS.items():
+        for storage in ("dense", "sparse", "packed"):
+            for dequantize in ("folded", "standard"):
+                # Cast takes INT4 from 1.23 on; "qdq" promises standard DequantizeLinear, and that 1.20 has for INT4.
+                able = [name for name in runtimes if (target, dequantize, name) != ("qdq", "folded", "1.20.1")]
+                yield from (pytest.param(name, target, storage, dequantize) for name in able)
+
+
+@pytest.mark.parametrize(("environment", "target", "storage", "dequantize"), list(combinations()), indirect=["environment"])
+def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target, storage, dequantize, checkpoint, tmp_path):
+    from ecqx_onnx.errors import OptionError
+
+    try:
+        api.convert(checkpoint, tmp_path / "net.onnx", target=target, storage=storage, dequantize=dequantize)
+    except OptionError as error:
+        pytest.skip(f"the target does not take it: {error}")
+    x = np.random.default_rng(0).standard_normal((BATCH, 1, 8, 8)).astype(np.float32)
+    (tmp_path / "job").mkdir()
+    file = read_onnx(tmp_path / "net.onnx")
+    name = file.proto.graph.input[0].name
+    job = write_job(file, tmp_path / "job", [{name: x}], {name: x[:1]}, latency_runs=0)
+    subprocess.run([sys.executable, str(RUNNER), str(job.folder)], env=environment, timeout=120, check=True, capture_output=True)
+    result = read_result(job, "this runtime")
+    with torch.no_grad():
+        expected = api.as_checkpoint(checkpoint).module()(torch.from_numpy(x)).numpy()
+    for outputs in (next(result.outputs()), result.plain):
+        assert np.abs(outputs[0] - expected).max() <= FLOAT32_SUMS * max(1.0, np.abs(expected).max())
+    if dequantize == "folded":  # no node that decodes weights is left at run time
+        decoding = {"DequantizeLinear", "BitShift", "BitwiseAnd", "ScatterElements", "CumSum", "GatherElements", "Unpack"}
+        assert not decoding & set(result.operators), json.dumps(result.operators)
