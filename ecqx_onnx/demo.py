@@ -24,7 +24,7 @@ from ecqx_onnx.validation.metrics import Proportion
 DATA = "sklearn:digits"
 SEED = 0
 FLOAT_EPOCHS, EPOCHS, BATCH = 25, 25, 64
-RECIPE: dict[str, Any] = {"bits": 4, "entropy_weight": 0.4, "relevance": "epsilon_plus_flat"}
+RECIPE: dict[str, Any] = {"bits": 4, "entropy_weight": 0.2, "relevance": "epsilon_plus_flat"}
 
 
 @dataclass(frozen=True, eq=False)
