@@ -103,7 +103,7 @@ async function executedOperators(session, feeds) {
     const match = /"cat" : "Node".*"op_name" : "([^"]+)"/.exec(line);
     if (match) counts[match[1]] = (counts[match[1]] ?? 0) + 1;
   }
-  return Object.keys(counts).length ? counts : null;
+  return lines.some((line) => line.includes('"cat" : "Session"')) ? counts : null;
 }
 
 async function latency(job, feeds, load, model, twin) {
