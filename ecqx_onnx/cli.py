@@ -80,7 +80,7 @@ def _progress(silent: bool) -> Iterator[Callable[..., None] | None]:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int, text: str = "") -> None:
-            bar.update(task, completed=done, total=total, **({"description": text} if text else {}))
+            bar.update(task, completed=done, total=total, description=text or None)
 
         yield show
 

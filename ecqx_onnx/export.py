@@ -62,6 +62,7 @@ def float_graph(program: torch.export.ExportedProgram) -> FloatGraph:
             )
         except Exception as error:  # torch.onnx wraps anything in its own error classes, none of them public
             raise ModelError(f"torch.onnx cannot export the model: {_reason(error)}") from error
+    assert exported is not None  # only the old exporter returns nothing
     return FloatGraph.from_model(exported.model_proto)
 
 

@@ -38,10 +38,11 @@ def _(report: WriteReport) -> RenderableType:
         storage = f"{row.storage}, {row.dequantization}"
         cells = (f"{row.zeros:.1%}", f"{row.entropy:.2f}", storage, f"{row.nbytes:,}", f"{floats / max(1, row.nbytes):.1f}x")
         table.add_row(name, shape, str(row.bits), *cells)
-    lines = [table]
+    lines: list[RenderableType] = [table]
     lines += [Text(f"stays float: {kept.name} {list(kept.shape)}: {kept.reason}", style="yellow") for kept in report.kept]
     lines += [Text(f"not in the graph: {entry.name}: {entry.reason}", style="yellow") for entry in report.missing]
-    floats = sum(4 * _count(row.shape) for row in (*report.tensors, *report.kept))
+    shapes = [*(row.shape for row in report.tensors), *(kept.shape for kept in report.kept)]
+    floats = sum(4 * _count(shape) for shape in shapes)
     lines.append(
         Text(
             f"{report.path}: {report.nbytes:,} bytes, its weights {floats:,} as float32 ({floats / max(1, report.nbytes):.1f}x); "
@@ -88,7 +89,7 @@ def _(result: Quantized) -> RenderableType:
     for row in result.report.tensors:
         shares = (f"{row.zeros:.1%}", f"{row.ecq_zeros:.1%}", f"{row.entropy:.2f}")
         table.add_row(row.name, "x".join(map(str, row.shape)), str(row.bits), *shares, row.rule)
-    lines = [table]
+    lines: list[RenderableType] = [table]
     lines += [Text(f"warning: {warning}", style="yellow") for warning in result.report.warnings]
     lines += [Text(f"note: {note}", style="yellow") for note in result.notes]
     before = f"{result.before} before, " if result.before else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx
 import pytest
-from ecqx_onnx_converters import FloatGraph
+from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
 from ecqx_onnx_converters.opsets import why_not_opset
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -30,6 +32,43 @@ def branches() -> ModelProto:
     node = helper.make_node("If", ["c"], ["y"], then_branch=branch(one, constant=False), else_branch=branch(other, constant=True))
     inputs = {"x": (FLOAT, ["n", 4]), "c": (TensorProto.BOOL, [])}
     return model_of([node], {}, inputs=inputs, output_shape=["n", 3])
+
+
+def body(operator: str) -> ModelProto:
+    """Three times h = h @ W + h, W lying inside the body of a Loop, or of a Scan over three unused slices."""
+    tensor = numpy_helper.from_array(quantised("w", (4, 4), step=0.0625).dequantize(), "w")
+    steps = [helper.make_node("MatMul", ["h", "w"], ["p"]), helper.make_node("Add", ["p", "h"], ["g"])]
+    value = partial(helper.make_tensor_value_info, elem_type=FLOAT, shape=["n", 4])
+    flag = partial(helper.make_tensor_value_info, elem_type=TensorProto.BOOL, shape=[])
+    three, true = numpy_helper.from_array(np.array(3), "three"), numpy_helper.from_array(np.array(True), "true")
+    if operator == "Loop":
+        steps.append(helper.make_node("Identity", ["more"], ["again"]))
+        count = helper.make_tensor_value_info("i", TensorProto.INT64, [])
+        inner = helper.make_graph(steps, "body", [count, flag("more"), value("h")], [flag("again"), value("g")], [tensor])
+        node, constants = helper.make_node("Loop", ["three", "true", "x"], ["y"], body=inner), [three, true]
+    else:
+        unused = helper.make_tensor_value_info("u", FLOAT, [])
+        inner = helper.make_graph(steps, "body", [value("h"), unused], [value("g")], [tensor])
+        node = helper.make_node("Scan", ["x", "slices"], ["y"], body=inner, num_scan_inputs=1)
+        constants = [numpy_helper.from_array(np.zeros(3, np.float32), "slices")]
+    model = model_of([node], {}, inputs={"x": (FLOAT, ["n", 4])}, output_shape=["n", 4])
+    model.graph.initializer.extend(constants)
+    return model
+
+
+@pytest.mark.parametrize("form", ["folded", "standard"])
+@pytest.mark.parametrize("operator", ["Loop", "Scan"])
+def test_a_weight_inside_a_repeated_body_is_converted(operator, form, tmp_path):
+    model, weight = body(operator), quantised("w", (4, 4), step=0.0625)
+    graph = FloatGraph.from_model(model)
+    write(make_plan(graph, match(graph.weights, [weight]), dequantize=form), tmp_path / "out.onnx")
+    np.testing.assert_array_equal(read_weights(tmp_path / "out.onnx")[0].weight.tensor.levels, weight.levels)
+    x = np.random.default_rng(0).integers(-3, 4, (2, 4)).astype(np.float32)  # sums of few bits: float32 is exact
+    expected = x
+    for _ in range(3):
+        expected = expected @ weight.dequantize() + expected
+    for level in (0, 99):
+        np.testing.assert_array_equal(session(tmp_path / "out.onnx", level).run(None, {"x": x})[0], expected)
 
 
 def test_structure_and_data_are_apart_and_come_together_again():

@@ -146,6 +146,22 @@ def test_external_data_lies_beside_the_model_and_loads(tmp_path):
     np.testing.assert_array_equal(read_weights(tmp_path / "out.onnx")[0].weight.dequantize(), weight.dequantize())
 
 
+def test_replacing_a_model_takes_its_old_external_data_away(tmp_path):
+    weight = quantised("w", (64, 96))
+    plan = plan_of(product("Gemm", weight, transB=1), weight)
+    write(plan, tmp_path / "out.onnx", external_data=True)
+    write(plan, tmp_path / "out.onnx", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_a_file_of_someone_else_beside_a_new_model_stays(tmp_path):
+    (tmp_path / "out.onnx.data").write_bytes(b"mine")
+    weight = quantised("w", (64, 96))
+    for _ in range(2):
+        write(plan_of(product("Gemm", weight, transB=1), weight), tmp_path / "out.onnx", force=True)
+    assert (tmp_path / "out.onnx.data").read_bytes() == b"mine"
+
+
 @pytest.mark.slow
 def test_a_model_above_two_gigabytes_is_written_read_and_run(tmp_path):
     """Float weights of 2.4 GB stay float beside one quantised weight; nothing of it ever is one protobuf."""

@@ -86,6 +86,11 @@ def _bits(kind: int) -> int:
     return int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize * 8)
 
 
+def data_path(path: Path) -> Path:
+    """Where the external data of the model at `path` lies."""
+    return path.with_name(path.name + ".data")
+
+
 @contextmanager
 def replacing(path: Path, *, force: bool) -> Iterator[Path]:
     """Gives a path in a fresh folder beside `path`; what was written there takes its final place when the block ends well,
@@ -115,7 +120,7 @@ def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Pat
                 tensor.raw_data = little_endian_bytes(payloads[tensor.name])
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
-    with open(path.with_name(path.name + ".data"), "wb") as data:
+    with open(data_path(path), "wb") as data:
         for tensor in model.graph.initializer:
             content = little_endian_bytes(payloads[tensor.name]) if tensor.name in payloads else tensor.raw_data
             if len(content) <= INLINE:
@@ -123,7 +128,7 @@ def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Pat
                     tensor.raw_data = content
                 continue
             data.write(bytes(-data.tell() % ALIGNMENT))
-            where = {"location": path.name + ".data", "offset": str(data.tell()), "length": str(len(content))}
+            where = {"location": data_path(path).name, "offset": str(data.tell()), "length": str(len(content))}
             data.write(content)
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL

@@ -17,7 +17,7 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.compact import drop_defaults, shorten_names
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
 from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, folded, function, standard
-from ecqx_onnx_converters.files import PROTOBUF_LIMIT, replacing, write_proto
+from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.matching import Missing
 from ecqx_onnx_converters.names import NameMaker
@@ -93,11 +93,19 @@ def write(
     built = build(plan, metadata=metadata)
     if external_data is None:
         external_data = _tensor_bytes(built) > EXTERNAL_FROM
+    stale = not external_data and _refers_to_data(path)
     with replacing(path, force=force) as temporary:
         write_proto(built.model, built.payloads, temporary, external=external_data)
         _check(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
+    if stale:  # the external data of the model that was replaced
+        data_path(path).unlink()
     return WriteReport(path, nbytes, plan.opset, plan.target.name, built.tensors, plan.kept, plan.missing)
+
+
+def _refers_to_data(path: Path) -> bool:
+    """Whether an older model at `path` keeps tensors in the data file beside it."""
+    return path.is_file() and data_path(path).is_file() and data_path(path).name.encode() in path.read_bytes()
 
 
 def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.32 would write files of events into the user's cache at its import
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -122,7 +125,7 @@ def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
 def synthetic_inputs(session: onnxruntime.InferenceSession, *, batch: int = 1, seed: int = 0) -> tuple[np.ndarray, ...]:
     """Normal floats, integers of 0 and 1, in the declared shapes; a free length is `batch` if it is the first, else 1."""
     generator = np.random.default_rng(seed)
-    arrays = []
+    arrays: list[np.ndarray] = []
     for node in session.get_inputs():
         dtype = NUMPY_TYPES.get(node.type)
         if dtype is None:

@@ -10,6 +10,7 @@ digits apart in a model-local function that folds away at load:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
@@ -41,8 +42,7 @@ def encode(levels: np.ndarray, name: str) -> Stored:
     for key, values in (("p", powers.tolist()), ("n", [base]), ("l", [lowest]), ("s", list(levels.shape))):
         node.attribute.append(AttributeProto(name=key, type=AttributeProto.INTS, ints=values))
     label = f"dense, {count} in a byte"
-    parts = {"initializers": (tensor,), "nodes": (node,), "functions": (function(),)}
-    return Stored("dense", label, name, TensorProto.INT8, OPSET, **parts)
+    return Stored("dense", label, name, TensorProto.INT8, OPSET, initializers=(tensor,), nodes=(node,), functions=(function(),))
 
 
 def function() -> FunctionProto:
@@ -52,7 +52,7 @@ def function() -> FunctionProto:
         nodes.append(helper.make_node("Constant", [], [attribute]))
         reference = AttributeProto(name="value_ints", ref_attr_name=attribute, type=AttributeProto.INTS)
         nodes[-1].attribute.append(reference)
-    steps = (
+    steps: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         ("Constant", "", "a", {"value_ints": [-1]}),
         ("Constant", "", "z", {"value_ints": [0]}),
         ("Cast", "x", "b", {"to": TensorProto.INT64}),
