@@ -90,8 +90,8 @@ def test_training_leaves_the_callers_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, schedule):
+@pytest.mark.parametrize("changes", [{"schedule": "cosine"}, {"schedule": "constant"}, {"entropy_ramp": 0.9}])
+def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, changes):
     class StoppedError(Exception):
         pass
 
@@ -100,14 +100,26 @@ def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, s
             raise StoppedError
 
     whole, parts = net(), net()
-    expected = train(whole, Blobs(), **options(schedule=schedule), refresh_every=3)
+    expected = train(whole, Blobs(), **options(**changes), refresh_every=3)
     with pytest.raises(StoppedError):
-        train(parts, Blobs(), **options(schedule=schedule, state_file=tmp_path / "s", progress=stop), refresh_every=3)
+        train(parts, Blobs(), **options(**changes, state_file=tmp_path / "s", progress=stop), refresh_every=3)
     parts = net(seed=9)
-    found = train(parts, Blobs(), **options(schedule=schedule, state_file=tmp_path / "s", resume=True), refresh_every=3)
+    found = train(parts, Blobs(), **options(**changes, state_file=tmp_path / "s", resume=True), refresh_every=3)
     assert same(whole, parts)
     assert found.history == expected.history
     assert found.best_epoch == expected.best_epoch
+
+
+def test_zeros_come_gradually_when_the_entropy_weight_is_ramped_up():
+    def zeros(ramp):
+        seen = []
+        result = train(net(), Blobs(), **options(entropy_ramp=ramp, progress=seen.append), entropy_weight=1.0, relevance=None)
+        return [progress.zeros for progress in seen], result
+
+    (at_once, _), (ramped, result) = zeros(0.0), zeros(0.7)
+    assert ramped[0] < at_once[0] - 0.2
+    assert ramped[-1] > ramped[0] + 0.2
+    assert result.best_epoch == 4  # the others had a smaller γ, and would have won by it
 
 
 def test_resuming_another_run_is_refused(tmp_path):
@@ -236,6 +248,8 @@ def test_refusals():
         train(net(), Blobs(), **options(learning_rate=float("nan")))
     with pytest.raises(OptionError, match=r"validation 1\.5"):
         train(net(), Blobs(), **options(validation=1.5))
+    with pytest.raises(OptionError, match="entropy_ramp is 1"):
+        train(net(), Blobs(), **options(entropy_ramp=1.0))
     with pytest.raises(ModelError, match="lower the learning rate"):
         train(net(), Blobs(), **options(learning_rate=1e30), relevance=None)
 

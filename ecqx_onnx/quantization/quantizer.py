@@ -98,6 +98,7 @@ class Quantizer:
         self.model = model
         module = _unwrapped(model)
         self._weights, self._left_float = _choose_weights(module, self.options)
+        self.entropy_scale = 1.0  # γ is multiplied by it; a schedule may change it between steps
         self._steps = 0
         self._attached = True
         self._largest = max(weight.background.numel() for weight in self._weights)
@@ -171,7 +172,7 @@ class Quantizer:
                 weight.step,
                 weight.grid,
                 axis=weight.axis,
-                strength=self.options.entropy_weight * size_factor(weight.background.numel(), self._largest),
+                strength=self.entropy_scale * self.options.entropy_weight * size_factor(weight.background.numel(), self._largest),
                 relevance=None if R is None else R / R.amax(),
                 band=self.options.band,
                 rho=self.options.rho,
@@ -280,6 +281,7 @@ class Quantizer:
         """Everything that a resumed run needs besides the model's and the optimizer's state."""
         return {
             "steps": self._steps,
+            "entropy_scale": self.entropy_scale,
             "weights": {
                 weight.name: {
                     "background": weight.background.clone(),
@@ -297,7 +299,7 @@ class Quantizer:
         """ModelError if the state belongs to another model or recipe."""
         if set(state["weights"]) != {weight.name for weight in self._weights}:
             raise ModelError("the quantizer's state has other weights than this model: use the same model, bits and exclude")
-        self._steps = int(state["steps"])
+        self._steps, self.entropy_scale = int(state["steps"]), float(state.get("entropy_scale", 1.0))
         for weight in self._weights:
             saved, device = state["weights"][weight.name], weight.parameter.device
             if saved["background"].shape != weight.background.shape or saved["step"].shape != weight.step.shape:

@@ -85,6 +85,7 @@ def train(
     validation: float = 0.1,
     distillation: float = 0.0,
     temperature: float = 2.0,
+    entropy_ramp: float = 0.0,
     augment: Any = None,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -96,10 +97,11 @@ def train(
     """Quantise `model` in place by training on dataset.train. Its test split is not looked at.
 
     options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the training samples that chooses
-    the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. epochs=0 assigns
-    levels without training, with relevances of up to 8 batches. state_file: written after each epoch; resume: go on from it.
+    the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. entropy_ramp: share
+    of the training over which γ rises from 0 to its value; an epoch before that is never the best. epochs=0 assigns levels
+    without training, with relevances of up to 8 batches. state_file: written after each epoch; resume: go on from it.
     """
-    setup = _Setup(epochs, batch_size, learning_rate, schedule, validation, distillation, temperature, seed)
+    setup = _Setup(epochs, batch_size, learning_rate, schedule, validation, distillation, temperature, entropy_ramp, seed)
     split = dataset.train
     if split is None or len(split) == 0:
         raise DataError("the data set has no training samples")
@@ -130,6 +132,7 @@ class _Setup:
     validation: float
     distillation: float
     temperature: float
+    entropy_ramp: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -143,12 +146,22 @@ class _Setup:
                 f"validation {self.validation}, distillation {self.distillation}, temperature {self.temperature}: the first is a "
                 "share below 1, the second one up to 1, the third above 0"
             )
+        if not 0 <= self.entropy_ramp < 1:
+            raise OptionError(f"entropy_ramp is {self.entropy_ramp}: choose a share of the training from 0 to below 1")
         if self.schedule not in get_args(Schedule):
             raise OptionError(f"schedule '{self.schedule}' is unknown: use one of {', '.join(get_args(Schedule))}")
 
     def rate(self, done: float) -> float:
         """The learning rate when this share of the training is done."""
         return self.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0)
+
+    def entropy_scale(self, done: float) -> float:
+        """What γ is multiplied by when this share of the training is done: pruned gradually, a net mends as it goes."""
+        return min(1.0, done / self.entropy_ramp) if self.entropy_ramp else 1.0
+
+    def counts(self, epoch: int) -> bool:
+        """Whether this epoch may be the best: all of it ran at the full γ, or there is no other."""
+        return epoch - 1 >= self.entropy_ramp * self.epochs or epoch == self.epochs
 
 
 class _Run:
@@ -167,6 +180,9 @@ class _Run:
         self.model, self.setup, self.device, self.augment, self.progress = model, setup, device, augment, progress
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False) if setup.distillation else None
         self.quantizer = Quantizer(model, **options)
+        if setup.entropy_ramp:
+            self.quantizer.entropy_scale = 0.0
+            self.quantizer.assign()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
         # Averages the gradients over the processes; with one process the model itself.
         self.parallel = nn.parallel.DistributedDataParallel(model) if processes() > 1 and setup.epochs else model
@@ -195,8 +211,10 @@ class _Run:
             for step, (x, y) in enumerate(self.batches(split, epoch)):
                 if len(y) < processes():
                     continue  # a last batch with too few samples to go round
+                done = (epoch - 1 + step / steps) / setup.epochs
                 for group in self.optimizer.param_groups:
-                    group["lr"] = setup.rate((epoch - 1 + step / steps) / setup.epochs)
+                    group["lr"] = setup.rate(done)
+                self.quantizer.entropy_scale = setup.entropy_scale(done)
                 loss, hits, count = self.step(x, y)
                 seen, correct, total = seen + count, correct + hits, total + loss * count
                 if not math.isfinite(total):
@@ -210,6 +228,8 @@ class _Run:
         score = self.accuracy(held_out) if held_out is not None else None
         loss, accuracy = total_by_all / seen_by_all, correct_by_all / seen_by_all
         self.history.append(EpochRecord(epoch, loss, accuracy, score, self.quantizer.zeros, self.quantizer.bits_per_weight))
+        if not setup.counts(epoch):
+            return
         if self.best is None or score is None or score >= self.best["score"]:  # a tie goes to the later, longer trained epoch
             model = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self.best = {"epoch": epoch, "score": score, "model": model, "quantizer": self.quantizer.state_dict()}
