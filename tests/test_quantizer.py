@@ -135,6 +135,24 @@ def test_autocast_trains_and_keeps_the_levels_exact():
     assert_on_levels(model, quantizer)
 
 
+def test_size_exponent_zero_spares_small_tensors_no_longer():
+    def zeros(exponent):
+        quantizer = Quantizer(small_net(), relevance=None, entropy_weight=0.5, size_exponent=exponent)
+        return {tensor.name: tensor.zeros for tensor in quantizer.report().tensors}
+
+    spared, alike = zeros(1.0), zeros(0.0)
+    assert spared["hidden.weight"] == alike["hidden.weight"]  # the largest: δ = 1
+    assert spared["conv.weight"] < alike["conv.weight"] - 0.2
+
+
+def test_entropy_scale_is_kept_in_the_state():
+    quantizer, other = (Quantizer(small_net(), relevance=None, entropy_weight=0.5) for _ in range(2))
+    quantizer.entropy_scale = 0.1
+    quantizer.assign()
+    other.load_state_dict(quantizer.state_dict())
+    assert [tensor.levels.tolist() for tensor in other.tensors()] == [tensor.levels.tolist() for tensor in quantizer.tensors()]
+
+
 def test_a_compiled_forward_sees_the_new_levels():
     model = small_net()
     compiled = torch.compile(model, backend="aot_eager")

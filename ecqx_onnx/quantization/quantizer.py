@@ -165,6 +165,7 @@ class Quantizer:
     def assign(self) -> None:
         """Assign every weight's level from background and relevances, and write kΔ to the parameters."""
         self._check_attached()
+        gamma, exponent = self.entropy_scale * self.options.entropy_weight, self.options.size_exponent
         for weight in self._weights:
             R = weight.relevance
             weight.last = assign(
@@ -172,7 +173,7 @@ class Quantizer:
                 weight.step,
                 weight.grid,
                 axis=weight.axis,
-                strength=self.entropy_scale * self.options.entropy_weight * size_factor(weight.background.numel(), self._largest),
+                strength=gamma * size_factor(weight.background.numel(), self._largest) ** exponent,
                 relevance=None if R is None else R / R.amax(),
                 band=self.options.band,
                 rho=self.options.rho,

@@ -27,6 +27,7 @@ class Recipe:
     relevance_samples: take them on so many samples of the batch; None for all.
     rho: ρ of f(R) = ρ R^β. keep, prune: relevances may lower the share of zeros by `keep` and raise it by `prune`, no further.
     zero_floor: P_0 is at least this, so that zero is the cheapest symbol; 0 turns it off.
+    size_exponent: λ = γ·δ^size_exponent·λ_max, δ below 1 for tensors smaller than the largest; 1 [ECQx] spares them most, 0 not.
     levels, step, granularity: the grid, see grid.py. step="learned" begins at "auto" and then follows the gradient (LSQ), by
     Adam on log Δ with step_rate. exclude: patterns of parameter names that stay float.
     """
@@ -42,6 +43,7 @@ class Recipe:
     keep: float = 0.1
     prune: float = 0.1
     zero_floor: float = 0.5
+    size_exponent: float = 1.0
     levels: Levels = "symmetric"
     step: StepRule | Literal["learned"] = "auto"
     step_rate: float = 1e-3
@@ -53,7 +55,7 @@ class Recipe:
         for name, choices in (("levels", get_args(Levels)), ("step", steps), ("granularity", get_args(Granularity))):
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")
-        for name in ("entropy_weight", "keep", "prune", "zero_floor"):
+        for name in ("entropy_weight", "keep", "prune", "zero_floor", "size_exponent"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise OptionError(f"{name} is {value}: choose a number from 0 to 1")
