@@ -97,8 +97,8 @@ def train(
     """Quantise `model` in place by training on dataset.train. Its test split is not looked at.
 
     options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the training samples that chooses
-    the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. entropy_ramp: share
-    of the training over which γ rises from 0 to its value; an epoch before that is never the best. epochs=0 assigns levels
+    the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. entropy_ramp:
+    share of the training over which γ rises from 0 to its value; an epoch before that is never the best. epochs=0 assigns levels
     without training, with relevances of up to 8 batches. state_file: written after each epoch; resume: go on from it.
     """
     setup = _Setup(epochs, batch_size, learning_rate, schedule, validation, distillation, temperature, entropy_ramp, seed)
