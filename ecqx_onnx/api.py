@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from ecqx_onnx_converters import WriteReport, make_plan, write
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, load, load_plain
 from ecqx_onnx.checkpoint import save as save_checkpoint
-from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
+from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.export import Exported, export, float_graph
 from ecqx_onnx.loading import Loaded, apply_state, is_program, load_factory, load_model, load_state
 from ecqx_onnx.preprocessing import Preprocessing
@@ -26,6 +27,7 @@ from ecqx_onnx.quantization.training import EpochRecord
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import ValidationReport
+from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.metrics import Proportion
 
 Source = Any  # Quantizer | nn.Module | ExportedProgram | Checkpoint | path
@@ -229,6 +231,75 @@ def validate(
     Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples: only so many of it.
     """
     from ecqx_onnx import validation
+
+    return validation.validate(
+        onnx_file,
+        **_sides(against, data, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples),
+        batch_size=batch_size,
+        latency_runs=latency_runs,
+        progress=progress,
+    )
+
+
+def validate_on(
+    devices: Sequence[str],
+    onnx_file: str | Path,
+    *,
+    against: Source | None = None,
+    data: Any = None,
+    factory: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    trust_pickle: bool = False,
+    samples: int | None = None,
+    batch_size: int = 64,
+    latency_runs: int = 50,
+    time_limit: float = TIME_LIMIT,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> DeviceTable:
+    """As `validate`, on each of the devices (see docs/devices.md), the reports side by side.
+
+    time_limit: seconds for what runs on one device. progress: called with (batches done, in all, the device).
+    InputError before anything runs if one is absent; one that fails later stands in `troubles`, and the others go on.
+    """
+    from ecqx_onnx.onnx_file import read_onnx
+    from ecqx_onnx.validation import devices as room
+
+    read_onnx(onnx_file)  # a damaged file is no device's trouble
+    found = [room.find_device(name) for name in devices]
+    sides = _sides(against, data, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples)
+    reports, troubles = [], []
+    for device in found:
+        shown = None if progress is None else functools.partial(_on_device, progress, device.name)
+        try:
+            report = room.validate_on(
+                device,
+                onnx_file,
+                **sides,
+                batch_size=batch_size,
+                latency_runs=latency_runs,
+                time_limit=time_limit,
+                progress=shown,
+            )
+            reports.append(report)
+        except InputError as error:
+            troubles.append(room.Trouble(device.name, str(error)))
+    return room.DeviceTable(tuple(reports), tuple(troubles))
+
+
+def _on_device(progress: Callable[[int, int, str], None], device: str, done: int, total: int) -> None:
+    progress(done, total, device)
+
+
+def _sides(
+    against: Source | None,
+    data: Any,
+    *,
+    factory: str | None,
+    input_shape: Sequence[int] | None,
+    trust_pickle: bool,
+    samples: int | None,
+) -> dict[str, Any]:
+    """What a file is compared with: the PyTorch side and the data, as validation takes them."""
     from ecqx_onnx.data import Dataset, Split, load_dataset
 
     checkpoint = None
@@ -238,15 +309,11 @@ def validate(
     split = dataset.test if isinstance(dataset, Dataset) else dataset
     if isinstance(split, Split) and samples is not None:
         split = split.take(samples)
-    return validation.validate(
-        onnx_file,
-        reference=None if checkpoint is None else checkpoint.module(),
-        tensors=() if checkpoint is None else checkpoint.tensors,
-        split=split,
-        batch_size=batch_size,
-        latency_runs=latency_runs,
-        progress=progress,
-    )
+    return {
+        "reference": None if checkpoint is None else checkpoint.module(),
+        "tensors": () if checkpoint is None else checkpoint.tensors,
+        "split": split,
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ecqx_onnx.errors import CheckFailed, EcqxError, OptionError
+from ecqx_onnx.errors import CheckFailed, EcqxError, InputError, OptionError
 
 app = typer.Typer(
     name="ecqx-onnx",
@@ -29,6 +31,8 @@ app = typer.Typer(
     "[bold]quantize[/] trains, [bold]convert[/] writes the .onnx, [bold]validate[/] proves it, [bold]inspect[/] looks inside, "
     "[bold]demo[/] shows all of it.",
 )
+device_app = typer.Typer(no_args_is_help=True, help="The devices that `validate --device` can use: which are ready, and setup.")
+app.add_typer(device_app, name="device")
 stdout = Console()
 stderr = Console(stderr=True)
 
@@ -38,11 +42,11 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output f
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")]
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers a command whose own errors end in one sentence on stderr and their exit status."""
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose own errors end in one sentence on stderr and their exit status."""
 
     @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
         except EcqxError as error:
@@ -52,11 +56,17 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             stderr.print("stopped", style="red")
             raise typer.Exit(130) from None
 
-    return app.command()(guarded)
+    return run
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a guarded command of `ecqx-onnx` itself."""
+    return app.command()(guarded(function))
 
 
 def main() -> None:
     """Entry point of the ecqx-onnx command."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is cleaned up
     app()
 
 
@@ -72,7 +82,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @contextlib.contextmanager
 def _progress(silent: bool) -> Iterator[Callable[..., None] | None]:
     """A bar on stderr, fed with (done, total, text); None where nobody wants to see one."""
-    if silent:
+    if silent or not stderr.is_terminal:  # in a log, a bar is nothing but an empty line
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
@@ -225,16 +235,39 @@ def validate(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Run the file there: local, node, web, arm64, ssh://user@host[:port] or folder:PATH; several give one table."
+        ),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(min=1.0, help="With --device: seconds until its runner is stopped.")] = 1800.0,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the .onnx file beside PyTorch and check that both say the same. Exit status 1 if not.
 
-    Example:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --data mnist.npz
+    Example:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --data mnist.npz --device local --device web
     """
     from ecqx_onnx import api
 
+    if device:
+        with _progress(quiet or as_json) as progress:
+            table = api.validate_on(
+                device,
+                onnx_file,
+                against=against,
+                data=data,
+                factory=factory,
+                samples=samples,
+                batch_size=batch_size,
+                time_limit=time_limit,
+                trust_pickle=trust_pickle,
+                progress=progress,
+            )
+        _emit_devices(table, as_json=as_json, quiet=quiet)
+        return
     with _progress(quiet or as_json) as progress:
         report = api.validate(
             onnx_file,
@@ -284,6 +317,52 @@ def demo(
     emit(result, as_json=as_json, quiet=quiet)
     if not result.ok:
         raise CheckFailed("the converted model does not say the same as PyTorch; the table shows which check failed")
+
+
+def _emit_devices(table: Any, *, as_json: bool, quiet: bool) -> None:
+    """One device as its report, several side by side; then the status: 2 if one gave no result, 1 if a check failed."""
+    single = len(table.reports) == 1 and not table.troubles
+    if table.reports:
+        emit(table.reports[0] if single else table, as_json=as_json, quiet=quiet)
+    if table.troubles:
+        raise InputError("; ".join(trouble.sentence for trouble in table.troubles))
+    if not table.ok:
+        named = ((report.device, check) for report in table.reports for check in report.failures)
+        raise CheckFailed("; ".join(f"{device}: {check.name}: {check.sentence}" for device, check in named))
+
+
+@device_app.command("setup")
+@guarded
+def device_setup(
+    device: Annotated[str, typer.Argument(help="web, node or arm64.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a device's runtime into ~/.cache/ecqx-onnx, without root. Delete it there to undo.
+
+    Example:  ecqx-onnx device setup arm64
+    """
+    from ecqx_onnx.validation.devices import find_device, set_up
+
+    with _progress(quiet or as_json) as progress:
+        folder = set_up(device, progress=progress)
+    find_device(device)
+    if as_json:
+        print(json.dumps({"device": device, "ready": True, "folder": str(folder)}))
+    elif not quiet:
+        stdout.print(f"{device} is ready: {folder}", soft_wrap=True, highlight=False, markup=False)
+
+
+@device_app.command("list")
+@guarded
+def device_list(as_json: Json = False, quiet: Quiet = False) -> None:
+    """Show the devices, which of them are ready on this machine, and what the others need.
+
+    Example:  ecqx-onnx device list
+    """
+    from ecqx_onnx.validation.devices import readiness
+
+    emit(readiness(), as_json=as_json, quiet=quiet)
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:

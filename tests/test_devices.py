@@ -253,7 +253,9 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     assert not list(place.iterdir())
 
 
-@pytest.mark.parametrize("name", ["lokal", "local:x", "ssh:host", "ssh://", "ssh://-oProxyCommand=id", "folder:", "", "web:8080"])
+@pytest.mark.parametrize(
+    "name", ["lokal", "local:x", "ssh:host", "ssh://", "ssh://-oProxyCommand=id", "ssh://h:x", "folder:", "", "web:8080"]
+)
 def test_a_name_that_is_no_device_is_refused_with_those_that_are(name):
     with pytest.raises(OptionError, match="choose one of local, node, web"):
         find_device(name)
@@ -328,6 +330,32 @@ def test_several_devices_stand_side_by_side(honest_results, tmp_path):
     console.file.close()
     assert "tampered: operators" in text
     assert "100.00 % of 100" in text
+
+
+def test_a_device_without_a_result_stands_in_the_table_and_makes_it_red(honest_results, tmp_path):
+    from ecqx_onnx.validation.devices import Trouble
+
+    good = judged(Tampering(honest_results, lambda folder: None), tmp_path)
+    table = DeviceTable((good,), (Trouble("web", "web: the page died"),))
+    assert good.ok
+    assert not table.ok
+    assert table.to_json()[1] == {"device": "web", "ok": False, "error": "web: the page died"}
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "port", "python"),
+    [
+        ("ssh://me@board", "me@board", (), "python3"),
+        ("ssh://Board/", "Board", (), "python3"),
+        ("ssh://me@board:2222", "me@board", ("-p", "2222"), "python3"),
+        ("ssh://me@[::1]:2222/opt/venv/bin/python", "me@::1", ("-p", "2222"), "/opt/venv/bin/python"),
+        ("ssh://[fe80::1]", "fe80::1", (), "python3"),
+    ],
+)
+def test_an_address_is_a_host_a_port_and_a_python(name, host, port, python, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program: f"/usr/bin/{program}")
+    device = find_device(name)
+    assert (device.host, device.options, device.python) == (host, port, python)
 
 
 @pytest.fixture

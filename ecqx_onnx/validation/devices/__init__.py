@@ -1,7 +1,19 @@
 """Does the file say the same over there? Runners in Python and JavaScript, and the devices that they run on."""
 
-from ecqx_onnx.validation.devices.devices import KNOWN, Device, find_device
+from ecqx_onnx.validation.devices.devices import KNOWN, Device, DeviceList, Readiness, find_device, readiness
 from ecqx_onnx.validation.devices.setup import set_up
-from ecqx_onnx.validation.devices.validation import DeviceTable, validate_on
+from ecqx_onnx.validation.devices.validation import TIME_LIMIT, DeviceTable, Trouble, validate_on
 
-__all__ = ["KNOWN", "Device", "DeviceTable", "find_device", "set_up", "validate_on"]
+__all__ = [
+    "KNOWN",
+    "TIME_LIMIT",
+    "Device",
+    "DeviceList",
+    "DeviceTable",
+    "Readiness",
+    "Trouble",
+    "find_device",
+    "readiness",
+    "set_up",
+    "validate_on",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
@@ -10,7 +11,11 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from ecqx_onnx.errors import InputError, OptionError
 from ecqx_onnx.validation.devices import setup
@@ -18,7 +23,11 @@ from ecqx_onnx.validation.devices.browser import NAMES, RUNNERS, Browser
 from ecqx_onnx.validation.devices.job import Job
 from ecqx_onnx.validation.devices.supervision import Progress, supervise
 
-KNOWN = "local, node, web, arm64, ssh://user@host, folder:PATH"
+KNOWN = "local, node, web, arm64, ssh://user@host[:port], folder:PATH"
+# //user@host:port/path/of/its/python, all but the host optional; IPv6 in brackets; no host that ssh would take for an option
+ADDRESS = re.compile(
+    r"//(?P<host>(?:[^-@:/\[\]][^@:/\[\]]*@)?(?:[^-@:/\[\]][^@:/\[\]]*|\[[0-9a-fA-F:]+\]))(?::(?P<port>\d{1,5}))?(?P<python>/.*)?"
+)
 
 
 class Device(Protocol):
@@ -48,7 +57,7 @@ class Command:
 class Ssh:
     """Another machine with numpy and onnxruntime for its python3: job there, run, results back, all in one connection.
 
-    options: more arguments for ssh (-p, -i). Keys only: it never asks for a password.
+    options: more arguments for ssh (-p, -i). Keys only: it never asks for a password. python: the one to run there.
     """
 
     host: str
@@ -124,13 +133,65 @@ def find_device(name: str) -> Device:
         case "arm64" if name == kind:
             command, environment = setup.arm64_command()
             return Command("arm64", (*command, str(RUNNERS / "run.py")), environment)
-        case "ssh" if rest.startswith("//") and rest[2:] and not rest.startswith("//-"):
+        case "ssh" if address := ADDRESS.fullmatch(rest):
             _program("ssh", ("ssh",), "install an OpenSSH client")
-            host, _, port = rest[2:].rstrip("/").partition(":")
-            return Ssh(host, ("-p", port) if port.isdecimal() else ())
+            host = address["host"].replace("[", "").replace("]", "")  # ssh takes IPv6 without the brackets of URLs
+            python = address["python"] if (address["python"] or "/") != "/" else "python3"
+            return Ssh(host, ("-p", address["port"]) if address["port"] else (), python=python)
         case "folder" if rest:
             return Folder(Path(rest))
     raise OptionError(f"there is no device '{name}'; choose one of {KNOWN}")
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether this machine has a device. runs: what it runs; advice: what is missing, or ""."""
+
+    name: str
+    runs: str
+    advice: str
+
+    @property
+    def ready(self) -> bool:
+        return not self.advice
+
+
+@dataclass(frozen=True)
+class DeviceList:
+    devices: tuple[Readiness, ...]
+
+    def render(self) -> RenderableType:
+        table = Table(show_header=True)
+        for heading in ("device", "runs", "here"):
+            table.add_column(heading, overflow="fold")
+        for device in self.devices:
+            here = Text("ready", style="green") if device.ready else Text(device.advice, style="yellow")
+            table.add_row(Text(device.name), Text(device.runs), here)
+        return table
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{"device": d.name, "runs": d.runs, "ready": d.ready, "advice": d.advice} for d in self.devices]
+
+
+def readiness() -> DeviceList:
+    """Every kind of device, each with what it needs before it can be used here."""
+    runs = {
+        "local": "onnxruntime of this Python, in a process of its own",
+        "node": f"onnxruntime-web {setup.WEB_VERSION} in Node.js",
+        "web": f"onnxruntime-web {setup.WEB_VERSION} in headless Chromium",
+        "arm64": f"onnxruntime {setup.ARM64_ONNXRUNTIME} for aarch64, emulated",
+        "ssh://user@host": "onnxruntime of the python3 there",
+        "folder:PATH": "whatever does the job in the folder",
+    }
+    return DeviceList(tuple(Readiness(name, what, _advice(name)) for name, what in runs.items()))
+
+
+def _advice(name: str) -> str:
+    try:
+        find_device(name)
+    except InputError as error:
+        return str(error).removeprefix(f"{name}: ")
+    return ""
 
 
 def _program(device: str, names: tuple[str, ...], advice: str) -> str:

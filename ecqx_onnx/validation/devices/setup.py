@@ -33,14 +33,17 @@ CPUINFO = "".join(
 )
 PROGRAM_LIMIT = 900  # seconds for one download
 
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what is being done now)."""
+
 
 def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecqx-onnx"
 
 
-def set_up(device: str) -> Path:
+def set_up(device: str, *, progress: Progress | None = None) -> Path:
     """Fetches what the device ('web', 'node' or 'arm64') needs, unless it is there. The folder it lies in."""
-    makers: Mapping[str, tuple[Path, Callable[[Path], None]]] = {
+    makers: Mapping[str, tuple[Path, Callable[[Path, Progress], None]]] = {
         "web": (_web_folder(), _fetch_web),
         "node": (_web_folder(), _fetch_web),
         "arm64": (_arm64_folder(), _fetch_arm64),
@@ -52,9 +55,13 @@ def set_up(device: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Under its final name only when complete: an interrupted setup leaves nothing that looks like one.
         with tempfile.TemporaryDirectory(prefix="setup-", dir=folder.parent) as temporary:
-            fetch(Path(temporary) / "new")
+            fetch(Path(temporary) / "new", progress or _silent)
             (Path(temporary) / "new").rename(folder)
     return folder
+
+
+def _silent(done: int, total: int, doing: str) -> None:
+    """Nobody wants to see it."""
 
 
 def web_runtime(device: str) -> Path:
@@ -91,8 +98,9 @@ def _arm64_folder() -> Path:
     return cache() / f"arm64-onnxruntime-{ARM64_ONNXRUNTIME}"
 
 
-def _fetch_web(folder: Path) -> None:
+def _fetch_web(folder: Path, progress: Progress) -> None:
     work = folder.parent
+    progress(0, 1, f"fetching onnxruntime-web {WEB_VERSION}")
     _call("web", ["npm", "pack", "--silent", f"onnxruntime-web@{WEB_VERSION}"], work)
     archive = work / f"onnxruntime-web-{WEB_VERSION}.tgz"
     found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
@@ -107,18 +115,21 @@ def _fetch_web(folder: Path) -> None:
                 shutil.copyfileobj(member, out)
 
 
-def _fetch_arm64(folder: Path) -> None:
+def _fetch_arm64(folder: Path, progress: Progress) -> None:
     """An arm64 Debian's Python unpacked under root/, the wheels under site/, and a static qemu beside them."""
     if sys.platform != "linux" or shutil.which("apt-get") is None:
         raise InputError("arm64: is set up from Debian's packages, so it needs Debian or Ubuntu on Linux")
     work, root = folder.parent, folder / "root"
     for place in (work / "debs", work / "wheels", root, folder / "site"):
         place.mkdir(parents=True)
+    progress(0, 4, "fetching the emulator")
     _call("arm64", ["apt-get", "download", "qemu-user-static"], work)
     (emulator,) = work.glob("qemu-user-static_*.deb")
     _call("arm64", ["dpkg-deb", "-x", str(emulator), "qemu"], work)
     shutil.copy2(work / "qemu" / "usr" / "bin" / "qemu-aarch64-static", folder / "qemu-aarch64")
+    progress(1, 4, "fetching Python for arm64")
     _download_arm64_debs(work)
+    progress(2, 4, "unpacking Python")
     for deb in sorted((work / "debs").glob("*.deb")):
         _call("arm64", ["dpkg-deb", "-x", str(deb), str(root)], work)
     wheels = [f"onnxruntime=={ARM64_ONNXRUNTIME}", f"numpy=={ARM64_NUMPY}"]
@@ -126,6 +137,7 @@ def _fetch_arm64(folder: Path) -> None:
     platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (27, 28)] + ["--platform=manylinux2014_aarch64"]
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", f"--python-version={version}"]
     command = [sys.executable, "-m", "pip", "install", *options, *platforms, "--target", str(folder / "site"), *wheels]
+    progress(3, 4, f"fetching onnxruntime {ARM64_ONNXRUNTIME}")
     _call("arm64", command, work)
     for name, text in {"possible": "0-3\n", "present": "0-3\n"}.items():
         place = root / "sys" / "devices" / "system" / "cpu" / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,9 @@ from ecqx_onnx.validation.validator import (
     weights_checks,
 )
 
-COLUMNS = ("device", "file", "verdict", "accuracy (95 %)", "same class", "difference", "load", "latency", "memory", "runtime")
+ROWS = (
+    "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "x float twin", "memory",
+)  # fmt: skip
 TIME_LIMIT = 1800.0  # seconds for everything that the runner does
 
 
@@ -123,44 +126,58 @@ def validate_on(
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """A device that gave no result, and why, in one sentence."""
+
+    device: str
+    sentence: str
+
+
+@dataclass(frozen=True)
 class DeviceTable:
-    """Reports of one file (or several) on several devices, side by side."""
+    """Reports of one file (or several) on several devices, side by side; troubles: devices that gave none."""
 
     reports: tuple[ValidationReport, ...]
+    troubles: tuple[Trouble, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return all(report.ok for report in self.reports)
+        return not self.troubles and all(report.ok for report in self.reports)
 
     @property
     def failures(self) -> tuple[Check, ...]:
         return tuple(check for report in self.reports for check in report.failures)
 
     def render(self) -> RenderableType:
-        table = Table(title="on each device", title_justify="left")
-        for heading in COLUMNS:
-            table.add_column(heading, overflow="fold")
-        for report in self.reports:
-            table.add_row(*map(Text, _row(report)))
+        files = ", ".join(sorted({f"{report.file}: {show(report.size)} bytes" for report in self.reports}))
+        table = Table(title=Text(files or "on each device"), title_justify="left")
+        columns = [_column(report) for report in self.reports] + [(t.device, "", "no result") for t in self.troubles]
+        for heading in ("", *(column[0] for column in columns)):
+            table.add_column(Text(heading), overflow="fold")
+        for row in itertools.zip_longest(ROWS, *(column[1:] for column in columns), fillvalue=""):
+            table.add_row(*map(Text, row))
         failed = [Text(f"{r.device}: {c.name}: {c.sentence}", style="red") for r in self.reports for c in r.failures]
         return Group(table, *failed)
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [report.to_json() for report in self.reports]
+        """A report for each device; of one without result: device, ok, error."""
+        troubles = [{"device": trouble.device, "ok": False, "error": trouble.sentence} for trouble in self.troubles]
+        return [*(report.to_json() for report in self.reports), *troubles]
 
 
-def _row(report: ValidationReport) -> tuple[str, ...]:
+def _column(report: ValidationReport) -> tuple[str, ...]:
+    """The device's name, then a cell for each of ROWS."""
     return (
         report.device or "here",
-        f"{Path(report.file).name}, {show(report.size)} bytes",
+        report.runtime,
         "ok" if report.ok else "FAILED",
         str(report.onnx_accuracy or ""),
         f"{100 * report.agreement.share:.2f} % of {report.agreement.total}" if report.agreement else "",
         show(report.largest_difference),
         f"{1e3 * report.load_seconds:.1f} ms" if report.load_seconds is not None else "",
-        f"{1e3 * report.latency.seconds:.3f} ms, {report.latency.ratio:.2f} x float" if report.latency else "",
+        f"{1e3 * report.latency.seconds:.3f} ms" if report.latency else "",
+        f"{report.latency.ratio:.2f}" if report.latency else "",
         f"{report.peak_memory / 2**20:.1f} MiB" if report.peak_memory is not None else "",
-        report.runtime,
     )
 
 
