@@ -17,11 +17,20 @@ import torch
 
 from ecqx_onnx.data import Split, load_dataset
 from ecqx_onnx.data.augmentation import AUGMENTATIONS
+from ecqx_onnx.loading import apply_state, load_state
 from ecqx_onnx.user_code import load_function
 
 
 def train(
-    model: torch.nn.Module, split: Split, *, epochs: int, rate: float, decay: float, augment: str | None, seed: int
+    model: torch.nn.Module,
+    split: Split,
+    *,
+    epochs: int,
+    rate: float,
+    decay: float,
+    augment: str | None,
+    seed: int,
+    bfloat16: bool,
 ) -> None:
     """Train in place; the same seed gives the same weights on the same machine."""
     batch_size = 64
@@ -34,7 +43,8 @@ def train(
     for epoch in range(epochs):
         start, total = time.perf_counter(), 0.0
         for x, y in split.batches(batch_size, shuffle=generator, augment=AUGMENTATIONS[augment] if augment else None):
-            loss = loss_function(model(torch.from_numpy(x)), torch.from_numpy(y))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                loss = loss_function(model(torch.from_numpy(x)), torch.from_numpy(y))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -53,6 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="FILE.py:FACTORY")
     parser.add_argument("data", help="a data set, as `ecqx-onnx quantize --data` takes it")
+    parser.add_argument("--weights", help="a float state dict to go on from")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast: half the time for convolutions")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -65,6 +77,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     factory = load_function(arguments.model)
     model = factory()
+    if arguments.weights:
+        apply_state(model, load_state(arguments.weights), arguments.weights)
+    model = model.to(memory_format=torch.channels_last)
     data = load_dataset(arguments.data, preprocessing=factory.__globals__.get("PREPROCESSING"))
     start = time.perf_counter()
     train(
@@ -75,6 +90,7 @@ def main() -> None:
         decay=arguments.decay,
         augment=arguments.augment,
         seed=arguments.seed,
+        bfloat16=arguments.bfloat16,
     )
     correct, count = count_correct(model, data.test), len(data.test)
     torch.save(model.state_dict(), arguments.out)

@@ -90,7 +90,9 @@ def test_training_leaves_the_callers_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("changes", [{"schedule": "cosine"}, {"schedule": "constant"}, {"entropy_ramp": 0.9}])
+@pytest.mark.parametrize(
+    "changes", [{"schedule": "cosine"}, {"schedule": "constant"}, {"entropy_ramp": 0.9}, {"precision": "bfloat16"}]
+)
 def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, changes):
     class StoppedError(Exception):
         pass
@@ -120,6 +122,15 @@ def test_zeros_come_gradually_when_the_entropy_weight_is_ramped_up():
     assert ramped[0] < at_once[0] - 0.2
     assert ramped[-1] > ramped[0] + 0.2
     assert result.best_epoch == 4  # the others had a smaller γ, and would have won by it
+
+
+def test_bfloat16_changes_the_forward_pass_and_leaves_the_levels_exact():
+    models = net(), net()
+    for model, precision in zip(models, ("float32", "bfloat16"), strict=True):
+        result = train(model, Blobs(), **options(precision=precision, epochs=2), distillation=0.5)
+        for tensor in result.quantizer.tensors():
+            assert np.array_equal(model.state_dict()[tensor.name].numpy(), tensor.dequantize())
+    assert not same(*models)
 
 
 def test_resuming_another_run_is_refused(tmp_path):
@@ -248,6 +259,8 @@ def test_refusals():
         train(net(), Blobs(), **options(learning_rate=float("nan")))
     with pytest.raises(OptionError, match=r"validation 1\.5"):
         train(net(), Blobs(), **options(validation=1.5))
+    with pytest.raises(OptionError, match="precision 'half' is unknown"):
+        train(net(), Blobs(), **options(precision="half"))
     with pytest.raises(OptionError, match="entropy_ramp is 1"):
         train(net(), Blobs(), **options(entropy_ramp=1.0))
     with pytest.raises(ModelError, match="lower the learning rate"):
