@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ecqx_onnx_converters import WriteReport, make_plan, write
+from ecqx_onnx_converters import WriteReport, make_plan
 
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, load, load_plain
@@ -27,6 +27,7 @@ from ecqx_onnx.quantization.training import EpochRecord
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import ValidationReport
+from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.metrics import Proportion
 
@@ -92,7 +93,7 @@ def convert(
         "preprocessing": json.loads(checkpoint.preprocessing.to_json()),
         "labels": list(checkpoint.labels),
     }
-    return write(plan, out, metadata=metadata, force=force)
+    return deliver(plan, out, metadata=metadata, force=force)
 
 
 def as_checkpoint(
