@@ -7,13 +7,16 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ecqx_onnx_converters import WriteReport, make_plan
+from ecqx_onnx_converters import FloatGraph, WriteReport, make_plan, write
+from ecqx_onnx_converters.activations import IntegerGraph, quantise_activations, with_pooling
+from ecqx_onnx_converters.integer_nodes import find_integer_nodes
+from ecqx_onnx_converters.targets import find_target
 
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, load, load_plain
@@ -27,7 +30,6 @@ from ecqx_onnx.quantization.training import EpochRecord
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import ValidationReport
-from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.metrics import Proportion
 
@@ -68,11 +70,17 @@ def convert(
     dequantize: str = "auto",
     target: str = "onnxruntime",
     opset: int | None = None,
+    activations: str = "float32",
+    calibration: Any = None,
+    calibration_method: str = "minmax",
+    calibration_samples: int = 512,
     force: bool = False,
 ) -> WriteReport:
     """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
 
     bits: quantise a float model without training, by entropy-constrained assignment. Without it a float model is refused.
+    activations: "float32", or "int8" for integer kernels; their ranges come from `calibration` (a data set as `load_dataset`
+    takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy".
     """
     if Path(out).exists() and not force:
         raise OptionError(f"{out}: exists already; use --force to replace it")
@@ -86,14 +94,61 @@ def convert(
         entropy_weight=entropy_weight,
         exclude=exclude,
     )
-    plan = make_plan(checkpoint.graph, checkpoint.matching, target=target, storage=storage, dequantize=dequantize, opset=opset)
+    graph, quantised = checkpoint.graph, None
+    if activations != "float32":
+        quantised = _integer_graph(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
+        graph = quantised.graph
+    elif calibration is not None:
+        raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
+    plan = make_plan(
+        graph,
+        checkpoint.matching,
+        target=target,
+        storage=storage,
+        dequantize=dequantize,
+        opset=opset,
+        integer=() if quantised is None else quantised.weights,
+    )
     metadata = {
         "version": __version__,
         "recipe": dict(checkpoint.recipe),
         "preprocessing": json.loads(checkpoint.preprocessing.to_json()),
         "labels": list(checkpoint.labels),
     }
-    return deliver(plan, out, metadata=metadata, force=force)
+    if quantised is not None:
+        metadata["activations"] = {"type": "uint8", "calibration": calibration_method, "kernels": dict(quantised.kernels)}
+    report = write(plan, out, metadata=metadata, force=force)
+    return report if quantised is None else replace(report, kernels=quantised.kernels, stays=quantised.stays)
+
+
+CALIBRATION_BATCH = 64
+
+
+def _integer_graph(
+    checkpoint: Checkpoint, activations: str, target: str, calibration: Any, method: str, samples: int
+) -> IntegerGraph:
+    """The checkpoint's graph with its activations quantised by what they are on the calibration data."""
+    from ecqx_onnx.calibration import METHODS, calibrate_ranges
+    from ecqx_onnx.data import Dataset, load_dataset
+
+    if activations != "int8":
+        raise OptionError(f"there are no activations of type '{activations}'; choose float32 or int8")
+    if method not in METHODS:
+        raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
+    if find_target(target).no_integers:
+        raise OptionError(f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}")
+    if calibration is None:
+        raise OptionError("--activations int8 needs data that activations take their ranges from; add --calibration DATA")
+    data = load_dataset(calibration) if isinstance(calibration, str | Path) else calibration
+    split = (data.train or data.test) if isinstance(data, Dataset) else data
+    split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
+    placed = {weight.name: weight.dequantize() for weight in checkpoint.matching.found}
+    graph = with_pooling(checkpoint.graph)
+    whole = FloatGraph(graph.proto, {**graph.weights, **placed})
+    values = find_integer_nodes(graph, checkpoint.matching.found).ranges
+    batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
+    ranges = calibrate_ranges(whole, values, batches, method=method)
+    return quantise_activations(graph, checkpoint.matching.found, ranges)
 
 
 def as_checkpoint(
@@ -109,12 +164,8 @@ def as_checkpoint(
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
-    allow_float: bool = False,
 ) -> Checkpoint:
-    """Any of the sources that `convert` takes -> a Checkpoint in memory.
-
-    allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
-    """
+    """Any of the sources that `convert` takes -> a Checkpoint in memory."""
     if isinstance(model, Checkpoint):
         return model
     if isinstance(model, str | Path):
@@ -126,7 +177,7 @@ def as_checkpoint(
     recipe = dict(recipe or {})
     if isinstance(loaded.model, torch.export.ExportedProgram):
         exported = Exported(loaded.model, float_graph(loaded.model), ())
-        tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude, allow_float)
+        tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude)
         exported.program.state_dict.update(_written_back(exported.program.state_dict, tensors))
         exported = Exported(exported.program, float_graph(exported.program), ()) if bits else exported
     else:
@@ -135,7 +186,7 @@ def as_checkpoint(
             tensors = quantizer.tensors()
             recipe = {**quantizer.recipe(), **recipe}
         else:
-            tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude, allow_float)
+            tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude)
             with torch.no_grad():
                 module.load_state_dict(_written_back(module.state_dict(), tensors), strict=False)
         exported = export(module, _example(example, input_shape or loaded.input_shape, loaded.preprocessing))
@@ -149,7 +200,7 @@ def _is_checkpoint_file(path: str | Path) -> bool:
 
 
 def _tensors_of(
-    state: Mapping[str, torch.Tensor], bits: int | None, entropy_weight: float, exclude: Sequence[str], allow_float: bool
+    state: Mapping[str, torch.Tensor], bits: int | None, entropy_weight: float, exclude: Sequence[str]
 ) -> tuple[QuantTensor, ...]:
     """The quantised weights of a state dict: recognised, or quantised here when `bits` says so. ModelError for a float model."""
     from fnmatch import fnmatchcase
@@ -171,7 +222,7 @@ def _tensors_of(
             found.append(result)
         else:
             refusals.append(result)
-    if not found and not allow_float:
+    if not found:
         first = f" ({refusals[0].name}: {refusals[0].reason})" if refusals else ""
         raise ModelError(
             f"the model's weights are float, none lies on few values{first}; "
@@ -232,8 +283,7 @@ def validate(
 ) -> ValidationReport:
     """Does the .onnx file say the same as PyTorch? `report.ok`, and one check a question.
 
-    against: what it was converted from (anything that `convert` takes), or the float model that was quantised: differences to
-    that one are shown, and only the accuracy is judged. data: a data set's name (see `load_dataset`), a
+    against: what it was converted from (anything that `convert` takes). data: a data set's name (see `load_dataset`), a
     Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples: only so many of it.
     """
     from ecqx_onnx import validation
@@ -310,9 +360,7 @@ def _sides(
 
     checkpoint = None
     if against is not None:
-        checkpoint = as_checkpoint(
-            against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, allow_float=True
-        )
+        checkpoint = as_checkpoint(against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle)
     dataset = load_dataset(data) if isinstance(data, str) else data
     split = dataset.test if isinstance(dataset, Dataset) else dataset
     if isinstance(split, Split) and samples is not None:
@@ -320,7 +368,6 @@ def _sides(
     return {
         "reference": None if checkpoint is None else checkpoint.module(),
         "tensors": () if checkpoint is None else checkpoint.tensors,
-        "float_reference": checkpoint is not None and not checkpoint.tensors,
         "split": split,
     }
 

@@ -194,6 +194,15 @@ def convert(
         str, typer.Option(help="The runtime that must load the file; `ecqx-onnx targets` lists them.")
     ] = "onnxruntime",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the lowest that holds the weights.")] = None,
+    activations: Annotated[
+        str, typer.Option(help="float32, or int8: integer kernels, two to three times as fast on CPUs with 8 bit products.")
+    ] = "float32",
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="With --activations int8: data that their ranges come from, as for quantize."),
+    ] = None,
+    calibration_method: Annotated[str, typer.Option(help="minmax, percentile or entropy, as onnxruntime does them.")] = "minmax",
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Use so many of the training samples.")] = 512,
     trust_pickle: TrustPickle = False,
     force: Force = False,
     as_json: Json = False,
@@ -217,6 +226,10 @@ def convert(
         dequantize=dequantize,
         target=target,
         opset=opset,
+        activations=activations,
+        calibration=calibration,
+        calibration_method=calibration_method,
+        calibration_samples=calibration_samples,
         trust_pickle=trust_pickle,
         force=force,
     )
@@ -297,17 +310,6 @@ def inspect(
     from ecqx_onnx.inspection import inspect as look
 
     emit(look(file), as_json=as_json, quiet=quiet)
-
-
-@command
-def targets(as_json: Json = False, quiet: Quiet = False) -> None:
-    """List the runtimes that `convert --target` writes for, and what the file of each can hold.
-
-    Example:  ecqx-onnx targets
-    """
-    from ecqx_onnx.tables import TargetTable
-
-    emit(TargetTable(), as_json=as_json, quiet=quiet)
 
 
 @command

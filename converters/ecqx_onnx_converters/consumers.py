@@ -51,10 +51,12 @@ class StandardForm:
 
     transposed: the float value has the transpose of the weight's layout, [out, in], for Gemm with transB=1.
     dense: some consumer reads the whole float value (false when only rows are gathered).
+    integer: the consumers are integer kernels, which the runtime fuses with DequantizeLinear of INT8 with a zero point.
     """
 
     transposed: bool
     dense: bool
+    integer: bool = False
 
 
 def standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm | Refusal:

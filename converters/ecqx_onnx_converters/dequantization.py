@@ -33,17 +33,18 @@ BODIES = {
 class Dequantization:
     """Constants and the one node that turns the integer tensor into the weight; `function` is the model-local function it calls.
 
-    form: "folded" or "standard".
+    form: "folded", "standard" or "integer". before: nodes in front of that node.
     """
 
     form: str
     node: NodeProto
     initializers: tuple[TensorProto, ...]
     function: str | None = None
+    before: tuple[NodeProto, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.node.ByteSize() + sum(tensor.ByteSize() for tensor in self.initializers)
+        return sum(part.ByteSize() for part in (self.node, *self.before, *self.initializers))
 
 
 def folded(tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None) -> Dequantization:
@@ -74,6 +75,23 @@ def standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) ->
     return Dequantization("standard", node, (step,))
 
 
+def integer(tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str) -> Dequantization | Refusal:
+    """DequantizeLinear in front of an integer kernel: of INT8, since onnxruntime fuses no narrower type (a Cast in front folds at
+    load), and with a zero point, without which QGemm fails at run time up to 1.27. Zero points of one shape have one name, so
+    that a file needs them once. `type`: of the levels."""
+    made = standard(tensor, levels=levels, output=output, constant=constant)
+    if isinstance(made, Refusal):
+        return made
+    dims = tuple(made.initializers[0].dims)
+    zero = numpy_helper.from_array(np.zeros(dims, np.int8), "ecqx.zero" + "".join(f".{length}" for length in dims))
+    made.node.input.append(zero.name)
+    cast = helper.make_node("Cast", [levels], [constant + "i"], to=TensorProto.INT8)
+    if type == TensorProto.INT8:
+        return Dequantization("integer", made.node, (*made.initializers, zero))
+    made.node.input[0] = cast.output[0]
+    return Dequantization("integer", made.node, (*made.initializers, zero), before=(cast,))
+
+
 def why_not_standard(tensor: QuantTensor) -> Refusal | None:
     if isinstance(tensor.meaning, Codebook):
         return Refusal("a codebook isn't a uniform grid, which DequantizeLinear needs")
@@ -99,7 +117,7 @@ def function(name: str, opset: int) -> FunctionProto:
 
 def meaning_of(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> tuple[Scale | Codebook, np.ndarray | None]:
     """The inverse of `folded` and `standard`: (what the node's levels stand for, factor). rank: of the integer tensor."""
-    missing = [name for name in node.input[1:] if name not in constants]
+    missing = [name for name in node.input[1 : 2 if node.op_type == "DequantizeLinear" else None] if name not in constants]
     if missing or len(node.input) < 2:
         raise FileError(
             f"the dequantisation of '{node.input[0]}' reads '{missing[:1] or node.op_type}', not a constant; the file is damaged"

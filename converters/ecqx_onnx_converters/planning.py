@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from ecqx_onnx_converters.names import NameMaker
 from ecqx_onnx_converters.opsets import why_not_opset
 from ecqx_onnx_converters.storage import Refusal, Stored
 from ecqx_onnx_converters.storage.registry import STORAGES
-from ecqx_onnx_converters.targets import OPSET_OF_TYPE, Target, find_target
+from ecqx_onnx_converters.targets import INT8_TYPES, OPSET_OF_TYPE, Target, find_target
 
 DEQUANTIZATIONS = ("auto", "standard", "folded")
 STEPS_UP = (11, 13, 18, 21, 25)  # opsets that bring something a written file may need
@@ -40,7 +40,9 @@ class Entry:
 
     @property
     def dequantization(self) -> str:
-        return "folded" if self.form is None else "standard"
+        if self.form is None:
+            return "folded"
+        return "integer" if self.form.integer else "standard"
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,11 @@ def make_plan(
     storage: str = "auto",
     dequantize: str = "auto",
     opset: int | None = None,
+    integer: Collection[str] = (),
 ) -> Plan:
     """storage: "auto" (fewest bytes per tensor) or a name from STORAGES. dequantize: "auto" (the target's own), "standard" or
-    "folded". opset: highest to write; by default whatever the target has. OptionError for what can't be had at all; what a single
+    "folded". opset: highest to write; by default whatever the target has. integer: weights whose consumers all are integer
+    kernels, which need DequantizeLinear in any case. OptionError for what can't be had at all; what a single
     weight can't have is replaced, and its entry says why."""
     if storage not in ("auto", *STORAGES):
         raise OptionError(f"there is no storage '{storage}'; choose auto or one of {', '.join(STORAGES)}")
@@ -80,13 +84,11 @@ def make_plan(
         raise OptionError(f"there is no dequantisation '{dequantize}'; choose one of {', '.join(DEQUANTIZATIONS)}")
     able = _able(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
-    if form != able.dequantize and able.only:
-        raise OptionError(f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at {able.dequantize}")
     uses, names = find_uses(graph.proto.graph), NameMaker(value_names(graph.proto.graph))
     entries: list[Entry] = []
     kept: list[Kept] = []
     for members in _tied(matching.found):
-        planned = _plan_tied(members, able, storage, form, uses, names)
+        planned = _plan_tied(members, able, storage, form, uses, names, integer)
         if isinstance(planned, Refusal):
             kept.extend(Kept(member.name, member.tensor.shape, planned.reason) for member in members)
         else:
@@ -157,9 +159,17 @@ def _plan_tied(
     dequantize: str,
     uses: Mapping[str, Sequence[Use]],
     names: NameMaker,
+    integer: Collection[str],
 ) -> list[Entry] | Refusal:
     """One set of integers, in the layout that the first member wants, for all."""
-    forms = [_form(member, dequantize, uses.get(member.name, []), target) for member in members]
+    forms = [
+        StandardForm(transposed=False, dense=True, integer=True)
+        if member.name in integer
+        else _form(member, dequantize, uses.get(member.name, []), target)
+        for member in members
+    ]
+    if not target.decoders and any(isinstance(form, StandardForm) and form.integer for form in forms):
+        target = replace(target, dense_types=target.dense_types & INT8_TYPES)  # others need a Cast, which is a decoder
     levels = _wanted(members[0], forms[0])
     stored, reason = _cheapest(levels, names("q"), target, storage)
     if stored is None:

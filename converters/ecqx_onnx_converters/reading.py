@@ -107,7 +107,8 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
             " convert the model again, and simplify it before, not after"
         ) from error
     node = _dequantization(record, contents, users)
-    constants = {name: _floats(contents.initializers[name]) for name in node.input[1:] if name in contents.initializers}
+    read = node.input[1:2] if node.op_type == "DequantizeLinear" else node.input[1:]  # its zero point is always zero
+    constants = {name: _floats(contents.initializers[name]) for name in read if name in contents.initializers}
     meaning, factor = meaning_of(node, constants, levels.ndim)
     try:
         for part in (meaning.step if isinstance(meaning, Scale) else None, factor):
@@ -134,6 +135,9 @@ def _dequantization(record: Record, contents: Contents, users: Mapping[str, list
     node = contents.makers.get(record.value)
     if node is not None and node.op_type == "Transpose":
         node = contents.makers.get(node.input[0])
+    cast = contents.makers.get(node.input[0]) if node is not None and node.op_type == "DequantizeLinear" else None
+    if cast is not None and cast.op_type == "Cast" and cast.input[0] == record.levels:
+        return node
     if node is not None and node.input[0] == record.levels and (node.domain == DOMAIN or node.op_type == "DequantizeLinear"):
         return node
     reached, queue = set(), [record.levels]

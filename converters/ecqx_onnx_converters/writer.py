@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, helper
 from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.compact import drop_defaults, shorten_names
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
-from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, folded, function, standard
+from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, folded, function, integer, standard
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
 from ecqx_onnx_converters.graph import all_graphs, value_names
+from ecqx_onnx_converters.integer_nodes import FloatNode
 from ecqx_onnx_converters.matching import Missing
 from ecqx_onnx_converters.names import NameMaker
 from ecqx_onnx_converters.opsets import set_opset
 from ecqx_onnx_converters.planning import Entry, Kept, Plan
-from ecqx_onnx_converters.shapes import fix_batch
 
 METADATA_KEY = "ecqx_onnx"
 EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
@@ -51,7 +51,7 @@ class WrittenTensor:
 class WriteReport:
     """nbytes: of all files. kept: float weights; missing: quantised tensors that the graph doesn't have.
 
-    notes: what the target's own tools say of the file, a sentence each.
+    kernels: operator -> how many of its nodes run on integers. stays: the nodes that don't; both empty for float activations.
     """
 
     path: Path
@@ -61,7 +61,8 @@ class WriteReport:
     tensors: tuple[WrittenTensor, ...]
     kept: tuple[Kept, ...]
     missing: tuple[Missing, ...]
-    notes: tuple[str, ...] = ()
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    stays: tuple[FloatNode, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +90,10 @@ def write(
     metadata: Mapping[str, Any] | None = None,
     force: bool = False,
     external_data: bool | None = None,
-    accept: Callable[[Path], None] | None = None,
 ) -> WriteReport:
     """Writes `path`, and `<path>.data` beside it when the tensors need more than one protobuf holds (or external_data=True).
 
     metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors. Same plan, same bytes.
-    accept: raises if the written file, still in a temporary place, is not to take its name.
     """
     path = Path(path)
     built = build(plan, metadata=metadata)
@@ -104,8 +103,6 @@ def write(
     with replacing(path, force=force) as temporary:
         write_proto(built.model, built.payloads, temporary, external=external_data)
         _check(temporary)
-        if accept is not None:
-            accept(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
     if stale:  # the external data of the model that was replaced
         data_path(path).unlink()
@@ -128,8 +125,6 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
             del values[index]
     for scope in all_graphs(graph):
         scope.ClearField("value_info")  # shapes that every runtime infers; they outweigh a small model's weights
-    if plan.target.one_sample:
-        fix_batch(graph)
     set_opset(model, plan.opset)
     model.ir_version = max(plan.target.ir_version(plan.opset), 8)
     model.producer_name = "ecqx-onnx"
@@ -164,15 +159,16 @@ def _put_weights(model: ModelProto, plan: Plan) -> tuple[WrittenTensor, ...]:
             nodes.extend(entry.stored.nodes)
             functions.update({(part.domain, part.name): part for part in entry.stored.functions})
         dequantization = _dequantization(entry, names)
-        graph.initializer.extend(dequantization.initializers)
+        graph.initializer.extend(part for part in dequantization.initializers if part.name not in seen)
+        seen.update(part.name for part in dequantization.initializers)
         if dequantization.function is not None:
             functions[DOMAIN, dequantization.function] = function(dequantization.function, plan.opset)
         if entry.form is None or entry.form.dense:
-            nodes.append(dequantization.node)
+            nodes.extend([*dequantization.before, dequantization.node])
             if entry.form is None and entry.permutation is not None:
                 nodes[-1].output[0] = names("t")
                 nodes.append(helper.make_node("Transpose", [nodes[-1].output[0]], [entry.weight.name], perm=entry.permutation))
-        if entry.form is not None:
+        if entry.form is not None and not entry.form.integer:
             step = dequantization.initializers[0].name
             weight, stored = entry.weight, entry.stored
             apply_standard(
@@ -212,7 +208,11 @@ def _dequantization(entry: Entry, names: NameMaker) -> Dequantization:
         )
         return folded(tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor)
     tensor = weight.tensor.transpose((1, 0)) if entry.form.transposed else weight.tensor
-    made = standard(tensor, levels=entry.stored.levels, output=weight.name, constant=constant)
+    stored = entry.stored
+    if entry.form.integer:
+        made = integer(tensor, levels=stored.levels, type=stored.type, output=weight.name, constant=constant)
+    else:
+        made = standard(tensor, levels=stored.levels, output=weight.name, constant=constant)
     if not isinstance(made, Dequantization):
         raise TypeError(f"planning let through what DequantizeLinear can't express: {made.reason}")
     return made

@@ -1,0 +1,164 @@
+"""(float ONNX graph, values, batches of inputs) -> the range of each value, by onnxruntime's own calibrators.
+
+onnxruntime's calibrators keep every activation of the data that they are fed in one go; here they get one batch at a time and
+merge the ranges or histograms, so that memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.32 would write files of events into the user's cache at its import
+import numpy as np
+import onnxruntime
+from ecqx_onnx_converters.files import write_proto
+from ecqx_onnx_converters.graph import FloatGraph
+from onnx import ModelProto, TensorProto, helper
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+from onnxruntime.quantization import calibrate
+
+from ecqx_onnx.errors import DataError, ModelError, OptionError
+
+METHODS = ("minmax", "percentile", "entropy")
+IN_ONE_FILE = 2**30  # bytes of weights; larger models keep them beside the file
+
+
+def calibrate_ranges(
+    graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray], *, method: str = "minmax"
+) -> Mapping[str, tuple[float, float]]:
+    """value -> (lowest, highest) over the batches: their extremes ("minmax"), without the outermost 0.001 % ("percentile"), or
+    the range that loses least information ("entropy").
+
+    graph: with all its weights, of one input. batches: float32 [N, ...]. DataError for no data, or data that the graph does not
+    take; ModelError where an activation is not finite.
+    """
+    if method not in METHODS:
+        raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
+    if not values:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder, _quiet():
+        calibrator = _calibrator(graph, values, method, Path(folder))
+        session = calibrator.infer_session
+        for batch in batches:
+            calibrator.collect_data(_Reader([session.feed(batch)]))
+        if not session.batches:
+            raise DataError("the calibration data hold no sample; give some with --calibration DATA")
+        try:
+            found = calibrator.compute_data()
+        except (ValueError, MemoryError, OverflowError, IndexError) as error:
+            raise ModelError(
+                f"calibration by '{method}' fails on this model ({error}); use --calibration-method minmax"
+            ) from error
+        return {name: _bounds(name, found[name]) for name in values}
+
+
+def _bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
+    low, high = (float(np.min(bound)) for bound in data.range_value)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ModelError(f"activation '{name}' ranges from {low} to {high} on the calibration data: mend the model or the data")
+    return low, high
+
+
+def _calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: Path) -> Any:
+    """One that looks at `values` only; a sum of each is an output besides, since sums of NaN are NaN while extremes skip it."""
+    kinds = {
+        "minmax": (calibrate.MinMaxCalibrater, {}),
+        "percentile": (calibrate.PercentileCalibrater, {"symmetric": False}),
+        "entropy": (calibrate.EntropyCalibrater, {"num_bins": ENTROPY_BINS}),
+    }
+    base, options = kinds[method]
+
+    class Chosen(base):  # type: ignore[misc, valid-type]
+        def select_tensors_to_calibrate(self, model: ModelProto) -> tuple[list[str], dict[str, Any]]:
+            return list(values), {name: _declared(name) for name in values}
+
+        def create_inference_session(self) -> None:
+            settings = onnxruntime.SessionOptions()
+            settings.log_severity_level = 3  # the calibrators leave unused constants in the graph, of which it would warn
+            self.infer_session = _Watched(
+                onnxruntime.InferenceSession(self.augmented_model_path, settings, providers=["CPUExecutionProvider"])
+            )
+
+    proto = ModelProto()
+    proto.CopyFrom(graph.proto)
+    known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    for index in reversed([i for i, value in enumerate(proto.graph.value_info) if value.name in values]):
+        del proto.graph.value_info[index]
+    proto.graph.value_info.extend(_declared(name) for name in values if name not in known)
+    for name in values:
+        proto.graph.node.append(helper.make_node("ReduceSum", [name], [name + SUM], keepdims=0))
+        proto.graph.output.append(helper.make_tensor_value_info(name + SUM, TensorProto.FLOAT, []))
+    external = sum(weight.nbytes for weight in graph.weights.values()) > IN_ONE_FILE
+    write_proto(proto, graph.weights, folder / "float.onnx", external=external)
+    augmented = str(folder / "augmented.onnx")
+    calibrator = Chosen(folder / "float.onnx", None, augmented, use_external_data_format=external, **options)
+    calibrator.augment_graph()
+    calibrator.create_inference_session()
+    return calibrator
+
+
+ENTROPY_BINS = 512  # with onnxruntime's 128, as many as quantised bins, there is nothing to choose from
+SUM = "/sum"
+
+
+def _declared(name: str) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+
+class _Watched:
+    """A session that refuses data it cannot take and results that are no numbers, in our words."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.batches = session, 0
+        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+
+    def feed(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        inputs = self.session.get_inputs()
+        if len(inputs) != 1:
+            names = ", ".join(node.name for node in inputs)
+            raise ModelError(f"the model takes {len(inputs)} inputs ({names}), and calibration data give one")
+        shape = inputs[0].shape
+        fits = len(shape) == batch.ndim and all(
+            not isinstance(wanted, int) or wanted == length for wanted, length in zip(shape, batch.shape, strict=True)
+        )
+        if not fits:
+            raise DataError(f"the model takes inputs of shape {shape}, and the calibration data give {list(batch.shape)}")
+        return {inputs[0].name: batch}
+
+    def run(self, names: Sequence[str] | None, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            outputs = self.session.run(names, inputs)
+        except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"the model does not run on the calibration data: {reason}") from error
+        for node, value in zip(self.session.get_outputs(), outputs, strict=True):
+            if node.name.endswith(SUM) and not np.isfinite(value).all():
+                name = node.name.removesuffix(SUM)
+                raise ModelError(f"activation '{name}' holds NaN or infinity on the calibration data: mend the model or the data")
+        self.batches += 1
+        return outputs
+
+
+class _Reader(calibrate.CalibrationDataReader):
+    """One batch."""
+
+    def __init__(self, feeds: list[dict[str, np.ndarray]]) -> None:
+        self.feeds = feeds
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return self.feeds.pop() if self.feeds else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The calibrators print their progress and warn of what is caught above."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
