@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ecqx_onnx_converters import FloatGraph, WriteReport, make_plan, write
+from ecqx_onnx_converters import FloatGraph, WriteReport, make_plan
 from ecqx_onnx_converters.activations import IntegerGraph, quantise_activations, with_pooling
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import find_target
@@ -30,6 +30,7 @@ from ecqx_onnx.quantization.training import EpochRecord
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import ValidationReport
+from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.metrics import Proportion
 
@@ -117,7 +118,7 @@ def convert(
     }
     if quantised is not None:
         metadata["activations"] = {"type": "uint8", "calibration": calibration_method, "kernels": dict(quantised.kernels)}
-    report = write(plan, out, metadata=metadata, force=force)
+    report = deliver(plan, out, metadata=metadata, force=force)
     return report if quantised is None else replace(report, kernels=quantised.kernels, stays=quantised.stays)
 
 
@@ -164,8 +165,12 @@ def as_checkpoint(
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
+    allow_float: bool = False,
 ) -> Checkpoint:
-    """Any of the sources that `convert` takes -> a Checkpoint in memory."""
+    """Any of the sources that `convert` takes -> a Checkpoint in memory.
+
+    allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
+    """
     if isinstance(model, Checkpoint):
         return model
     if isinstance(model, str | Path):
@@ -177,7 +182,7 @@ def as_checkpoint(
     recipe = dict(recipe or {})
     if isinstance(loaded.model, torch.export.ExportedProgram):
         exported = Exported(loaded.model, float_graph(loaded.model), ())
-        tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude)
+        tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude, allow_float)
         exported.program.state_dict.update(_written_back(exported.program.state_dict, tensors))
         exported = Exported(exported.program, float_graph(exported.program), ()) if bits else exported
     else:
@@ -186,7 +191,7 @@ def as_checkpoint(
             tensors = quantizer.tensors()
             recipe = {**quantizer.recipe(), **recipe}
         else:
-            tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude)
+            tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude, allow_float)
             with torch.no_grad():
                 module.load_state_dict(_written_back(module.state_dict(), tensors), strict=False)
         exported = export(module, _example(example, input_shape or loaded.input_shape, loaded.preprocessing))
@@ -200,7 +205,7 @@ def _is_checkpoint_file(path: str | Path) -> bool:
 
 
 def _tensors_of(
-    state: Mapping[str, torch.Tensor], bits: int | None, entropy_weight: float, exclude: Sequence[str]
+    state: Mapping[str, torch.Tensor], bits: int | None, entropy_weight: float, exclude: Sequence[str], allow_float: bool
 ) -> tuple[QuantTensor, ...]:
     """The quantised weights of a state dict: recognised, or quantised here when `bits` says so. ModelError for a float model."""
     from fnmatch import fnmatchcase
@@ -222,7 +227,7 @@ def _tensors_of(
             found.append(result)
         else:
             refusals.append(result)
-    if not found:
+    if not found and not allow_float:
         first = f" ({refusals[0].name}: {refusals[0].reason})" if refusals else ""
         raise ModelError(
             f"the model's weights are float, none lies on few values{first}; "
@@ -283,7 +288,8 @@ def validate(
 ) -> ValidationReport:
     """Does the .onnx file say the same as PyTorch? `report.ok`, and one check a question.
 
-    against: what it was converted from (anything that `convert` takes). data: a data set's name (see `load_dataset`), a
+    against: what it was converted from (anything that `convert` takes), or the float model that was quantised: differences to
+    that one are shown, and only the accuracy is judged. data: a data set's name (see `load_dataset`), a
     Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples: only so many of it.
     """
     from ecqx_onnx import validation
@@ -360,7 +366,7 @@ def _sides(
 
     checkpoint = None
     if against is not None:
-        checkpoint = as_checkpoint(against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle)
+        checkpoint = as_checkpoint(against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, allow_float=True)
     dataset = load_dataset(data) if isinstance(data, str) else data
     split = dataset.test if isinstance(dataset, Dataset) else dataset
     if isinstance(split, Split) and samples is not None:
@@ -368,6 +374,7 @@ def _sides(
     return {
         "reference": None if checkpoint is None else checkpoint.module(),
         "tensors": () if checkpoint is None else checkpoint.tensors,
+        "float_reference": checkpoint is not None and not checkpoint.tensors,
         "split": split,
     }
 

@@ -313,6 +313,17 @@ def inspect(
 
 
 @command
+def targets(as_json: Json = False, quiet: Quiet = False) -> None:
+    """List the runtimes that `convert --target` writes for, and what the file of each can hold.
+
+    Example:  ecqx-onnx targets
+    """
+    from ecqx_onnx.tables import TargetTable
+
+    emit(TargetTable(), as_json=as_json, quiet=quiet)
+
+
+@command
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the checkpoint and the .onnx file go.")] = Path("demo"),
     force: Force = False,

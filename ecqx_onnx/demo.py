@@ -79,7 +79,7 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
     dataset = load_dataset(DATA).with_preprocessing(demo_model.PREPROCESSING)
     torch.manual_seed(SEED)
     model = demo_model.digits_cnn()
-    _train_float(model, dataset, progress)
+    train_float(model, dataset, progress)
     float_accuracy = api.accuracy(model, dataset.test)
     float_bytes = len(_float_onnx(model))
 
@@ -104,9 +104,10 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
     return DemoResult(float_bytes, float_accuracy, report, written, zeros, bits)
 
 
-def _train_float(model: torch.nn.Module, dataset: Dataset, progress: Callable[..., None] | None) -> None:
+def train_float(model: torch.nn.Module, dataset: Dataset, progress: Callable[..., None] | None, *, seed: int = SEED) -> None:
+    """The float network that the demo starts from, trained in place."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(seed)
     model.train()
     for epoch in range(FLOAT_EPOCHS):
         for x, y in dataset.training.batches(BATCH, shuffle=generator):

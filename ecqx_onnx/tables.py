@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import singledispatch
 from typing import Any
 
+from ecqx_onnx_converters.targets import INT2_TYPES, INT4_TYPES, INT8_TYPES, TARGETS, Target
 from ecqx_onnx_converters.writer import WriteReport
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -41,6 +42,7 @@ def _(report: WriteReport) -> RenderableType:
     lines: list[RenderableType] = [table]
     lines += [Text(f"stays float: {kept.name} {list(kept.shape)}: {kept.reason}", style="yellow") for kept in report.kept]
     lines += [Text(f"not in the graph: {entry.name}: {entry.reason}", style="yellow") for entry in report.missing]
+    lines += [Text(note) for note in report.notes]
     if report.kernels:
         words = ", ".join(f"{count} {operator}" for operator, count in sorted(report.kernels.items()))
         lines.append(Text(f"on integers: {words}"))
@@ -82,9 +84,58 @@ def _(report: WriteReport) -> Any:
         ],
         "float": [{"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in report.kept],
         "missing": [{"name": entry.name, "reason": entry.reason} for entry in report.missing],
+        "notes": list(report.notes),
         "integer_nodes": dict(report.kernels),
         "float_nodes": [{"operator": node.operator, "name": node.name, "reason": node.reason} for node in report.stays],
     }
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    """What `ecqx-onnx targets` shows."""
+
+    targets: tuple[Target, ...] = tuple(TARGETS.values())
+
+
+@as_table.register
+def _(shown: TargetTable) -> RenderableType:
+    table = Table(show_lines=True)
+    for heading in ("target", "runs on", "a file holds"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "target")
+    for target in shown.targets:
+        sample = ", one sample at a time" if target.one_sample else ""
+        holds = f"{target.suffix}{sample}, opset up to {target.max_opset}; {_integers(target)}; {', '.join(_forms(target))}"
+        table.add_row(target.name, target.runs_on, holds)
+    return table
+
+
+@to_json.register
+def _(shown: TargetTable) -> Any:
+    return [
+        {
+            "name": target.name,
+            "runs_on": target.runs_on,
+            "file": target.suffix,
+            "one_sample": target.one_sample,
+            "max_opset": target.max_opset,
+            "integers": _integers(target).split(", "),
+            "forms": _forms(target),
+            "accelerators": list(target.accelerators),
+        }
+        for target in shown.targets
+    ]
+
+
+def _integers(target: Target) -> str:
+    widths = ((INT8_TYPES, "INT8"), (INT4_TYPES, "INT4"), (INT2_TYPES, "INT2"))
+    return ", ".join(name for types, name in widths if types <= target.dense_types)
+
+
+def _forms(target: Target) -> list[str]:
+    """Storages and dequantisations; the default one first."""
+    other = "folded" if target.dequantize == "standard" else "standard"
+    forms = [target.dequantize] + ([] if target.only else [other])
+    return forms + ["sparse"] * target.sparse + ["decoded at load"] * target.decoders
 
 
 @as_table.register

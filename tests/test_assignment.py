@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecqx_onnx.quantization.assignment import Band, assign, boundaries, cheapest
+from ecqx_onnx.quantization import envelope
+from ecqx_onnx.quantization.assignment import Band, assign
+from ecqx_onnx.quantization.envelope import boundaries, cheapest
 from ecqx_onnx.quantization.grid import Grid
 from tests.oracles import ecqx as oracle
 
@@ -52,7 +54,47 @@ def test_lower_envelope_is_argmin_of_the_cost_table_on_ordinary_weights(bits, dt
     levels = SYMMETRIC[bits].levels(rows)
     cost = torch.rand(len(levels), generator=generator, dtype=torch.float64) * 0.2
     table = (rows.double()[None] - levels[:, None, None] * step).square() + cost[:, None, None]
-    assert torch.equal(cheapest(rows, step, levels, cost).long(), table.argmin(0))
+    assert torch.equal(cheapest(rows, step, levels, cost), table.argmin(0))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([2, 3, 4, 5, 8]), st.sampled_from([0.0, 1e-3, 0.02, 1.0, 50.0]), st.integers(0, 10**6), st.integers(1, 9))
+def test_looking_up_by_cells_is_counting_the_boundaries_below_each_weight(bits, spread, seed, channels):
+    """Dear levels never win and their boundaries coincide; a great spread of costs puts many boundaries into one cell."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = Grid(bits, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1).levels(torch.zeros(1))
+    step = torch.rand(channels, 1, generator=generator).double() + 0.01
+    cost = torch.rand(len(levels), generator=generator, dtype=torch.float64).pow(4) * spread
+    bounds = boundaries(step, levels, cost, torch.float32)
+    beside = [torch.nextafter(bounds, torch.full_like(bounds, side)) for side in (-torch.inf, torch.inf)]
+    rows = torch.cat([torch.randn(channels, 50, generator=generator), bounds, *beside, 1e30 * bounds.sign()], 1)
+    below = (rows[:, :, None] > bounds[:, None, :]).sum(-1)
+    assert torch.equal(cheapest(rows, step, levels, cost), below)
+
+
+def test_blocks_cover_every_weight_once_in_order(monkeypatch):
+    monkeypatch.setattr(envelope, "BLOCK", 7)
+    for shape in ((1, 20), (1, 7), (3, 20), (9, 3), (4, 1), (1, 1), (2, 7)):
+        rows = torch.arange(shape[0] * shape[1]).reshape(shape)
+        assert torch.equal(torch.cat([rows[block].reshape(-1) for block in envelope.blocks(rows)]), rows.reshape(-1))
+        assert all(rows[block].is_contiguous() and rows[block].numel() <= 7 for block in envelope.blocks(rows))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_the_size_of_a_block_changes_nothing(monkeypatch, axis):
+    generator = torch.Generator().manual_seed(11)
+    weights, relevance = torch.randn(6, 50, generator=generator), torch.rand(6, 50, generator=generator) ** 3
+    step = {None: torch.tensor(0.3), 0: torch.rand(6, 1) + 0.1, 1: torch.rand(1, 50) + 0.1}[axis]
+    found = []
+    for size in (1 << 17, 64, 7):
+        monkeypatch.setattr(envelope, "BLOCK", size)
+        for R in (None, relevance / relevance.max()):
+            found.append(assign(weights, step, SYMMETRIC[4], axis=axis, strength=0.3, relevance=R, band=Band(0.02, 0.02)))
+    for plain, relevant in zip(found[2::2], found[3::2], strict=True):
+        assert torch.equal(plain.levels, found[0].levels)
+        assert torch.equal(relevant.levels, found[1].levels)
+        assert (relevant.beta, relevant.zeros, relevant.ecq_zeros) == (found[1].beta, found[1].zeros, found[1].ecq_zeros)
+    assert found[1].ecq_zeros == pytest.approx(found[0].zeros, abs=1e-9)
 
 
 def test_boundaries_of_levels_that_never_win_coincide():

@@ -91,25 +91,19 @@ def test_plain_ecq_and_assignment_without_training_are_options(tmp_path):
     assert json.loads(result.stdout)["history"] == []
 
 
-def test_a_float_state_dict_can_be_quantised_without_training(tmp_path):
-    sys.path.insert(0, str(ROOT / "models"))
+def test_a_float_state_dict_can_be_quantised_without_training_and_compared_with_itself(tmp_path):
     from ecqx_onnx.demo_model import digits_cnn
 
     torch.manual_seed(0)
     torch.save(digits_cnn().state_dict(), tmp_path / "float.pt")
-    run("convert", tmp_path / "float.pt", tmp_path / "out.onnx", "--model", MODEL, "--bits", 4)
-    arguments = (
-        "validate",
-        tmp_path / "out.onnx",
-        "--against",
-        tmp_path / "float.pt",
-        "--model",
-        MODEL,
-        "--data",
-        "sklearn:digits",
-    )
-    result = run(*arguments, code=2)  # the float weights are not those of the file
-    assert "float" in result.stderr
+    model = ("--model", MODEL)
+    run("convert", tmp_path / "float.pt", tmp_path / "out.onnx", *model, "--bits", 4)
+    arguments = ("--against", tmp_path / "float.pt", *model, "--data", "sklearn:digits", "--json")
+    checks = {check["name"]: check for check in json.loads(run("validate", tmp_path / "out.onnx", *arguments).stdout)["checks"]}
+    assert checks["outputs"]["passed"] is None
+    assert "is float" in checks["outputs"]["sentence"]
+    assert checks["outputs"]["measured"] > 1e-3  # quantisation, not rounding
+    assert checks["accuracy"]["passed"] is True
 
 
 def test_a_pt2_program_and_a_trusted_pickle_convert_as_well(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ecqx_onnx_converters.targets import find_target
 
 from ecqx_onnx import api
 from ecqx_onnx.onnx_file import read_onnx
@@ -28,7 +29,13 @@ RUNTIMES = {
     "1.23.2": ("onnxruntime==1.23.2", "numpy==1.26.4"),
     "current": (),
 }
-TARGETS = {"onnxruntime": ("current",), "onnxruntime-1.17": tuple(RUNTIMES), "qdq": ("1.20.1", "1.23.2", "current")}
+TARGETS = {
+    "onnxruntime": ("current",),
+    "onnxruntime-1.17": tuple(RUNTIMES),
+    "coreml": tuple(RUNTIMES),
+    "nnapi": tuple(RUNTIMES),
+    "qdq": ("1.20.1", "1.23.2", "current"),
+}
 BATCH = 5
 # Sums here have at most 256 terms; two float32 orders of summation differ by at most 2^-24 of a few times that.
 FLOAT32_SUMS = 256 * 2.0**-24
@@ -98,7 +105,8 @@ def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target
         api.convert(checkpoint, tmp_path / "net.onnx", target=target, storage=storage, dequantize=dequantize)
     except OptionError as error:
         pytest.skip(f"the target does not take it: {error}")
-    x = np.random.default_rng(0).standard_normal((BATCH, 1, 8, 8)).astype(np.float32)
+    batch = 1 if find_target(target).one_sample else BATCH
+    x = np.random.default_rng(0).standard_normal((batch, 1, 8, 8)).astype(np.float32)
     (tmp_path / "job").mkdir()
     file = read_onnx(tmp_path / "net.onnx")
     name = file.proto.graph.input[0].name
@@ -112,3 +120,19 @@ def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target
     if dequantize == "folded":  # no node that decodes weights is left at run time
         decoding = {"DequantizeLinear", "BitShift", "BitwiseAnd", "ScatterElements", "CumSum", "GatherElements", "Unpack"}
         assert not decoding & set(result.operators), json.dumps(result.operators)
+
+
+@pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
+def test_an_ort_file_says_the_same_in_old_runtimes_too(environment, checkpoint, tmp_path):
+    """It promises only runtimes that are not older than the one that converts; those from 1.17 load it as well."""
+    api.convert(checkpoint, tmp_path / "net.ort", target="onnxruntime-mobile")
+    x = np.random.default_rng(0).standard_normal((BATCH, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import numpy, onnxruntime; s = onnxruntime.InferenceSession('net.ort'); "
+        "numpy.save('y.npy', s.run(None, {s.get_inputs()[0].name: numpy.load('x.npy')})[0])"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, check=True, capture_output=True)
+    with torch.no_grad():
+        expected = api.as_checkpoint(checkpoint).module()(torch.from_numpy(x)).numpy()
+    assert np.abs(np.load(tmp_path / "y.npy") - expected).max() <= FLOAT32_SUMS * max(1.0, np.abs(expected).max())

@@ -35,6 +35,8 @@ def read_proto(path: Path | str) -> ModelProto:
         data = path.read_bytes()
     except OSError as error:
         raise FileError(f"cannot read '{path}': {error.strerror or error}; check the path") from error
+    if data[4:8] == b"ORTM":  # the identifier of a flatbuffer
+        raise FileError(f"'{path}' is in onnxruntime's own format (.ort), not ONNX; give the .onnx of the same model")
     try:
         model = onnx.load_model_from_string(data)
     except (DecodeError, UnicodeDecodeError, ValueError) as error:

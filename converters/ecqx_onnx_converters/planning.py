@@ -84,6 +84,8 @@ def make_plan(
         raise OptionError(f"there is no dequantisation '{dequantize}'; choose one of {', '.join(DEQUANTIZATIONS)}")
     able = _able(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
+    if form != able.dequantize and able.only:
+        raise OptionError(f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at {able.dequantize}")
     uses, names = find_uses(graph.proto.graph), NameMaker(value_names(graph.proto.graph))
     entries: list[Entry] = []
     kept: list[Kept] = []

@@ -35,6 +35,10 @@ class Target:
     sparse: sparse_initializer of INT8 values can be loaded.
     decoders: weights may come out of nodes that decode them (digits, packed): the runtime folds these while loading.
     dequantize: the form used when the user leaves the choice, "folded" or "standard".
+    only: why it cannot have the other form (a weight that DequantizeLinear can't express is folded all the same); "" if it can.
+    suffix: of the files that it loads, which are onnxruntime's own format where it is ".ort".
+    one_sample: batches have the fixed size 1, as accelerators want no free lengths.
+    accelerators: execution providers that should take the graph, by the names of onnxruntime's usability checker.
     no_integers: why it cannot run a file with quantised activations; empty if it can.
     """
 
@@ -45,18 +49,67 @@ class Target:
     sparse: bool
     decoders: bool
     dequantize: str
+    only: str = ""
+    suffix: str = ".onnx"
+    one_sample: bool = False
+    accelerators: tuple[str, ...] = ()
     no_integers: str = ""
 
     def ir_version(self, opset: int) -> int:
         return IR_OF_OPSET.get(opset, 8 if opset <= 18 else 9)
 
 
+ALL_TYPES = INT8_TYPES | INT4_TYPES | INT2_TYPES
+NO_DEQUANTIZE = "its accelerators take float graphs, and the weights are floats once the runtime has folded them"
+NO_INTEGERS = "its accelerators take float graphs, and would leave integer kernels to the CPU; use --target onnxruntime"
+
 TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         # Opset 28 DequantizeLinear has no kernel in 1.32, so never above 25.
-        Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, INT8_TYPES | INT4_TYPES | INT2_TYPES, True, True, "folded"),
+        Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, ALL_TYPES, True, True, "folded"),
         Target("onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, True, "folded"),
+        Target("onnxruntime-web", "onnxruntime-web >= 1.30, WebAssembly", 25, ALL_TYPES, True, True, "folded"),
+        # Converters to .ort fold what folds, so that folded weights lie there as floats; INT4 and INT2 give files that
+        # onnxruntime 1.28 to 1.32 cannot load.
+        Target(
+            "onnxruntime-mobile",
+            "minimal builds of onnxruntime, not older than the one that converts",
+            18,
+            INT8_TYPES,
+            sparse=False,
+            decoders=False,
+            dequantize="standard",
+            only="folded weights would lie in an .ort file as floats",
+            suffix=".ort",
+        ),
+        # The checker of the accelerators does not look at opsets; 18 is the lowest that torch exports.
+        Target(
+            "coreml",
+            "onnxruntime >= 1.17 for iOS and macOS, CoreML",
+            18,
+            INT8_TYPES,
+            sparse=True,
+            decoders=True,
+            dequantize="folded",
+            only=NO_DEQUANTIZE,
+            one_sample=True,
+            no_integers=NO_INTEGERS,
+            accelerators=("CoreML NeuralNetwork", "CoreML MLProgram"),
+        ),
+        Target(
+            "nnapi",
+            "onnxruntime >= 1.17 for Android, NNAPI",
+            18,
+            INT8_TYPES,
+            sparse=True,
+            decoders=True,
+            dequantize="folded",
+            only=NO_DEQUANTIZE,
+            one_sample=True,
+            no_integers=NO_INTEGERS,
+            accelerators=("NNAPI",),
+        ),
         Target("qdq", "tools that want standard DequantizeLinear", 21, INT8_TYPES | INT4_TYPES, False, False, "standard"),
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ecqx_onnx_converters.matching import Missing
 from ecqx_onnx_converters.names import NameMaker
 from ecqx_onnx_converters.opsets import set_opset
 from ecqx_onnx_converters.planning import Entry, Kept, Plan
+from ecqx_onnx_converters.shapes import fix_batch
 
 METADATA_KEY = "ecqx_onnx"
 EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
@@ -51,6 +52,7 @@ class WrittenTensor:
 class WriteReport:
     """nbytes: of all files. kept: float weights; missing: quantised tensors that the graph doesn't have.
 
+    notes: what the target's own tools say of the file, a sentence each.
     kernels: operator -> how many of its nodes run on integers. stays: the nodes that don't; both empty for float activations.
     """
 
@@ -61,6 +63,7 @@ class WriteReport:
     tensors: tuple[WrittenTensor, ...]
     kept: tuple[Kept, ...]
     missing: tuple[Missing, ...]
+    notes: tuple[str, ...] = ()
     kernels: Mapping[str, int] = field(default_factory=dict)
     stays: tuple[FloatNode, ...] = ()
 
@@ -90,10 +93,12 @@ def write(
     metadata: Mapping[str, Any] | None = None,
     force: bool = False,
     external_data: bool | None = None,
+    accept: Callable[[Path], None] | None = None,
 ) -> WriteReport:
     """Writes `path`, and `<path>.data` beside it when the tensors need more than one protobuf holds (or external_data=True).
 
     metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors. Same plan, same bytes.
+    accept: raises if the written file, still in a temporary place, is not to take its name.
     """
     path = Path(path)
     built = build(plan, metadata=metadata)
@@ -103,6 +108,8 @@ def write(
     with replacing(path, force=force) as temporary:
         write_proto(built.model, built.payloads, temporary, external=external_data)
         _check(temporary)
+        if accept is not None:
+            accept(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
     if stale:  # the external data of the model that was replaced
         data_path(path).unlink()
@@ -125,6 +132,8 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
             del values[index]
     for scope in all_graphs(graph):
         scope.ClearField("value_info")  # shapes that every runtime infers; they outweigh a small model's weights
+    if plan.target.one_sample:
+        fix_batch(graph)
     set_opset(model, plan.opset)
     model.ir_version = max(plan.target.ir_version(plan.opset), 8)
     model.producer_name = "ecqx-onnx"

@@ -111,19 +111,26 @@ def weights_check(comparison: WeightsComparison) -> Check:
     return Check("weights", True, comparison.equal, comparison.total, sentence)
 
 
-def difference_check(comparison: Comparison, *, quantised: bool) -> Check:
-    """quantised: activations are quantised on purpose, so that outputs may differ by more than rounding."""
+def why_inexact(file: OnnxFile, *, float_reference: bool) -> str | None:
+    """Why outputs may differ from PyTorch's by more than rounding, on purpose; None where they may not."""
+    if float_reference:
+        return "the PyTorch model is float and the file's weights are quantised"
+    return "activations are quantised" if activations_quantised(file) else None
+
+
+def difference_check(comparison: Comparison, *, inexact: str | None) -> Check:
+    """inexact: see why_inexact."""
     if comparison.mismatch:
         return Check("outputs", False, None, None, comparison.mismatch)
     worst = max(comparison.differences, key=lambda d: _excess(d.measured, d.bound.limit))
     where = f"output '{worst.output}', " if len(comparison.differences) > 1 else ""
-    if quantised:
-        sentence = f"{where}largest difference to PyTorch; no bound, because activations are quantised"
+    if inexact:
+        sentence = f"{where}largest difference to PyTorch; no bound, because {inexact}"
         return Check("outputs", None, worst.measured, None, sentence)
     return Check("outputs", worst.within, worst.measured, worst.bound.limit, f"{where}{_says(worst, comparison.samples)}")
 
 
-def agreement_check(comparison: Comparison, *, quantised: bool) -> Check | None:
+def agreement_check(comparison: Comparison, *, inexact: str | None) -> Check | None:
     """Every input gets the class that PyTorch gives, except where PyTorch's own lead is no more than rounding."""
     if comparison.agreement is None:
         return None
@@ -133,8 +140,8 @@ def agreement_check(comparison: Comparison, *, quantised: bool) -> Check | None:
     differ = f"{same.total - same.hits} of {same.total} samples get another class"
     if same.hits == same.total:
         return Check("top-1", True, share, 100, f"PyTorch and ONNX give the same class to all {same.total} samples (per cent)")
-    if quantised:
-        return Check("top-1", None, share, None, f"{differ}; activations are quantised")
+    if inexact:
+        return Check("top-1", None, share, None, f"{differ}; {inexact}")
     if margin <= tie:
         return Check("top-1", True, share, 100, f"{differ}, all of them ties in PyTorch (lead {margin:.1e}, at most {tie:.1e})")
     return Check("top-1", False, share, 100, f"{differ}, with a lead of up to {margin:.2e} in PyTorch, which is no rounding")

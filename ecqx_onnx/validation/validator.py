@@ -41,6 +41,7 @@ def validate(
     *,
     reference: torch.nn.Module | None = None,
     tensors: Sequence[QuantTensor] = (),
+    float_reference: bool = False,
     split: Split | None = None,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 256,
@@ -50,6 +51,7 @@ def validate(
     """Everything that can be asked of the file with what is given; `report.ok` says whether every check passed.
 
     reference: the PyTorch model, compared output by output. tensors: the quantised weights that it holds.
+    float_reference: it is the float model from before the quantisation, so that differences are shown and not judged.
     split: data with classes; without it, synthetic inputs are compared. preprocessing: by default what the file records.
     progress: called with (samples done, samples in all). latency_runs: pairs of measurements; 0 leaves latency out.
     InputError if the file or the data cannot be used.
@@ -63,7 +65,7 @@ def validate(
         found.append(Check("load", False, None, None, str(error)))
         return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
     found.append(Check("load", True, None, None, f"{runtime_name()} loads it with all optimisations and with none"))
-    quantised = checks.activations_quantised(file)
+    inexact = checks.why_inexact(file, float_reference=float_reference)
 
     total = SYNTHETIC_BATCH if split is None else len(split)
     if split is None:
@@ -80,7 +82,11 @@ def validate(
         return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
     few = tuple(array[: fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
 
-    found.append(checks.levels_check(session, plain, few, bounds_of(comparison, run(session, few)), quantised=quantised))
+    found.append(
+        checks.levels_check(
+            session, plain, few, bounds_of(comparison, run(session, few)), quantised=checks.activations_quantised(file)
+        )
+    )
     operators = executed_operators(file.path, few)
     found.append(checks.operators_check(file, operators))
     model = file.with_data()
@@ -88,8 +94,8 @@ def validate(
     if twin is not None:
         found += weights_checks(model, twin, tensors)
     if reference is not None:
-        found.append(checks.difference_check(comparison, quantised=quantised))
-    for check in (checks.agreement_check(comparison, quantised=quantised), checks.accuracy_check(comparison)):
+        found.append(checks.difference_check(comparison, inexact=inexact))
+    for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
         if check is not None:
             found.append(check)
     one = tuple(array[: fixed_batch(session) or 1] if array.ndim else array for array in comparison.first)

@@ -49,6 +49,7 @@ def validate_on(
     *,
     reference: torch.nn.Module | None = None,
     tensors: Sequence[QuantTensor] = (),
+    float_reference: bool = False,
     split: Split | None = None,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 64,
@@ -68,7 +69,7 @@ def validate_on(
         session = open_session(file.path, level="disabled")  # only for what inputs and outputs look like
     except CheckFailed as error:
         raise ModelError(f"{path}: its inputs and outputs cannot be told here: {error}") from None
-    quantised = checks.activations_quantised(file)
+    inexact = checks.why_inexact(file, float_reference=float_reference)
     size = fixed_batch(session)
 
     def batches() -> Iterator[Batch]:
@@ -98,14 +99,14 @@ def validate_on(
             optimised = _Replay(session, result.outputs())
             bounds = bounds_of(comparison, next(result.outputs()))
             plain = _Replay(session, iter([result.plain]))
-            found.append(checks.levels_check(optimised, plain, feed, bounds, quantised=quantised))
+            found.append(checks.levels_check(optimised, plain, feed, bounds, quantised=checks.activations_quantised(file)))
     if result.operators is not None:
         found.append(checks.operators_check(file, Counter(result.operators)))
     if twin is not None:
         found += weights_checks(model, twin, tensors)
     if reference is not None:
-        found.append(checks.difference_check(comparison, quantised=quantised))
-    for check in (checks.agreement_check(comparison, quantised=quantised), checks.accuracy_check(comparison)):
+        found.append(checks.difference_check(comparison, inexact=inexact))
+    for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
         if check is not None:
             found.append(check)
     return ValidationReport(

@@ -1,0 +1,73 @@
+"""Do relevances help? Plain ECQ and ECQx on the demo's digits, compared at equal shares of zeros.
+
+For each seed: a float network, then both methods at several entropy weights, best epoch by a validation split. Accuracy on the
+held-out digits is interpolated linearly between the runs to the same share of zeros, and the difference taken seed by seed.
+Run: python benchmarks/ecq_against_ecqx.py [seeds] (about 2 minutes a seed on one core)
+"""
+
+import copy
+import statistics
+import sys
+from itertools import pairwise
+
+import torch
+from scipy import stats
+
+from ecqx_onnx import api, demo, demo_model
+from ecqx_onnx.data import load_dataset
+from ecqx_onnx.quantization import train
+
+METHODS = {"ECQ": None, "ECQx": "epsilon_plus_flat"}
+ENTROPY_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8)
+ZEROS = (0.6, 0.7, 0.8, 0.9)
+
+
+def curve(float_model, dataset, relevance, seed) -> list[tuple[float, float]]:
+    """(zeros, accuracy on the test split), ascending in zeros."""
+    points = []
+    for entropy_weight in ENTROPY_WEIGHTS:
+        model = copy.deepcopy(float_model)
+        options = {"bits": 4, "entropy_weight": entropy_weight, "relevance": relevance}
+        trained = train(model, dataset, epochs=demo.EPOCHS, batch_size=demo.BATCH, seed=seed, **options)
+        points.append((trained.quantizer.zeros, api.accuracy(model, dataset.test).share))
+    return sorted(points)
+
+
+def at(points: list[tuple[float, float]], zeros: float) -> float | None:
+    """Accuracy at this share of zeros; None outside the curve."""
+    for (z0, a0), (z1, a1) in pairwise(points):
+        if z0 <= zeros <= z1:
+            return a0 + (a1 - a0) * (zeros - z0) / max(1e-9, z1 - z0)
+    return None
+
+
+def main() -> None:
+    seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    torch.set_num_threads(1)
+    dataset = load_dataset(demo.DATA).with_preprocessing(demo_model.PREPROCESSING)
+    differences: dict[float, list[float]] = {zeros: [] for zeros in ZEROS}
+    values: dict[tuple[str, float], list[float]] = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = demo_model.digits_cnn()
+        demo.train_float(model, dataset, None, seed=seed)
+        curves = {name: curve(model, dataset, relevance, seed) for name, relevance in METHODS.items()}
+        print(seed, {name: [(round(z, 3), round(a, 4)) for z, a in points] for name, points in curves.items()}, file=sys.stderr)
+        for zeros in ZEROS:
+            found = {name: at(points, zeros) for name, points in curves.items()}
+            if None not in found.values():
+                differences[zeros].append(100 * (found["ECQx"] - found["ECQ"]))
+                for name, value in found.items():
+                    values.setdefault((name, zeros), []).append(100 * value)
+    print("| zeros | seeds | ECQ, % | ECQx, % | difference, points (95 %) |\n|---|---|---|---|---|")
+    for zeros, found in differences.items():
+        if len(found) < 3:
+            print(f"| {zeros:.0%} | {len(found)} | too few curves reach it | | |")
+            continue
+        half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+        means = [statistics.mean(values[name, zeros]) for name in METHODS]
+        print(f"| {zeros:.0%} | {len(found)} | {means[0]:.2f} | {means[1]:.2f} | {statistics.mean(found):+.2f} ± {half:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Plan -> the file that its target loads, loaded before it gets its name; and what the target's own tools say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ecqx_onnx_converters import Plan, WriteReport, write
+
+from ecqx_onnx.errors import CheckFailed, ModelError, OptionError
+from ecqx_onnx.validation import mobile
+from ecqx_onnx.validation.sessions import open_session
+
+
+def deliver(plan: Plan, path: Path | str, *, metadata: Mapping[str, Any], force: bool = False) -> WriteReport:
+    """Nothing is left at `path` that this onnxruntime, which stands for the target's where that is another, does not load.
+
+    ModelError if it does not load or says something else there; OptionError for a name that the target's files do not have.
+    """
+    path, target = Path(path), plan.target
+    if (path.suffix == ".ort") != (target.suffix == ".ort"):
+        raise OptionError(
+            f"{path}: target '{target.name}' loads {target.suffix} files; name it {path.with_suffix(target.suffix)}"
+        )
+    if target.suffix == ".ort":
+        return mobile.write_ort(plan, path, metadata=metadata, force=force)
+    report = write(plan, path, metadata=metadata, force=force, accept=_must_load)
+    if not target.accelerators:
+        return report
+    return replace(report, notes=mobile.accelerator_notes(path, target.accelerators))
+
+
+def _must_load(path: Path) -> None:
+    try:
+        open_session(path)
+    except CheckFailed as error:
+        raise ModelError(f"{path.name} was not written: {error}") from None

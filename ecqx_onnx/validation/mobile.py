@@ -1,0 +1,125 @@
+"""Plan -> an .ort file for minimal builds, loaded back and compared; a file -> what accelerators of phones would take of it.
+
+Both are onnxruntime's own tools: convert_onnx_models_to_ort and the mobile usability checker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+from ecqx_onnx_converters import Plan, WriteReport, write
+from ecqx_onnx_converters.files import replacing
+from ecqx_onnx_converters.writer import WrittenTensor
+
+from ecqx_onnx.errors import CheckFailed, ModelError
+from ecqx_onnx.validation.bounds import bound
+from ecqx_onnx.validation.checks import levels_check
+from ecqx_onnx.validation.sessions import RUNTIME_ERRORS, open_session, reason, run, synthetic_inputs
+
+SAMPLES = 4
+OPERATORS = "required_operators_and_types.config"
+
+
+def write_ort(plan: Plan, path: Path, *, metadata: Mapping[str, Any], force: bool = False) -> WriteReport:
+    """`path`, and beside it <name>.required_operators_and_types.config, from which a minimal onnxruntime is built.
+
+    ModelError, and no file, if the .ort file cannot be loaded back or says something else than the .onnx that it came from.
+    """
+    with replacing(path, force=force) as temporary, tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder:
+        source = Path(folder) / path.with_suffix(".onnx").name
+        report = write(plan, source, metadata=metadata)
+        _convert(source, temporary.parent)
+        operators = temporary.with_suffix(f".{OPERATORS}")
+        lines = operators.read_text(encoding="utf-8").splitlines()
+        operators.write_text("".join(f"{line}\n" for line in lines if not line.startswith("#")), encoding="utf-8")  # paths
+        _must_say_the_same(temporary, source, path.name)
+        size = temporary.stat().st_size
+    rows = tuple(_as_float(row) if row.dequantization == "folded" else row for row in report.tensors)
+    inflated = ", ".join(row.name for row in rows if row.dequantization == "folded")
+    notes = [f"{path.with_suffix('').name}.{OPERATORS}: what a minimal build needs (build.py --include_ops_by_config)"]
+    notes += [f"as float32 in the file, since DequantizeLinear cannot express them: {inflated}"] if inflated else []
+    return replace(report, path=path, nbytes=size, tensors=rows, notes=tuple(notes))
+
+
+def _as_float(row: WrittenTensor) -> WrittenTensor:
+    """The converter folds what folds."""
+    return replace(row, storage="float32", nbytes=4 * math.prod(row.shape))
+
+
+def _convert(source: Path, folder: Path) -> None:
+    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+
+    with _quiet():
+        try:
+            convert_onnx_models_to_ort(
+                source, folder, [OptimizationStyle.Fixed], target_platform="arm", enable_type_reduction=True
+            )
+        except (*RUNTIME_ERRORS, KeyError, ValueError, RuntimeError) as error:  # KeyError: of a type that .ort files cannot have
+            what = f"its converter has no entry for {error}" if isinstance(error, KeyError) else reason(error)
+            raise ModelError(f"{source.stem}.ort was not written: onnxruntime does not convert it: {what}") from None
+
+
+def _must_say_the_same(written: Path, source: Path, name: str) -> None:
+    """Loaded back from what the disk holds; the converter reports success for files that do not load."""
+    try:
+        loaded, wanted = open_session(written), open_session(source)
+        inputs = synthetic_inputs(wanted, batch=SAMPLES)
+        bounds = [bound(output, None) for output in run(wanted, inputs)]
+    except CheckFailed as error:
+        raise ModelError(f"{name} was not written: {error}") from None
+    check = levels_check(loaded, wanted, inputs, bounds)
+    if not check.passed:
+        raise ModelError(
+            f"{name} was not written: its outputs differ by {check.measured} from those of the same model as .onnx; "
+            "use --target onnxruntime"
+        )
+
+
+def accelerator_notes(path: Path, accelerators: Sequence[str]) -> tuple[str, ...]:
+    """The verdict of onnxruntime's usability checker on the graph as accelerators meet it: weights folded, and in float."""
+    from onnxruntime.tools.mobile_helpers import usability_checker
+    from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
+
+    checkers = {
+        "NNAPI": usability_checker.check_nnapi_partitions,
+        "CoreML NeuralNetwork": lambda model, fixed: usability_checker.check_coreml_partitions(
+            model, fixed, "coreml_supported_neuralnetwork_ops.md"
+        ),
+        "CoreML MLProgram": lambda model, fixed: usability_checker.check_coreml_partitions(
+            model, fixed, "coreml_supported_mlprogram_ops.md"
+        ),
+    }
+    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder, _quiet():
+        optimised = Path(folder) / path.name
+        optimize_model(path, optimised, use_external_initializers=True)
+        model: onnx.ModelProto = ModelProtoWithShapeInfo(optimised).model_with_shape_info
+        found = {name: checkers[name](model, True) for name in accelerators}
+    notes = []
+    for name, info in found.items():
+        share = f"{info.num_supported_nodes} of {info.num_nodes} nodes in {info.num_partitions} part(s)"
+        lacks = f"; it lacks {', '.join(sorted(info.unsupported_ops))}" if info.unsupported_ops else ""
+        notes.append(f"usability checker of onnxruntime: {name} {info.suitability().name}, {share}{lacks}")
+    return tuple(notes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """These tools tell their progress to print and to the root logger, and one leaves a file to the garbage collector."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            yield
+    finally:
+        logging.disable(before)
