@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from ecqx_onnx.quantization.quantizer import Report
 from ecqx_onnx.quantization.training import EpochRecord
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.user_code import is_function_spec, load_function
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
@@ -112,7 +114,7 @@ def convert(
     )
     metadata = {
         "version": __version__,
-        "recipe": dict(checkpoint.recipe),
+        "recipe": _without_defaults(checkpoint.recipe),
         "preprocessing": json.loads(checkpoint.preprocessing.to_json()),
         "labels": list(checkpoint.labels),
     }
@@ -150,6 +152,17 @@ def _integer_graph(
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
     ranges = calibrate_ranges(whole, values, batches, method=method)
     return quantise_activations(graph, checkpoint.matching.found, ranges)
+
+
+def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were chosen: all of them would outweigh a small net's weights."""
+    from ecqx_onnx.quantization import Recipe, train
+
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    defaults |= Recipe().to_json()
+    return {
+        name: value for name, value in recipe.items() if name == "bits" or value != defaults.get(name, inspect.Signature.empty)
+    }
 
 
 def as_checkpoint(
@@ -414,23 +427,27 @@ def quantize(
     force: bool = False,
     progress: Callable[..., None] | None = None,
     seed: int = 0,
-    batch_size: int = 64,
     **options: Any,
 ) -> Quantized:
     """Train and quantise the network of 'FILE.py:FACTORY' on a data set, and save it as a checkpoint.
 
     weights: its float state dict; without it the network starts as the factory made it, under `seed`. mean, std: the
     input's normalisation; by default PREPROCESSING of FILE.py, else the training split's own statistics.
-    options: those of `quantization.train` and the Quantizer. While training, OUT.training holds what `resume` needs.
+    options: those of `quantization.train` and the Quantizer; augment, start and relevance by name or as FILE.py:FUNCTION (for a
+    relevance it is called and returns the composite). While training, OUT.training holds what `resume` needs. Under torchrun
+    every process calls this, and the first one writes.
     """
     from ecqx_onnx.data import load_dataset
     from ecqx_onnx.quantization import train
+    from ecqx_onnx.quantization.distributed import process_group, rank
 
     out = Path(out)
     if out.exists() and not force:
         raise FileError(f"{out}: exists already; use --force to replace it")
     if not out.parent.is_dir():
         raise FileError(f"{out}: the folder {out.parent} does not exist; create it first")
+    named: dict[str, Any] = {name: _shown(options[name]) for name in ("augment", "relevance", "start") if name in options}
+    options = {**options, **_loaded(options)}
     torch.manual_seed(seed)
     loaded = load_factory(factory)
     dataset = load_dataset(data)
@@ -452,29 +469,21 @@ def quantize(
     before = accuracy(loaded.model, dataset.test) if weights is not None else None
     state_file = out.with_name(out.name + ".training")
     shown = None if progress is None else training_progress(progress)
-    trained = train(
-        loaded.model,
-        dataset,
-        seed=seed,
-        batch_size=batch_size,
-        progress=shown,
-        state_file=state_file,
-        resume=resume,
-        **options,
-    )
-    recipe = {**trained.quantizer.recipe(), "seed": seed, "batch_size": batch_size, "data": dataset.name}
-    recipe |= {"epochs": options.get("epochs", 10), "best_epoch": trained.best_epoch}
-    checkpoint = save(
+    with process_group():
+        trained = train(loaded.model, dataset, seed=seed, progress=shown, state_file=state_file, resume=resume, **options)
+        first = rank() == 0
+    after = accuracy(trained.quantizer.model, dataset.test)
+    trained.quantizer.model.to("cpu")
+    checkpoint = as_checkpoint(
         trained.quantizer,
-        out,
         example=torch.from_numpy(x),
         preprocessing=dataset.preprocessing,
         labels=dataset.labels,
-        recipe=recipe,
-        force=force,
+        recipe={**trained.setup, "data": dataset.name, "best_epoch": trained.best_epoch, **named},
     )
-    state_file.unlink(missing_ok=True)
-    after = accuracy(trained.quantizer.model, dataset.test)
+    if first:
+        save_checkpoint(checkpoint, out, force=force)
+        state_file.unlink(missing_ok=True)
     return Quantized(
         out,
         before,
@@ -486,6 +495,36 @@ def quantize(
         dataset.name,
         checkpoint.notes,
     )
+
+
+def _loaded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options name: an augmentation, and the user's own functions."""
+    from ecqx_onnx.data.augmentation import AUGMENTATIONS
+    from ecqx_onnx.quantization.zennit_import import import_zennit
+
+    found: dict[str, Any] = {}
+    for name in ("augment", "start", "relevance"):
+        value = options.get(name)
+        if isinstance(value, str) and is_function_spec(value):
+            if name == "relevance":
+                import_zennit()  # as the user's file will, and may not be able to by itself
+            found[name] = load_function(value)
+    if "relevance" in found:
+        found["relevance"] = found["relevance"]()
+    augment = options.get("augment")
+    if isinstance(augment, str) and "augment" not in found:
+        if augment not in AUGMENTATIONS:
+            raise OptionError(f"augmentation '{augment}' is unknown: use one of {', '.join(AUGMENTATIONS)}, or FILE.py:FUNCTION")
+        found["augment"] = AUGMENTATIONS[augment]
+    return found
+
+
+def _shown(value: Any) -> Any:
+    """An option for the recipe: a file by its name alone, whatever folder it lies in."""
+    if isinstance(value, str) and is_function_spec(value):
+        file, _, function = value.rpartition(":")
+        return f"{Path(file).name}:{function}"
+    return value if isinstance(value, str | None) else getattr(value, "__name__", type(value).__name__)
 
 
 @torch.no_grad()

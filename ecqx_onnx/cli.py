@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ecqx_onnx import quantize_options as q
 from ecqx_onnx.errors import CheckFailed, EcqxError, InputError, OptionError
 
 app = typer.Typer(
@@ -50,13 +52,19 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             function(*args, **kwargs)
         except EcqxError as error:
-            stderr.print("error:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+            process = f" of process {_process()}" if _process() else ""
+            stderr.print(f"error{process}:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(error.exit_status) from None
         except KeyboardInterrupt:
             stderr.print("stopped", style="red")
             raise typer.Exit(130) from None
 
     return run
+
+
+def _process() -> int:
+    """Which of torchrun's processes this is: the first one speaks for all. 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,33 +115,44 @@ def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
 
 @command
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="FILE.py:FACTORY", help="A function (or class) that returns the network.")],
-    data: Annotated[str, typer.Option(help="Training data: .npz, a folder per class, sklearn:digits, or FILE.py:FUNCTION.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="The trained float state dict. Without it, training starts from scratch.")
-    ] = None,
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits per level.")] = 4,
-    entropy_weight: Annotated[
-        float, typer.Option(min=0.0, help="How dear coding is against distance; 0 is nearest level.")
-    ] = 0.1,
-    relevance: Annotated[
-        str, typer.Option(help="Composite for LRP: epsilon_plus_flat, ...; none is plain ECQ.")
-    ] = "epsilon_plus_flat",
-    epochs: Annotated[int, typer.Option(min=0, help="0 assigns levels without training.")] = 10,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Adam's learning rate.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Pattern of parameter names that stay float; repeat for more.")
-    ] = None,
-    per_channel: Annotated[
-        bool, typer.Option("--per-channel", help="One step per output channel instead of one per tensor.")
-    ] = False,
-    refresh: Annotated[int, typer.Option(min=1, help="Take relevances anew every so many steps.")] = 8,
-    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    mean: Annotated[str | None, typer.Option(help="Normalisation: one value or one per channel, with commas.")] = None,
-    std: Annotated[str | None, typer.Option(help="Its standard deviation, likewise.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run with the same OUT stopped.")] = False,
+    context: typer.Context,
+    model: q.Model,
+    data: q.Data,
+    out: q.Out,
+    recipe: q.Recipe = None,
+    weights: q.Weights = None,
+    mean: q.Mean = None,
+    std: q.Std = None,
+    validation: q.Validation = 0.1,
+    augment: q.Augment = None,
+    bits: q.Bits = "4",
+    entropy_weight: q.EntropyWeight = 0.1,
+    step: q.StepRule = "auto",
+    step_rate: q.StepRate = 1e-3,
+    levels: q.LevelSet = "symmetric",
+    per_channel: q.PerChannel = False,
+    exclude: q.Exclude = None,
+    zero_floor: q.ZeroFloor = 0.5,
+    size_exponent: q.SizeExponent = 1.0,
+    relevance: q.Relevance = "epsilon_plus_flat",
+    start: q.Start = "logit",
+    refresh_every: q.Refresh = 8,
+    relevance_samples: q.RelevanceSamples = None,
+    relevance_memory: q.RelevanceMemory = 0.9,
+    keep: q.Keep = 0.1,
+    prune: q.Prune = 0.1,
+    rho: q.Rho = 2.0,
+    epochs: q.Epochs = 10,
+    learning_rate: q.LearningRate = 1e-3,
+    schedule: q.Schedule = "cosine",
+    batch_size: q.BatchSize = 64,
+    distillation: q.Distillation = 0.0,
+    temperature: q.Temperature = 2.0,
+    entropy_ramp: q.EntropyRamp = 0.0,
+    precision: q.Precision = "float32",
+    device: q.Device = None,
+    seed: q.Seed = 0,
+    resume: q.Resume = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -141,32 +160,20 @@ def quantize(
     """Train and quantise with ECQx: levels that are near and cheap, relevance deciding what may become zero.
 
     Example:  ecqx-onnx quantize models/lenet5.py:lenet5 --weights fp32.pt --data mnist.npz --bits 4 --out lenet5.pt
+
+    On several GPUs or machines:  torchrun --nproc-per-node=N -m ecqx_onnx quantize ...
     """
     from ecqx_onnx import api
 
+    options = {name: value for name, value in context.params.items() if name not in ("recipe", "as_json", "quiet")}
+    options |= {"bits": q.parse_bits(bits), "exclude": tuple(exclude or ())}
+    options |= {"granularity": "channel" if options.pop("per_channel") else "tensor"}
+    options |= {"relevance": None if relevance == "none" else relevance}
+    options |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    quiet = quiet or _process() > 0
     with _progress(quiet or as_json) as progress:
-        result = api.quantize(
-            model,
-            data=data,
-            out=out,
-            weights=weights,
-            bits=bits,
-            entropy_weight=entropy_weight,
-            relevance=None if relevance == "none" else relevance,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            exclude=tuple(exclude or ()),
-            granularity="channel" if per_channel else "tensor",
-            refresh_every=refresh,
-            seed=seed,
-            mean=_numbers(mean, "--mean"),
-            std=_numbers(std, "--std"),
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
-    emit(result, as_json=as_json, quiet=quiet)
+        result = api.quantize(options.pop("model"), **options, progress=progress)
+    emit(result, as_json=as_json and _process() == 0, quiet=quiet)
 
 
 @command

@@ -68,11 +68,12 @@ class EpochRecord:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """The outcome. best_epoch: the one whose weights the model holds now; 0 if only assigned."""
+    """The outcome. best_epoch: the one whose weights the model holds now; 0 if only assigned. setup: the options of `train`."""
 
     quantizer: Quantizer
     history: tuple[EpochRecord, ...]
     best_epoch: int
+    setup: Mapping[str, Any]
 
 
 def train(
@@ -112,11 +113,11 @@ def train(
     if split is None or len(split) == 0:
         raise DataError("the data set has no training samples")
     with process_group() as local:
-        where = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        where = _device(device, local)
         run = _Run(model.to(where), setup, options, where, augment, progress)
         if epochs == 0:
             run.assign_only(split)
-            return Training(run.quantizer, (), 0)
+            return Training(run.quantizer, (), 0, asdict(setup))
         rest, held_out = split.divide(validation, seed=seed) if validation else (split, None)
         if resume and state_file is not None and Path(state_file).exists():
             run.restore(_read_state(state_file))
@@ -276,7 +277,7 @@ class _Run:
         self.model.load_state_dict(self.best["model"])
         self.quantizer.load_state_dict(self.best["quantizer"])
         self.model.eval()
-        return Training(self.quantizer, tuple(self.history), self.best["epoch"])
+        return Training(self.quantizer, tuple(self.history), self.best["epoch"], asdict(self.setup))
 
     def described(self) -> dict[str, Any]:
         return {**asdict(self.setup), "recipe": self.quantizer.recipe()}
@@ -300,6 +301,19 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.quantizer.load_state_dict(state["quantizer"])
         self.history, self.best = [EpochRecord(**record) for record in state["history"]], state["best"]
+
+
+def _device(wanted: str | torch.device | None, local: int) -> torch.device:
+    """The device to train on; OptionError if it cannot be had."""
+    if wanted is None:
+        return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device '{wanted}' cannot be used ({reason}): use cpu, or cuda where there is one") from error
+    return device
 
 
 def _divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: float) -> Tensor:
