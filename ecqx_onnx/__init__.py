@@ -26,6 +26,8 @@ _HOMES = {
     "convert": "ecqx_onnx.api",
     "validate": "ecqx_onnx.api",
     "inspect": "ecqx_onnx.inspection",
+    "pack": "ecqx_onnx.packing",
+    "unpack": "ecqx_onnx.packing",
     "load": "ecqx_onnx.checkpoint",
     "load_dataset": "ecqx_onnx.data",
     "Preprocessing": "ecqx_onnx.preprocessing",

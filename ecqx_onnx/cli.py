@@ -331,6 +331,67 @@ def targets(as_json: Json = False, quiet: Quiet = False) -> None:
 
 
 @command
+def pack(
+    model: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Any model with quantised weights, whoever made it.")],
+    out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    storage: Annotated[str, typer.Option(help="auto, dense, sparse or packed: how integers lie in the file.")] = "auto",
+    dequantize: Annotated[str, typer.Option(help="auto, folded (float speed) or standard (DequantizeLinear).")] = "auto",
+    target: Annotated[str, typer.Option(help="The runtime that must load the file.")] = "onnxruntime",
+    opset: Annotated[int | None, typer.Option(help="Highest ONNX opset to write.")] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz with one array per model input, for the check. Without it, random ones.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Run both models and write nothing if they differ.")] = True,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Store the quantised weights of someone else's model in fewer bytes, losslessly, and check the outputs against it.
+
+    Takes DequantizeLinear, QDQ, QCDQ, QONNX, QLinear and Integer operators, and float weights that lie on few values.
+
+    Example:  ecqx-onnx pack model-int8.onnx packed.onnx
+    """
+    from ecqx_onnx import packing
+    from ecqx_onnx.validation.equivalence import load_inputs
+
+    report = packing.pack(
+        model,
+        out,
+        storage=storage,
+        dequantize=dequantize,
+        target=target,
+        opset=opset,
+        check=check,
+        inputs=None if inputs is None else load_inputs(inputs),
+        force=force,
+    )
+    emit(report, as_json=as_json, quiet=quiet)
+
+
+@command
+def unpack(
+    model: Annotated[Path, typer.Argument(metavar="PACKED.onnx", help="A file that convert or pack has written.")],
+    out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    floats: Annotated[bool, typer.Option("--float", help="Plain float32 weights instead of integers.")] = False,
+    dequantize: Annotated[str, typer.Option(help="auto, folded or standard (DequantizeLinear).")] = "auto",
+    target: Annotated[str, typer.Option(help="Who must load the file; qdq: tools that want standard operators.")] = "qdq",
+    opset: Annotated[int | None, typer.Option(help="Highest ONNX opset to write.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write dense integers and DequantizeLinear, for tools that cannot decode or fold. Every weight's checksum is verified.
+
+    Example:  ecqx-onnx unpack packed.onnx dense.onnx
+    """
+    from ecqx_onnx import packing
+
+    report = packing.unpack(model, out, floats=floats, dequantize=dequantize, target=target, opset=opset, force=force)
+    emit(report, as_json=as_json, quiet=quiet)
+
+
+@command
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the checkpoint and the .onnx file go.")] = Path("demo"),
     force: Force = False,

@@ -14,6 +14,8 @@ from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 
 MAX_LEVEL = 127
 MAX_CODEBOOK = 256
+# A grid so wide that few of its levels occur (0, 0.3 and -0.17 are levels 0, 90 and -51) takes more bits than a codebook.
+SMALL_LEVEL, SMALL_CODEBOOK = 15, 16
 SAMPLE = 4096  # entries looked at before the whole tensor is
 
 
@@ -52,7 +54,7 @@ def _per_tensor(weight: np.ndarray) -> tuple[np.ndarray, Scale | Codebook] | Non
     if values.size > MAX_CODEBOOK:
         return None
     grid = _grid(values[None, :])
-    if grid is not None:
+    if grid is not None and (np.abs(grid[0]).max() <= SMALL_LEVEL or values.size > SMALL_CODEBOOK):
         levels, step = grid
         return levels[0][index].reshape(weight.shape), Scale(step.reshape(()))
     # Rotate the sorted table so that zero (or the value nearest to it) is entry 0 and the negative ones wrap round to the

@@ -1,8 +1,10 @@
 """(integer tensor, what its levels stand for) -> nodes and constants that compute the float weight.
 
-Two forms. `folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for a codebook; runtimes
+`folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for a codebook; runtimes
 inline it and fold it while loading, so inference runs at float speed. `standard`: DequantizeLinear, which every tool knows and
-which onnxruntime recomputes at every inference.
+which onnxruntime recomputes at every inference. `integer`: the same in front of an integer kernel.
+`as_integers`: where the graph reads integers (QLinearConv, a foreign DequantizeLinear), these, by Cast or, with an offset, by
+one more function; both fold while loading.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
+from ecqx_onnx_converters.graph import NARROW
+from ecqx_onnx_converters.matching import Integers
 from ecqx_onnx_converters.storage import Refusal
 
 DOMAIN = "ecqx"  # of the model-local functions; every node of theirs spells it out
@@ -33,7 +37,8 @@ BODIES = {
 class Dequantization:
     """Constants and the one node that turns the integer tensor into the weight; `function` is the model-local function it calls.
 
-    form: "folded", "standard" or "integer". before: nodes in front of that node.
+    form: "folded", "standard", "integer" (DequantizeLinear in front of an integer kernel) or "none" (the graph reads integers).
+    before: nodes in front of that node.
     """
 
     form: str
@@ -92,6 +97,23 @@ def integer(tensor: QuantTensor, *, levels: str, type: int, output: str, constan
     return Dequantization("integer", made.node, (*made.initializers, zero), before=(cast,))
 
 
+def as_integers(form: Integers, *, levels: str, output: str, constant: str) -> Dequantization:
+    """level + form.offset as form.type. `constant` names the offset."""
+    if not form.offset:
+        return Dequantization("none", helper.make_node("Cast", [levels], [output], to=form.type), ())
+    node = helper.make_node("Offset", [levels, constant], [output], domain=DOMAIN, to=form.type)
+    return Dequantization("none", node, (numpy_helper.from_array(np.array(form.offset, np.int32), constant),), "Offset")
+
+
+def integers_of(node: NodeProto, offset: np.ndarray | None) -> Integers:
+    """The inverse of `as_integers`. offset: what the node's second input holds."""
+    to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
+    wanted = node.op_type == "Offset" and node.domain == DOMAIN and offset is not None and offset.size == 1
+    if to not in NARROW or not (wanted or (node.op_type == "Cast" and node.domain in ("", "ai.onnx"))):
+        raise FileError(f"the integers '{node.output[0]}' are made by {node.op_type} to type {to}; the ONNX file is damaged")
+    return Integers(to, int(offset.reshape(())) if wanted and offset is not None else 0)
+
+
 def why_not_standard(tensor: QuantTensor) -> Refusal | None:
     if isinstance(tensor.meaning, Codebook):
         return Refusal("a codebook isn't a uniform grid, which DequantizeLinear needs")
@@ -103,7 +125,14 @@ def why_not_standard(tensor: QuantTensor) -> Refusal | None:
 
 
 def function(name: str, opset: int) -> FunctionProto:
-    """One of BODIES as a model-local function."""
+    """One of BODIES, or Offset, as a model-local function."""
+    if name == "Offset":
+        cast = helper.make_node("Cast", ["sum"], ["integers"])
+        cast.attribute.append(AttributeProto(name="to", ref_attr_name="to", type=AttributeProto.INT))
+        wide = helper.make_node("Cast", ["levels"], ["wide"], to=TensorProto.INT32)
+        nodes = [wide, helper.make_node("Add", ["wide", "offset"], ["sum"]), cast]
+        imports = [helper.make_opsetid("", opset)]
+        return helper.make_function(DOMAIN, name, ["levels", "offset"], ["integers"], nodes, imports, ["to"])
     inputs, body = BODIES[name]
     nodes = []
     for operation, sources, result in body:

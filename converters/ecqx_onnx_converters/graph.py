@@ -24,6 +24,9 @@ NATIVE = {  # types that numpy holds without help
     TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
     TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64,
 }  # fmt: skip
+NARROW = {  # types of weights that some quantiser has already turned into integers
+    TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +183,10 @@ def _is_weight(tensor: TensorProto) -> bool:
     return tensor.data_type in NATIVE and (floats or tensor.ByteSize() >= LARGE or tensor.data_location == TensorProto.EXTERNAL)
 
 
+def _is_hoisted(tensor: TensorProto) -> bool:
+    return _is_weight(tensor) or (tensor.data_type in NARROW and len(tensor.dims) >= 2)
+
+
 def _hoist(main: GraphProto) -> None:
     """Moves weights out of Constant nodes and subgraphs into the main graph's initializers, in place.
 
@@ -190,18 +197,18 @@ def _hoist(main: GraphProto) -> None:
         outputs = {value.name for value in scope.output}  # a graph's own output must be made inside it
         moved = []
         for position in reversed(range(len(scope.initializer) if scope is not main else 0)):
-            if _is_weight(scope.initializer[position]) and scope.initializer[position].name not in outputs:
+            if _is_hoisted(scope.initializer[position]) and scope.initializer[position].name not in outputs:
                 moved.append(_copy(scope.initializer[position], scope.initializer[position].name))
                 del scope.initializer[position]
         for position in reversed(range(len(scope.node))):
-            value, name = _constant_value(scope.node[position]), scope.node[position].output[:1]
-            if value is not None and _is_weight(value) and name[0] not in outputs:
+            value, name = constant_value(scope.node[position]), scope.node[position].output[:1]
+            if value is not None and _is_hoisted(value) and name[0] not in outputs:
                 moved.append(_copy(value, name[0]))
                 del scope.node[position]
         for tensor in reversed(moved):
             if any(_defines(graph, tensor.name) for graph in all_graphs(main)):
                 old, tensor.name = tensor.name, fresh_name(tensor.name, taken)
-                _rename(scope, old, tensor.name)
+                rename(scope, old, tensor.name)
             main.initializer.append(tensor)
 
 
@@ -212,7 +219,8 @@ def _copy(tensor: TensorProto, name: str) -> TensorProto:
     return copied
 
 
-def _constant_value(node: NodeProto) -> TensorProto | None:
+def constant_value(node: NodeProto) -> TensorProto | None:
+    """The tensor that a Constant node holds; None for every other node."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
     return next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
@@ -233,7 +241,7 @@ def fresh_name(wish: str, taken: set[str]) -> str:
     return name
 
 
-def _rename(graph: GraphProto, old: str, new: str) -> None:
+def rename(graph: GraphProto, old: str, new: str) -> None:
     """Renames what nodes read, here and in subgraphs that don't define `old` anew."""
     for node in graph.node:
         for position, name in enumerate(node.input):
@@ -241,4 +249,4 @@ def _rename(graph: GraphProto, old: str, new: str) -> None:
                 node.input[position] = new
         for inner in subgraphs(node):
             if not _defines(inner, old):
-                _rename(inner, old, new)
+                rename(inner, old, new)

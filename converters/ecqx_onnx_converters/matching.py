@@ -26,6 +26,14 @@ from ecqx_onnx_converters.rows import RowIndex
 BATCHNORM_ROUNDING = 4 * 2.0**-24
 
 
+@dataclass(frozen=True)
+class Integers:
+    """The graph reads level + offset as an integer of TensorProto type `type` (QLinearConv, DequantizeLinear, …), no float."""
+
+    type: int
+    offset: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class GraphWeight:
     """One initializer of the float graph and the levels that it consists of.
@@ -36,6 +44,7 @@ class GraphWeight:
     sources: names of the parameters that the levels come from.
     factor: float32, broadcasts against the levels, multiplied onto a Codebook's values; None for 1. (A Scale has it in its step.)
     rescaled: the graph's values are the parameter's times a BatchNorm factor, restored to a relative 2^-22, not bit for bit.
+    integers: the graph reads integers here; the tensor's step is 1 then. None for a float weight.
     """
 
     name: str
@@ -43,9 +52,10 @@ class GraphWeight:
     sources: tuple[str, ...]
     factor: np.ndarray | None = None
     rescaled: bool = False
+    integers: Integers | None = None
 
     def dequantize(self) -> np.ndarray:
-        """float32: what the written graph computes."""
+        """float32: what the written graph computes; the levels where it reads integers."""
         values = self.tensor.dequantize()
         return values if self.factor is None else values * self.factor
 

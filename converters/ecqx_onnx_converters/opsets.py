@@ -58,3 +58,22 @@ def set_opset(model: ModelProto, opset: int) -> None:
         for entry in owner.opset_import:
             if entry.domain in ("", "ai.onnx"):
                 entry.version = opset
+
+
+def lower_opset(model: ModelProto, opset: int) -> None:
+    """Declares a lower opset, in place, where every node means in it what it means now; otherwise leaves the model as it is."""
+    present = opset_of(model)
+    if opset >= present:
+        return
+    set_opset(model, opset)
+    if why_not_opset(model, present) is not None or _newer_attributes(model, opset):
+        set_opset(model, present)
+
+
+def _newer_attributes(model: ModelProto, opset: int) -> bool:
+    """Some node has an attribute that its operator lacks in `opset`."""
+    for node in (node for scope in all_graphs(model.graph) for node in scope.node if node.domain in ("", "ai.onnx")):
+        known = defs.get_schema(node.op_type, opset).attributes
+        if any(attribute.name not in known for attribute in node.attribute):
+            return True
+    return False

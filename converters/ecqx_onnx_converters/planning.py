@@ -20,7 +20,7 @@ from ecqx_onnx_converters.storage.registry import STORAGES
 from ecqx_onnx_converters.targets import INT8_TYPES, OPSET_OF_TYPE, Target, find_target
 
 DEQUANTIZATIONS = ("auto", "standard", "folded")
-STEPS_UP = (11, 13, 18, 21, 25)  # opsets that bring something a written file may need
+STEPS_UP = (11, 12, 13, 18, 21, 25)  # opsets that bring something a written file may need
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Entry:
     @property
     def dequantization(self) -> str:
         if self.form is None:
-            return "folded"
+            return "folded" if self.weight.integers is None else "none"
         return "integer" if self.form.integer else "standard"
 
 
@@ -195,8 +195,8 @@ def _wanted(weight: GraphWeight, form: StandardForm | Refusal | None) -> np.ndar
 
 
 def _form(weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target) -> StandardForm | Refusal | None:
-    """None where the folded function is wanted anyway."""
-    if dequantize == "folded":
+    """None where the folded function is wanted anyway, or integers."""
+    if dequantize == "folded" or weight.integers is not None:
         return None
     refusal = why_not_standard(weight.tensor)
     if refusal is not None:
@@ -230,6 +230,8 @@ def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tu
 def _needs(entry: Entry) -> int:
     """The first opset that has all that the entry uses."""
     needed = [entry.stored.opset]
+    if entry.weight.integers is not None:
+        needed.append(OPSET_OF_TYPE[entry.weight.integers.type])
     if isinstance(entry.weight.tensor.meaning, Codebook):
         needed.append(11)  # Gather with negative indices
     if entry.form is not None:

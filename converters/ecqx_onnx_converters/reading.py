@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
-from ecqx_onnx_converters.dequantization import DOMAIN, meaning_of
+from ecqx_onnx_converters.dequantization import DOMAIN, integers_of, meaning_of
 from ecqx_onnx_converters.files import external_bytes, read_proto
 from ecqx_onnx_converters.graph import clear_data, tensor_values
 from ecqx_onnx_converters.matching import GraphWeight
@@ -81,18 +81,19 @@ class Record:
     levels: str
     sources: tuple[str, ...]
     transposed: bool
+    integers: bool
     crc32: int
 
     @classmethod
     def of(cls, record: Any) -> Record:
         try:
-            name, sources, storage, _, crc, transposed, levels, value = record
+            name, sources, storage, _, crc, layout, levels, value = record
             texts = (name, storage, levels, value, *(sources or [name]))
-            if not all(isinstance(text, str) for text in texts) or not isinstance(crc, int):
-                raise ValueError("a name is no text, or the checksum no number")
+            if not all(isinstance(text, str) for text in texts) or not isinstance(crc, int) or layout not in (0, 1, 2):
+                raise ValueError("a name is no text, the checksum no number, or the layout unknown")
         except (TypeError, ValueError) as error:
             raise FileError(f"the metadata of the ONNX file describes a tensor wrongly ({error}); the file is damaged") from error
-        parsed = cls(name, value, storage, levels, tuple(sources or [name]), bool(transposed), crc)
+        parsed = cls(name, value, storage, levels, tuple(sources or [name]), layout == 1, layout == 2, crc)
         if parsed.storage not in STORAGES:
             raise FileError(f"weight '{name}' has storage '{parsed.storage}', which this version can't read; update ecqx-onnx")
         return parsed
@@ -106,6 +107,8 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
             f"the integers '{record.levels}' of weight '{record.name}' aren't in the file; some tool has folded or renamed them:"
             " convert the model again, and simplify it before, not after"
         ) from error
+    if record.integers:
+        return _read_integers(record, levels, contents)
     node = _dequantization(record, contents, users)
     read = node.input[1:2] if node.op_type == "DequantizeLinear" else node.input[1:]  # its zero point is always zero
     constants = {name: _floats(contents.initializers[name]) for name in read if name in contents.initializers}
@@ -128,6 +131,20 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
     return StoredWeight(
         weight, record.storage, record.levels, STORAGES[record.storage].stored_bytes(record.levels, contents), crc_ok
     )
+
+
+def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> StoredWeight:
+    node = contents.makers.get(record.value)
+    if node is None or not node.input or node.input[0] != record.levels:
+        raise FileError(
+            f"nothing makes the integers of '{record.name}' in the ONNX file; some tool has rewritten it: pack it again"
+        )
+    offsets = [tensor_values(contents.initializers[name]) for name in node.input[1:] if name in contents.initializers]
+    form = integers_of(node, offsets[0] if len(offsets) == 1 else None)
+    tensor = QuantTensor(record.name, levels, Scale(np.ones((), np.float32)))
+    weight = GraphWeight(record.name, tensor, record.sources, integers=form)
+    nbytes = STORAGES[record.storage].stored_bytes(record.levels, contents)
+    return StoredWeight(weight, record.storage, record.levels, nbytes, levels_crc(levels) == record.crc32)
 
 
 def _dequantization(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:

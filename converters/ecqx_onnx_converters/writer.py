@@ -16,7 +16,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, helper
 from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.compact import drop_defaults, shorten_names
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
-from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, folded, function, integer, standard
+from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, as_integers, folded, function, integer, standard
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.integer_nodes import FloatNode
@@ -210,6 +210,8 @@ def _names_of(entry: Entry) -> set[str]:
 
 def _dequantization(entry: Entry, names: NameMaker) -> Dequantization:
     weight, constant = entry.weight, names("s")
+    if weight.integers is not None:
+        return as_integers(weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant)
     if entry.form is None:
         tensor = weight.tensor if entry.permutation is None else weight.tensor.transpose(entry.permutation)
         factor = (
@@ -240,15 +242,17 @@ def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTe
 def _record(entry: Entry, renamed: Mapping[str, str]) -> list[Any]:
     """What the metadata says of one weight, as a row, since keys would outweigh the rest:
 
-    [name, sources (0 for just the name), storage, bits, crc32 of the int8 levels row-major as stored, 1 if stored transposed,
-    integer value, float value]; the last two are names in the file's graph.
+    [name, sources (0 for just the name), storage, bits, crc32 of the int8 levels row-major as stored, layout, integer value,
+    float value]; the last two are names in the file's graph. layout: 0, 1 if stored transposed, 2 if the graph reads integers,
+    not floats.
     """
     weight, stored = entry.weight, entry.stored
     turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
     sources = list(weight.sources) if weight.sources != (weight.name,) else 0
     crc = levels_crc(weight.tensor.levels.T if turned else weight.tensor.levels)
     names = [renamed[stored.levels], renamed.get(weight.name, "")]
-    return [weight.name, sources, stored.storage, weight.tensor.bits, crc, int(turned), *names]
+    layout = 2 if weight.integers is not None else int(turned)
+    return [weight.name, sources, stored.storage, weight.tensor.bits, crc, layout, *names]
 
 
 def levels_crc(levels: np.ndarray) -> int:

@@ -122,15 +122,17 @@ def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def synthetic_inputs(session: onnxruntime.InferenceSession, *, batch: int = 1, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Normal floats, integers of 0 and 1, in the declared shapes; a free length is `batch` if it is the first, else 1."""
+def synthetic_inputs(
+    session: onnxruntime.InferenceSession, *, batch: int = 1, free: int = 1, seed: int = 0
+) -> tuple[np.ndarray, ...]:
+    """Normal floats, integers of 0 and 1, in the declared shapes; a free length is `batch` if it is the first, else `free`."""
     generator = np.random.default_rng(seed)
     arrays: list[np.ndarray] = []
     for node in session.get_inputs():
         dtype = NUMPY_TYPES.get(node.type)
         if dtype is None:
             raise ModelError(f"input '{node.name}' has type {node.type}, which validation cannot feed")
-        shape = [n if isinstance(n, int) else batch if axis == 0 else 1 for axis, n in enumerate(node.shape)]
+        shape = [n if isinstance(n, int) else batch if axis == 0 else free for axis, n in enumerate(node.shape)]
         floats = np.issubdtype(dtype, np.floating)
         values = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
         arrays.append(values.astype(dtype))

@@ -1,0 +1,236 @@
+"""Any .onnx file -> the same model with its quantised weights stored in fewer bytes; and back, for tools that cannot fold.
+
+`pack` looks for weights that some quantiser has put on few values, stores their integers anew and checks the result against
+the original. A model in which nothing gets smaller is copied as it is, with the reason.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, build, make_plan, qonnx, unpacking, write
+from ecqx_onnx_converters.files import replacing
+from ecqx_onnx_converters.foreign import Foreign, find_quantised
+from ecqx_onnx_converters.matching import GraphWeight
+from ecqx_onnx_converters.opsets import lower_opset
+from ecqx_onnx_converters.planning import Kept, Plan
+from ecqx_onnx_converters.targets import find_target
+from onnx import ModelProto
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from ecqx_onnx import __version__
+from ecqx_onnx.errors import CheckFailed, OptionError
+from ecqx_onnx.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.recognition import NotRecognised, recognise
+from ecqx_onnx.validation.equivalence import Equivalence, compare_models
+
+RECORD = 40  # bytes of metadata that a stored weight takes, about
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack` did.
+
+    written: None where the model was passed through unchanged, for the `reason`. kept: weights that stay as they were.
+    checks: of the packed model against the original; empty when it was passed through, or no check was wanted.
+    """
+
+    path: Path
+    original_bytes: int
+    nbytes: int
+    written: WriteReport | None
+    reason: str
+    kept: tuple[Kept, ...]
+    notes: tuple[str, ...]
+    equivalence: Equivalence | None
+
+    def to_json(self) -> dict[str, Any]:
+        from ecqx_onnx.tables import to_json
+
+        return {
+            "file": str(self.path),
+            "original_bytes": self.original_bytes,
+            "bytes": self.nbytes,
+            "packed": self.written is not None,
+            "reason": self.reason,
+            "tensors": to_json(self.written)["tensors"] if self.written else [],
+            "opset": self.written.opset if self.written else None,
+            "kept": [{"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in self.kept],
+            "notes": list(self.notes),
+            "checks": [check.to_json() for check in self.equivalence.checks] if self.equivalence else [],
+        }
+
+    def render(self) -> RenderableType:
+        from ecqx_onnx.tables import as_table
+
+        lines: list[RenderableType] = [as_table(replace(self.written, kept=self.kept))] if self.written else []
+        if self.written is None:
+            lines += [Text(f"stays: {kept.name} {list(kept.shape)}: {kept.reason}", style="yellow") for kept in self.kept]
+        lines += [Text(f"note: {note}", style="yellow") for note in self.notes]
+        if self.equivalence is not None:
+            lines.append(self.equivalence.render())
+        ratio = self.original_bytes / max(1, self.nbytes)
+        text = f"{self.original_bytes:,} bytes before, {self.nbytes:,} after ({ratio:.2f}x)"
+        if self.written is None:
+            text = f"copied unchanged, {self.nbytes:,} bytes: {self.reason}"
+        lines.append(Text(f"{self.path}: {text}", style="bold"))
+        return Group(*lines)
+
+
+def pack(
+    model: str | Path,
+    out: str | Path,
+    *,
+    storage: str = "auto",
+    dequantize: str = "auto",
+    target: str = "onnxruntime",
+    opset: int | None = None,
+    check: bool = True,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    force: bool = False,
+) -> PackReport:
+    """Write the .onnx file `model`, whoever made it, with its quantised weights stored anew, losslessly.
+
+    check: run both in onnxruntime, on `inputs` (by name; random ones without), and write nothing if they differ: CheckFailed.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise OptionError(f"{out}: exists already; use --force to replace it")
+    file = read_onnx(model)
+    if file.metadata.get("tensors"):
+        return _pass_through(file, out, "its weights are stored by ecqx-onnx already", (), ())
+    graph = FloatGraph.load(file.path)
+    notes = _notes(file.proto)
+    defined = qonnx.define(graph.proto)
+    options = {"storage": storage, "dequantize": dequantize, "target": target, "opset": opset}
+    plan, kept = _plan(graph, options)
+    if not plan.entries and defined is None:
+        return _pass_through(file, out, _why_nothing(kept), kept, notes)
+    if defined is not None:
+        notes = (*notes, defined)
+    elif (fault := _fault(file)) is not None:  # the writer would refuse it, too
+        return _pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes)
+    equivalence, reason = None, ""
+    with replacing(out, force=force) as temporary:
+        written = write(plan, temporary, metadata={"version": __version__})
+        if written.nbytes >= file.size and defined is None:
+            reason = f"with its weights packed it would take {written.nbytes:,} bytes, no less than the {file.size:,} that it has"
+            for part in list(temporary.parent.iterdir()):
+                part.unlink()
+        elif check:
+            equivalence = compare_models(file.path, temporary, inputs=inputs)
+            if not equivalence.ok:
+                raise CheckFailed(f"{out}: not written, the packed model is not the original: {equivalence.failure}")
+    if reason:
+        return _pass_through(file, out, reason, kept, notes)
+    written = replace(written, path=out, kept=kept)
+    return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
+
+
+def unpack(
+    model: str | Path,
+    out: str | Path,
+    *,
+    floats: bool = False,
+    dequantize: str = "auto",
+    target: str = "qdq",
+    opset: int | None = None,
+    force: bool = False,
+) -> WriteReport:
+    """Write a file of ours with dense integers, for runtimes and converters that can't decode or fold.
+
+    FileError if it is damaged. floats: plain float32 weights instead.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise OptionError(f"{out}: exists already; use --force to replace it")
+    read_onnx(model)
+    unpacked = unpacking.unpack(model)
+    lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)
+    graph, matching = unpacked.graph, unpacked.matching
+    if floats:
+        graph, matching = unpacked.with_floats(), Matching((), ())
+    plan = make_plan(graph, matching, target=target, storage="dense", dequantize=dequantize, opset=opset)
+    if floats:
+        plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
+    return write(plan, out, metadata=unpacked.metadata, force=force)
+
+
+def _plan(graph: FloatGraph, options: Mapping[str, Any]) -> tuple[Plan, tuple[Kept, ...]]:
+    """The plan of all weights that get smaller, and those that don't, or can't be had, with the reason."""
+    leave: dict[str, Kept] = {}
+    unrecognised: dict[str, NotRecognised] = {}
+    recognised: dict[str, GraphWeight] = {}
+    for name, values in graph.weights.items():
+        if values.dtype == np.float32 and values.ndim >= 2:
+            result = recognise(name, values)
+            if isinstance(result, NotRecognised):
+                unrecognised[name] = result
+            else:
+                recognised[name] = GraphWeight(name, result, (name,))
+    while True:
+        foreign = find_quantised(graph, leave=leave)
+        there = [recognised[name] for name in foreign.graph.weights if name in recognised and name not in leave]
+        plan = make_plan(foreign.graph, Matching((*foreign.weights, *there), ()), **options)
+        useless = _useless(plan, foreign)
+        if not useless:
+            break
+        leave |= {kept.name: kept for kept in useless}
+    floats = [Kept(kept.name, kept.shape, unrecognised[kept.name].reason) for kept in plan.kept if kept.name in unrecognised]
+    refused = [Kept(name, (), reason) for name, reason in foreign.refused.items()]
+    return plan, (*leave.values(), *refused, *floats)
+
+
+def _useless(plan: Plan, foreign: Foreign) -> list[Kept]:
+    """Weights that the plan can't store, or stores in no fewer bytes than they had."""
+    found = {entry.weight.name for entry in plan.entries} | {weight.name for weight in foreign.weights}
+    useless = [kept for kept in plan.kept if kept.name in found]
+    if plan.entries:
+        for row in build(plan).tensors:
+            before = foreign.replaced[row.name] if row.name in foreign.replaced else foreign.graph.weights[row.name].nbytes
+            if row.nbytes + RECORD >= before:
+                reason = f"stored anew it would take {row.nbytes + RECORD:,} bytes, not {before:,}"
+                useless.append(Kept(row.name, row.shape, reason))
+    return useless
+
+
+def _notes(proto: ModelProto) -> tuple[str, ...]:
+    inputs = {value.name for value in proto.graph.input}
+    listed = [tensor.name for tensor in proto.graph.initializer if tensor.name in inputs]
+    if proto.ir_version < 4 or not listed:  # before, every initializer had to be listed as an input
+        return ()
+    return (f"{len(listed)} of its tensors are optional inputs; packed ones can't be overridden any more",)
+
+
+def _fault(file: OnnxFile) -> str | None:
+    """What onnx's checker has against the model, in one line."""
+    try:
+        onnx.checker.check_model(str(file.path), full_check=not file.proto.graph.sparse_initializer)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        return " ".join(str(error).split())[:300]
+    return None
+
+
+def _why_nothing(kept: tuple[Kept, ...]) -> str:
+    if not kept:
+        return "it has no weight of two or more dimensions"
+    return f"none of its {len(kept)} weights can be packed ({kept[0].name}: {kept[0].reason})"
+
+
+def _pass_through(file: OnnxFile, out: Path, reason: str, kept: tuple[Kept, ...], notes: tuple[str, ...]) -> PackReport:
+    """The same bytes, and its external data beside it under the names that it refers to."""
+    with replacing(out, force=True) as temporary:
+        shutil.copyfile(file.path, temporary)
+        for data in file.external:
+            copy = temporary.parent / data.relative_to(file.path.parent.resolve())
+            if out.parent.resolve() != file.path.parent.resolve():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(data, copy)
+    return PackReport(out, file.size, file.size, None, reason, kept, notes, None)

@@ -1,0 +1,157 @@
+"""(an .onnx file, another that should be the same model) -> does onnxruntime compute the same with both?
+
+Both are run as they are written, with every optimisation off: the same operators on the same weights give the same floats bit
+for bit, or, where an operator was replaced, the same within rounding. Then with all optimisations: the second file must say
+what the first says, either optimised or as it is written, within rounding (an optimisation may make the first file itself
+less exact: onnxruntime quantises the activations of a MatMul whose weight it finds behind DequantizeLinear).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from rich.console import RenderableType
+from rich.text import Text
+
+from ecqx_onnx.errors import CheckFailed, DataError, FileError
+from ecqx_onnx.validation.bounds import bound
+from ecqx_onnx.validation.metrics import largest_difference
+from ecqx_onnx.validation.report import Check
+from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, open_session, run, synthetic_inputs
+
+FREE_LENGTHS = (1, 2, 16, 64, 512)  # tried for an input's free dimensions until the original takes them
+SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """checks: one a question; a check that could not be made has passed None and says why. inputs: sets that were compared."""
+
+    checks: tuple[Check, ...]
+    inputs: int
+
+    @property
+    def ok(self) -> bool:
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def failure(self) -> str:
+        return "; ".join(f"{check.name}: {check.sentence}" for check in self.checks if check.passed is False)
+
+    def render(self) -> RenderableType:
+        marks = {True: "ok", False: "FAILED", None: "-"}
+        return Text("\n".join(f"{marks[check.passed]} {check.name}: {check.sentence}" for check in self.checks))
+
+
+def compare_models(first: Path, second: Path, *, inputs: Mapping[str, np.ndarray] | None = None) -> Equivalence:
+    """inputs: by the first model's names of them; without, random ones in shapes that it takes. DataError if they don't fit."""
+    try:
+        written, optimised = (open_session(first, level=level) for level in ("disabled", "all"))
+    except CheckFailed as error:
+        return _without(second, str(error))
+    try:
+        other, other_optimised = (open_session(second, level=level) for level in ("disabled", "all"))
+    except CheckFailed as error:
+        return Equivalence((Check("load", False, None, None, str(error)),), 0)
+    names = [node.name for node in written.get_inputs()]
+    sets = [_given(written, inputs)] if inputs is not None else list(_random(written))
+    if not sets:
+        lengths = ", ".join(map(str, FREE_LENGTHS))
+        why = f"the original runs on no random inputs with free lengths of {lengths}: give it real ones (--inputs)"
+        return Equivalence((Check("outputs", None, None, None, f"not compared: {why}"),), 0)
+    exact, worst = True, [(0.0, 0.0), (0.0, 0.0)]
+    outputs = 0
+    for values in sets:
+        there = {node.name for node in other.get_inputs()}  # weights may be inputs no more
+        kept = [value for name, value in zip(names, values, strict=True) if name in there]
+        try:
+            references = [run(written, values), run(optimised, values)]
+            results = [run(other, kept), run(other_optimised, kept)]
+        except CheckFailed as error:
+            return Equivalence((Check("run", False, None, None, str(error)),), 0)
+        outputs = len(references[0])
+        exact = exact and all(_equal(a, b) for a, b in zip(references[0], results[0], strict=True))
+        worst[0] = max(worst[0], _worst(references[0], results[0]), key=_excess)
+        worst[1] = max(worst[1], min((_worst(reference, results[1]) for reference in references), key=_excess), key=_excess)
+    what = f"{len(sets)} set{'s' if len(sets) > 1 else ''} of {'given' if inputs is not None else 'random'} inputs"
+    return Equivalence(tuple(_verdicts(exact, worst, outputs, what)), len(sets))
+
+
+def _verdicts(exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str) -> Iterator[Check]:
+    (plain, limit), (fast, fast_limit) = worst
+    says = "are equal bit for bit" if exact else "differ within rounding" if plain <= limit else "DIFFER"
+    yield Check("as written", plain <= limit, plain, limit, f"all {outputs} outputs {says}, on {what}, without optimisations")
+    says = "agree" if fast <= fast_limit else "do NOT agree"
+    sentence = f"with all optimisations they {says} with the original's (largest difference {fast:.2g}, limit {fast_limit:.2g})"
+    yield Check("optimised", fast <= fast_limit, fast, fast_limit, sentence)
+
+
+def _without(second: Path, why: str) -> Equivalence:
+    """The original can't be run: at least the second can."""
+    try:
+        for level in ("disabled", "all"):
+            session = open_session(second, level=level)
+    except CheckFailed:
+        sentence = f"onnxruntime can run neither model, so they can't be compared; the original: {why}"
+        return Equivalence((Check("load", False, None, None, sentence),), 0)
+    ran = next((True for _ in _random(session)), False)
+    sentence = (
+        f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there is nothing to compare with"
+    )
+    return Equivalence((Check("outputs", None, None, None, sentence),), 0)
+
+
+def load_inputs(path: Path) -> dict[str, np.ndarray]:
+    """One array per input's name. FileError for anything but an .npz of plain arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise FileError(f"cannot read '{path}' as an .npz of the model's inputs ({error}); save it with numpy.savez") from error
+
+
+def _given(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    names = [node.name for node in session.get_inputs()]
+    missing = [name for name in names if name not in inputs]
+    if missing:
+        raise DataError(f"the model's input '{missing[0]}' is not among those given ({', '.join(inputs)})")
+    return fit(session, [inputs[name] for name in names])
+
+
+def _random(session: onnxruntime.InferenceSession) -> Iterator[tuple[np.ndarray, ...]]:
+    """Sets of inputs that the model runs on; none if it takes none of those tried."""
+    if any(node.type not in NUMPY_TYPES for node in session.get_inputs()):
+        return
+    for length in FREE_LENGTHS:
+        for seed in range(SEEDS):
+            values = synthetic_inputs(session, batch=2, free=length, seed=seed)
+            try:
+                run(session, values)
+            except CheckFailed:
+                break
+            yield values
+            if seed == SEEDS - 1:
+                return
+
+
+def _worst(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
+    """(largest difference, its limit) of the output that is nearest to its limit, or furthest past it."""
+    pairs = [
+        (largest_difference(result, reference), bound(reference, None).limit)
+        for reference, result in zip(references, results, strict=True)
+    ]
+    return max(pairs, key=_excess, default=(0.0, 0.0))
+
+
+def _excess(pair: tuple[float, float]) -> float:
+    measured, limit = pair
+    return measured / limit if limit else (float("inf") if measured else 0.0)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
