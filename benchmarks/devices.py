@@ -1,4 +1,4 @@
-"""(reference networks, ways to write them) x devices -> the same data everywhere, accuracy, agreement, time and memory side by side.
+"""(reference networks, ways to write them) x devices -> accuracy, agreement, time and memory on the same data, side by side.
 
     python benchmarks/devices.py ../shared/data                 # everything, as a table, and benchmarks/RESULTS-devices.md
     python benchmarks/devices.py ../shared/data --network kws --variant int8 --device local --device web
