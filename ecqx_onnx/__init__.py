@@ -25,6 +25,7 @@ _HOMES = {
     "save": "ecqx_onnx.api",
     "convert": "ecqx_onnx.api",
     "validate": "ecqx_onnx.api",
+    "deploy": "ecqx_onnx.api",
     "inspect": "ecqx_onnx.inspection",
     "pack": "ecqx_onnx.packing",
     "unpack": "ecqx_onnx.packing",

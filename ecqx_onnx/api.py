@@ -22,6 +22,7 @@ from ecqx_onnx_converters.targets import find_target
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, load, load_plain
 from ecqx_onnx.checkpoint import save as save_checkpoint
+from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.export import Exported, export, float_graph
 from ecqx_onnx.loading import Loaded, apply_state, is_program, load_factory, load_model, load_state
@@ -390,6 +391,44 @@ def _sides(
         "float_reference": checkpoint is not None and not checkpoint.tensors,
         "split": split,
     }
+
+
+def deploy(
+    onnx_file: str | Path,
+    folder: str | Path,
+    *,
+    to: str,
+    against: Source | None = None,
+    data: Any = None,
+    factory: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    trust_pickle: bool = False,
+    samples: int | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Deployed:
+    """Write a folder that is ready for web, android, ios or linux: model, manifest, golden outputs, runner, README.
+
+    The file is validated first (see `validate` for against, data and samples); one that fails is not deployed.
+    """
+    from ecqx_onnx import deployment, validation
+    from ecqx_onnx.data import Dataset, load_dataset
+
+    platform = deployment.find_platform(to)
+    dataset = load_dataset(data) if isinstance(data, str) else data
+    sides = _sides(against, dataset, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples)
+    report = validation.validate(onnx_file, **sides, latency_runs=0, progress=progress)
+    return deployment.deploy(
+        onnx_file,
+        platform,
+        folder,
+        report=report,
+        reference=sides["reference"],
+        split=sides["split"],
+        labels=dataset.labels if isinstance(dataset, Dataset) else (),
+        data_name=dataset.name if isinstance(dataset, Dataset) else "the given data",
+        force=force,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -392,6 +392,48 @@ def unpack(
 
 
 @command
+def deploy(
+    onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="The platform: web, android, ios or linux.")],
+    against: Annotated[
+        Path | None, typer.Option(help="The PyTorch side, for a validation and a tolerance that is derived from it.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled data for golden inputs and the expected accuracy: as for quantize.")
+    ] = None,
+    factory: Annotated[
+        str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
+    trust_pickle: TrustPickle = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a folder that is ready to use: model, manifest, golden outputs, a runner that checks itself against them, README.
+
+    Example:  ecqx-onnx deploy lenet5.onnx --to web lenet5_web --against lenet5.pt --data mnist.npz
+    """
+    from ecqx_onnx import api
+
+    with _progress(quiet or as_json) as progress:
+        result = api.deploy(
+            onnx_file,
+            folder,
+            to=to,
+            against=against,
+            data=data,
+            factory=factory,
+            samples=samples,
+            trust_pickle=trust_pickle,
+            force=force,
+            progress=progress,
+        )
+    emit(result, as_json=as_json, quiet=quiet)
+
+
+@command
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the checkpoint and the .onnx file go.")] = Path("demo"),
     force: Force = False,

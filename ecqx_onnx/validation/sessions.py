@@ -20,6 +20,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ecqx_onnx.errors import CheckFailed, DataError, ModelError
 
+Session = onnxruntime.InferenceSession
 Level = Literal["all", "disabled"]
 LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,

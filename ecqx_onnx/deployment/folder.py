@@ -1,0 +1,378 @@
+"""(.onnx file, platform, data, PyTorch model) -> the folder, written beside its place and renamed: whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+import torch
+from ecqx_onnx_converters.reading import read_weights
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ecqx_onnx import __version__
+from ecqx_onnx.data import Split
+from ecqx_onnx.deployment.golden import (
+    Case,
+    Tolerance,
+    data_bound_batches,
+    element_type,
+    make_cases,
+    preprocessing_tolerance,
+    raw_maker,
+    tolerances,
+)
+from ecqx_onnx.deployment.platforms import Platform, find_platform
+from ecqx_onnx.errors import CheckFailed, DataError, FileError
+from ecqx_onnx.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.validation import ValidationReport
+from ecqx_onnx.validation.checks import activations_quantised
+from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
+from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.sessions import fixed_batch, open_session
+from ecqx_onnx.validation.twin import float_twin
+from ecqx_onnx.validation.validator import stored_preprocessing
+
+FORMAT = "ecqx-onnx deployment"
+VERSION = 1
+MODEL = "model.onnx"
+TEXT = (".md", ".txt")  # templates that are filled in; all others are copied as they are
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What was written. files: (name, bytes). notes: what a user should know, one sentence each."""
+
+    folder: Path
+    platform: str
+    files: tuple[tuple[str, int], ...]
+    model_bytes: int
+    float32_bytes: int | None
+    accuracy: Proportion | None
+    tolerances: tuple[Tolerance, ...]
+    cases: int
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "platform": self.platform,
+            "bytes": self.size,
+            "model_bytes": self.model_bytes,
+            "float32_bytes": self.float32_bytes,
+            "accuracy": self.accuracy.to_json() if self.accuracy else None,
+            "golden_cases": self.cases,
+            "tolerances": [asdict(tolerance) for tolerance in self.tolerances],
+            "files": dict(self.files),
+            "notes": list(self.notes),
+        }
+
+    def render(self) -> RenderableType:
+        table = Table(title=f"{self.folder}: ready for {self.platform}", title_justify="left")
+        table.add_column("file", overflow="fold")
+        table.add_column("bytes", justify="right")
+        golden = [size for name, size in self.files if name.startswith("golden/")]
+        for name, size in self.files:
+            if not name.startswith("golden/"):
+                table.add_row(Text(name), f"{size:,}")
+        table.add_row(f"golden/ ({self.cases} cases)", f"{sum(golden):,}")
+        lines: list[RenderableType] = [table]
+        lines += [Text(f"note: {note}", style="yellow") for note in self.notes]
+        accuracy = f"; expected accuracy {self.accuracy}" if self.accuracy else ""
+        lines.append(
+            Text(f"{self.folder}: {self.size:,} bytes, the model {self.model_bytes:,}{accuracy}; see README.md", style="bold")
+        )
+        return Group(*lines)
+
+
+def deploy(
+    onnx_file: Path | str,
+    platform: str | Platform,
+    folder: Path | str,
+    *,
+    report: ValidationReport,
+    reference: torch.nn.Module | None = None,
+    split: Split | None = None,
+    labels: Sequence[str] = (),
+    data_name: str = "",
+    force: bool = False,
+) -> Deployed:
+    """report: the file's validation, which must have passed (CheckFailed). reference: makes the tolerance sharp.
+
+    split: real golden inputs instead of made-up ones. labels: used where the file holds none.
+    InputError if the platform cannot load the file, no golden outputs can be made, or the folder is in the way.
+    """
+    platform = find_platform(platform) if isinstance(platform, str) else platform
+    folder = Path(folder)
+    _check_place(folder, force)
+    file = read_onnx(onnx_file)
+    platform.check(file.proto, file.path)
+    if not report.ok:
+        failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
+        raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
+    maker = _Maker(file, platform, reference, split, tuple(labels), data_name, report)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise FileError(f"cannot write '{folder}': {error.strerror or error}; check the folder above it") from error
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's is its owner's alone, and web servers run as others
+        result = maker.write(temporary)
+        _rename(temporary, folder)
+    except OSError as error:
+        raise FileError(f"cannot write '{folder}': {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    files = tuple(
+        (path.relative_to(folder).as_posix(), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
+    )
+    return Deployed(folder=folder, files=files, **result)
+
+
+def _check_place(folder: Path, force: bool) -> None:
+    if not folder.parent.is_dir():
+        raise FileError(f"'{folder}': the folder {folder.parent} does not exist; create it first")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileError(f"'{folder}' is a file or a link, not a folder; choose another name")
+    if not folder.exists():
+        return
+    if not force:
+        raise FileError(f"'{folder}' exists already; choose another name or replace it with --force")
+    if any(folder.iterdir()) and not is_deployment(folder):
+        raise FileError(f"'{folder}' holds files that deploy did not write, so it is not replaced; choose another name")
+
+
+def is_deployment(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _rename(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / "replaced")
+    try:
+        new.rename(folder)
+    except OSError:
+        (old / "replaced").rename(folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    file: OnnxFile
+    platform: Platform
+    reference: torch.nn.Module | None
+    split: Split | None
+    labels: tuple[str, ...]
+    data_name: str
+    report: ValidationReport
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Everything into `folder`, which is empty. -> the values of `Deployed`, but folder and files."""
+        session, plain = open_session(self.file.path), open_session(self.file.path, level="disabled")
+        inputs, outputs = ([_described(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
+        notes = []
+        preprocessing = stored_preprocessing(self.file)
+        if preprocessing is None and self.split is not None:
+            preprocessing = self.split.preprocessing
+        if preprocessing is None:
+            notes.append("the file records no preprocessing, so runners take only inputs that are ready for the model")
+        elif self.split is None and raw_maker(session, preprocessing) is None:
+            notes.append("the file's preprocessing does not tell what one raw sample looks like; give --data to have it run")
+            preprocessing = None
+        if self.split is None:
+            notes.append("golden inputs are made up, and no accuracy is stated: give --data for real ones")
+        if self.reference is None:
+            notes.append("the tolerance is coarse: give --against for one that is derived from the PyTorch model")
+        cases = make_cases(session, preprocessing, self.split)
+        if not cases:
+            raise DataError("the data set holds no sample: there is nothing to make golden outputs of")
+        batches: Iterator[Sequence[np.ndarray]] = iter(())
+        if self.split is not None and preprocessing is not None:
+            batches = data_bound_batches(self.split, preprocessing, fixed_batch(session) or 64)
+        input_tolerance = preprocessing_tolerance(preprocessing, cases)
+        found = tolerances(
+            session,
+            plain,
+            cases,
+            reference=self.reference,
+            batches=batches,
+            quantised=activations_quantised(self.file),
+            input_tolerance=input_tolerance,
+        )
+        model = self.file.with_data()
+        twin = float_twin(model).serialize()
+        weights = read_weights(model)
+        recorded = self.file.metadata.get("labels")
+        labels = tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else self.labels
+        accuracy = self.report.onnx_accuracy if self.split is not None else None
+        names = [entry["name"] for entry in inputs], [entry["name"] for entry in outputs]
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tool": f"ecqx-onnx {__version__}",
+            "name": self.file.path.stem,
+            "platform": self.platform.name,
+            "runtime": self.platform.runtime_for(self.file.proto),
+            "made_with": self.report.runtime,
+            "model": {**_copied(self.file.path, folder, MODEL), "float32_bytes": None if twin is None else len(twin)},
+            "external": [_copied(path, folder, _beside(self.file.path, path)) for path in self.file.external],
+            "bits": _bits(weights),
+            "inputs": inputs,
+            "outputs": [
+                {**output, "tolerance": tolerance.value, "raw_tolerance": tolerance.raw, "tolerance_from": tolerance.how}
+                for output, tolerance in zip(outputs, found, strict=True)
+            ],
+            "preprocessing": None if preprocessing is None else json.loads(preprocessing.to_json()),
+            "raw": None if cases[0].raw is None else {"dtype": cases[0].raw.dtype.name, "shape": list(cases[0].raw.shape[1:])},
+            "labels": list(labels),
+            "accuracy": None if accuracy is None else {**accuracy.to_json(), "data": self.data_name},
+            "golden": {
+                "preprocessing_tolerance": input_tolerance,
+                "cases": [_stored(folder, number, case, *names) for number, case in enumerate(cases)],
+            },
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        self._copy_templates(folder, manifest, notes)
+        if self.platform.name == "linux":
+            (folder / "golden.txt").write_text(_lines(manifest), encoding="utf-8")
+        if self.platform.name == "web":
+            (folder / "runtime").mkdir()
+            for name in WEB_FILES:
+                shutil.copyfile(set_up("web") / name, folder / "runtime" / name)
+        return {
+            "platform": self.platform.name,
+            "model_bytes": self.file.size,
+            "float32_bytes": manifest["model"]["float32_bytes"],
+            "accuracy": accuracy,
+            "tolerances": found,
+            "cases": len(cases),
+            "notes": tuple(notes),
+        }
+
+    def _copy_templates(self, folder: Path, manifest: dict[str, Any], notes: Sequence[str]) -> None:
+        accuracy = "was not measured (no data was given)"
+        if found := manifest["accuracy"]:
+            interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}, 95 % interval"
+            accuracy = f"{100 * found['share']:.2f} % ({interval}, {found['total']} samples of {_quoted(found['data'])})"
+        tolerances = [f"- {_quoted(o['name'])}: {o['tolerance']:.3g}, {o['tolerance_from']}" for o in manifest["outputs"]]
+        values = {
+            "name": _quoted(manifest["name"]),
+            "tool": manifest["tool"],
+            "runtime": manifest["runtime"],
+            "least": manifest["runtime"].split()[1],
+            "made_with": manifest["made_with"],
+            "bytes": f"{manifest['model']['bytes']:,}",
+            "sha256": manifest["model"]["sha256"],
+            "accuracy": accuracy,
+            "cases": str(len(manifest["golden"]["cases"])),
+            "tolerances": "\n".join(tolerances),
+            "notes": "".join(f"\n- Note: {note}." for note in notes),
+        }
+        for template in self.platform.templates:
+            if template.suffix in TEXT:
+                text = Template(template.read_text(encoding="utf-8")).substitute(values)
+                (folder / template.name).write_text(text, encoding="utf-8")
+            else:
+                shutil.copyfile(template, folder / template.name)
+
+
+def _copied(source: Path, folder: Path, name: str) -> dict[str, Any]:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, folder / name)
+    digest = hashlib.sha256()
+    with (folder / name).open("rb") as copy:
+        for block in iter(lambda: copy.read(1 << 20), b""):
+            digest.update(block)
+    return {"file": name, "sha256": digest.hexdigest(), "bytes": (folder / name).stat().st_size}
+
+
+def _beside(model: Path, external: Path) -> str:
+    return external.resolve().relative_to(model.parent.resolve()).as_posix()
+
+
+def _stored(folder: Path, number: int, case: Case, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:
+    """The case's arrays as raw little-endian files, and what the manifest says of them."""
+    stem = f"golden/{number:02d}"
+
+    def arrays(kind: str, names: Sequence[str], values: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        return [_array(folder, f"{stem}.{kind}{i}.bin", names[i], value) for i, value in enumerate(values)]
+
+    return {
+        "raw": None if case.raw is None else _array(folder, f"{stem}.raw.bin", "raw", case.raw),
+        "inputs": arrays("input", inputs, case.inputs),
+        "outputs": arrays("output", outputs, case.outputs),
+        "labels": list(case.labels),
+    }
+
+
+def _array(folder: Path, file: str, name: str, array: np.ndarray) -> dict[str, Any]:
+    data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    return {"name": name, "file": file, "dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
+
+
+def _described(node: Any) -> dict[str, Any]:
+    """An input or output of the graph; null is a free length."""
+    shape = [length if isinstance(length, int) else None for length in node.shape]
+    return {"name": node.name, "dtype": element_type(node), "shape": shape}
+
+
+def _lines(manifest: dict[str, Any]) -> str:
+    """What a runner without a JSON parser needs of the manifest: fields between tabs."""
+    model, preprocessing = manifest["model"], manifest["preprocessing"] or {}
+    rows: list[list[Any]] = [["# what run.cpp needs of manifest.json"]]
+    rows.append(["model", model["file"], model["bytes"], model["float32_bytes"] or 0])
+    rows += [["input", entry["name"]] for entry in manifest["inputs"]]
+    rows += [["output", entry["name"], repr(entry["tolerance"])] for entry in manifest["outputs"]]
+    rows += [["label", label] for label in manifest["labels"]]
+    if preprocessing:
+        rows += [["kind", preprocessing["kind"]], ["scale", repr(preprocessing["scale"])]]
+        rows += [[key, *map(repr, preprocessing[key])] for key in ("mean", "std") if preprocessing[key]]
+    if manifest["raw"]:
+        rows.append(["raw", "x".join(map(str, manifest["raw"]["shape"]))])
+    for case in manifest["golden"]["cases"]:
+        rows.append(["case"])
+        for kind in ("inputs", "outputs"):
+            for entry in case[kind]:
+                rows.append([f"golden_{kind[:-1]}", entry["file"], entry["dtype"], "x".join(map(str, entry["shape"]))])
+    return "".join("\t".join(" ".join(str(field).split()) for field in row) + "\n" for row in rows)
+
+
+def _bits(weights: Sequence[Any]) -> int | None:
+    """The widest of the quantised weights; None where there are none of ours."""
+    return max((stored.weight.tensor.bits for stored in weights), default=None)
+
+
+def _quoted(text: str) -> str:
+    """As Markdown code, whatever it holds."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
