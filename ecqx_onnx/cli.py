@@ -132,6 +132,7 @@ def quantize(
     levels: q.LevelSet = "symmetric",
     per_channel: q.PerChannel = False,
     exclude: q.Exclude = None,
+    gradient: q.Gradient = "plain",
     zero_floor: q.ZeroFloor = 0.5,
     size_exponent: q.SizeExponent = 1.0,
     relevance: q.Relevance = "epsilon_plus_flat",

@@ -124,6 +124,10 @@ PerChannel = Annotated[
     bool,
     typer.Option("--per-channel", help="One step per output channel instead of one per tensor.", rich_help_panel=LEVELS),
 ]
+Gradient = Annotated[
+    str,
+    typer.Option(help="Straight-through gradient: plain, or absolute (scaled by the size of the level).", rich_help_panel=LEVELS),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of parameter names that stay float; repeat for more.", rich_help_panel=LEVELS),

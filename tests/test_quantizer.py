@@ -153,6 +153,63 @@ def test_entropy_scale_is_kept_in_the_state():
     assert [tensor.levels.tolist() for tensor in other.tensors()] == [tensor.levels.tolist() for tensor in quantizer.tensors()]
 
 
+def test_a_gradient_scaler_that_skips_a_step_leaves_the_levels_alone():
+    """torch.amp's scaler multiplies the loss, divides the gradients, and takes no step where they overflow."""
+    model = small_net()
+    quantizer, optimizer = Quantizer(model, relevance=None), torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plain = small_net()
+    for factor in (1.0, float("inf")):
+        before = [tensor.levels.copy() for tensor in quantizer.tensors()]
+        x, y = batch()
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), y) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        quantizer.step()
+        assert_on_levels(model, quantizer)
+        changed = any((a != b.levels).any() for a, b in zip(before, quantizer.tensors(), strict=True))
+        assert changed == (factor == 1.0)
+    unscaled, by_hand = Quantizer(plain, relevance=None), torch.optim.SGD(plain.parameters(), lr=0.1)
+    F.cross_entropy(plain(x), y).backward()
+    by_hand.step()
+    unscaled.step()
+    for name, value in unscaled.background().items():
+        torch.testing.assert_close(quantizer.background()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_absolute_gradient_is_scaled_by_the_size_of_the_level_and_plain_for_zeros():
+    plain, scaled = small_net(), small_net()
+    quantizers = [Quantizer(plain, relevance=None), Quantizer(scaled, relevance=None, gradient="absolute")]
+    x, y = batch()
+    for model in (plain, scaled):
+        F.cross_entropy(model(x), y).backward()
+    for tensor in quantizers[1].tensors():
+        value = torch.from_numpy(tensor.dequantize())
+        factor = torch.where(value == 0, 1.0, value.abs())
+        grad = dict(plain.named_parameters())[tensor.name].grad
+        torch.testing.assert_close(dict(scaled.named_parameters())[tensor.name].grad, grad * factor)
+    quantizers[1].detach()
+    scaled.zero_grad()
+    F.cross_entropy(scaled(x), y).backward()
+    for tensor in quantizers[0].tensors():  # detached: nothing is scaled any more
+        expected = dict(plain.named_parameters())[tensor.name].grad
+        torch.testing.assert_close(dict(scaled.named_parameters())[tensor.name].grad, expected)
+
+
+def test_a_learned_step_follows_the_gradient_at_the_level_whatever_the_background_sees():
+    found = []
+    for form in ("plain", "absolute"):
+        model = small_net()
+        quantizer = Quantizer(model, relevance=None, step="learned", gradient=form)
+        x, y = batch()
+        F.cross_entropy(model(x), y).backward()
+        quantizer.step()
+        found.append([tensor.meaning.step for tensor in quantizer.tensors()])
+    for plain, absolute in zip(*found, strict=True):
+        np.testing.assert_allclose(plain, absolute, rtol=1e-5)
+
+
 def test_a_compiled_forward_sees_the_new_levels():
     model = small_net()
     compiled = torch.compile(model, backend="aot_eager")
@@ -233,10 +290,20 @@ def test_detach_keeps_the_levels_or_restores_the_background_and_leaves_no_trace(
             quantizer.step(*batch())
 
 
-def test_resuming_in_the_middle_gives_the_same_bits_as_not_stopping():
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"relevance": None},
+        {"granularity": "channel", "step": "learned", "bits": 2},
+        {"step": "learned", "gradient": "absolute", "refresh_every": 1, "relevance_samples": 5},
+    ],
+)
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])
+def test_resuming_in_the_middle_gives_the_same_bits_as_not_stopping(options, make):
     def start():
         model = small_net()
-        return model, Quantizer(model, refresh_every=2), torch.optim.Adam(model.parameters(), lr=1e-2)
+        return model, Quantizer(model, **{"refresh_every": 2, **options}), make(model.parameters(), lr=1e-2)
 
     model, quantizer, optimizer = start()
     loop(model, quantizer, optimizer, steps=3)
@@ -372,6 +439,7 @@ def test_a_relevance_that_is_zero_or_reaches_nothing_is_a_warning_in_the_report(
         {"step": "learned", "step_rate": 0.0},
         {"relevance_samples": 0},
         {"granularity": "row"},
+        {"gradient": "signed"},
         {"relevance": "epsilon_minus"},
         {"start": "loss"},
     ],

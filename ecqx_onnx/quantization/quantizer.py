@@ -86,6 +86,11 @@ class _Weight:
         """kΔ in float32, exactly as QuantTensor.dequantize computes it."""
         return self.levels.float() * self.step
 
+    def gradient_factor(self) -> Tensor:
+        """|kΔ|, and 1 for k = 0: what gradient="absolute" multiplies the gradient with."""
+        magnitude = self.quantised().abs_()
+        return torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)).to(self.parameter.dtype)
+
 
 class Quantizer:
     """Attaches to `model`; options: see Recipe. The module's structure is not changed.
@@ -108,6 +113,14 @@ class Quantizer:
 
             names = [weight.name for weight in self._weights]
             self._relevances = Relevances(module, names, composite=self.options.relevance, start=self.options.start)
+        self._hooks = []
+        if self.options.gradient == "absolute":
+            self._hooks = [
+                weight.parameter.register_hook(
+                    lambda gradient, weight=weight: gradient * weight.gradient_factor().to(gradient.device)
+                )
+                for weight in self._weights
+            ]
         self.assign()
 
     @torch.no_grad()
@@ -120,8 +133,11 @@ class Quantizer:
         self._absorb()
         for weight in self._weights:
             if weight.learner is not None:
+                gradient = weight.parameter.grad
+                if gradient is not None and self._hooks:
+                    gradient = gradient / weight.gradient_factor()
                 weight.step = weight.learner.step(
-                    weight.name, weight.parameter.grad, weight.background, weight.levels, weight.step, weight.grid
+                    weight.name, gradient, weight.background, weight.levels, weight.step, weight.grid
                 )
         refresh = self._steps % self.options.refresh_every == 0
         if self._relevances is not None and refresh:
@@ -275,6 +291,8 @@ class Quantizer:
         """Let go of the model: it keeps the quantised values, or gets the background weights back with restore=True."""
         for weight in self._weights if restore else ():
             weight.parameter.copy_(weight.background)
+        for hook in self._hooks:
+            hook.remove()
         self._attached = False
         return self.model
 

@@ -13,6 +13,7 @@ from ecqx_onnx.quantization.assignment import Band
 from ecqx_onnx.quantization.grid import Levels, StepRule
 
 Granularity = Literal["tensor", "channel"]
+Gradient = Literal["plain", "absolute"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Recipe:
     size_exponent: λ = γ·δ^size_exponent·λ_max, δ below 1 for tensors smaller than the largest; 1 [ECQx] spares them most, 0 not.
     levels, step, granularity: the grid, see grid.py. step="learned" begins at "auto" and then follows the gradient (LSQ), by
     Adam on log Δ with step_rate. exclude: patterns of parameter names that stay float.
+    gradient: what the background weight sees of the gradient at its level kΔ: all of it, or "absolute", |kΔ| times it (once where
+    k = 0)  [Thesis].
     """
 
     bits: int | Mapping[str, int] = 4
@@ -49,10 +52,14 @@ class Recipe:
     step_rate: float = 1e-3
     granularity: Granularity = "tensor"
     exclude: Sequence[str] = field(default=())
+    gradient: Gradient = "plain"
 
     def __post_init__(self) -> None:
         steps = (*get_args(StepRule), "learned")
-        for name, choices in (("levels", get_args(Levels)), ("step", steps), ("granularity", get_args(Granularity))):
+        for name, choices in (
+            *(("levels", get_args(Levels)), ("step", steps)),
+            *(("granularity", get_args(Granularity)), ("gradient", get_args(Gradient))),
+        ):
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")
         for name in ("entropy_weight", "keep", "prune", "zero_floor", "size_exponent"):
