@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ecqx_onnx_converters import FloatGraph, WriteReport, make_plan
 from ecqx_onnx_converters.activations import IntegerGraph, quantise_activations, with_pooling
+from ecqx_onnx_converters.files import PROTOBUF_LIMIT
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import find_target
 
@@ -146,9 +147,8 @@ def _integer_graph(
     data = load_dataset(calibration) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
-    placed = {weight.name: weight.dequantize() for weight in checkpoint.matching.found}
     graph = with_pooling(checkpoint.graph)
-    whole = FloatGraph(graph.proto, {**graph.weights, **placed})
+    whole = _with_floats(graph, checkpoint)
     values = find_integer_nodes(graph, checkpoint.matching.found).ranges
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
     ranges = calibrate_ranges(whole, values, batches, method=method)
@@ -389,6 +389,7 @@ def _sides(
         "reference": None if checkpoint is None else checkpoint.module(),
         "tensors": () if checkpoint is None else checkpoint.tensors,
         "float_reference": checkpoint is not None and not checkpoint.tensors,
+        "float_model": None if checkpoint is None else functools.partial(_float_model, checkpoint),
         "split": split,
     }
 
@@ -429,6 +430,19 @@ def deploy(
         data_name=dataset.name if isinstance(dataset, Dataset) else "the given data",
         force=force,
     )
+
+
+def _float_model(checkpoint: Checkpoint) -> bytes | None:
+    """The checkpoint's graph with its weights as floats; None where that is more than a protobuf holds."""
+    whole = _with_floats(checkpoint.graph, checkpoint)
+    size = sum(values.nbytes for values in whole.weights.values())
+    return None if size > PROTOBUF_LIMIT else whole.to_model().SerializeToString()
+
+
+def _with_floats(graph: FloatGraph, checkpoint: Checkpoint) -> FloatGraph:
+    """The graph with the checkpoint's quantised weights in place."""
+    placed = {weight.name: weight.dequantize() for weight in checkpoint.matching.found}
+    return FloatGraph(graph.proto, {**graph.weights, **placed})
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -89,6 +90,21 @@ def test_one_device_gives_its_report(arguments):
     assert report["agreement"]["share"] == report["onnx_accuracy"]["share"] == 1.0
     assert {"load_seconds", "latency_ratio", "peak_memory_bytes", "operators"} <= set(report)
     assert "Conv" in report["operators"] or "FusedConv" in report["operators"]
+
+
+def test_integer_kernels_are_compared_with_the_float_model_and_judged_by_accuracy(files, tmp_path):
+    from ecqx_onnx.onnx_file import read_onnx
+    from ecqx_onnx.validation.validator import yardstick
+
+    api.convert(files / "model.pt", tmp_path / "int8.onnx", activations="int8", calibration=str(files / "data.npz"))
+    arguments = ["validate", tmp_path / "int8.onnx", "--against", files / "model.pt", "--data", files / "data.npz"]
+    report = json.loads(run(*arguments, "--device", "local", "--json").stdout)
+    assert any(name.startswith("QLinear") for name in report["operators"])
+    assert report["latency_ratio"] > 0
+    wanted = yardstick(read_onnx(tmp_path / "int8.onnx"), None, lambda: b"the float model")
+    assert wanted == b"the float model"
+    model = onnx.load_model_from_string(api._float_model(api.as_checkpoint(files / "model.pt")))
+    assert {node.op_type for node in model.graph.node} == {"Conv", "Relu", "Reshape", "Gemm"}
 
 
 def test_several_devices_stand_in_one_table(arguments, tmp_path):

@@ -134,7 +134,7 @@ def _numbers(report: ValidationReport) -> list[tuple[str, str]]:
         rows.append(("load time", f"{1e3 * report.load_seconds:.1f} ms"))
     if report.latency:
         latency = report.latency
-        rows.append(("latency, one sample", f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x its float twin"))
+        rows.append(("latency, one sample", f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x the float model"))
     if report.peak_memory is not None:
         rows.append(("peak memory", f"{report.peak_memory / 2**20:.1f} MiB"))
     if report.operators:

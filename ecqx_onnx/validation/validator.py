@@ -42,6 +42,7 @@ def validate(
     reference: torch.nn.Module | None = None,
     tensors: Sequence[QuantTensor] = (),
     float_reference: bool = False,
+    float_model: Callable[[], bytes | None] | None = None,
     split: Split | None = None,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 256,
@@ -52,6 +53,7 @@ def validate(
 
     reference: the PyTorch model, compared output by output. tensors: the quantised weights that it holds.
     float_reference: it is the float model from before the quantisation, so that differences are shown and not judged.
+    float_model: makes the ONNX model from before any quantisation, with which the latency of integer kernels is compared.
     split: data with classes; without it, synthetic inputs are compared. preprocessing: by default what the file records.
     progress: called with (samples done, samples in all). latency_runs: pairs of measurements; 0 leaves latency out.
     InputError if the file or the data cannot be used.
@@ -110,7 +112,7 @@ def validate(
         agreement=comparison.agreement.same if comparison.agreement else None,
         largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
         load_seconds=load_seconds(file.path),
-        latency=_latency(file, twin, one, latency_runs),
+        latency=_latency(file, yardstick(file, twin, float_model) if latency_runs else None, one, latency_runs),
         operators=Counter(operators),
     )
 
@@ -157,11 +159,17 @@ def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | Non
         return None
 
 
-def _latency(file: OnnxFile, twin: FloatTwin | None, inputs: Sequence, runs: int) -> Latency | None:
-    serialised = twin.serialize() if twin is not None and runs > 0 else None
-    if serialised is None:
+def yardstick(file: OnnxFile, twin: FloatTwin | None, float_model: Callable[[], bytes | None] | None) -> bytes | None:
+    """What latency is compared with: the file's float twin; for integer kernels, whose twin rounds too, the model before that."""
+    if checks.activations_quantised(file):
+        return None if float_model is None else float_model()
+    return None if twin is None else twin.serialize()
+
+
+def _latency(file: OnnxFile, yardstick: bytes | None, inputs: Sequence, runs: int) -> Latency | None:
+    if yardstick is None:
         return None
     try:
-        return measure_latency(file.path, serialised, inputs, runs=runs)
+        return measure_latency(file.path, yardstick, inputs, runs=runs)
     except CheckFailed:  # a graph that only runs as it is written has no float twin to compare with
         return None

@@ -35,10 +35,11 @@ from ecqx_onnx.validation.validator import (
     stored_preprocessing,
     twin_or_check,
     weights_checks,
+    yardstick,
 )
 
 ROWS = (
-    "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "x float twin", "memory",
+    "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "x float", "memory",
 )  # fmt: skip
 TIME_LIMIT = 1800.0  # seconds for everything that the runner does
 
@@ -50,6 +51,7 @@ def validate_on(
     reference: torch.nn.Module | None = None,
     tensors: Sequence[QuantTensor] = (),
     float_reference: bool = False,
+    float_model: Callable[[], bytes | None] | None = None,
     split: Split | None = None,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 64,
@@ -87,7 +89,7 @@ def validate_on(
     single = {name: array[: size or 1] if array.ndim else array for name, array in first.items()}
     model = file.with_data()
     twin = twin_or_check(model, found)
-    serialised = twin.serialize() if twin is not None and latency_runs else None
+    serialised = yardstick(file, twin, float_model) if latency_runs else None
     with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as temporary:
         job = write_job(file, Path(temporary), feeds(), single, twin=serialised, latency_runs=latency_runs)
         device.run(job, time_limit=time_limit, progress=progress)
