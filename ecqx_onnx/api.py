@@ -405,12 +405,14 @@ def deploy(
     input_shape: Sequence[int] | None = None,
     trust_pickle: bool = False,
     samples: int | None = None,
+    labels: Sequence[str] = (),
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Deployed:
     """Write a folder that is ready for web, android, ios or linux: model, manifest, golden outputs, runner, README.
 
     The file is validated first (see `validate` for against, data and samples); one that fails is not deployed.
+    labels: the classes' names, instead of those that the file (or else the data set) holds.
     """
     from ecqx_onnx import deployment, validation
     from ecqx_onnx.data import Dataset, load_dataset
@@ -426,7 +428,8 @@ def deploy(
         report=report,
         reference=sides["reference"],
         split=sides["split"],
-        labels=dataset.labels if isinstance(dataset, Dataset) else (),
+        labels=labels,
+        data_labels=dataset.labels if isinstance(dataset, Dataset) else (),
         data_name=dataset.name if isinstance(dataset, Dataset) else "the given data",
         force=force,
     )

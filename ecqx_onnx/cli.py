@@ -406,6 +406,7 @@ def deploy(
     factory: Annotated[
         str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
     ] = None,
+    labels: Annotated[str | None, typer.Option(help="The classes' names with commas, instead of those in the file.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
     trust_pickle: TrustPickle = False,
     force: Force = False,
@@ -427,6 +428,7 @@ def deploy(
             data=data,
             factory=factory,
             samples=samples,
+            labels=tuple(part.strip() for part in labels.split(",")) if labels else (),
             trust_pickle=trust_pickle,
             force=force,
             progress=progress,

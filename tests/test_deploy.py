@@ -18,11 +18,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from ecqx_onnx_converters.writer import METADATA_KEY
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
 from ecqx_onnx.cli import app
 from ecqx_onnx.data import Dataset
+from ecqx_onnx.data.images import decode_image
 from ecqx_onnx.deployment import PLATFORMS, find_platform
 from ecqx_onnx.deployment.platforms import TEMPLATES, oldest_runtime
 from ecqx_onnx.errors import CheckFailed, FileError, InputError, ModelError
@@ -33,6 +35,7 @@ from ecqx_onnx.validation import validate
 from ecqx_onnx.validation.devices import find_device, set_up
 from ecqx_onnx.validation.devices.browser import FLAGS
 
+STUBS = Path(__file__).parent / "stubs"
 LABELS = ("cat", "dog", "<b>bird</b>")
 MEL = Spectrum(8000, frame_length=128, hop=64, fft_length=128, mel_bands=10)
 MFCC = Spectrum(8000, frame_length=100, hop=50, fft_length=120, mel_bands=12, coefficients=6)  # 120 is no power of two
@@ -252,8 +255,7 @@ def compiled(source, tmp_path):
     """run.cpp linked with tests/stubs, whose runtime knows Identity only: onnxruntime's headers come in no package of CI."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    stubs = Path(__file__).parent / "stubs"
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(stubs)]
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(STUBS)]
     done = subprocess.run(["g++", *flags, str(source), "-o", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return lambda folder, *more: subprocess.run([tmp_path / "run", *more], cwd=folder, capture_output=True, text=True, timeout=60)
@@ -278,6 +280,65 @@ def test_the_cpp_runner_tells_golden_outputs_from_others(grey, tmp_path):
     # Of a model with preprocessing it reads every line; the stand-in then refuses the model.
     real = api.deploy(grey[1], tmp_path / "real", to="linux").folder
     assert "Identity only" in run(real).stderr
+
+
+def identity(path, kind):
+    """A model of one Identity, which is all that the stand-in runtimes know, with our preprocessing of that kind."""
+    shape = KINDS[kind].apply(raw_samples(kind, 1)).shape
+    foreign_file(path, shape=("N", *shape[1:]))
+    model = onnx.load(path)
+    settings = json.loads(KINDS[kind].to_json())
+    metadata = {"format": 1, "version": "0", "tensors": [], "labels": list(LABELS), "preprocessing": settings}
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata))
+    onnx.save(model, path)
+
+
+@pytest.fixture(scope="module")
+def kotlin(tmp_path_factory):
+    """EcqxModel.kt compiled with tests/stubs: arguments -> a finished process."""
+    if shutil.which("kotlinc") is None or shutil.which("java") is None:
+        pytest.skip("kotlinc and java are not installed")
+    jar = tmp_path_factory.mktemp("kotlin") / "run.jar"
+    sources = [STUBS / "onnxruntime.kt", STUBS / "main.kt", TEMPLATES / "android" / "EcqxModel.kt"]
+    command = ["kotlinc", *map(str, sources), "-include-runtime", "-d", str(jar)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return lambda *more: subprocess.run(["java", "-jar", jar, *map(str, more)], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kotlin_runner_tells_golden_outputs_from_others_and_preprocesses_as_python_does(kind, kotlin, tmp_path):
+    identity(tmp_path / "identity.onnx", kind)
+    folder = api.deploy(tmp_path / "identity.onnx", tmp_path / "android", to="android").folder
+    done = kotlin(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": true ") == 4
+    change_byte(folder / "golden" / "02.output0.bin")
+    done = kotlin(folder)
+    assert done.returncode == 1
+    assert "outputs: false" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "channels"), [("grey", 1), ("colour", 3)])
+def test_the_kotlin_runner_resizes_images_as_pillow_does_to_the_bit(kind, channels, kotlin, tmp_path):
+    identity(tmp_path / "identity.onnx", kind)
+    folder = api.deploy(tmp_path / "identity.onnx", tmp_path / "android", to="android").folder
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    rgba = np.concatenate([pixels, np.full((40, 30, 1), 255, np.uint8)], axis=2)
+    (tmp_path / "rgba.bin").write_bytes(rgba.tobytes())
+    found = np.frombuffer(bytes.fromhex(kotlin(folder, 30, 40, tmp_path / "rgba.bin").stdout), np.uint8)
+    np.testing.assert_array_equal(found.reshape(9, 7, channels), as_decoded(decode_image, pixels, (9, 7, channels)))
+
+
+def test_the_swift_runner_is_of_valid_syntax():
+    swift = pytest.importorskip("tree_sitter_swift", reason="tree-sitter-swift is not installed")
+    tree_sitter = pytest.importorskip("tree_sitter")
+    parser = tree_sitter.Parser(tree_sitter.Language(swift.language()))
+    source = (TEMPLATES / "ios" / "EcqxModel.swift").read_bytes()
+    assert not parser.parse(source).root_node.has_error
+    assert parser.parse(source.replace(b"func ", b"func func ", 1)).root_node.has_error
 
 
 def test_outputs_that_are_no_numbers_make_no_golden_ones(tmp_path):
@@ -377,6 +438,9 @@ def test_the_command_line_deploys_and_refuses_in_one_sentence(grey, tmp_path):
     done = runner.invoke(app, ["deploy", str(file), str(tmp_path / "out"), "--to", "linux", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["files"]["model.onnx"] == file.stat().st_size
+    named = runner.invoke(app, ["deploy", str(file), str(tmp_path / "named"), "--to", "linux", "--labels", "a, b,c", "--quiet"])
+    assert named.exit_code == 0, named.output
+    assert manifest_of(tmp_path / "named")["labels"] == ["a", "b", "c"]
     for arguments, word in (
         ([str(file), str(tmp_path / "x"), "--to", "toaster"], "toaster"),
         ([str(tmp_path / "none.onnx"), str(tmp_path / "x"), "--to", "linux"], "none.onnx"),
@@ -458,8 +522,6 @@ def test_the_pages_preprocessing_is_pythons_to_the_bit(name, tmp_path):
 def test_the_page_resizes_images_as_pillow_does_to_the_bit(shape, channels, tmp_path):
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
-    from ecqx_onnx.data.images import decode_image
-
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     expected = as_decoded(decode_image, pixels, (9, 7, channels))
     rgba = np.concatenate([pixels, np.full((*shape, 1), 255, np.uint8)], axis=2)

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -35,6 +35,7 @@ from ecqx_onnx.deployment.golden import (
 from ecqx_onnx.deployment.platforms import Platform, find_platform
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
 from ecqx_onnx.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.spectrum import Spectrum
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.checks import activations_quantised
 from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
@@ -108,12 +109,13 @@ def deploy(
     reference: torch.nn.Module | None = None,
     split: Split | None = None,
     labels: Sequence[str] = (),
+    data_labels: Sequence[str] = (),
     data_name: str = "",
     force: bool = False,
 ) -> Deployed:
     """report: the file's validation, which must have passed (CheckFailed). reference: makes the tolerance sharp.
 
-    split: real golden inputs instead of made-up ones. labels: used where the file holds none.
+    split: real golden inputs instead of made-up ones. labels: instead of the file's; data_labels: where both hold none.
     InputError if the platform cannot load the file, no golden outputs can be made, or the folder is in the way.
     """
     platform = find_platform(platform) if isinstance(platform, str) else platform
@@ -124,7 +126,7 @@ def deploy(
     if not report.ok:
         failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
         raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
-    maker = _Maker(file, platform, reference, split, tuple(labels), data_name, report)
+    maker = _Maker(file, platform, reference, split, _labels(file, labels, data_labels), data_name, report)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
@@ -230,8 +232,6 @@ class _Maker:
         model = self.file.with_data()
         twin = float_twin(model).serialize()
         weights = read_weights(model)
-        recorded = self.file.metadata.get("labels")
-        labels = tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else self.labels
         accuracy = self.report.onnx_accuracy if self.split is not None else None
         names = [entry["name"] for entry in inputs], [entry["name"] for entry in outputs]
         manifest: dict[str, Any] = {
@@ -252,7 +252,7 @@ class _Maker:
             ],
             "preprocessing": None if preprocessing is None else json.loads(preprocessing.to_json()),
             "raw": None if cases[0].raw is None else {"dtype": cases[0].raw.dtype.name, "shape": list(cases[0].raw.shape[1:])},
-            "labels": list(labels),
+            "labels": list(self.labels),
             "accuracy": None if accuracy is None else {**accuracy.to_json(), "data": self.data_name},
             "golden": {
                 "preprocessing_tolerance": input_tolerance,
@@ -261,7 +261,7 @@ class _Maker:
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         self._copy_templates(folder, manifest, notes)
-        if self.platform.name == "linux":
+        if self.platform.name in ("linux", "android"):
             (folder / "golden.txt").write_text(_lines(manifest), encoding="utf-8")
         if self.platform.name == "web":
             (folder / "runtime").mkdir()
@@ -350,22 +350,35 @@ def _described(node: Any) -> dict[str, Any]:
 def _lines(manifest: dict[str, Any]) -> str:
     """What a runner without a JSON parser needs of the manifest: fields between tabs."""
     model, preprocessing = manifest["model"], manifest["preprocessing"] or {}
-    rows: list[list[Any]] = [["# what run.cpp needs of manifest.json"]]
-    rows.append(["model", model["file"], model["bytes"], model["float32_bytes"] or 0])
+    rows: list[list[Any]] = [["# manifest.json in lines"]]
+    rows.append(["model", model["file"], model["bytes"], model["float32_bytes"] or 0, model["sha256"]])
     rows += [["input", entry["name"]] for entry in manifest["inputs"]]
-    rows += [["output", entry["name"], repr(entry["tolerance"])] for entry in manifest["outputs"]]
+    rows += [["output", entry["name"], repr(entry["tolerance"]), repr(entry["raw_tolerance"])] for entry in manifest["outputs"]]
+    rows.append(["preprocessing_tolerance", repr(manifest["golden"]["preprocessing_tolerance"])])
     rows += [["label", label] for label in manifest["labels"]]
     if preprocessing:
         rows += [["kind", preprocessing["kind"]], ["scale", repr(preprocessing["scale"])]]
         rows += [[key, *map(repr, preprocessing[key])] for key in ("mean", "std") if preprocessing[key]]
+        if preprocessing["spectrum"]:
+            rows.append(["spectrum", *(preprocessing["spectrum"][field.name] for field in fields(Spectrum))])
     if manifest["raw"]:
         rows.append(["raw", "x".join(map(str, manifest["raw"]["shape"]))])
     for case in manifest["golden"]["cases"]:
         rows.append(["case"])
-        for kind in ("inputs", "outputs"):
-            for entry in case[kind]:
-                rows.append([f"golden_{kind[:-1]}", entry["file"], entry["dtype"], "x".join(map(str, entry["shape"]))])
+        for kind, entries in (
+            ("raw", [case["raw"]] if case["raw"] else []),
+            ("input", case["inputs"]),
+            ("output", case["outputs"]),
+        ):
+            for entry in entries:
+                shape = "x".join(map(str, entry["shape"]))
+                rows.append([f"golden_{kind}", entry["file"], entry["dtype"], shape, entry["sha256"]])
     return "".join("\t".join(" ".join(str(field).split()) for field in row) + "\n" for row in rows)
+
+
+def _labels(file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]) -> tuple[str, ...]:
+    recorded = file.metadata.get("labels")
+    return tuple(labels) or (tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else tuple(data_labels))
 
 
 def _bits(weights: Sequence[Any]) -> int | None:

@@ -52,6 +52,8 @@ PLATFORMS: Mapping[str, Platform] = {
     platform.name: platform
     for platform in (
         Platform("web", "onnxruntime-web", f"onnxruntime-web {WEB_VERSION}, wasm", external=True),
+        Platform("android", "onnxruntime", "onnxruntime-android {least} or later", external=False),
+        Platform("ios", "onnxruntime", "onnxruntime-objc {least} or later", external=False),
         Platform("linux", "onnxruntime", "onnxruntime {least} or later", external=True),
     )
 }
