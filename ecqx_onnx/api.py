@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ecqx_onnx_converters import FloatGraph, WriteReport, make_plan
 from ecqx_onnx_converters.activations import IntegerGraph, quantise_activations, with_pooling
+from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import find_target
@@ -99,7 +100,8 @@ def convert(
         entropy_weight=entropy_weight,
         exclude=exclude,
     )
-    graph, quantised = checkpoint.graph, None
+    graph, matching, batchnorms = fold_batchnorms(checkpoint.graph, checkpoint.matching)
+    checkpoint, quantised = replace(checkpoint, graph=graph, matching=matching), None
     if activations != "float32":
         quantised = _integer_graph(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
         graph = quantised.graph
@@ -107,7 +109,7 @@ def convert(
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
     plan = make_plan(
         graph,
-        checkpoint.matching,
+        matching,
         target=target,
         storage=storage,
         dequantize=dequantize,
@@ -123,7 +125,12 @@ def convert(
     if quantised is not None:
         metadata["activations"] = {"type": "uint8", "calibration": calibration_method, "kernels": dict(quantised.kernels)}
     report = deliver(plan, out, metadata=metadata, force=force)
+    report = replace(report, notes=(*report.notes, *_left(batchnorms)))
     return report if quantised is None else replace(report, kernels=quantised.kernels, stays=quantised.stays)
+
+
+def _left(batchnorms: Sequence[BatchNorm]) -> tuple[str, ...]:
+    return tuple(f"BatchNormalization '{entry.name}' stays: {entry.reason}" for entry in batchnorms if entry.weight is None)
 
 
 CALIBRATION_BATCH = 64

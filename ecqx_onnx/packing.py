@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, build, make_plan, qonnx, unpacking, write
+from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.files import replacing
 from ecqx_onnx_converters.foreign import Foreign, find_quantised
 from ecqx_onnx_converters.matching import GraphWeight
@@ -94,11 +95,14 @@ def pack(
     opset: int | None = None,
     check: bool = True,
     inputs: Mapping[str, np.ndarray] | None = None,
+    fold_batchnorm: bool = True,
     force: bool = False,
 ) -> PackReport:
     """Write the .onnx file `model`, whoever made it, with its quantised weights stored anew, losslessly.
 
     check: run both in onnxruntime, on `inputs` (by name; random ones without), and write nothing if they differ: CheckFailed.
+    fold_batchnorm: multiply BatchNormalization into the scales before it, which rounds; if the check finds that too much, it
+    is done without.
     """
     out = Path(out)
     if out.exists() and not force:
@@ -109,25 +113,32 @@ def pack(
     graph = FloatGraph.load(file.path)
     notes = _notes(file.proto)
     defined = qonnx.define(graph.proto)
-    options = {"storage": storage, "dequantize": dequantize, "target": target, "opset": opset}
-    plan, kept = _plan(graph, options)
+    options: dict[str, Any] = {"storage": storage, "dequantize": dequantize, "target": target, "opset": opset}
+    plan, kept, batchnorms = _plan(graph, options, fold_batchnorm=fold_batchnorm)
+    folded = [entry.name for entry in batchnorms if entry.weight is not None]
     if not plan.entries and defined is None:
         return _pass_through(file, out, _why_nothing(kept), kept, notes)
+    if folded:
+        notes = (*notes, f"{len(folded)} BatchNormalization went into the scales of the weights before, up to rounding")
     if defined is not None:
         notes = (*notes, defined)
     elif (fault := _fault(file)) is not None:  # the writer would refuse it, too
         return _pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes)
-    equivalence, reason = None, ""
+    equivalence, reason, rounded = None, "", False
     with replacing(out, force=force) as temporary:
         written = write(plan, temporary, metadata={"version": __version__})
         if written.nbytes >= file.size and defined is None:
             reason = f"with its weights packed it would take {written.nbytes:,} bytes, no less than the {file.size:,} that it has"
-            for part in list(temporary.parent.iterdir()):
-                part.unlink()
         elif check:
             equivalence = compare_models(file.path, temporary, inputs=inputs)
-            if not equivalence.ok:
+            rounded = bool(folded) and not equivalence.ok
+            if not equivalence.ok and not rounded:
                 raise CheckFailed(f"{out}: not written, the packed model is not the original: {equivalence.failure}")
+        if reason or rounded:
+            for part in list(temporary.parent.iterdir()):
+                part.unlink()
+    if rounded:
+        return pack(file.path, out, **options, inputs=inputs, fold_batchnorm=False, force=force)
     if reason:
         return _pass_through(file, out, reason, kept, notes)
     written = replace(written, path=out, kept=kept)
@@ -163,7 +174,9 @@ def unpack(
     return write(plan, out, metadata=unpacked.metadata, force=force)
 
 
-def _plan(graph: FloatGraph, options: Mapping[str, Any]) -> tuple[Plan, tuple[Kept, ...]]:
+def _plan(
+    graph: FloatGraph, options: Mapping[str, Any], *, fold_batchnorm: bool
+) -> tuple[Plan, tuple[Kept, ...], tuple[BatchNorm, ...]]:
     """The plan of all weights that get smaller, and those that don't, or can't be had, with the reason."""
     leave: dict[str, Kept] = {}
     unrecognised: dict[str, NotRecognised] = {}
@@ -175,17 +188,21 @@ def _plan(graph: FloatGraph, options: Mapping[str, Any]) -> tuple[Plan, tuple[Ke
                 unrecognised[name] = result
             else:
                 recognised[name] = GraphWeight(name, result, (name,))
+    batchnorms: tuple[BatchNorm, ...] = ()
     while True:
         foreign = find_quantised(graph, leave=leave)
         there = [recognised[name] for name in foreign.graph.weights if name in recognised and name not in leave]
-        plan = make_plan(foreign.graph, Matching((*foreign.weights, *there), ()), **options)
+        folded, matching = foreign.graph, Matching((*foreign.weights, *there), ())
+        if fold_batchnorm:
+            folded, matching, batchnorms = fold_batchnorms(folded, matching)
+        plan = make_plan(folded, matching, **options)
         useless = _useless(plan, foreign)
         if not useless:
             break
         leave |= {kept.name: kept for kept in useless}
     floats = [Kept(kept.name, kept.shape, unrecognised[kept.name].reason) for kept in plan.kept if kept.name in unrecognised]
     refused = [Kept(name, (), reason) for name, reason in foreign.refused.items()]
-    return plan, (*leave.values(), *refused, *floats)
+    return plan, (*leave.values(), *refused, *floats), batchnorms
 
 
 def _useless(plan: Plan, foreign: Foreign) -> list[Kept]:

@@ -131,7 +131,7 @@ def _rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | None:
                 factor, dead = (
                     np.broadcast_to(part, spread).reshape(values.shape[0], *per_channel[2:]) for part in (factor, dead)
                 )
-            weight = _with_factor(layout, factor, dead, scaled=scaled)
+            weight = with_factor(layout, factor, dead, scaled=scaled)
             if weight is not None:
                 return weight
     return None
@@ -159,8 +159,9 @@ def _factor(base: np.ndarray, values: np.ndarray, shared: tuple[int, ...]) -> tu
     return (factor if close.all() else None), dead
 
 
-def _with_factor(layout: QuantTensor, factor: np.ndarray, dead: np.ndarray, *, scaled: bool) -> GraphWeight | None:
-    """`scaled`: the factor multiplies the levels themselves, not what they stand for."""
+def with_factor(layout: QuantTensor, factor: np.ndarray, dead: np.ndarray, *, scaled: bool) -> GraphWeight | None:
+    """The levels with what they stand for times `factor` per channel. dead: where that is zero, so that levels become 0.
+    `scaled`: the factor multiplies the levels themselves. None where a level's sign would leave int8."""
     if isinstance(layout.meaning, Codebook):
         alive = replace(layout, levels=layout.levels * ~dead) if dead.any() else layout
         return GraphWeight(layout.name, alive, (layout.name,), factor, rescaled=True)
