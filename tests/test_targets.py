@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from ecqx_onnx import api
 from ecqx_onnx.cli import app
+from ecqx_onnx.data.dataset import Arrays, Split
 from ecqx_onnx.errors import EcqxError, FileError, InputError, ModelError, OptionError
+from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.validation.devices import find_device
 from ecqx_onnx.validation.sessions import open_session
 
@@ -81,6 +83,25 @@ def test_a_file_needs_no_more_than_its_target_has(target, storage, form, checkpo
     assert api.validate(out, against=checkpoint, latency_runs=0).ok
     if target.one_sample:
         assert [value.type.tensor_type.shape.dim[0].dim_value for value in (*model.graph.input, *model.graph.output)] == [1, 1]
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS.values(), key=lambda t: t.name), ids=lambda t: t.name)
+def test_quantised_activations_load_too_or_are_refused(target, checkpoint, tmp_path):
+    out = tmp_path / f"out{target.suffix}"
+    x = np.random.default_rng(0).standard_normal((64, 1, 8, 8)).astype(np.float32)
+    data = Split(Arrays("x", x), np.arange(64), np.zeros(64, np.int64), Preprocessing("array"))
+    if target.no_integers:
+        with pytest.raises(OptionError, match="cannot have int8 activations"):
+            api.convert(checkpoint, out, target=target.name, activations="int8", calibration=data)
+        assert not list(tmp_path.iterdir())
+        return
+    report = api.convert(checkpoint, out, target=target.name, activations="int8", calibration=data)
+    assert report.kernels["Conv"] == 1  # the other one's weight is a codebook
+    session = open_session(out)
+    (got,) = session.run(None, {session.get_inputs()[0].name: x})
+    with torch.no_grad():
+        wanted = api.as_checkpoint(checkpoint).module()(torch.from_numpy(x)).numpy()
+    assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()  # each of 3 layers rounds to 1/255 of its range
 
 
 def test_old_onnxruntimes_get_eight_bits_and_opset_18(checkpoint, tmp_path):
