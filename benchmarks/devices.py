@@ -27,23 +27,28 @@ DEVICES = ("local", "web", "arm64")
 
 @dataclass(frozen=True)
 class Network:
-    """checkpoint, data: `{data}` stands for the folder of data sets. what: of which images or sounds the rows speak."""
+    """checkpoint, data: `{data}` stands for the folder of data sets. what: of which images or sounds the rows speak.
+
+    rounded: float weights which, rounded to 5 bits, take the checkpoint's place for integer kernels, as those take no codebook.
+    """
 
     title: str
     what: str
     checkpoint: str
     data: str
     factory: str | None = None
+    rounded: str | None = None
 
 
 NETWORKS = {
     "lenet5": Network("LeNet-5", "MNIST, 10 000 test images", f"{ROOT}/models/lenet5_mnist_4bit.pt", "{data}/mnist.npz"),
     "resnet20": Network(
         "ResNet-20",
-        "CIFAR-10, 1017 of the official test images; ternary by EC2T",
+        "CIFAR-10, 1017 of the official test images; ternary by EC2T, for int8 the float network rounded to 5 bits",
         "{data}/checkpoints/resnet20_cifar10_ec2t_ternary64.pt",
         "{data}/cifar10_lossless_part.npz",
         f"{ROOT}/models/resnet20.py:resnet20",
+        "{data}/checkpoints/resnet20_cifar10_fp32.pt",
     ),
     "kws": Network("DS-CNN", "spoken digits (FSDD), 300 test clips", f"{ROOT}/models/kws_dscnn_fsdd_4bit.pt", "{data}/fsdd.npz"),
 }
@@ -73,7 +78,10 @@ def measure(network: str, variant: str, devices: Sequence[str], data: Path, kept
     net, options = NETWORKS[network], dict(VARIANTS[variant])
     if "activations" in options:
         options["calibration"] = net.data.format(data=data)
-    checkpoint, out = net.checkpoint.format(data=data), kept / f"{network}-{variant}.onnx"
+    checkpoint: Any = net.checkpoint.format(data=data)
+    if net.rounded and "activations" in options:
+        checkpoint = api.as_checkpoint(net.rounded.format(data=data), factory=net.factory, bits=5)
+    out = kept / f"{network}-{variant}.onnx"
     api.convert(checkpoint, out, factory=net.factory, force=True, **options)
     rows = []
     for device in devices:
