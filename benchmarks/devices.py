@@ -13,7 +13,7 @@ import argparse
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,14 @@ def main() -> None:
     parser.add_argument("--network", action="append", choices=list(NETWORKS))
     parser.add_argument("--variant", action="append", choices=list(VARIANTS))
     parser.add_argument("--device", action="append", help="as for `ecqx-onnx validate`")
+    parser.add_argument("--kws", type=Path, help="a trained checkpoint of the keyword spotter; by default the one in models/")
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "devices")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--out", type=Path, help="by default benchmarks/RESULTS-devices.md if nothing was left out")
     arguments = parser.parse_args()
     arguments.kept.mkdir(parents=True, exist_ok=True)
+    if arguments.kws:
+        NETWORKS["kws"] = replace(NETWORKS["kws"], checkpoint=str(arguments.kws))
     rows: list[Row] = []
     for network in arguments.network or NETWORKS:
         for variant in arguments.variant or VARIANTS:
