@@ -116,6 +116,8 @@ def test_every_kind_of_operator_runs_on_integers_and_says_what_pytorch_says(name
     model, shape, wanted, gain = CASES[name]
     torch.manual_seed(1)
     x = torch.randn(shape)
+    for layer in model.layers.values():
+        layer.reset_parameters()
     conversion = convert_to_integers(contract(model), x, tmp_path)
     assert {operator: conversion.executed[operator] for operator in wanted} == wanted
     tail = {node.operator for node in conversion.integer.stays}  # after the last product, which has float sums
