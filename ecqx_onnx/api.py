@@ -263,7 +263,8 @@ def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float)
     from ecqx_onnx.tensors import Scale
 
     grid = choose_grid(weight, bits)
-    step = fit_step(weight, grid)
+    # Without training nothing makes up for the clipped 0.1 % of the percentile rule, and so many levels need no clipping.
+    step = fit_step(weight, grid, rule="least_squares" if bits >= 6 else "auto")
     levels = assign(weight, step, grid, strength=entropy_weight).levels
     return QuantTensor(name, levels.numpy(), Scale(step.numpy()))
 

@@ -71,7 +71,7 @@ def _calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: P
     kinds = {
         "minmax": (calibrate.MinMaxCalibrater, {}),
         "percentile": (calibrate.PercentileCalibrater, {"symmetric": False}),
-        "entropy": (calibrate.EntropyCalibrater, {"num_bins": ENTROPY_BINS}),
+        "entropy": (calibrate.EntropyCalibrater, {}),
     }
     base, options = kinds[method]
 
@@ -100,12 +100,23 @@ def _calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: P
     augmented = str(folder / "augmented.onnx")
     calibrator = Chosen(folder / "float.onnx", None, augmented, use_external_data_format=external, **options)
     calibrator.augment_graph()
-    calibrator.create_inference_session()
+    try:
+        calibrator.create_inference_session()
+    except RUNTIME_ERRORS as error:
+        raise ModelError(
+            f"onnxruntime does not load the float model, so that nothing can be calibrated: {_reason(error)}"
+        ) from error
     return calibrator
 
 
-ENTROPY_BINS = 512  # with onnxruntime's 128, as many as quantised bins, there is nothing to choose from
 SUM = "/sum"
+
+
+RUNTIME_ERRORS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _declared(name: str) -> Any:
@@ -135,9 +146,8 @@ class _Watched:
     def run(self, names: Sequence[str] | None, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         try:
             outputs = self.session.run(names, inputs)
-        except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"the model does not run on the calibration data: {reason}") from error
+        except RUNTIME_ERRORS as error:
+            raise DataError(f"the model does not run on the calibration data: {_reason(error)}") from error
         for node, value in zip(self.session.get_outputs(), outputs, strict=True):
             if node.name.endswith(SUM) and not np.isfinite(value).all():
                 name = node.name.removesuffix(SUM)

@@ -43,18 +43,25 @@ class Block(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new // 2, new - new // 2))
 
 
-class ResNet20(nn.Module):
-    """float32 [N, 3, 32, 32] -> logits [N, classes]. 269 722 parameters for 10 classes."""
+def _stage(channels_in: int, channels: int) -> nn.Module:
+    return nn.Sequential(Block(channels_in, channels), Block(channels, channels), Block(channels, channels))
 
-    def __init__(self, classes: int = 10) -> None:
+
+class ResNet20(nn.Module):
+    """float32 [N, 3, 32, 32] -> logits [N, classes]. 269 722 parameters for 10 classes.
+
+    width: channels of the first stage; the other two have twice and four times as many.
+    """
+
+    def __init__(self, classes: int = 10, *, width: int = 16) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        self.layer1 = nn.Sequential(Block(16, 16), Block(16, 16), Block(16, 16))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
-        self.linear = nn.Linear(64, classes)
+        self.layer1 = _stage(width, width)
+        self.layer2 = _stage(width, 2 * width)
+        self.layer3 = _stage(2 * width, 4 * width)
+        self.linear = nn.Linear(4 * width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
