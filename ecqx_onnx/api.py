@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from ecqx_onnx_converters import FloatGraph, WriteReport, make_plan
+from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan
 from ecqx_onnx_converters.activations import IntegerGraph, quantise_activations, with_pooling
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT
+from ecqx_onnx_converters.float16 import round_parameters, with_float16
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import find_target
 
@@ -80,6 +81,7 @@ def convert(
     calibration: Any = None,
     calibration_method: str = "minmax",
     calibration_samples: int = 512,
+    floats: str = "float32",
     force: bool = False,
 ) -> WriteReport:
     """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
@@ -87,7 +89,10 @@ def convert(
     bits: quantise a float model without training, by entropy-constrained assignment. Without it a float model is refused.
     activations: "float32", or "int8" for integer kernels; their ranges come from `calibration` (a data set as `load_dataset`
     takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy".
+    floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate` knows that from the file.
     """
+    if floats not in ("float32", "float16"):
+        raise OptionError(f"float parameters cannot be stored as '{floats}'; choose float32 or float16")
     if Path(out).exists() and not force:
         raise OptionError(f"{out}: exists already; use --force to replace it")
     checkpoint = as_checkpoint(
@@ -107,6 +112,10 @@ def convert(
         graph = quantised.graph
     elif calibration is not None:
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
+    notes = _left(batchnorms)
+    if floats == "float16":
+        graph, halved = with_float16(graph, {weight.name for weight in matching.found})
+        notes = (*notes, halved.sentence)
     plan = make_plan(
         graph,
         matching,
@@ -122,10 +131,12 @@ def convert(
         "preprocessing": json.loads(checkpoint.preprocessing.to_json()),
         "labels": list(checkpoint.labels),
     }
+    if floats != "float32":
+        metadata["floats"] = floats
     if quantised is not None:
         metadata["activations"] = {"type": "uint8", "calibration": calibration_method, "kernels": dict(quantised.kernels)}
     report = deliver(plan, out, metadata=metadata, force=force)
-    report = replace(report, notes=(*report.notes, *_left(batchnorms)))
+    report = replace(report, notes=(*report.notes, *notes))
     return report if quantised is None else replace(report, kernels=quantised.kernels, stays=quantised.stays)
 
 
@@ -155,7 +166,7 @@ def _integer_graph(
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
     graph = with_pooling(checkpoint.graph)
-    whole = _with_floats(graph, checkpoint)
+    whole = _with_floats(graph, checkpoint.matching)
     values = find_integer_nodes(graph, checkpoint.matching.found).ranges
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
     ranges = calibrate_ranges(whole, values, batches, method=method)
@@ -443,16 +454,22 @@ def deploy(
     )
 
 
-def _float_model(checkpoint: Checkpoint) -> bytes | None:
-    """The checkpoint's graph with its weights as floats; None where that is more than a protobuf holds."""
-    whole = _with_floats(checkpoint.graph, checkpoint)
+def _float_model(checkpoint: Checkpoint, *, floats: str = "float32") -> bytes | None:
+    """The checkpoint's graph with its weights as floats; None where that is more than a protobuf holds.
+
+    floats: "float16" for parameters rounded as `convert` with this option rounds them.
+    """
+    graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
+    whole = _with_floats(graph, matching)
+    if floats == "float16":
+        whole = round_parameters(whole, {weight.name for weight in matching.found})
     size = sum(values.nbytes for values in whole.weights.values())
     return None if size > PROTOBUF_LIMIT else whole.to_model().SerializeToString()
 
 
-def _with_floats(graph: FloatGraph, checkpoint: Checkpoint) -> FloatGraph:
-    """The graph with the checkpoint's quantised weights in place."""
-    placed = {weight.name: weight.dequantize() for weight in checkpoint.matching.found}
+def _with_floats(graph: FloatGraph, matching: Matching) -> FloatGraph:
+    """The graph with its quantised weights in place."""
+    placed = {weight.name: weight.dequantize() for weight in matching.found}
     return FloatGraph(graph.proto, {**graph.weights, **placed})
 
 

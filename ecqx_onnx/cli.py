@@ -211,6 +211,9 @@ def convert(
     ] = None,
     calibration_method: Annotated[str, typer.Option(help="minmax, percentile or entropy, as onnxruntime does them.")] = "minmax",
     calibration_samples: Annotated[int, typer.Option(min=1, help="Use so many of the training samples.")] = 512,
+    floats: Annotated[
+        str, typer.Option(help="float32, or float16: biases and other parameters that stay float, rounded, in half the bytes.")
+    ] = "float32",
     trust_pickle: TrustPickle = False,
     force: Force = False,
     as_json: Json = False,
@@ -238,6 +241,7 @@ def convert(
         calibration=calibration,
         calibration_method=calibration_method,
         calibration_samples=calibration_samples,
+        floats=floats,
         trust_pickle=trust_pickle,
         force=force,
     )

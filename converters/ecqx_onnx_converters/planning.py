@@ -101,7 +101,7 @@ def make_plan(
         )
     quantised = {entry.weight.name for entry in entries} | {left.name for left in kept}
     for name, values in graph.weights.items():
-        if name not in quantised and values.dtype == np.float32 and values.ndim >= 2:
+        if name not in quantised and values.dtype in (np.float32, np.float16) and values.ndim >= 2:
             kept.append(Kept(name, values.shape, _why_float(name, uses.get(name, []))))
     needed = max((_needs(entry) for entry in entries), default=0)
     order = {weight.name: index for index, weight in enumerate(matching.found)}  # a checkpoint's graph has them taken out

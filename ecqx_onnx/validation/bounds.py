@@ -38,35 +38,42 @@ LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Bound:
-    """rounding: e, or None where no float64 result could be had. ulp: of the largest output."""
+    """rounding: e, or None where no float64 result could be had. ulp: of the largest output.
+
+    runs: float32 implementations between the two results; 1 unless the comparison goes by way of others (floats.py).
+    """
 
     rounding: float | None
     ulp: float
+    runs: int = 1
 
     @property
     def limit(self) -> float:
-        return FALLBACK_ULPS * self.ulp if self.rounding is None else ORDER_FACTOR * self.rounding + FINAL_ULPS * self.ulp
+        once = FALLBACK_ULPS * self.ulp if self.rounding is None else ORDER_FACTOR * self.rounding + FINAL_ULPS * self.ulp
+        return self.runs * once
 
     @property
     def formula(self) -> str:
         if self.rounding is None:
-            return f"{FALLBACK_ULPS:.0f} ulp of the largest output or of 1, as no float64 result could be had"
-        return f"{ORDER_FACTOR:.0f} x {self.rounding:.2e} (float32 rounding of PyTorch) + {FINAL_ULPS:.0f} ulp"
+            once = f"{FALLBACK_ULPS:.0f} ulp of the largest output or of 1, as no float64 result could be had"
+        else:
+            once = f"{ORDER_FACTOR:.0f} x {self.rounding:.2e} (float32 rounding of PyTorch) + {FINAL_ULPS:.0f} ulp"
+        return once if self.runs == 1 else f"{self.runs} x ({once})"
 
     def widen(self, other: Bound) -> Bound:
         """The bound for both sets of inputs."""
         known = self.rounding is not None and other.rounding is not None
-        return Bound(max(self.rounding or 0.0, other.rounding or 0.0) if known else None, max(self.ulp, other.ulp))
+        return Bound(max(self.rounding or 0.0, other.rounding or 0.0) if known else None, max(self.ulp, other.ulp), self.runs)
 
 
-def bound(output: np.ndarray, exact: np.ndarray | None) -> Bound:
+def bound(output: np.ndarray, exact: np.ndarray | None, *, runs: int = 1) -> Bound:
     """output: y32, PyTorch's; exact: y64, or None. Outputs that are no floats must be equal: their bound is 0."""
     if not np.issubdtype(output.dtype, np.floating):
         return Bound(0.0, 0.0)
     # Without a measured rounding, values of order one inside the network are all that can be assumed.
     finite = np.abs(output[np.isfinite(output)])
     ulp = float(np.spacing(finite.max(initial=1.0 if exact is None else 0.0).astype(output.dtype)))
-    return Bound(None if exact is None else largest_difference(output, exact), ulp)
+    return Bound(None if exact is None else largest_difference(output, exact), ulp, runs)
 
 
 def reference_outputs(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

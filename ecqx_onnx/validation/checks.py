@@ -135,7 +135,8 @@ def agreement_check(comparison: Comparison, *, inexact: str | None) -> Check | N
     if comparison.agreement is None:
         return None
     same, margin = comparison.agreement.same, comparison.agreement.margin
-    tie = 2 * comparison.differences[0].bound.limit  # both classes' scores may each move by the bound
+    # Both classes' scores may each move by the bound, and by what rounded parameters change.
+    tie = 2 * (comparison.differences[0].bound.limit + comparison.differences[0].moved)
     share = 100 * same.share
     differ = f"{same.total - same.hits} of {same.total} samples get another class"
     if same.hits == same.total:
@@ -162,7 +163,8 @@ def accuracy_check(comparison: Comparison) -> Check | None:
 
 def _says(difference: Difference, samples: int) -> str:
     verb = "lies within" if difference.within else "EXCEEDS"
-    return f"the largest difference over {samples} samples {verb} the bound {difference.bound.formula}"
+    rounded = f"; float16 parameters move outputs by {difference.moved:.2e}, left out of it" if difference.moved else ""
+    return f"the largest difference over {samples} samples {verb} the bound {difference.bound.formula}{rounded}"
 
 
 def _excess(measured: float, limit: float) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from ecqx_onnx.errors import DataError
 from ecqx_onnx.validation.bounds import Bound, bound, exact_outputs, reference_outputs
+from ecqx_onnx.validation.floats import RUNS, Shift
 from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
 from ecqx_onnx.validation.sessions import fit, fixed_batch, run
 
@@ -28,12 +29,14 @@ class Difference:
 
     measured: largest |onnx - exact| where an exact result was computed, |onnx - PyTorch| elsewhere; inf for other shapes.
     to_pytorch: largest |onnx - PyTorch| over all samples.
+    moved: the largest change of the output by rounded parameters, which `measured` leaves out (floats.py); 0 without such.
     """
 
     output: str
     measured: float
     to_pytorch: float
     bound: Bound
+    moved: float = 0.0
 
     @property
     def within(self) -> bool:
@@ -64,10 +67,13 @@ def compare(
     batches: Iterable[Batch],
     *,
     progress: Progress | None = None,
+    shift: Shift | None = None,
 ) -> Comparison:
-    """DataError if there is no sample, or inputs or labels do not fit the graph; CheckFailed if the runtime fails."""
+    """shift: what the file's rounded parameters change in the outputs.
+
+    DataError if there is no sample, or inputs or labels do not fit the graph; CheckFailed if the runtime fails."""
     size = fixed_batch(session)
-    differences = _Differences(session, reference)
+    differences = _Differences(session, reference, shift)
     samples, first = 0, None
     agreed, right, reference_right = Agreement(Proportion(0, 0), 0.0), Proportion(0, 0), Proportion(0, 0)
     for raw, labels in batches:
@@ -99,7 +105,10 @@ def compare(
 class _Differences:
     """The worst difference of each output so far, and its bound, which grows with the data."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, reference: torch.nn.Module | None) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, reference: torch.nn.Module | None, shift: Shift | None = None
+    ) -> None:
+        self.shift = shift
         self.names = [node.name for node in session.get_outputs()]
         self.reference = reference
         self.worst: list[Difference] = []
@@ -110,24 +119,31 @@ class _Differences:
     ) -> None:
         """Against the float64 result for the first samples, and later wherever PyTorch's own is not close enough."""
         to_pytorch = [largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
+        moved = [0.0] * len(got)
+        if self.shift is not None:
+            shifts = self.shift(inputs)
+            moved = [float(np.abs(change).max(initial=0.0)) for change in shifts]
+            got = [output - change for output, change in zip(got, shifts, strict=True)]
+        between = [largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
         exact = None
-        if self.has_exact and (samples_before < EXACT_SAMPLES or self._undecided(to_pytorch)):
+        if self.has_exact and (samples_before < EXACT_SAMPLES or self._undecided(between)):
             assert self.reference is not None
             exact = exact_outputs(self.reference, inputs)
             self.has_exact = exact is not None
         for i, name in enumerate(self.names):
-            measured = to_pytorch[i] if exact is None else largest_difference(got[i], exact[i])
-            limit = bound(wanted[i], None if exact is None else exact[i])
+            measured = between[i] if exact is None else largest_difference(got[i], exact[i])
+            limit = bound(wanted[i], None if exact is None else exact[i], runs=1 if self.shift is None else RUNS)
             if i == len(self.worst):
-                self.worst.append(Difference(name, measured, to_pytorch[i], limit))
+                self.worst.append(Difference(name, measured, to_pytorch[i], limit, moved[i]))
                 continue
             before = self.worst[i]
             limit = before.bound if exact is None else before.bound.widen(limit)
-            self.worst[i] = Difference(name, max(before.measured, measured), max(before.to_pytorch, to_pytorch[i]), limit)
+            furthest = max(before.to_pytorch, to_pytorch[i])
+            self.worst[i] = Difference(name, max(before.measured, measured), furthest, limit, max(before.moved, moved[i]))
 
-    def _undecided(self, to_pytorch: Sequence[float]) -> bool:
+    def _undecided(self, between: Sequence[float]) -> bool:
         """Some output lies too far from PyTorch's, and none had failed before: only then is the float64 result worth its time."""
-        far = any(difference > before.bound.limit for difference, before in zip(to_pytorch, self.worst, strict=True))
+        far = any(difference > before.bound.limit for difference, before in zip(between, self.worst, strict=True))
         return far and all(before.within for before in self.worst)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -19,6 +20,7 @@ from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.comparison import Batch, Comparison, compare
+from ecqx_onnx.validation.floats import shift_by_floats
 from ecqx_onnx.validation.latency import measure_latency
 from ecqx_onnx.validation.report import Check, Latency, ValidationReport
 from ecqx_onnx.validation.sessions import (
@@ -42,7 +44,7 @@ def validate(
     reference: torch.nn.Module | None = None,
     tensors: Sequence[QuantTensor] = (),
     float_reference: bool = False,
-    float_model: Callable[[], bytes | None] | None = None,
+    float_model: Callable[..., bytes | None] | None = None,
     split: Split | None = None,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 256,
@@ -53,7 +55,8 @@ def validate(
 
     reference: the PyTorch model, compared output by output. tensors: the quantised weights that it holds.
     float_reference: it is the float model from before the quantisation, so that differences are shown and not judged.
-    float_model: makes the ONNX model from before any quantisation, with which the latency of integer kernels is compared.
+    float_model: makes the ONNX model from before any quantisation, with which the latency of integer kernels is compared;
+        called with floats="float16", the same with its parameters rounded.
     split: data with classes; without it, synthetic inputs are compared. preprocessing: by default what the file records.
     progress: called with (samples done, samples in all). latency_runs: pairs of measurements; 0 leaves latency out.
     InputError if the file or the data cannot be used.
@@ -76,7 +79,8 @@ def validate(
         batches = preprocessed_batches(split, preprocessing or stored_preprocessing(file), fixed_batch(session) or batch_size)
     try:
         counted = None if progress is None else lambda done: progress(done, total)
-        comparison = compare(session, reference, batches, progress=counted)
+        shift = None if reference is None else shift_by_floats(file, float_model)
+        comparison = compare(session, reference, batches, progress=counted, shift=shift)
     except CheckFailed as error:
         if split is None:  # the shapes or values may be what it cannot take
             raise DataError(f"{path}: does not run on synthetic inputs, so give it real data: {error}") from error
@@ -137,7 +141,7 @@ def preprocessed_batches(split: Split, preprocessing: Preprocessing | None, size
 def bounds_of(comparison: Comparison, outputs: Sequence) -> list[Bound]:
     """How far two ways of computing each output may lie apart: the derived bound, or without a reference the coarse one."""
     if comparison.differences:
-        return [difference.bound for difference in comparison.differences]
+        return [replace(difference.bound, runs=1) for difference in comparison.differences]
     return [bound(output, None) for output in outputs]
 
 

@@ -26,6 +26,7 @@ from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.comparison import Batch, compare, padded
 from ecqx_onnx.validation.devices.devices import Device, find_device
 from ecqx_onnx.validation.devices.job import Result, read_result, write_job
+from ecqx_onnx.validation.floats import shift_by_floats
 from ecqx_onnx.validation.report import Check, Latency, ValidationReport, show
 from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_session, synthetic_inputs
 from ecqx_onnx.validation.validator import (
@@ -51,7 +52,7 @@ def validate_on(
     reference: torch.nn.Module | None = None,
     tensors: Sequence[QuantTensor] = (),
     float_reference: bool = False,
-    float_model: Callable[[], bytes | None] | None = None,
+    float_model: Callable[..., bytes | None] | None = None,
     split: Split | None = None,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 64,
@@ -86,6 +87,7 @@ def validate_on(
             yield dict(zip(names, fit(session, [padded(array, size) for array in raw]), strict=True))
 
     first = next(feeds(), {})
+    shift = None if reference is None else shift_by_floats(file, float_model)
     single = {name: array[: size or 1] if array.ndim else array for name, array in first.items()}
     model = file.with_data()
     twin = twin_or_check(model, found)
@@ -95,7 +97,7 @@ def validate_on(
         device.run(job, time_limit=time_limit, progress=progress)
         result = read_result(job, device.name)
         found.append(Check("load", True, None, None, f"{result.runtime} loads and runs it"))
-        comparison = compare(_Replay(session, result.outputs()), reference, batches())
+        comparison = compare(_Replay(session, result.outputs()), reference, batches(), shift=shift)
         if result.plain is not None:
             feed = list(first.values())
             optimised = _Replay(session, result.outputs())
