@@ -1,0 +1,245 @@
+"""(name of a table) -> trains what is missing of it, writes the real .onnx files, prints accuracy against bytes.
+
+    python benchmarks/results.py lenet300             # all rows and seeds of the table; what lies in runs/ is not done again
+    python benchmarks/results.py lenet300 --only print
+
+A run is one row of a table and one seed: it starts from the float network of that seed, trains with the row's options, and takes
+the weights of the last epoch: nothing is chosen on the test set. Its results are in runs/TABLE-ROW-SEED.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from train_fp32 import train as train_float
+
+from ecqx_onnx import api
+from ecqx_onnx.data import load_dataset
+from ecqx_onnx.data.augmentation import crop_and_flip, shift_audio, shift_images
+from ecqx_onnx.loading import apply_state, load_factory, load_state
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, DATA = ROOT / "runs", ROOT.parent / "shared" / "data"
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe. options: those of `quantization.train` and the Quantizer."""
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One table. start: a float state dict, or how `train_fp32.train` makes one for each seed."""
+
+    model: str
+    data: str
+    rows: tuple[Row, ...]
+    start: str | Mapping[str, Any]
+    tests: Mapping[str, str] = field(default_factory=dict)  # more test sets, by name
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+KWS_FLOAT = {"epochs": 25, "rate": 5e-3, "augment": "shift_audio"}
+KWS_ROWS = (Row("ecqx-4bit", {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 2e-3, "augment": shift_audio}),)
+LENET300 = {
+    **{"bits": 2, "step": "learned", "size_exponent": 0.4, "entropy_ramp": 0.5, "relevance": None},
+    **{"epochs": 50, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
+}
+
+TABLES: dict[str, Results] = {
+    "lenet300": Results(
+        "models/lenet_300_100.py:lenet_300_100",
+        f"{DATA}/mnist.npz",
+        rows=(
+            Row("ecq-2bit-055", {**LENET300, "entropy_weight": 0.55}),
+            Row("ecq-2bit-080", {**LENET300, "entropy_weight": 0.8}),
+        ),
+        start={"epochs": 15},
+    ),
+    "kws": Results("models/kws_dscnn.py:kws_dscnn", f"{DATA}/fsdd.npz", KWS_ROWS, KWS_FLOAT),
+    "kws-unseen": Results(
+        "models/kws_dscnn.py:kws_dscnn", f"{ROOT}/benchmarks/fsdd_unseen_speaker.py:fsdd_unseen_speaker", KWS_ROWS, KWS_FLOAT
+    ),
+    "resnet20": Results(
+        "models/resnet20.py:resnet20",
+        f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_test",
+        rows=(
+            Row(
+                "ecq-ternary",
+                {
+                    **{"bits": 2, "step": "learned", "entropy_weight": 0.12, "size_exponent": 0.5, "entropy_ramp": 0.4},
+                    **{"epochs": 5, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
+                    **{"relevance": None, "augment": crop_and_flip},
+                },
+            ),
+        ),
+        start={
+            **{"weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt", "epochs": 2, "rate": 1e-3, "bfloat16": True},
+            "augment": "crop_and_flip",
+        },
+        tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
+        seeds=(0,),
+    ),
+}
+
+
+def float_weights(name: str, table: Results, seed: int) -> Path:
+    """The float network that the runs of this seed start from."""
+    if isinstance(table.start, str):
+        return Path(table.start)
+    path = RUNS / f"{name}-float-{seed}.pt"
+    if not path.exists():
+        torch.manual_seed(seed)
+        loaded = load_factory(str(ROOT / table.model))
+        if "weights" in table.start:
+            apply_state(loaded.model, load_state(table.start["weights"]), table.start["weights"])
+        options = {"rate": 2e-3, "decay": 1e-2, "augment": None, "bfloat16": False} | dict(table.start)
+        options.pop("weights", None)
+        model = loaded.model.to(memory_format=torch.channels_last)
+        train_float(model, load_dataset(table.data, preprocessing=loaded.preprocessing).training, seed=seed, **options)
+        torch.save(model.state_dict(), path)
+    return path
+
+
+def run(name: str, table: Results, row: Row, seed: int) -> None:
+    """Train, and write what came out to runs/."""
+    result_file = RUNS / f"{name}-{row.name}-{seed}.json"
+    if result_file.exists():
+        return
+    checkpoint, start = result_file.with_suffix(".pt"), time.perf_counter()
+    made = api.quantize(
+        str(ROOT / table.model),
+        data=table.data,
+        weights=float_weights(name, table, seed),
+        out=checkpoint,
+        seed=seed,
+        force=True,
+        resume=True,
+        validation=0.0,
+        progress=_printer(f"{name} {row.name} seed {seed}"),
+        **row.options,
+    )
+    accuracies = {"test": (made.before.share, made.after.share)}
+    for test, data in table.tests.items():
+        accuracies[test] = _accuracies(name, table, seed, checkpoint, data)
+    floats = _float_parameters(table, made.tensors)
+    entropy = sum(tensor.entropy * tensor.size for tensor in made.tensors) / 8
+    result = {
+        "float": {test: before for test, (before, _) in accuracies.items()},
+        "accuracy": {test: after for test, (_, after) in accuracies.items()},
+        "zeros": made.zeros,
+        "bits_per_weight": made.bits_per_weight,
+        "layers": {t.name: {"zeros": t.zeros, "entropy_bytes": t.entropy * t.size / 8, "size": t.size} for t in made.tensors},
+        "entropy_bytes": entropy + 4 * floats,
+        "float_bytes": 4 * (floats + sum(tensor.size for tensor in made.tensors)),
+        "seconds": time.perf_counter() - start,
+        "history": [record.accuracy for record in made.history],
+    }
+    result_file.write_text(json.dumps(result, indent=1))
+
+
+def _printer(title: str) -> Any:
+    shown = -1
+
+    def show(done: int, total: int, text: str) -> None:
+        nonlocal shown
+        if done * 10 // total > shown or done == total:
+            shown = done * 10 // total
+            print(f"{title}: {text}", flush=True)
+
+    return show
+
+
+def _accuracies(name: str, table: Results, seed: int, checkpoint: Path, data: str) -> tuple[float, float]:
+    """(float, quantised) on another test set."""
+    loaded = load_factory(str(ROOT / table.model))
+    weights = float_weights(name, table, seed)
+    apply_state(loaded.model, load_state(weights), weights)
+    split = load_dataset(data, preprocessing=loaded.preprocessing).test
+    return api.accuracy(loaded.model, split).share, api.accuracy(api.as_checkpoint(checkpoint).module(), split).share
+
+
+def _float_parameters(table: Results, tensors: Any) -> int:
+    names = {tensor.name for tensor in tensors}
+    model = load_factory(str(ROOT / table.model)).model
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in names)
+
+
+def written(path: Path, **options: Any) -> int:
+    """Bytes of the .onnx file, written beside the checkpoint."""
+    out = path.with_name(path.stem + "".join(f"-{value}" for value in options.values()) + ".onnx")
+    if not out.exists() or out.stat().st_mtime < path.stat().st_mtime:
+        api.convert(path, out, force=True, **options)
+    return out.stat().st_size
+
+
+def interval(values: list[float]) -> str:
+    """mean ± half of the 95 % interval of the mean, by Student's t."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.2f}"
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return f"{mean:.2f} ± {STUDENT[len(values) - 1] * spread:.2f}"
+
+
+def show(name: str, table: Results, console: Console) -> None:
+    tests = ("test", *table.tests)
+    printed = Table(title=f"{name}: {table.model}, {table.data}")
+    columns = ("recipe", "seeds", "zeros, %", "entropy + float32 rest, bytes", "smaller")
+    for heading in (*columns, ".onnx, bytes", "smaller", *(f"{t}: float, %" for t in tests), *(f"{t}, %" for t in tests), "lost"):
+        printed.add_column(heading, justify="right")
+    for row in table.rows:
+        files = [RUNS / f"{name}-{row.name}-{seed}.json" for seed in table.seeds]
+        results = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not results:
+            continue
+        sizes = [written(file.with_suffix(".pt"), storage="auto") for file in files if file.exists()]
+
+        def mean(key: str, results: list[dict[str, Any]] = results) -> float:
+            return sum(result[key] for result in results) / len(results)
+
+        onnx = sum(sizes) / len(sizes)
+        printed.add_row(
+            *(row.name, str(len(results)), interval([100 * r["zeros"] for r in results]), f"{mean('entropy_bytes'):.0f}"),
+            *(f"{mean('float_bytes') / mean('entropy_bytes'):.1f}x", f"{onnx:.0f}", f"{mean('float_bytes') / onnx:.1f}x"),
+            *(interval([100 * r["float"][test] for r in results]) for test in tests),
+            *(interval([100 * r["accuracy"][test] for r in results]) for test in tests),
+            interval([100 * (r["float"]["test"] - r["accuracy"]["test"]) for r in results]),
+        )
+    console.print(printed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("--only", help="a row's name, or `print`")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    RUNS.mkdir(exist_ok=True)
+    table = TABLES[arguments.table]
+    for seed in arguments.seeds or table.seeds:
+        for row in table.rows:
+            if arguments.only in (None, row.name):
+                run(arguments.table, table, row, seed)
+    show(arguments.table, table, Console(width=200))
+
+
+if __name__ == "__main__":
+    main()
