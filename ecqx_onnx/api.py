@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from ecqx_onnx.checkpoint import save as save_checkpoint
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.export import Exported, export, float_graph
+from ecqx_onnx.insight import observe
 from ecqx_onnx.loading import Loaded, apply_state, is_program, load_factory, load_model, load_state
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.quantization.quantizer import Report
-from ecqx_onnx.quantization.training import EpochRecord
+from ecqx_onnx.quantization.training import EpochRecord, Training
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.user_code import is_function_spec, load_function
@@ -211,7 +212,7 @@ def as_checkpoint(
         loaded = load_model(model, factory=factory, trust_pickle=trust_pickle)
     else:
         loaded = Loaded(model)
-    recipe = dict(recipe or {})
+    recipe, seen = dict(recipe or {}), None
     if isinstance(loaded.model, torch.export.ExportedProgram):
         exported = Exported(loaded.model, float_graph(loaded.model), ())
         tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude, allow_float)
@@ -222,6 +223,7 @@ def as_checkpoint(
         if quantizer is not None:
             tensors = quantizer.tensors()
             recipe = {**quantizer.recipe(), **recipe}
+            seen = observe(quantizer)
         else:
             tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude, allow_float)
             with torch.no_grad():
@@ -229,7 +231,14 @@ def as_checkpoint(
         exported = export(module, _example(example, input_shape or loaded.input_shape, loaded.preprocessing))
     if bits:
         recipe |= {"bits": bits, "entropy_weight": entropy_weight, "trained": False}
-    return build(exported, tensors, recipe=recipe, preprocessing=preprocessing or loaded.preprocessing, labels=tuple(labels))
+    return build(
+        exported,
+        tensors,
+        recipe=recipe,
+        preprocessing=preprocessing or loaded.preprocessing,
+        labels=tuple(labels),
+        insight=seen,
+    )
 
 
 def _is_checkpoint_file(path: str | Path) -> bool:
@@ -562,6 +571,7 @@ def quantize(
         labels=dataset.labels,
         recipe={**trained.setup, "data": dataset.name, "best_epoch": trained.best_epoch, **named},
     )
+    checkpoint = with_history(checkpoint, trained, before=before, after=after, data=dataset.name)
     if first:
         save_checkpoint(checkpoint, out, force=force)
         state_file.unlink(missing_ok=True)
@@ -576,6 +586,26 @@ def quantize(
         dataset.name,
         checkpoint.notes,
     )
+
+
+def with_history(
+    checkpoint: Checkpoint, trained: Training, *, before: Proportion | None, after: Proportion | None, data: str
+) -> Checkpoint:
+    """The checkpoint of a training, with what a report shows of it. before, after: accuracies on the test split."""
+    assert checkpoint.insight is not None  # it was made from a Quantizer
+    insight = replace(
+        checkpoint.insight,
+        history=tuple(asdict(record) for record in trained.history),
+        best_epoch=trained.best_epoch,
+        before=_counts(before),
+        after=_counts(after),
+        data=data,
+    )
+    return replace(checkpoint, insight=insight)
+
+
+def _counts(accuracy: Proportion | None) -> dict[str, int] | None:
+    return {"hits": accuracy.hits, "total": accuracy.total} if accuracy else None
 
 
 def _loaded(options: Mapping[str, Any]) -> dict[str, Any]:

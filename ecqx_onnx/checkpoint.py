@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx.export import Exported
+from ecqx_onnx.insight import Insight, from_document, to_document
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.program import load_program, run_module, save_program
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
@@ -42,6 +43,7 @@ class Checkpoint:
     program: the traced network, its weights blanked; `module()` puts them back.
     graph, matching: the float ONNX graph, and where each quantised weight sits in it.
     recipe: how it was made, for people and for the ONNX metadata; preprocessing and labels travel with the model.
+    insight: what a report shows of the training; None in checkpoints that were made without a Quantizer.
     """
 
     tensors: tuple[QuantTensor, ...]
@@ -54,6 +56,7 @@ class Checkpoint:
     preprocessing: Preprocessing = field(default_factory=lambda: Preprocessing("array"))
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    insight: Insight | None = None
 
     def module(self) -> torch.nn.Module:
         """The PyTorch reference in evaluation mode: the traced network with the dequantised weights."""
@@ -78,6 +81,7 @@ def build(
     recipe: Mapping[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
     labels: tuple[str, ...] = (),
+    insight: Insight | None = None,
 ) -> Checkpoint:
     """Put the parts together: place the tensors in the graph, blank the program's weights.
 
@@ -122,6 +126,7 @@ def build(
         preprocessing or Preprocessing("array"),
         labels,
         exported.notes,
+        insight,
     )
 
 
@@ -155,6 +160,9 @@ def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> No
         "labels": list(checkpoint.labels),
         "notes": list(checkpoint.notes),
     }
+    if checkpoint.insight is not None:
+        text, pairs = to_document(checkpoint.insight)
+        document["insight"] = {"facts": text, "pairs": torch.from_numpy(pairs)}
     with replacing(Path(path), force=force) as temporary:
         try:
             torch.save(document, temporary)
@@ -249,7 +257,12 @@ def _read(document: Mapping[str, Any]) -> Checkpoint:
         preprocessing=Preprocessing.from_json(document["preprocessing"]),
         labels=tuple(document["labels"]),
         notes=tuple(document["notes"]),
+        insight=_insight_in(document.get("insight")),
     )
+
+
+def _insight_in(entry: Mapping[str, Any] | None) -> Insight | None:
+    return None if entry is None else from_document(entry["facts"], entry["pairs"].numpy())
 
 
 def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:

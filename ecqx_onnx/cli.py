@@ -441,6 +441,23 @@ def deploy(
 
 
 @command
+def report(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.pt", help="A checkpoint of ours.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page to look at: each weight's levels, zeros and entropy, relevance against magnitude, training curves, warnings.
+
+    Example:  ecqx-onnx report lenet5.pt -o report.html
+    """
+    from ecqx_onnx.reporting import write_report
+
+    emit(write_report(model, out, force=force), as_json=as_json, quiet=quiet)
+
+
+@command
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the checkpoint and the .onnx file go.")] = Path("demo"),
     force: Force = False,

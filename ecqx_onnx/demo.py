@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ecqx_onnx import api, demo_model
+from ecqx_onnx.checkpoint import save
 from ecqx_onnx.data import Dataset, load_dataset
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.export import export
@@ -87,15 +88,16 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
 
     shown = None if progress is None else api.training_progress(progress)
     trained = train(model, dataset, epochs=EPOCHS, batch_size=BATCH, seed=SEED, progress=shown, **RECIPE)
-    checkpoint = api.save(
+    checkpoint = api.as_checkpoint(
         trained.quantizer,
-        checkpoint_file,
         example=torch.zeros(2, *demo_model.INPUT_SHAPE),
         preprocessing=dataset.preprocessing,
         labels=dataset.labels,
         recipe={"data": DATA, "seed": SEED, "epochs": EPOCHS},
-        force=force,
     )
+    after = api.accuracy(trained.quantizer.model, dataset.test)
+    checkpoint = api.with_history(checkpoint, trained, before=float_accuracy, after=after, data=DATA)
+    save(checkpoint, checkpoint_file, force=force)
     written = api.convert(checkpoint_file, onnx_file, force=force)
     report = api.validate(onnx_file, against=checkpoint_file, data=dataset)
     size = sum(tensor.size for tensor in checkpoint.tensors)

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from ecqx_onnx.byte_parts import FLOATS, NARROW, byte_parts, scale_names
 from ecqx_onnx.errors import FileError
+from ecqx_onnx.insight import Insight, to_document
 from ecqx_onnx.onnx_file import OnnxFile, read_onnx, stored_bytes
 from ecqx_onnx.tensors import QuantTensor
 
@@ -239,6 +240,11 @@ def _floats(graph: onnx.GraphProto, scales: set[str]) -> Iterator[FloatWeight]:
                 yield FloatWeight(tensor.name, tuple(tensor.dims), stored_bytes(tensor))
 
 
+def _insight_parts(insight: Insight) -> tuple[bytes, bytes]:
+    text, pairs = to_document(insight)
+    return text.encode(), pairs.tobytes()
+
+
 def _checkpoint(path: Path) -> Inspection:
     from ecqx_onnx.checkpoint import load  # here, since it loads torch, which .onnx files do not need
 
@@ -250,6 +256,8 @@ def _checkpoint(path: Path) -> Inspection:
         "traced network": len(checkpoint.program),
         "float ONNX graph": checkpoint.graph.proto.ByteSize() + sum(w.nbytes for w in checkpoint.graph.weights.values()),
     }
+    if checkpoint.insight is not None:
+        parts["insight for the report"] = sum(map(len, _insight_parts(checkpoint.insight)))
     parts["container"] = nbytes - sum(parts.values())
     floats = [
         FloatWeight(name, tuple(value.shape), value.nbytes)
