@@ -110,6 +110,7 @@ def test_input_relevance_equals_zennits_own_attribution():
     model.add = "+"
     captured = {}
     relevances = Relevances(model, ["stem.weight"], composite="epsilon_plus_flat", start="ones")
+    relevances.to_inputs = True
     relevances.shadow.register_forward_pre_hook(
         lambda module, args: args[0].register_hook(lambda R: captured.setdefault("R", R)) and None
     )

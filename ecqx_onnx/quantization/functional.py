@@ -25,8 +25,8 @@ STABILIZER = 1e-6  # zennit's default epsilon
 
 
 def stabilize(z: Tensor, epsilon: float = STABILIZER) -> Tensor:
-    """z + ε sign z, with sign 0 = +1: safe to divide by."""
-    return torch.where(z < 0, z - epsilon, z + epsilon)
+    """z + ε sign z, with sign 0 = +1 and sign -0 = -1: safe to divide by."""
+    return torch.copysign(z.new_tensor(epsilon), z).add_(z)
 
 
 def _named(*names: str) -> frozenset[Callable]:
@@ -71,15 +71,31 @@ AUGMENTED = {f"__i{name}__": getattr(Tensor, f"__{name}__") for name in ("add", 
 
 
 class PassRelevance(torch.autograd.Function):
-    """(x, z) -> z forward; the relevance of z to x backward."""
+    """(x, function) -> function(x) forward; the relevance of the output to x backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor) -> Tensor:
-        return z.clone()
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        z = function(x)
+        return z.clone() if z.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else z
 
     @staticmethod
     def backward(ctx: Any, *R: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return R[0], None
+
+
+class ShareByContribution(torch.autograd.Function):
+    """a + b forward; R_a = a R / stabilise(a + b), and so for b, backward: zennit's rule Norm for its layer Sum."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.shares = a.clone(), b.clone()  # the model may overwrite its own
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Any, *R: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        a, b = ctx.shares
+        ratio = R[0] / stabilize(a + b)
+        return a * ratio, b * ratio
 
 
 class FunctionalRules(TorchFunctionMode):
@@ -112,7 +128,8 @@ class FunctionalRules(TorchFunctionMode):
             return self._addition(func, args, kwargs, carriers)
         if func in PASSED and carriers[0] is args[0]:
             kwargs.pop("inplace", None)
-            return PassRelevance.apply(args[0], func(args[0].detach().clone(), *args[1:], **kwargs).detach())
+            in_place = any(arg is True for arg in args[1:])  # F.relu(x, True)
+            return PassRelevance.apply(args[0], lambda x: func(x.clone() if in_place else x, *args[1:], **kwargs))
         return self._epsilon(func, name, args, kwargs, carriers)
 
     def _addition(self, func: Callable, args: Any, kwargs: Any, carriers: list[Tensor]) -> Any:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecqx_onnx.errors import DataError, ModelError, OptionError
-from ecqx_onnx.quantization.functional import FunctionalRules, stabilize
+from ecqx_onnx.quantization.functional import FunctionalRules, ShareByContribution, stabilize
 from ecqx_onnx.quantization.zennit_import import import_zennit
 from ecqx_onnx.quantization.zplus import PositiveContributions
 
@@ -65,6 +65,8 @@ class Relevances:
         for name, parameter in self.shadow.named_parameters():
             parameter.requires_grad_(name in names)
         self._sum = Sum()
+        self._shares = False  # whether the composite's rule for sums is Norm
+        self.to_inputs = False  # whether relevance goes on to the model's inputs, where no weight waits for it
         self._functional = FunctionalRules(add=self._add)
         self._low, self._high = torch.zeros(()), torch.zeros(())
         if isinstance(composite, str):
@@ -127,6 +129,8 @@ class Relevances:
             self._low.data, self._high.data = x.detach().amin(), x.detach().amax()
 
     def _add(self, a: Tensor, b: Tensor) -> Tensor:
+        if self._shares:
+            return ShareByContribution.apply(*torch.broadcast_tensors(a, b))
         return self._sum(torch.stack(torch.broadcast_tensors(a, b), dim=-1))
 
     def _attach_rules(self, args: tuple, kwargs: dict) -> Any:
@@ -136,7 +140,7 @@ class Relevances:
         embedding or a recurrent layer.
         """
         from zennit.composites import SpecialFirstLayerMapComposite
-        from zennit.rules import ZPlus
+        from zennit.rules import Norm, ZPlus
 
         composite, self._composite = self._composite, None
         order, plain = _running_order(self.shadow, args, kwargs)
@@ -151,11 +155,14 @@ class Relevances:
             template = composite.module_map(context, name, module)
             if template is None:
                 continue
+            if module is self._sum and type(template) is Norm:
+                self._shares = True
+                continue
             weights = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
             for weight in weights:
                 self.rules[names[id(weight)]] = type(template).__name__
             matched = matched or bool(weights)
-            _Rule(self._functional, module, PositiveContributions() if type(template) is ZPlus else template, weights)
+            _Rule(self, module, PositiveContributions() if type(template) is ZPlus else template, weights)
         if not matched and any(isinstance(module, RULED) for _, module in order):
             raise OptionError(
                 f"composite {type(composite).__name__} has no rule for any of the {len(self.names)} quantised layers: "
@@ -189,8 +196,8 @@ def _check_same(plain: Tensor, output: Any) -> None:
 class _Rule:
     """Runs one module of the shadow under one zennit rule, with a fresh copy of the rule for each call of the module."""
 
-    def __init__(self, functional: FunctionalRules, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
-        self.functional, self.template, self.weights = functional, template, weights
+    def __init__(self, owner: Relevances, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
+        self.owner, self.template, self.weights = owner, template, weights
         self.calls: list[Tensor] = []
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after)
@@ -200,33 +207,49 @@ class _Rule:
             args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
         self.calls.append(x)
-        self.functional.paused += 1
+        self.owner._functional.paused += 1
         # Cut off from the graph: only the weights' part of it is recorded, the input's is the rule's business.
         return (x.detach().clone() if getattr(module, "inplace", False) else x.detach(), *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple, z: Tensor) -> Any:
-        self.functional.paused -= 1
+        self.owner._functional.paused -= 1
         rule = self.template.copy()
         rule.forward(module, (args[0],), z)
-        return _Propagate.apply(self.calls.pop(), z.detach(), lambda R: self.backward(rule, module, args[0], z, R))
+        x = self.calls.pop()
+        goes_on = self.owner.to_inputs or _weights_before(x)
+        return _Propagate.apply(x, z.detach(), lambda R: self.backward(rule, module, args[0], z, R, goes_on))
 
-    def backward(self, rule: Any, module: nn.Module, x: Tensor, z: Tensor, R: Tensor) -> Tensor:
+    def backward(self, rule: Any, module: nn.Module, x: Tensor, z: Tensor, R: Tensor, goes_on: bool) -> Tensor | None:
         if z.requires_grad and self.weights:
             # r_w = w ⊙ ∂⟨z, R / stabilise(z)⟩/∂w: the gradient gathers in w.grad over calls and ties, w comes last
             torch.autograd.backward(z, R / stabilize(z.detach()), inputs=self.weights)
-        return rule.backward(module, (x,), (R,))[0]
+        return rule.backward(module, (x,), (R,))[0] if goes_on else None
+
+
+def _weights_before(x: Tensor) -> bool:
+    """Whether relevance at x has a weight, or a module under a rule, to go to; else it would only end at the model's inputs."""
+    seen, ahead = set(), [x.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "_PropagateBackward" or isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        ahead += [before for before, _ in node.next_functions]
+    return False
 
 
 class _Propagate(torch.autograd.Function):
     """(x, z, rule) -> z forward; R_x = rule(R_z) backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, z: Tensor, rule: Callable[[Tensor], Tensor | None]) -> Tensor:
         ctx.rule = rule
         return z.clone()
 
     @staticmethod
-    def backward(ctx: Any, *R: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *R: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         rule, ctx.rule = ctx.rule, None
         return rule(R[0]), None, None
 

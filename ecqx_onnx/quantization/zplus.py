@@ -30,15 +30,16 @@ class PositiveContributions:
         (x,), (R,) = grad_input, grad_output
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
         with torch.enable_grad():
-            positive = x.clamp(min=0).requires_grad_()
+            smallest = float(x.amin()) if x.numel() else 0.0
+            positive = (x if smallest >= 0 else x.clamp(min=0)).detach().requires_grad_()
             z = _run(module, weight.clamp(min=0), None if bias is None else bias.clamp(min=0), positive)
             parts = [positive]
-            if bool((x < 0).any()):
+            if not smallest >= 0:
                 parts.append(x.clamp(max=0).requires_grad_())
                 z = z + _run(module, weight.clamp(max=0), None, parts[1])
             gradients = torch.autograd.grad(z, parts, R / stabilize(z.detach()))
-            R_x = torch.stack([part.detach() * gradient for part, gradient in zip(parts, gradients, strict=True)]).sum(0)
-        return (R_x.detach(),)
+        shares = [gradient.mul_(part.detach()) for part, gradient in zip(parts, gradients, strict=True)]
+        return (shares[0] if len(shares) == 1 else shares[0] + shares[1],)
 
 
 def _run(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
