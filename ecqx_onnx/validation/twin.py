@@ -16,6 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ecqx_onnx.errors import CheckFailed
 from ecqx_onnx.onnx_file import stored_bytes
+from ecqx_onnx.validation.float_activations import without_quantisation
 from ecqx_onnx.validation.sessions import open_session, run
 
 # Operators that give another result each time: never constant, whatever their inputs.
@@ -32,9 +33,11 @@ class FloatTwin:
     weights: Mapping[str, np.ndarray]
 
     def serialize(self) -> bytes | None:
-        """None if it is above protobuf's 2 GB."""
+        """With its activations on floats, too. None if it is above protobuf's 2 GB."""
         tensors = (tensor for graph in all_graphs(self.proto.graph) for tensor in graph.initializer)
-        return None if sum(map(stored_bytes, tensors)) > SERIALISED_LIMIT else self.proto.SerializeToString()
+        if sum(map(stored_bytes, tensors)) > SERIALISED_LIMIT:
+            return None
+        return without_quantisation(self.proto).SerializeToString()
 
 
 def float_twin(model: ModelProto) -> FloatTwin:
