@@ -117,6 +117,7 @@ def convert(
     if floats == "float16":
         graph, halved = with_float16(graph, {weight.name for weight in matching.found})
         notes = (*notes, halved.sentence)
+        floats = floats if halved.names else "float32"
     plan = make_plan(
         graph,
         matching,

@@ -117,13 +117,14 @@ def test_validate_still_sees_a_fault_smaller_than_the_rounding(model, files, kin
 
 def test_a_parameter_that_float16_would_spoil_stays_float32():
     ordinary = np.linspace(-2, 2, FEWEST, dtype=np.float32)
-    assert rounded(ordinary) is not None
-    assert rounded(ordinary[:-1]) is None  # the Cast would take more than it saves
-    for spoiler in (1e5, np.inf):  # past float16's largest
-        assert rounded(np.append(ordinary, np.float32(spoiler))) is None
-    small = np.full(FEWEST, 1e-6, np.float32)  # a variance, say: below the normal range, 3 % off
-    assert rounded(small) is None
-    assert rounded(np.append(ordinary, np.float32(1e-6))) is not None  # beside 2 it is nothing
+    for linear in (False, True):
+        assert rounded(ordinary, linear=linear) is not None
+        assert rounded(ordinary[:-1], linear=linear) is None  # the Cast would take more than it saves
+        for spoiler in (1e5, np.inf):  # past float16's largest
+            assert rounded(np.append(ordinary, np.float32(spoiler)), linear=linear) is None
+        assert rounded(np.full(FEWEST, 1e-6, np.float32), linear=linear) is None  # below the normal range, 3 % off
+    assert rounded(np.append(ordinary, np.float32(1e-6)), linear=True) is not None  # beside 2 it is nothing in a sum,
+    assert rounded(np.append(ordinary, np.float32(1e-6)), linear=False) is None  # but not under a root
 
 
 def test_rounding_is_no_further_than_it_says():

@@ -3,8 +3,9 @@
 Runtimes fold the Cast while loading: inference is as it was, with rounded parameters. A parameter is stored so where it takes
 fewer bytes, Cast included, and where rounding is harmless:
 
-    |float16(p) - p|  <=  2^-11 |p|             float16 has 11 significant bits, down to 2^-14, or
-                      <=  2^-24 max |p|         no more than what float32 arithmetic loses on the tensor's largest entry.
+    |float16(p) - p|  <=  2^-11 |p|           always: float16 has 11 significant bits, but below 2^-14 fewer; or
+                      <=  2^-11 max |p|       where p is only added or multiplied into sums (biases, weights), since there
+                                              the rounding of the tensor's largest entry outweighs it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
+from ecqx_onnx_converters.consumers import find_uses
 from ecqx_onnx_converters.files import little_endian_bytes
 from ecqx_onnx_converters.graph import FloatGraph, clear_data, fresh_name, rename, tensor_values, value_names
 
 FEWEST = 16  # entries; a Cast node with short names has up to 30 bytes, and an entry saves two
-RELATIVE, ABSOLUTE = 2.0**-11, 2.0**-24
+RELATIVE = 2.0**-11
+# Operators that are linear in their constants. (In a variance, say, a small entry counts as much as a large one.)
+LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "LSTM", "GRU", "RNN", "Gather"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,15 @@ class Parameter:
     moved: float
 
 
-def rounded(values: np.ndarray) -> np.ndarray | None:
-    """values: float32. As float16, or None where that saves nothing or rounds too much."""
+def rounded(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
+    """values: float32. As float16, or None where that saves nothing or rounds too much. linear: its readers are all in LINEAR."""
     if values.dtype != np.float32 or values.size < FEWEST or not np.isfinite(values).all():
         return None
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
         error = np.abs(half.astype(np.float64) - values)
     magnitude = np.abs(values.astype(np.float64))
-    harmless = (error <= RELATIVE * magnitude) | (error <= ABSOLUTE * magnitude.max())
-    return half if harmless.all() else None
+    return half if (error <= RELATIVE * (magnitude.max() if linear else magnitude)).all() else None
 
 
 def with_float16(graph: FloatGraph, quantised: Collection[str]) -> tuple[FloatGraph, Halved]:
@@ -99,12 +102,12 @@ def _copy(graph: FloatGraph) -> tuple[ModelProto, dict[str, np.ndarray]]:
 
 
 def _parameters(proto: ModelProto, weights: Mapping[str, np.ndarray], quantised: Collection[str]) -> list[Parameter]:
-    left = {*quantised, *(value.name for value in proto.graph.output)}
+    left, uses = {*quantised, *(value.name for value in proto.graph.output)}, find_uses(proto.graph)
     found = []
     for tensor in proto.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT and tensor.name not in left:
             values = weights[tensor.name] if tensor.name in weights else tensor_values(tensor)
-            half = rounded(values)
+            half = rounded(values, linear=all(use.node.op_type in LINEAR for use in uses.get(tensor.name, [])))
             if half is not None:
                 error, largest = np.abs(half.astype(np.float64) - values).max(), np.abs(values).max()
                 found.append(Parameter(tensor, half, float(error / largest) if largest else 0.0))
