@@ -295,11 +295,11 @@ def identity(path, kind):
 
 @pytest.fixture(scope="module")
 def kotlin(tmp_path_factory):
-    """EcqxModel.kt compiled with tests/stubs: arguments -> a finished process."""
+    """The Android runners compiled with tests/stubs: arguments -> a finished process."""
     if shutil.which("kotlinc") is None or shutil.which("java") is None:
         pytest.skip("kotlinc and java are not installed")
     jar = tmp_path_factory.mktemp("kotlin") / "run.jar"
-    sources = [STUBS / "onnxruntime.kt", STUBS / "main.kt", TEMPLATES / "android" / "EcqxModel.kt"]
+    sources = [STUBS / "onnxruntime.kt", STUBS / "main.kt", *sorted((TEMPLATES / "android").glob("*.kt"))]
     command = ["kotlinc", *map(str, sources), "-include-runtime", "-d", str(jar)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -332,12 +332,35 @@ def test_the_kotlin_runner_resizes_images_as_pillow_does_to_the_bit(kind, channe
     np.testing.assert_array_equal(found.reshape(9, 7, channels), as_decoded(decode_image, pixels, (9, 7, channels)))
 
 
+@pytest.mark.slow
+def test_the_kotlin_runner_does_a_job_that_validate_judges_on_a_whole_data_set(kotlin, tmp_path):
+    """As on a phone: the first call writes the job, the deployed runner does it, the second call reads the result."""
+    identity(tmp_path / "identity.onnx", "features")
+    folder = api.deploy(tmp_path / "identity.onnx", tmp_path / "android", to="android").folder
+    x = raw_samples("features", 50)
+    y = KINDS["features"].apply(x).argmax(1)
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    device = f"folder:{tmp_path / 'job'}"
+    data = str(tmp_path / "data.npz")
+    judge = functools.partial(api.validate_on, [device], tmp_path / "identity.onnx", data=data, batch_size=20)
+    assert "holds no result.json" in judge().troubles[0].sentence
+    done = kotlin(folder, tmp_path / "job")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["1/3", "2/3", "3/3"]
+    table = judge()
+    assert table.ok, (table.failures, table.troubles)
+    assert table.reports[0].samples == 50
+    assert table.reports[0].onnx_accuracy.share == 1.0
+    assert "stand-in" in table.reports[0].runtime
+
+
 def test_the_swift_runner_is_of_valid_syntax():
     swift = pytest.importorskip("tree_sitter_swift", reason="tree-sitter-swift is not installed")
     tree_sitter = pytest.importorskip("tree_sitter")
     parser = tree_sitter.Parser(tree_sitter.Language(swift.language()))
-    source = (TEMPLATES / "ios" / "EcqxModel.swift").read_bytes()
-    assert not parser.parse(source).root_node.has_error
+    for path in (TEMPLATES / "ios").glob("*.swift"):
+        source = path.read_bytes()
+        assert not parser.parse(source).root_node.has_error, path.name
     assert parser.parse(source.replace(b"func ", b"func func ", 1)).root_node.has_error
 
 

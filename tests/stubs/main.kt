@@ -1,11 +1,16 @@
-// FOLDER [WIDTH HEIGHT RGBA_FILE]: the self-check, exit status 1 if it fails; or the raw sample of a picture, in hexadecimal.
+// FOLDER [JOB | WIDTH HEIGHT RGBA_FILE]: the self-check, exit status 1 if it fails; or a job; or the raw sample of a picture, in hexadecimal.
+import ecqx.EcqxJob
 import ecqx.EcqxModel
 import java.io.File
 import kotlin.system.exitProcess
 
 fun main(arguments: Array<String>) {
     val model = EcqxModel { File(arguments[0], it).readBytes() }
-    if (arguments.size > 1) {
+    if (arguments.size == 2) {
+        EcqxJob(model, File(arguments[1]), "a \"stand-in\" on the JVM").run { println(it) }
+        return
+    }
+    if (arguments.size > 2) {
         val rgba = File(arguments[3]).readBytes()
         fun at(i: Int) = rgba[i].toInt() and 255
         val pixels = IntArray(rgba.size / 4) { (255 shl 24) or (at(4 * it) shl 16) or (at(4 * it + 1) shl 8) or at(4 * it + 2) }

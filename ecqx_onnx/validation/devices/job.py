@@ -88,7 +88,18 @@ def write_job(
     }
     job["id"] = hashlib.sha256(json.dumps({**job, "latency_runs": 0, "twin": None}, sort_keys=True).encode()).hexdigest()
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+    (folder / "job.txt").write_text(_as_lines(job), encoding="utf-8")
     return Job(folder, job["id"], job["model"]["sha256"], len(job["batches"]))
+
+
+def _as_lines(job: Mapping[str, Any]) -> str:
+    """What a runner needs of job.json, for runners that have no JSON: fields between tabs."""
+    rows = [("# the same as job.json; docs/devices.md says what each row means",), ("id", job["id"])]
+    rows.append(("latency_runs", str(job["latency_runs"])))
+    for kind, entries in [*(("input", batch) for batch in job["batches"]), ("single", job["single"])]:
+        rows += [("batch",)] if kind == "input" else []
+        rows += [(kind, e["file"], e["dtype"], "x".join(map(str, e["shape"])), e["sha256"]) for e in entries]
+    return "".join("\t".join(row) + "\n" for row in rows)
 
 
 def read_result(job: Job, device: str) -> Result:

@@ -63,6 +63,7 @@ class EcqxModel(private val read: (String) -> ByteArray) : AutoCloseable {
     val bytes: Long get() = facts.getValue("model")[2].toLong()
     val float32Bytes: Long get() = facts.getValue("model")[3].toLong()
     val loadMilliseconds: Double
+    val modelSha256: String get() = sha256(modelBytes)
 
     init {
         for (row in rows) when (row[0]) {
@@ -274,7 +275,7 @@ class EcqxModel(private val read: (String) -> ByteArray) : AutoCloseable {
 
     private fun javaType(dtype: String): OnnxJavaType = NAMES.entries.first { it.value == dtype }.key
 
-    private companion object {
+    internal companion object {
         val NAMES = mapOf(
             OnnxJavaType.FLOAT to "float32", OnnxJavaType.DOUBLE to "float64", OnnxJavaType.INT64 to "int64", OnnxJavaType.INT32 to "int32",
             OnnxJavaType.INT16 to "int16", OnnxJavaType.INT8 to "int8", OnnxJavaType.UINT8 to "uint8", OnnxJavaType.BOOL to "bool"

@@ -202,12 +202,20 @@ final class EcqxModel {
     }
 
     private func load(_ entry: Manifest.Entry) throws -> Tensor {
+        try load(entry, from: folder)
+    }
+
+    func load(_ entry: Manifest.Entry, from folder: URL) throws -> Tensor {
         let data = try Data(contentsOf: folder.appendingPathComponent(entry.file))
         guard Self.sha256(data) == entry.sha256 else { throw EcqxError(description: "\(entry.file) was changed: its sha256 is another") }
         return Tensor(dtype: entry.dtype, shape: entry.shape, data: data)
     }
 
-    private static func sha256(_ data: Data) -> String {
+    func modelSHA256() throws -> String {
+        Self.sha256(try Data(contentsOf: folder.appendingPathComponent(manifest.model.file)))
+    }
+
+    static func sha256(_ data: Data) -> String {
         SHA256.hash(data: data).map { String(format: "%02x", $0) }.joined()
     }
 
