@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench bench-size clean
+.PHONY: demo test test-all devices lint bench bench-size bench-devices clean
 
 demo: .venv/demo          ## train, quantise, convert and validate a small CNN on handwritten digits
 	$(BIN)/ecqx-onnx demo --force
@@ -13,6 +13,11 @@ test: .venv/test          ## every test that takes seconds
 test-all: .venv/test      ## also the slow ones: minutes, gigabytes, other onnxruntime versions
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+devices: .venv/test       ## runtimes for browser, Node.js and emulated ARM (236 MB, Debian), and the tests that need them
+	$(BIN)/ecqx-onnx device setup web
+	$(BIN)/ecqx-onnx device setup arm64
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_devices.py tests/test_device_commands.py tests/test_targets.py
+
 lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/mypy
 
@@ -22,6 +27,9 @@ bench: .venv/test         ## speed as ratios in one process
 
 bench-size: .venv/test    ## bytes: entropy, packed, NNCodec, xz, zip side by side
 	$(BIN)/python benchmarks/packed_size.py
+
+bench-devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
+	$(BIN)/python benchmarks/devices.py ../shared/data
 
 .venv/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
