@@ -1,0 +1,141 @@
+"""What does each choice of the recipe bring? LeNet-300-100 (or LeNet-5) on MNIST, one option changed at a time.
+
+    python benchmarks/ablation.py                           # every variant, 3 seeds, 3 entropy weights; about a day of one core
+    python benchmarks/ablation.py --epochs 2 --samples 20000 --variants default ECQ "rho 4"
+
+Each variant is trained from the same float networks at several entropy weights. A run lands in runs/ablation.jsonl and is not
+done again. Accuracy on the test set is interpolated between the runs of a seed to the same share of zeros, or to the same
+entropy in bits per weight, and the difference to the default taken seed by seed; nothing is chosen on the test set.
+Composites differ in their rules for convolutions only, so try them with --model lenet5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import interval
+from train_fp32 import train as train_float
+
+from ecqx_onnx import api
+from ecqx_onnx.data import load_dataset
+from ecqx_onnx.loading import load_factory
+from ecqx_onnx.quantization import train
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, DATA = ROOT / "runs", ROOT.parent / "shared" / "data" / "mnist.npz"
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "ECQ": {"relevance": None},
+    "gradient absolute": {"gradient": "absolute"},
+    **{f"band -{keep} +{prune}": {"keep": keep, "prune": prune} for keep, prune in ((0, 0), (0.1, 0), (0, 0.1), (0.2, 0.2))},
+    **{f"refresh {k}": {"refresh_every": k} for k in (1, 2, 4, 16)},
+    **{f"rho {rho}": {"rho": float(rho)} for rho in (1.5, 4)},
+    **{f"start {start}": {"start": start} for start in ("probability", "ones")},
+    **{f"memory {memory}": {"relevance_memory": memory} for memory in (0.0, 0.99)},
+    **{f"composite {name}": {"relevance": name} for name in ("epsilon_plus", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box")},
+    **{f"step {rule}": {"step": rule} for rule in ("percentile", "least_squares", "learned")},
+    "step per channel": {"granularity": "channel"},
+}
+
+Point = dict[str, float]  # zeros, bits (per weight), accuracy in %
+
+
+def run(variant: str, entropy_weight: float, seed: int, float_model: torch.nn.Module, dataset: Any, how: dict[str, Any]) -> Point:
+    model = copy.deepcopy(float_model)
+    options = {"bits": how["bits"], "entropy_weight": entropy_weight, **VARIANTS[variant]}
+    trained = train(model, dataset, epochs=how["epochs"], batch_size=128, validation=0.0, seed=seed, device="cpu", **options)
+    quantizer = trained.quantizer
+    accuracy = 100 * api.accuracy(model, dataset.test).share
+    return {"zeros": quantizer.zeros, "bits": quantizer.bits_per_weight, "accuracy": accuracy}
+
+
+def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = load_factory(f"{ROOT}/models/{how['model']}.py:{how['model']}").model
+    path = RUNS / f"ablation-{how['model']}-{how['samples']}-{seed}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        train_float(model, dataset.training, epochs=10, rate=2e-3, decay=1e-2, seed=seed, augment=None, bfloat16=False)
+        torch.save(model.state_dict(), path)
+    return model
+
+
+def at(points: list[Point], axis: str, value: float) -> float | None:
+    """The accuracy where `axis` has this value, linear between neighbours; None outside the curve."""
+    for a, b in pairwise(sorted(points, key=lambda point: point[axis])):
+        if a[axis] <= value <= b[axis]:
+            return a["accuracy"] + (b["accuracy"] - a["accuracy"]) * (value - a[axis]) / max(1e-9, b[axis] - a[axis])
+    return None
+
+
+def table(curves: dict[str, dict[int, list[Point]]], axis: str, value: float) -> str:
+    """Markdown: each variant's accuracy at this value of the axis, and its difference to the default, seed by seed."""
+    shown = f"{value:.0%} zeros" if axis == "zeros" else f"{value:g} bits per weight"
+    lines = [f"| at {shown} | seeds | accuracy, % | against the default, points |", "|---|---|---|---|"]
+    default = {seed: at(points, axis, value) for seed, points in curves.get("default", {}).items()}
+    for variant, by_seed in curves.items():
+        found = {seed: at(points, axis, value) for seed, points in by_seed.items()}
+        reached = {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
+        pairs = [accuracy - default[seed] for seed, accuracy in reached.items() if default.get(seed) is not None]
+        mean = interval(list(reached.values())) if reached else "no curve reaches it"
+        lines.append(f"| {variant} | {len(reached)} | {mean} | {interval(pairs) if pairs and variant != 'default' else ''} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--model", default="lenet_300_100", choices=["lenet_300_100", "lenet5"])
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--entropy-weights", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
+    parser.add_argument("--samples", type=int, default=60_000, help="of the training set")
+    parser.add_argument("--zeros", type=float, nargs="+", default=[0.9, 0.94], help="compare there")
+    parser.add_argument("--at-bits", type=float, nargs="+", default=[0.6, 0.4], help="and at so many bits per weight")
+    parser.add_argument("--only", choices=["print"], help="train nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    RUNS.mkdir(exist_ok=True)
+    log = RUNS / "ablation.jsonl"
+    how = {name: getattr(arguments, name) for name in ("model", "bits", "epochs", "samples")}
+    done = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        entry = json.loads(line)
+        done[entry["key"]] = entry["point"]
+    if arguments.only is None:
+        module = load_factory(f"{ROOT}/models/{how['model']}.py:{how['model']}")
+        dataset = load_dataset(str(DATA), preprocessing=module.preprocessing)
+        dataset = dataset.__class__(dataset.name, dataset.training.take(how["samples"]), dataset.test, dataset.labels)
+    curves: dict[str, dict[int, list[Point]]] = {variant: {} for variant in arguments.variants}
+    for seed in range(arguments.seeds):  # seed by seed, so that a stopped benchmark has whole comparisons
+        for variant in arguments.variants:
+            for entropy_weight in arguments.entropy_weights:
+                key = json.dumps([how, variant, entropy_weight, seed])
+                if key not in done and arguments.only is None:
+                    point = run(variant, entropy_weight, seed, float_network(how, dataset, seed), dataset, how)
+                    with log.open("a") as file:
+                        file.write(json.dumps({"key": key, "point": point}) + "\n")
+                    print(variant, entropy_weight, f"seed {seed}:", {k: round(v, 4) for k, v in point.items()}, flush=True)
+                    done[key] = point
+                if key in done:
+                    curves[variant].setdefault(seed, []).append(done[key])
+    sizes = [point["accuracy"] for by_seed in curves.values() for points in by_seed.values() for point in points]
+    print(
+        f"\n{how['model']}, {how['bits']} bit, {how['epochs']} epochs, {how['samples']} samples, {len(sizes)} runs; mean ± 95 %\n"
+    )
+    for axis, values in (("zeros", arguments.zeros), ("bits", arguments.at_bits)):
+        for value in values:
+            print(table(curves, axis, value), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
