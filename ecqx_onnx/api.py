@@ -110,7 +110,7 @@ def convert(
     checkpoint, quantised = replace(checkpoint, graph=graph, matching=matching), None
     if activations != "float32":
         quantised = _integer_graph(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
-        graph = quantised.graph
+        graph, matching = quantised.graph, replace(matching, found=quantised.found)
     elif calibration is not None:
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
     notes = _left(batchnorms)
@@ -136,7 +136,7 @@ def convert(
     if floats != "float32":
         metadata["floats"] = floats
     if quantised is not None:
-        metadata["activations"] = {"type": "uint8", "calibration": calibration_method, "kernels": dict(quantised.kernels)}
+        metadata["activations"] = {"type": "uint8", "calibration": calibration_method}
     report = deliver(plan, out, metadata=metadata, force=force)
     report = replace(report, notes=(*report.notes, *notes))
     return report if quantised is None else replace(report, kernels=quantised.kernels, stays=quantised.stays)

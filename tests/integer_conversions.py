@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def convert_to_integers(
     ranges = calibrate_ranges(whole, find_integer_nodes(graph, matching.found).ranges, [x.numpy()], method=method)
     integer = quantise_activations(graph, matching.found, ranges)
     path = folder / "out.onnx"
+    matching = replace(matching, found=integer.found)
     write(make_plan(integer.graph, matching, integer=integer.weights, **options), path, force=True)
     assert all(stored.crc_ok for stored in read_weights(path))
     return IntegerConversion(path, integer, dict(ranges), executed_operators(path, (x.numpy(),)))

@@ -185,6 +185,19 @@ def test_a_bias_beyond_int32_keeps_its_layer_float(tmp_path):
     assert conversion.executed["QLinearConv"] == 1
 
 
+def test_a_channel_that_died_in_training_runs_on_integers_all_the_same(tmp_path):
+    torch.manual_seed(6)
+    model = contract(Net(lambda x, a, n, b: b(F.relu(n(a(x)))), a=conv(), n=nn.BatchNorm2d(8), b=conv(8, 4)))
+    with torch.no_grad():
+        model.layers["n"].weight[3] = 1e-12
+        model.layers["n"].bias[3] = 0.4
+    x = torch.randn(IMAGE)
+    conversion = convert_to_integers(model, x, tmp_path)
+    assert conversion.executed["QLinearConv"] == 2
+    with torch.no_grad():
+        assert np.abs(conversion.outputs(x, 99) - model(x).numpy()).max() <= conversion.tolerance
+
+
 @given(st.floats(-1e6, 1e6, width=32), st.floats(-1e6, 1e6, width=32))
 def test_scale_and_zero_point_cover_the_range_and_keep_zero_exact(first, second):
     low, high = sorted((first, second))

@@ -11,7 +11,7 @@ this, onnxruntime fuses DequantizeLinear -> operator -> QuantizeLinear into one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -34,7 +34,7 @@ from ecqx_onnx_converters.names import NameMaker
 
 LEVELS = 255  # uint8 has so many steps
 SMALLEST = float(np.finfo(np.float32).tiny)
-INT32 = 2**31 - 1
+LARGEST_BIAS = 2**30  # steps; leaves the other half of int32 to the sums
 
 Ranges = Mapping[str, tuple[float, float]]
 """Value name -> (lowest, highest) that it takes, by calibration."""
@@ -65,11 +65,13 @@ class UInt8:
 class IntegerGraph:
     """graph: its weights are still float initializers; `weights` names those that an integer kernel reads.
 
+    found: the quantised weights; a step may have been raised to hold a bias.
     kernels: operator -> how many of its nodes run on integers. stays: nodes that don't, with the reason.
     """
 
     graph: FloatGraph
     weights: frozenset[str]
+    found: tuple[GraphWeight, ...]
     kernels: Mapping[str, int]
     stays: tuple[FloatNode, ...]
 
@@ -174,7 +176,7 @@ class _Rewriter:
             operator = self.source.proto.graph.node[index].op_type
             kernels[operator] = kernels.get(operator, 0) + 1
         graph = _with_nodes(self.proto, self.nodes, self.source.weights)
-        return IntegerGraph(graph, self.plan.weights, kernels, self.plan.stays)
+        return IntegerGraph(graph, self.plan.weights, tuple(self.weights.values()), kernels, self.plan.stays)
 
     def _integer(self, node: NodeProto, how: IntegerNode) -> None:
         changed = NodeProto.FromString(node.SerializeToString())
@@ -253,22 +255,36 @@ class _Rewriter:
 
         source: the activation that meets the weight.
         """
-        meaning, bias = weight.tensor.meaning, self.constants.get(name)
+        bias = self.constants.get(name)
+        assert bias is not None  # find_integer_nodes takes stored ones only
+        weight = self.weights[weight.name] = self._with_room_for(bias.reshape(-1), weight, self.formats[source].scale)
+        meaning = weight.tensor.meaning
         assert isinstance(meaning, Scale)  # find_integer_nodes takes no other
-        assert bias is not None
         scale = np.asarray(self.formats[source].scale * meaning.step, np.float32).reshape(() if meaning.axis is None else (-1,))
         with np.errstate(over="ignore", divide="ignore"):
             levels = np.rint(bias.reshape(-1).astype(np.float64) / scale)
-        if not (np.abs(levels) <= INT32).all():
+        if not (np.abs(levels) <= LARGEST_BIAS).all():
             worst = int(np.argmax(np.abs(levels)))
             reason = f"the bias of output {worst} is {np.abs(levels[worst]):.1e} steps of its sums, more than int32 holds"
             self.too_large[weight.name] = reason
-        inputs = [self._store(np.clip(levels, -INT32, INT32).astype(np.int32)), self._store(scale)]
+        inputs = [self._store(np.clip(levels, -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)), self._store(scale)]
         dequantise = helper.make_node("DequantizeLinear", inputs, [self.names("d")])
         if scale.ndim:
             dequantise.attribute.append(helper.make_attribute("axis", 0))
         self.nodes.append(dequantise)
         return dequantise.output[0]
+
+    def _with_room_for(self, bias: np.ndarray, weight: GraphWeight, scale: np.float32) -> GraphWeight:
+        """BatchNorm leaves channels that died in training a factor of almost nothing, so that their bias would be too many steps.
+        Such a channel's step is raised: its n weights then move the output by less than n·2^-18 of the bias, and before by less.
+        """
+        meaning = weight.tensor.meaning
+        uses = sum(weight.name in node.input for node in self.source.proto.graph.node)
+        if not weight.rescaled or uses > 1 or not isinstance(meaning, Scale) or meaning.axis is None:
+            return weight
+        least = (np.abs(bias.astype(np.float64)) / (float(scale) * (LARGEST_BIAS - 1))).astype(np.float32)
+        step = np.maximum(meaning.step, least.reshape(meaning.step.shape))
+        return replace(weight, tensor=replace(weight.tensor, meaning=Scale(step)))
 
     def _store(self, values: np.ndarray) -> str:
         """An initializer; equal ones are stored once."""
