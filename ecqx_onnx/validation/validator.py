@@ -163,10 +163,10 @@ def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | Non
         return None
 
 
-def yardstick(file: OnnxFile, twin: FloatTwin | None, float_model: Callable[[], bytes | None] | None) -> bytes | None:
-    """What latency is compared with: the file's float twin; for integer kernels, whose twin rounds too, the model before that."""
-    if checks.activations_quantised(file):
-        return None if float_model is None else float_model()
+def yardstick(file: OnnxFile, twin: FloatTwin | None, float_model: Callable[..., bytes | None] | None) -> bytes | None:
+    """What latency is compared with: the file's float twin; for integer kernels the model before them, where it is known."""
+    if float_model is not None and checks.activations_quantised(file):
+        return float_model()
     return None if twin is None else twin.serialize()
 
 
