@@ -19,9 +19,10 @@ from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.files import replacing
 from ecqx_onnx_converters.foreign import Foreign, find_quantised
 from ecqx_onnx_converters.matching import GraphWeight
-from ecqx_onnx_converters.opsets import lower_opset
+from ecqx_onnx_converters.opset_raising import raise_opset
+from ecqx_onnx_converters.opsets import lower_opset, why_not_opset
 from ecqx_onnx_converters.planning import Kept, Plan
-from ecqx_onnx_converters.targets import find_target
+from ecqx_onnx_converters.targets import Target, find_target
 from onnx import ModelProto
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -32,6 +33,7 @@ from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 
+RAISED_TO = (21, 18, 13)  # opsets that bring storages: INT4; packed; several weights in a byte
 RECORD = 40  # bytes of metadata that a stored weight takes, about
 
 
@@ -95,14 +97,14 @@ def pack(
     opset: int | None = None,
     check: bool = True,
     inputs: Mapping[str, np.ndarray] | None = None,
-    fold_batchnorm: bool = True,
+    rewrite: bool = True,
     force: bool = False,
 ) -> PackReport:
     """Write the .onnx file `model`, whoever made it, with its quantised weights stored anew, losslessly.
 
     check: run both in onnxruntime, on `inputs` (by name; random ones without), and write nothing if they differ: CheckFailed.
-    fold_batchnorm: multiply BatchNormalization into the scales before it, which rounds; if the check finds that too much, it
-    is done without.
+    rewrite: allow what reaches past the weights: an old graph is raised to an opset that has the shorter storages, and
+    BatchNormalization goes into the scales before it, which rounds. If the check finds a difference, it is done without both.
     """
     out = Path(out)
     if out.exists() and not force:
@@ -114,7 +116,10 @@ def pack(
     notes = _notes(file.proto)
     defined = qonnx.define(graph.proto)
     options: dict[str, Any] = {"storage": storage, "dequantize": dequantize, "target": target, "opset": opset}
-    plan, kept, batchnorms = _plan(graph, options, fold_batchnorm=fold_batchnorm)
+    raised = _raised(graph, find_target(target), opset) if rewrite else None
+    if raised is not None:
+        notes = (*notes, f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter")
+    plan, kept, batchnorms = _plan(raised or graph, options, fold_batchnorm=rewrite)
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
     if not plan.entries and defined is None:
         return _pass_through(file, out, _why_nothing(kept), kept, notes)
@@ -124,21 +129,21 @@ def pack(
         notes = (*notes, defined)
     elif (fault := _fault(file)) is not None:  # the writer would refuse it, too
         return _pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes)
-    equivalence, reason, rounded = None, "", False
+    equivalence, reason, again = None, "", False
     with replacing(out, force=force) as temporary:
         written = write(plan, temporary, metadata={"version": __version__})
         if written.nbytes >= file.size and defined is None:
             reason = f"with its weights packed it would take {written.nbytes:,} bytes, no less than the {file.size:,} that it has"
         elif check:
             equivalence = compare_models(file.path, temporary, inputs=inputs)
-            rounded = bool(folded) and not equivalence.ok
-            if not equivalence.ok and not rounded:
+            again = (bool(folded) or raised is not None) and not equivalence.ok
+            if not equivalence.ok and not again:
                 raise CheckFailed(f"{out}: not written, the packed model is not the original: {equivalence.failure}")
-        if reason or rounded:
+        if reason or again:
             for part in list(temporary.parent.iterdir()):
                 part.unlink()
-    if rounded:
-        return pack(file.path, out, **options, inputs=inputs, fold_batchnorm=False, force=force)
+    if again:
+        return pack(file.path, out, **options, inputs=inputs, rewrite=False, force=force)
     if reason:
         return _pass_through(file, out, reason, kept, notes)
     written = replace(written, path=out, kept=kept)
@@ -172,6 +177,17 @@ def unpack(
     if floats:
         plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
     return write(plan, out, metadata=unpacked.metadata, force=force)
+
+
+def _raised(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:
+    """The graph in an opset that has more storages; None where it is in one, or can just be declared so, or can't be raised."""
+    for wanted in (step for step in RAISED_TO if graph.opset < step <= min(target.max_opset, opset or target.max_opset)):
+        if why_not_opset(graph.proto, wanted) is None:
+            return None
+        raised = raise_opset(graph, wanted)
+        if isinstance(raised, FloatGraph):
+            return raised
+    return None
 
 
 def _plan(

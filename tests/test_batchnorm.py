@@ -135,6 +135,9 @@ def change(model: ModelProto, what: str) -> None:
     elif what == "shared":
         graph.node.append(helper.make_node("Identity", ["w"], ["v"]))
         graph.output.append(helper.make_tensor_value_info("v", FLOAT, [8, 4, 3, 3]))
+    elif what == "rounded":
+        graph.node[1].output[0] = "z"
+        graph.node.append(helper.make_node("Round", ["z"], ["y"]))
     elif what == "no product":
         graph.node[0].CopyFrom(helper.make_node("Concat", ["x", "x"], ["h"], axis=1))
     elif what == "varying":
@@ -150,6 +153,7 @@ def change(model: ModelProto, what: str) -> None:
         ("training", "training mode"),
         ("read elsewhere", "something else reads"),
         ("shared", "feeds other nodes"),
+        ("rounded", "a whole level"),
         ("no product", "no product"),
         ("varying", "no float32 constants"),
     ],

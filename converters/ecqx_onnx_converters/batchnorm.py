@@ -24,6 +24,7 @@ from ecqx_onnx_converters.matching import GraphWeight, Matching, with_factor
 from ecqx_onnx_converters.storage import Refusal
 
 BIASED = ("Conv", "ConvTranspose", "Gemm")
+ROUNDING = ("Quant", "BipolarQuant", "QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil", "Sign")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def _product(
         return Refusal(f"'{weight.name}' is read as integers")
     if uses[before.outputs[0].name] > 1 or any(output is before.outputs[0] for output in surgeon.outputs):
         return Refusal("something else reads what it normalises, too")
+    if any(user.op in ROUNDING for user in node.outputs[0].outputs):
+        return Refusal("what follows it rounds to integers, where the last bit of a float can become a whole level")
     if uses[weight.name] > 1:
         return Refusal(f"'{weight.name}' feeds other nodes, too")
     if before.op == "MatMul" and ranks.get(before.outputs[0].name) != 2:

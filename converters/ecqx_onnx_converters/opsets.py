@@ -12,6 +12,7 @@ CHANGED = {
     "GroupNormalization": 21,  # scale and bias per channel, were per group
     "GridSample": 20,  # modes were renamed
     "Split": 18,  # equal parts have to be asked for
+    "RoiAlign": 16,  # where pixels lie has another default
     "Softmax": 13,  # over one axis, was over all from that axis on
     "LogSoftmax": 13,
     "Hardmax": 13,
@@ -45,11 +46,14 @@ def _means_the_same(node: NodeProto, old: int, new: int) -> bool:
     single = defs.OpSchema.FormalParameterOption.Single
     if len(before.inputs) > len(after.inputs) or any(port.option == single for port in after.inputs[len(before.inputs) :]):
         return False
-    shared = {name: before.attributes[name].default_value for name in before.attributes}
-    return all(
-        name in after.attributes and after.attributes[name].default_value.SerializeToString() == default.SerializeToString()
-        for name, default in shared.items()
-    )
+    stated = {attribute.name for attribute in node.attribute}
+    for name, attribute in before.attributes.items():
+        if name in after.attributes:
+            if after.attributes[name].default_value.SerializeToString() != attribute.default_value.SerializeToString():
+                return False
+        elif name in stated:  # gone, or an input now; what it is when nobody states it has not changed
+            return False
+    return True
 
 
 def set_opset(model: ModelProto, opset: int) -> None:
@@ -66,14 +70,14 @@ def lower_opset(model: ModelProto, opset: int) -> None:
     if opset >= present:
         return
     set_opset(model, opset)
-    if why_not_opset(model, present) is not None or _newer_attributes(model, opset):
+    if why_not_opset(model, present) is not None or _newer_form(model, opset):
         set_opset(model, present)
 
 
-def _newer_attributes(model: ModelProto, opset: int) -> bool:
-    """Some node has an attribute that its operator lacks in `opset`."""
+def _newer_form(model: ModelProto, opset: int) -> bool:
+    """Some node has an attribute or an input that its operator lacks in `opset`."""
     for node in (node for scope in all_graphs(model.graph) for node in scope.node if node.domain in ("", "ai.onnx")):
-        known = defs.get_schema(node.op_type, opset).attributes
-        if any(attribute.name not in known for attribute in node.attribute):
+        schema = defs.get_schema(node.op_type, opset)
+        if len(node.input) > schema.max_input or any(part.name not in schema.attributes for part in node.attribute):
             return True
     return False

@@ -20,7 +20,7 @@ from ecqx_onnx_converters.storage.registry import STORAGES
 from ecqx_onnx_converters.targets import INT8_TYPES, OPSET_OF_TYPE, Target, find_target
 
 DEQUANTIZATIONS = ("auto", "standard", "folded")
-STEPS_UP = (11, 12, 13, 18, 21, 25)  # opsets that bring something a written file may need
+STEPS_UP = (10, 11, 12, 13, 18, 21, 25)  # opsets that bring something a written file may need
 
 
 @dataclass(frozen=True, eq=False)
