@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from ecqx_onnx_converters.storage.packed import functions, nodes, pack, unpack
+from ecqx_onnx_converters.storage.packed.codec import pack, unpack
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
 Tensors = list[np.ndarray]

@@ -1,10 +1,156 @@
-"""Levels near their entropy, inside a plain ONNX file whose own graph decodes them. docs/packed-format.md specifies the bits.
+"""int8 levels <-> entropy-coded bytes that the graph itself decodes while a runtime loads it: docs/packed-format.md.
 
-pack_smallest(tensors) -> Packed; functions([Packed, ...]) and nodes(Packed, names) write its decoder; unpack(Packed) is
-the reference decoder.
+All packed tensors of a file are one stream, so `encode_all` takes them together; `encode` packs a single one.
 """
 
-from ecqx_onnx_converters.storage.packed.codec import Packed, pack, pack_smallest, unpack
-from ecqx_onnx_converters.storage.packed.decoder import DOMAIN, functions, nodes
+from __future__ import annotations
 
-__all__ = ["DOMAIN", "Packed", "functions", "nodes", "pack", "pack_smallest", "unpack"]
+import math
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.graph import tensor_values
+from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored
+from ecqx_onnx_converters.storage.packed import codec, decoder
+from ecqx_onnx_converters.storage.packed.units import pairs, walk
+from ecqx_onnx_converters.targets import Target
+
+TURN_BYTES = 40  # what a Transpose node costs
+
+
+def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
+    return encode_all([(name, levels)], target)[0]
+
+
+def encode_all(tensors: Sequence[tuple[str, np.ndarray]], target: Target) -> list[Stored | Refusal]:
+    """(name, int8 levels) -> how each is stored. The first that is holds what they share, so keep all or none of them."""
+    refusals = [_why_not(levels, target) for _, levels in tensors]
+    chosen = [tensor for tensor, refusal in zip(tensors, refusals, strict=True) if refusal is None]
+    stored = iter(_encode(chosen) if chosen else [])
+    return [next(stored) if refusal is None else refusal for refusal in refusals]
+
+
+def _why_not(levels: np.ndarray, target: Target) -> Refusal | None:
+    if not target.decoders:
+        return Refusal(f"target '{target.name}' can't have nodes that decode weights")
+    if target.max_opset < decoder.OPSET:
+        return Refusal(f"its decoder needs opset {decoder.OPSET}, and {target.max_opset} is the highest here")
+    if not 0 < levels.size < MAX_WEIGHTS:
+        return Refusal(f"a tensor of {levels.size} weights can't be packed")
+    return None
+
+
+def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> Iterator[Stored]:
+    names = [name for name, _ in tensors]
+    packed = codec.pack([levels for _, levels in tensors], [best_order(levels) for _, levels in tensors])
+    fresh = (f"{names[0]}_{index}" for index in count())
+    nodes, initializers, tables = decoder.group_nodes(packed, fresh, [f"{name}_e" for name in names])
+    functions, shapes = decoder.functions(packed), dict[tuple[int, ...], str]()
+    for name, part in zip(names, packed.parts, strict=True):
+        shape = tuple(part.shape[axis] for axis in part.order)
+        if shape not in shapes:
+            shapes[shape] = f"{name}_s"
+            initializers.append(decoder.tensor(f"{name}_s", np.array(shape, np.int64)))
+        made = f"{name}_t" if part.turned else name
+        own = [helper.make_node(decoder.TENSOR, [f"{name}_e", *tables, shapes[shape]], [made], domain=decoder.DOMAIN)]
+        if part.turned:
+            own.append(helper.make_node("Transpose", [made], [name], perm=np.argsort(part.order).tolist()))
+        yield Stored(
+            "packed", "packed", name, TensorProto.INT8, decoder.OPSET, tuple(initializers), (), (*nodes, *own), functions,
+            own_bytes=_own_bytes(part.entries, packed.slots),
+        )  # fmt: skip
+        initializers, nodes = [], []
+
+
+def _own_bytes(entries: int, slots: int) -> int:
+    """A tensor's stretch of the payload."""
+    return -(-entries // slots)
+
+
+def best_order(levels: np.ndarray) -> tuple[int, ...]:
+    """Of the tensor's own order of axes and that with the first two swapped, the one whose distances and values say less."""
+    own = tuple(range(levels.ndim))
+    if levels.ndim < 2 or 1 in levels.shape[:2]:
+        return own
+    swapped = (1, 0, *own[2:])
+    return swapped if _pair_bytes(levels.transpose(swapped)) + TURN_BYTES < _pair_bytes(levels) else own
+
+
+def _pair_bytes(levels: np.ndarray) -> float:
+    runs, pair = pairs(*walk(levels))
+    counts = np.bincount(pair)
+    counts = counts[counts > 0]
+    return float((counts * np.log2(len(pair) / counts)).sum() + runs.sum()) / 8
+
+
+def decode(name: str, contents: Contents) -> np.ndarray:
+    node, order = _tensor_node(name, contents)
+    stream, begins = _stream(node, contents)
+    shape = tuple(_values(node.input[3], contents).tolist())
+    if min(shape, default=1) < 0 or not 0 < math.prod(shape) < MAX_WEIGHTS:
+        raise FileError(f"packed tensor '{name}' has shape {list(shape)}; the ONNX file is damaged")
+    begin, end = begins[node.input[0]]
+    advances, values = (_values(table, contents) for table in node.input[1:3])
+    levels = codec.place(stream[begin:end], advances, values, math.prod(shape)).reshape(shape)
+    if order is not None:
+        if sorted(order) != list(range(levels.ndim)):
+            raise FileError(f"packed tensor '{name}' is transposed by {order}; the ONNX file is damaged")
+        levels = np.ascontiguousarray(levels.transpose(order))
+    return levels
+
+
+def stored_bytes(name: str, contents: Contents) -> int:
+    node, _ = _tensor_node(name, contents)
+    stream, begins = _stream(node, contents)
+    begin, end = begins[node.input[0]]
+    return _own_bytes(end - begin, len(stream) // max(1, _payload_bytes(node, contents)))
+
+
+def _payload_bytes(node: NodeProto, contents: Contents) -> int:
+    decode_node = contents.makers[contents.makers[node.input[0]].input[0]]
+    return math.prod(contents.initializers[decode_node.input[0]].dims)
+
+
+def _tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | None]:
+    """The node of a packed tensor, and the axes by which its outcome is transposed."""
+    node, order = contents.makers[name], None
+    if node.op_type == "Transpose" and not node.domain:
+        order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
+        node = contents.makers[node.input[0]]
+    if node.domain != decoder.DOMAIN or node.op_type != decoder.TENSOR or len(node.input) != 4:
+        raise FileError(f"packed tensor '{name}' is made by {node.op_type}, not by its decoder; the ONNX file is damaged")
+    return node, order
+
+
+def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
+    """All entries that the tensor's group holds (decoded once), and begin and end of each tensor's own, by name."""
+    split = contents.makers[node.input[0]]
+    key = split.input[0]
+    if key not in contents.cache:
+        maker = contents.makers[key]
+        if split.op_type != "Split" or maker.op_type != decoder.DECODE or maker.domain != decoder.DOMAIN:
+            raise FileError(f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged")
+        payload, bits, *constants = (_values(value, contents) for value in maker.input)
+        slots = next((s for s in (2, 4, 8) if _same(constants, decoder.constants(s))), 0)
+        sizes = _values(split.input[1], contents)
+        stream = codec.decode(payload, bits, slots)
+        if sizes.ndim != 1 or sizes.min(initial=0) < 0 or sizes.sum() != len(stream) or len(sizes) != len(split.output):
+            raise FileError(f"the packed entries are cut into parts of {sizes.tolist()[:9]}; the ONNX file is damaged")
+        ends = np.cumsum(sizes)
+        cuts = {output: (int(end - size), int(end)) for output, end, size in zip(split.output, ends, sizes, strict=True)}
+        contents.cache[key] = stream, cuts
+    return contents.cache[key]
+
+
+def _same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
+    return len(ones) == len(others) and all(
+        one.dtype == other.dtype and np.array_equal(one, other) for one, other in zip(ones, others, strict=True)
+    )
+
+
+def _values(name: str, contents: Contents) -> np.ndarray:
+    return tensor_values(contents.initializers[name])
