@@ -53,7 +53,7 @@ def test_the_three_commands_give_a_file_that_says_the_same(checkpoint, tmp_path)
     out = tmp_path / "out.onnx"
     written = json.loads(run("convert", path, out, "--json").stdout)
     assert written["bytes"] == out.stat().st_size
-    assert {row["storage"].split()[0].strip(",") for row in written["tensors"]} <= {"dense", "sparse"}
+    assert {row["storage"].split()[0].strip(",") for row in written["tensors"]} <= {"dense", "sparse", "packed"}
     report = json.loads(run("validate", out, "--against", path, "--data", "sklearn:digits", "--json").stdout)
     assert report["ok"]
     assert report["agreement"]["share"] == 1.0

@@ -1,47 +1,46 @@
 """The packed codec: every tensor comes back exactly, by numpy and by onnxruntime, and damage is told."""
 
 import dataclasses
-import zlib
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from ecqx_onnx_converters.storage import packed as packed_codec
-from ecqx_onnx_converters.storage.packed import Packed, functions, nodes, pack, unpack
-from ecqx_onnx_converters.storage.packed.model import LOG_SIZE, SLOTS, quantise_frequencies, slot_tables
+from ecqx_onnx_converters.storage import Contents, Refusal, packed
+from ecqx_onnx_converters.storage.packed import codec, decoder, tree, units
+from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
 from ecqx_onnx.errors import FileError
 
+TARGET = find_target("onnxruntime")
+
 
 def levels(shape, *, zeros=0.6, top=7, seed=0, signed=True):
     generator = np.random.default_rng(seed)
     magnitude = np.minimum(generator.geometric(0.4, shape), top) * (generator.random(shape) >= zeros)
-    return (magnitude * generator.choice([-1, 1], shape) if signed else magnitude).astype(np.int8)
+    return np.asarray(magnitude * generator.choice([-1, 1], shape) if signed else magnitude).astype(np.int8)
 
 
 def small_net(seed=0):
     return [levels(shape, seed=seed + i) for i, shape in enumerate([(8, 3, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3), (10, 16)])]
 
 
-def decoder_model(*groups: tuple[Packed, list[np.ndarray]]) -> onnx.ModelProto:
-    made, initializers, outputs = [], [], []
-    for g, (packed, tensors) in enumerate(groups):
-        names = [f"w{g}_{i}" for i in range(len(tensors))]
-        more = nodes(packed, names, prefix=f"p{g}")
-        made += more[0]
-        initializers += more[1]
-        outputs += [helper.make_tensor_value_info(n, onnx.TensorProto.INT8, t.shape) for n, t in zip(names, tensors, strict=True)]
-    graph = helper.make_graph(made, "g", [], outputs, initializers)
-    imports = [helper.make_opsetid("", 18), helper.make_opsetid(packed_codec.DOMAIN, 1)]
-    return helper.make_model(graph, functions=functions([packed for packed, _ in groups]), opset_imports=imports, ir_version=8)
+def decoder_model(tensors, opset=18):
+    """A model without inputs whose outputs are the tensors, packed."""
+    stored = packed.encode_all([(f"w{i}", tensor) for i, tensor in enumerate(tensors)], TARGET)
+    outputs = [helper.make_tensor_value_info(f"w{i}", onnx.TensorProto.INT8, t.shape) for i, t in enumerate(tensors)]
+    nodes, initializers = ([part for one in stored for part in getattr(one, kind)] for kind in ("nodes", "initializers"))
+    graph = helper.make_graph(nodes, "g", [], outputs, initializers)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(decoder.DOMAIN, 1)]
+    return helper.make_model(graph, functions=list(stored[0].functions), opset_imports=imports, ir_version=8)
 
 
-def run(model: onnx.ModelProto, *, optimised: bool, keep=None):
+def run(model, *, optimised=True, keep=None):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -53,6 +52,11 @@ def run(model: onnx.ModelProto, *, optimised: bool, keep=None):
     return session.run(None, {})
 
 
+def read(model, count):
+    contents = Contents.of(model)
+    return [packed.decode(f"w{i}", contents) for i in range(count)]
+
+
 def assert_same(got, expected):
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
@@ -61,131 +65,211 @@ def assert_same(got, expected):
         assert np.array_equal(a, b)
 
 
-shapes = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(tuple)
+shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
-    shapes=st.lists(shapes, min_size=0, max_size=4), zeros=st.floats(0, 1), top=st.integers(1, 127), seed=st.integers(0, 99),
-    contexts=st.sampled_from([1, 2, 16]), width=st.integers(1, 3), lanes=st.sampled_from([None, 1, 7]), signed=st.booleans(),
-)  # fmt: skip
-def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, contexts, width, lanes, signed):
+    shapes=st.lists(shapes, min_size=1, max_size=4),
+    zeros=st.floats(0, 1),
+    top=st.integers(1, 123),
+    seed=st.integers(0, 99),
+    signed=st.booleans(),
+    turned=st.booleans(),
+)
+def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, signed, turned):
     tensors = [levels(shape, zeros=zeros, top=top, seed=seed + i, signed=signed) for i, shape in enumerate(shapes)]
-    assert_same(unpack(pack(tensors, contexts=contexts, width=width, lanes=lanes)), tensors)
+    orders = [tuple(range(t.ndim))[::-1] for t in tensors] if turned else None
+    assert_same(codec.unpack(codec.pack(tensors, orders)), tensors)
+
+
+@settings(deadline=None, max_examples=15)
+@given(zeros=st.floats(0, 1), top=st.integers(1, 123), seed=st.integers(0, 99), shape=st.lists(st.integers(1, 20), max_size=3))
+def test_any_tensor_comes_back_from_onnxruntime(zeros, top, seed, shape):
+    tensor = levels(tuple(shape), zeros=zeros, top=top, seed=seed)
+    assert_same(run(decoder_model([tensor])), [tensor])
+
+
+def far_apart():
+    """Distances beyond 128, to the first weight and to the last one."""
+    sparse = np.zeros(5000, np.int8)
+    sparse[[0, 1, 129, 130, 259, 1000, 1128, 4999]] = [1, -1, 2, -2, 3, -3, 1, 1]
+    return sparse
 
 
 CASES = {
     "a net": small_net(),
     "one weight": [np.array([3], np.int8)],
     "no dimension": [np.array(-5, np.int8)],
-    "empty": [np.zeros((0, 3), np.int8), levels((4, 5))],
     "all zero": [np.zeros((6, 5, 3, 3), np.int8)],
-    "every int8": [np.arange(-128, 128).astype(np.int8).reshape(16, 16), levels((3, 2, 5, 5))],
+    "all zero beside another": [np.zeros((4, 5), np.int8), levels((4, 5)), np.zeros((4, 5), np.int8)],
+    "every level": [np.arange(-123, 124).astype(np.int8).reshape(13, 19), levels((3, 2, 5, 5))],
+    "no zero": [levels((12, 70), zeros=0, top=1)],
     "unsigned": [levels((12, 7), signed=False, top=15)],
     "depthwise": [levels((24, 1, 3, 3))],
+    "far apart": [far_apart(), far_apart()[::-1].copy()],
+    "columns alike": [(levels((1, 60), zeros=0.5, top=1) * np.ones((80, 1))).astype(np.int8)],
+    "many kinds": [np.random.default_rng(1).integers(-123, 124, (300, 100)).astype(np.int8)],
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("contexts", [1, 16])
 @pytest.mark.parametrize("optimised", [False, True])
-def test_onnxruntime_decodes_what_numpy_decodes(name, contexts, optimised):
-    packed = pack(CASES[name], contexts=contexts)
-    assert_same(unpack(packed), CASES[name])
-    assert_same(run(decoder_model((packed, CASES[name])), optimised=optimised), CASES[name])
-
-
-def test_wide_symbols_and_several_groups_share_one_file():
-    first, second = small_net(), [levels((33, 40), top=1, seed=5)]
-    model = decoder_model((pack(first), first), (pack(second, contexts=1, width=4), second))
+def test_onnxruntime_decodes_what_numpy_decodes(name, optimised):
+    model = decoder_model(CASES[name])
     onnx.checker.check_model(model, full_check=True)
-    assert_same(run(model, optimised=True), first + second)
+    assert_same(read(model, len(CASES[name])), CASES[name])
+    assert_same(run(model, optimised=optimised), CASES[name])
+
+
+def test_a_tensor_whose_columns_are_alike_is_coded_by_columns():
+    nodes = decoder_model(CASES["columns alike"]).graph.node
+    assert [node.op_type for node in nodes] == ["Decode", "Split", "Levels", "Transpose"]
 
 
 def test_no_decoder_node_is_left_after_loading(tmp_path):
-    tensors = small_net()
-    run(decoder_model((pack(tensors), tensors)), optimised=True, keep=tmp_path / "folded.onnx")
+    run(decoder_model(small_net()), keep=tmp_path / "folded.onnx")
     assert not onnx.load(tmp_path / "folded.onnx").graph.node
 
 
 def test_only_operators_of_opset_18_without_control_flow_are_used():
-    tensors = small_net()
-    used = {node.op_type for f in decoder_model((pack(tensors), tensors)).functions for node in f.node if not node.domain}
+    used = {node.op_type for f in decoder_model(small_net()).functions for node in f.node if not node.domain}
     assert not used & {"Loop", "Scan", "If", "NonZero", "Compress", "DequantizeLinear"}
     assert all(onnx.defs.get_schema(op, 18, "").since_version <= 18 for op in used)
 
 
+@pytest.mark.parametrize("opset", [19, 21, 25])
+def test_the_decoder_runs_at_later_opsets(opset):
+    model = decoder_model(small_net(), opset)
+    for function in model.functions:
+        function.opset_import[0].version = opset
+    assert_same(run(model), small_net())
+
+
 def test_the_same_levels_give_the_same_bytes():
-    one, two = pack(small_net()), pack(small_net())
-    assert one.payload.tobytes() == two.payload.tobytes()
-    assert [f.SerializeToString(deterministic=True) for f in functions([one])] == [
-        f.SerializeToString(deterministic=True) for f in functions([two])
-    ]
+    one, two = (decoder_model(small_net()).SerializeToString(deterministic=True) for _ in range(2))
+    assert one == two
 
 
-@pytest.mark.parametrize("contexts", [1, 16])
-def test_golden_bytes_stand(contexts):
-    packed = pack([(np.arange(8 * 4 * 9) * 7919 % 29 % 5 - 2).astype(np.int8).reshape(8, 4, 3, 3)], contexts=contexts)
-    arrays = (packed.payload, packed.states, packed.frequencies, packed.thresholds, packed.dictionary)
-    written = " ".join(array.astype(array.dtype.newbyteorder("<")).tobytes().hex() or "-" for array in arrays)
-    assert written == (Path(__file__).parent / "golden" / f"packed_{contexts}.hex").read_text().strip()
+@pytest.mark.parametrize("slots", [2, 4, 8])
+def test_golden_bytes_stand(slots):
+    """Shortest words of 4, 2 and 1 bits."""
+    count = {2: 40, 4: 5, 8: 1}[slots]
+    tensor = (np.arange(8 * 4 * 9) * 7919 % 97 % (count + 1) - count // 3).astype(np.int8).reshape(8, 4, 3, 3)
+    made = codec.pack([tensor])
+    assert made.slots == slots
+    arrays = (made.payload, made.bits, made.advances, made.values)
+    written = " ".join(array.tobytes().hex() for array in arrays) + f" {made.parts[0].entries}"
+    assert written == (Path(__file__).parent / "golden" / f"packed_{slots}.hex").read_text().strip()
 
 
-def test_contexts_are_used_only_where_they_pay_for_their_functions():
-    assert packed_codec.pack_smallest(small_net()).contexts == 1
+def test_a_stream_written_by_hand_is_read():
+    """Words 0: one down, value 1. 10: two down, value -1. 11: four zeros. Levels, from the last to the first: 1 0 -1 0 0 0 0 1."""
+    tree_bits = np.packbits([1, 0, 1, 1] + [1] * 4)
+    payload = np.packbits([0, 1, 0, 1, 1, 0, 1, 1])[None]  # and one more run that no tensor has a share in
+    stream = codec.decode(payload, tree_bits, 8)
+    assert stream.tolist() == [1, 0, 2, 0, 3, 1, 0, 3]
+    found = codec.place(stream[:6], np.array([0, -1, -2, -4], np.int8), np.array([0, 1, -1, 0], np.int8), 9)
+    assert found.tolist() == [0, 1, 0, 0, 0, 0, -1, 0, 1]
 
 
-def test_contexts_and_raw_signs_keep_dense_columns_below_the_entropy():
-    generator = np.random.default_rng(3)
-    density = np.repeat([0.05, 0.9], 200)
-    wavy = ((generator.random((300, 400)) < density) * generator.choice([-1, 1], (300, 400))).astype(np.int8)
-    shares = np.bincount(wavy.reshape(-1) + 1) / wavy.size
-    entropy = -(shares * np.log2(shares)).sum() * wavy.size / 8
-    assert pack([wavy]).nbytes < 0.85 * entropy
-    assert pack([wavy], contexts=1).nbytes < 1.02 * entropy
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=255), st.sampled_from([1, 2, 4]))
+def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, shortest):
+    code = tree.build(np.array(counts), shortest)
+    assert code.lengths.min() >= shortest
+    assert sum(2.0**-length for length in code.lengths) == 1
+    words = [format(word, f"0{length}b") for word, length in zip(code.codes, code.lengths, strict=True)]
+    assert not any(one != two and two.startswith(one) for one in words for two in words)
+    if len(counts) > 2**shortest:
+        total = sum(counts)
+        entropy = -sum(count * np.log2(count / total) for count in counts)
+        bits = sum(counts[symbol] * length for symbol, length in zip(code.symbols, code.lengths, strict=True) if symbol >= 0)
+        assert bits < entropy + total + shortest * total * (max(counts) > total / 2**shortest)
 
 
-def test_frequencies_fill_the_slots_and_keep_rare_symbols():
-    counts = np.array([[10**9, 1, 0, 3], [0, 0, 0, 0], [5, 0, 0, 0], [1, 1, 1, 1]])
-    frequencies = quantise_frequencies(counts)
-    assert (frequencies.sum(axis=1) == SLOTS).all()
-    assert (frequencies[counts > 0] > 0).all()
-    assert (frequencies < SLOTS).all()
-    symbol, frequency, remainder = slot_tables(frequencies)
-    assert (remainder < frequency).all()
-    assert (remainder >= 0).all()
-    assert symbol[0] == 0
+def entropy(tensor):
+    shares = np.unique(tensor, return_counts=True)[1] / tensor.size
+    return float(-(shares * np.log2(shares)).sum() * tensor.size / 8)
 
 
-def test_no_float_logarithm_can_build_another_table():
-    exact = 8 * np.log2(np.arange(LOG_SIZE) + 8.0) - 24 + 1 / 1024
-    distance = np.abs(exact - np.round(exact))
-    assert distance.min() > 64 * 8 * np.finfo(np.float32).eps  # a float32 logarithm errs by a few units of 88
+@pytest.mark.parametrize(("zeros", "top"), [(0.5, 1), (0.2, 7)])
+def test_the_payload_is_near_the_entropy(zeros, top):
+    tensor = levels((400, 500), zeros=zeros, top=top)
+    assert codec.pack([tensor]).nbytes < 1.02 * entropy(tensor)
 
 
-def test_damaged_payloads_never_crash():
+@pytest.mark.parametrize("target", ["qdq", "onnxruntime-mobile"])
+def test_a_target_without_decoders_is_refused(target):
+    result = packed.encode(levels((9, 9)), "w", find_target(target))
+    assert isinstance(result, Refusal)
+    assert target in result.reason
+
+
+def test_what_cannot_be_packed_is_refused_with_the_reason():
+    assert "0 weights" in packed.encode(np.zeros((0, 3), np.int8), "w", TARGET).reason
+    assert "levels up to 128" in packed.encode(np.array([5, -128], np.int8), "w", TARGET).reason
+
+
+def initializer(model, place):
+    """payload, tree, constants …, advances, values, sizes, shapes …"""
+    return model.graph.initializer[place]
+
+
+def test_damaged_files_never_crash_and_never_pass_for_whole():
+    """Each byte of each array changed or cut: an error, or other levels (which the CRC tells), or a byte that says nothing."""
     tensors = small_net()
-    whole = pack(tensors)
-    check = [zlib.crc32(t.tobytes()) for t in tensors]
+    whole = decoder_model(tensors)
     generator = np.random.default_rng(0)
-    for trial in range(150):
-        field = ["payload", "states", "frequencies", "thresholds", "dictionary"][trial % 5]
-        array = getattr(whole, field).copy()
-        if trial % 3 == 0:
-            array = array[: generator.integers(0, len(array))]
+    refused = 0
+    for trial in range(300):
+        model = onnx.ModelProto()
+        model.CopyFrom(whole)
+        tensor = initializer(model, trial % len(whole.graph.initializer))
+        if tensor.int64_data:
+            tensor.int64_data[generator.integers(len(tensor.int64_data))] ^= 1 << int(generator.integers(62))
         else:
-            array.view(np.uint8).reshape(-1)[generator.integers(0, array.nbytes)] ^= 1 << generator.integers(0, 8)
+            data = bytearray(tensor.raw_data)
+            if trial % 5:
+                data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+            else:
+                del data[generator.integers(len(data)) :]
+            tensor.raw_data = bytes(data)
         try:
-            got = unpack(dataclasses.replace(whole, **{field: array}))
+            read(model, len(tensors))
+        except FileError as error:
+            refused += 1
+            assert re.search("damaged", str(error))
+    assert refused > 100
+
+
+def test_sizes_that_the_payload_does_not_back_are_refused_before_anything_is_allocated():
+    model = decoder_model([levels((9, 9))])
+    shape = model.graph.initializer[-1]
+    shape.int64_data[:] = [1 << 20, 1 << 20]
+    with pytest.raises(FileError, match="damaged"):
+        read(model, 1)
+
+
+def test_onnxruntime_survives_damaged_payloads():
+    tensors = small_net()
+    whole = decoder_model(tensors)
+    generator = np.random.default_rng(1)
+    for _ in range(20):
+        model = onnx.ModelProto()
+        model.CopyFrom(whole)
+        payload = initializer(model, 0)
+        data = bytearray(payload.raw_data)
+        data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+        payload.raw_data = bytes(data)
+        try:
+            expected = read(model, len(tensors))
         except FileError:
-            continue
-        same = [zlib.crc32(t.tobytes()) for t in got] == check
-        assert same == all(np.array_equal(a, b) for a, b in zip(got, tensors, strict=True))
+            continue  # a cursor that leaves its tensor; onnxruntime says so as well, or wraps
+        assert_same(run(model), expected)
 
 
-def test_sizes_that_the_payload_does_not_back_are_refused():
-    whole = pack(small_net())
-    huge = dataclasses.replace(whole.views[0], shape=(1 << 20, 1 << 20), rows=1 << 20, columns=1 << 20)
-    for lie in ({"views": (huge,)}, {"rounds": 1 << 40}, {"gain": 0}, {"frequencies": whole.frequencies + np.uint16(1)}):
-        with pytest.raises(FileError, match="damaged"):
-            unpack(dataclasses.replace(whole, **lie))
+def test_a_part_may_be_asked_for_alone():
+    made = codec.pack(small_net())
+    for part, tensor in zip(codec.unpack(dataclasses.replace(made, parts=made.parts[:2])), small_net(), strict=False):
+        assert np.array_equal(part, tensor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def test_levels_come_back_as_they_went_in(storage, levels):
 
 @given(levels=LEVELS)
 def test_onnx_reads_dense_levels_as_we_do(levels):
-    stored = STORAGES["dense"].encode(levels, "q", TARGET)
+    stored = STORAGES["dense"].encode(levels, "q", replace(TARGET, decoders=False))  # no digits
     np.testing.assert_array_equal(numpy_helper.to_array(stored.initializers[0]).astype(np.int8), levels)
 
 

@@ -16,6 +16,7 @@ from ecqx_onnx_converters.matching import GraphWeight, Matching, Missing
 from ecqx_onnx_converters.names import NameMaker
 from ecqx_onnx_converters.opsets import why_not_opset
 from ecqx_onnx_converters.storage import Refusal, Stored
+from ecqx_onnx_converters.storage.packed import encode_all
 from ecqx_onnx_converters.storage.registry import STORAGES
 from ecqx_onnx_converters.targets import INT8_TYPES, OPSET_OF_TYPE, Target, find_target
 
@@ -74,7 +75,7 @@ def make_plan(
     opset: int | None = None,
     integer: Collection[str] = (),
 ) -> Plan:
-    """storage: "auto" (fewest bytes per tensor) or a name from STORAGES. dequantize: "auto" (the target's own), "standard" or
+    """storage: "auto" (fewest bytes in the file) or a name from STORAGES. dequantize: "auto" (the target's own), "standard" or
     "folded". opset: highest to write; by default whatever the target has. integer: weights whose consumers all are integer
     kernels, which need DequantizeLinear in any case. OptionError for what can't be had at all; what a single
     weight can't have is replaced, and its entry says why."""
@@ -95,6 +96,10 @@ def make_plan(
             kept.extend(Kept(member.name, member.tensor.shape, planned.reason) for member in members)
         else:
             entries.extend(planned)
+    order = {weight.name: index for index, weight in enumerate(matching.found)}  # a checkpoint's graph has them taken out
+    entries.sort(key=lambda entry: order[entry.weight.name])
+    if storage in ("auto", "packed"):
+        entries = _pack(entries, able, always=storage == "packed")
     if storage != "auto" and entries and all(entry.stored.storage != storage for entry in entries):
         raise OptionError(
             f"storage '{storage}' can't be had for any weight: layer '{entries[0].weight.name}': {entries[0].reason}"
@@ -104,8 +109,6 @@ def make_plan(
         if name not in quantised and values.dtype in (np.float32, np.float16) and values.ndim >= 2:
             kept.append(Kept(name, values.shape, _why_float(name, uses.get(name, []))))
     needed = max((_needs(entry) for entry in entries), default=0)
-    order = {weight.name: index for index, weight in enumerate(matching.found)}  # a checkpoint's graph has them taken out
-    entries.sort(key=lambda entry: order[entry.weight.name])
     return Plan(graph, able, max(graph.opset, needed), tuple(entries), tuple(kept), matching.missing)
 
 
@@ -212,8 +215,8 @@ def _standard_opset(weight: GraphWeight) -> int:
 
 
 def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tuple[Stored | None, str]:
-    """The storage of fewest bytes among those allowed, dense where none of them can; and why."""
-    allowed = list(STORAGES) if storage == "auto" else [storage]
+    """The storage of fewest bytes among those allowed that store each weight alone, dense where none of them can; and why."""
+    allowed = {"auto": ["dense", "sparse"], "packed": ["dense"]}.get(storage, [storage])
     results = {label: STORAGES[label].encode(levels, name, target) for label in allowed}
     stored = [result for result in results.values() if isinstance(result, Stored)]
     refused = [f"{label}: {result.reason}" for label, result in results.items() if isinstance(result, Refusal)]
@@ -225,6 +228,54 @@ def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tu
     best = min(stored, key=lambda result: result.nbytes)
     others = [f"{result.label} {result.nbytes}" for result in stored if result is not best]
     return best, f"{best.label} {best.nbytes} bytes" + (f", less than {', '.join(others)}" if others else "")
+
+
+def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
+    """The entries with those weights packed that are smaller so, if the file gets smaller as a whole; or, always, all that can be.
+
+    Packed weights are one stream, and its decoder is written once.
+    """
+    first = dict[str, Entry]()  # tied weights are stored once
+    for entry in entries:
+        first.setdefault(entry.stored.levels, entry)
+    chosen = {name: _stored_levels(entry) for name, entry in first.items()}
+    packed: dict[str, Stored | Refusal] = {}
+    while chosen:
+        results = dict(zip(chosen, encode_all(list(chosen.items()), target), strict=True))
+        packed.update(results)
+        worse = {
+            name
+            for name, result in results.items()
+            if isinstance(result, Refusal) or (not always and result.nbytes >= first[name].stored.nbytes)
+        }
+        if not worse:
+            break
+        chosen = {name: levels for name, levels in chosen.items() if name not in worse}
+    together = {name: result for name in chosen if isinstance(result := packed[name], Stored)}
+    plain = {name: entry.stored for name, entry in first.items()}
+    if not always and _bytes([*(plain | together).values()]) >= _bytes([*plain.values()]):
+        together = {}
+    return [_packed(entry, together.get(entry.stored.levels), packed[entry.stored.levels], always=always) for entry in entries]
+
+
+def _packed(entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool) -> Entry:
+    if stored is not None:
+        return replace(entry, stored=stored, reason=f"packed {stored.nbytes} bytes, less than {entry.reason}")
+    if isinstance(tried, Refusal):
+        return replace(entry, reason=f"packed: {tried.reason}; {entry.reason}") if always else entry
+    return replace(entry, reason=f"{entry.reason}; packed {tried.nbytes} and its decoder")
+
+
+def _stored_levels(entry: Entry) -> np.ndarray:
+    turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
+    return entry.weight.tensor.levels.T if turned else entry.weight.tensor.levels
+
+
+def _bytes(stored: Sequence[Stored]) -> int:
+    """Of weights in a file, functions counted once."""
+    parts = [part for one in stored for part in (*one.initializers, *one.sparse_initializers, *one.nodes)]
+    functions = {(part.domain, part.name): part for one in stored for part in one.functions}
+    return sum(part.ByteSize() for part in (*parts, *functions.values()))
 
 
 def _needs(entry: Entry) -> int:

@@ -107,7 +107,7 @@ def _without_unread(graph: FloatGraph, before: set[str], replaced: set[str]) -> 
     while True:
         read = set(find_uses(main)) | {value.name for scope in all_graphs(main) for value in scope.output}
         dead = (before - read) | replaced
-        nodes = [node for node in main.node if set(node.output) <= dead]
+        nodes = [node for node in main.node if not read & set(node.output) and dead & set(node.output)]
         for node in nodes:
             main.node.remove(node)
         for index in reversed([index for index, tensor in enumerate(main.initializer) if tensor.name in dead]):

@@ -10,8 +10,8 @@ A new way is a module with these functions and a line in registry.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from google.protobuf.message import Message
@@ -47,21 +47,26 @@ class Stored:
     sparse_initializers: tuple[SparseTensorProto, ...] = ()
     nodes: tuple[NodeProto, ...] = ()
     functions: tuple[FunctionProto, ...] = ()
+    own_bytes: int | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file: data, names and nodes; functions are shared and not counted."""
+        """Bytes in the file that are this weight's own: data, names and nodes, or `own_bytes` where it shares its data with
+        others. Functions are shared and not counted."""
+        if self.own_bytes is not None:
+            return self.own_bytes
         parts: list[Message] = [*self.initializers, *self.sparse_initializers, *self.nodes]
         return sum(part.ByteSize() for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """A model's initializers and value makers by name, for decoding."""
+    """A model's initializers and value makers by name, for decoding. cache: what a storage has decoded for several tensors."""
 
     initializers: Mapping[str, TensorProto]
     sparse_initializers: Mapping[str, SparseTensorProto]
     makers: Mapping[str, NodeProto]
+    cache: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ModelProto) -> Contents:

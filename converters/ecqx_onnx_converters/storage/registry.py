@@ -2,6 +2,6 @@
 
 from collections.abc import Mapping
 
-from ecqx_onnx_converters.storage import Storage, dense, sparse
+from ecqx_onnx_converters.storage import Storage, dense, packed, sparse
 
-STORAGES: Mapping[str, Storage] = {"dense": dense, "sparse": sparse}
+STORAGES: Mapping[str, Storage] = {"dense": dense, "sparse": sparse, "packed": packed}

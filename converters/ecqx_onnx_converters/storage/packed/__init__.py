@@ -16,7 +16,7 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.graph import tensor_values
 from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored
 from ecqx_onnx_converters.storage.packed import codec, decoder
-from ecqx_onnx_converters.storage.packed.units import pairs, walk
+from ecqx_onnx_converters.storage.packed.units import HIGHEST, pairs, walk
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
@@ -41,6 +41,9 @@ def _why_not(levels: np.ndarray, target: Target) -> Refusal | None:
         return Refusal(f"its decoder needs opset {decoder.OPSET}, and {target.max_opset} is the highest here")
     if not 0 < levels.size < MAX_WEIGHTS:
         return Refusal(f"a tensor of {levels.size} weights can't be packed")
+    extreme = max(int(levels.max()), -int(levels.min()))
+    if extreme > HIGHEST:
+        return Refusal(f"levels up to {extreme} are more kinds than a byte can name, which ends at {HIGHEST}")
     return None
 
 

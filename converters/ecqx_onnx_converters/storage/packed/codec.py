@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.storage import MAX_WEIGHTS
 from ecqx_onnx_converters.storage.packed import tree
 from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabet, kinds_of, pairs, walk
 
@@ -74,12 +74,11 @@ def pack(tensors: Sequence[np.ndarray], orders: Sequence[tuple[int, ...]] | None
         Part(levels.shape, tuple(order), int(own))
         for levels, order, own in zip(tensors, orders, np.diff(entries, prepend=0), strict=True)
     ]
-    first, values = (np.where(code.symbols >= 0, of[code.symbols], 0) if len(of) else np.zeros(len(code.symbols), np.int64)
-                     for of in (-alphabet.advances, alphabet.values))
+    advances, values = (np.append(of, 0)[code.symbols] for of in (-alphabet.advances, alphabet.values))  # a filler's are 0
     return Packed(
         np.packbits(bits).reshape(lanes, lane_bytes),
         np.packbits(np.concatenate([code.bits, np.ones(-len(code.bits) % 8, np.uint8)])),
-        np.concatenate([[0], first]).astype(np.int8),
+        np.concatenate([[0], advances]).astype(np.int8),
         np.concatenate([[0], values]).astype(np.int8),
         slots_of(shortest),
         tuple(parts),
@@ -139,63 +138,47 @@ def in_lanes(ends: np.ndarray, lengths: np.ndarray, lane: int) -> tuple[np.ndarr
 
 
 def unpack(packed: Packed) -> list[np.ndarray]:
-    """The inverse, as the ONNX functions do it. FileError for what `pack` doesn't write."""
-    bits = check(packed)
-    state, met = tree.automaton(bits, tree.DIGIT // packed.slots)
-    lanes, lane_bytes = packed.payload.shape
-    entries = np.empty((lanes, lane_bytes, packed.slots), np.uint8)
-    met, state, here = met.astype(np.uint8), state * 256, np.zeros(lanes, np.int64)
-    for place in range(lane_bytes):
-        index = here + packed.payload[:, place]
-        entries[:, place] = met[index]
-        here = state[index]
-    stream = entries.reshape(-1)
+    """The inverse of `pack`, as the ONNX functions do it. FileError for what `pack` doesn't write."""
+    stream = decode(packed.payload, packed.bits, packed.slots)
     tensors, begin = [], 0
     for part in packed.parts:
         own = stream[begin : begin + part.entries]
         begin += part.entries
-        size = size_of(part.shape)
-        cursor = np.cumsum(packed.advances.astype(np.int64)[own])
-        if len(cursor) and cursor[-1] < -size:
-            raise FileError(f"the packed payload moves past a tensor of {size} weights; the ONNX file is damaged")
-        levels = np.zeros(size, np.int8)
-        values = packed.values[own]
-        named = values != 0
-        levels[cursor[named]] = values[named]
+        levels = place(own, packed.advances, packed.values, math.prod(part.shape))
         shape = [part.shape[axis] for axis in part.order]
-        tensors.append(np.ascontiguousarray(levels.reshape(shape).transpose(np.argsort(part.order))))
+        tensors.append(np.ascontiguousarray(levels.reshape(shape).transpose(np.argsort(part.order))).reshape(part.shape))
     return tensors
 
 
-def size_of(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
+def decode(payload: np.ndarray, bits: np.ndarray, slots: int) -> np.ndarray:
+    """-> entries, uint8 [payload bytes * slots]: for each part of each byte the leaf it ended, counted from 1, or 0."""
+    bits = np.unpackbits(bits.reshape(-1)) if bits.dtype == np.uint8 else np.zeros(0, np.uint8)
+    balance = np.cumsum(2 * bits.astype(np.int64) - 1)
+    inner = (int(np.argmax(balance == 2)) + 1) // 2 if len(bits) else 0  # all children are there once leaves are two ahead
+    whole = bits[: 2 * inner].sum() == inner + 1 and len(bits) == -(-2 * inner // 8) * 8 and bits[2 * inner :].all()
+    if not (whole and 1 <= inner < 255 and slots in (2, 4, 8) and payload.dtype == np.uint8 and payload.ndim == 2 and payload.size):
+        raise FileError("the tree or the payload of the packed weights is none; the ONNX file is damaged")
+    state, met = tree.automaton(bits[: 2 * inner], tree.DIGIT // slots)
+    lanes, columns = payload.shape
+    entries = np.empty((lanes, columns, slots), np.uint8)
+    met, state, here = met.astype(np.uint8), state * 256, np.zeros(lanes, np.int64)
+    for column in range(columns):
+        index = here + payload[:, column]
+        entries[:, column] = met[index]
+        here = state[index]
+    return entries.reshape(-1)
 
 
-def check(packed: Packed) -> np.ndarray:
-    """The tree's bits, if the sizes and the tree are such as `pack` makes; FileError otherwise."""
-    bits = np.unpackbits(packed.bits.reshape(-1))
-    kinds = len(packed.advances) - 1
-    inner = kinds - 1
-    balance = np.cumsum(1 - 2 * bits[: 2 * inner].astype(np.int64)) + 1  # children still owed, less the one just read
-    faults = [
-        (packed.payload.ndim == 2 and packed.payload.dtype == np.uint8 and packed.payload.size > 0, "payload"),
-        (packed.slots in (2, 4, 8), "slots"),
-        (1 <= inner <= MAX_KINDS_INNER and packed.values.shape == packed.advances.shape == (kinds + 1,), "kinds of units"),
-        (len(packed.bits) == -(-2 * inner // 8) and bits[: 2 * inner].sum() == kinds, "tree"),
-        (bool((balance[: 2 * inner - 1 : 1] >= 0).all()), "tree"),
-        (bool((packed.advances <= 0).all()) and packed.advances[0] == packed.values[0] == 0, "advances"),
-        (all(len(part.order) == len(part.shape) and sorted(part.order) == list(range(len(part.shape))) for part in packed.parts), "axes"),
-        (all(min(part.shape, default=1) >= 0 and 0 <= size_of(part.shape) < MAX_WEIGHTS for part in packed.parts), "shape"),
-        (sum(part.entries for part in packed.parts) <= packed.payload.size * packed.slots
-         and min((part.entries for part in packed.parts), default=0) >= 0, "entries"),
-    ]
-    for fine, what in faults:
-        if not fine:
-            raise FileError(f"the {what} of the packed weights can't be; the ONNX file is damaged")
-    return bits[: 2 * inner]
-
-
-MAX_KINDS_INNER = 255
+def place(entries: np.ndarray, advances: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    """A tensor's entries and the tables of its group -> int8 levels [size] in coding order."""
+    fits = advances.dtype == values.dtype == np.int8 and advances.ndim == 1 and advances.shape == values.shape
+    if not fits or int(entries.max(initial=0)) >= len(advances) or advances.max(initial=0) > 0:
+        raise FileError("the tables of the packed weights have no such units; the ONNX file is damaged")
+    cursor = np.cumsum(advances.astype(np.int64)[entries])
+    if len(cursor) and cursor[-1] < -size:
+        raise FileError(f"the packed weights move past a tensor of {size}; the ONNX file is damaged")
+    levels = np.zeros(size, np.int8)
+    found = values[entries]
+    named = np.flatnonzero(found)
+    np.add.at(levels, cursor[named], found[named])  # each index once, unless damaged
+    return levels

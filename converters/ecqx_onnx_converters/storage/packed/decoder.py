@@ -4,9 +4,9 @@ Every input of these nodes is a constant, so that a runtime folds them while loa
 it is done: what counts is bytes of node outputs, per byte of the payload and per weight. Names are short because each is
 written at every call; constants are initializers because a Constant node takes twice their bytes.
 
-    D (payload p, tree b, constants) -> entries, uint8 [all]    the tables (three times c), then all steps (q calls r calls s)
+    Decode (payload p, tree b, constants) -> entries, uint8 [all]    the tables (three times c), then all steps (q calls r calls s)
     s (weights w, states n, entries m, bytes b, states x)       a step of every lane: i = 256 x + b; x' = n[i], entries = m[i]
-    V (entries e, advances a, values v, shape s) -> int8 tensor
+    Levels (entries e, advances a, values v, shape s) -> int8 tensor
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ecqx_onnx_converters.storage.packed.tree import DIGIT
 
 DOMAIN = "ecqx"
 OPSET = 18
-DECODE, TENSOR = "D", "V"
+DECODE, TENSOR = "Decode", "Levels"
 
 
 def functions(packed: Packed) -> tuple[FunctionProto, ...]:
@@ -34,7 +34,7 @@ def group_nodes(
     packed: Packed, names: Iterator[str], entries: Sequence[str]
 ) -> tuple[list[NodeProto], list[TensorProto], tuple[str, str]]:
     """Nodes that make the entries of each part under the names `entries`; initializers; names of advances and values."""
-    arrays = {next(names): values for values in (packed.payload, packed.bits.reshape(-1, 1), *_constants(packed.slots))}
+    arrays = {next(names): values for values in (packed.payload, packed.bits.reshape(-1, 1), *constants(packed.slots))}
     tables = {next(names): values for values in (packed.advances, packed.values)}
     lengths = [part.entries for part in packed.parts]
     sizes, stream, rest = next(names), next(names), next(names)
@@ -56,8 +56,8 @@ def tensor(name: str, values: np.ndarray) -> TensorProto:
     return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=values.tobytes())
 
 
-def _constants(slots: int) -> list[np.ndarray]:
-    """What D reads beside payload and tree, in the order of its inputs."""
+def constants(slots: int) -> list[np.ndarray]:
+    """What Decode reads beside payload and tree, in the order of its inputs."""
     return [
         np.arange(7, -1, -1, dtype=np.uint8),  # c: shifts that bring each bit to the lowest place
         np.array(1, np.uint8),  # d
@@ -125,7 +125,7 @@ def _compose() -> FunctionProto:
 
 
 def _decode() -> FunctionProto:
-    """payload p uint8 [lanes, bytes of a lane], tree b uint8 [bytes, 1], `_constants` -> entries y uint8 [all]."""
+    """payload p uint8 [lanes, bytes of a lane], tree b uint8 [bytes, 1], `constants` -> entries y uint8 [all]."""
     nodes = [
         _node("BitShift b c -> A", direction="RIGHT"),
         _node("BitwiseAnd A d -> B"),  # 1: a leaf

@@ -15,6 +15,7 @@ RUNS = tuple(1 << power for power in range(8))  # advances that a unit of value 
 LEVELS = 256
 UNIT_BITS = 18.0  # what one more kind of unit costs in the file: its advance, its value, its two bits of the tree
 MAX_KINDS = 255  # a byte names one; 0 is no unit
+HIGHEST = 123  # |value|: the nearest of each value and the runs must all find a name
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +57,8 @@ def choose_alphabet(counts: np.ndarray, runs: int) -> Alphabet:
         total = usage.sum() + run_usage.sum()
         bits, run_bits = (-np.log2(np.maximum(part, 1) / total) for part in (np.where(member, usage, table), run_usage))
         apart, first = _spell(member, bits, run_bits)
-        apart[0] = np.inf  # the nearest of each value, which all others can be said with
-        gain = np.where(member, usage, table + 1e-9) * (apart - bits) - UNIT_BITS
+        gain = np.where(member, usage, table) * (apart - bits) - UNIT_BITS
+        gain[0] = np.inf  # the nearest of each value, which all others can be said with
         limit = np.sort(gain, axis=None)[-min(gain.size, MAX_KINDS - len(RUNS))]
         member = (gain > 0) & (gain >= limit)
         _, first = _spell(member, bits, run_bits)
@@ -84,9 +85,8 @@ def _spell(member: np.ndarray, bits: np.ndarray, run_bits: np.ndarray) -> tuple[
 
     Row 0 is always a kind of its own. [128, values] each.
     """
-    best, first = np.empty_like(bits), np.full(bits.shape, -1)
-    apart = np.full(bits.shape, np.inf)
-    best[0] = bits[0]
+    best, apart, first = np.empty_like(bits), np.empty_like(bits), np.full(bits.shape, -1)
+    best[0] = apart[0] = bits[0]
     for row in range(1, len(bits)):
         possible = [run_bits[k] + best[row - run] for k, run in enumerate(RUNS) if run <= row]
         step = np.argmin(possible, axis=0)
