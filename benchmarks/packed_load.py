@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.storage.packed import DOMAIN, functions, nodes, pack
+from ecqx_onnx_converters.storage.packed import encode_all
+from ecqx_onnx_converters.storage.packed.decoder import DOMAIN
+from ecqx_onnx_converters.targets import find_target
 from onnx import TensorProto, helper, numpy_helper
 
 LOAD = """
@@ -34,15 +36,15 @@ def levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return (w * (generator.random(shape) < 0.2)).astype(np.int8)
 
 
-def conv_net(weights: list[np.ndarray], *, packed: bool, **options) -> onnx.ModelProto:
+def conv_net(weights: list[np.ndarray], *, packed: bool) -> onnx.ModelProto:
     """Each weight feeds a convolution of its own over a one-pixel image."""
     initializers = [numpy_helper.from_array(np.float32(0.02), "step")]
     made, protos, x = [], [], "x"
     if packed:
-        group = pack(weights, **options)
-        made, more = nodes(group, [f"q{i}" for i in range(len(weights))])
-        initializers += more
-        protos = functions([group])
+        stored = encode_all([(f"q{i}", w) for i, w in enumerate(weights)], find_target("onnxruntime"))
+        made = [node for one in stored for node in one.nodes]
+        initializers += [tensor for one in stored for tensor in one.initializers]
+        protos = list(stored[0].functions)
     for i, w in enumerate(weights):
         if packed:
             made.append(helper.make_node("Cast", [f"q{i}"], [f"f{i}"], to=TensorProto.FLOAT))
@@ -67,7 +69,6 @@ def measure(model: onnx.ModelProto, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     million = float(sys.argv[1]) if len(sys.argv) > 1 else 10
-    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     side = int((million * 1e6 / 20 / 9) ** 0.5) // 16 * 16  # whole NCHWc blocks
     nets = {"20 layers": [levels((side, side, 3, 3), i) for i in range(20)]}
     side = int((million * 1e6 / 9) ** 0.5) // 16 * 16
@@ -76,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, weights in nets.items():
             plain = measure(conv_net(weights, packed=False), Path(folder))
-            tight = measure(conv_net(weights, packed=True, **options), Path(folder))
+            tight = measure(conv_net(weights, packed=True), Path(folder))
             speed = sum(w.size for w in weights) / 1e6 / max(1e-9, tight["cpu"] - plain["cpu"])
             ratios = f"{tight['peak'] / plain['peak']:9.2f}{speed:13.1f}"
             for kind, row, last in (("float", plain, ""), ("packed", tight, ratios)):

@@ -14,7 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from ecqx_onnx_converters.storage.packed import best_order, encode_all
 from ecqx_onnx_converters.storage.packed.codec import pack, unpack
+from ecqx_onnx_converters.targets import find_target
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
 Tensors = list[np.ndarray]
@@ -103,11 +105,12 @@ def main() -> None:
             continue
         tensors = make()
         entropy = entropy_bytes(tensors)
-        packed = pack(tensors)
+        packed = pack(tensors, [best_order(levels) for levels in tensors])
         if any(not np.array_equal(a, b) for a, b in zip(unpack(packed), tensors, strict=True)):
             sys.exit(f"{name}: the levels did not come back")
-        made, initializers = nodes(packed, [f"w{i}" for i in range(len(tensors))])
-        container = sum(proto.ByteSize() for proto in [*functions([packed]), *made, *initializers]) - packed.nbytes
+        stored = encode_all([(f"w{i}", levels) for i, levels in enumerate(tensors)], find_target("onnxruntime"))
+        parts = [*stored[0].functions, *(part for one in stored for part in (*one.initializers, *one.nodes))]
+        container = sum(part.ByteSize() for part in parts) - packed.nbytes
         raw = b"".join(levels.tobytes() for levels in tensors)
         archive = BytesIO()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:

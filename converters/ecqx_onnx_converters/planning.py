@@ -231,7 +231,7 @@ def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tu
 
 
 def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
-    """The entries with those weights packed that are smaller so, if the file gets smaller as a whole; or, always, all that can be.
+    """The entries with the weights packed that are smaller so, if the file as a whole is; or, always, all that can be.
 
     Packed weights are one stream, and its decoder is written once.
     """

@@ -156,7 +156,9 @@ def decode(payload: np.ndarray, bits: np.ndarray, slots: int) -> np.ndarray:
     balance = np.cumsum(2 * bits.astype(np.int64) - 1)
     inner = (int(np.argmax(balance == 2)) + 1) // 2 if len(bits) else 0  # all children are there once leaves are two ahead
     whole = bits[: 2 * inner].sum() == inner + 1 and len(bits) == -(-2 * inner // 8) * 8 and bits[2 * inner :].all()
-    if not (whole and 1 <= inner < 255 and slots in (2, 4, 8) and payload.dtype == np.uint8 and payload.ndim == 2 and payload.size):
+    if not (
+        whole and 1 <= inner < 255 and slots in (2, 4, 8) and payload.dtype == np.uint8 and payload.ndim == 2 and payload.size
+    ):
         raise FileError("the tree or the payload of the packed weights is none; the ONNX file is damaged")
     state, met = tree.automaton(bits[: 2 * inner], tree.DIGIT // slots)
     lanes, columns = payload.shape

@@ -4,7 +4,7 @@ Every input of these nodes is a constant, so that a runtime folds them while loa
 it is done: what counts is bytes of node outputs, per byte of the payload and per weight. Names are short because each is
 written at every call; constants are initializers because a Constant node takes twice their bytes.
 
-    Decode (payload p, tree b, constants) -> entries, uint8 [all]    the tables (three times c), then all steps (q calls r calls s)
+    Decode (payload p, tree b, constants) -> entries, uint8 [all]    tables (three times c), then all steps (q calls r, r calls s)
     s (weights w, states n, entries m, bytes b, states x)       a step of every lane: i = 256 x + b; x' = n[i], entries = m[i]
     Levels (entries e, advances a, values v, shape s) -> int8 tensor
 """
@@ -90,7 +90,12 @@ def _step() -> FunctionProto:
 
     256 x + b is 255 x + x + b: a product of bytes is int32 at once, where Cast and Add would leave twice as much behind.
     """
-    nodes = [_node("Concat x x b -> c", axis=1), _node("MatMulInteger c w -> d"), _node("Gather n d -> z"), _node("Gather m d -> y")]
+    nodes = [
+        _node("Concat x x b -> c", axis=1),
+        _node("MatMulInteger c w -> d"),
+        _node("Gather n d -> z"),
+        _node("Gather m d -> y"),
+    ]
     return _function("s", "w n m b x", "z y", nodes)
 
 

@@ -17,7 +17,7 @@ DIGIT = 8  # bits that the automaton reads at once
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """Leaves in breadth-first order: symbol (-1 for a filler), length and code of each; bits: uint8 [2 * inner nodes], 1 a leaf."""
+    """Leaves in breadth-first order: symbol (-1: a filler), length and code of each; bits: uint8 [2 * inner nodes], 1 a leaf."""
 
     symbols: np.ndarray
     lengths: np.ndarray
@@ -73,4 +73,3 @@ def automaton(bits: np.ndarray, shortest: int) -> tuple[np.ndarray, np.ndarray]:
         state = state[state].reshape(len(state), -1)
         width *= 2
     return state.reshape(-1), met.reshape(-1, met.shape[2])
-

@@ -81,7 +81,7 @@ def choose_alphabet(counts: np.ndarray, runs: int) -> Alphabet:
 
 
 def _spell(member: np.ndarray, bits: np.ndarray, run_bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each pair: fewest bits without a kind of its own, and the best first step: -1 the kind of its own, else an index of RUNS.
+    """For each pair: fewest bits without a kind of its own; the best first step, -1 a kind of its own, else an index of RUNS.
 
     Row 0 is always a kind of its own. [128, values] each.
     """
