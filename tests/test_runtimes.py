@@ -136,3 +136,36 @@ def test_an_ort_file_says_the_same_in_old_runtimes_too(environment, checkpoint, 
     with torch.no_grad():
         expected = api.as_checkpoint(checkpoint).module()(torch.from_numpy(x)).numpy()
     assert np.abs(np.load(tmp_path / "y.npy") - expected).max() <= FLOAT32_SUMS * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("environment", "target"),
+    [pytest.param(name, target) for target in ("onnxruntime-1.17", "qdq") for name in RUNTIMES],
+    indirect=["environment"],
+)
+def test_quantised_activations_run_on_integer_kernels_in_old_runtimes_too(environment, target, tmp_path):
+    """Both write opset 18 with INT8 levels here, which 1.17 reads."""
+    from ecqx_onnx.data import Dataset
+    from ecqx_onnx.preprocessing import Preprocessing
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(72, 5)
+    ).eval()
+    x = np.random.default_rng(0).standard_normal((BATCH, 1, 8, 8)).astype(np.float32)
+    data = Dataset.from_arrays("x", {"x": x, "y": np.arange(BATCH) % 5}, preprocessing=Preprocessing("array"))
+    source = api.as_checkpoint(net, example=torch.zeros(2, 1, 8, 8), bits=4)
+    api.convert(source, tmp_path / "net.onnx", target=target, activations="int8", calibration=data)
+    (tmp_path / "job").mkdir()
+    file = read_onnx(tmp_path / "net.onnx")
+    name = file.proto.graph.input[0].name
+    job = write_job(file, tmp_path / "job", [{name: x}], {name: x[:1]}, latency_runs=0)
+    subprocess.run([sys.executable, str(RUNNER), str(job.folder)], env=environment, timeout=120, check=True, capture_output=True)
+    result = read_result(job, "this runtime")
+    assert {"QLinearConv", "QGemm"} <= set(result.operators)
+    assert not {"Conv", "FusedConv", "Gemm", "FusedGemm", "DequantizeLinear"} & set(result.operators)
+    from ecqx_onnx.validation.sessions import open_session, run
+
+    expected = run(open_session(tmp_path / "net.onnx"), (x,))[0]
+    # The same integers in every version; float32 rounds the scale of the last sums alone.
+    np.testing.assert_allclose(next(result.outputs())[0], expected, rtol=1e-5, atol=1e-5)
