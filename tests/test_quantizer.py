@@ -275,6 +275,11 @@ def test_layers_are_excluded_and_given_bits_by_pattern():
     assert ("conv.weight", "excluded by 'conv.*'") in quantizer.report().left_float
 
 
+def test_a_pattern_that_matches_nothing_is_a_warning():
+    quantizer = Quantizer(small_net(), bits={"*": 4, "hiden.*": 2}, exclude=["conv.*", "fc9.*"], relevance=None)
+    assert quantizer.report().warnings == ("exclude 'fc9.*' matches no parameter", "bits 'hiden.*' matches no parameter")
+
+
 def test_detach_keeps_the_levels_or_restores_the_background_and_leaves_no_trace():
     for restore in (False, True):
         model = small_net()

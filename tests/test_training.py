@@ -267,6 +267,25 @@ def test_refusals():
         train(net(), Blobs(), **options(learning_rate=1e30), relevance=None)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda y: y + 2, lambda y: y.astype(np.float64), lambda y: y[:-1], lambda y: np.stack([y, y], 1), lambda y: -1 - y],
+    ids=["out of range", "float", "too few", "two columns", "negative"],
+)
+def test_targets_that_do_not_fit_are_refused_in_one_sentence(change):
+    data = Blobs()
+
+    class Spoiled(Split):
+        def batches(self, batch_size, *, shuffle=None):
+            for x, y in super().batches(batch_size, shuffle=shuffle):
+                yield x, change(y)
+
+    data.train = Spoiled(data.train.x, data.train.y)
+    for relevance in (None, "epsilon_plus_flat"):
+        with pytest.raises(DataError, match="do not fit the model's output"):
+            train(net(), data, **options(validation=0.0), relevance=relevance)
+
+
 def test_each_epoch_has_its_own_order():
     orders = []
 

@@ -55,15 +55,17 @@ class TensorReport:
 @dataclass(frozen=True)
 class Report:
     """What was quantised and how. left_float: (parameter, why). approximated: operators that relevance crossed by gradient times
-    input, having no rule of their own."""
+    input, having no rule of their own. unmatched: patterns of exclude and bits that no parameter's name matches."""
 
     tensors: tuple[TensorReport, ...]
     left_float: tuple[tuple[str, str], ...]
     approximated: tuple[str, ...]
+    unmatched: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings)
+        unused = tuple(f"{pattern} matches no parameter" for pattern in self.unmatched)
+        return unused + tuple(f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings)
 
 
 @dataclass(eq=False)
@@ -282,7 +284,8 @@ class Quantizer:
                 )
             )
         approximated = self._relevances.approximated if self._relevances is not None else ()
-        return Report(tuple(entries), self._left_float, approximated)
+        names = [name for name, _ in _unwrapped(self.model).named_parameters()]
+        return Report(tuple(entries), self._left_float, approximated, self.options.unmatched(names))
 
     # Leaving and coming back
 

@@ -97,6 +97,12 @@ class Recipe:
         matching = [bits for pattern, bits in self.bits.items() if fnmatchcase(name, pattern)]
         return matching[-1] if matching else None
 
+    def unmatched(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The patterns of exclude and bits that none of these parameter names matches, each with its option."""
+        patterns = [("exclude", pattern) for pattern in self.exclude]
+        patterns += [("bits", pattern) for pattern in (self.bits if isinstance(self.bits, Mapping) else ())]
+        return tuple(f"{option} '{p}'" for option, p in patterns if not any(fnmatchcase(name, p) for name in names))
+
     def to_json(self) -> dict[str, Any]:
         """Numbers and strings only; a Composite or a function by its type's or its own name."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}

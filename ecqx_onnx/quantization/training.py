@@ -250,7 +250,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.precision == "bfloat16"):
             output = self.parallel(x)
-            loss = F.cross_entropy(output, y)
+            loss = _loss(output, y)
             if self.teacher is not None:
                 wanted = _divergence(output, self.teacher, x, self.setup.temperature)
                 loss = (1 - self.setup.distillation) * loss + self.setup.distillation * wanted
@@ -314,6 +314,18 @@ def _device(wanted: str | torch.device | None, local: int) -> torch.device:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device '{wanted}' cannot be used ({reason}): use cpu, or cuda where there is one") from error
     return device
+
+
+def _loss(output: Any, target: Tensor) -> Tensor:
+    """Cross entropy. DataError if the targets do not fit the output."""
+    try:
+        return F.cross_entropy(output, target)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise DataError(
+            f"targets of {target.dtype} {tuple(target.shape)} do not fit the model's output {shape} "
+            f"({str(error).splitlines()[0]}): training needs one class index per sample, and one output per class"
+        ) from error
 
 
 def _divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: float) -> Tensor:
