@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ecqx_onnx.onnx_file import OnnxFile
 
 VERSION = 1
 LATENCY_SECONDS = 10.0  # after which a runner stops measuring, however many runs it has done
+LARGEST_RESULT = 2**26  # bytes of result.json; a batch takes about 200
 Feed = Mapping[str, np.ndarray]
 
 
@@ -107,6 +109,8 @@ def read_result(job: Job, device: str) -> Result:
     runtime refused the model."""
     path = job.folder / "result.json"
     try:
+        if path.stat().st_size > LARGEST_RESULT:
+            raise FileError(f"{path}: has {path.stat().st_size} bytes, more than a runner writes; run the job again")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileError(f"{device}: the runner left no result.json; it was stopped or could not write to its folder") from None
@@ -192,7 +196,7 @@ def _array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
         raise FileError(f"{folder / name}: {what} cannot be read ({error.strerror}); bring it back from the device too") from None
     if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise FileError(f"{folder / name}: {what} was changed or cut short after the runner wrote it (sha256); run the job again")
-    if dtype.hasobject or len(data) != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+    if dtype.hasobject or min(shape, default=0) < 0 or len(data) != math.prod(shape) * dtype.itemsize:
         raise FileError(f"{folder / name}: {what} holds {len(data)} bytes, which is not {dtype} of shape {list(shape)}")
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
 
