@@ -219,6 +219,18 @@ def test_the_python_runner_predicts_one_image(linux, tmp_path):
     assert "cannot be read" in run_py(linux.folder, damaged).stderr
 
 
+def test_quantised_activations_widen_the_tolerance_by_what_the_graph_as_written_differs_by(grey, tmp_path):
+    checkpoint, _, data = grey
+    calibration = Dataset("calibration", data.test, data.test, data.labels)
+    api.convert(checkpoint, tmp_path / "int8.onnx", activations="int8", calibration=calibration)
+    api.deploy(tmp_path / "int8.onnx", tmp_path / "linux", to="linux", against=checkpoint, data=data)
+    output = manifest_of(tmp_path / "linux")["outputs"][0]
+    assert "between integer kernels and the graph as written" in output["tolerance_from"]
+    levels = float(re.search(r"\+ (\S+) between", output["tolerance_from"])[1])
+    assert levels <= output["tolerance"] < levels + 1e-3
+    assert run_py(tmp_path / "linux").returncode == 0
+
+
 @pytest.mark.parametrize("kind", ["colour", "sound", "features"])
 def test_every_kind_of_input_is_deployed_and_checks_itself(kind, tmp_path):
     checkpoint, file, data = a_model(kind, tmp_path)
