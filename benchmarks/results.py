@@ -201,23 +201,24 @@ def interval(values: list[float]) -> str:
 def show(name: str, table: Results, console: Console) -> None:
     tests = ("test", *table.tests)
     printed = Table(title=f"{name}: {table.model}, {table.data}")
-    columns = ("recipe", "seeds", "zeros, %", "entropy + float32 rest, bytes", "smaller")
-    for heading in (*columns, ".onnx, bytes", "smaller", *(f"{t}: float, %" for t in tests), *(f"{t}, %" for t in tests), "lost"):
+    columns = ("recipe", "seeds", "zeros, %", "entropy + float32 rest, bytes", "smaller", ".onnx, bytes", "smaller")
+    for heading in (*columns, "with float16", "smaller", *(f"{t}: float, %" for t in tests), *(f"{t}, %" for t in tests), "lost"):
         printed.add_column(heading, justify="right")
     for row in table.rows:
         files = [RUNS / f"{name}-{row.name}-{seed}.json" for seed in table.seeds]
         results = [json.loads(file.read_text()) for file in files if file.exists()]
         if not results:
             continue
-        sizes = [written(file.with_suffix(".pt"), storage="auto") for file in files if file.exists()]
+        made = [file.with_suffix(".pt") for file in files if file.exists()]
 
         def mean(key: str, results: list[dict[str, Any]] = results) -> float:
             return sum(result[key] for result in results) / len(results)
 
-        onnx = sum(sizes) / len(sizes)
+        onnx, half = (sum(written(path, floats=floats) for path in made) / len(made) for floats in ("float32", "float16"))
         printed.add_row(
             *(row.name, str(len(results)), interval([100 * r["zeros"] for r in results]), f"{mean('entropy_bytes'):.0f}"),
             *(f"{mean('float_bytes') / mean('entropy_bytes'):.1f}x", f"{onnx:.0f}", f"{mean('float_bytes') / onnx:.1f}x"),
+            *(f"{half:.0f}", f"{mean('float_bytes') / half:.1f}x"),
             *(interval([100 * r["float"][test] for r in results]) for test in tests),
             *(interval([100 * r["accuracy"][test] for r in results]) for test in tests),
             interval([100 * (r["float"]["test"] - r["accuracy"]["test"]) for r in results]),
