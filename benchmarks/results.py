@@ -59,7 +59,7 @@ KWS_FLOAT = {"epochs": 25, "rate": 5e-3, "augment": "shift_audio"}
 KWS_ROWS = (Row("ecqx-4bit", {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 2e-3, "augment": shift_audio}),)
 LENET300 = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.4, "entropy_ramp": 0.5, "relevance": None},
-    **{"epochs": 50, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
+    **{"epochs": 40, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
 }
 
 TABLES: dict[str, Results] = {
@@ -68,7 +68,7 @@ TABLES: dict[str, Results] = {
         f"{DATA}/mnist.npz",
         rows=(
             Row("ecq-2bit-055", {**LENET300, "entropy_weight": 0.55}),
-            Row("ecq-2bit-080", {**LENET300, "entropy_weight": 0.8}),
+            Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7}),
         ),
         start={"epochs": 15},
     ),

@@ -124,6 +124,24 @@ def test_zeros_come_gradually_when_the_entropy_weight_is_ramped_up():
     assert result.best_epoch == 4  # the others had a smaller γ, and would have won by it
 
 
+def test_learned_steps_come_to_rest_with_the_weights(monkeypatch):
+    seen = []
+
+    class Watched(module.Quantizer):
+        def step(self, *batch):
+            super().step(*batch)
+            seen.append([tensor.meaning.step.copy() for tensor in self.tensors()])
+
+    monkeypatch.setattr(module, "Quantizer", Watched)
+    train(net(), Blobs(), **options(), step="learned", step_rate=1e-2)
+
+    def moved(before, after):
+        return max(float(abs(a / b - 1).max()) for a, b in zip(after, before, strict=True))
+
+    assert moved(seen[0], seen[1]) > 1e-3
+    assert moved(seen[-2], seen[-1]) < 1e-4
+
+
 def test_bfloat16_changes_the_forward_pass_and_leaves_the_levels_exact():
     models = net(), net()
     for model, precision in zip(models, ("float32", "bfloat16"), strict=True):

@@ -105,7 +105,8 @@ class Quantizer:
         self.model = model
         module = _unwrapped(model)
         self._weights, self._left_float = _choose_weights(module, self.options)
-        self.entropy_scale = 1.0  # γ is multiplied by it; a schedule may change it between steps
+        # A schedule may change these between steps: γ and step_rate are multiplied by them.
+        self.entropy_scale, self.step_rate_scale = 1.0, 1.0
         self._steps = 0
         self._attached = True
         self._largest = max(weight.background.numel() for weight in self._weights)
@@ -138,6 +139,7 @@ class Quantizer:
                 gradient = weight.parameter.grad
                 if gradient is not None and self._hooks:
                     gradient = gradient / weight.gradient_factor()
+                weight.learner.rate = self.options.step_rate * self.step_rate_scale
                 weight.step = weight.learner.step(
                     weight.name, gradient, weight.background, weight.levels, weight.step, weight.grid
                 )

@@ -160,9 +160,9 @@ class _Setup:
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")
 
-    def rate(self, done: float) -> float:
-        """The learning rate when this share of the training is done."""
-        return self.learning_rate * ((1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0)
+    def rate_scale(self, done: float) -> float:
+        """What the learning rates of weights and steps are multiplied by when this share of the training is done."""
+        return (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0
 
     def entropy_scale(self, done: float) -> float:
         """What γ is multiplied by when this share of the training is done: pruned gradually, a net mends as it goes."""
@@ -222,7 +222,9 @@ class _Run:
                     continue  # a last batch with too few samples to go round
                 done = (epoch - 1 + step / steps) / setup.epochs
                 for group in self.optimizer.param_groups:
-                    group["lr"] = setup.rate(done)
+                    group["lr"] = setup.learning_rate * setup.rate_scale(done)
+                # Steps come to rest with the weights: a Δ that still moves when they cannot follow ruins the last epochs.
+                self.quantizer.step_rate_scale = setup.rate_scale(done)
                 self.quantizer.entropy_scale = setup.entropy_scale(done)
                 loss, hits, count = self.step(x, y)
                 seen, correct, total = seen + count, correct + hits, total + loss * count
