@@ -217,7 +217,10 @@ class _Rule:
         rule.forward(module, (args[0],), z)
         x = self.calls.pop()
         goes_on = self.owner.to_inputs or _weights_before(x)
-        return _Propagate.apply(x, z.detach(), lambda R: self.backward(rule, module, args[0], z, R, goes_on))
+        # What is needed again must survive the model's in-place operations on it.
+        again = self.weights or z.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+        output = [z.detach().clone() if again else z.detach()]
+        return _Propagate.apply(x, output, lambda R: self.backward(rule, module, args[0], z, R, goes_on))
 
     def backward(self, rule: Any, module: nn.Module, x: Tensor, z: Tensor, R: Tensor, goes_on: bool) -> Tensor | None:
         if z.requires_grad and self.weights:
@@ -241,12 +244,12 @@ def _weights_before(x: Tensor) -> bool:
 
 
 class _Propagate(torch.autograd.Function):
-    """(x, z, rule) -> z forward; R_x = rule(R_z) backward."""
+    """(x, [z], rule) -> z forward; R_x = rule(R_z) backward. In its list, z is no input of this function, and may be returned."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, rule: Callable[[Tensor], Tensor | None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, z: list[Tensor], rule: Callable[[Tensor], Tensor | None]) -> Tensor:
         ctx.rule = rule
-        return z.clone()
+        return z.pop()
 
     @staticmethod
     def backward(ctx: Any, *R: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
