@@ -215,7 +215,7 @@ int SelfCheck(Deployment& d, Model& model, double load_milliseconds) {
                 d.outputs[i].tolerance);
   }
   std::printf("size      %lld bytes", d.bytes);
-  if (d.float32_bytes) std::printf(", %.1fx smaller than float32 (%lld)", double(d.float32_bytes) / d.bytes, d.float32_bytes);
+  if (d.float32_bytes > d.bytes) std::printf(", %.1fx smaller than float32 (%lld)", double(d.float32_bytes) / d.bytes, d.float32_bytes);
   std::printf("\nload      %.1f ms\n", load_milliseconds);
   if (!d.cases.empty()) std::printf("latency   %.3f ms, one thread\n", MedianLatency(model, d.cases[0].inputs));
   std::printf("%s\n", passed ? "PASSED" : "FAILED: this machine does not compute what was computed when the folder was made");

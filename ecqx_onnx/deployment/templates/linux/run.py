@@ -260,7 +260,8 @@ def main():
         return 0
     checks = model.self_check()
     passed = all(ok for _, ok, _ in checks)
-    size, floats = model.manifest["model"]["bytes"], model.manifest["model"]["float32_bytes"]
+    size = sum(entry["bytes"] for entry in [model.manifest["model"], *model.manifest["external"]])
+    floats = model.manifest["model"]["float32_bytes"] or 0
     latency = model.latency() if passed else None
     if arguments.json:
         found = [{"name": name, "ok": ok, "sentence": sentence} for name, ok, sentence in checks]
@@ -269,7 +270,7 @@ def main():
         return 0 if passed else 1
     for name, ok, sentence in checks:
         print(f"{'ok    ' if ok else 'FAILED'}  {name}: {sentence}")
-    print(f"size      {size} bytes" + (f", {floats / size:.1f}x smaller than float32 ({floats})" if floats else ""))
+    print(f"size      {size} bytes" + (f", {floats / size:.1f}x smaller than float32 ({floats})" if floats > 1.05 * size else ""))
     print(f"load      {1e3 * model.load_seconds:.1f} ms, onnxruntime {onnxruntime.__version__}")
     if latency is not None:
         print(f"latency   {1e3 * latency:.3f} ms, one thread")

@@ -30,13 +30,14 @@ function percent(share) {
   return share > 0 && share < 0.0005 ? '< 0.1 %' : `${(100 * share).toFixed(1)} %`;
 }
 
-function showFacts({ name, model: file, accuracy, bits, runtime, tool }) {
+function showFacts({ name, model: file, external, accuracy, bits, runtime, tool }) {
+  const size = external.reduce((sum, part) => sum + part.bytes, file.bytes);
   document.title = name;
   $('name').textContent = name;
-  $('subtitle').textContent = [bits ? `weights of ${bits} bits` : '', bytes(file.bytes), 'runs in this page'].filter(Boolean).join(' · ');
-  $('size').textContent = bytes(file.bytes);
-  if (file.float32_bytes) {
-    $('size-note').textContent = `${(file.float32_bytes / file.bytes).toFixed(1)}× smaller than float32 (${bytes(file.float32_bytes)})`;
+  $('subtitle').textContent = [bits ? `weights of ${bits} bits` : '', bytes(size), 'runs in this page'].filter(Boolean).join(' · ');
+  $('size').textContent = bytes(size);
+  if (file.float32_bytes > 1.05 * size) {
+    $('size-note').textContent = `${(file.float32_bytes / size).toFixed(1)}× smaller than float32 (${bytes(file.float32_bytes)})`;
   }
   if (accuracy) {
     $('accuracy').textContent = `${(100 * accuracy.share).toFixed(2)} %`;
@@ -140,6 +141,11 @@ function setUpInput() {
     $('file').accept = 'audio/*';
     showMode('file');
     setUpRecording(raw.shape[0] / (preprocessing.spectrum?.sample_rate ?? 16000));
+  }
+  if (kind !== 'image' && kind !== 'waveform') {
+    const wanted = model.manifest.inputs.map(({ name, dtype, shape }) => `${name}: ${dtype} [${shape.map((n) => n ?? 'N').join(', ')}]`);
+    $('no-input').textContent = `This model takes neither images nor sounds, but ${wanted.join('; ')}. Try an example.`;
+    $('no-input').hidden = false;
   }
   const [drop, file] = [$('drop'), $('file')];
   file.addEventListener('change', () => { takeFile(file.files[0]); file.value = ''; });
@@ -245,7 +251,9 @@ async function setUpExamples() {
     }),
   );
   $('thumbnails').replaceChildren(...items);
-  $('examples').hidden = items.length === 0;
+  // Made-up pictures and sounds are noise, which is of use to the self-check only.
+  const noise = ['image', 'waveform'].includes(preprocessing?.kind) && !golden.cases.some(({ labels }) => labels.length);
+  $('examples').hidden = items.length === 0 || noise;
 }
 
 async function feedsOf(inputs) {
