@@ -284,9 +284,11 @@ def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float)
     from ecqx_onnx.tensors import Scale
 
     grid = choose_grid(weight, bits)
-    # Without training nothing makes up for the clipped 0.1 % of the percentile rule, and so many levels need no clipping.
-    step = fit_step(weight, grid, rule="least_squares" if bits >= 6 else "auto")
-    levels = assign(weight, step, grid, strength=entropy_weight).levels
+    # So many levels need neither the percentile rule's clipping, for which training would have to make up, nor one step for all
+    # channels, which small ones pay for; and a step per channel is what BatchNorm leaves anyway.
+    axis: int | None = 0 if bits >= 6 else None
+    step = fit_step(weight, grid, axis=axis, rule="auto" if axis is None else "least_squares")
+    levels = assign(weight, step, grid, axis=axis, strength=entropy_weight).levels
     return QuantTensor(name, levels.numpy(), Scale(step.numpy()))
 
 
