@@ -157,3 +157,16 @@ def test_int8_with_a_weight_that_lost_its_integers_is_told(small, tmp_path):
     onnx.save(model, tmp_path / "out.onnx")
     report = api.validate(tmp_path / "out.onnx", against=path, data=dataset, latency_runs=0)
     assert not report.ok
+
+
+def test_eight_bits_without_training_have_a_step_for_each_channel():
+    """A small channel beside a large one would have few levels left otherwise."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 4)
+    with torch.no_grad():
+        model.weight[0] *= 100
+    before = model.weight.detach().numpy().copy()
+    (tensor,) = api.as_checkpoint(model.eval(), example=torch.zeros(2, 64), bits=8).tensors
+    assert tensor.meaning.axis == 0
+    error = np.abs(tensor.dequantize() - before).max(axis=1)
+    assert (error <= 0.01 * np.abs(before).max(axis=1)).all()
