@@ -31,6 +31,7 @@ from ecqx_onnx import __version__
 from ecqx_onnx.errors import CheckFailed, OptionError
 from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.recognition import NotRecognised, recognise
+from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 
 RAISED_TO = (21, 18, 13)  # opsets that bring storages: INT4; packed; several weights in a byte
@@ -109,6 +110,8 @@ def pack(
     out = Path(out)
     if out.exists() and not force:
         raise OptionError(f"{out}: exists already; use --force to replace it")
+    if (suffix := find_target(target).suffix) != ".onnx":
+        raise OptionError(f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack, the model for it")
     file = read_onnx(model)
     if file.metadata.get("tensors"):
         return _pass_through(file, out, "its weights are stored by ecqx-onnx already", (), ())
@@ -176,7 +179,7 @@ def unpack(
     plan = make_plan(graph, matching, target=target, storage="dense", dequantize=dequantize, opset=opset)
     if floats:
         plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
-    return write(plan, out, metadata=unpacked.metadata, force=force)
+    return deliver(plan, out, metadata=unpacked.metadata, force=force)
 
 
 def _raised(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:

@@ -150,6 +150,16 @@ def test_an_ort_file_given_for_an_onnx_file_is_told_what_it_is(checkpoint, tmp_p
         api.validate(tmp_path / "out.ort", against=checkpoint)
 
 
+def test_pack_refuses_ort_files_and_unpack_writes_them(checkpoint, tmp_path):
+    from ecqx_onnx.packing import pack, unpack
+
+    api.convert(checkpoint, tmp_path / "out.onnx")
+    with pytest.raises(OptionError, match=r"pack writes \.onnx files"):
+        pack(tmp_path / "out.onnx", tmp_path / "out.ort", target="onnxruntime-mobile")
+    unpack(tmp_path / "out.onnx", tmp_path / "out.ort", target="onnxruntime-mobile")
+    assert open_session(tmp_path / "out.ort").get_inputs()
+
+
 def test_weights_that_lie_in_the_ort_file_as_floats_are_counted_and_named_so(checkpoint, tmp_path):
     report = api.convert(checkpoint, tmp_path / "out.ort", target="onnxruntime-mobile")
     row = next(row for row in report.tensors if row.name == "codes.weight")
