@@ -27,14 +27,15 @@ RUNTIMES = {
     "1.17.3": ("onnxruntime==1.17.3", "numpy==1.26.4"),
     "1.20.1": ("onnxruntime==1.20.1", "numpy==1.26.4"),
     "1.23.2": ("onnxruntime==1.23.2", "numpy==1.26.4"),
+    "1.24.1": ("onnxruntime==1.24.1", "numpy==1.26.4"),
     "current": (),
 }
 TARGETS = {
-    "onnxruntime": ("current",),
+    "onnxruntime": ("1.24.1", "current"),
     "onnxruntime-1.17": tuple(RUNTIMES),
     "coreml": tuple(RUNTIMES),
     "nnapi": tuple(RUNTIMES),
-    "qdq": ("1.20.1", "1.23.2", "current"),
+    "qdq": ("1.20.1", "1.23.2", "1.24.1", "current"),
 }
 BATCH = 5
 # Sums here have at most 256 terms; two float32 orders of summation differ by at most 2^-24 of a few times that.
@@ -42,7 +43,7 @@ FLOAT32_SUMS = 256 * 2.0**-24
 
 
 class Net(torch.nn.Module):
-    """Every kind of weight: 4D with BatchNorm behind it, depthwise, matrix, LSTM."""
+    """Every kind of weight: 4D with BatchNorm behind it, depthwise, matrix, embedding with a Reshape behind it, LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +51,16 @@ class Net(torch.nn.Module):
         self.norm = torch.nn.BatchNorm2d(8)
         self.depthwise = torch.nn.Conv2d(8, 8, 3, groups=8)
         self.fc1 = torch.nn.Linear(8 * 6 * 6, 40)
+        self.table = torch.nn.Embedding(2, 40)
+        self.mix = torch.nn.Linear(4 * 40, 40)
         self.lstm = torch.nn.LSTM(40, 12, batch_first=True)
         self.fc2 = torch.nn.Linear(12, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.depthwise(torch.relu(self.norm(self.conv(x))))).flatten(1)
-        x = torch.relu(self.fc1(x)).reshape(-1, 1, 40)
-        return self.fc2(self.lstm(x)[0][:, -1])
+        x = torch.relu(self.fc1(x))
+        x = x + self.mix(self.table((x[:, :4] > 0).long()).flatten(1))
+        return self.fc2(self.lstm(x.reshape(-1, 1, 40))[0][:, -1])
 
 
 @pytest.fixture(scope="module")

@@ -107,25 +107,25 @@ def apply_standard(
     products; levels: the integers, of TensorProto type `type`; step: what dequantises them."""
     for use in uses:
         if use.node.op_type == "Gather":
-            _gather_integers(use, tensor, levels, type, step, names)
+            _gather_integers(use, levels, type, step, names)
         elif use.node.op_type == "Gemm":
             _set_attribute(use.node, "transB", 1)
         elif use.node.op_type == "MatMul":
             _gemm_for_matmul(use, weight, tensor.shape, names)
 
 
-def _gather_integers(use: Use, tensor: QuantTensor, levels: str, type: int, step: str, names: NameMaker) -> None:
+def _gather_integers(use: Use, levels: str, type: int, step: str, names: NameMaker) -> None:
+    """Gather integers, then Cast and Mul on the rows. No DequantizeLinear: onnxruntime 1.24 to 1.26 carry it past a Reshape
+    with a QuantizeLinear in between, to uint8, and negative levels become zero. step: (), or [columns]."""
     output, attributes = use.node.output[0], use.attributes
     before = []
     if type not in (TensorProto.INT8, TensorProto.UINT8):  # Gather takes no 4- and 2-bit types; this Cast folds at load
         before.append(helper.make_node("Cast", [levels], [names("g")], to=TensorProto.INT8))
         levels = before[0].output[0]
-    gathered = names("g")
-    after = helper.make_node("DequantizeLinear", [gathered, step], [output])
-    if isinstance(tensor.meaning, Scale) and tensor.meaning.axis is not None:
-        after.attribute.append(helper.make_attribute("axis", -1))  # each row has the columns' steps
-    gather = helper.make_node("Gather", [levels, use.node.input[1]], [gathered], **attributes)
-    _replace(use, [*before, gather, after])
+    rows, floats = names("g"), names("g")
+    gather = helper.make_node("Gather", [levels, use.node.input[1]], [rows], **attributes)
+    cast = helper.make_node("Cast", [rows], [floats], to=TensorProto.FLOAT)
+    _replace(use, [*before, gather, cast, helper.make_node("Mul", [floats, step], [output])])
 
 
 def _gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameMaker) -> None:

@@ -159,6 +159,8 @@ def meaning_of(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> 
         if first.ndim != 1 or not -rank <= axis < rank:
             raise FileError(f"the step of '{node.input[0]}' has shape {list(first.shape)} and axis {axis}; the file is damaged")
         return Scale(first.reshape([-1 if dimension == axis % rank else 1 for dimension in range(rank)])), None
+    if node.op_type == "Mul":  # of an embedding's rows, whose columns may have steps of their own
+        return Scale(first.reshape((*(1,) * (rank - 1), -1)) if first.ndim else first), None
     if node.op_type == "Dequantize":
         return Scale(first), None
     return Codebook(first), constants[node.input[2]] if node.op_type == "LookUpScaled" else None

@@ -160,7 +160,7 @@ def _dequantization(record: Record, contents: Contents, users: Mapping[str, list
     reached, queue = set(), [record.levels]
     while queue:
         for user in users.get(queue.pop(), []):
-            if user.op_type == "DequantizeLinear":
+            if user.op_type in ("DequantizeLinear", "Mul"):  # Mul: of an embedding's rows
                 return user
             if user.op_type in ("Cast", "Gather") and user.output[0] not in reached:
                 reached.add(user.output[0])
