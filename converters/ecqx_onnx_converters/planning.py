@@ -173,8 +173,11 @@ def _plan_tied(
         else _form(member, dequantize, uses.get(member.name, []), target)
         for member in members
     ]
-    if not target.decoders and any(isinstance(form, StandardForm) and form.integer for form in forms):
-        target = replace(target, dense_types=target.dense_types & INT8_TYPES)  # others need a Cast, which is a decoder
+    pairs = ((form, uses.get(member.name, [])) for form, member in zip(forms, members, strict=True))
+    standard = [(form, consumers) for form, consumers in pairs if isinstance(form, StandardForm)]
+    cast = any(form.integer or any(use.node.op_type == "Gather" for use in consumers) for form, consumers in standard)
+    if not target.decoders and cast:  # narrow types would need a Cast, which is a decoder (and in onnxruntime as of 1.23)
+        target = replace(target, dense_types=target.dense_types & INT8_TYPES)
     levels = _wanted(members[0], forms[0])
     stored, reason = _cheapest(levels, names("q"), target, storage)
     if stored is None:
