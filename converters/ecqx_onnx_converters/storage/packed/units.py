@@ -14,6 +14,7 @@ FURTHEST = 128  # weights that one unit can pass; advances are kept as int8, neg
 RUNS = tuple(1 << power for power in range(8))  # advances that a unit of value 0 may have
 LEVELS = 256
 UNIT_BITS = 18.0  # what one more kind of unit costs in the file: its advance, its value, its two bits of the tree
+ROUNDS = 4
 MAX_KINDS = 255  # a byte names one; 0 is no unit
 HIGHEST = 123  # |value|: the nearest of each value and the runs must all find a name
 
@@ -53,14 +54,16 @@ def choose_alphabet(counts: np.ndarray, runs: int) -> Alphabet:
     member = table > 0
     member[0] = True
     usage, run_usage = table.copy(), np.ones(len(RUNS))
-    for _ in range(6):
+    for _ in range(ROUNDS):
         total = usage.sum() + run_usage.sum()
         bits, run_bits = (-np.log2(np.maximum(part, 1) / total) for part in (np.where(member, usage, table), run_usage))
         apart, first = _spell(member, bits, run_bits)
         gain = np.where(member, usage, table) * (apart - bits) - UNIT_BITS
         gain[0] = np.inf  # the nearest of each value, which all others can be said with
-        limit = np.sort(gain, axis=None)[-min(gain.size, MAX_KINDS - len(RUNS))]
-        member = (gain > 0) & (gain >= limit)
+        worth = np.argsort(-gain, axis=None, kind="stable")[: MAX_KINDS - len(RUNS)]
+        member = np.zeros(gain.size, bool)
+        member[worth] = True
+        member = member.reshape(gain.shape) & (gain > 0)
         _, first = _spell(member, bits, run_bits)
         usage, run_usage = _count(table, first, runs)
     member &= usage > 0
@@ -88,9 +91,10 @@ def _spell(member: np.ndarray, bits: np.ndarray, run_bits: np.ndarray) -> tuple[
     best, apart, first = np.empty_like(bits), np.empty_like(bits), np.full(bits.shape, -1)
     best[0] = apart[0] = bits[0]
     for row in range(1, len(bits)):
-        possible = [run_bits[k] + best[row - run] for k, run in enumerate(RUNS) if run <= row]
-        step = np.argmin(possible, axis=0)
-        apart[row] = np.min(possible, axis=0)
+        runs = np.array(RUNS[: row.bit_length()])  # those that fit
+        ways = run_bits[: len(runs), None] + best[row - runs]
+        step = ways.argmin(axis=0)
+        apart[row] = np.take_along_axis(ways, step[None], axis=0)[0]
         own = member[row] & (bits[row] <= apart[row])
         best[row] = np.where(own, bits[row], apart[row])
         first[row] = np.where(own, -1, step)
@@ -102,12 +106,12 @@ def _count(table: np.ndarray, first: np.ndarray, runs: int) -> tuple[np.ndarray,
     usage, run_usage = table.copy(), np.zeros(len(RUNS))
     run_usage[-1] = runs
     for row in range(len(table) - 1, 0, -1):
-        for k, run in enumerate(RUNS):
-            moved = np.where(first[row] == k, usage[row], 0)
-            run_usage[k] += moved.sum()
-            if run <= row:
-                usage[row - run] += moved
-        usage[row] = np.where(first[row] < 0, usage[row], 0)
+        moved = np.flatnonzero((first[row] >= 0) & (usage[row] > 0))
+        if len(moved):
+            amount, step = usage[row, moved], first[row, moved]
+            np.add.at(run_usage, step, amount)
+            np.add.at(usage, (row - np.array(RUNS)[step], moved), amount)
+            usage[row, moved] = 0
     return usage, run_usage
 
 
