@@ -229,6 +229,8 @@ def _rows(stored: tuple[StoredWeight, ...], proto: onnx.ModelProto) -> Iterator[
         shared = item.levels_name in seen  # tied weights
         seen.add(item.levels_name)
         form = "folded" if item.levels_name in folded else "standard"
+        if item.weight.integers is not None:
+            form = "read as integers"
         storage, nbytes = (f"{storage}, shared", 0) if shared else (storage, item.nbytes)
         yield InspectedTensor.of(item.weight.tensor, item.weight.sources, storage, form, nbytes)
 

@@ -173,10 +173,11 @@ def unpack(
     read_onnx(model)
     unpacked = unpacking.unpack(model)
     lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)
-    graph, matching = unpacked.graph, unpacked.matching
+    graph, matching, kernels = unpacked.graph, unpacked.matching, unpacked.kernels
     if floats:
-        graph, matching = unpacked.with_floats(), Matching((), ())
-    plan = make_plan(graph, matching, target=target, storage="dense", dequantize=dequantize, opset=opset)
+        graph, matching, kernels = unpacked.with_floats(), Matching((), ()), ()
+    options: dict[str, Any] = {"target": target, "storage": "dense", "dequantize": dequantize, "opset": opset}
+    plan = make_plan(graph, matching, **options, integer=kernels)
     if floats:
         plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
     return deliver(plan, out, metadata=unpacked.metadata, force=force)

@@ -184,11 +184,11 @@ def constants() -> Case:
     return Case(model(nodes, []), LEVELS)
 
 
-def branches() -> Case:
+def branches(levels: np.ndarray = LEVELS) -> Case:
     """Both branches of an If have a weight of the same name, with other levels."""
 
     def branch(sign: int) -> GraphProto:
-        tensors = [initializer("q", sign * LEVELS), initializer("s", np.float32(0.5))]
+        tensors = [initializer("q", sign * levels), initializer("s", np.float32(0.5))]
         nodes = [
             helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
             helper.make_node("Gemm", ["x", "w"], ["out"], transB=1),
@@ -200,7 +200,7 @@ def branches() -> Case:
         helper.make_node("Greater", ["sum", "zero"], ["positive"]),
         helper.make_node("If", ["positive"], ["y"], then_branch=branch(1), else_branch=branch(-1)),
     ]
-    return Case(model(nodes, [initializer("zero", np.float32(0))]), LEVELS)
+    return Case(model(nodes, [initializer("zero", np.float32(0))], x=["n", levels.shape[1]]), levels)
 
 
 def loop() -> Case:
@@ -421,6 +421,13 @@ def test_a_model_that_would_not_get_smaller_is_copied_with_the_reason(tmp_path):
     assert report.written is None
     assert "stored anew it would take" in report.reason
     assert (tmp_path / "packed.onnx").read_bytes() == (tmp_path / "original.onnx").read_bytes()
+
+
+def test_weights_of_branches_that_would_not_get_smaller_stay(tmp_path):
+    onnx.save(branches(LEVELS[:4, :4]).model, tmp_path / "original.onnx")
+    report = pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
+    assert report.written is None
+    assert {kept.name.split("_")[0] for kept in report.kept} == {"w", "q"}
 
 
 @pytest.mark.parametrize("name", ["int8", "QLinearConv", "quantised activations"])

@@ -153,13 +153,14 @@ class _Search:
     def take_grid(self, scope: GraphProto, node: NodeProto, made: Grid) -> None:
         tensor = QuantTensor("", made.levels, Scale(made.step))
         transpose = self.only_transpose(scope, node)
-        if not self.leave.isdisjoint((node if transpose is None else transpose).output):
+        name = self.name(scope, node if transpose is None else transpose)
+        if name in self.leave:
             return
         if transpose is not None:  # a Linear weight on its way to MatMul: stored as the product reads it
             scope.node.remove(node)
             order = [list(entry.ints) for entry in transpose.attribute if entry.name == "perm"]
             node, tensor = transpose, tensor.transpose(order[0] if order else range(made.levels.ndim)[::-1])
-        name = self.take(scope, node)
+        self.take(scope, node, name)
         self.found[name] = GraphWeight(name, replace(tensor, name=name), (made.source,))
 
     def only_transpose(self, scope: GraphProto, node: NodeProto) -> NodeProto | None:
@@ -175,22 +176,28 @@ class _Search:
         value = known.get(node.input[0])
         if node.op_type != "DequantizeLinear" or not isinstance(value, Constant) or value.maker is None:
             return False
-        if node.input[0] in self.leave or node.input[0] in {output.name for output in scope.output}:
+        if node.input[0] in {output.name for output in scope.output}:
             return False
         if value.maker in scope.node:  # else an outer graph's node, taken there for another consumer
-            name = self.take(scope, value.maker)
+            name = self.name(scope, value.maker)
+            if name in self.leave:
+                return False
+            self.take(scope, value.maker, name)
             zero = self.constant(node.input[2], known) if len(node.input) > 2 and node.input[2] else None
             self.found[name] = _integer_weight(name, value, zero)
         return True
 
-    def take(self, scope: GraphProto, node: NodeProto) -> str:
-        """Removes the node; its output becomes a value of the main graph, under the name returned."""
+    def name(self, scope: GraphProto, node: NodeProto) -> str:
+        """Under which the node's output can be a value of the main graph; the same in each pass over a graph."""
+        if scope is self.graph.proto.graph:
+            return node.output[0]
+        return fresh_name(node.output[0], self.taken)  # another branch may use the same name
+
+    def take(self, scope: GraphProto, node: NodeProto, name: str) -> None:
+        """Removes the node; its output becomes a value of the main graph."""
         scope.node.remove(node)
-        name = node.output[0]
-        if scope is not self.graph.proto.graph:  # another branch may use the same name
-            name = fresh_name(name, self.taken)
+        if name != node.output[0]:
             rename(scope, node.output[0], name)
-        return name
 
     def stored_integers(self) -> None:
         """Narrow integer initializers that something still reads."""

@@ -26,13 +26,13 @@ from ecqx_onnx_converters.reading import Record, StoredWeight, read_metadata, re
 class Unpacked:
     """graph: reads the weights of `matching` as floats; integers that it reads as such are plain initializers again.
 
-    metadata: what the file said beside its list of tensors. integers: how many weights the graph reads as integers.
+    kernels: names of weights that feed integer kernels. metadata: what the file said beside its list of tensors.
     """
 
     graph: FloatGraph
     matching: Matching
+    kernels: tuple[str, ...]
     metadata: Mapping[str, Any]
-    integers: int
 
     def with_floats(self) -> FloatGraph:
         """The graph with plain float32 weights."""
@@ -76,8 +76,9 @@ def unpack(path: Path | str) -> Unpacked:
     main.initializer.extend(plain)
     _drop_functions(graph.proto)
     named = tuple(_names_again(main, found, records))
+    kernels = tuple(new.name for old, new in zip(found, named, strict=True) if _feeds_kernel(makers[old.name]))
     content = {key: value for key, value in metadata.items() if key not in ("format", "tensors")}
-    return Unpacked(graph, Matching(named, ()), content, len(plain))
+    return Unpacked(graph, Matching(named, ()), kernels, content)
 
 
 def _integers(item: StoredWeight, name: str) -> TensorProto:
@@ -99,6 +100,11 @@ def _weight(record: Record, item: StoredWeight, maker: NodeProto) -> GraphWeight
         factor = None if weight.factor is None else weight.factor.T
         weight = replace(weight, tensor=weight.tensor.transpose((1, 0)), factor=factor)
     return replace(weight, name=record.value)
+
+
+def _feeds_kernel(maker: NodeProto) -> bool:
+    """Only in front of integer kernels does the writer state a zero point."""
+    return maker.op_type == "DequantizeLinear" and len(maker.input) == 3
 
 
 def _without_unread(graph: FloatGraph, before: set[str], replaced: set[str]) -> FloatGraph:
