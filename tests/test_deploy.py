@@ -496,8 +496,8 @@ def test_every_platform_has_templates_that_say_what_was_not_tested(platform):
 
 def test_the_oldest_runtime_follows_from_opset_and_types(grey, tmp_path):
     foreign_file(tmp_path / "old.onnx", opset=17)
-    assert oldest_runtime(read_onnx(tmp_path / "old.onnx").proto) == "1.14"
-    assert oldest_runtime(read_onnx(grey[1]).proto) in ("1.14", "1.23")
+    assert oldest_runtime(read_onnx(tmp_path / "old.onnx").proto) == "1.17"
+    assert oldest_runtime(read_onnx(grey[1]).proto) in ("1.17", "1.23")
 
 
 def web_folder(grey, tmp_path):

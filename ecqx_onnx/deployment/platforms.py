@@ -16,7 +16,8 @@ from ecqx_onnx.validation.devices.setup import WEB_VERSION
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIRST_WITH_INT2, FIRST_WITH_INT4 = "1.24", "1.23"  # onnxruntime whose Cast takes them
-FIRST_WITH_OPSET = {18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.20", 23: "1.23", 24: "1.24", 25: "1.24"}
+# Opset 18 came with 1.14, but 1.17 is the oldest that files were tried with.
+FIRST_WITH_OPSET = {20: "1.17", 21: "1.18", 22: "1.20", 23: "1.23", 24: "1.24", 25: "1.24"}
 
 
 @dataclass(frozen=True)
