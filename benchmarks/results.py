@@ -68,7 +68,7 @@ TABLES: dict[str, Results] = {
         f"{DATA}/mnist.npz",
         rows=(
             Row("ecq-2bit-055", {**LENET300, "entropy_weight": 0.55}),
-            Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7}),
+            Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25}),
         ),
         start={"epochs": 15},
     ),
@@ -86,7 +86,7 @@ TABLES: dict[str, Results] = {
             Row(
                 "ecq-ternary",
                 {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.12, "size_exponent": 0.5, "entropy_ramp": 0.4},
+                    **{"bits": 2, "step": "learned", "entropy_weight": 0.16, "size_exponent": 0.5, "entropy_ramp": 0.53},
                     **{"epochs": 5, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
                     **{"relevance": None, "augment": crop_and_flip},
                 },
