@@ -57,6 +57,7 @@ class Results:
 
 KWS_FLOAT = {"epochs": 25, "rate": 5e-3, "augment": "shift_audio"}
 KWS_ROWS = (Row("ecqx-4bit", {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 2e-3, "augment": shift_audio}),)
+ECQX_AT_EQUAL_ZEROS = {"relevance": "epsilon_plus_flat", "refresh_every": 16, "keep": 0.01, "prune": 0.01}
 LENET300 = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.4, "entropy_ramp": 0.5, "relevance": None},
     **{"epochs": 40, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
@@ -69,6 +70,7 @@ TABLES: dict[str, Results] = {
         rows=(
             Row("ecq-2bit-055", {**LENET300, "entropy_weight": 0.55}),
             Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25}),
+            Row("ecqx-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25, **ECQX_AT_EQUAL_ZEROS}),
         ),
         start={"epochs": 15},
     ),
