@@ -135,7 +135,7 @@ def _forms(target: Target) -> list[str]:
     """Storages and dequantisations; the default one first."""
     other = "folded" if target.dequantize == "standard" else "standard"
     forms = [target.dequantize] + ([] if target.only else [other])
-    return forms + ["sparse"] * target.sparse + ["decoded at load"] * target.decoders
+    return forms + ["sparse"] * target.sparse + ["packed"] * target.decoders
 
 
 @as_table.register

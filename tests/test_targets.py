@@ -21,7 +21,7 @@ from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.validation.devices import find_device
 from ecqx_onnx.validation.sessions import open_session
 
-FORMS = [("auto", "auto"), ("dense", "folded"), ("dense", "standard"), ("sparse", "folded")]
+FORMS = [("auto", "auto"), ("dense", "folded"), ("dense", "standard"), ("sparse", "folded"), ("packed", "folded")]
 
 
 class Net(torch.nn.Module):
@@ -65,7 +65,8 @@ def names(model: onnx.ModelProto) -> set[str]:
 @pytest.mark.parametrize("target", sorted(TARGETS.values(), key=lambda t: t.name), ids=lambda t: t.name)
 def test_a_file_needs_no_more_than_its_target_has(target, storage, form, checkpoint, tmp_path):
     out = tmp_path / f"out{target.suffix}"
-    if (target.only and form not in ("auto", target.dequantize)) or (storage == "sparse" and not target.sparse):
+    lacks = {"sparse": not target.sparse, "packed": not target.decoders}
+    if (target.only and form not in ("auto", target.dequantize)) or lacks.get(storage):
         with pytest.raises(OptionError, match=target.name):
             api.convert(checkpoint, out, target=target.name, storage=storage, dequantize=form)
         assert not list(tmp_path.iterdir())
@@ -114,7 +115,7 @@ def test_old_onnxruntimes_get_eight_bits_and_opset_18(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("storage", "form"),
-    [pytest.param(*form, marks=[] if form == ("dense", "folded") else [pytest.mark.slow]) for form in FORMS],
+    [pytest.param(*form, marks=[] if form[0] == "packed" else [pytest.mark.slow]) for form in FORMS],
 )
 def test_onnxruntime_web_says_the_same(storage, form, checkpoint, tmp_path):
     try:
