@@ -11,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from ecqx_onnx_converters import read_weights
+import torch
+from ecqx_onnx_converters import make_plan, match, read_weights, write
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from ecqx_onnx import packing
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError
+from ecqx_onnx.export import export
 from ecqx_onnx.packing import pack, unpack
+from ecqx_onnx.validation.equivalence import compare_models
 from ecqx_onnx.validation.sessions import executed_operators, open_session, run
-from tests.conversions import session
+from tests.conversions import quantise, session
 
 FLOAT = TensorProto.FLOAT
 rng = np.random.default_rng(0)
@@ -497,3 +500,41 @@ def test_a_packed_file_is_not_packed_again(tmp_path):
     assert report.written is None
     assert "stored by ecqx-onnx already" in report.reason
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+class Recurrent(torch.nn.Module):
+    """An embedding tied to the last layer, an LSTM, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(200, 32)
+        self.lstm = torch.nn.LSTM(32, 32, batch_first=True)
+        self.linear = torch.nn.Linear(32, 10)
+        self.last = torch.nn.Linear(32, 200, bias=False)
+        self.last.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states = self.lstm(self.embedding(x))[0][:, -1]
+        return torch.cat([self.last(states), self.linear(states)], 1)
+
+
+def test_embeddings_recurrent_and_tied_weights_are_unpacked(tmp_path):
+    torch.manual_seed(0)
+    network = Recurrent().eval()
+    tensors = quantise(network)
+    graph = export(network, (torch.zeros(2, 7, dtype=torch.int64),)).graph
+    matching = match(graph.weights, tensors)
+    for form in ("folded", "standard"):
+        write(make_plan(graph, matching, storage="sparse", dequantize=form), tmp_path / "sparse.onnx", force=True)
+        for options in ({}, {"floats": True}, {"target": "onnxruntime-1.17"}):
+            unpack(tmp_path / "sparse.onnx", tmp_path / "dense.onnx", force=True, **options)
+            assert not onnx.load(tmp_path / "dense.onnx").graph.sparse_initializer
+            same = compare_models(tmp_path / "sparse.onnx", tmp_path / "dense.onnx")
+            assert same.ok, same.failure
+
+
+def test_unpacking_keeps_integer_kernels(tmp_path):
+    """A DequantizeLinear with a zero point feeds one, and stays as it is."""
+    path, _ = packed(CASES["quantised activations"], tmp_path)
+    unpack(path, tmp_path / "dense.onnx")
+    assert executed_operators(tmp_path / "dense.onnx", [np.zeros((1, 64, 10), np.float32)])["QLinearConv"] == 1
