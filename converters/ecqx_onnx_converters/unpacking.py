@@ -62,18 +62,22 @@ def unpack(path: Path | str) -> Unpacked:
     makers = {output: node for node in main.node for output in node.output}
     before = set(find_uses(main))
     found: list[GraphWeight] = []
-    plain: list[TensorProto] = []
+    plain: dict[str, TensorProto] = {}
     for record, item in zip(records, stored, strict=True):
-        if record.integers or not record.value:
-            name = record.value or record.levels  # rows are gathered from the integers of an embedding, and then dequantised
-            plain.append(_integers(item, name))
-        else:
-            name = record.value
-            found.append(_weight(record, item, makers[name]))
-        if name in makers:
-            main.node.remove(makers[name])
-    graph = _without_unread(graph, before, {tensor.name for tensor in plain} | {weight.name for weight in found})
-    main.initializer.extend(plain)
+        if record.value and makers.get(record.value) not in main.node:  # made by nobody, or listed twice
+            raise FileError(f"'{path}' makes no value '{record.value}', its weight '{record.name}'; the file is damaged")
+        if record.integers:
+            plain[record.value] = _integers(item, record.value)
+        elif record.value:
+            found.append(_weight(record, item, makers[record.value]))
+        if record.value:
+            main.node.remove(makers[record.value])
+    read = find_uses(main)
+    for record, item in zip(records, stored, strict=True):
+        if not record.integers and record.levels in read:  # rows of an embedding are gathered from its integers
+            plain[record.levels] = _integers(item, record.levels, turned=record.transposed)
+    graph = _without_unread(graph, before, {*plain, *(weight.name for weight in found)})
+    main.initializer.extend(plain.values())
     _drop_functions(graph.proto)
     named = tuple(_names_again(main, found, records))
     kernels = tuple(new.name for old, new in zip(found, named, strict=True) if _feeds_kernel(makers[old.name]))
@@ -81,8 +85,9 @@ def unpack(path: Path | str) -> Unpacked:
     return Unpacked(graph, Matching(named, ()), kernels, content)
 
 
-def _integers(item: StoredWeight, name: str) -> TensorProto:
-    form, levels = item.weight.integers, item.weight.tensor.levels
+def _integers(item: StoredWeight, name: str, *, turned: bool = False) -> TensorProto:
+    """turned: in the transpose of the weight's layout."""
+    form, levels = item.weight.integers, item.weight.tensor.levels.T if turned else item.weight.tensor.levels
     kind, offset = (TensorProto.INT8, 0) if form is None else (form.type, form.offset)
     wide = levels.astype(np.int16) + offset
     return helper.make_tensor(name, kind, levels.shape, _raw(wide, kind), raw=True)
