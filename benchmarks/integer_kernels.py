@@ -16,6 +16,7 @@ import contextlib
 import copy
 import io
 import logging
+import platform
 import tempfile
 import time
 import warnings
@@ -66,11 +67,23 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    print(f"# Integer kernels: measured\n{__doc__}\nonnxruntime {onnxruntime.__version__}, {processor()}\n")
     print("| network | file | bytes | accuracy | agreement with float | latency, ms | x float | float operators executed |")
     print("|---|---|---|---|---|---|---|---|")
     for case in cases(arguments.data, arguments.only, arguments.kws):
         for bits in (8, 4):
             measure(case, bits, arguments.seconds, arguments.checkpoint if bits == 4 else None)
+
+
+def processor() -> str:
+    """Its name, and whether it multiplies 8-bit integers in one go."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    except OSError:
+        return platform.processor()
+    fields = {name.strip(): value.strip() for name, value in lines.items()}
+    vnni = "with" if "vnni" in fields.get("flags", "") else "without"
+    return f"{fields.get('model name', platform.machine())}, {vnni} VNNI"
 
 
 def cases(data: Path, only: str, kws: str | None) -> Iterator[Case]:
