@@ -164,7 +164,7 @@ def _integer_graph(
         raise OptionError(f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}")
     if calibration is None:
         raise OptionError("--activations int8 needs data that activations take their ranges from; add --calibration DATA")
-    data = load_dataset(calibration) if isinstance(calibration, str | Path) else calibration
+    data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
     graph = with_pooling(checkpoint.graph)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
@@ -49,7 +50,8 @@ class Dequantization:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.ByteSize() for part in (self.node, *self.before, *self.initializers))
+        parts: list[Message] = [self.node, *self.before, *self.initializers]
+        return sum(part.ByteSize() for part in parts)
 
 
 def folded(tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None) -> Dequantization:

@@ -153,7 +153,7 @@ def _dequantization(record: Record, contents: Contents, users: Mapping[str, list
     if node is not None and node.op_type == "Transpose":
         node = contents.makers.get(node.input[0])
     cast = contents.makers.get(node.input[0]) if node is not None and node.op_type == "DequantizeLinear" else None
-    if cast is not None and cast.op_type == "Cast" and cast.input[0] == record.levels:
+    if node is not None and cast is not None and cast.op_type == "Cast" and cast.input[0] == record.levels:
         return node
     if node is not None and node.input[0] == record.levels and (node.domain == DOMAIN or node.op_type == "DequantizeLinear"):
         return node
