@@ -538,3 +538,18 @@ def test_unpacking_keeps_integer_kernels(tmp_path):
     path, _ = packed(CASES["quantised activations"], tmp_path)
     unpack(path, tmp_path / "dense.onnx")
     assert executed_operators(tmp_path / "dense.onnx", [np.zeros((1, 64, 10), np.float32)])["QLinearConv"] == 1
+
+
+CODED = ("int8 with zero points per axis", "QLinearConv", "uint8 around 250", "floats of a codebook", "If")
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_entropy_coded_weights_serve_every_style_and_come_back(name, tmp_path):
+    onnx.save(CASES[name].model, tmp_path / "original.onnx")
+    plain = pack(tmp_path / "original.onnx", tmp_path / "dense.onnx", storage="dense")
+    report = pack(tmp_path / "original.onnx", tmp_path / "packed.onnx", storage="packed")
+    assert {row.storage.split()[0].strip(",") for row in report.written.tensors} == {"packed"}
+    assert "bit for bit" in report.equivalence.checks[0].sentence
+    assert sum(row.nbytes for row in report.written.tensors) < sum(row.nbytes for row in plain.written.tensors)
+    unpack(tmp_path / "packed.onnx", tmp_path / "unpacked.onnx", target="onnxruntime", dequantize="folded")
+    assert compare_models(tmp_path / "packed.onnx", tmp_path / "unpacked.onnx").ok
