@@ -6,6 +6,7 @@ Runs no model and unpickles nothing.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -132,12 +133,13 @@ class Inspection:
 
     def _weights(self) -> Table:
         table = Table()
-        for heading in ("weight", "shape", "bits", "zeros", "entropy", "storage", "bytes"):
+        for heading in ("weight", "shape", "bits", "zeros", "entropy", "stored", "storage", "bytes"):
             table.add_column(heading, justify="left" if heading in ("weight", "storage") else "right", overflow="fold")
         for row in self.tensors:
             storage = f"{row.storage}, {row.dequantization}" if row.dequantization else row.storage
             shape = "x".join(map(str, row.shape))
-            numbers = (str(row.bits), f"{row.zeros:.1%}", f"{row.entropy:.2f}", storage, f"{row.nbytes:,}")
+            stored = f"{8 * row.nbytes / max(1, math.prod(row.shape)):.2f}"  # bits per weight, as is the entropy
+            numbers = (str(row.bits), f"{row.zeros:.1%}", f"{row.entropy:.2f}", stored, storage, f"{row.nbytes:,}")
             table.add_row(", ".join(row.sources), shape, *numbers)
         return table
 
