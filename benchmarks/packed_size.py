@@ -2,6 +2,9 @@
 
 Payload: packed arrays only. Decoder: what the file holds besides (functions, nodes, names), before any float parameter.
 NNCodec: its own bitstream on the same integers, exact. Run: make bench-size
+
+With checkpoints as arguments (python benchmarks/packed_size.py model.pt …): whole files as `convert` writes them, against NNCodec's
+bitstream for the same integers plus the file's float parameters, steps included, as they are.
 """
 
 import lzma
@@ -88,7 +91,28 @@ def nncodec_bytes(tensors: Tensors) -> float:
     return total
 
 
+def whole_files(paths: list[str]) -> None:
+    import tempfile
+
+    from ecqx_onnx_converters import read_weights
+
+    from ecqx_onnx import api
+    from ecqx_onnx.inspection import inspect
+
+    print(" " * 40 + f"{'.onnx':>9s}{'NNCodec':>9s}{'floats':>9s}{'sum':>9s}{'ratio':>7s}   (bytes)")
+    for path in paths:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out.onnx"
+            size = api.convert(Path(path), out).nbytes
+            parts = inspect(out).parts
+            coded = nncodec_bytes([stored.weight.tensor.levels for stored in read_weights(out)])
+        floats = parts.get("float parameters", 0) + parts.get("steps and codebooks", 0)
+        print(f"{path[-40:]:40s}{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):7.2f}")
+
+
 def main() -> None:
+    if sys.argv[1:] and all(argument.endswith(".pt") for argument in sys.argv[1:]):
+        return whole_files(sys.argv[1:])
     nets: dict[str, Callable[[], Tensors]] = {
         "EC2T ternary ResNet-20": ec2t_ternary_resnet20,
         "ResNet-20, 4 bit": resnet20_4bit,
@@ -119,6 +143,7 @@ def main() -> None:
         weights, zeros = sum(t.size for t in tensors), sum(int((t == 0).sum()) for t in tensors)
         coded = "".join(f"{column / entropy:9.3f}" for column in columns[2:])
         print(f"{name:25s}{weights:9d}{zeros / weights:9.3f}{entropy:9.0f}{columns[0] / entropy:9.3f}{columns[1]:9d}{coded}")
+    return None
 
 
 if __name__ == "__main__":
