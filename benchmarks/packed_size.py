@@ -3,8 +3,8 @@
 Payload: packed arrays only. Decoder: what the file holds besides (functions, nodes, names), before any float parameter.
 NNCodec: its own bitstream on the same integers, exact. Run: make bench-size
 
-With checkpoints as arguments (python benchmarks/packed_size.py model.pt …): whole files as `convert` writes them, against NNCodec's
-bitstream for the same integers plus the file's float parameters, steps included, as they are.
+With checkpoints as arguments (python benchmarks/packed_size.py model.pt …): whole files as `convert` writes them, against
+NNCodec's bitstream for the same integers plus the file's float parameters, steps included, as they are.
 """
 
 import lzma
