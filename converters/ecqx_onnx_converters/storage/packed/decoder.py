@@ -115,8 +115,7 @@ def _compose() -> FunctionProto:
     """Tables of k bits -> of 2 k bits: states n int32 [inner, 2^k], leaves met m uint8 [k, inner, 2^k], one row for each bit."""
     nodes = [
         _node("Gather n n -> a"),
-        _node("Constant -> b", value_ints=[0, -1]),
-        _node("Reshape a b -> y"),
+        _node("Flatten a -> y"),
         _node("Gather m n -> c", axis=1),
         _node("Constant -> d", value_ints=[3]),
         _node("Unsqueeze m d -> e"),
@@ -133,12 +132,11 @@ def _decode() -> FunctionProto:
     """payload p uint8 [lanes, bytes of a lane], tree b uint8 [bytes, 1], `constants` -> entries y uint8 [all]."""
     nodes = [
         _node("BitShift b c -> A", direction="RIGHT"),
-        _node("BitwiseAnd A d -> B"),  # 1: a leaf
-        _node("BitwiseXor B d -> C"),  # 1: an inner node
-        _node("Cast B -> D", to=TensorProto.INT32),
-        _node("Cast C -> E", to=TensorProto.INT32),
-        _node("Reshape D h -> F"),
-        _node("Reshape E h -> G"),
+        _node("BitwiseAnd A d -> B"),
+        _node("Reshape B h -> C"),  # 1: a leaf
+        _node("BitwiseXor C d -> D"),  # 1: an inner node
+        _node("Cast C -> F", to=TensorProto.INT32),
+        _node("Cast D -> G", to=TensorProto.INT32),
         _node("CumSum F f -> H"),
         _node("CumSum G f -> I"),
         _node("Mul F H -> J"),  # which leaf, from 1; 0: none
