@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all devices lint bench bench-size bench-devices clean
+.PHONY: demo test test-all devices lint bench bench-size bench-devices bench-integer clean
 
 demo: .venv/demo          ## train, quantise, convert and validate a small CNN on handwritten digits
 	$(BIN)/ecqx-onnx demo --force
@@ -30,6 +30,9 @@ bench-size: .venv/test    ## bytes: entropy, packed, NNCodec, xz, zip side by si
 
 bench-devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
 	$(BIN)/python benchmarks/devices.py ../shared/data
+
+bench-integer: .venv/test ## int8 activations against float and quantize_static: bytes, accuracy, latency; about 10 minutes
+	$(BIN)/python benchmarks/integer_kernels.py ../shared/data
 
 .venv/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
