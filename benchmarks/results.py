@@ -93,6 +93,14 @@ TABLES: dict[str, Results] = {
                     **{"relevance": None, "augment": crop_and_flip},
                 },
             ),
+            Row(
+                "ecq-ternary-small",
+                {
+                    **{"bits": 2, "step": "learned", "entropy_weight": 0.2, "size_exponent": 0.5, "entropy_ramp": 0.53},
+                    **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
+                    **{"relevance": None, "augment": crop_and_flip},
+                },
+            ),
         ),
         start={
             **{"weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt", "epochs": 2, "rate": 1e-3, "bfloat16": True},
