@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from google.protobuf.message import Message
 
 from ecqx_onnx.errors import OptionError
 from ecqx_onnx.tensors import Codebook, Scale
@@ -276,7 +277,9 @@ def _stored_levels(entry: Entry) -> np.ndarray:
 
 def _bytes(stored: Sequence[Stored]) -> int:
     """Of weights in a file, functions counted once."""
-    parts = [part for one in stored for part in (*one.initializers, *one.sparse_initializers, *one.nodes)]
+    parts: list[Message] = []
+    for one in stored:
+        parts += [*one.initializers, *one.sparse_initializers, *one.nodes]
     functions = {(part.domain, part.name): part for one in stored for part in one.functions}
     return sum(part.ByteSize() for part in (*parts, *functions.values()))
 

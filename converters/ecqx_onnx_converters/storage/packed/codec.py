@@ -92,7 +92,8 @@ def spell(walked: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[list[np.ndar
         counts += np.bincount(pair, minlength=len(counts))
         runs += int(run.sum())
     if not counts.any():
-        return [np.zeros(0, np.int64) for _ in walked], Alphabet(*[np.zeros(0, np.int64)] * 2, np.zeros((1 << 15, 1), np.int64))
+        none = np.zeros(0, np.int64)
+        return [none for _ in walked], Alphabet(none, none, np.zeros((1 << 15, 1), np.int64))
     alphabet = choose_alphabet(counts, runs)
     return [kinds_of(run, pair, alphabet) for run, pair in walked], alphabet
 

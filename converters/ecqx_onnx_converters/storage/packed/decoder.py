@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper
@@ -71,7 +72,7 @@ def constants(slots: int) -> list[np.ndarray]:
     ]
 
 
-def _node(text: str, **attributes: object) -> NodeProto:
+def _node(text: str, **attributes: Any) -> NodeProto:
     """'Op a b -> c d'; an operator's name of one letter is a function of ours."""
     left, _, right = text.partition("->")
     operation, *inputs = left.split()
