@@ -170,6 +170,12 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
             network = f"{case.name}, {bits} bit weights"
             cells = (f"{file.stat().st_size}", right, same, f"{1e3 * took:.3f}", f"{took / times[0]:.2f}", floats or "-")
             print(f"| {network} | {name} | " + " | ".join(cells) + " |", flush=True)
+        for way in ("", ", percentile") if case.labelled else ():
+            right = [said[f"{name}{way}"] == case.dataset.test.y for name in ("ours, int8", "quantize_static")]
+            difference = 100 * (right[0].astype(np.float64) - right[1])  # sample by sample
+            half = 1.96 * difference.std() / len(difference) ** 0.5
+            cell = f"{difference.mean():+.2f} ± {half:.2f} points (95 %, paired)"
+            print(f"| {network} | ours, int8{way}, less quantize_static{way} | | {cell} | | | | |", flush=True)
         for node in report.stays:
             print(f"| {network} | ours stays float | {node.operator} {node.name}: {node.reason} | | | | | |", flush=True)
 
