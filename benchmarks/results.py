@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from train_fp32 import train as train_float
 
+import ecqx_onnx
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.data.augmentation import crop_and_flip, shift_audio, shift_images
@@ -37,10 +38,11 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe. options: those of `quantization.train` and the Quantizer."""
+    """One recipe. options: those of `quantization.train` and the Quantizer. after: the row whose network it goes on from."""
 
     name: str
     options: Mapping[str, Any]
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,23 @@ TABLES: dict[str, Results] = {
                     **{"relevance": None, "augment": crop_and_flip},
                 },
             ),
+            Row(
+                "ecq-ternary-long",
+                {
+                    **{"bits": 2, "step": "learned", "entropy_weight": 0.19, "size_exponent": 0.5, "entropy_ramp": 0.5},
+                    **{"epochs": 11, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
+                    **{"relevance": None, "augment": crop_and_flip},
+                },
+            ),
+            Row(
+                "ecq-ternary-sparser",
+                {
+                    **{"bits": 2, "step": "learned", "entropy_weight": 0.3, "size_exponent": 0.5, "entropy_ramp": 0.5},
+                    **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
+                    **{"relevance": None, "augment": crop_and_flip, "learning_rate": 7e-4},
+                },
+                after="ecq-ternary-long",
+            ),
         ),
         start={
             **{"weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt", "epochs": 2, "rate": 1e-3, "bfloat16": True},
@@ -130,6 +149,14 @@ def float_weights(name: str, table: Results, seed: int) -> Path:
     return path
 
 
+def quantised_weights(name: str, row: str, seed: int) -> Path:
+    """What another row ended with, as a state dict of floats."""
+    checkpoint = ecqx_onnx.load(RUNS / f"{name}-{row}-{seed}.pt")
+    path = RUNS / f"{name}-{row}-{seed}-weights.pt"
+    torch.save(dict(checkpoint.state) | {t.name: torch.from_numpy(t.dequantize()) for t in checkpoint.tensors}, path)
+    return path
+
+
 def run(name: str, table: Results, row: Row, seed: int) -> None:
     """Train, and write what came out to runs/."""
     result_file = RUNS / f"{name}-{row.name}-{seed}.json"
@@ -139,7 +166,7 @@ def run(name: str, table: Results, row: Row, seed: int) -> None:
     made = api.quantize(
         str(ROOT / table.model),
         data=table.data,
-        weights=float_weights(name, table, seed),
+        weights=quantised_weights(name, row.after, seed) if row.after else float_weights(name, table, seed),
         out=checkpoint,
         seed=seed,
         force=True,
