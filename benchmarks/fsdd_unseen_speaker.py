@@ -1,6 +1,8 @@
 """The spoken digits with one speaker held out whole: how well does a keyword spotter hear a voice that it never heard?
 
     ecqx-onnx quantize models/kws_dscnn.py:kws_dscnn --data benchmarks/fsdd_unseen_speaker.py:fsdd_unseen_speaker ...
+
+Six speakers, 500 clips each.
 """
 
 from __future__ import annotations

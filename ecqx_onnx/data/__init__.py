@@ -4,6 +4,8 @@
     photos/              one folder of images per class, or of 16 bit wavs; folders train/ and test/ above them are honoured
     sklearn:digits       scikit-learn's handwritten digits: 1797 images of 8x8, no download
     loader.py:function   a function that returns such arrays in a dict, or a Dataset
+
+`load_dataset` tells them apart by their form.
 """
 
 from __future__ import annotations
