@@ -12,10 +12,11 @@ from ecqx_onnx.user_code import load_function
 MODELS = Path(__file__).parents[1] / "models"
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
-NAMES = ["digits_cnn", "kws_dscnn", "lenet5", "lenet_300_100", "mlp_gsc", "resnet20", "vgg16"]
+NAMES = ["digits_cnn", "kws_dscnn", "lenet5", "lenet_300_100", "mlp_gsc", "resnet18", "resnet20", "vgg16"]
 PARAMETERS = {
     "lenet5": 61_706,
     "lenet_300_100": 266_610,
+    "resnet18": 11_186_772,
     "resnet20": 269_722,
     "vgg16": 14_728_266,
     "digits_cnn": 38_282,
