@@ -64,8 +64,30 @@ LENET300 = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.4, "entropy_ramp": 0.5, "relevance": None},
     **{"epochs": 40, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
 }
+LENET5 = {
+    **{"size_exponent": 0.4, "entropy_ramp": 0.5, "epochs": 8, "batch_size": 128, "learning_rate": 2e-3, "relevance": None},
+    **{"step": "learned", "augment": partial(shift_images, most=1)},
+}
+LENET5_TRIED = {**LENET5, "epochs": 5}
+ECQX = {"relevance": "epsilon_plus_flat"}
 
 TABLES: dict[str, Results] = {
+    "lenet5-choice": Results(
+        "models/lenet5.py:lenet5",
+        f"{ROOT}/benchmarks/mnist_validation.py:mnist_validation",
+        rows=(
+            Row("ecq-4bit-030", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3}),
+            Row("ecq-2bit-030", {**LENET5_TRIED, "bits": 2, "entropy_weight": 0.3}),
+            Row("ecq-4bit-030-auto", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3, "step": "auto"}),
+            Row("ecqx-4bit-030", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3, **ECQX}),
+            Row("ecqx-2bit-030", {**LENET5_TRIED, "bits": 2, "entropy_weight": 0.3, **ECQX}),
+            Row("ecq-4bit-045", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.45}),
+            Row("ecq-2bit-045", {**LENET5_TRIED, "bits": 2, "entropy_weight": 0.45}),
+            Row("ecqx-4bit-030-auto", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3, "step": "auto", **ECQX}),
+        ),
+        start={"epochs": 6},
+        seeds=(0,),
+    ),
     "lenet300": Results(
         "models/lenet_300_100.py:lenet_300_100",
         f"{DATA}/mnist.npz",
