@@ -14,18 +14,23 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from itertools import pairwise
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from curves import at
 from results import interval
 from train_fp32 import train as train_float
 
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.loading import load_factory
-from ecqx_onnx.quantization import train
+from ecqx_onnx.quantization import assignment, quantizer, train
+from ecqx_onnx.quantization.assignment import LEAST_RELEVANCE, critical_exponents
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, DATA = ROOT / "runs", ROOT.parent / "shared" / "data" / "mnist.npz"
@@ -34,12 +39,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "ECQ": {"relevance": None},
     "gradient absolute": {"gradient": "absolute"},
+    "gradient signed": {"gradient": "absolute"},  # by kΔ with its sign: ascent where it is negative; see `changed`
     **{f"band -{keep} +{prune}": {"keep": keep, "prune": prune} for keep, prune in ((0, 0), (0.1, 0), (0, 0.1), (0.2, 0.2))},
     **{f"refresh {k}": {"refresh_every": k} for k in (1, 2, 4, 16)},
     **{f"rho {rho}": {"rho": float(rho)} for rho in (1.5, 4)},
     **{f"start {start}": {"start": start} for start in ("probability", "ones")},
     **{f"memory {memory}": {"relevance_memory": memory} for memory in (0.0, 0.99)},
     **{f"composite {name}": {"relevance": name} for name in ("epsilon_plus", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box")},
+    "relevance keeps only": {},  # relevances take no weight to zero that plain ECQ would not; see `changed`
     **{f"step {rule}": {"step": rule} for rule in ("percentile", "least_squares", "learned")},
     "step per channel": {"granularity": "channel"},
 }
@@ -47,13 +54,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Point = dict[str, float]  # zeros, bits (per weight), accuracy in %
 
 
+@contextmanager
+def changed(variant: str) -> Iterator[None]:
+    """What no option of the package does, while a variant of this name trains."""
+
+    def signed(weight: Any) -> torch.Tensor:
+        value = weight.quantised()
+        return torch.where(value != 0, value, torch.ones_like(value)).to(weight.parameter.dtype)
+
+    def keeps_only(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen) -> int:
+        zeros = critical_exponents(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen)
+        # Plain ECQ takes zero at ρ R^β = 1 or above, β <= ln ρ / -ln R: a weight whose critical exponent lies beyond stays.
+        exponent[exponent > math.log(rho) / -R.clamp(LEAST_RELEVANCE, 1 - 1e-6).log()] = torch.inf
+        return zeros
+
+    patches = {
+        "gradient signed": mock.patch.object(quantizer._Weight, "gradient_factor", signed),
+        "relevance keeps only": mock.patch.object(assignment, "critical_exponents", keeps_only),
+    }
+    with patches.get(variant, nullcontext()):
+        yield
+
+
 def run(variant: str, entropy_weight: float, seed: int, float_model: torch.nn.Module, dataset: Any, how: dict[str, Any]) -> Point:
     model = copy.deepcopy(float_model)
     options = {"bits": how["bits"], "entropy_weight": entropy_weight, **VARIANTS[variant]}
-    trained = train(model, dataset, epochs=how["epochs"], batch_size=128, validation=0.0, seed=seed, device="cpu", **options)
-    quantizer = trained.quantizer
+    with changed(variant):
+        trained = train(model, dataset, epochs=how["epochs"], batch_size=128, validation=0.0, seed=seed, device="cpu", **options)
     accuracy = 100 * api.accuracy(model, dataset.test).share
-    return {"zeros": quantizer.zeros, "bits": quantizer.bits_per_weight, "accuracy": accuracy}
+    return {"zeros": trained.quantizer.zeros, "bits": trained.quantizer.bits_per_weight, "accuracy": accuracy}
 
 
 def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Module:
@@ -66,14 +95,6 @@ def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Modu
         train_float(model, dataset.training, epochs=10, rate=2e-3, decay=1e-2, seed=seed, augment=None, bfloat16=False)
         torch.save(model.state_dict(), path)
     return model
-
-
-def at(points: list[Point], axis: str, value: float) -> float | None:
-    """The accuracy where `axis` has this value, linear between neighbours; None outside the curve."""
-    for a, b in pairwise(sorted(points, key=lambda point: point[axis])):
-        if a[axis] <= value <= b[axis]:
-            return a["accuracy"] + (b["accuracy"] - a["accuracy"]) * (value - a[axis]) / max(1e-9, b[axis] - a[axis])
-    return None
 
 
 def table(curves: dict[str, dict[int, list[Point]]], axis: str, value: float) -> str:

@@ -8,9 +8,9 @@ Run: python benchmarks/ecq_against_ecqx.py [seeds] (about 2 minutes a seed on on
 import copy
 import statistics
 import sys
-from itertools import pairwise
 
 import torch
+from curves import at
 from scipy import stats
 
 from ecqx_onnx import api, demo, demo_model
@@ -22,23 +22,15 @@ ENTROPY_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8)
 ZEROS = (0.6, 0.7, 0.8, 0.9)
 
 
-def curve(float_model, dataset, relevance, seed) -> list[tuple[float, float]]:
-    """(zeros, accuracy on the test split), ascending in zeros."""
+def curve(float_model, dataset, relevance, seed) -> list[dict[str, float]]:
+    """Zeros, and accuracy on the test split in %, one point for each entropy weight."""
     points = []
     for entropy_weight in ENTROPY_WEIGHTS:
         model = copy.deepcopy(float_model)
         options = {"bits": 4, "entropy_weight": entropy_weight, "relevance": relevance}
         trained = train(model, dataset, epochs=demo.EPOCHS, batch_size=demo.BATCH, seed=seed, **options)
-        points.append((trained.quantizer.zeros, api.accuracy(model, dataset.test).share))
-    return sorted(points)
-
-
-def at(points: list[tuple[float, float]], zeros: float) -> float | None:
-    """Accuracy at this share of zeros; None outside the curve."""
-    for (z0, a0), (z1, a1) in pairwise(points):
-        if z0 <= zeros <= z1:
-            return a0 + (a1 - a0) * (zeros - z0) / max(1e-9, z1 - z0)
-    return None
+        points.append({"zeros": trained.quantizer.zeros, "accuracy": 100 * api.accuracy(model, dataset.test).share})
+    return points
 
 
 def main() -> None:
@@ -52,13 +44,14 @@ def main() -> None:
         model = demo_model.digits_cnn()
         demo.train_float(model, dataset, None, seed=seed)
         curves = {name: curve(model, dataset, relevance, seed) for name, relevance in METHODS.items()}
-        print(seed, {name: [(round(z, 3), round(a, 4)) for z, a in points] for name, points in curves.items()}, file=sys.stderr)
+        shown = {name: [(round(p["zeros"], 3), round(p["accuracy"], 2)) for p in points] for name, points in curves.items()}
+        print(seed, shown, file=sys.stderr)
         for zeros in ZEROS:
-            found = {name: at(points, zeros) for name, points in curves.items()}
+            found = {name: at(points, "zeros", zeros) for name, points in curves.items()}
             if None not in found.values():
-                differences[zeros].append(100 * (found["ECQx"] - found["ECQ"]))
+                differences[zeros].append(found["ECQx"] - found["ECQ"])
                 for name, value in found.items():
-                    values.setdefault((name, zeros), []).append(100 * value)
+                    values.setdefault((name, zeros), []).append(value)
     print("| zeros | seeds | ECQ, % | ECQx, % | difference, points (95 %) |\n|---|---|---|---|---|")
     for zeros, found in differences.items():
         if len(found) < 3:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from curves import at
 from rich.console import Console
 from rich.table import Table
 from train_fp32 import train as train_float
@@ -47,7 +48,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """One table. start: a float state dict, or how `train_fp32.train` makes one for each seed."""
+    """One table. start: a float state dict, or how `train_fp32.train` makes one for each seed.
+
+    compared: a row, and the rows of another method whose accuracy is interpolated to its zeros, and to its entropy bytes.
+    """
 
     model: str
     data: str
@@ -55,10 +59,15 @@ class Results:
     start: str | Mapping[str, Any]
     tests: Mapping[str, str] = field(default_factory=dict)  # more test sets, by name
     seeds: tuple[int, ...] = (0, 1, 2)
+    compared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 KWS_FLOAT = {"epochs": 25, "rate": 5e-3, "augment": "shift_audio"}
-KWS_ROWS = (Row("ecqx-4bit", {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 2e-3, "augment": shift_audio}),)
+KWS_4BIT = {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 2e-3, "augment": shift_audio}
+KWS_ROWS = (
+    Row("ecqx-4bit", KWS_4BIT),
+    Row("ecq-4bit", {**KWS_4BIT, "relevance": None}),
+)
 ECQX_AT_EQUAL_ZEROS = {"relevance": "epsilon_plus_flat", "refresh_every": 16, "keep": 0.01, "prune": 0.01}
 LENET300 = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.4, "entropy_ramp": 0.5, "relevance": None},
@@ -260,6 +269,33 @@ def interval(values: list[float]) -> str:
     return f"{mean:.2f} ± {STUDENT[len(values) - 1] * spread:.2f}"
 
 
+def differences(name: str, table: Results, row: str, others: tuple[str, ...], axis: str) -> list[float]:
+    """Points of accuracy on the test set by which `row` lies above the others' curve where axis has its value, seed by seed."""
+
+    def point(row: str, seed: int) -> dict[str, float]:
+        result = json.loads((RUNS / f"{name}-{row}-{seed}.json").read_text())
+        return {"accuracy": 100 * result["accuracy"]["test"], axis: result[axis]}
+
+    found = []
+    for seed in table.seeds:
+        if all((RUNS / f"{name}-{each}-{seed}.json").exists() for each in (row, *others)):
+            own = point(row, seed)
+            there = at([point(other, seed) for other in others], axis, own[axis])
+            found += [] if there is None else [own["accuracy"] - there]
+    return found
+
+
+def show_compared(name: str, table: Results, console: Console) -> None:
+    printed = Table(title="Paired differences in points of accuracy, mean ± 95 %")
+    for heading in ("recipe", "against", "seeds", "at equal zeros", "seeds", "at equal entropy bytes"):
+        printed.add_column(heading, justify="right")
+    for row, others in table.compared.items():
+        by_axis = (differences(name, table, row, others, axis) for axis in ("zeros", "entropy_bytes"))
+        columns = [text for found in by_axis for text in (str(len(found)), interval(found) if found else "outside the curve")]
+        printed.add_row(row, ", ".join(others), *columns)
+    console.print(printed)
+
+
 def show(name: str, table: Results, console: Console) -> None:
     tests = ("test", *table.tests)
     printed = Table(title=f"{name}: {table.model}, {table.data}")
@@ -302,6 +338,8 @@ def main() -> None:
             if arguments.only in (None, row.name):
                 run(arguments.table, table, row, seed)
     show(arguments.table, table, Console(width=200))
+    if table.compared:
+        show_compared(arguments.table, table, Console(width=200))
 
 
 if __name__ == "__main__":
