@@ -1,55 +1,98 @@
-"""Draws accuracy against bytes: LeNet-5 on MNIST, quantised at several bits and entropy weights, real .onnx bytes.
+"""(table of results.py) -> a picture of accuracy against real .onnx bytes; each point is a recipe, its bars the 95 % interval.
 
-python benchmarks/plot_results.py fp32.pt mnist.npz docs/accuracy_against_bytes.png
+    python benchmarks/plot_results.py lenet5 docs/accuracy_against_bytes.png
+    python benchmarks/plot_results.py kws docs/accuracy_against_bytes_kws.png
+
+It draws what `python benchmarks/results.py TABLE` left in runs/. A table that starts from one float network also gets what its
+levels are worth without any training, at several bits and entropy weights.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
+from results import ROOT, RUNS, TABLES, Results, half_width, written
 
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.loading import load_model
 
-MODELS = Path(__file__).parents[1] / "models"
 ENTROPY_WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.8)
 
 
-def main(weights: str, data: str, picture: str) -> None:
-    loaded = load_model(weights, factory=f"{MODELS}/lenet5.py:lenet5")
-    test = load_dataset(data, preprocessing=loaded.preprocessing).test
-    figure, axes = plt.subplots(figsize=(6.4, 4))
+def untrained(table: Results, axes: Any) -> None:
+    """Curves of the float network's weights, rounded to levels and nothing else."""
+    assert isinstance(table.start, str)  # asked before
+    factory = str(ROOT / table.model)
+    test = load_dataset(table.data, preprocessing=load_model(table.start, factory=factory).preprocessing).test
     with tempfile.TemporaryDirectory() as folder:
         for bits in (2, 3, 4, 5):
             points = []
             for gamma in ENTROPY_WEIGHTS:
-                made = api.as_checkpoint(weights, factory=f"{MODELS}/lenet5.py:lenet5", bits=bits, entropy_weight=gamma)
+                made = api.as_checkpoint(table.start, factory=factory, bits=bits, entropy_weight=gamma)
                 nbytes = api.convert(made, Path(folder) / f"{bits}-{gamma}.onnx").nbytes
                 points.append((nbytes / 1000, 100 * api.accuracy(made.module(), test).share))
                 print(f"{bits} bit, entropy weight {gamma}: {nbytes} bytes, {points[-1][1]:.2f} %", flush=True)
-            axes.plot(*zip(*points, strict=True), "o-", label=f"{bits} bit, no training")
-        trained = MODELS / "lenet5_mnist_4bit.pt"
-        nbytes = api.convert(trained, Path(folder) / "trained.onnx").nbytes
-        accuracy = api.accuracy(api.as_checkpoint(trained).module(), test).share
-        print(f"trained with ECQx, 4 bit: {nbytes} bytes, {100 * accuracy:.2f} %")
-        axes.plot(nbytes / 1000, 100 * accuracy, "k*", markersize=13, label="4 bit, trained with ECQx")
-    fp32 = 100 * api.accuracy(loaded.model, test).share
-    axes.axhline(fp32, color="grey", linewidth=0.8)
-    axes.text(axes.get_xlim()[1], fp32, f" float32, {61706 * 4 / 1000:.0f} kB", va="center", fontsize=8, color="grey")
-    axes.set(xlabel=".onnx file, kB", ylabel="accuracy on 10 000 test images, %", title="LeNet-5 on MNIST")
-    axes.set_ylim(95, 99.6)
+            axes.plot(*zip(*points, strict=True), ".:", linewidth=1, label=f"{bits} bit, no training")
+
+
+def trained(name: str, table: Results, axes: Any) -> float:
+    """The rows of the table that lie in runs/, those of one method and bit width joined; returns the float accuracy, in %."""
+    methods: dict[str, list[tuple[float, float, float]]] = {}
+    floats = []
+    for row in table.rows:
+        files = [file for seed in table.seeds if (file := RUNS / f"{name}-{row.name}-{seed}.json").exists()]
+        if not files:
+            continue
+        results = [json.loads(file.read_text()) for file in files]
+        accuracies = [100 * result["accuracy"]["test"] for result in results]
+        floats += [100 * result["float"]["test"] for result in results]
+        nbytes = sum(written(file.with_suffix(".pt"), floats="float32") for file in files) / len(files)
+        point = (nbytes / 1000, sum(accuracies) / len(accuracies), half_width(accuracies))
+        print(f"{row.name}: {nbytes:.0f} bytes, {point[1]:.2f} ± {point[2]:.2f} %, {len(files)} seeds")
+        methods.setdefault("-".join(row.name.split("-")[:2]), []).append(point)
+    for method, points in methods.items():
+        kilobytes, accuracy, spread = zip(*sorted(points), strict=True)
+        label = method.replace("ecqx-", "ECQx ").replace("ecq-", "ECQ ").replace("bit", " bit")
+        axes.errorbar(kilobytes, accuracy, yerr=spread, fmt="s-", markersize=4, capsize=3, label=label)
+    return sum(floats) / len(floats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(TABLES))
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--title", help="default: the model's and the data's file names")
+    parser.add_argument("--from", dest="lowest", type=float, help="lower end of the accuracies, in %%")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    table = TABLES[arguments.table]
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    if isinstance(table.start, str):
+        untrained(table, axes)
+    fp32 = trained(arguments.table, table, axes)
+    axes.axhline(fp32, color="grey", linewidth=0.8, label="float32")
+    axes.set(
+        xlabel=".onnx file, kB",
+        ylabel="accuracy on the test set, %",
+        title=arguments.title or f"{Path(table.model.split(':')[0]).stem}, {Path(table.data.split(':')[0]).stem}",
+    )
+    if arguments.lowest is not None:
+        axes.set_ylim(bottom=arguments.lowest)
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(arguments.picture, dpi=110)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

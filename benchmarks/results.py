@@ -74,13 +74,27 @@ LENET300 = {
     **{"epochs": 40, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
 }
 LENET5 = {
-    **{"size_exponent": 0.4, "entropy_ramp": 0.5, "epochs": 8, "batch_size": 128, "learning_rate": 2e-3, "relevance": None},
+    **{"size_exponent": 0.4, "entropy_ramp": 0.5, "epochs": 10, "batch_size": 128, "learning_rate": 2e-3, "relevance": None},
     **{"step": "learned", "augment": partial(shift_images, most=1)},
 }
 LENET5_TRIED = {**LENET5, "epochs": 5}
 ECQX = {"relevance": "epsilon_plus_flat"}
 
 TABLES: dict[str, Results] = {
+    "lenet5": Results(
+        "models/lenet5.py:lenet5",
+        f"{DATA}/mnist.npz",
+        rows=(
+            Row("ecq-4bit-020", {**LENET5, "bits": 4, "entropy_weight": 0.2}),
+            Row("ecq-4bit-030", {**LENET5, "bits": 4, "entropy_weight": 0.3}),
+            Row("ecqx-4bit-030", {**LENET5, "bits": 4, "entropy_weight": 0.3, **ECQX}),
+            Row("ecq-2bit-020", {**LENET5, "bits": 2, "entropy_weight": 0.2}),
+            Row("ecq-2bit-030", {**LENET5, "bits": 2, "entropy_weight": 0.3}),
+            Row("ecqx-2bit-030", {**LENET5, "bits": 2, "entropy_weight": 0.3, **ECQX}),
+        ),
+        start=f"{DATA}/checkpoints/lenet5_mnist_fp32.pt",
+        compared={"ecqx-4bit-030": ("ecq-4bit-020", "ecq-4bit-030"), "ecqx-2bit-030": ("ecq-2bit-020", "ecq-2bit-030")},
+    ),
     "lenet5-choice": Results(
         "models/lenet5.py:lenet5",
         f"{ROOT}/benchmarks/mnist_validation.py:mnist_validation",
@@ -260,13 +274,18 @@ def written(path: Path, **options: Any) -> int:
     return out.stat().st_size
 
 
+def half_width(values: list[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t; 0 for one value."""
+    mean, freedom = sum(values) / len(values), len(values) - 1
+    if not freedom:
+        return 0.0
+    return STUDENT[freedom] * math.sqrt(sum((value - mean) ** 2 for value in values) / freedom / len(values))
+
+
 def interval(values: list[float]) -> str:
-    """mean ± half of the 95 % interval of the mean, by Student's t."""
+    """mean ± half of the 95 % interval of the mean."""
     mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    return f"{mean:.2f} ± {STUDENT[len(values) - 1] * spread:.2f}"
+    return f"{mean:.2f} ± {half_width(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def differences(name: str, table: Results, row: str, others: tuple[str, ...], axis: str) -> list[float]:
