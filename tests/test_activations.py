@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -165,6 +166,22 @@ def test_a_codebook_stays_float_and_says_why(tmp_path):
     tensors = tuple(type(t)(f"layers.{'ab'[i]}.weight", t.levels, t.meaning) for i, t in enumerate(tensors))
     conversion = convert_to_integers(model, torch.randn(ROWS), tmp_path, tensors=tensors)
     assert [(node.operator, "codebook" in node.reason) for node in conversion.integer.stays] == [("Gemm", True), ("Relu", False)]
+
+
+@pytest.mark.parametrize("codebook", [False, True])
+def test_a_float_convolution_between_integer_ones_keeps_its_float_weights(codebook, tmp_path):
+    """onnxruntime would round them to 8 bits, one step for all, as it does with float weights between bytes and bytes."""
+    torch.manual_seed(3)
+    layers = {"a": conv(), "b": conv(8, 8), "c": conv(8, 4)}
+    model = contract(Net(lambda x, a, b, c: c(F.relu(b(F.relu(a(x))))), **layers))
+    tensors = [tensor for tensor in quantise(model) if tensor.name != "layers.b.weight"]
+    if codebook:
+        (table,) = quantise(model.layers["b"], codebook=True)
+        tensors.append(replace(table, name="layers.b.weight"))
+    conversion = convert_to_integers(model, torch.randn(IMAGE), tmp_path, tensors=tensors)
+    assert {node.operator for node in conversion.integer.stays} == {"Conv", "Relu"}
+    assert conversion.executed["QLinearConv"] == 2
+    assert conversion.executed["Conv"] + conversion.executed["FusedConv"] == 1
 
 
 def test_a_model_without_integer_weights_is_refused(tmp_path):

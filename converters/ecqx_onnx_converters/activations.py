@@ -34,6 +34,7 @@ from ecqx_onnx_converters.names import NameMaker
 
 LEVELS = 255  # uint8 has so many steps
 SMALLEST = float(np.finfo(np.float32).tiny)
+ROUNDED_BY_RUNTIME = ("Conv", "ConvTranspose", "Gemm")  # whose float weights onnxruntime 1.32 may take to 8 bits by itself
 LARGEST_BIAS = 2**30  # steps; leaves the other half of int32 to the sums
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -164,7 +165,7 @@ class _Rewriter:
                 continue
             for name in {*node.input, *names_inside(node)} & self.made:
                 self._float(name)
-            self.nodes.append(node)
+            self.nodes.append(self._kept_float(node))
         for value in self.proto.graph.output:
             if value.name in self.made:
                 self._float(value.name)
@@ -177,6 +178,17 @@ class _Rewriter:
             kernels[operator] = kernels.get(operator, 0) + 1
         graph = _with_nodes(self.proto, self.nodes, self.source.weights)
         return IntegerGraph(graph, self.plan.weights, tuple(self.weights.values()), kernels, self.plan.stays)
+
+    def _kept_float(self, node: NodeProto) -> NodeProto:
+        """onnxruntime rounds float weights to 8 bits, unasked and with one step for all, where their operator stands between
+        DequantizeLinear and QuantizeLinear. It does not look through the largest of one value.
+        """
+        if node.op_type not in ROUNDED_BY_RUNTIME or node.input[0] not in self.made:
+            return node
+        changed = NodeProto.FromString(node.SerializeToString())
+        changed.input[0] = self.names("m")
+        self.nodes.append(helper.make_node("Max", [node.input[0]], [changed.input[0]]))
+        return changed
 
     def _integer(self, node: NodeProto, how: IntegerNode) -> None:
         changed = NodeProto.FromString(node.SerializeToString())
