@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from curves import at
-from results import interval
+from results import half_width, interval
 from train_fp32 import train as train_float
 
 from ecqx_onnx import api
@@ -97,17 +97,26 @@ def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Modu
     return model
 
 
-def table(curves: dict[str, dict[int, list[Point]]], axis: str, value: float) -> str:
-    """Markdown: each variant's accuracy at this value of the axis, and its difference to the default, seed by seed."""
-    shown = f"{value:.0%} zeros" if axis == "zeros" else f"{value:g} bits per weight"
-    lines = [f"| at {shown} | seeds | accuracy, % | against the default, points |", "|---|---|---|---|"]
-    default = {seed: at(points, axis, value) for seed, points in curves.get("default", {}).items()}
+def table(curves: dict[str, dict[int, list[Point]]], places: list[tuple[str, float]]) -> str:
+    """Markdown: each variant's accuracy at these places, and its difference to the default, seed by seed; bold beyond chance.
+
+    places: (axis, value on it). n: how many seeds' curves reach the place.
+    """
+    headings = [f"{value:.0%} zeros" if axis == "zeros" else f"{value:g} bits per weight" for axis, value in places]
+    columns = [text for heading in headings for text in ("n", f"accuracy at {heading}, %", "against the default, points")]
+    lines = ["| variant | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for variant, by_seed in curves.items():
-        found = {seed: at(points, axis, value) for seed, points in by_seed.items()}
-        reached = {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
-        pairs = [accuracy - default[seed] for seed, accuracy in reached.items() if default.get(seed) is not None]
-        mean = interval(list(reached.values())) if reached else "no curve reaches it"
-        lines.append(f"| {variant} | {len(reached)} | {mean} | {interval(pairs) if pairs and variant != 'default' else ''} |")
+        cells = []
+        for axis, value in places:
+            default = {seed: at(points, axis, value) for seed, points in curves.get("default", {}).items()}
+            found = {seed: at(points, axis, value) for seed, points in by_seed.items()}
+            reached = {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
+            pairs = [accuracy - here for seed, accuracy in reached.items() if (here := default.get(seed)) is not None]
+            mean = interval(list(reached.values())) if reached else "no curve reaches it"
+            shown = interval(pairs) if pairs and variant != "default" else ""
+            beyond = len(pairs) > 1 and abs(sum(pairs) / len(pairs)) > half_width(pairs)
+            cells += [str(len(reached)), mean, f"**{shown}**" if shown and beyond else shown]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -120,8 +129,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--entropy-weights", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
     parser.add_argument("--samples", type=int, default=60_000, help="of the training set")
-    parser.add_argument("--zeros", type=float, nargs="+", default=[0.9, 0.94], help="compare there")
-    parser.add_argument("--at-bits", type=float, nargs="+", default=[0.6, 0.4], help="and at so many bits per weight")
+    parser.add_argument("--zeros", type=float, nargs="+", default=[0.91], help="compare there")
+    parser.add_argument("--at-bits", type=float, nargs="+", default=[0.52], help="and at so many bits per weight")
     parser.add_argument("--only", choices=["print"], help="train nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,9 +162,7 @@ def main() -> None:
     print(
         f"\n{how['model']}, {how['bits']} bit, {how['epochs']} epochs, {how['samples']} samples, {len(sizes)} runs; mean ± 95 %\n"
     )
-    for axis, values in (("zeros", arguments.zeros), ("bits", arguments.at_bits)):
-        for value in values:
-            print(table(curves, axis, value), end="\n\n")
+    print(table(curves, [*(("zeros", value) for value in arguments.zeros), *(("bits", value) for value in arguments.at_bits)]))
 
 
 if __name__ == "__main__":
