@@ -109,7 +109,7 @@ class Relevances:
         for name, parameter in self.shadow.named_parameters():
             if name in background and parameter.grad is not None:
                 gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-                found[name] = parameter.detach() * gradient
+                found[name] = background[name].detach() * gradient
             parameter.grad = None
         return found
 
