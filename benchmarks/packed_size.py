@@ -3,8 +3,9 @@
 Payload: packed arrays only. Decoder: what the file holds besides (functions, nodes, names), before any float parameter.
 NNCodec: its own bitstream on the same integers, exact. Run: make bench-size
 
-With checkpoints as arguments (python benchmarks/packed_size.py model.pt …): whole files as `convert` writes them, against
-NNCodec's bitstream for the same integers plus the file's float parameters, steps included, as they are.
+`python benchmarks/packed_size.py whole`: files of the same networks as `convert` writes them, against NNCodec's bitstream for the
+same integers plus the file's float parameters, steps included, as they are. With checkpoints as arguments
+(python benchmarks/packed_size.py model.pt …): the same of these.
 """
 
 import lzma
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ecqx_onnx_converters.storage.packed import best_order, encode_all
@@ -91,7 +93,8 @@ def nncodec_bytes(tensors: Tensors) -> float:
     return total
 
 
-def whole_files(paths: list[str]) -> None:
+def whole_files(sources: dict[str, Any]) -> None:
+    """sources: by name, what `api.convert` takes, and its example input (None for a checkpoint)."""
     import tempfile
 
     from ecqx_onnx_converters import read_weights
@@ -99,20 +102,47 @@ def whole_files(paths: list[str]) -> None:
     from ecqx_onnx import api
     from ecqx_onnx.inspection import inspect
 
-    print(" " * 40 + f"{'.onnx':>9s}{'NNCodec':>9s}{'floats':>9s}{'sum':>9s}{'ratio':>7s}   (bytes)")
-    for path in paths:
+    print(" " * 40 + f"{'.onnx':>9s}{'NNCodec':>9s}{'floats':>9s}{'sum':>9s}{'ratio':>8s}   (bytes)")
+    for name, (source, example) in sources.items():
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.onnx"
-            size = api.convert(Path(path), out).nbytes
+            size = api.convert(source, out, example=example).nbytes
             parts = inspect(out).parts
             coded = nncodec_bytes([stored.weight.tensor.levels for stored in read_weights(out)])
         floats = parts.get("float parameters", 0) + parts.get("steps and codebooks", 0)
-        print(f"{path[-40:]:40s}{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):7.2f}")
+        print(f"{name[-40:]:40s}{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):8.3f}")
+
+
+def network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any, Any]:
+    """(the model with these levels as its weights, times 0.02, or with a checkpoint's; an example input)"""
+    import torch
+
+    from ecqx_onnx.loading import apply_state, load_factory, load_state
+
+    torch.manual_seed(0)
+    loaded = load_factory(str(Path(__file__).parents[1] / "models" / factory))
+    if state:
+        apply_state(loaded.model, load_state(DATA / state), state)
+    else:
+        weights = [parameter for parameter in loaded.model.parameters() if parameter.ndim in (2, 4)]
+        with torch.no_grad():
+            for parameter, levels in zip(weights, tensors or [], strict=True):
+                parameter.copy_(torch.from_numpy(levels.astype(np.float32) * np.float32(0.02)))
+    return loaded.model.eval(), torch.zeros(2, *(loaded.input_shape or ()))
 
 
 def main() -> None:
     if sys.argv[1:] and all(argument.endswith(".pt") for argument in sys.argv[1:]):
-        return whole_files(sys.argv[1:])
+        return whole_files({path: (Path(path), None) for path in sys.argv[1:]})
+    if sys.argv[1:] == ["whole"]:
+        return whole_files(
+            {
+                "EC2T ternary ResNet-20": network("resnet20.py:resnet20", None, "resnet20_cifar10_ec2t_ternary64.pt"),
+                "ResNet-20, 4 bit": network("resnet20.py:resnet20", resnet20_4bit()),
+                "LeNet-300-100, synthetic": network("lenet_300_100.py:lenet_300_100", lenet_300_100()),
+                "VGG16, random": network("vgg16.py:vgg16", vgg16()),
+            }
+        )
     nets: dict[str, Callable[[], Tensors]] = {
         "EC2T ternary ResNet-20": ec2t_ternary_resnet20,
         "ResNet-20, 4 bit": resnet20_4bit,

@@ -18,7 +18,7 @@ from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan
 from ecqx_onnx_converters.activations import IntegerGraph, quantise_activations, with_pooling
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT
-from ecqx_onnx_converters.float16 import round_parameters, with_float16
+from ecqx_onnx_converters.float16 import round_parameters, with_float16, with_half_steps
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import find_target
 
@@ -115,9 +115,10 @@ def convert(
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
     notes = _left(batchnorms)
     if floats == "float16":
+        matching, steps = with_half_steps(matching)
         graph, halved = with_float16(graph, {weight.name for weight in matching.found})
-        notes = (*notes, halved.sentence)
-        floats = floats if halved.names else "float32"
+        notes = (*notes, replace(halved, steps=steps).sentence)
+        floats = floats if halved.names or steps else "float32"
     plan = make_plan(
         graph,
         matching,
@@ -130,9 +131,12 @@ def convert(
     metadata = {
         "version": __version__,
         "recipe": _without_defaults(checkpoint.recipe),
-        "preprocessing": json.loads(checkpoint.preprocessing.to_json()),
-        "labels": list(checkpoint.labels),
+        "preprocessing": {
+            key: value for key, value in json.loads(checkpoint.preprocessing.to_json()).items() if value is not None
+        },
     }
+    if checkpoint.labels != tuple(map(str, range(len(checkpoint.labels)))):
+        metadata["labels"] = list(checkpoint.labels)
     if floats != "float32":
         metadata["floats"] = floats
     if quantised is not None:
@@ -176,14 +180,13 @@ def _integer_graph(
 
 
 def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were chosen: all of them would outweigh a small net's weights."""
+    """The options that were chosen: all of them would outweigh a small net's weights. Of the data, the name without its path."""
     from ecqx_onnx.quantization import Recipe, train
 
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
     defaults |= Recipe().to_json()
-    return {
-        name: value for name, value in recipe.items() if name == "bits" or value != defaults.get(name, inspect.Signature.empty)
-    }
+    chosen = {name: v for name, v in recipe.items() if name == "bits" or v != defaults.get(name, inspect.Signature.empty)}
+    return chosen | ({"data": Path(chosen["data"]).name} if isinstance(chosen.get("data"), str) else {})
 
 
 def as_checkpoint(
@@ -472,6 +475,8 @@ def _float_model(checkpoint: Checkpoint, *, floats: str = "float32") -> bytes | 
     floats: "float16" for parameters rounded as `convert` with this option rounds them.
     """
     graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
+    if floats == "float16":
+        matching, _ = with_half_steps(matching)
     whole = _with_floats(graph, matching)
     if floats == "float16":
         whole = round_parameters(whole, {weight.name for weight in matching.found})

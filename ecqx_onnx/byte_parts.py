@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import onnx
-from ecqx_onnx_converters.dequantization import DOMAIN
 from ecqx_onnx_converters.graph import all_graphs
+from ecqx_onnx_converters.storage import DOMAIN
 from onnx import TensorProto
 
 from ecqx_onnx.onnx_file import OnnxFile, stored_bytes

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from ecqx_onnx_converters.dequantization import DOMAIN
 from ecqx_onnx_converters.graph import all_graphs
 from ecqx_onnx_converters.reading import StoredWeight, read_records, read_weights
+from ecqx_onnx_converters.storage import DOMAIN
 from onnx import TensorProto
 from rich.console import Group, RenderableType
 from rich.table import Table

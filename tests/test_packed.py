@@ -1,13 +1,15 @@
 """The packed codec: every tensor comes back exactly, by numpy and by onnxruntime, and damage is told."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from ecqx_onnx_converters.storage import Contents, Refusal, packed
+from ecqx_onnx_converters.storage import DOMAIN, Contents, Refusal, packed
 from ecqx_onnx_converters.storage.packed import codec, decoder, tree
 from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
@@ -35,7 +37,7 @@ def decoder_model(tensors, opset=18):
     outputs = [helper.make_tensor_value_info(f"w{i}", onnx.TensorProto.INT8, t.shape) for i, t in enumerate(tensors)]
     nodes, initializers = ([part for one in stored for part in getattr(one, kind)] for kind in ("nodes", "initializers"))
     graph = helper.make_graph(nodes, "g", [], outputs, initializers)
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(decoder.DOMAIN, 1)]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, functions=list(stored[0].functions), opset_imports=imports, ir_version=8)
 
 
@@ -129,6 +131,68 @@ def test_a_tensor_whose_columns_are_alike_is_coded_by_columns():
 def test_no_decoder_node_is_left_after_loading(tmp_path):
     run(decoder_model(small_net()), keep=tmp_path / "folded.onnx")
     assert not onnx.load(tmp_path / "folded.onnx").graph.node
+
+
+@pytest.fixture
+def two_stages(monkeypatch):
+    monkeypatch.setattr(decoder, "STAGED_FROM", 1)
+
+
+@pytest.mark.parametrize("optimised", [False, True])
+def test_a_large_file_is_decoded_in_two_stages_and_folds_to_nothing_as_well(optimised, two_stages, tmp_path):
+    model = decoder_model(small_net())
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node].count("Scan") == 1
+    assert_same(read(model, 4), small_net())
+    assert_same(run(model, optimised=optimised, keep=tmp_path / "folded.onnx"), small_net())
+    if optimised:
+        assert not onnx.load(tmp_path / "folded.onnx").graph.node
+
+
+def test_the_second_stage_is_for_large_files():
+    assert "Scan" not in {node.op_type for node in decoder_model(small_net()).graph.node}
+    assert "Scan" in {node.op_type for node in decoder_model([np.zeros(decoder.STAGED_FROM, np.int8)]).graph.node}
+
+
+@pytest.mark.slow
+def test_a_tensor_of_more_than_2_to_the_31_unpacked_bits_comes_back():
+    """2.4e9 bits as int8 and at the two ends of it: every index is below the number of weights, and int32 holds that."""
+    size = 300_000_000
+    tensor = np.zeros(size, np.int8)
+    generator = np.random.default_rng(0)
+    places = np.unique(np.concatenate([[0, 1, size - 2, size - 1], generator.integers(0, size, 300_000)]))
+    tensor[places] = generator.choice([-3, -1, 1, 2], len(places))
+    assert tensor.size * 8 > 2**31
+    model = decoder_model([tensor])
+    (found,) = read(model, 1)
+    assert np.array_equal(found, tensor)
+    del found
+    (found,) = run(model)
+    assert np.array_equal(found, tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_two_stages_need_less_memory_at_load(monkeypatch, tmp_path):
+    """Peak of a fresh process, over its peak before: 20 layers of 0.2 M weights, each behind a Cast as `convert` puts it."""
+    peaks = {}
+    for name, threshold in (("one", 1 << 40), ("two", 1)):
+        monkeypatch.setattr(decoder, "STAGED_FROM", threshold)
+        model = decoder_model([levels((200, 1000), zeros=0.8, seed=i) for i in range(20)])
+        for i in range(20):
+            model.graph.node.append(helper.make_node("Cast", [f"w{i}"], [f"f{i}"], to=onnx.TensorProto.FLOAT))
+            model.graph.node.append(helper.make_node("Neg", [f"f{i}"], [f"g{i}"]))
+            model.graph.output[i].CopyFrom(helper.make_tensor_value_info(f"g{i}", onnx.TensorProto.FLOAT, (200, 1000)))
+        onnx.save(model, tmp_path / "m.onnx")
+        code = (
+            "import onnxruntime as ort, sys; "
+            "peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]); "
+            "before = peak(); o = ort.SessionOptions(); o.log_severity_level = 3; "
+            "s = ort.InferenceSession(sys.argv[1], o, providers=['CPUExecutionProvider']); print(peak() - before)"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "m.onnx")]
+        peaks[name] = min(int(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(3))
+    assert peaks["two"] < 0.85 * peaks["one"], peaks
 
 
 def test_only_operators_of_opset_18_without_control_flow_are_used():

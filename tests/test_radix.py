@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from ecqx_onnx_converters.storage import Contents, radix
+from ecqx_onnx_converters.storage import DOMAIN, Contents, radix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -17,7 +17,7 @@ def model_of(stored, *, opset=18):
     shape = next(entry.ints for entry in stored.nodes[0].attribute if entry.name == "s")
     output = helper.make_tensor_value_info("q", TensorProto.INT8, list(shape))
     graph = helper.make_graph(list(stored.nodes), "g", [], [output], list(stored.initializers))
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(radix.DOMAIN, 1)]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, functions=list(stored.functions), opset_imports=imports, ir_version=8)
 
 

@@ -65,18 +65,20 @@ def with_record(place: int, value: object) -> ModelProto:
     model = written()
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     content = json.loads(entry.value)
-    content["tensors"][0][place] = value
+    record = content["tensors"][0]
+    record.extend([0] * (place + 1 - len(record)))
+    record[place] = value
     entry.value = json.dumps(content)
     return model
 
 
-NAME, SOURCES, STORAGE, CRC, LEVELS, VALUE = 0, 1, 2, 4, 6, 7
+NAME, CRC, LEVELS, VALUE, LAYOUT, STORAGE, SOURCES = 0, 2, 3, 4, 5, 6, 7
 
 
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (NAME, 5), (SOURCES, 5), (SOURCES, [5]), (STORAGE, None), (STORAGE, "zip"), (STORAGE, "sparse"), (CRC, "x"),
+        (NAME, 5), (SOURCES, 5), (SOURCES, [5]), (LAYOUT, 3), (STORAGE, 5), (STORAGE, "zip"), (STORAGE, "sparse"), (CRC, "x"),
         (CRC, None), (LEVELS, "nothing"), (LEVELS, "x"), (LEVELS, ""), (LEVELS, []),
         (VALUE, "other"), (VALUE, "y"),
         (VALUE, None),
@@ -89,8 +91,8 @@ def test_a_record_that_lies_is_refused(place, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "5", '{"format":1}', '{"format":2,"tensors":[]}', '{"format":1,"tensors":[[]]}',
-     '{"format":1,"tensors":[7]}', "[" * 100000],
+    ["", "{", "[]", "null", "5", '{"format":2}', '{"format":1,"tensors":[]}', '{"format":2,"tensors":[[]]}',
+     '{"format":2,"tensors":[7]}', '{"format":2,"tensors":[["w",4,0,"a","b",0,0,0,0]]}', "[" * 100000],
 )  # fmt: skip
 def test_metadata_that_is_no_metadata_is_refused(text):
     model = written()

@@ -122,8 +122,19 @@ def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target
     for outputs in (next(result.outputs()), result.plain):
         assert np.abs(outputs[0] - expected).max() <= FLOAT32_SUMS * max(1.0, np.abs(expected).max())
     if dequantize == "folded":  # no node that decodes weights is left at run time
-        decoding = {"DequantizeLinear", "BitShift", "BitwiseAnd", "ScatterElements", "CumSum", "GatherElements", "Unpack"}
+        decoding = {"DequantizeLinear", "BitShift", "BitwiseAnd", "ScatterElements", "CumSum", "GatherElements", "Unpack", "Scan"}
         assert not decoding & set(result.operators), json.dumps(result.operators)
+
+
+@pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
+def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
+    from ecqx_onnx_converters.storage.packed import decoder
+
+    monkeypatch.setattr(decoder, "STAGED_FROM", 1)
+    test_a_file_says_the_same_in_every_runtime_of_its_target(
+        environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
+    )
+    assert "Scan" in {node.op_type for node in read_onnx(tmp_path / "net.onnx").proto.graph.node}
 
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)

@@ -19,18 +19,15 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 from ecqx_onnx_converters.graph import NARROW
 from ecqx_onnx_converters.matching import Integers
-from ecqx_onnx_converters.storage import Refusal
+from ecqx_onnx_converters.storage import DOMAIN, Refusal
 
-DOMAIN = "ecqx"  # of the model-local functions; every node of theirs spells it out
-
-# Function name -> (inputs, body). Codebook levels may be negative: Gather counts negative indices from the end, as Codebook does.
+# Function name -> (inputs: levels, then constants; body). One letter a value: each is in every file. Codebook levels may be
+# negative: Gather counts negative indices from the end, as Codebook does.
 BODIES = {
-    "Dequantize": (("levels", "step"), (("Cast", "levels", "floats"), ("Mul", "floats step", "weight"))),
-    "LookUp": (("levels", "values"), (("CastIndex", "levels", "indices"), ("Gather", "values indices", "weight"))),
-    "LookUpScaled": (
-        ("levels", "values", "factor"),
-        (("CastIndex", "levels", "indices"), ("Gather", "values indices", "found"), ("Mul", "found factor", "weight")),
-    ),
+    "Dequantize": ("ls", (("Cast", "l", "a"), ("Mul", "as", "w"))),
+    "DequantizeHalf": ("ls", (("Cast", "l", "a"), ("Cast", "s", "b"), ("Mul", "ab", "w"))),  # steps in float16
+    "LookUp": ("lv", (("CastIndex", "l", "a"), ("Gather", "va", "w"))),
+    "LookUpScaled": ("lvf", (("CastIndex", "l", "a"), ("Gather", "va", "b"), ("Mul", "bf", "w"))),
 }
 
 
@@ -57,8 +54,9 @@ class Dequantization:
 def folded(tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None) -> Dequantization:
     """`constant` names the step or the codebook; a factor's name is that with an f appended."""
     if isinstance(tensor.meaning, Scale):
-        inputs, constants = [constant], [numpy_helper.from_array(tensor.meaning.step.astype(np.float32), constant)]
-        name = "Dequantize"
+        half = is_half(tensor.meaning.step)
+        inputs, step = [constant], tensor.meaning.step.astype(np.float16 if half else np.float32)
+        constants, name = [numpy_helper.from_array(step, constant)], "DequantizeHalf" if half else "Dequantize"
     else:
         inputs, constants = [constant], [numpy_helper.from_array(tensor.meaning.values.astype(np.float32), constant)]
         name = "LookUp"
@@ -66,6 +64,12 @@ def folded(tensor: QuantTensor, *, levels: str, output: str, constant: str, fact
             name, inputs = "LookUpScaled", [constant, constant + "f"]
             constants.append(numpy_helper.from_array(factor.astype(np.float32), constant + "f"))
     return Dequantization("folded", helper.make_node(name, [levels, *inputs], [output], domain=DOMAIN), tuple(constants), name)
+
+
+def is_half(steps: np.ndarray) -> bool:
+    """Whether they are several, and all of them float16 numbers: float16.py has rounded them, for a file of fewer bytes."""
+    with np.errstate(over="ignore"):
+        return steps.size > 1 and bool((steps.astype(np.float16) == steps).all())
 
 
 def standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) -> Dequantization | Refusal:
@@ -142,8 +146,8 @@ def function(name: str, opset: int) -> FunctionProto:
             to = TensorProto.INT32 if operation == "CastIndex" else TensorProto.FLOAT
             nodes.append(helper.make_node("Cast", [sources], [result], to=to))
         else:
-            nodes.append(helper.make_node(operation, sources.split(), [result]))
-    return helper.make_function(DOMAIN, name, list(inputs), ["weight"], nodes, [helper.make_opsetid("", opset)])
+            nodes.append(helper.make_node(operation, list(sources), [result]))
+    return helper.make_function(DOMAIN, name, list(inputs), ["w"], nodes, [helper.make_opsetid("", opset)])
 
 
 def meaning_of(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> tuple[Scale | Codebook, np.ndarray | None]:
@@ -163,6 +167,6 @@ def meaning_of(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> 
         return Scale(first.reshape([-1 if dimension == axis % rank else 1 for dimension in range(rank)])), None
     if node.op_type == "Mul":  # of an embedding's rows, whose columns may have steps of their own
         return Scale(first.reshape((*(1,) * (rank - 1), -1)) if first.ndim else first), None
-    if node.op_type == "Dequantize":
+    if node.op_type in ("Dequantize", "DequantizeHalf"):
         return Scale(first), None
     return Codebook(first), constants[node.input[2]] if node.op_type == "LookUpScaled" else None

@@ -13,13 +13,13 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
-from ecqx_onnx_converters.dequantization import DOMAIN, integers_of, meaning_of
+from ecqx_onnx_converters.dequantization import integers_of, meaning_of
 from ecqx_onnx_converters.files import external_bytes, read_proto
 from ecqx_onnx_converters.graph import clear_data, tensor_values
 from ecqx_onnx_converters.matching import GraphWeight
-from ecqx_onnx_converters.storage import Contents
+from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage.registry import STORAGES
-from ecqx_onnx_converters.writer import METADATA_KEY, levels_crc
+from ecqx_onnx_converters.writer import FORMAT, METADATA_KEY, levels_crc
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +47,17 @@ def read_metadata(model: ModelProto) -> dict[str, Any]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FileError(f"the metadata '{METADATA_KEY}' of the ONNX file is no JSON ({error}); the file is damaged") from error
-    if not isinstance(content, dict) or content.get("format") != 1 or not isinstance(content.get("tensors"), list):
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tensors"), list):
         raise FileError(
-            f"the metadata '{METADATA_KEY}' of the ONNX file isn't of format 1; update ecqx-onnx, or the file is damaged"
+            f"the metadata '{METADATA_KEY}' of the ONNX file isn't of format {FORMAT}: it is damaged, or another version of"
+            " ecqx-onnx wrote it; convert the model again"
         )
     return content
 
 
 def read_records(metadata: Mapping[str, Any]) -> tuple[Record, ...]:
     """The list of tensors in what `read_metadata` gave; FileError for one that can't be read."""
-    return tuple(Record.of(record) for record in metadata.get("tensors", []))
+    return tuple(Record.of(record, metadata.get("storage")) for record in metadata.get("tensors", []))
 
 
 def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
@@ -85,9 +86,11 @@ class Record:
     crc32: int
 
     @classmethod
-    def of(cls, record: Any) -> Record:
+    def of(cls, record: Any, usual: Any) -> Record:
         try:
-            name, sources, storage, _, crc, layout, levels, value = record
+            name, _, crc, levels, value, *rest = record
+            layout, storage, sources = (*rest, 0, 0, 0)[:3] if len(rest) <= 3 else rest
+            storage = storage or usual
             texts = (name, storage, levels, value, *(sources or [name]))
             if not all(isinstance(text, str) for text in texts) or not isinstance(crc, int) or layout not in (0, 1, 2):
                 raise ValueError("a name is no text, the checksum no number, or the layout unknown")
@@ -171,9 +174,9 @@ def _dequantization(record: Record, contents: Contents, users: Mapping[str, list
 
 
 def _floats(tensor: TensorProto) -> np.ndarray:
-    if tensor.data_type != TensorProto.FLOAT:
-        raise FileError(f"'{tensor.name}' should be float32 and has type {tensor.data_type}; the ONNX file is damaged")
-    return tensor_values(tensor)
+    if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        raise FileError(f"'{tensor.name}' should be float32 or float16 and has type {tensor.data_type}; the ONNX file is damaged")
+    return tensor_values(tensor).astype(np.float32)
 
 
 class _Initializers(dict[str, TensorProto]):

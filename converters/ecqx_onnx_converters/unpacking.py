@@ -15,11 +15,11 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx_converters.consumers import find_uses
-from ecqx_onnx_converters.dequantization import DOMAIN
 from ecqx_onnx_converters.files import read_proto
 from ecqx_onnx_converters.graph import FloatGraph, all_graphs, rename, value_names
 from ecqx_onnx_converters.matching import GraphWeight, Matching
 from ecqx_onnx_converters.reading import Record, StoredWeight, read_metadata, read_records, read_weights
+from ecqx_onnx_converters.storage import DOMAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def unpack(path: Path | str) -> Unpacked:
     _drop_functions(graph.proto)
     named = tuple(_names_again(main, found, records))
     kernels = tuple(new.name for old, new in zip(found, named, strict=True) if _feeds_kernel(makers[old.name]))
-    content = {key: value for key, value in metadata.items() if key not in ("format", "tensors")}
+    content = {key: value for key, value in metadata.items() if key not in ("format", "storage", "tensors")}
     return Unpacked(graph, Matching(named, ()), kernels, content)
 
 

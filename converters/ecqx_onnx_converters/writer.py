@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,9 @@ import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, helper
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.compact import drop_defaults, shorten_names
+from ecqx_onnx_converters.compact import drop_defaults, shorten_integers, shorten_names
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
-from ecqx_onnx_converters.dequantization import DOMAIN, Dequantization, as_integers, folded, function, integer, standard
+from ecqx_onnx_converters.dequantization import Dequantization, as_integers, folded, function, integer, standard
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.integer_nodes import FloatNode
@@ -25,8 +26,9 @@ from ecqx_onnx_converters.names import NameMaker
 from ecqx_onnx_converters.opsets import set_opset
 from ecqx_onnx_converters.planning import Entry, Kept, Plan
 from ecqx_onnx_converters.shapes import fix_batch
+from ecqx_onnx_converters.storage import DOMAIN
 
-METADATA_KEY = "ecqx_onnx"
+METADATA_KEY, FORMAT = "ecqx_onnx", 2
 EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
 
 
@@ -140,10 +142,12 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     model.ClearField("producer_version")
     tensors = _put_weights(model, plan)
     drop_defaults(model, plan.opset)
+    shorten_integers(model)
     renamed = shorten_names(model)
     payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantised}
-    records = [_record(entry, renamed) for entry in plan.entries]
-    content = {"format": 1, **(metadata or {}), "tensors": records}
+    usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
+    records = [_record(entry, renamed, usual[0][0]) for entry in plan.entries]
+    content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": records}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
         del model.metadata_props[index]
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
@@ -239,20 +243,22 @@ def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTe
     )  # fmt: skip
 
 
-def _record(entry: Entry, renamed: Mapping[str, str]) -> list[Any]:
+def _record(entry: Entry, renamed: Mapping[str, str], usual: str) -> list[Any]:
     """What the metadata says of one weight, as a row, since keys would outweigh the rest:
 
-    [name, sources (0 for just the name), storage, bits, crc32 of the int8 levels row-major as stored, layout, integer value,
-    float value]; the last two are names in the file's graph. layout: 0, 1 if stored transposed, 2 if the graph reads integers,
-    not floats.
+    [name, bits, crc32 of the int8 levels row-major as stored, integer value, float value, layout, storage, sources]. The values
+    are names in the file's graph. layout: 0, 1 if stored transposed, 2 if the graph reads integers, not floats. storage: 0 for
+    the file's usual one. sources: 0 for just the name. Zeros at the end are left out.
     """
     weight, stored = entry.weight, entry.stored
     turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    sources = list(weight.sources) if weight.sources != (weight.name,) else 0
     crc = levels_crc(weight.tensor.levels.T if turned else weight.tensor.levels)
-    names = [renamed[stored.levels], renamed.get(weight.name, "")]
     layout = 2 if weight.integers is not None else int(turned)
-    return [weight.name, sources, stored.storage, weight.tensor.bits, crc, layout, *names]
+    sources = 0 if weight.sources == (weight.name,) else list(weight.sources)
+    rest = [layout, 0 if stored.storage == usual else stored.storage, sources]
+    while rest and rest[-1] == 0:
+        rest.pop()
+    return [weight.name, weight.tensor.bits, crc, renamed[stored.levels], renamed.get(weight.name, ""), *rest]
 
 
 def levels_crc(levels: np.ndarray) -> int:

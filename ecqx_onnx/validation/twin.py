@@ -80,12 +80,17 @@ def _split(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], lis
     constant, rest, known = [], [], set(constants)
     for node in graph.node:
         fixed = all(not name or name in known for name in node.input) and node.op_type not in RANDOM
-        if fixed and not any(subgraphs(node)):
+        if fixed and not any(_reads_outside(inner) for inner in subgraphs(node)):
             constant.append(node)
             known.update(node.output)
         else:
             rest.append(node)
     return constant, rest
+
+
+def _reads_outside(graph: GraphProto) -> bool:
+    made = {value.name for value in (*graph.input, *graph.initializer)} | {name for node in graph.node for name in node.output}
+    return not _read_by(list(graph.node), graph) - {""} <= made
 
 
 def _evaluate(

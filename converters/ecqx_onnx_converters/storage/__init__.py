@@ -85,4 +85,5 @@ class Storage(Protocol):
     def stored_bytes(self, name: str, contents: Contents) -> int: ...
 
 
+DOMAIN = "qx"  # of the model-local functions; every call of one spells it out
 MAX_WEIGHTS = 1 << 31  # of one tensor; a file that declares more is damaged

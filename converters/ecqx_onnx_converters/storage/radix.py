@@ -16,9 +16,9 @@ import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Stored
+from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Contents, Stored
 
-DOMAIN, FUNCTION = "ecqx", "Digits"
+FUNCTION = "Digits"
 OPSET = 13
 
 

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.graph import tensor_values
-from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored
+from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Contents, Refusal, Stored
 from ecqx_onnx_converters.storage.packed import codec, decoder
 from ecqx_onnx_converters.storage.packed.units import HIGHEST, pairs, walk
 from ecqx_onnx_converters.targets import Target
@@ -51,7 +51,7 @@ def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> Iterator[Stored]:
     names = [name for name, _ in tensors]
     packed = codec.pack([levels for _, levels in tensors], [best_order(levels) for _, levels in tensors])
     fresh = (f"{names[0]}_{index}" for index in count())
-    nodes, initializers, tables = decoder.group_nodes(packed, fresh, [f"{name}_e" for name in names])
+    nodes, initializers, tables, stage = decoder.group_nodes(packed, fresh, [f"{name}_e" for name in names])
     functions, shapes = decoder.functions(packed), dict[tuple[int, ...], str]()
     for name, part in zip(names, packed.parts, strict=True):
         shape = tuple(part.shape[axis] for axis in part.order)
@@ -59,7 +59,7 @@ def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> Iterator[Stored]:
             shapes[shape] = f"{name}_s"
             initializers.append(decoder.tensor(f"{name}_s", np.array(shape, np.int64)))
         made = f"{name}_t" if part.turned else name
-        own = [helper.make_node(decoder.TENSOR, [f"{name}_e", *tables, shapes[shape]], [made], domain=decoder.DOMAIN)]
+        own = [helper.make_node(decoder.TENSOR, [f"{name}_e", *tables, shapes[shape], *stage], [made], domain=DOMAIN)]
         if part.turned:
             own.append(helper.make_node("Transpose", [made], [name], perm=np.argsort(part.order).tolist()))
         yield Stored(
@@ -124,7 +124,7 @@ def _tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | 
     if node.op_type == "Transpose" and not node.domain:
         order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
         node = contents.makers[node.input[0]]
-    if node.domain != decoder.DOMAIN or node.op_type != decoder.TENSOR or len(node.input) != 4:
+    if node.domain != DOMAIN or node.op_type != decoder.TENSOR or len(node.input) not in (4, 5):
         raise FileError(f"packed tensor '{name}' is made by {node.op_type}, not by its decoder; the ONNX file is damaged")
     return node, order
 
@@ -135,7 +135,7 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
     key = split.input[0]
     if key not in contents.cache:
         maker = contents.makers[key]
-        if split.op_type != "Split" or maker.op_type != decoder.DECODE or maker.domain != decoder.DOMAIN:
+        if split.op_type != "Split" or maker.op_type != decoder.DECODE or maker.domain != DOMAIN:
             raise FileError(f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged")
         payload, bits, *constants = (_values(value, contents) for value in maker.input)
         slots = next((s for s in (2, 4, 8) if _same(constants, decoder.constants(s))), 0)

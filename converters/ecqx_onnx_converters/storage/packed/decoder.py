@@ -6,11 +6,16 @@ written at every call; constants are initializers because a Constant node takes 
 
     Decode (payload p, tree b, constants) -> entries, uint8 [all]    tables (three times c), then all steps (q calls r, r calls s)
     s (weights w, states n, entries m, bytes b, states x)       a step of every lane: i = 256 x + b; x' = n[i], entries = m[i]
-    Levels (entries e, advances a, values v, shape s) -> int8 tensor
+    Levels (entries e, advances a, values v, shape s[, stage w]) -> int8 tensor
+
+A large file is decoded in two stages, so that what the first leaves behind is gone before levels become floats: the shape that
+Levels ends with waits for `_stage`, a Scan over one zero, which no runtime folds. But its output's shape is constant, and known
+once the first stage is folded; then the Scan is dead.
 """
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,23 +23,29 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 
+from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.codec import Packed
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
 
-DOMAIN = "ecqx"
 OPSET = 18
 DECODE, TENSOR = "Decode", "Levels"
+STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
 
 
 def functions(packed: Packed) -> tuple[FunctionProto, ...]:
     radix = round(packed.payload.shape[1] ** 0.5)
-    return (_step(), _chain("r", "s", radix), _chain("q", "r", radix), _compose(), _decode(), _tensor())
+    return (_step(), _chain("r", "s", radix), _chain("q", "r", radix), _compose(), _decode(), _tensor(staged(packed)))
+
+
+def staged(packed: Packed) -> bool:
+    return sum(math.prod(part.shape) for part in packed.parts) >= STAGED_FROM
 
 
 def group_nodes(
     packed: Packed, names: Iterator[str], entries: Sequence[str]
-) -> tuple[list[NodeProto], list[TensorProto], tuple[str, str]]:
-    """Nodes that make the entries of each part under the names `entries`; initializers; names of advances and values."""
+) -> tuple[list[NodeProto], list[TensorProto], tuple[str, str], list[str]]:
+    """Nodes that make the entries of each part under the names `entries`; initializers; names of advances and values; and of
+    the stage that Levels waits for, if there is one."""
     arrays = {next(names): values for values in (packed.payload, packed.bits.reshape(-1, 1), *constants(packed.slots))}
     tables = {next(names): values for values in (packed.advances, packed.values)}
     lengths = [part.entries for part in packed.parts]
@@ -46,7 +57,24 @@ def group_nodes(
         helper.make_node("Split", [stream, sizes], [*entries, rest]),
     ]
     advances, values = tables
-    return nodes, initializers, (advances, values)
+    stage = [next(names)] if staged(packed) else []
+    if stage:
+        nodes.extend(_stage(list(arrays)[-1], stage[0], names))
+    return nodes, initializers, (advances, values), stage
+
+
+def _stage(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProto]:
+    """one: [1], a constant. -> stage: [1] as well, but constant only after all that is so at first."""
+    length, zero, same = next(names), next(names), next(names)
+    value = (
+        helper.make_tensor_value_info("a", TensorProto.FLOAT, None),
+        helper.make_tensor_value_info("b", TensorProto.FLOAT, None),
+    )
+    body = helper.make_graph([helper.make_node("Neg", ["a"], ["b"])], "s", [value[0]], [value[1]])
+    yield helper.make_node("Mul", [one, one], [length])
+    yield helper.make_node("ConstantOfShape", [length], [zero])
+    yield helper.make_node("Scan", [zero], [same], num_scan_inputs=1, body=body)
+    yield helper.make_node("Shape", [same], [stage])
 
 
 def tensor(name: str, values: np.ndarray) -> TensorProto:
@@ -60,15 +88,14 @@ def tensor(name: str, values: np.ndarray) -> TensorProto:
 def constants(slots: int) -> list[np.ndarray]:
     """What Decode reads beside payload and tree, in the order of its inputs."""
     return [
-        np.arange(7, -1, -1, dtype=np.uint8),  # c: shifts that bring each bit to the lowest place
-        np.array(1, np.uint8),  # d
+        1 << np.arange(7, -1, -1, dtype=np.uint8),  # c: each bit of a byte
         np.array([[255], [1], [1]], np.uint8),  # w: of x, x and b in 256 x + b
         np.array(0),  # f: an axis
-        np.array([0]),  # g: the first column
         np.array([-1]),  # h: one dimension
-        np.array([-1, 2]),  # i: both children
+        np.array([-1, 2]),  # i: inner nodes, both children
+        np.array([1, -1, 2]),  # g: the same, of one bit
         np.array([slots, DIGIT // slots, -1]),  # j: bits of a slot
-        np.array([1]),  # k: an axis
+        np.array([1]),  # k: an axis, and a number
     ]
 
 
@@ -113,7 +140,7 @@ def _chain(name: str, callee: str, radix: int) -> FunctionProto:
 
 
 def _compose() -> FunctionProto:
-    """Tables of k bits -> of 2 k bits: states n int32 [inner, 2^k], leaves met m uint8 [k, inner, 2^k], one row for each bit."""
+    """Tables of k bits -> of 2 k bits: states n int64 [inner, 2^k], leaves met m uint8 [k, inner, 2^k], one row for each bit."""
     nodes = [
         _node("Gather n n -> a"),
         _node("Flatten a -> y"),
@@ -132,20 +159,18 @@ def _compose() -> FunctionProto:
 def _decode() -> FunctionProto:
     """payload p uint8 [lanes, bytes of a lane], tree b uint8 [bytes, 1], `constants` -> entries y uint8 [all]."""
     nodes = [
-        _node("BitShift b c -> A", direction="RIGHT"),
-        _node("BitwiseAnd A d -> B"),
-        _node("Reshape B h -> C"),  # 1: a leaf
-        _node("BitwiseXor C d -> D"),  # 1: an inner node
-        _node("Cast C -> F", to=TensorProto.INT32),
-        _node("Cast D -> G", to=TensorProto.INT32),
+        _node("BitwiseAnd b c -> A"),
+        _node("Cast A -> B", to=TensorProto.BOOL),
+        _node("Reshape B h -> C"),
+        _node("Cast C -> F", to=TensorProto.INT64),  # 1: a leaf
+        _node("Sub k F -> G"),  # 1: an inner node
         _node("CumSum F f -> H"),
         _node("CumSum G f -> I"),
         _node("Mul F H -> J"),  # which leaf, from 1; 0: none
         _node("Mul G I -> K"),  # which inner node; 0: the root, after a leaf
         _node("Cast J -> L", to=TensorProto.UINT8),
         _node("Reshape K i -> M"),
-        _node("Reshape L i -> N"),
-        _node("Unsqueeze N g -> O"),
+        _node("Reshape L g -> O"),
         _node("c M O -> P Q"),
         _node("c P Q -> R S"),
         _node("c R S -> T U"),
@@ -154,16 +179,17 @@ def _decode() -> FunctionProto:
         _node("Reshape U j -> W"),
         _node("ReduceMax W k -> X", keepdims=0),
         _node("Transpose X -> m"),
-        _node("Gather p g -> Y", axis=1),
+        _node("ReduceMin p k -> Y"),
         _node("BitwiseXor Y Y -> x"),  # every lane starts from the root
         _node("q w n m p x -> z Z"),
         _node("Reshape Z h -> y"),
     ]
-    return _function(DECODE, "p b c d w f g h i j k", "y", nodes)
+    return _function(DECODE, "p b c w f h i g j k", "y", nodes)
 
 
-def _tensor() -> FunctionProto:
+def _tensor(staged: bool) -> FunctionProto:
     """entries e uint8 -> y int8 of shape s: the value of each is added where all advances so far lead."""
+    last = [_node("Mul s w -> r"), _node("Reshape o r -> y")] if staged else [_node("Reshape o s -> y")]
     nodes = [
         _node("Cast e -> f", to=TensorProto.INT32),
         _node("Cast a -> b", to=TensorProto.INT32),
@@ -174,6 +200,6 @@ def _tensor() -> FunctionProto:
         _node("ReduceProd s -> m"),
         _node("ConstantOfShape m -> n", value=TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0")),
         _node("ScatterElements n i j -> o", reduction="add"),
-        _node("Reshape o s -> y"),
+        *last,
     ]
-    return _function(TENSOR, "e a v s", "y", nodes)
+    return _function(TENSOR, "e a v s w" if staged else "e a v s", "y", nodes)
