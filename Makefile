@@ -25,8 +25,10 @@ bench: .venv/test         ## speed as ratios in one process
 	$(BIN)/python benchmarks/assignment.py
 	$(BIN)/python benchmarks/training_step.py
 
-bench-size: .venv/test    ## bytes: entropy, packed, NNCodec, xz, zip side by side
+bench-size: .venv/test    ## bytes: entropy, packed, NNCodec, xz, zip side by side; whole files; speed and memory of loading
 	$(BIN)/python benchmarks/packed_size.py
+	$(BIN)/python benchmarks/packed_size.py whole
+	$(BIN)/python benchmarks/packed_load.py 10
 
 bench-devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
 	$(BIN)/python benchmarks/devices.py ../shared/data

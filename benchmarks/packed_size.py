@@ -11,6 +11,7 @@ same integers plus the file's float parameters, steps included, as they are. Wit
 import lzma
 import math
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -149,8 +150,8 @@ def main() -> None:
         "LeNet-300-100, synthetic": lenet_300_100,
         "VGG16, random": vgg16,
     }
-    heads = ["weights", "zeros", "entropy", "packed", "decoder", "NNCodec", "xz", "zip"]
-    print(" " * 25 + "".join(f"{head:>9s}" for head in heads) + "   (bytes; right of entropy as shares of it)")
+    heads = ["weights", "zeros", "entropy", "packed", "decoder", "NNCodec", "xz", "zip", "M/s"]
+    print(" " * 25 + "".join(f"{head:>9s}" for head in heads) + "   (bytes; right of entropy as shares of it; encoding)")
     for name, make in nets.items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:
             continue
@@ -159,7 +160,10 @@ def main() -> None:
             continue
         tensors = make()
         entropy = entropy_bytes(tensors)
-        packed = pack(tensors, [best_order(levels) for levels in tensors])
+        orders = [best_order(levels) for levels in tensors]
+        begin = time.process_time()
+        packed = pack(tensors, orders)
+        speed = sum(levels.size for levels in tensors) / 1e6 / (time.process_time() - begin)
         if any(not np.array_equal(a, b) for a, b in zip(unpack(packed), tensors, strict=True)):
             sys.exit(f"{name}: the levels did not come back")
         stored = encode_all([(f"w{i}", levels) for i, levels in enumerate(tensors)], find_target("onnxruntime"))
@@ -172,7 +176,8 @@ def main() -> None:
         columns = [packed.nbytes, container, nncodec_bytes(tensors), len(lzma.compress(raw, preset=9)), len(archive.getvalue())]
         weights, zeros = sum(t.size for t in tensors), sum(int((t == 0).sum()) for t in tensors)
         coded = "".join(f"{column / entropy:9.3f}" for column in columns[2:])
-        print(f"{name:25s}{weights:9d}{zeros / weights:9.3f}{entropy:9.0f}{columns[0] / entropy:9.3f}{columns[1]:9d}{coded}")
+        head = f"{name:25s}{weights:9d}{zeros / weights:9.3f}{entropy:9.0f}"
+        print(f"{head}{columns[0] / entropy:9.3f}{columns[1]:9d}{coded}{speed:9.1f}")
     return None
 
 
