@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -264,7 +265,8 @@ def foreign_file(path, *, shape=("N", 4), kind=onnx.TensorProto.FLOAT, opset=18,
 
 
 def compiled(source, tmp_path):
-    """run.cpp linked with tests/stubs, whose runtime knows Identity only: onnxruntime's headers come in no package of CI."""
+    """run.cpp linked with tests/stubs, whose runtime knows Identity only: onnxruntime's headers come in no package of CI.
+    (The real ones are in the slow test below.)"""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(STUBS)]
@@ -292,6 +294,30 @@ def test_the_cpp_runner_tells_golden_outputs_from_others(grey, tmp_path):
     # Of a model with preprocessing it reads every line; the stand-in then refuses the model.
     real = api.deploy(grey[1], tmp_path / "real", to="linux").folder
     assert "Identity only" in run(real).stderr
+
+
+@pytest.mark.slow
+def test_the_cpp_runner_passes_its_self_check_with_onnxruntime(grey, tmp_path):
+    """ONNXRUNTIME_ROOT: a folder with include/ and lib/, such as a release's archive unpacked."""
+    root = Path(os.environ.get("ONNXRUNTIME_ROOT", ""))
+    if not (root / "include" / "onnxruntime_cxx_api.h").is_file() or shutil.which("g++") is None:
+        pytest.skip("set ONNXRUNTIME_ROOT to a folder with onnxruntime's include/ and lib/, and install g++")
+    folder = api.deploy(grey[1], tmp_path / "linux", to="linux").folder
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lonnxruntime"]
+    command = ["g++", "run.cpp", *flags, "-o", "run"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(root / "lib")}
+
+    def run(*more):
+        return subprocess.run(["./run", *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().endswith("PASSED")
+    assert run("golden/00.input0.bin").returncode == 0
+    change_byte(folder / "golden" / "00.output0.bin")
+    assert run().returncode == 1
 
 
 def identity(path, kind):
