@@ -265,8 +265,7 @@ def foreign_file(path, *, shape=("N", 4), kind=onnx.TensorProto.FLOAT, opset=18,
 
 
 def compiled(source, tmp_path):
-    """run.cpp linked with tests/stubs, whose runtime knows Identity only: onnxruntime's headers come in no package of CI.
-    (The real ones are in the slow test below.)"""
+    """run.cpp linked with tests/stubs, whose runtime knows Identity only: the slow test below has the real one."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(STUBS)]
@@ -310,7 +309,9 @@ def test_the_cpp_runner_passes_its_self_check_with_onnxruntime(grey, tmp_path):
     environment = {**os.environ, "LD_LIBRARY_PATH": str(root / "lib")}
 
     def run(*more):
-        return subprocess.run(["./run", *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            ["./run", *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
 
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
