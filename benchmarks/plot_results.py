@@ -42,7 +42,7 @@ def untrained(table: Results, axes: Any) -> None:
                 nbytes = api.convert(made, Path(folder) / f"{bits}-{gamma}.onnx").nbytes
                 points.append((nbytes / 1000, 100 * api.accuracy(made.module(), test).share))
                 print(f"{bits} bit, entropy weight {gamma}: {nbytes} bytes, {points[-1][1]:.2f} %", flush=True)
-            axes.plot(*zip(*points, strict=True), ".:", linewidth=1, label=f"{bits} bit, no training")
+            axes.plot(*zip(*points, strict=True), ".:", linewidth=1, color=f"{(bits - 1) / 5}", label=f"{bits} bit, no training")
 
 
 def trained(name: str, table: Results, axes: Any) -> float:
@@ -76,19 +76,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = TABLES[arguments.table]
-    figure, axes = plt.subplots(figsize=(6.4, 4))
+    figure, axes = plt.subplots(figsize=(7, 4.4))
     if isinstance(table.start, str):
         untrained(table, axes)
     fp32 = trained(arguments.table, table, axes)
-    axes.axhline(fp32, color="grey", linewidth=0.8, label="float32")
+    axes.axhline(fp32, color="black", linewidth=0.8, linestyle="--", label="float32")
     axes.set(
         xlabel=".onnx file, kB",
         ylabel="accuracy on the test set, %",
         title=arguments.title or f"{Path(table.model.split(':')[0]).stem}, {Path(table.data.split(':')[0]).stem}",
     )
     if arguments.lowest is not None:
-        axes.set_ylim(bottom=arguments.lowest)
-    axes.legend(fontsize=8, loc="lower right")
+        axes.set_ylim(arguments.lowest, 100 + (100 - arguments.lowest) / 20)
+    axes.legend(fontsize=8, loc="upper right")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(arguments.picture, dpi=110)
