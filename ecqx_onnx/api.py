@@ -87,7 +87,8 @@ def convert(
 ) -> WriteReport:
     """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
 
-    bits: quantise a float model without training, by entropy-constrained assignment. Without it a float model is refused.
+    bits: quantise a float model without training, so that errors cancel (see quantization/rounding.py), or with an entropy_weight
+    by entropy-constrained assignment. Without it a float model is refused.
     activations: "float32", or "int8" for integer kernels; their ranges come from `calibration` (a data set as `load_dataset`
     takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy".
     floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate` knows that from the file.
@@ -284,14 +285,23 @@ def _tensors_of(
 def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float) -> QuantTensor:
     from ecqx_onnx.quantization.assignment import assign
     from ecqx_onnx.quantization.grid import choose_grid, fit_step
+    from ecqx_onnx.quantization.rounding import cancelling_levels
     from ecqx_onnx.tensors import Scale
 
     grid = choose_grid(weight, bits)
     # So many levels need neither the percentile rule's clipping, for which training would have to make up, nor one step for all
     # channels, which small ones pay for; and a step per channel is what BatchNorm leaves anyway.
-    axis: int | None = 0 if bits >= 6 else None
-    step = fit_step(weight, grid, axis=axis, rule="auto" if axis is None else "least_squares")
-    levels = assign(weight, step, grid, axis=axis, strength=entropy_weight).levels
+    if bits >= 6:
+        axis: int | None = 0
+        largest = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True)
+        smallest = torch.finfo(torch.float32).tiny
+        step = torch.where(largest > 0, (largest / max(grid.highest, -grid.lowest)).clamp(min=smallest), 1.0)
+    else:
+        axis, step = None, fit_step(weight, grid)
+    if entropy_weight:
+        levels = assign(weight, step, grid, axis=axis, strength=entropy_weight).levels
+    else:
+        levels = cancelling_levels(weight, step, grid)
     return QuantTensor(name, levels.numpy(), Scale(step.numpy()))
 
 
