@@ -108,6 +108,7 @@ def convert(
         exclude=exclude,
     )
     graph, matching, batchnorms = fold_batchnorms(checkpoint.graph, checkpoint.matching)
+    matching, steps = with_half_steps(matching) if floats == "float16" else (matching, 0)
     checkpoint, quantised = replace(checkpoint, graph=graph, matching=matching), None
     if activations != "float32":
         quantised = _integer_graph(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
@@ -116,7 +117,6 @@ def convert(
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
     notes = _left(batchnorms)
     if floats == "float16":
-        matching, steps = with_half_steps(matching)
         graph, halved = with_float16(graph, {weight.name for weight in matching.found})
         notes = (*notes, replace(halved, steps=steps).sentence)
         floats = floats if halved.names or steps else "float32"

@@ -212,7 +212,8 @@ def convert(
     calibration_method: Annotated[str, typer.Option(help="minmax, percentile or entropy, as onnxruntime does them.")] = "minmax",
     calibration_samples: Annotated[int, typer.Option(min=1, help="Use so many of the training samples.")] = 512,
     floats: Annotated[
-        str, typer.Option(help="float32, or float16: biases and other parameters that stay float, rounded, in half the bytes.")
+        str,
+        typer.Option(help="float32, or float16: steps per channel, biases, whatever stays float, rounded, in half the bytes."),
     ] = "float32",
     trust_pickle: TrustPickle = False,
     force: Force = False,

@@ -103,6 +103,26 @@ def test_validate_takes_the_rounding_out_and_keeps_its_bound(model, files):
     assert reports["float16"].largest_difference > 3 * checks["float32"]["outputs"].limit  # what it would have failed by
 
 
+def test_steps_are_rounded_before_activations_are_quantised(model, tmp_path):
+    """Biases are multiples of weight step times activation scale: with other steps they would be off by the rounding."""
+    from ecqx_onnx.data import Dataset
+    from ecqx_onnx.preprocessing import Preprocessing
+
+    x = np.random.default_rng(0).standard_normal((32, 3, 8, 8)).astype(np.float32)
+    data = Dataset.from_arrays("x", {"x": x, "y": np.arange(32) % 10}, preprocessing=Preprocessing("array"))
+    example = torch.zeros(2, 3, 8, 8)
+    api.convert(model, tmp_path / "q.onnx", example=example, activations="int8", calibration=data, floats="float16")
+    assert api.validate(tmp_path / "q.onnx", against=model, input_shape=(3, 8, 8), latency_runs=0).ok
+    proto = onnx.load(tmp_path / "q.onnx")
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    scales = [constants[node.input[1]] for node in proto.graph.node if node.op_type == "DequantizeLinear"]
+    vectors = [scale for scale in scales if scale.ndim and scale.size == 32]
+    steps = [scale for scale in vectors if np.array_equal(scale, scale.astype(np.float16))]
+    assert len(steps) == 1
+    ratios = [scale / steps[0] for scale in vectors if scale is not steps[0]]  # a bias has the step times the input's scale
+    assert all(np.ptp(ratio) <= 2e-7 * ratio.max() for ratio in ratios)
+
+
 @pytest.mark.parametrize("kind", ["bias", "weight"])
 def test_validate_still_sees_a_fault_smaller_than_the_rounding(model, files, kind, tmp_path):
     """One parameter off by a single unit in the last place of float16, or by a level."""

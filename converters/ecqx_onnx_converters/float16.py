@@ -28,6 +28,7 @@ FEWEST = 16  # entries; a Cast node with short names has up to 30 bytes, and an 
 RELATIVE = 2.0**-11
 # Operators that are linear in their constants. (In a variance, say, a small entry counts as much as a large one.)
 LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "LSTM", "GRU", "RNN", "Gather"}
+SCALED = {"QuantizeLinear", "DequantizeLinear"}  # a bias's scale is the product of two others, exactly
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def _parameters(proto: ModelProto, weights: Mapping[str, np.ndarray], quantised:
     left, uses = {*quantised, *(value.name for value in proto.graph.output)}, find_uses(proto.graph)
     found = []
     for tensor in proto.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in left:
+        scale = any(use.node.op_type in SCALED for use in uses.get(tensor.name, []))
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in left and not scale:
             values = weights[tensor.name] if tensor.name in weights else tensor_values(tensor)
             half = rounded(values, linear=all(use.node.op_type in LINEAR for use in uses.get(tensor.name, [])))
             if half is not None:
