@@ -1,6 +1,7 @@
 """The quantizer in any training loop: it attaches, keeps the parameters on their levels, and lets go again."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -210,9 +211,12 @@ def test_a_learned_step_follows_the_gradient_at_the_level_whatever_the_backgroun
         np.testing.assert_allclose(plain, absolute, rtol=1e-5)
 
 
-def test_a_compiled_forward_sees_the_new_levels():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])  # the latter calls g++
+def test_a_compiled_forward_sees_the_new_levels(backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs g++")
     model = small_net()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     quantizer = Quantizer(compiled, relevance="epsilon_plus_flat")
     assert [tensor.name for tensor in quantizer.tensors()] == ["conv.weight", "hidden.weight", "last.weight"]
     loop(model, quantizer, torch.optim.Adam(model.parameters(), lr=1e-2), forward=compiled, steps=3)
