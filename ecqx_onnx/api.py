@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan
-from ecqx_onnx_converters.activations import IntegerGraph, quantise_activations, with_pooling
+from ecqx_onnx_converters.activations import carried_ranges, quantise_activations, with_pooling
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT
 from ecqx_onnx_converters.float16 import round_parameters, with_float16, with_half_steps
@@ -31,6 +31,7 @@ from ecqx_onnx.export import Exported, export, float_graph
 from ecqx_onnx.insight import observe
 from ecqx_onnx.loading import Loaded, apply_state, is_program, load_factory, load_model, load_state
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.quantizer import Report
 from ecqx_onnx.quantization.training import EpochRecord, Training
 from ecqx_onnx.recognition import NotRecognised, recognise
@@ -90,7 +91,8 @@ def convert(
     bits: quantise a float model without training, so that errors cancel (see quantization/rounding.py), or with an entropy_weight
     by entropy-constrained assignment. Without it a float model is refused.
     activations: "float32", or "int8" for integer kernels; their ranges come from `calibration` (a data set as `load_dataset`
-    takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy".
+    takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy", or without it
+    from the checkpoint of a training with activations="int8".
     floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate` knows that from the file.
     """
     if floats not in ("float32", "float16"):
@@ -111,7 +113,8 @@ def convert(
     matching, steps = with_half_steps(matching) if floats == "float16" else (matching, 0)
     checkpoint, quantised = replace(checkpoint, graph=graph, matching=matching), None
     if activations != "float32":
-        quantised = _integer_graph(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
+        ranges = _ranges(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
+        quantised = quantise_activations(with_pooling(graph), matching.found, ranges)
         graph, matching = quantised.graph, replace(matching, found=quantised.found)
     elif calibration is not None:
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
@@ -141,7 +144,9 @@ def convert(
     if floats != "float32":
         metadata["floats"] = floats
     if quantised is not None:
-        metadata["activations"] = {"type": "uint8", "calibration": calibration_method}
+        source = "trained" if calibration is None else calibration_method
+        metadata["activations"] = {"type": "uint8", "calibration": source}
+        notes = (*notes, RANGES_FROM[source == "trained"])
     report = deliver(plan, out, metadata=metadata, force=force)
     report = replace(report, notes=(*report.notes, *notes))
     return report if quantised is None else replace(report, kernels=quantised.kernels, stays=quantised.stays)
@@ -152,12 +157,13 @@ def _left(batchnorms: Sequence[BatchNorm]) -> tuple[str, ...]:
 
 
 CALIBRATION_BATCH = 64
+RANGES_FROM = ("ranges of activations: calibrated on the data given", "ranges of activations: those that training ended with")
 
 
-def _integer_graph(
+def _ranges(
     checkpoint: Checkpoint, activations: str, target: str, calibration: Any, method: str, samples: int
-) -> IntegerGraph:
-    """The checkpoint's graph with its activations quantised by what they are on the calibration data."""
+) -> Mapping[str, tuple[float, float]]:
+    """Of the activations that are to be 8 bits: what they are on the calibration data, else what they were trained with."""
     from ecqx_onnx.calibration import METHODS, calibrate_ranges
     from ecqx_onnx.data import Dataset, load_dataset
 
@@ -167,17 +173,18 @@ def _integer_graph(
         raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
     if find_target(target).no_integers:
         raise OptionError(f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}")
+    graph = with_pooling(checkpoint.graph)
+    values = find_integer_nodes(graph, checkpoint.matching.found).ranges
     if calibration is None:
-        raise OptionError("--activations int8 needs data that activations take their ranges from; add --calibration DATA")
+        if not checkpoint.ranges:
+            raise OptionError("--activations int8 needs data that activations take their ranges from; add --calibration DATA")
+        return carried_ranges(graph, values, checkpoint.ranges)
     data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
-    graph = with_pooling(checkpoint.graph)
     whole = _with_floats(graph, checkpoint.matching)
-    values = find_integer_nodes(graph, checkpoint.matching.found).ranges
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
-    ranges = calibrate_ranges(whole, values, batches, method=method)
-    return quantise_activations(graph, checkpoint.matching.found, ranges)
+    return calibrate_ranges(whole, values, batches, method=method)
 
 
 def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,6 +225,7 @@ def as_checkpoint(
     else:
         loaded = Loaded(model)
     recipe, seen = dict(recipe or {}), None
+    ranges: Mapping[str, tuple[float, float]] = {}
     if isinstance(loaded.model, torch.export.ExportedProgram):
         exported = Exported(loaded.model, float_graph(loaded.model), ())
         tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude, allow_float)
@@ -233,7 +241,12 @@ def as_checkpoint(
             tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude, allow_float)
             with torch.no_grad():
                 module.load_state_dict(_written_back(module.state_dict(), tensors), strict=False)
-        exported = export(module, _example(example, input_shape or loaded.input_shape, loaded.preprocessing))
+        example = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
+        rounding = None if quantizer is None else quantizer.activations
+        with contextlib.nullcontext() if rounding is None else rounding.on(attached=False):
+            exported = export(module, example)
+        if rounding is not None:
+            ranges = _ranges_in_graph(rounding, exported, example)
     if bits:
         recipe |= {"bits": bits, "entropy_weight": entropy_weight, "trained": False}
     return build(
@@ -243,7 +256,23 @@ def as_checkpoint(
         preprocessing=preprocessing or loaded.preprocessing,
         labels=tuple(labels),
         insight=seen,
+        ranges=ranges,
     )
+
+
+def _ranges_in_graph(
+    rounding: ActivationRounding, exported: Exported, example: torch.Tensor | Sequence[torch.Tensor]
+) -> Mapping[str, tuple[float, float]]:
+    """The ranges that a training ended with, by the names of their values in the graph."""
+    from ecqx_onnx.calibration import ranges_by_value
+
+    example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    generator = torch.Generator().manual_seed(0)
+    probe = [torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.cpu() for x in example]
+    device = next(rounding.module.parameters()).device
+    seen = rounding.values(*(x.to(device) for x in probe))
+    arrays = {place: value.float().cpu().numpy() for place, value in seen.items()}
+    return ranges_by_value(exported.graph, [x.numpy() for x in probe], arrays, rounding.bounds())
 
 
 def _is_checkpoint_file(path: str | Path) -> bool:
@@ -502,7 +531,8 @@ def _with_floats(graph: FloatGraph, matching: Matching) -> FloatGraph:
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """What `quantize` did. accuracy: on the test split, which no choice was made on; before is the float network's."""
+    """What `quantize` did. accuracy: on the test split, which no choice was made on; before is the float network's, after that of
+    the quantised one, with activations rounded as they were while training."""
 
     path: Path
     before: Proportion | None
@@ -513,6 +543,7 @@ class Quantized:
     tensors: tuple[QuantTensor, ...]
     data: str
     notes: tuple[str, ...]
+    activations: str = "float32"
 
     @property
     def zeros(self) -> float:
@@ -603,6 +634,7 @@ def quantize(
         checkpoint.tensors,
         dataset.name,
         checkpoint.notes,
+        trained.quantizer.options.activations,
     )
 
 

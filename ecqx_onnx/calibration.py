@@ -21,6 +21,7 @@ import onnxruntime
 from ecqx_onnx_converters.files import write_proto
 from ecqx_onnx_converters.graph import FloatGraph
 from onnx import ModelProto, TensorProto, helper
+from onnx.shape_inference import infer_shapes
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from onnxruntime.quantization import calibrate
 
@@ -57,6 +58,62 @@ def calibrate_ranges(
                 f"calibration by '{method}' fails on this model ({error}); use --calibration-method minmax"
             ) from error
         return {name: _bounds(name, found[name]) for name in values}
+
+
+def ranges_by_value(
+    graph: FloatGraph,
+    inputs: Sequence[np.ndarray],
+    seen: Mapping[str, np.ndarray],
+    ranges: Mapping[str, tuple[float, float]],
+) -> Mapping[str, tuple[float, float]]:
+    """Where a training's places are in its exported graph, told by what is there for these inputs.
+
+    seen: place -> its value in PyTorch; ranges: place -> its range. Gives the range of each value's name in the graph. Several
+    names may have one place's value: a Reshape changes nothing of it, a Relu nothing of what is positive. A place may have none.
+    """
+    known = {place: _signature(value) for place, value in seen.items()}
+    found: dict[str, tuple[float, float]] = {}
+    for name, value in _every_value(graph, inputs):
+        mine = _signature(value)
+        for place, wanted in known.items():
+            if mine[0] == wanted[0] and np.allclose(mine[1:], wanted[1:], rtol=1e-3, atol=1e-4 * wanted[1]):
+                found[name] = ranges[place]
+                break
+    return found
+
+
+def _signature(value: np.ndarray) -> tuple[float, ...]:
+    """(entries, largest magnitude, lowest, highest, mean, root mean square): what a Reshape or Transpose leaves as it is."""
+    x = value.astype(np.float64).reshape(-1)
+    if not x.size:
+        return (0.0,) * 6
+    return float(x.size), float(np.abs(x).max()), float(x.min()), float(x.max()), float(x.mean()), float(np.sqrt((x * x).mean()))
+
+
+def _every_value(graph: FloatGraph, inputs: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each float32 value of the graph outside its inner graphs, for these inputs."""
+    proto = ModelProto()
+    proto.CopyFrom(graph.proto)
+    known = {value.name for value in proto.graph.output}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in infer_shapes(proto).graph.value_info}
+    made = [name for node in proto.graph.node for name in node.output if name and kinds.get(name) == TensorProto.FLOAT]
+    proto.graph.output.extend(_declared(name) for name in made if name not in known)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    names = [value.name for value in proto.graph.input if value.name not in stored]
+    feeds = dict(zip(names, inputs, strict=True))
+    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder:
+        external = sum(weight.nbytes for weight in graph.weights.values()) > IN_ONE_FILE
+        write_proto(proto, graph.weights, Path(folder) / "float.onnx", external=external)
+        settings = onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(str(Path(folder) / "float.onnx"), settings, providers=["CPUExecutionProvider"])
+            outputs = session.run(None, feeds)
+        except RUNTIME_ERRORS as error:
+            raise ModelError(f"onnxruntime does not run the float model: {_reason(error)}") from error
+    yield from feeds.items()
+    yield from ((node.name, value) for node, value in zip(session.get_outputs(), outputs, strict=True))
 
 
 def _bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:

@@ -8,6 +8,7 @@ torch.load(weights_only=True): a dict of tensors, strings and numbers.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ class Checkpoint:
     graph, matching: the float ONNX graph, and where each quantised weight sits in it.
     recipe: how it was made, for people and for the ONNX metadata; preprocessing and labels travel with the model.
     insight: what a report shows of the training; None in checkpoints that were made without a Quantizer.
+    ranges: (lowest, highest) of activations that were trained on 8 bits, by their names in the graph; else empty.
     """
 
     tensors: tuple[QuantTensor, ...]
@@ -57,6 +59,7 @@ class Checkpoint:
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     insight: Insight | None = None
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def module(self) -> torch.nn.Module:
         """The PyTorch reference in evaluation mode: the traced network with the dequantised weights."""
@@ -82,6 +85,7 @@ def build(
     preprocessing: Preprocessing | None = None,
     labels: tuple[str, ...] = (),
     insight: Insight | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> Checkpoint:
     """Put the parts together: place the tensors in the graph, blank the program's weights.
 
@@ -127,6 +131,7 @@ def build(
         labels,
         exported.notes,
         insight,
+        dict(ranges or {}),
     )
 
 
@@ -160,6 +165,8 @@ def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> No
         "labels": list(checkpoint.labels),
         "notes": list(checkpoint.notes),
     }
+    if checkpoint.ranges:
+        document["ranges"] = {name: list(bounds) for name, bounds in checkpoint.ranges.items()}
     if checkpoint.insight is not None:
         text, pairs = to_document(checkpoint.insight)
         document["insight"] = {"facts": text, "pairs": torch.from_numpy(pairs)}
@@ -258,7 +265,16 @@ def _read(document: Mapping[str, Any]) -> Checkpoint:
         labels=tuple(document["labels"]),
         notes=tuple(document["notes"]),
         insight=_insight_in(document.get("insight")),
+        ranges=_ranges_in(document.get("ranges", {})),
     )
+
+
+def _ranges_in(entry: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    ranges = {str(name): (float(low), float(high)) for name, (low, high) in entry.items()}
+    for name, (low, high) in ranges.items():
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ValueError(f"the range of {name!r} is {low} to {high}")
+    return ranges
 
 
 def _insight_in(entry: Mapping[str, Any] | None) -> Insight | None:

@@ -132,6 +132,7 @@ def quantize(
     levels: q.LevelSet = "symmetric",
     per_channel: q.PerChannel = False,
     exclude: q.Exclude = None,
+    activations: q.Activations = "float32",
     gradient: q.Gradient = "plain",
     zero_floor: q.ZeroFloor = 0.5,
     size_exponent: q.SizeExponent = 1.0,
@@ -161,6 +162,8 @@ def quantize(
     """Train and quantise with ECQx: levels that are near and cheap, relevance deciding what may become zero.
 
     Example:  ecqx-onnx quantize models/lenet5.py:lenet5 --weights fp32.pt --data mnist.npz --bits 4 --out lenet5.pt
+
+    For integer kernels:  ecqx-onnx quantize ... --activations int8 --out m.pt && ecqx-onnx convert m.pt m.onnx --activations int8
 
     On several GPUs or machines:  torchrun --nproc-per-node=N -m ecqx_onnx quantize ...
     """
@@ -207,7 +210,11 @@ def convert(
     ] = "float32",
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="With --activations int8: data that their ranges come from, as for quantize."),
+        typer.Option(
+            metavar="DATA",
+            help="With --activations int8: data that their ranges come from, as for quantize. "
+            "Not needed where the checkpoint was trained with --activations int8.",
+        ),
     ] = None,
     calibration_method: Annotated[str, typer.Option(help="minmax, percentile or entropy, as onnxruntime does them.")] = "minmax",
     calibration_samples: Annotated[int, typer.Option(min=1, help="Use so many of the training samples.")] = 512,

@@ -128,6 +128,13 @@ Gradient = Annotated[
     str,
     typer.Option(help="Straight-through gradient: plain, or absolute (scaled by the size of the level).", rich_help_panel=LEVELS),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="float32, or int8: round activations while training as `convert --activations int8` will, which then needs no data.",
+        rich_help_panel=LEVELS,
+    ),
+]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of parameter names that stay float; repeat for more.", rich_help_panel=LEVELS),

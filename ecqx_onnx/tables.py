@@ -150,9 +150,10 @@ def _(result: Quantized) -> RenderableType:
     lines += [Text(f"warning: {warning}", style="yellow") for warning in result.report.warnings]
     lines += [Text(f"note: {note}", style="yellow") for note in result.notes]
     before = f"{result.before} before, " if result.before else ""
+    after = f"{result.after} after" + (" with 8-bit activations" if result.activations == "int8" else "")
     lines.append(
         Text(
-            f"{result.path}: test accuracy {before}{result.after} after; zeros {result.zeros:.1%}, "
+            f"{result.path}: test accuracy {before}{after}; zeros {result.zeros:.1%}, "
             f"{result.bits_per_weight:.2f} bit per weight; best epoch {result.best_epoch}, chosen on the validation split",
             style="bold",
         )
@@ -167,6 +168,7 @@ def _(result: Quantized) -> Any:
         "data": result.data,
         "accuracy_before": result.before.to_json() if result.before else None,
         "accuracy": result.after.to_json(),
+        "activations": result.activations,
         "zeros": result.zeros,
         "bits_per_weight": result.bits_per_weight,
         "best_epoch": result.best_epoch,

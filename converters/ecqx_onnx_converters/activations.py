@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from ecqx_onnx.errors import ModelError
+from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.tensors import Scale
 from ecqx_onnx_converters.graph import FloatGraph, value_names
 from ecqx_onnx_converters.integer_nodes import (
@@ -35,6 +35,7 @@ from ecqx_onnx_converters.names import NameMaker
 LEVELS = 255  # uint8 has so many steps
 SMALLEST = float(np.finfo(np.float32).tiny)
 ROUNDED_BY_RUNTIME = ("Conv", "ConvTranspose", "Gemm")  # whose float weights onnxruntime 1.32 may take to 8 bits by itself
+RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 LARGEST_BIAS = 2**30  # steps; leaves the other half of int32 to the sums
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -119,6 +120,23 @@ def _pooling(node: NodeProto, rank: int, constants: Constants, names: NameMaker)
         helper.make_node("GlobalAveragePool", [node.input[0]], [pooled]),
         helper.make_node("Flatten", [pooled], [node.output[0]], axis=1),
     ]
+
+
+def carried_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ranges:
+    """The range of each of these values: its own, or that of a value with the same entries in another shape."""
+    ranges = dict(known)
+    for node in (*graph.proto.graph.node, *reversed(graph.proto.graph.node)):
+        if node.op_type in RESHAPES:
+            for one, other in ((node.input[0], node.output[0]), (node.output[0], node.input[0])):
+                if one in ranges:
+                    ranges.setdefault(other, ranges[one])
+    missing = [name for name in values if name not in ranges]
+    if missing:
+        raise OptionError(
+            f"the checkpoint has no range for {len(missing)} of the {len(values)} activations, '{missing[0]}' the first: "
+            "training did not see it as the exported graph has it; add --calibration DATA, which gives all of them new ones"
+        )
+    return {name: ranges[name] for name in values}
 
 
 def quantise_activations(graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges) -> IntegerGraph:

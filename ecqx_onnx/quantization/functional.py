@@ -29,22 +29,22 @@ def stabilize(z: Tensor, epsilon: float = STABILIZER) -> Tensor:
     return torch.copysign(z.new_tensor(epsilon), z).add_(z)
 
 
-def _named(*names: str) -> frozenset[Callable]:
+def spellings(*names: str) -> frozenset[Callable]:
     """Every spelling of these operators: torch.x, torch.nn.functional.x and Tensor.x."""
     homes = (torch, F, Tensor)
     return frozenset(getattr(home, name) for home in homes for name in names if hasattr(home, name))
 
 
-ADDITIONS = _named("add", "__add__", "__radd__")
+ADDITIONS = spellings("add", "__add__", "__radd__")
 
-PASSED = _named(
+PASSED = spellings(
     *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish", "hardsigmoid"),
     *("sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "prelu", "rrelu", "threshold", "clamp", "clip"),
     *("layer_norm", "group_norm", "instance_norm", "batch_norm", "rms_norm", "normalize", "local_response_norm"),
     *("exp", "log", "sqrt", "rsqrt", "square", "pow", "__pow__", "abs", "erf", "log_softmax"),
 )
 
-ROUTED = _named(
+ROUTED = spellings(
     *("cat", "concat", "stack", "reshape", "view", "view_as", "flatten", "unflatten", "ravel", "transpose", "permute", "movedim"),
     *("swapaxes", "t", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to"),
     *("split", "chunk", "unbind", "tensor_split", "narrow", "select", "index_select", "gather", "take_along_dim"),
@@ -56,16 +56,16 @@ ROUTED = _named(
     *("__len__", "__iter__", "item", "tolist", "new_zeros", "new_ones", "zeros_like", "ones_like", "identity", "positive"),
 )
 
-PRODUCTS = _named("mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "mm", "einsum", "baddbmm")
+PRODUCTS = spellings("mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "mm", "einsum", "baddbmm")
 
-LINEAR = PRODUCTS | _named(
+LINEAR = PRODUCTS | spellings(
     *("sub", "__sub__", "__rsub__", "neg", "__neg__", "div", "__truediv__", "true_divide", "linear", "mean", "sum", "embedding"),
     *("embedding_bag", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "cumsum"),
     *("adaptive_avg_pool3d", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("interpolate", "softmax", "addmm", "lerp"),
 )
 
-NUMERATOR_ONLY = _named("div", "__truediv__", "true_divide")  # a denominator is taken as a constant
+NUMERATOR_ONLY = spellings("div", "__truediv__", "true_divide")  # a denominator is taken as a constant
 
 AUGMENTED = {f"__i{name}__": getattr(Tensor, f"__{name}__") for name in ("add", "sub", "mul", "truediv")}
 
@@ -113,7 +113,7 @@ class FunctionalRules(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        carriers = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
+        carriers = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         name = getattr(func, "__name__", str(func))
         if self.paused or not carriers or name in ("__get__", "__set__", "backward"):
             return func(*args, **kwargs)
@@ -151,8 +151,8 @@ class FunctionalRules(TorchFunctionMode):
             taps.append((tensor, tensor.view_as(tensor)))
             return taps[-1][1]
 
-        result = func(*_replaced(args, tap), **_replaced(kwargs, tap))
-        outputs = [tensor for tensor in _tensors(result) if tensor.requires_grad and tensor.is_floating_point()]
+        result = func(*mapped(args, tap), **mapped(kwargs, tap))
+        outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad and tensor.is_floating_point()]
         if outputs and func not in LINEAR:
             self.approximated.add(name)
         share = 1 / max(1, len(taps)) if func in PRODUCTS else 1.0
@@ -163,23 +163,23 @@ class FunctionalRules(TorchFunctionMode):
         return result
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         return []
-    return [tensor for item in value for tensor in _tensors(item)]
+    return [tensor for item in value for tensor in tensors_in(item)]
 
 
-def _replaced(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _replaced(item, function) for key, item in value.items()}
+        return {key: mapped(item, function) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_replaced(item, function) for item in value)
+        return type(value)(mapped(item, function) for item in value)
     return value
 
 

@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ecqx_onnx.errors import ModelError, OptionError
+from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.assignment import Assignment, assign
 from ecqx_onnx.quantization.distributed import assert_same_levels, sum_over_processes
 from ecqx_onnx.quantization.entropy import size_factor
@@ -116,6 +117,11 @@ class Quantizer:
 
             names = [weight.name for weight in self._weights]
             self._relevances = Relevances(module, names, composite=self.options.relevance, start=self.options.start)
+        self.activations: ActivationRounding | None = None
+        if self.options.activations == "int8" and hasattr(model, "_orig_mod"):
+            raise OptionError("activations='int8' cannot look into a compiled model: give the Quantizer the model itself")
+        if self.options.activations == "int8":  # behind the relevances, which look at float activations
+            self.activations = ActivationRounding(module, {id(weight.parameter): weight.name for weight in self._weights})
         self._hooks = []
         if self.options.gradient == "absolute":
             self._hooks = [
@@ -298,6 +304,8 @@ class Quantizer:
             weight.parameter.copy_(weight.background)
         for hook in self._hooks:
             hook.remove()
+        if self.activations is not None:
+            self.activations.detach()
         self._attached = False
         return self.model
 
@@ -306,6 +314,7 @@ class Quantizer:
         return {
             "steps": self._steps,
             "entropy_scale": self.entropy_scale,
+            "activations": {} if self.activations is None else self.activations.state(),
             "weights": {
                 weight.name: {
                     "background": weight.background.clone(),
@@ -334,6 +343,8 @@ class Quantizer:
             weight.relevance = None if saved["relevance"] is None else saved["relevance"].to(device).clone()
             if weight.learner is not None:
                 weight.learner.load(saved["learner"], device)
+        if self.activations is not None:
+            self.activations.load(state.get("activations", {}), self._weights[0].parameter.device)
         self.assign()
 
 

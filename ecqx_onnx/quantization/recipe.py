@@ -14,6 +14,7 @@ from ecqx_onnx.quantization.grid import Levels, StepRule
 
 Granularity = Literal["tensor", "channel"]
 Gradient = Literal["plain", "absolute"]
+Activations = Literal["float32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Recipe:
     Adam on log Δ with step_rate. exclude: patterns of parameter names that stay float.
     gradient: what the background weight sees of the gradient at its level kΔ: all of it, or "absolute", |kΔ| times it (once where
     k = 0)  [Thesis].
+    activations: "int8" rounds them to 8 bits while training, where `convert --activations int8` does so; see activations.py.
     """
 
     bits: int | Mapping[str, int] = 4
@@ -53,12 +55,14 @@ class Recipe:
     granularity: Granularity = "tensor"
     exclude: Sequence[str] = field(default=())
     gradient: Gradient = "plain"
+    activations: Activations = "float32"
 
     def __post_init__(self) -> None:
         steps = (*get_args(StepRule), "learned")
         for name, choices in (
             *(("levels", get_args(Levels)), ("step", steps)),
             *(("granularity", get_args(Granularity)), ("gradient", get_args(Gradient))),
+            ("activations", get_args(Activations)),
         ):
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")

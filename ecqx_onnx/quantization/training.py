@@ -26,6 +26,7 @@ from torch import Tensor
 from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
 from ecqx_onnx.quantization.distributed import added_up, copy_from_first, process_group, processes, rank
 from ecqx_onnx.quantization.quantizer import Quantizer
+from ecqx_onnx.quantization.recipe import Recipe
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["float32", "bfloat16"]
@@ -116,6 +117,8 @@ def train(
         where = _device(device, local)
         run = _Run(model.to(where), setup, options, where, augment, progress)
         if epochs == 0:
+            if run.quantizer.activations is not None:
+                raise OptionError("activations 'int8' are trained for, and 0 epochs train nothing: calibrate when you convert")
             run.assign_only(split)
             return Training(run.quantizer, (), 0, asdict(setup))
         rest, held_out = split.divide(validation, seed=seed) if validation else (split, None)
@@ -234,7 +237,9 @@ class _Run:
                     bits = self.quantizer.bits_per_weight if step % ENTROPY_EVERY == 0 else bits
                     zeros = self.quantizer.zeros
                     self.progress(Progress(epoch, setup.epochs, step + 1, steps, total / seen, correct / seen, zeros, bits))
-        copy_from_first(self.model.buffers())  # BatchNorm's statistics are each process's own
+        copy_from_first(self.model.buffers())  # BatchNorm's statistics are each process's own, as are ranges
+        if self.quantizer.activations is not None:
+            copy_from_first(self.quantizer.activations.ranges.values())
         seen_by_all, correct_by_all, total_by_all = added_up([seen, correct, total], self.device)
         score = self.accuracy(held_out) if held_out is not None else None
         loss, accuracy = total_by_all / seen_by_all, correct_by_all / seen_by_all
@@ -297,6 +302,8 @@ class _Run:
     def restore(self, state: Mapping[str, Any]) -> None:
         for key, value in self.described().items():
             then = state["setup"].get(key)
+            if key == "recipe" and isinstance(then, Mapping):  # an option that is newer than the state had its default
+                then = {**Recipe().to_json(), **then}
             if then != value:
                 raise OptionError(f"the run to resume had {key} {then}, this one has {value}: give the same, or start anew")
         self.model.load_state_dict(state["model"])
