@@ -4,7 +4,7 @@
     python benchmarks/ablation.py --epochs 2 --samples 20000 --variants default ECQ "rho 4"
 
 Each variant is trained from the same float networks at several entropy weights. A run lands in runs/ablation.jsonl and is not
-done again. Accuracy is interpolated between the runs of a seed to the same share of zeros, or to the same entropy in bits per
+done again. Accuracy is interpolated between the runs of a seed to the same share of zeros, or to the same bits per
 weight, and the difference to the default taken seed by seed. Since it decides on defaults, it is the accuracy on the last 10 000
 of MNIST's training images, which no network has seen. --also changes options of all variants, the default as well.
 Composites differ in their rules for convolutions only, so try them with --model lenet5.
@@ -33,6 +33,7 @@ from ecqx_onnx.loading import load_factory
 from ecqx_onnx.quantization import assignment, quantizer, train
 from ecqx_onnx.quantization.assignment import LEAST_RELEVANCE, critical_exponents
 from ecqx_onnx.quantization.relevance import Relevances
+from ecqx_onnx.tensors import Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, DATA = ROOT / "runs", f"{ROOT}/benchmarks/mnist_validation.py:mnist_validation"
@@ -54,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "step per channel": {"granularity": "channel"},
 }
 
-Point = dict[str, float]  # zeros, bits (per weight), accuracy in %
+Point = dict[str, float]  # zeros, bits (per weight: entropy of the levels, and 32 for each step), accuracy in %
 
 
 @contextmanager
@@ -90,8 +91,12 @@ def run(variant: str, entropy_weight: float, seed: int, float_model: torch.nn.Mo
     options |= {**how.get("also", {}), **VARIANTS[variant]}
     with changed(variant):
         trained = train(model, dataset, validation=0.0, seed=seed, device="cpu", **options)
+    made = trained.quantizer
+    tensors = made.tensors()
+    steps = sum(tensor.meaning.step.size for tensor in tensors if isinstance(tensor.meaning, Scale))
+    for_steps = 32 * steps / sum(tensor.size for tensor in tensors)
     accuracy = 100 * api.accuracy(model, dataset.test).share
-    return {"zeros": trained.quantizer.zeros, "bits": trained.quantizer.bits_per_weight, "accuracy": accuracy}
+    return {"zeros": made.zeros, "bits": made.bits_per_weight + for_steps, "accuracy": accuracy}
 
 
 def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Module:
