@@ -17,6 +17,7 @@ import torch
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan
 from ecqx_onnx_converters.activations import carried_ranges, quantise_activations, with_pooling
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
+from ecqx_onnx_converters.equalisation import equalised, find_places
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT
 from ecqx_onnx_converters.float16 import round_parameters, with_float16, with_half_steps
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
@@ -113,8 +114,9 @@ def convert(
     matching, steps = with_half_steps(matching) if floats == "float16" else (matching, 0)
     checkpoint, quantised = replace(checkpoint, graph=graph, matching=matching), None
     if activations != "float32":
-        ranges = _ranges(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
-        quantised = quantise_activations(with_pooling(graph), matching.found, ranges)
+        checkpoint = replace(checkpoint, graph=with_pooling(graph))
+        checkpoint, ranges = _ranges(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
+        quantised = quantise_activations(checkpoint.graph, checkpoint.matching.found, ranges)
         graph, matching = quantised.graph, replace(matching, found=quantised.found)
     elif calibration is not None:
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
@@ -162,9 +164,10 @@ RANGES_FROM = ("ranges of activations: calibrated on the data given", "ranges of
 
 def _ranges(
     checkpoint: Checkpoint, activations: str, target: str, calibration: Any, method: str, samples: int
-) -> Mapping[str, tuple[float, float]]:
-    """Of the activations that are to be 8 bits: what they are on the calibration data, else what they were trained with."""
-    from ecqx_onnx.calibration import METHODS, calibrate_ranges
+) -> tuple[Checkpoint, Mapping[str, tuple[float, float]]]:
+    """Of the activations that are to be 8 bits: what they are on the calibration data, else what they were trained with. On data,
+    channels are made equally large first, where that costs nothing."""
+    from ecqx_onnx.calibration import METHODS, calibrate_ranges, channel_peaks
     from ecqx_onnx.data import Dataset, load_dataset
 
     if activations != "int8":
@@ -173,18 +176,24 @@ def _ranges(
         raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
     if find_target(target).no_integers:
         raise OptionError(f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}")
-    graph = with_pooling(checkpoint.graph)
-    values = find_integer_nodes(graph, checkpoint.matching.found).ranges
+    graph, matching = checkpoint.graph, checkpoint.matching
+    values = find_integer_nodes(graph, matching.found).ranges
     if calibration is None:
         if not checkpoint.ranges:
             raise OptionError("--activations int8 needs data that activations take their ranges from; add --calibration DATA")
-        return carried_ranges(graph, values, checkpoint.ranges)
+        return checkpoint, carried_ranges(graph, values, checkpoint.ranges)
     data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
-    whole = _with_floats(graph, checkpoint.matching)
+    places = [place for place in find_places(graph, matching) if place.value in values]
+    peaks = channel_peaks(
+        _with_floats(graph, matching), [p.value for p in places], (x for x, _ in split.batches(CALIBRATION_BATCH))
+    )
+    if peaks:
+        graph, matching = equalised(graph, matching, places, peaks)
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
-    return calibrate_ranges(whole, values, batches, method=method)
+    ranges = calibrate_ranges(_with_floats(graph, matching), values, batches, method=method)
+    return replace(checkpoint, graph=graph, matching=matching), ranges
 
 
 def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:

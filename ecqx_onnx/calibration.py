@@ -60,6 +60,38 @@ def calibrate_ranges(
         return {name: _bounds(name, found[name]) for name in values}
 
 
+def channel_peaks(graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray]) -> Mapping[str, np.ndarray]:
+    """value [N, C, ...] -> float32 [C]: the largest magnitude of each of its channels over the batches. {} without data."""
+    proto = ModelProto()
+    proto.CopyFrom(graph.proto)
+    known = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(_declared(name) for name in values if name not in known)
+    peaks: dict[str, np.ndarray] = {}
+    with _session(proto, graph.weights) as session:
+        names = [node.name for node in session.get_outputs()]
+        for batch in batches if values else ():
+            found = dict(zip(names, session.run(None, session.feed(batch)), strict=True))
+            for name in values:
+                peak = np.abs(found[name]).max(axis=(0, *range(2, found[name].ndim)), initial=0.0)
+                peaks[name] = np.maximum(peaks[name], peak) if name in peaks else peak
+    return peaks
+
+
+@contextlib.contextmanager
+def _session(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> Iterator[_Watched]:
+    """Runs the model as it is written."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder:
+        path = Path(folder) / "float.onnx"
+        write_proto(proto, weights, path, external=sum(weight.nbytes for weight in weights.values()) > IN_ONE_FILE)
+        try:
+            yield _Watched(onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"]))
+        except RUNTIME_ERRORS as error:
+            raise ModelError(f"onnxruntime does not run the float model: {_reason(error)}") from error
+
+
 def ranges_by_value(
     graph: FloatGraph,
     inputs: Sequence[np.ndarray],
@@ -101,17 +133,8 @@ def _every_value(graph: FloatGraph, inputs: Sequence[np.ndarray]) -> Iterator[tu
     stored = {tensor.name for tensor in proto.graph.initializer}
     names = [value.name for value in proto.graph.input if value.name not in stored]
     feeds = dict(zip(names, inputs, strict=True))
-    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder:
-        external = sum(weight.nbytes for weight in graph.weights.values()) > IN_ONE_FILE
-        write_proto(proto, graph.weights, Path(folder) / "float.onnx", external=external)
-        settings = onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            session = onnxruntime.InferenceSession(str(Path(folder) / "float.onnx"), settings, providers=["CPUExecutionProvider"])
-            outputs = session.run(None, feeds)
-        except RUNTIME_ERRORS as error:
-            raise ModelError(f"onnxruntime does not run the float model: {_reason(error)}") from error
+    with _session(proto, graph.weights) as session:
+        outputs = session.run(None, feeds)
     yield from feeds.items()
     yield from ((node.name, value) for node, value in zip(session.get_outputs(), outputs, strict=True))
 

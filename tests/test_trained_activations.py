@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -54,6 +55,7 @@ OTHER_GRID = ("clip above zero", "residual", "Relu of a value that is read elsew
 def trained(name):
     """A Quantizer that has seen one batch in training, and that batch."""
     model, shape, *_ = {**CASES, **NORMED}[name]
+    model = copy.deepcopy(model)  # the cases are other tests', too
     torch.manual_seed(1)
     for layer in model.layers.values():
         if hasattr(layer, "reset_parameters"):
