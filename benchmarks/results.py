@@ -83,20 +83,24 @@ LENET5 = {
     **{"size_exponent": 0.4, "entropy_ramp": 0.5, "epochs": 8, "batch_size": 128, "learning_rate": 2e-3, "relevance": None},
     **{"step": "learned", "augment": partial(shift_images, most=1)},
 }
-LENET5_TRIED = {**LENET5, "epochs": 5}
-ECQX = {"relevance": "epsilon_plus_flat"}
+
+
+def named(shared: Mapping[str, Any], name: str) -> Row:
+    """The row that its name tells: METHOD-BITSbit-100γ, and a rule for the step where it isn't the shared one."""
+    method, bits, weight, *step = name.split("-")
+    options = {**shared, "bits": int(bits.removesuffix("bit")), "entropy_weight": int(weight) / 100}
+    if method == "ecqx":
+        options["relevance"] = "epsilon_plus_flat"
+    return Row(name, options | ({"step": step[0]} if step else {}))
+
 
 TABLES: dict[str, Results] = {
     "lenet5": Results(
         "models/lenet5.py:lenet5",
         f"{DATA}/mnist.npz",
-        rows=(
-            Row("ecq-4bit-020", {**LENET5, "bits": 4, "entropy_weight": 0.2}),
-            Row("ecq-4bit-030", {**LENET5, "bits": 4, "entropy_weight": 0.3}),
-            Row("ecqx-4bit-030", {**LENET5, "bits": 4, "entropy_weight": 0.3, **ECQX}),
-            Row("ecq-2bit-020", {**LENET5, "bits": 2, "entropy_weight": 0.2}),
-            Row("ecq-2bit-030", {**LENET5, "bits": 2, "entropy_weight": 0.3}),
-            Row("ecqx-2bit-030", {**LENET5, "bits": 2, "entropy_weight": 0.3, **ECQX}),
+        rows=tuple(
+            named(LENET5, name)
+            for name in ("ecq-4bit-020", "ecq-4bit-030", "ecqx-4bit-030", "ecq-2bit-020", "ecq-2bit-030", "ecqx-2bit-030")
         ),
         start=f"{DATA}/checkpoints/lenet5_mnist_fp32.pt",
         compared={"ecqx-4bit-030": ("ecq-4bit-020", "ecq-4bit-030"), "ecqx-2bit-030": ("ecq-2bit-020", "ecq-2bit-030")},
@@ -104,15 +108,12 @@ TABLES: dict[str, Results] = {
     "lenet5-choice": Results(
         "models/lenet5.py:lenet5",
         f"{ROOT}/benchmarks/mnist_validation.py:mnist_validation",
-        rows=(
-            Row("ecq-4bit-030", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3}),
-            Row("ecq-2bit-030", {**LENET5_TRIED, "bits": 2, "entropy_weight": 0.3}),
-            Row("ecq-4bit-030-auto", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3, "step": "auto"}),
-            Row("ecqx-4bit-030", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3, **ECQX}),
-            Row("ecqx-2bit-030", {**LENET5_TRIED, "bits": 2, "entropy_weight": 0.3, **ECQX}),
-            Row("ecq-4bit-045", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.45}),
-            Row("ecq-2bit-045", {**LENET5_TRIED, "bits": 2, "entropy_weight": 0.45}),
-            Row("ecqx-4bit-030-auto", {**LENET5_TRIED, "bits": 4, "entropy_weight": 0.3, "step": "auto", **ECQX}),
+        rows=tuple(
+            named({**LENET5, "epochs": 5}, name)
+            for name in (
+                *("ecq-4bit-030", "ecq-2bit-030", "ecq-4bit-030-auto", "ecqx-4bit-030", "ecqx-2bit-030", "ecq-4bit-045"),
+                *("ecq-2bit-045", "ecqx-4bit-030-auto"),
+            )
         ),
         start={"epochs": 6},
         seeds=(0,),
