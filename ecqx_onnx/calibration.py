@@ -220,7 +220,11 @@ class _Watched:
             not isinstance(wanted, int) or wanted == length for wanted, length in zip(shape, batch.shape, strict=True)
         )
         if not fits:
-            raise DataError(f"the model takes inputs of shape {shape}, and the calibration data give {list(batch.shape)}")
+            wanted = ["any" if not isinstance(length, int) else length for length in shape]
+            raise DataError(
+                f"the model takes inputs of shape {wanted}, and the calibration data give {list(batch.shape)};"
+                " calibrate on data as the model was trained on"
+            )
         return {inputs[0].name: batch}
 
     def run(self, names: Sequence[str] | None, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

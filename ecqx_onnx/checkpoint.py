@@ -235,7 +235,7 @@ def load_plain(path: str | Path) -> Any:
         IndexError,
         zipfile.BadZipFile,
     ) as error:
-        reason = (str(error).splitlines() or [""])[0][:150]
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0][:150]  # what follows is torch's advice to its developers
         raise FileError(
             f"{path}: is damaged or was not written by torch.save ({type(error).__name__} {reason}); save it again"
         ) from error
