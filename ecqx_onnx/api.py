@@ -185,6 +185,11 @@ def _ranges(
     data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
+    if (value := split.only_value()) is not None:
+        raise DataError(
+            f"{split.source.name} holds nothing but the value {value:g} in the {len(split)} samples for calibration, which tells"
+            " no range: calibrate on data as the model was trained on"
+        )
     places = [place for place in find_places(graph, matching) if place.value in values]
     peaks = channel_peaks(
         _with_floats(graph, matching), [p.value for p in places], (x for x, _ in split.batches(CALIBRATION_BATCH))

@@ -116,6 +116,16 @@ class Split:
         order = np.random.RandomState(seed).permutation(len(self))
         return self._pick(np.sort(order[count:])), self._pick(np.sort(order[:count]))
 
+    def only_value(self) -> float | None:
+        """The raw value that all of its samples hold in every place; None as soon as there are two."""
+        values: set[float] = set()
+        for start in range(0, len(self), 64):
+            raw = self.source.read(self.rows[start : start + 64])
+            values |= {float(raw.min()), float(raw.max())}
+            if len(values) > 1:
+                return None
+        return values.pop() if values else None
+
     def with_preprocessing(self, preprocessing: Preprocessing) -> Split:
         preprocessing.check(self.source.dtype, self.source.sample_shape, where=self.source.name)
         return replace(self, preprocessing=preprocessing)

@@ -88,6 +88,31 @@ def test_data_of_another_shape_are_refused(checkpoint, tmp_path, channels, shape
     assert shape in message
 
 
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+def test_data_of_a_single_value_are_refused(checkpoint, tmp_path, method):
+    path = data(tmp_path / "blank.npz", np.zeros((100, 1, 8, 8), np.float32))
+    message = refused(checkpoint, tmp_path, *INT8, "--calibration", path, "--calibration-method", method)
+    assert "x_train in blank.npz" in message
+    assert "nothing but the value 0 in the 100 samples" in message
+
+
+def test_blank_images_are_refused_whatever_normalisation_makes_of_them(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    quantise(model)
+    preprocessing = Preprocessing("image", scale=255.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
+    api.save(model, tmp_path / "model.pt", example=torch.zeros(2, 3, 8, 8), preprocessing=preprocessing)
+    path = data(tmp_path / "white.npz", np.full((8, 8, 8, 3), 255, np.uint8))
+    assert "nothing but the value 255" in refused(tmp_path / "model.pt", tmp_path, *INT8, "--calibration", path)
+
+
+def test_one_other_value_among_many_is_enough(checkpoint, tmp_path):
+    x = np.zeros((100, 1, 8, 8), np.float32)
+    x[99, 0, 7, 7] = 1  # in the last batch
+    dataset = Dataset.from_arrays("x", {"x_test": x, "y_test": np.zeros(100, np.int64)})
+    api.convert(checkpoint, tmp_path / "out.onnx", activations="int8", calibration=dataset)
+
+
 def test_data_that_hold_no_numbers_are_refused(checkpoint, tmp_path):
     x = images()
     x[3, 0, 2, 2] = np.nan
