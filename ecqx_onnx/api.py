@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -233,6 +233,11 @@ def as_checkpoint(
     if isinstance(model, Checkpoint):
         return model
     if isinstance(model, str | Path):
+        if is_onnx(model) and Path(model).is_file():
+            raise ModelError(
+                f"{model}: is an .onnx file where a PyTorch model is needed; `ecqx-onnx pack` stores the weights of an .onnx file"
+                " in fewer bytes, and `ecqx-onnx validate --against` takes one"
+            )
         if factory is None and not trust_pickle and _is_checkpoint_file(model):
             return load(model)
         loaded = load_model(model, factory=factory, trust_pickle=trust_pickle)
@@ -287,6 +292,11 @@ def _ranges_in_graph(
     seen = rounding.values(*(x.to(device) for x in probe))
     arrays = {place: value.float().cpu().numpy() for place, value in seen.items()}
     return ranges_by_value(exported.graph, [x.numpy() for x in probe], arrays, rounding.bounds())
+
+
+def is_onnx(source: Source | None) -> TypeGuard[str | Path]:
+    """Whether it names an .onnx file."""
+    return isinstance(source, str | Path) and Path(source).suffix.lower() == ".onnx"
 
 
 def _is_checkpoint_file(path: str | Path) -> bool:
@@ -379,6 +389,7 @@ def validate(
     *,
     against: Source | None = None,
     data: Any = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
     factory: str | None = None,
     input_shape: Sequence[int] | None = None,
     trust_pickle: bool = False,
@@ -390,11 +401,29 @@ def validate(
     """Does the .onnx file say the same as PyTorch? `report.ok`, and one check a question.
 
     against: what it was converted from (anything that `convert` takes), or the float model that was quantised: differences to
-    that one are shown, and only the accuracy is judged. data: a data set's name (see `load_dataset`), a
-    Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples: only so many of it.
+    that one are shown, and only the accuracy is judged. Or the path of the .onnx file that `pack` was given. data: a data set's
+    name (see `load_dataset`), a Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples:
+    only so many of it. inputs: instead of data, against an .onnx file, one array for each of its inputs.
     """
     from ecqx_onnx import validation
 
+    if is_onnx(against):
+        if factory is not None:
+            raise OptionError(f"--model names the network of a state dict, and {against} is an .onnx file: leave it out")
+        if inputs is not None and data is not None:
+            raise OptionError("--inputs and --data both say what to run on; give one of them")
+        split = _sides(None, data, factory=None, input_shape=None, trust_pickle=False, samples=samples)["split"]
+        return validation.validate_against_original(
+            onnx_file,
+            against,
+            split=split,
+            inputs=inputs,
+            batch_size=batch_size,
+            latency_runs=latency_runs,
+            progress=progress,
+        )
+    if inputs is not None:
+        raise OptionError("--inputs are for a validation against an .onnx file; beside PyTorch give --data, or nothing")
     return validation.validate(
         onnx_file,
         **_sides(against, data, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples),
@@ -428,6 +457,8 @@ def validate_on(
     from ecqx_onnx.validation import devices as room
 
     read_onnx(onnx_file)  # a damaged file is no device's trouble
+    if is_onnx(against):
+        raise OptionError(f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave --device out")
     found = [room.find_device(name) for name in devices]
     sides = _sides(against, data, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples)
     reports, troubles = [], []

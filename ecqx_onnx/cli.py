@@ -259,9 +259,17 @@ def convert(
 @command
 def validate(
     onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
-    against: Annotated[Path, typer.Option(help="The PyTorch side: the checkpoint (or state dict, .pt2) it was converted from.")],
+    against: Annotated[
+        Path,
+        typer.Option(
+            help="What it was made from: the checkpoint (or state dict, .pt2) that was converted, or the .onnx that was packed."
+        ),
+    ],
     data: Annotated[
         str | None, typer.Option(help="Labelled data for accuracy: as for quantize. Without it, random inputs are compared.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="Against an .onnx file: an .npz with one array per model input, instead of --data.")
     ] = None,
     factory: Annotated[
         str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
@@ -279,12 +287,18 @@ def validate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the .onnx file beside PyTorch and check that both say the same. Exit status 1 if not.
+    """Run the .onnx file beside PyTorch, or beside the .onnx file that it was packed from, and check that both say the same.
+
+    Exit status 1 if not.
 
     Example:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --data mnist.npz --device local --device web
+
+    Of a packed file:  ecqx-onnx validate packed.onnx --against model-int8.onnx
     """
     from ecqx_onnx import api
 
+    if device and inputs is not None:
+        raise OptionError("--inputs are for a validation against an .onnx file, on this machine: leave --device out")
     if device:
         with _progress(quiet or as_json) as progress:
             table = api.validate_on(
@@ -301,11 +315,14 @@ def validate(
             )
         _emit_devices(table, as_json=as_json, quiet=quiet)
         return
+    from ecqx_onnx.validation.equivalence import load_inputs
+
     with _progress(quiet or as_json) as progress:
         report = api.validate(
             onnx_file,
             against=against,
             data=data,
+            inputs=None if inputs is None else load_inputs(inputs),
             factory=factory,
             samples=samples,
             batch_size=batch_size,

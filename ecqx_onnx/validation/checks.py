@@ -73,16 +73,22 @@ def levels_check(
     return Check("optimisation", measured <= limit, measured, limit, sentence)
 
 
-def operators_check(file: OnnxFile, executed: Counter[str]) -> Check:
-    """Red if the runtime rounded activations that the file does not say are quantised."""
+def operators_check(file: OnnxFile, executed: Counter[str], *, original: Counter[str] | None = None) -> Check:
+    """Red if the runtime rounded activations that the file does not say are quantised; beside an original, if that one's are not.
+
+    original: what the original executes.
+    """
     found = {name: count for name, count in executed.items() if rounds_activations(name)}
     words = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
     total = sum(executed.values())
     if not found:
         return Check("operators", True, 0, 0, f"{total} operators were executed, none of which quantises activations")
-    if activations_quantised(file):
+    if original is not None and any(map(rounds_activations, original)):
+        return Check("operators", True, sum(found.values()), None, f"activations are quantised, as in the original: {words}")
+    if original is None and activations_quantised(file):
         return Check("operators", True, sum(found.values()), None, f"activations are quantised, as the file says: {words}")
-    sentence = f"the runtime SILENTLY QUANTISED ACTIVATIONS: it executed {words}, which the file does not ask for"
+    asks = "the file does not ask for" if original is None else "the original does not do"
+    sentence = f"the runtime SILENTLY QUANTISED ACTIVATIONS: it executed {words}, which {asks}"
     return Check("operators", False, sum(found.values()), 0, f"{sentence}; convert with --dequantize folded")
 
 
@@ -97,13 +103,20 @@ def activations_quantised(file: OnnxFile) -> bool:
     return any(rounds_activations(node.op_type) for graph in all_graphs(file.proto.graph) for node in graph.node)
 
 
-def weights_check(comparison: WeightsComparison) -> Check:
-    """The stored integers dequantise to PyTorch's values bit for bit, and the runtime decodes them so."""
+def weights_check(comparison: WeightsComparison, *, alone: bool = False) -> Check:
+    """The stored integers dequantise to PyTorch's values bit for bit, and the runtime decodes them so.
+
+    alone: the file was checked in itself, without PyTorch's values.
+    """
     faults = comparison.faults
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         return Check("weights", False, comparison.equal, comparison.total, f"{faults[0]}{more}")
     sentence = f"all {comparison.total} quantised weights are PyTorch's bit for bit, as stored and as the runtime decodes them"
+    if alone:
+        sentence = (
+            f"all {comparison.total} quantised weights match the file's checksums, and the runtime decodes them bit for bit"
+        )
     if comparison.rescaled:
         sentence += f"; {comparison.rescaled} of them up to a factor per channel (BatchNorm), for which the outputs vouch"
     if comparison.absent:

@@ -9,7 +9,7 @@ less exact: onnxruntime quantises the activations of a MatMul whose weight it fi
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from rich.text import Text
 
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
 from ecqx_onnx.validation.bounds import bound
-from ecqx_onnx.validation.metrics import largest_difference
+from ecqx_onnx.validation.comparison import Batch, padded
+from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
 from ecqx_onnx.validation.report import Check
-from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, open_session, run, synthetic_inputs
+from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_session, run, synthetic_inputs
 
 FREE_LENGTHS = (1, 2, 16, 64, 512)  # tried for an input's free dimensions until the original takes them
 SEEDS = 2
@@ -30,10 +31,21 @@ SEEDS = 2
 
 @dataclass(frozen=True)
 class Equivalence:
-    """checks: one a question; a check that could not be made has passed None and says why. inputs: sets that were compared."""
+    """checks: one a question; a check that could not be made has passed None and says why. inputs: sets that were compared.
+
+    first, original_first: the first of them, as the second and the first model take it. agreement, accuracy, original_accuracy:
+    of all samples, where the first output is one of classes; tie: a lead in the original's scores that is no more than rounding.
+    """
 
     checks: tuple[Check, ...]
     inputs: int
+    samples: int = 0
+    first: tuple[np.ndarray, ...] = ()
+    original_first: tuple[np.ndarray, ...] = ()
+    agreement: Agreement | None = None
+    tie: float = 0.0
+    accuracy: Proportion | None = None
+    original_accuracy: Proportion | None = None
 
     @property
     def ok(self) -> bool:
@@ -48,8 +60,18 @@ class Equivalence:
         return Text("\n".join(f"{marks[check.passed]} {check.name}: {check.sentence}" for check in self.checks))
 
 
-def compare_models(first: Path, second: Path, *, inputs: Mapping[str, np.ndarray] | None = None) -> Equivalence:
-    """inputs: by the first model's names of them; without, random ones in shapes that it takes. DataError if they don't fit."""
+def compare_models(
+    first: Path,
+    second: Path,
+    *,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    batches: Iterable[Batch] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Equivalence:
+    """inputs: by the first model's names of them, or batches of a data set; without either, random ones in shapes that it takes.
+
+    progress: called with the number of samples done so far. DataError if the inputs don't fit.
+    """
     try:
         written, optimised = (open_session(first, level=level) for level in ("disabled", "all"))
     except CheckFailed as error:
@@ -59,27 +81,60 @@ def compare_models(first: Path, second: Path, *, inputs: Mapping[str, np.ndarray
     except CheckFailed as error:
         return Equivalence((Check("load", False, None, None, str(error)),), 0)
     names = [node.name for node in written.get_inputs()]
-    sets = [_given(written, inputs)] if inputs is not None else list(_random(written))
-    if not sets:
-        lengths = ", ".join(map(str, FREE_LENGTHS))
-        why = f"the original runs on no random inputs with free lengths of {lengths}: give it real ones (--inputs)"
-        return Equivalence((Check("outputs", None, None, None, f"not compared: {why}"),), 0)
+    there = [node.name for node in other.get_inputs()]  # weights may be inputs no more
+    if unknown := [name for name in there if name not in names]:
+        sentence = f"it takes an input '{unknown[0]}', which the original has not ({', '.join(names)})"
+        return Equivalence((Check("inputs", False, None, None, sentence),), 0)
+    sets: Iterable[Batch] = _random(written)
+    if batches is not None:
+        sets = _fitted(written, batches)
+    elif inputs is not None:
+        sets = [(_given(written, inputs), None)]
     exact, worst = True, [(0.0, 0.0), (0.0, 0.0)]
-    outputs = 0
-    for values in sets:
-        there = {node.name for node in other.get_inputs()}  # weights may be inputs no more
-        kept = [value for name, value in zip(names, values, strict=True) if name in there]
+    count, samples, outputs = 0, 0, 0
+    shown: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] = ((), ())
+    same, tie, right, original_right = Agreement(Proportion(0, 0), 0.0), 0.0, Proportion(0, 0), Proportion(0, 0)
+    for given, labels in sets:
+        values = tuple(padded(array, fixed_batch(written)) for array in given)
+        kept = tuple(values[names.index(name)] for name in there)
         try:
             references = [run(written, values), run(optimised, values)]
             results = [run(other, kept), run(other_optimised, kept)]
         except CheckFailed as error:
             return Equivalence((Check("run", False, None, None, str(error)),), 0)
-        outputs = len(references[0])
+        if (mismatch := _mismatch(references[0], results[0])) is not None:
+            return Equivalence((Check("outputs", False, None, None, mismatch),), 0)
+        size = len(given[0]) if given and given[0].ndim else 1
+        shown = shown if count else (kept, values)
+        count, samples, outputs = count + 1, samples + size, len(references[0])
         exact = exact and all(_equal(a, b) for a, b in zip(references[0], results[0], strict=True))
-        worst[0] = max(worst[0], _worst(references[0], results[0]), key=_excess)
-        worst[1] = max(worst[1], min((_worst(reference, results[1]) for reference in references), key=_excess), key=_excess)
-    what = f"{len(sets)} set{'s' if len(sets) > 1 else ''} of {'given' if inputs is not None else 'random'} inputs"
-    return Equivalence(tuple(_verdicts(exact, worst, outputs, what)), len(sets))
+        worst[0] = max(_worst(references[0], results[0]), worst[0], key=_excess)
+        nearest = min(references, key=lambda reference: _excess(_worst(reference, results[1])))
+        worst[1] = max(_worst(nearest, results[1]), worst[1], key=_excess)
+        if outputs and is_classification(nearest[0]):
+            mine, original = results[1][0][:size], nearest[0][:size]
+            same, tie = same + agreement(original, mine), max(tie, 2 * bound(original, None).limit)
+            if labels is not None:
+                right, original_right = right + accuracy(mine, labels), original_right + accuracy(original, labels)
+        if progress is not None:
+            progress(samples)
+    if not count and (inputs is not None or batches is not None):
+        raise DataError("the data set holds no sample: there is nothing to compare on")
+    if not count:
+        lengths = ", ".join(map(str, FREE_LENGTHS))
+        why = f"the original runs on no random inputs with free lengths of {lengths}: give it real ones (--inputs)"
+        return Equivalence((Check("outputs", None, None, None, f"not compared: {why}"),), 0)
+    what = f"{count} set{'s' if count > 1 else ''} of {'given' if inputs is not None else 'random'} inputs"
+    what = what if batches is None else f"{samples} samples of the data"
+    checks = tuple(_verdicts(exact, worst, outputs, what))
+    found = same if same.same else None
+    return Equivalence(checks, count, samples, *shown, found, tie, right or None, original_right or None)
+
+
+def _mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str | None:
+    """A sentence where the outputs cannot be paired."""
+    shapes = [str([list(array.shape) for array in arrays]) for arrays in (results, references)]
+    return None if shapes[0] == shapes[1] else f"its outputs have other shapes than the original's: {' and '.join(shapes)}"
 
 
 def _verdicts(exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str) -> Iterator[Check]:
@@ -99,7 +154,7 @@ def _without(second: Path, why: str) -> Equivalence:
     except CheckFailed:
         sentence = f"onnxruntime can run neither model, so they can't be compared; the original: {why}"
         return Equivalence((Check("load", False, None, None, sentence),), 0)
-    ran = next((True for _ in _random(session)), False)
+    ran = any(True for _ in _random(session))
     sentence = (
         f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there is nothing to compare with"
     )
@@ -123,7 +178,15 @@ def _given(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarra
     return fit(session, [inputs[name] for name in names])
 
 
-def _random(session: onnxruntime.InferenceSession) -> Iterator[tuple[np.ndarray, ...]]:
+def _fitted(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """In the types that the model declares, before a batch is filled up."""
+    for given, labels in batches:
+        size = len(given[0])
+        whole = fit(session, [padded(array, fixed_batch(session)) for array in given])
+        yield tuple(array[:size] for array in whole), labels
+
+
+def _random(session: onnxruntime.InferenceSession) -> Iterator[Batch]:
     """Sets of inputs that the model runs on; none if it takes none of those tried."""
     if any(node.type not in NUMPY_TYPES for node in session.get_inputs()):
         return
@@ -134,7 +197,7 @@ def _random(session: onnxruntime.InferenceSession) -> Iterator[tuple[np.ndarray,
                 run(session, values)
             except CheckFailed:
                 break
-            yield values
+            yield values, None
             if seed == SEEDS - 1:
                 return
 

@@ -1,4 +1,4 @@
-"""(model, its float twin, one input) -> latency of both and their ratio, from interleaved runs in one process on one thread."""
+"""(model, another one, one input) -> latency of both and their ratio, from interleaved runs in one process on one thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from ecqx_onnx.validation.report import Latency
+from ecqx_onnx.validation.report import FLOAT, Latency
 from ecqx_onnx.validation.sessions import open_session, run
 
 WARM_UPS = 3
@@ -17,9 +17,14 @@ SHORTEST = 1e-3  # seconds: faster models are run several times per measurement,
 LONGEST = 10.0  # seconds for the whole measurement, after which it stops early
 
 
-def measure_latency(model: Path | bytes, twin: bytes, inputs: Sequence[np.ndarray], *, runs: int) -> Latency:
-    """runs: pairs of measurements, each of the two first in turn. CheckFailed if the runtime does not take the twin."""
-    sessions = (open_session(model, threads=1), open_session(twin, threads=1))
+def measure_latency(
+    model: Path | bytes, other: Path | bytes, inputs: Sequence[np.ndarray], *, runs: int, against: str = FLOAT
+) -> Latency:
+    """runs: pairs of measurements, each of the two first in turn. against: what `other` is, in words.
+
+    CheckFailed if the runtime does not take it.
+    """
+    sessions = (open_session(model, threads=1), open_session(other, threads=1))
     for session in sessions:
         for _ in range(WARM_UPS):
             run(session, inputs)
@@ -32,7 +37,7 @@ def measure_latency(model: Path | bytes, twin: bytes, inputs: Sequence[np.ndarra
         times.append((pair[0], pair[1]))
     table = np.array(times)
     ratio = float(np.median(table[:, 0] / table[:, 1]))
-    return Latency(float(np.median(table[:, 0])), float(np.median(table[:, 1])), ratio, len(times))
+    return Latency(float(np.median(table[:, 0])), float(np.median(table[:, 1])), ratio, len(times), against)
 
 
 def _seconds(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray], repeats: int) -> float:

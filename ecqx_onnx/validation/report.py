@@ -14,6 +14,7 @@ from rich.text import Text
 from ecqx_onnx.validation.metrics import Proportion
 
 Value = float | int | str | None
+FLOAT = "the float model"
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians over interleaved runs of one sample on one thread, in seconds; ratio: median of the pairs' file / float twin."""
+    """Medians over interleaved runs of one sample on one thread, in seconds; ratio: median of the pairs' file / other model.
+
+    against: what the other model is.
+    """
 
     seconds: float
-    float_seconds: float
+    other_seconds: float
     ratio: float
     runs: int
+    against: str = FLOAT
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,9 @@ class ValidationReport:
             "largest_difference": _finite(self.largest_difference),
             "load_seconds": self.load_seconds,
             "latency_seconds": self.latency.seconds if self.latency else None,
-            "float_latency_seconds": self.latency.float_seconds if self.latency else None,
+            "float_latency_seconds": self.latency.other_seconds if self.latency and self.latency.against == FLOAT else None,
             "latency_ratio": self.latency.ratio if self.latency else None,
+            "latency_against": self.latency.against if self.latency else None,
             "peak_memory_bytes": self.peak_memory,
             "operators": dict(sorted(self.operators.items())),
             "checks": [check.to_json() for check in self.checks],
@@ -134,7 +140,7 @@ def _numbers(report: ValidationReport) -> list[tuple[str, str]]:
         rows.append(("load time", f"{1e3 * report.load_seconds:.1f} ms"))
     if report.latency:
         latency = report.latency
-        rows.append(("latency, one sample", f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x the float model"))
+        rows.append(("latency, one sample", f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x {latency.against}"))
     if report.peak_memory is not None:
         rows.append(("peak memory", f"{report.peak_memory / 2**20:.1f} MiB"))
     if report.operators:

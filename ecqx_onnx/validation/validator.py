@@ -152,7 +152,7 @@ def weights_checks(model: onnx.ModelProto, twin: FloatTwin, tensors: Sequence[Qu
         return [Check("weights", False, None, None, str(error))]
     if not stored and not tensors:
         return []
-    return [checks.weights_check(compare_weights(stored, twin.weights, tensors))]
+    return [checks.weights_check(compare_weights(stored, twin.weights, tensors), alone=not tensors)]
 
 
 def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:

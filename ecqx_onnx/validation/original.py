@@ -1,0 +1,115 @@
+"""(.onnx file, the .onnx file that it was made from, data) -> ValidationReport: does the file still say what the original says?
+
+For files of `pack`, behind which there is no PyTorch model, and for any two files that should be the same model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ecqx_onnx.data import Split
+from ecqx_onnx.errors import CheckFailed, DataError, ModelError
+from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.equivalence import Equivalence, compare_models
+from ecqx_onnx.validation.latency import measure_latency
+from ecqx_onnx.validation.report import Check, Latency, ValidationReport
+from ecqx_onnx.validation.sessions import executed_operators, fixed_batch, load_seconds, open_session, runtime_name
+from ecqx_onnx.validation.validator import (
+    preprocessed_batches,
+    stored_preprocessing,
+    twin_or_check,
+    weights_checks,
+)
+
+
+def validate_against_original(
+    path: Path | str,
+    original: Path | str,
+    *,
+    split: Split | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    latency_runs: int = 50,
+) -> ValidationReport:
+    """split: labelled data; inputs: by the original's names of them; without either, random ones in shapes that it takes.
+
+    InputError if a file or the data cannot be used, or if nothing could be compared.
+    """
+    file, source = read_onnx(path), read_onnx(original)
+    found = [checks.format_check(file)]
+    try:
+        size = fixed_batch(open_session(source.path)) or batch_size
+    except CheckFailed as error:
+        raise ModelError(f"{original}: there is nothing to compare with: {error}") from error
+    preprocessing = stored_preprocessing(file) or stored_preprocessing(source)
+    batches = None if split is None else preprocessed_batches(split, preprocessing, size)
+    counted = None if progress is None or split is None else lambda done: progress(done, len(split))
+    same = compare_models(source.path, file.path, inputs=inputs, batches=batches, progress=counted)
+    for check in same.checks:
+        if check.passed is None:  # nothing was proven
+            raise DataError(f"{path}: {check.sentence}")
+    found += same.checks
+    if not same.samples:
+        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+    executed, before = executed_operators(file.path, same.first), Counter[str]()
+    if any(map(checks.rounds_activations, executed)):
+        before = executed_operators(source.path, same.original_first)
+    found.append(checks.operators_check(file, executed, original=before))
+    model = file.with_data()
+    twin = twin_or_check(model, found)
+    if twin is not None:
+        found += weights_checks(model, twin, ())
+    found += [check for check in (_classes(same), _accuracies(same)) if check is not None]
+    return ValidationReport(
+        file=str(path),
+        runtime=runtime_name(),
+        size=file.size,
+        samples=same.samples,
+        checks=tuple(found),
+        onnx_accuracy=same.accuracy,
+        agreement=same.agreement.same if same.agreement else None,
+        load_seconds=load_seconds(file.path),
+        latency=_latency(source.path, file.path, same, latency_runs),
+        operators=executed,
+    )
+
+
+def _latency(original: Path, path: Path, same: Equivalence, runs: int) -> Latency | None:
+    """Of one sample; None where the two don't take the same inputs, or not a single sample."""
+    if not runs or len(same.first) != len(same.original_first):
+        return None
+    batch = fixed_batch(open_session(path)) or 1
+    one = tuple(array[:batch] if array.ndim else array for array in same.first)
+    try:
+        return measure_latency(path, original, one, runs=runs, against="the original")
+    except CheckFailed:
+        return None
+
+
+def _classes(same: Equivalence) -> Check | None:
+    """Every input gets the original's class, except where the original's own lead is no more than rounding."""
+    if same.agreement is None:
+        return None
+    hits, total, margin = same.agreement.same.hits, same.agreement.same.total, same.agreement.margin
+    share = 100 * same.agreement.same.share
+    if hits == total:
+        return Check("top-1", True, share, 100, f"the file gives the original's class to all {total} samples (per cent)")
+    sentence = f"{total - hits} of {total} samples get another class than the original gives"
+    if margin <= same.tie:
+        return Check("top-1", True, share, 100, f"{sentence}, all of them ties there (lead {margin:.1e}, at most {same.tie:.1e})")
+    return Check("top-1", False, share, 100, f"{sentence}, with a lead of up to {margin:.2e} there, which is no rounding")
+
+
+def _accuracies(same: Equivalence) -> Check | None:
+    """The file is not less accurate than the original may be by chance, on the same data."""
+    if same.accuracy is None or same.original_accuracy is None:
+        return None
+    measured, lowest = 100 * same.accuracy.share, 100 * same.original_accuracy.interval[0]
+    sentence = f"the file {same.accuracy}, the original {same.original_accuracy}, per cent with 95 % interval"
+    return Check("accuracy", measured >= lowest, measured, lowest, sentence)
