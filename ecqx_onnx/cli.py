@@ -206,7 +206,11 @@ def convert(
     ] = "onnxruntime",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the lowest that holds the weights.")] = None,
     activations: Annotated[
-        str, typer.Option(help="float32, or int8: integer kernels, two to three times as fast on CPUs with 8 bit products.")
+        str,
+        typer.Option(
+            help="float32, or int8: integer kernels. Often twice as fast on CPUs with 8 bit products, slower for some small "
+            "networks; `ecqx-onnx validate` measures it."
+        ),
     ] = "float32",
     calibration: Annotated[
         str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,18 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters.targets import TARGETS
+from rich.console import Console
 from torch import nn
 
 from ecqx_onnx import api
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.loading import load_factory
+from ecqx_onnx.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.validation.checks import latency_check
+from ecqx_onnx.validation.devices import DeviceTable
 from ecqx_onnx.validation.float_activations import without_quantisation
+from ecqx_onnx.validation.report import Latency, ValidationReport
 from ecqx_onnx.validation.sessions import executed_operators, open_session, run
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +132,37 @@ def test_validation_knows_that_activations_are_quantised_on_purpose(small, tmp_p
     assert checks["weights"].measured == 3
     assert checks["optimisation"].passed is None
     assert report.latency is not None
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.99, False), (1.0, True), (2.1, True)])
+def test_integer_kernels_that_are_no_faster_are_told_and_fail_nothing(small, tmp_path, ratio, told, monkeypatch):
+    from ecqx_onnx.validation import validator
+
+    monkeypatch.setattr(validator, "measure_latency", lambda *_, **__: Latency(1e-3 * ratio, 1e-3, ratio, 50))
+    path, dataset = small
+    api.convert(path, tmp_path / "int8.onnx", activations="int8", calibration=dataset)
+    report = api.validate(tmp_path / "int8.onnx", against=path, data=dataset)
+    checks = {check.name: check for check in report.checks}
+    assert report.ok
+    assert ("latency" in checks) == told
+    if told:
+        assert checks["latency"].passed is None
+        assert checks["latency"].measured == ratio
+        assert "float activations: convert without --activations int8" in checks["latency"].sentence
+    api.convert(path, tmp_path / "float.onnx")
+    assert "latency" not in {check.name for check in api.validate(tmp_path / "float.onnx", against=path, data=dataset).checks}
+
+
+def test_the_table_of_devices_says_where_integer_kernels_are_no_faster_but_an_emulator_says_nothing(small, tmp_path):
+    path, dataset = small
+    api.convert(path, tmp_path / "int8.onnx", activations="int8", calibration=dataset)
+    file, slow = read_onnx(tmp_path / "int8.onnx"), Latency(2e-3, 1e-3, 2.0, 50)
+    assert latency_check(file, slow, runtime="onnxruntime 1.23.2, aarch64, emulated") is None
+    check = latency_check(file, slow, runtime="onnxruntime-web 1.24.3")
+    report = ValidationReport("int8.onnx", "onnxruntime-web 1.24.3", 1, 1, (check,), latency=slow, device="web")
+    console = Console(width=300, file=io.StringIO())
+    console.print(DeviceTable((report,), ()).render())
+    assert "web: latency: integer kernels took 2.00 x the float model's time for one sample here" in console.file.getvalue()
 
 
 def test_latency_is_held_against_a_float_model(small, tmp_path):

@@ -15,7 +15,7 @@ from ecqx_onnx.onnx_file import OnnxFile
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.comparison import Comparison, Difference
 from ecqx_onnx.validation.metrics import largest_difference
-from ecqx_onnx.validation.report import Check
+from ecqx_onnx.validation.report import Check, Latency
 from ecqx_onnx.validation.sessions import run
 from ecqx_onnx.validation.weights import WeightsComparison
 
@@ -172,6 +172,20 @@ def accuracy_check(comparison: Comparison) -> Check | None:
     lowest = 100 * comparison.pytorch_accuracy.interval[0]
     sentence = f"ONNX {comparison.onnx_accuracy}, PyTorch {comparison.pytorch_accuracy}, per cent with 95 % interval"
     return Check("accuracy", measured >= lowest, measured, lowest, sentence)
+
+
+def latency_check(file: OnnxFile, latency: Latency | None, *, runtime: str) -> Check | None:
+    """Where integer kernels were measured to be no faster than floats: what to do. No file fails by that.
+
+    runtime: its name; an emulator's times say nothing of the processor that it stands for.
+    """
+    if latency is None or latency.ratio < 1 or not activations_quantised(file) or "emulated" in runtime:
+        return None
+    sentence = (
+        f"integer kernels took {latency.ratio:.2f} x the float model's time for one sample here, so they save none: unless"
+        " another device is the target, keep float activations: convert without --activations int8"
+    )
+    return Check("latency", None, latency.ratio, None, sentence)
 
 
 def _says(difference: Difference, samples: int) -> str:

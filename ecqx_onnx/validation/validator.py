@@ -105,6 +105,9 @@ def validate(
         if check is not None:
             found.append(check)
     one = tuple(array[: fixed_batch(session) or 1] if array.ndim else array for array in comparison.first)
+    latency = _latency(file, yardstick(file, twin, float_model) if latency_runs else None, one, latency_runs)
+    if (slow := checks.latency_check(file, latency, runtime=runtime_name())) is not None:
+        found.append(slow)
     return ValidationReport(
         file=str(path),
         runtime=runtime_name(),
@@ -116,7 +119,7 @@ def validate(
         agreement=comparison.agreement.same if comparison.agreement else None,
         largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
         load_seconds=load_seconds(file.path),
-        latency=_latency(file, yardstick(file, twin, float_model) if latency_runs else None, one, latency_runs),
+        latency=latency,
         operators=Counter(operators),
     )
 

@@ -113,6 +113,9 @@ def validate_on(
     for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
         if check is not None:
             found.append(check)
+    latency = _latency(result)
+    if (slow := checks.latency_check(file, latency, runtime=result.runtime)) is not None:
+        found.append(slow)
     return ValidationReport(
         file=str(path),
         runtime=result.runtime,
@@ -124,7 +127,7 @@ def validate_on(
         agreement=comparison.agreement.same if comparison.agreement else None,
         largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
         load_seconds=result.load_seconds,
-        latency=_latency(result),
+        latency=latency,
         operators=result.operators or {},
         device=device.name,
         peak_memory=result.peak_memory,
@@ -163,7 +166,13 @@ class DeviceTable:
         for row in itertools.zip_longest(ROWS, *(column[1:] for column in columns), fillvalue=""):
             table.add_row(*map(Text, row))
         failed = [Text(f"{r.device}: {c.name}: {c.sentence}", style="red") for r in self.reports for c in r.failures]
-        return Group(table, *failed)
+        slow = [
+            Text(f"{r.device}: {c.name}: {c.sentence}", style="yellow")
+            for r in self.reports
+            for c in r.checks
+            if c.name == "latency"
+        ]
+        return Group(table, *failed, *slow)
 
     def to_json(self) -> list[dict[str, Any]]:
         """A report for each device; of one without result: device, ok, error."""
