@@ -18,7 +18,7 @@ from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan
 from ecqx_onnx_converters.activations import carried_ranges, quantise_activations, with_pooling
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.equalisation import equalised, find_places
-from ecqx_onnx_converters.files import PROTOBUF_LIMIT
+from ecqx_onnx_converters.files import PROTOBUF_LIMIT, check_output
 from ecqx_onnx_converters.float16 import round_parameters, with_float16, with_half_steps
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import find_target
@@ -98,8 +98,7 @@ def convert(
     """
     if floats not in ("float32", "float16"):
         raise OptionError(f"float parameters cannot be stored as '{floats}'; choose float32 or float16")
-    if Path(out).exists() and not force:
-        raise OptionError(f"{out}: exists already; use --force to replace it")
+    check_output(out, force=force, source=model)
     checkpoint = as_checkpoint(
         model,
         example=example,
@@ -626,8 +625,7 @@ def quantize(
     from ecqx_onnx.quantization.distributed import process_group, rank
 
     out = Path(out)
-    if out.exists() and not force:
-        raise FileError(f"{out}: exists already; use --force to replace it")
+    check_output(out, force=force, source=weights)
     if not out.parent.is_dir():
         raise FileError(f"{out}: the folder {out.parent} does not exist; create it first")
     named: dict[str, Any] = {name: _shown(options[name]) for name in ("augment", "relevance", "start") if name in options}

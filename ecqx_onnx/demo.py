@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ecqx_onnx_converters.files import check_output
 from ecqx_onnx_converters.writer import WriteReport
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,7 +18,6 @@ from rich.table import Table
 from ecqx_onnx import api, demo_model
 from ecqx_onnx.checkpoint import save
 from ecqx_onnx.data import Dataset, load_dataset
-from ecqx_onnx.errors import FileError
 from ecqx_onnx.export import export
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.metrics import Proportion
@@ -73,8 +73,7 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
     """Writes model.pt and model.onnx into `folder`. The test digits are looked at once, at the end."""
     checkpoint_file, onnx_file = folder / "model.pt", folder / "model.onnx"
     for file in (checkpoint_file, onnx_file):
-        if file.exists() and not force:
-            raise FileError(f"{file}: exists already; use --force to replace it")
+        check_output(file, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # a net this small gains nothing from two, and on a busy machine they wait for each other
     dataset = load_dataset(DATA).with_preprocessing(demo_model.PREPROCESSING)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, build, make_plan, qonnx, unpacking, write
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
-from ecqx_onnx_converters.files import replacing
+from ecqx_onnx_converters.files import check_output, replacing
 from ecqx_onnx_converters.foreign import Foreign, find_quantised
 from ecqx_onnx_converters.matching import GraphWeight
 from ecqx_onnx_converters.opset_raising import raise_opset
@@ -108,10 +108,11 @@ def pack(
     BatchNormalization goes into the scales before it, which rounds. If the check finds a difference, it is done without both.
     """
     out = Path(out)
-    if out.exists() and not force:
-        raise OptionError(f"{out}: exists already; use --force to replace it")
+    check_output(out, force=force)
     if (suffix := find_target(target).suffix) != ".onnx":
         raise OptionError(f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack, the model for it")
+    if out.suffix == ".ort":  # by which runtimes tell formats apart
+        raise OptionError(f"{out}: pack writes .onnx files; name it {out.with_suffix('.onnx')}")
     file = read_onnx(model)
     if file.metadata.get("tensors"):
         return _pass_through(file, out, "its weights are stored by ecqx-onnx already", (), ())
@@ -168,8 +169,7 @@ def unpack(
     FileError if it is damaged. floats: plain float32 weights instead.
     """
     out = Path(out)
-    if out.exists() and not force:
-        raise OptionError(f"{out}: exists already; use --force to replace it")
+    check_output(out, force=force)
     read_onnx(model)
     unpacked = unpacking.unpack(model)
     lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)

@@ -93,12 +93,27 @@ def data_path(path: Path) -> Path:
     return path.with_name(path.name + ".data")
 
 
+def check_output(path: Path | str, *, force: bool, source: object = None) -> None:
+    """FileError if nothing may be written at `path`: a folder, a device, a file that is there (without `force`), or the `source`.
+
+    source: what is read, if that is a path.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path}: is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path}: is no regular file, so it is not replaced; choose another name")
+    if path.exists() and isinstance(source, str | Path) and Path(source).exists() and path.samefile(source):
+        raise FileError(f"{path}: is what is read: choose another name, so that it is not lost")
+    if path.exists() and not force:
+        raise FileError(f"{path}: exists already; use --force to replace it")
+
+
 @contextmanager
 def replacing(path: Path, *, force: bool) -> Iterator[Path]:
     """Gives a path in a fresh folder beside `path`; what was written there takes its final place when the block ends well,
-    and vanishes when it doesn't. FileError when a file is in the way (without `force`) or the disk refuses."""
-    if path.exists() and not force:
-        raise FileError(f"'{path}' exists already; choose another name or allow it to be replaced (--force)")
+    and vanishes when it doesn't. FileError when something is in the way (see check_output) or the disk refuses."""
+    check_output(path, force=force)
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:

@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.files import replacing
+from ecqx_onnx_converters.files import check_output, replacing
 from rich.text import Text
 
 from ecqx_onnx import __version__
@@ -66,6 +66,7 @@ def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = 
     out = Path(out)
     if not out.parent.is_dir():
         raise FileError(f"{out}: the folder {out.parent} does not exist; create it first")
+    check_output(out, force=force, source=checkpoint_file)
     page, checkpoint = page_of(Path(checkpoint_file))
     with replacing(out, force=force) as temporary:
         temporary.write_text(page, encoding="utf-8")
