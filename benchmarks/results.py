@@ -165,6 +165,30 @@ TABLES: dict[str, Results] = {
                 },
             ),
             Row(
+                "ecq-ternary-longer",
+                {
+                    **{"bits": 2, "step": "learned", "entropy_weight": 0.19, "size_exponent": 0.5, "entropy_ramp": 0.5},
+                    **{"epochs": 24, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
+                    **{"relevance": None, "augment": crop_and_flip},
+                },
+            ),
+            *(
+                Row(
+                    name,
+                    {
+                        **{"bits": 2, "step": "learned", "entropy_weight": weight, "size_exponent": 0.5, "entropy_ramp": 0.3},
+                        **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
+                        **{"relevance": relevance, "augment": crop_and_flip, "learning_rate": 7e-4},
+                    },
+                    after="ecq-ternary-longer",
+                )
+                for name, weight, relevance in (
+                    ("ecqx-after-025", 0.25, "epsilon_plus_flat"),
+                    ("ecq-after-020", 0.20, None),
+                    ("ecq-after-030", 0.30, None),
+                )
+            ),
+            Row(
                 "ecq-ternary-sparser",
                 {
                     **{"bits": 2, "step": "learned", "entropy_weight": 0.3, "size_exponent": 0.5, "entropy_ramp": 0.5},
@@ -199,6 +223,7 @@ TABLES: dict[str, Results] = {
             "augment": "crop_and_flip",
         },
         tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
+        compared={"ecqx-after-025": ("ecq-after-020", "ecq-after-030")},
     ),
 }
 
