@@ -178,14 +178,15 @@ TABLES: dict[str, Results] = {
                     {
                         **{"bits": 2, "step": "learned", "entropy_weight": weight, "size_exponent": 0.5, "entropy_ramp": 0.3},
                         **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                        **{"relevance": relevance, "augment": crop_and_flip, "learning_rate": 7e-4},
+                        **{"augment": crop_and_flip, "learning_rate": 7e-4, **relevance},
                     },
                     after="ecq-ternary-longer",
                 )
                 for name, weight, relevance in (
-                    ("ecqx-after-025", 0.25, "epsilon_plus_flat"),
-                    ("ecq-after-020", 0.20, None),
-                    ("ecq-after-030", 0.30, None),
+                    ("ecqx-after-025", 0.25, {"relevance": "epsilon_plus_flat"}),
+                    ("ecqx-narrow-025", 0.25, {"relevance": "epsilon_plus_flat", "keep": 0.01, "prune": 0.01}),
+                    ("ecq-after-020", 0.20, {"relevance": None}),
+                    ("ecq-after-030", 0.30, {"relevance": None}),
                 )
             ),
             Row(
@@ -223,7 +224,7 @@ TABLES: dict[str, Results] = {
             "augment": "crop_and_flip",
         },
         tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
-        compared={"ecqx-after-025": ("ecq-after-020", "ecq-after-030")},
+        compared=dict.fromkeys(("ecqx-after-025", "ecqx-narrow-025"), ("ecq-after-020", "ecq-after-030")),
     ),
 }
 
