@@ -108,7 +108,7 @@ def pack(
     BatchNormalization goes into the scales before it, which rounds. If the check finds a difference, it is done without both.
     """
     out = Path(out)
-    check_output(out, force=force)
+    check_output(out, force=force, source=model)
     if (suffix := find_target(target).suffix) != ".onnx":
         raise OptionError(f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack, the model for it")
     if out.suffix == ".ort":  # by which runtimes tell formats apart
@@ -169,7 +169,7 @@ def unpack(
     FileError if it is damaged. floats: plain float32 weights instead.
     """
     out = Path(out)
-    check_output(out, force=force)
+    check_output(out, force=force, source=model)
     read_onnx(model)
     unpacked = unpacking.unpack(model)
     lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)

@@ -152,10 +152,6 @@ def test_a_fixed_batch_is_filled_up_and_every_sample_counted(files, tmp_path):
 
 def test_a_damaged_packed_file_fails_by_its_checksum(files, tmp_path):
     proto = onnx.load(files / "packed.onnx")
-    entry = next(entry for entry in proto.metadata_props if entry.key == "ecqx_onnx")
-    stored = json.loads(entry.value)
-    text = json.dumps(stored["tensors"])
-    assert text != "{}"
     largest = max(proto.graph.initializer, key=lambda tensor: tensor.ByteSize())
     raw = bytearray(largest.raw_data)
     raw[len(raw) // 2] ^= 1

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters.files import replacing
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import FileError
+from ecqx_onnx.packing import pack
 from tests.test_packing import CASES
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -51,6 +51,16 @@ def test_float_weights_are_never_replaced_by_the_checkpoint_that_is_trained_from
     assert checkpoint.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+def test_an_onnx_file_is_never_replaced_by_its_other_storage(command, tmp_path):
+    onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
+    pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
+    file = tmp_path / ("original.onnx" if command == "pack" else "packed.onnx")
+    before = file.read_bytes()
+    assert "is what is read: choose another name" in refused(command, file, file, "--force")
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("force", [(), ("--force",)])
 def test_a_folder_is_called_a_folder(checkpoint, tmp_path, force):
     (tmp_path / "folder").mkdir()
@@ -70,5 +80,4 @@ def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
 
 def test_pack_gives_no_onnx_file_the_name_of_another_format(tmp_path):
     onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
-    np.savez(tmp_path / "inputs.npz", x=np.zeros((1, 128), np.float32))
     assert "pack writes .onnx files; name it" in refused("pack", tmp_path / "original.onnx", tmp_path / "out.ort")
