@@ -84,6 +84,12 @@ LENET5 = {
     **{"step": "learned", "augment": partial(shift_images, most=1)},
 }
 
+TERNARY = {
+    **{"bits": 2, "step": "learned", "size_exponent": 0.5, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
+    **{"relevance": None, "augment": crop_and_flip},
+}
+TERNARY_AFTER = {**TERNARY, "entropy_ramp": 0.3, "epochs": 3, "learning_rate": 7e-4}
+
 
 def named(shared: Mapping[str, Any], name: str) -> Row:
     """The row that its name tells: METHOD-BITSbit-100γ, and a rule for the step where it isn't the shared one."""
@@ -140,81 +146,33 @@ TABLES: dict[str, Results] = {
         "models/resnet20.py:resnet20",
         f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_test",
         rows=(
-            Row(
-                "ecq-ternary",
-                {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.16, "size_exponent": 0.5, "entropy_ramp": 0.53},
-                    **{"epochs": 5, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                    **{"relevance": None, "augment": crop_and_flip},
-                },
-            ),
-            Row(
-                "ecq-ternary-small",
-                {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.2, "size_exponent": 0.5, "entropy_ramp": 0.53},
-                    **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                    **{"relevance": None, "augment": crop_and_flip},
-                },
-            ),
-            Row(
-                "ecq-ternary-long",
-                {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.19, "size_exponent": 0.5, "entropy_ramp": 0.5},
-                    **{"epochs": 11, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                    **{"relevance": None, "augment": crop_and_flip},
-                },
-            ),
-            Row(
-                "ecq-ternary-longer",
-                {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.19, "size_exponent": 0.5, "entropy_ramp": 0.5},
-                    **{"epochs": 24, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                    **{"relevance": None, "augment": crop_and_flip},
-                },
-            ),
+            Row("ecq-ternary", {**TERNARY, "entropy_weight": 0.16, "entropy_ramp": 0.53, "epochs": 5}),
+            Row("ecq-ternary-small", {**TERNARY, "entropy_weight": 0.2, "entropy_ramp": 0.53, "epochs": 3}),
+            Row("ecq-ternary-long", {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 11}),
+            Row("ecq-ternary-longer", {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 24}),
             *(
-                Row(
-                    name,
-                    {
-                        **{"bits": 2, "step": "learned", "entropy_weight": weight, "size_exponent": 0.5, "entropy_ramp": 0.3},
-                        **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                        **{"augment": crop_and_flip, "learning_rate": 7e-4, **relevance},
-                    },
-                    after="ecq-ternary-longer",
-                )
+                Row(name, {**TERNARY_AFTER, "entropy_weight": weight, **relevance}, after="ecq-ternary-longer")
                 for name, weight, relevance in (
                     ("ecqx-after-025", 0.25, {"relevance": "epsilon_plus_flat"}),
                     ("ecqx-narrow-025", 0.25, {"relevance": "epsilon_plus_flat", "keep": 0.01, "prune": 0.01}),
-                    ("ecq-after-020", 0.20, {"relevance": None}),
-                    ("ecq-after-030", 0.30, {"relevance": None}),
+                    ("ecq-after-020", 0.20, {}),
+                    ("ecq-after-030", 0.30, {}),
                 )
             ),
             Row(
                 "ecq-ternary-sparser",
-                {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.3, "size_exponent": 0.5, "entropy_ramp": 0.5},
-                    **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                    **{"relevance": None, "augment": crop_and_flip, "learning_rate": 7e-4},
-                },
+                {**TERNARY_AFTER, "entropy_weight": 0.3, "entropy_ramp": 0.5},
                 after="ecq-ternary-long",
             ),
             Row(
                 "ecq-ternary-rest",
-                {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.19, "size_exponent": 0.5},
-                    **{"epochs": 3, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                    **{"relevance": None, "augment": crop_and_flip, "learning_rate": 3e-4},
-                },
+                {**TERNARY, "entropy_weight": 0.19, "epochs": 3, "learning_rate": 3e-4},
                 after="ecq-ternary-long",
                 data=f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_thrice",
             ),
             Row(
                 "ecq-ternary-48kb",
-                {
-                    **{"bits": 2, "step": "learned", "entropy_weight": 0.28, "size_exponent": 0.5, "entropy_ramp": 0.3},
-                    **{"epochs": 10, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
-                    **{"relevance": None, "augment": crop_and_flip},
-                },
+                {**TERNARY, "entropy_weight": 0.28, "entropy_ramp": 0.3, "epochs": 10},
                 after="ecq-ternary-long",
                 data=f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_thrice",
             ),
