@@ -14,7 +14,7 @@ from ecqx_onnx.errors import CheckFailed
 from ecqx_onnx.onnx_file import OnnxFile
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.comparison import Comparison, Difference
-from ecqx_onnx.validation.metrics import largest_difference
+from ecqx_onnx.validation.metrics import Agreement, Proportion, largest_difference
 from ecqx_onnx.validation.report import Check, Latency
 from ecqx_onnx.validation.sessions import run
 from ecqx_onnx.validation.weights import WeightsComparison
@@ -144,33 +144,48 @@ def difference_check(comparison: Comparison, *, inexact: str | None) -> Check:
 
 
 def agreement_check(comparison: Comparison, *, inexact: str | None) -> Check | None:
-    """Every input gets the class that PyTorch gives, except where PyTorch's own lead is no more than rounding."""
+    """classes_check beside PyTorch; inexact: see why_inexact."""
     if comparison.agreement is None:
         return None
-    same, margin = comparison.agreement.same, comparison.agreement.margin
     # Both classes' scores may each move by the bound, and by what rounded parameters change.
     tie = 2 * (comparison.differences[0].bound.limit + comparison.differences[0].moved)
+    return classes_check(comparison.agreement, tie, reference="PyTorch", inexact=inexact)
+
+
+def classes_check(agreement: Agreement, tie: float, *, reference: str, inexact: str | None = None) -> Check:
+    """Every input gets the class that the reference gives, except where the reference's own lead is no more than rounding.
+
+    tie: such a lead. inexact: see why_inexact.
+    """
+    same, margin = agreement.same, agreement.margin
     share = 100 * same.share
     differ = f"{same.total - same.hits} of {same.total} samples get another class"
     if same.hits == same.total:
-        return Check("top-1", True, share, 100, f"PyTorch and ONNX give the same class to all {same.total} samples (per cent)")
+        sentence = f"the file and {reference} give the same class to all {same.total} samples (per cent)"
+        return Check("top-1", True, share, 100, sentence)
     if inexact:
         return Check("top-1", None, share, None, f"{differ}; {inexact}")
     if margin <= tie:
-        return Check("top-1", True, share, 100, f"{differ}, all of them ties in PyTorch (lead {margin:.1e}, at most {tie:.1e})")
-    return Check("top-1", False, share, 100, f"{differ}, with a lead of up to {margin:.2e} in PyTorch, which is no rounding")
+        sentence = f"{differ}, all of them ties in {reference} (lead {margin:.1e}, at most {tie:.1e})"
+        return Check("top-1", True, share, 100, sentence)
+    sentence = f"{differ}, with a lead of up to {margin:.2e} in {reference}, which is no rounding"
+    return Check("top-1", False, share, 100, sentence)
 
 
 def accuracy_check(comparison: Comparison) -> Check | None:
-    """The file is not less accurate than PyTorch's model may be by chance, on the same data."""
+    """chance_check beside PyTorch, if there are labels."""
     if comparison.onnx_accuracy is None:
         return None
-    measured = 100 * comparison.onnx_accuracy.share
     if comparison.pytorch_accuracy is None:
         sentence = f"{comparison.onnx_accuracy} on {comparison.samples} samples, nothing to compare with"
-        return Check("accuracy", None, measured, None, sentence)
-    lowest = 100 * comparison.pytorch_accuracy.interval[0]
-    sentence = f"ONNX {comparison.onnx_accuracy}, PyTorch {comparison.pytorch_accuracy}, per cent with 95 % interval"
+        return Check("accuracy", None, 100 * comparison.onnx_accuracy.share, None, sentence)
+    return chance_check(comparison.onnx_accuracy, comparison.pytorch_accuracy, reference="PyTorch")
+
+
+def chance_check(file: Proportion, other: Proportion, *, reference: str) -> Check:
+    """The file is not less accurate than the reference may be by chance, on the same data."""
+    measured, lowest = 100 * file.share, 100 * other.interval[0]
+    sentence = f"the file {file}, {reference} {other}, per cent with 95 % interval"
     return Check("accuracy", measured >= lowest, measured, lowest, sentence)
 
 

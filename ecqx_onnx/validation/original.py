@@ -17,7 +17,7 @@ from ecqx_onnx.onnx_file import read_onnx
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.latency import measure_latency
-from ecqx_onnx.validation.report import Check, Latency, ValidationReport
+from ecqx_onnx.validation.report import Latency, ValidationReport
 from ecqx_onnx.validation.sessions import executed_operators, fixed_batch, load_seconds, open_session, runtime_name
 from ecqx_onnx.validation.validator import (
     preprocessed_batches,
@@ -65,7 +65,10 @@ def validate_against_original(
     twin = twin_or_check(model, found)
     if twin is not None:
         found += weights_checks(model, twin, ())
-    found += [check for check in (_classes(same), _accuracies(same)) if check is not None]
+    if same.agreement is not None:
+        found.append(checks.classes_check(same.agreement, same.tie, reference="the original"))
+    if same.accuracy is not None and same.original_accuracy is not None:
+        found.append(checks.chance_check(same.accuracy, same.original_accuracy, reference="the original"))
     return ValidationReport(
         file=str(path),
         runtime=runtime_name(),
@@ -90,26 +93,3 @@ def _latency(original: Path, path: Path, same: Equivalence, runs: int) -> Latenc
         return measure_latency(path, original, one, runs=runs, against="the original")
     except CheckFailed:
         return None
-
-
-def _classes(same: Equivalence) -> Check | None:
-    """Every input gets the original's class, except where the original's own lead is no more than rounding."""
-    if same.agreement is None:
-        return None
-    hits, total, margin = same.agreement.same.hits, same.agreement.same.total, same.agreement.margin
-    share = 100 * same.agreement.same.share
-    if hits == total:
-        return Check("top-1", True, share, 100, f"the file gives the original's class to all {total} samples (per cent)")
-    sentence = f"{total - hits} of {total} samples get another class than the original gives"
-    if margin <= same.tie:
-        return Check("top-1", True, share, 100, f"{sentence}, all of them ties there (lead {margin:.1e}, at most {same.tie:.1e})")
-    return Check("top-1", False, share, 100, f"{sentence}, with a lead of up to {margin:.2e} there, which is no rounding")
-
-
-def _accuracies(same: Equivalence) -> Check | None:
-    """The file is not less accurate than the original may be by chance, on the same data."""
-    if same.accuracy is None or same.original_accuracy is None:
-        return None
-    measured, lowest = 100 * same.accuracy.share, 100 * same.original_accuracy.interval[0]
-    sentence = f"the file {same.accuracy}, the original {same.original_accuracy}, per cent with 95 % interval"
-    return Check("accuracy", measured >= lowest, measured, lowest, sentence)
