@@ -207,6 +207,8 @@ def load_plain(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}: no such file" if not path.is_dir() else f"{path}: is a folder; name a file in it")
+    if not path.stat().st_size:
+        raise FileError(f"{path}: is empty; save it again")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
@@ -216,6 +218,8 @@ def load_plain(path: str | Path) -> Any:
                     f"{path}: its parts claim {claimed} bytes, the file has {path.stat().st_size}; save it again with torch.save"
                 )
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise FileError(f"{path}: may not be read; check its permissions") from error
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "WeightsUnpickler" in str(error):
             raise FileError(
@@ -235,10 +239,7 @@ def load_plain(path: str | Path) -> Any:
         IndexError,
         zipfile.BadZipFile,
     ) as error:
-        reason = (str(error).splitlines() or [""])[0].split(". ")[0][:150]  # what follows is torch's advice to its developers
-        raise FileError(
-            f"{path}: is damaged or was not written by torch.save ({type(error).__name__} {reason}); save it again"
-        ) from error
+        raise FileError(f"{path}: is damaged or was not written by torch.save; save it again") from error
 
 
 def is_checkpoint(document: Any) -> bool:

@@ -103,7 +103,8 @@ def make_plan(
         entries = _pack(entries, able, always=storage == "packed")
     if storage != "auto" and entries and all(entry.stored.storage != storage for entry in entries):
         raise OptionError(
-            f"storage '{storage}' can't be had for any weight: layer '{entries[0].weight.name}': {entries[0].reason}"
+            f"storage '{storage}' can't be had for any weight (leave --storage at auto): layer '{entries[0].weight.name}':"
+            f" {entries[0].reason}"
         )
     quantised = {entry.weight.name for entry in entries} | {left.name for left in kept}
     for name, values in graph.weights.items():

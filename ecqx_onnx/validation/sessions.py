@@ -111,7 +111,9 @@ def _fit_one(node: onnxruntime.NodeArg, array: np.ndarray) -> np.ndarray:
     wanted = [length if isinstance(length, int) else None for length in node.shape]
     fits = len(wanted) == array.ndim and all(w in (None, n) for w, n in zip(wanted, array.shape, strict=True))
     if not fits:
-        raise DataError(f"input '{node.name}' has shape {node.shape}, but the data set gives {list(array.shape)}")
+        raise DataError(
+            f"input '{node.name}' has shape {node.shape}, but the data set gives {list(array.shape)}; give data of that shape"
+        )
     if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(dtype, np.floating):
         raise DataError(f"input '{node.name}' takes {node.type}, but the data set gives {array.dtype}")
     return np.ascontiguousarray(array, dtype=dtype)

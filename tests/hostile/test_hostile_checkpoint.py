@@ -307,3 +307,25 @@ def test_the_checkpoint_itself_is_good(good):
     x = torch.randn(4, 6)
     assert torch.equal(loaded.module()(x), quantised_net()(x))
     assert io.BytesIO(good.read_bytes()).read(2) == b"PK"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (lambda whole: b"", "is empty; save it again"),
+        (lambda whole: whole[:2000], "is damaged or was not written by torch.save; save it again"),
+    ],
+)
+def test_a_broken_file_is_told_without_the_names_of_exceptions(good, tmp_path, content, sentence):
+    (tmp_path / "broken.pt").write_bytes(content(good.read_bytes()))
+    refused(["convert", tmp_path / "broken.pt", tmp_path / "out.onnx"], f"broken.pt: {sentence}", out=tmp_path / "out.onnx")
+
+
+def test_a_file_without_permission_is_not_called_damaged(good, tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", denied)
+    refused(
+        ["convert", good, tmp_path / "out.onnx"], "model.pt: may not be read; check its permissions", out=tmp_path / "out.onnx"
+    )
