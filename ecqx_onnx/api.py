@@ -98,6 +98,10 @@ def convert(
     """
     if floats not in ("float32", "float16"):
         raise OptionError(f"float parameters cannot be stored as '{floats}'; choose float32 or float16")
+    if not bits and (entropy_weight or exclude):
+        raise OptionError(
+            f"{'--entropy-weight' if entropy_weight else '--exclude'} goes with --bits, which quantises a float model"
+        )
     check_output(out, force=force, source=model)
     checkpoint = as_checkpoint(
         model,
@@ -230,14 +234,15 @@ def as_checkpoint(
     allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
     """
     if isinstance(model, Checkpoint):
+        _refuse_again(bits)
         return model
     if isinstance(model, str | Path):
-        if is_onnx(model) and Path(model).is_file():
+        if is_function_spec(str(model)) or Path(model).suffix == ".py":
             raise ModelError(
-                f"{model}: is an .onnx file where a PyTorch model is needed; `ecqx-onnx pack` stores the weights of an .onnx file"
-                " in fewer bytes, and `ecqx-onnx validate --against` takes one"
+                f"{model}: is Python code; give the file of its weights, and the code beside it: --model FILE.py:FACTORY"
             )
         if factory is None and not trust_pickle and _is_checkpoint_file(model):
+            _refuse_again(bits, f"{model}: ")
             return load(model)
         loaded = load_model(model, factory=factory, trust_pickle=trust_pickle)
     else:
@@ -252,6 +257,7 @@ def as_checkpoint(
     else:
         quantizer, module = (loaded.model, loaded.model.model) if hasattr(loaded.model, "tensors") else (None, loaded.model)
         if quantizer is not None:
+            _refuse_again(bits)
             tensors = quantizer.tensors()
             recipe = {**quantizer.recipe(), **recipe}
             seen = observe(quantizer)
@@ -276,6 +282,13 @@ def as_checkpoint(
         insight=seen,
         ranges=ranges,
     )
+
+
+def _refuse_again(bits: int | None, name: str = "") -> None:
+    if bits:
+        raise OptionError(
+            f"{name}the weights are quantised already, which --bits {bits} can't do again; leave it out, or give the float model"
+        )
 
 
 def _ranges_in_graph(

@@ -202,13 +202,24 @@ def load(path: str | Path) -> Checkpoint:
         raise FileError(f"{path}: is damaged or incomplete ({what}); save it again") from error
 
 
-def load_plain(path: str | Path) -> Any:
-    """What torch.load(weights_only=True) gives: tensors, numbers, strings, lists and dicts. FileError otherwise."""
+def torch_file(path: str | Path) -> Path:
+    """The path of a file that torch may have written. FileError if there is none, or it is plainly something else."""
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}: no such file" if not path.is_dir() else f"{path}: is a folder; name a file in it")
+    if path.suffix.lower() == ".onnx":
+        raise FileError(
+            f"{path}: is an .onnx file where a PyTorch model is needed; `ecqx-onnx pack` stores the weights of an .onnx file"
+            " in fewer bytes, and `ecqx-onnx validate --against` takes one"
+        )
     if not path.stat().st_size:
         raise FileError(f"{path}: is empty; save it again")
+    return path
+
+
+def load_plain(path: str | Path) -> Any:
+    """What torch.load(weights_only=True) gives: tensors, numbers, strings, lists and dicts. FileError otherwise."""
+    path = torch_file(path)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:

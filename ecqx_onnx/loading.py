@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ecqx_onnx.checkpoint import load_plain
+from ecqx_onnx.checkpoint import load_plain, torch_file
 from ecqx_onnx.errors import FileError, ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.program import load_program
@@ -98,9 +98,7 @@ def load_model(path: str | Path, *, factory: str | None = None, trust_pickle: bo
 
 def is_program(path: str | Path) -> bool:
     """Whether the file is a .pt2 archive. FileError if there is no such file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: is a folder; name a file in it" if path.is_dir() else f"{path}: no such file")
+    path = torch_file(path)
     if not zipfile.is_zipfile(path):
         return False
     try:

@@ -37,6 +37,11 @@ def read_proto(path: Path | str) -> ModelProto:
         raise FileError(f"cannot read '{path}': {error.strerror or error}; check the path") from error
     if data[4:8] == b"ORTM":  # the identifier of a flatbuffer
         raise FileError(f"'{path}' is in onnxruntime's own format (.ort), not ONNX; give the .onnx of the same model")
+    if data[:4] == b"PK\x03\x04":
+        raise FileError(
+            f"'{path}' is not an ONNX model but a zip archive, as PyTorch's files are;"
+            " give an .onnx file, which `ecqx-onnx convert` makes of it"
+        )
     try:
         model = onnx.load_model_from_string(data)
     except (DecodeError, UnicodeDecodeError, ValueError) as error:

@@ -165,9 +165,16 @@ def load_inputs(path: Path) -> dict[str, np.ndarray]:
     """One array per input's name. FileError for anything but an .npz of plain arrays."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise FileError(f"cannot read '{path}' as an .npz of the model's inputs ({error}); save it with numpy.savez") from error
+            found = {name: arrays[name] for name in arrays.files}
+            if not all(isinstance(values, np.ndarray) for values in found.values()):
+                raise ValueError("a zip of other files")  # whose members numpy gives as bytes
+            return found
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        raise FileError(
+            f"cannot read '{path}' as an .npz of the model's inputs{why};"
+            " save it with numpy.savez, plain arrays by the inputs' names"
+        ) from error
 
 
 def _given(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
