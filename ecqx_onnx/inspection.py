@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from ecqx_onnx_converters.fusion import expanded
 from ecqx_onnx_converters.graph import all_graphs
 from ecqx_onnx_converters.reading import StoredWeight, read_records, read_weights
 from ecqx_onnx_converters.storage import DOMAIN
@@ -190,7 +191,7 @@ def _is_inflated(file: OnnxFile) -> bool:
     graph = file.proto.graph
     present = {tensor.name for tensor in graph.initializer if tensor.data_type in NARROW}
     present |= {sparse.values.name for sparse in graph.sparse_initializer} | {name for node in graph.node for name in node.output}
-    listed = [record.levels for record in read_records(file.metadata)]
+    listed = [record.levels or record.value for record in read_records(file.metadata)]
     return bool(listed) and not any(name in present for name in listed)
 
 
@@ -224,7 +225,8 @@ def _signature(value: onnx.ValueInfoProto) -> str:
 
 def _rows(stored: tuple[StoredWeight, ...], proto: onnx.ModelProto) -> Iterator[InspectedTensor]:
     types = {tensor.name: TensorProto.DataType.Name(tensor.data_type) for tensor in proto.graph.initializer}
-    folded = {node.input[0] for node in proto.graph.node if node.domain == DOMAIN and node.input}
+    calls = [part for node in proto.graph.node for part in expanded(node) if part.domain == DOMAIN]
+    folded = {call.input[0] for call in calls if call.input}
     seen: set[str] = set()
     for item in stored:
         storage = f"{item.storage} {types.get(item.levels_name, '')}".strip()

@@ -327,7 +327,7 @@ def identity(path, kind):
     foreign_file(path, shape=("N", *shape[1:]))
     model = onnx.load(path)
     settings = json.loads(KINDS[kind].to_json())
-    metadata = {"format": 2, "version": "0", "tensors": [], "labels": list(LABELS), "preprocessing": settings}
+    metadata = {"format": 3, "version": "0", "tensors": [], "labels": list(LABELS), "preprocessing": settings}
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata))
     onnx.save(model, path)
 

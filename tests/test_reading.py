@@ -72,7 +72,7 @@ def with_record(place: int, value: object) -> ModelProto:
     return model
 
 
-NAME, CRC, LEVELS, VALUE, LAYOUT, STORAGE, SOURCES = 0, 2, 3, 4, 5, 6, 7
+NAME, CRC, VALUE, LEVELS, LAYOUT, STORAGE, SOURCES = range(7)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_a_record_that_lies_is_refused(place, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "5", '{"format":2}', '{"format":1,"tensors":[]}', '{"format":2,"tensors":[[]]}',
-     '{"format":2,"tensors":[7]}', '{"format":2,"tensors":[["w",4,0,"a","b",0,0,0,0]]}', "[" * 100000],
+    ["", "{", "[]", "null", "5", '{"format":3}', '{"format":2,"tensors":[]}', '{"format":3,"tensors":[[]]}',
+     '{"format":3,"tensors":[7]}', '{"format":3,"tensors":[["w",0,"b","a",0,0,0,0]]}', "[" * 100000],
 )  # fmt: skip
 def test_metadata_that_is_no_metadata_is_refused(text):
     model = written()

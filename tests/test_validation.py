@@ -136,7 +136,7 @@ def test_a_fixed_batch_size_is_honoured_and_every_sample_counted(tmp_path):
 
 def test_the_preprocessing_in_the_file_is_used_unless_another_is_given(tmp_path):
     halved = Preprocessing("array", scale=2.0)
-    pair = make_pair(metadata=json.dumps({"format": 2, "tensors": [], "preprocessing": halved.to_json()}))
+    pair = make_pair(metadata=json.dumps({"format": 3, "tensors": [], "preprocessing": halved.to_json()}))
     path, data = pair.save(tmp_path), some_data(pair)
     stored = validate(path, split=data, latency_runs=0)
     given = validate(path, split=data, preprocessing=Preprocessing("array"), latency_runs=0)
@@ -188,7 +188,7 @@ def test_an_empty_data_set_is_refused(tmp_path):
 
 
 def test_a_preprocessing_that_cannot_be_used_is_refused(tmp_path):
-    pair = make_pair(metadata=json.dumps({"format": 2, "tensors": [], "preprocessing": "{}"}))
+    pair = make_pair(metadata=json.dumps({"format": 3, "tensors": [], "preprocessing": "{}"}))
     with pytest.raises(FileError, match="preprocessing"):
         validate(pair.save(tmp_path), split=some_data(pair))
 
@@ -266,7 +266,7 @@ def one_level_changed(path: Path, *, checksum_too: bool) -> None:
         entry = next(entry for entry in model.metadata_props if entry.key == "ecqx_onnx")
         metadata = json.loads(entry.value)
         onnx.save(model, path)
-        metadata["tensors"][0][2] = levels_crc(read_weights(path)[0].weight.tensor.levels)
+        metadata["tensors"][0][1] = levels_crc(read_weights(path)[0].weight.tensor.levels)
         entry.value = json.dumps(metadata)
     onnx.save(model, path)
 
@@ -351,7 +351,7 @@ def test_an_accuracy_below_pytorchs_interval_is_a_failure():
 
 
 def test_quantised_activations_that_the_file_states_are_no_failure(tmp_path):
-    metadata = {"format": 2, "tensors": []}
+    metadata = {"format": 3, "tensors": []}
     stated = read_onnx(make_pair(metadata=json.dumps({**metadata, "activations": "int8"})).save(tmp_path, "a.onnx"))
     silent = read_onnx(make_pair(metadata=json.dumps(metadata)).save(tmp_path, "b.onnx"))
     assert operators_check(stated, Counter({"QLinearConv": 2})).passed is True

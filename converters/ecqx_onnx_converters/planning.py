@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from ecqx_onnx.errors import OptionError
 from ecqx_onnx.tensors import Codebook, Scale
+from ecqx_onnx_converters import fusion
 from ecqx_onnx_converters.consumers import StandardForm, Use, find_uses, standard_form
 from ecqx_onnx_converters.dequantization import why_not_standard
 from ecqx_onnx_converters.graph import FloatGraph, value_names
@@ -258,9 +259,16 @@ def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Ent
         chosen = {name: levels for name, levels in chosen.items() if name not in worse}
     together = {name: result for name in chosen if isinstance(result := packed[name], Stored)}
     plain = {name: entry.stored for name, entry in first.items()}
-    if not always and _bytes([*(plain | together).values()]) >= _bytes([*plain.values()]):
-        together = {}
-    return [_packed(entry, together.get(entry.stored.levels), packed[entry.stored.levels], always=always) for entry in entries]
+
+    def made(together: Mapping[str, Stored]) -> list[Entry]:
+        return [
+            _packed(entry, together.get(entry.stored.levels), packed[entry.stored.levels], always=always) for entry in entries
+        ]
+
+    with_packed = made(together)
+    if always or _bytes([*(plain | together).values()]) - fusion.saving(with_packed) < _bytes([*plain.values()]):
+        return with_packed
+    return made({})
 
 
 def _packed(entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool) -> Entry:

@@ -15,6 +15,7 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 from ecqx_onnx_converters.dequantization import integers_of, meaning_of
 from ecqx_onnx_converters.files import external_bytes, read_proto
+from ecqx_onnx_converters.fusion import expanded
 from ecqx_onnx_converters.graph import clear_data, tensor_values
 from ecqx_onnx_converters.matching import GraphWeight
 from ecqx_onnx_converters.storage import DOMAIN, Contents
@@ -64,9 +65,11 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
     """Every weight that the metadata lists; none for a file of someone else's. FileError for a file that is damaged or lies."""
     model = source if isinstance(source, ModelProto) else read_proto(source)
     folder = None if isinstance(source, ModelProto) else Path(source).parent
-    contents = replace(Contents.of(model), initializers=_Initializers(model, folder))
+    nodes = [part for node in model.graph.node for part in expanded(node)]
+    makers = {output: node for node in nodes for output in node.output}
+    contents = replace(Contents.of(model), initializers=_Initializers(model, folder), makers=makers)
     users: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
+    for node in nodes:
         for name in node.input[:1]:
             users.setdefault(name, []).append(node)
     return tuple(_read(record, contents, users) for record in read_records(read_metadata(model)))
@@ -74,7 +77,10 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of the metadata's list of tensors, with its types checked; writer._record says what each is."""
+    """One entry of the metadata's list of tensors, with its types checked; writer._record says what each is.
+
+    levels: empty where one call decodes and dequantises.
+    """
 
     name: str
     value: str
@@ -88,11 +94,12 @@ class Record:
     @classmethod
     def of(cls, record: Any, usual: Any) -> Record:
         try:
-            name, _, crc, levels, value, *rest = record
-            layout, storage, sources = (*rest, 0, 0, 0)[:3] if len(rest) <= 3 else rest
-            storage = storage or usual
+            name, crc, value, *rest = record
+            levels, layout, storage, sources = (*rest, 0, 0, 0, 0)[:4] if len(rest) <= 4 else rest
+            levels, storage = "" if levels == 0 else levels, storage or usual
             texts = (name, storage, levels, value, *(sources or [name]))
-            if not all(isinstance(text, str) for text in texts) or not isinstance(crc, int) or layout not in (0, 1, 2):
+            known = layout in (0, 1, 2) and rest[:1] != [""]
+            if not all(isinstance(text, str) for text in texts) or not isinstance(crc, int) or not known:
                 raise ValueError("a name is no text, the checksum no number, or the layout unknown")
         except (TypeError, ValueError) as error:
             raise FileError(f"the metadata of the ONNX file describes a tensor wrongly ({error}); the file is damaged") from error
@@ -103,6 +110,7 @@ class Record:
 
 
 def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> StoredWeight:
+    record = record if record.levels else replace(record, levels=_levels_of(record, contents))
     try:
         levels = STORAGES[record.storage].decode(record.levels, contents)
     except KeyError as error:
@@ -128,12 +136,37 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
         ) from error
     tensor = QuantTensor(record.name, levels, meaning)
     crc_ok = levels_crc(levels) == record.crc32
-    if record.transposed:
-        tensor, factor = tensor.transpose((1, 0)), factor if factor is None else factor.T
+    order = _order(record, contents, levels.ndim)
+    if order is not None:
+        tensor, factor = tensor.transpose(order), factor if factor is None or factor.ndim == 0 else factor.transpose(order)
     weight = GraphWeight(record.name, tensor, record.sources, factor)
     return StoredWeight(
         weight, record.storage, record.levels, STORAGES[record.storage].stored_bytes(record.levels, contents), crc_ok
     )
+
+
+def _levels_of(record: Record, contents: Contents) -> str:
+    """What the call that makes the record's value dequantises."""
+    node = contents.makers.get(record.value)
+    if node is not None and node.op_type == "Transpose" and not node.domain:
+        node = contents.makers.get(node.input[0])
+    if node is None or node.domain != DOMAIN or not node.input:
+        raise FileError(
+            f"nothing decodes weight '{record.name}' in the ONNX file; some tool has folded or rewritten it: convert the model"
+            " again, and simplify it before, not after"
+        )
+    return node.input[0]
+
+
+def _order(record: Record, contents: Contents, rank: int) -> tuple[int, ...] | None:
+    """How the stored axes are turned to get the weight's."""
+    node = contents.makers.get(record.value)
+    if node is not None and node.op_type == "Transpose":
+        turned = next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), ())
+        if sorted(turned) != list(range(rank)):
+            raise FileError(f"weight '{record.name}' is transposed by {list(turned)}; the ONNX file is damaged")
+        return turned
+    return (1, 0) if record.transposed else None
 
 
 def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> StoredWeight:

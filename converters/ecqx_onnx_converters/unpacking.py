@@ -74,7 +74,7 @@ def unpack(path: Path | str) -> Unpacked:
             main.node.remove(makers[record.value])
     read = find_uses(main)
     for record, item in zip(records, stored, strict=True):
-        if not record.integers and record.levels in read:  # rows of an embedding are gathered from its integers
+        if record.levels and not record.integers and record.levels in read:  # rows of an embedding are gathered from its integers
             plain[record.levels] = _integers(item, record.levels, turned=record.transposed)
     graph = _without_unread(graph, before, {*plain, *(weight.name for weight in found)})
     main.initializer.extend(plain.values())

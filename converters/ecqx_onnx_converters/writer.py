@@ -19,6 +19,7 @@ from ecqx_onnx_converters.compact import drop_defaults, shorten_integers, shorte
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
 from ecqx_onnx_converters.dequantization import Dequantization, as_integers, folded, function, integer, standard
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
+from ecqx_onnx_converters.fusion import FUSED, choose, composed, fuse, order
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.integer_nodes import FloatNode
 from ecqx_onnx_converters.matching import Missing
@@ -27,8 +28,9 @@ from ecqx_onnx_converters.opsets import set_opset
 from ecqx_onnx_converters.planning import Entry, Kept, Plan
 from ecqx_onnx_converters.shapes import fix_batch
 from ecqx_onnx_converters.storage import DOMAIN
+from ecqx_onnx_converters.storage.packed.decoder import TENSOR
 
-METADATA_KEY, FORMAT = "ecqx_onnx", 2
+METADATA_KEY, FORMAT = "ecqx_onnx", 3
 EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
 
 
@@ -146,7 +148,8 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     renamed = shorten_names(model)
     payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantised}
     usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
-    records = [_record(entry, renamed, usual[0][0]) for entry in plan.entries]
+    fused = choose(plan.entries)
+    records = [_record(entry, renamed, usual[0][0], fused) for entry in plan.entries]
     content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": records}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
         del model.metadata_props[index]
@@ -163,24 +166,28 @@ def _put_weights(model: ModelProto, plan: Plan) -> tuple[WrittenTensor, ...]:
     sparse: list[SparseTensorProto] = []
     rows: list[WrittenTensor] = []
     seen: set[str] = set()
+    fused = choose(plan.entries)
     for entry in plan.entries:
-        first = entry.stored.levels not in seen
+        first, whole = entry.stored.levels not in seen, fused is not None and entry.stored.storage == "packed"
         if first:
             seen.add(entry.stored.levels)
             graph.initializer.extend(entry.stored.initializers)
             sparse.extend(entry.stored.sparse_initializers)
-            nodes.extend(entry.stored.nodes)
+            nodes.extend([] if whole else entry.stored.nodes)
             functions.update({(part.domain, part.name): part for part in entry.stored.functions})
-        dequantization = _dequantization(entry, names)
+        permutation = order(entry) if whole else entry.permutation
+        dequantization = _dequantization(entry, names, permutation)
         graph.initializer.extend(part for part in dequantization.initializers if part.name not in seen)
         seen.update(part.name for part in dequantization.initializers)
-        if dequantization.function is not None:
+        if dequantization.function is not None and not whole:
             functions[DOMAIN, dequantization.function] = function(dequantization.function, plan.opset)
-        if entry.form is None or entry.form.dense:
+        if fused is not None and whole:
+            nodes.extend(fuse(entry, fused, dequantization.node))
+        elif entry.form is None or entry.form.dense:
             nodes.extend([*dequantization.before, dequantization.node])
-            if entry.form is None and entry.permutation is not None:
+            if entry.form is None and permutation is not None:
                 nodes[-1].output[0] = names("t")
-                nodes.append(helper.make_node("Transpose", [nodes[-1].output[0]], [entry.weight.name], perm=entry.permutation))
+                nodes.append(helper.make_node("Transpose", [nodes[-1].output[0]], [entry.weight.name], perm=permutation))
         if entry.form is not None and not entry.form.integer:
             step = dequantization.initializers[0].name
             weight, stored = entry.weight, entry.stored
@@ -194,6 +201,8 @@ def _put_weights(model: ModelProto, plan: Plan) -> tuple[WrittenTensor, ...]:
                 names=names,
             )
         rows.append(_row(entry, dequantization, first))
+    if fused is not None:
+        functions[DOMAIN, fused] = composed(fused, functions.pop((DOMAIN, TENSOR)), function(FUSED[fused], plan.opset))
     existing = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *existing])
@@ -212,15 +221,15 @@ def _names_of(entry: Entry) -> set[str]:
     return {entry.stored.levels, *(part.name for part in parts), *(name for node in entry.stored.nodes for name in node.output)}
 
 
-def _dequantization(entry: Entry, names: NameMaker) -> Dequantization:
+def _dequantization(entry: Entry, names: NameMaker, permutation: tuple[int, ...] | None) -> Dequantization:
+    """permutation: of the weight's axes, to the order in which its levels are stored."""
     weight, constant = entry.weight, names("s")
     if weight.integers is not None:
         return as_integers(weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant)
     if entry.form is None:
-        tensor = weight.tensor if entry.permutation is None else weight.tensor.transpose(entry.permutation)
-        factor = (
-            weight.factor if weight.factor is None or entry.permutation is None else weight.factor.transpose(entry.permutation)
-        )
+        tensor, factor = weight.tensor, weight.factor
+        if permutation is not None:
+            tensor, factor = tensor.transpose(permutation), None if factor is None else factor.transpose(permutation)
         return folded(tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor)
     tensor = weight.tensor.transpose((1, 0)) if entry.form.transposed else weight.tensor
     stored = entry.stored
@@ -243,22 +252,25 @@ def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTe
     )  # fmt: skip
 
 
-def _record(entry: Entry, renamed: Mapping[str, str], usual: str) -> list[Any]:
+def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None) -> list[Any]:
     """What the metadata says of one weight, as a row, since keys would outweigh the rest:
 
-    [name, bits, crc32 of the int8 levels row-major as stored, integer value, float value, layout, storage, sources]. The values
-    are names in the file's graph. layout: 0, 1 if stored transposed, 2 if the graph reads integers, not floats. storage: 0 for
-    the file's usual one. sources: 0 for just the name. Zeros at the end are left out.
+    [name, crc32 of the int8 levels row-major as stored, float value, integer value, layout, storage, sources]. The values are
+    names in the file's graph; integer value: 0 where a fused call leaves it no name. layout: 0, 1 if stored transposed, 2 if the
+    graph reads integers, not floats. storage: 0 for the file's usual one. sources: 0 for just the name. Zeros at the end are
+    left out.
     """
     weight, stored = entry.weight, entry.stored
     turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    crc = levels_crc(weight.tensor.levels.T if turned else weight.tensor.levels)
+    permutation = order(entry) if fused is not None and stored.storage == "packed" else None
+    levels, name = weight.tensor.levels.T if turned else weight.tensor.levels, renamed.get(stored.levels, 0)
+    levels = levels if permutation is None else levels.transpose(permutation)
     layout = 2 if weight.integers is not None else int(turned)
     sources = 0 if weight.sources == (weight.name,) else list(weight.sources)
-    rest = [layout, 0 if stored.storage == usual else stored.storage, sources]
+    rest = [name, layout, 0 if stored.storage == usual else stored.storage, sources]
     while rest and rest[-1] == 0:
         rest.pop()
-    return [weight.name, weight.tensor.bits, crc, renamed[stored.levels], renamed.get(weight.name, ""), *rest]
+    return [weight.name, levels_crc(levels), renamed.get(weight.name, ""), *rest]
 
 
 def levels_crc(levels: np.ndarray) -> int:

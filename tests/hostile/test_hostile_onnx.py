@@ -249,7 +249,7 @@ def test_a_foreign_file_without_metadata_is_no_error(tmp_path):
 
 
 def test_unknown_keys_in_the_metadata_are_no_error(tmp_path):
-    metadata = {"format": 2, "tensors": [], "news": [1]}
+    metadata = {"format": 3, "tensors": [], "news": [1]}
     assert read_onnx(make_pair(metadata=json.dumps(metadata)).save(tmp_path)).metadata == metadata
 
 

@@ -1,0 +1,96 @@
+"""The decoder of a packed tensor and its dequantisation as one call: 33 bytes a weight less than two.
+
+Where every packed weight of a file can have it. One that is coded in another order of its axes has its Transpose behind the call.
+Files that are decoded in two stages have their integers and floats apart, since that is what the stages are for.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import FunctionProto, NodeProto, helper
+
+from ecqx_onnx.tensors import Scale
+from ecqx_onnx_converters.dequantization import BODIES
+from ecqx_onnx_converters.storage import DOMAIN
+from ecqx_onnx_converters.storage.packed.decoder import TENSOR
+
+if TYPE_CHECKING:
+    from ecqx_onnx_converters.planning import Entry
+
+# Function -> the dequantisation that it ends with.
+FUSED = {"W": "DequantizeHalf", "B": "LookUp", "F": "LookUpScaled"}
+CALL_BYTES = 30
+
+
+def choose(entries: Sequence[Entry]) -> str | None:
+    """Which of FUSED all packed weights among these can have; None if there is none."""
+    packed = [entry for entry in entries if entry.stored.storage == "packed"]
+    kinds = {_kind(entry) for entry in packed}
+    alone = len({entry.stored.levels for entry in packed}) == len(packed)
+    return kinds.pop() if len(kinds) == 1 and alone else None
+
+
+def saving(entries: Sequence[Entry]) -> int:
+    """Bytes that fused calls save in a file of these entries."""
+    fused = choose(entries) is not None
+    return fused * CALL_BYTES * sum(entry.stored.storage == "packed" for entry in entries)
+
+
+def _kind(entry: Entry) -> str | None:
+    weight, calls = entry.weight, [node for node in entry.stored.nodes if node.op_type == TENSOR]
+    if entry.form is not None or entry.permutation is not None or weight.integers is not None or len(calls[0].input) != 4:
+        return None
+    if isinstance(weight.tensor.meaning, Scale):
+        return "W"
+    return "B" if weight.factor is None else "F"
+
+
+def order(entry: Entry) -> tuple[int, ...] | None:
+    """The weight's axes in the order in which it is coded, where that isn't their own."""
+    turn = entry.stored.nodes[-1]
+    return tuple(np.argsort(turn.attribute[0].ints).tolist()) if turn.op_type == "Transpose" else None
+
+
+def fuse(entry: Entry, name: str, dequantise: NodeProto) -> list[NodeProto]:
+    """The nodes that make the entry's weight. dequantise: of the levels in the order in which they are coded."""
+    nodes = list(entry.stored.nodes)
+    turn = nodes.pop() if nodes[-1].op_type == "Transpose" else None
+    decode = nodes.pop()
+    output = dequantise.output[0] if turn is None else decode.output[0]
+    nodes.append(helper.make_node(name, [*decode.input, *dequantise.input[1:]], [output], domain=DOMAIN))
+    if turn is not None:
+        nodes.append(helper.make_node("Transpose", [output], dequantise.output))
+        nodes[-1].attribute.extend(turn.attribute)
+    return nodes
+
+
+def expanded(node: NodeProto) -> list[NodeProto]:
+    """The inverse, for a node of any file: the two calls that a fused one stands for, itself otherwise."""
+    if node.domain != DOMAIN or node.op_type not in FUSED or not node.output:
+        return [node]
+    last = FUSED[node.op_type]
+    constants, levels = len(BODIES[last][0]) - 1, node.output[0] + ".levels"
+    return [
+        helper.make_node(TENSOR, node.input[:-constants], [levels], domain=DOMAIN),
+        helper.make_node(last, [levels, *node.input[-constants:]], node.output, domain=DOMAIN),
+    ]
+
+
+def composed(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
+    """One function that does what the first does, and to its output what the second does."""
+    taken = {*first.input, *(value for node in first.node for value in node.output)}
+    letters = (letter for letter in string.ascii_letters if letter not in taken)
+    new = {second.input[0]: first.output[0]}
+    new |= {value: next(letters) for value in (*second.input[1:], *(made for node in second.node for made in node.output))}
+    nodes = list(first.node)
+    for node in second.node:
+        own = NodeProto()
+        own.CopyFrom(node)
+        own.input[:], own.output[:] = ([new[value] for value in values] for values in (node.input, node.output))
+        nodes.append(own)
+    inputs, outputs = [*first.input, *(new[value] for value in second.input[1:])], [new[value] for value in second.output]
+    return helper.make_function(DOMAIN, name, inputs, outputs, nodes, list(first.opset_import))

@@ -1,0 +1,162 @@
+"""One call decodes and dequantises where all packed weights allow it; what the file says stays the same."""
+
+import contextlib
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from ecqx_onnx_converters import make_plan, match, read_weights, write
+from ecqx_onnx_converters.fusion import FUSED, expanded
+from ecqx_onnx_converters.matching import GraphWeight, Matching
+from ecqx_onnx_converters.storage import DOMAIN
+from ecqx_onnx_converters.storage.packed import decoder
+from ecqx_onnx_converters.writer import METADATA_KEY
+from onnx import helper
+
+from ecqx_onnx import packing
+from ecqx_onnx.errors import FileError
+from ecqx_onnx.inspection import inspect
+from ecqx_onnx.tensors import Scale
+from tests.conversions import Conversion, assert_says_the_same, convert, float_graph, quantise
+from tests.test_layers import Tied
+
+IMAGES = (torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)),)
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 96, 3), torch.nn.Flatten(), torch.nn.Linear(6144, 4)
+    ).eval()
+
+
+def few_columns(tensors, model):
+    """The second weight reads two input channels only, so that it is coded with its first axes swapped."""
+    tensors[1].levels[:, 2:] = 0
+    with torch.no_grad():
+        model[2].weight.copy_(torch.from_numpy(tensors[1].dequantize()))
+
+
+def calls(path):
+    """Of our functions that are not the stream's."""
+    return {node.op_type for node in onnx.load(path).graph.node if node.domain == DOMAIN} - {"Decode"}
+
+
+def functions(path):
+    return {function.name for function in onnx.load(path).functions}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("options", "name"), [({"bits": 3}, "W"), ({"bits": 3, "per_channel": True}, "W"), ({"codebook": True}, "B")]
+)
+def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
+    model = net()
+    tensors = quantise(model, **options)
+    if turned:
+        few_columns(tensors, model)
+    conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed")
+    assert calls(conversion.path) == {name}
+    assert functions(conversion.path) == {"Decode", "c", "q", "r", "s", name}
+    assert ("Transpose" in {node.op_type for node in onnx.load(conversion.path).graph.node}) == turned
+    assert_says_the_same(conversion, model, IMAGES)
+    packing.unpack(conversion.path, tmp_path / "dense.onnx")
+    dense = Conversion(tmp_path / "dense.onnx", conversion.report, conversion.matching, read_weights(tmp_path / "dense.onnx"))
+    assert_says_the_same(dense, model, IMAGES)
+    assert functions(dense.path) <= set(FUSED.values()) | {"Dequantize"}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_codebook_with_a_factor_has_a_call_of_its_own(turned, tmp_path):
+    model = net()
+    tensors = quantise(model, codebook=True)
+    if turned:
+        few_columns(tensors, model)
+    graph = float_graph(model, IMAGES)
+    factors = [np.linspace(0.5, 2, len(t.levels), dtype=np.float32).reshape(-1, *[1] * (t.levels.ndim - 1)) for t in tensors]
+    found = {weight.sources: weight for weight in match(graph.weights, tensors).found}
+    scaled = tuple(GraphWeight(found[t.name,].name, t, (t.name,), factor) for t, factor in zip(tensors, factors, strict=True))
+    write(make_plan(graph, Matching(scaled, ()), storage="packed"), tmp_path / "out.onnx")
+    assert calls(tmp_path / "out.onnx") == {"F"}
+    with torch.no_grad():
+        for layer, tensor, factor in zip((model[0], model[2], model[4]), tensors, factors, strict=True):
+            layer.weight.copy_(torch.from_numpy(tensor.dequantize() * factor))
+    stored = read_weights(tmp_path / "out.onnx")
+    assert_says_the_same(Conversion(tmp_path / "out.onnx", None, Matching(scaled, ()), stored), model, IMAGES)
+
+
+def test_steps_in_float16_and_in_float32_share_a_call(tmp_path):
+    model = net()
+    tensors = list(quantise(model, per_channel=True))
+    halves = Scale(tensors[1].meaning.step.astype(np.float16).astype(np.float32))
+    tensors[1] = type(tensors[1])(tensors[1].name, tensors[1].levels, halves)
+    with torch.no_grad():
+        model[2].weight.copy_(torch.from_numpy(tensors[1].dequantize()))
+    conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed")
+    assert calls(conversion.path) == {"W"}
+    types = {tensor.data_type for tensor in onnx.load(conversion.path).graph.initializer if len(tensor.dims) == 4}
+    assert types == {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+    assert_says_the_same(conversion, model, IMAGES)
+
+
+def test_what_only_some_could_have_none_has(tmp_path, monkeypatch):
+    tied, tokens = Tied().eval(), (torch.randint(0, 20, (2, 5)),)
+    tensors = quantise(tied)
+    conversion = convert(float_graph(tied, tokens), tensors, tmp_path, storage="packed", dequantize="folded")
+    assert calls(conversion.path) == {"Levels", "Dequantize"}
+    assert_says_the_same(conversion, tied, tokens)
+    model = net()
+    tensors = quantise(model)
+    for options in ({"dequantize": "standard"}, {}):
+        monkeypatch.setattr(decoder, "STAGED_FROM", 1 << 20 if options else 1)
+        conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed", **options)
+        assert "Levels" in calls(conversion.path)
+        assert_says_the_same(conversion, model, IMAGES)
+
+
+def test_a_file_whose_calls_are_gone_says_so(tmp_path):
+    model = net()
+    tensors = quantise(model)
+    path = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path
+    proto = onnx.load(path)
+    for node in [node for node in proto.graph.node if node.op_type == "W"]:
+        proto.graph.node.remove(node)
+    onnx.save(proto, tmp_path / "gone.onnx")
+    with pytest.raises(FileError, match="simplify it before"):
+        read_weights(tmp_path / "gone.onnx")
+    assert inspect(tmp_path / "gone.onnx").inflated
+
+
+@pytest.mark.parametrize("change", ["inputs", "outputs", "turn", "no turn", "value"])
+def test_a_call_that_lies_is_refused(change, tmp_path):
+    model = net()
+    tensors = quantise(model)
+    few_columns(tensors, model)
+    path = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path
+    proto = onnx.load(path)
+    call = next(node for node in proto.graph.node if node.op_type == "W")
+    turn = next(node for node in proto.graph.node if node.op_type == "Transpose")
+    if change == "inputs":
+        del call.input[2:]
+    elif change == "outputs":
+        del call.output[:]
+    elif change == "turn":
+        turn.attribute[0].ints[0] = 7
+    elif change == "no turn":
+        del turn.attribute[:]
+    else:
+        entry = next(entry for entry in proto.metadata_props if entry.key == METADATA_KEY)
+        content = json.loads(entry.value)
+        content["tensors"][0][2] = turn.output[0]
+        entry.value = json.dumps(content)
+    onnx.save(proto, tmp_path / "lies.onnx")
+    with contextlib.suppress(FileError):
+        assert not all(stored.crc_ok for stored in read_weights(tmp_path / "lies.onnx"))
+    assert inspect(tmp_path / "lies.onnx").warnings
+
+
+def test_expanding_leaves_other_nodes_alone():
+    for node in (helper.make_node("W", ["a"], ["b"]), helper.make_node("Relu", ["a"], ["b"])):
+        assert expanded(node) == [node]
