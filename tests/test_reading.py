@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 
 import numpy as np
 import pytest
 from ecqx_onnx_converters import FloatGraph, build, make_plan, match, read_weights
 from ecqx_onnx_converters.reading import read_metadata
-from ecqx_onnx_converters.writer import METADATA_KEY
+from ecqx_onnx_converters.writer import METADATA_KEY, listed, shortest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
@@ -92,7 +94,8 @@ def test_a_record_that_lies_is_refused(place, value):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", "5", '{"format":3}', '{"format":2,"tensors":[]}', '{"format":3,"tensors":[[]]}',
-     '{"format":3,"tensors":[7]}', '{"format":3,"tensors":[["w",0,"b","a",0,0,0,0]]}', "[" * 100000],
+     '{"format":3,"tensors":[7]}', '{"format":3,"tensors":""}', '{"format":3,"tensors":"no base 85"}',
+     '{"format":3,"tensors":"c"}', '{"format":3,"tensors":{}}', '{"format":3,"tensors":[["w",0,"b","a",0,0,0,0]]}', "[" * 100000],
 )  # fmt: skip
 def test_metadata_that_is_no_metadata_is_refused(text):
     model = written()
@@ -129,3 +132,21 @@ def test_metadata_is_read_back():
     model = build(mixed_plan(), metadata={"labels": ["cat", "dog"]}).to_model()
     assert read_metadata(model)["labels"] == ["cat", "dog"]
     assert read_metadata(ModelProto()) == {}
+
+
+def test_a_long_list_of_tensors_is_deflated_and_a_short_one_is_not():
+    short, long = ([[f"layer{i}.weight", 4000000000 + i, f"v{i}"] for i in range(count)] for count in (1, 30))
+    assert shortest(short) == short
+    assert isinstance(shortest(long), str)
+    assert len(shortest(long)) < len(json.dumps(long)) / 2
+    assert listed(shortest(long)) == long
+
+
+@pytest.mark.parametrize("inflated", [b"[" * 100000, b"5", b"[" + b" " * (1 << 27) + b"]"], ids=["deep", "number", "huge"])
+def test_a_deflated_list_that_is_none_is_refused(inflated):
+    squeeze = zlib.compressobj(9, wbits=-15)
+    text = base64.b85encode(squeeze.compress(inflated) + squeeze.flush()).decode()
+    model = written()
+    next(entry for entry in model.metadata_props if entry.key == METADATA_KEY).value = json.dumps({"format": 3, "tensors": text})
+    with pytest.raises(FileError):
+        read_weights(model)

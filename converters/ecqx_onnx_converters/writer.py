@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import zlib
 from collections import Counter
@@ -31,6 +32,7 @@ from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.decoder import TENSOR
 
 METADATA_KEY, FORMAT = "ecqx_onnx", 3
+RAW, LONGEST_LIST = -15, 1 << 26  # deflate without a header; bytes of the metadata's list of tensors
 EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
 
 
@@ -101,7 +103,7 @@ def write(
 ) -> WriteReport:
     """Writes `path`, and `<path>.data` beside it when the tensors need more than one protobuf holds (or external_data=True).
 
-    metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors. Same plan, same bytes.
+    metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors (see `shortest`). Same plan, same bytes.
     accept: raises if the written file, still in a temporary place, is not to take its name.
     """
     path = Path(path)
@@ -150,7 +152,7 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
     fused = choose(plan.entries)
     records = [_record(entry, renamed, usual[0][0], fused) for entry in plan.entries]
-    content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": records}
+    content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": shortest(records)}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
         del model.metadata_props[index]
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
@@ -271,6 +273,27 @@ def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | N
     while rest and rest[-1] == 0:
         rest.pop()
     return [weight.name, levels_crc(levels), renamed.get(weight.name, ""), *rest]
+
+
+def shortest(records: list[list[Any]]) -> list[list[Any]] | str:
+    """The list of tensors as it stands in the metadata: its JSON deflated and in base 85 where that is shorter."""
+    text = json.dumps(records, separators=(",", ":"), ensure_ascii=False).encode()
+    squeeze = zlib.compressobj(9, wbits=RAW)
+    coded = base64.b85encode(squeeze.compress(text) + squeeze.flush()).decode()
+    return coded if len(coded) + 2 < len(text) else records
+
+
+def listed(tensors: list[Any] | str) -> list[Any]:
+    """The inverse of `shortest`. ValueError for what it doesn't give."""
+    if isinstance(tensors, str):
+        stretch = zlib.decompressobj(wbits=RAW)
+        try:
+            tensors = json.loads(stretch.decompress(base64.b85decode(tensors), LONGEST_LIST))
+        except zlib.error as error:
+            raise ValueError(str(error)) from error
+    if not isinstance(tensors, list):
+        raise ValueError("the list of tensors is none")
+    return tensors
 
 
 def levels_crc(levels: np.ndarray) -> int:
