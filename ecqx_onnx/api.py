@@ -21,7 +21,7 @@ from ecqx_onnx_converters.equalisation import equalised, find_places
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, check_output
 from ecqx_onnx_converters.float16 import round_parameters, with_float16, with_half_steps
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
-from ecqx_onnx_converters.targets import find_target
+from ecqx_onnx_converters.targets import check_name, find_target
 
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, load, load_plain
@@ -103,6 +103,7 @@ def convert(
             f"{'--entropy-weight' if entropy_weight else '--exclude'} goes with --bits, which quantises a float model"
         )
     check_output(out, force=force, source=model)
+    check_name(out, target)
     checkpoint = as_checkpoint(
         model,
         example=example,
@@ -639,8 +640,8 @@ def quantize(
 
     out = Path(out)
     check_output(out, force=force, source=weights)
-    if not out.parent.is_dir():
-        raise FileError(f"{out}: the folder {out.parent} does not exist; create it first")
+    if is_onnx(out):
+        raise FileError(f"{out}: what is written is a checkpoint, not an .onnx file; name it {out.with_suffix('.pt')}")
     named: dict[str, Any] = {name: _shown(options[name]) for name in ("augment", "relevance", "start") if name in options}
     options = {**options, **_loaded(options)}
     torch.manual_seed(seed)

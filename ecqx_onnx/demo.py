@@ -18,6 +18,7 @@ from rich.table import Table
 from ecqx_onnx import api, demo_model
 from ecqx_onnx.checkpoint import save
 from ecqx_onnx.data import Dataset, load_dataset
+from ecqx_onnx.errors import FileError
 from ecqx_onnx.export import export
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.metrics import Proportion
@@ -72,9 +73,12 @@ class DemoResult:
 def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None] | None = None) -> DemoResult:
     """Writes model.pt and model.onnx into `folder`. The test digits are looked at once, at the end."""
     checkpoint_file, onnx_file = folder / "model.pt", folder / "model.onnx"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be made a folder ({error.strerror}); choose another with --folder") from error
     for file in (checkpoint_file, onnx_file):
         check_output(file, force=force)
-    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # a net this small gains nothing from two, and on a busy machine they wait for each other
     dataset = load_dataset(DATA).with_preprocessing(demo_model.PREPROCESSING)
     torch.manual_seed(SEED)

@@ -21,8 +21,8 @@ from ecqx_onnx_converters.foreign import Foreign, find_quantised
 from ecqx_onnx_converters.matching import GraphWeight
 from ecqx_onnx_converters.opset_raising import raise_opset
 from ecqx_onnx_converters.opsets import lower_opset, why_not_opset
-from ecqx_onnx_converters.planning import Kept, Plan
-from ecqx_onnx_converters.targets import Target, find_target
+from ecqx_onnx_converters.planning import Kept, Plan, check_forms
+from ecqx_onnx_converters.targets import Target, check_name, find_target
 from onnx import ModelProto
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -108,11 +108,11 @@ def pack(
     BatchNormalization goes into the scales before it, which rounds. If the check finds a difference, it is done without both.
     """
     out = Path(out)
-    check_output(out, force=force, source=model)
     if (suffix := find_target(target).suffix) != ".onnx":
         raise OptionError(f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack, the model for it")
-    if out.suffix == ".ort":  # by which runtimes tell formats apart
-        raise OptionError(f"{out}: pack writes .onnx files; name it {out.with_suffix('.onnx')}")
+    check_forms(storage, dequantize)
+    check_output(out, force=force, source=model)
+    check_name(out, target)
     file = read_onnx(model)
     if file.metadata.get("tensors"):
         return _pass_through(file, out, "its weights are stored by ecqx-onnx already", (), ())
@@ -170,6 +170,7 @@ def unpack(
     """
     out = Path(out)
     check_output(out, force=force, source=model)
+    check_name(out, target)
     read_onnx(model)
     unpacked = unpacking.unpack(model)
     lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)

@@ -99,11 +99,14 @@ def data_path(path: Path) -> Path:
 
 
 def check_output(path: Path | str, *, force: bool, source: object = None) -> None:
-    """FileError if nothing may be written at `path`: a folder, a device, a file that is there (without `force`), or the `source`.
+    """FileError if nothing may be written at `path`: a folder, a device, a file that is there (without `force`), the `source`, or
+    a place in no folder.
 
     source: what is read, if that is a path.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise FileError(f"{path}: is a folder; name a file in it")
     if path.exists() and not path.is_file():

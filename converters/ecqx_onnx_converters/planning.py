@@ -67,6 +67,14 @@ class Plan:
     missing: tuple[Missing, ...]
 
 
+def check_forms(storage: str, dequantize: str) -> None:
+    """OptionError for names that there are none of."""
+    if storage not in ("auto", *STORAGES):
+        raise OptionError(f"there is no storage '{storage}'; choose auto or one of {', '.join(STORAGES)}")
+    if dequantize not in DEQUANTIZATIONS:
+        raise OptionError(f"there is no dequantisation '{dequantize}'; choose one of {', '.join(DEQUANTIZATIONS)}")
+
+
 def make_plan(
     graph: FloatGraph,
     matching: Matching,
@@ -81,10 +89,7 @@ def make_plan(
     "folded". opset: highest to write; by default whatever the target has. integer: weights whose consumers all are integer
     kernels, which need DequantizeLinear in any case. OptionError for what can't be had at all; what a single
     weight can't have is replaced, and its entry says why."""
-    if storage not in ("auto", *STORAGES):
-        raise OptionError(f"there is no storage '{storage}'; choose auto or one of {', '.join(STORAGES)}")
-    if dequantize not in DEQUANTIZATIONS:
-        raise OptionError(f"there is no dequantisation '{dequantize}'; choose one of {', '.join(DEQUANTIZATIONS)}")
+    check_forms(storage, dequantize)
     able = _able(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
     if form != able.dequantize and able.only:

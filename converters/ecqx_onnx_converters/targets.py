@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from onnx import TensorProto
 
@@ -113,6 +114,13 @@ TARGETS: Mapping[str, Target] = {
         Target("qdq", "tools that want standard DequantizeLinear", 21, INT8_TYPES | INT4_TYPES, False, False, "standard"),
     )
 }
+
+
+def check_name(path: Path | str, target: str) -> None:
+    """OptionError if the name does not end as the target's files do: runtimes and our own commands go by that."""
+    path, suffix = Path(path), find_target(target).suffix
+    if path.suffix.lower() != suffix:
+        raise OptionError(f"{path}: target '{target}' loads {suffix} files; name it {path.with_suffix(suffix)}")
 
 
 def find_target(name: str) -> Target:

@@ -33,7 +33,7 @@ from ecqx_onnx.deployment.golden import (
     tolerances,
 )
 from ecqx_onnx.deployment.platforms import Platform, find_platform
-from ecqx_onnx.errors import CheckFailed, DataError, FileError
+from ecqx_onnx.errors import CheckFailed, DataError, FileError, OptionError
 from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.spectrum import Spectrum
 from ecqx_onnx.validation import ValidationReport
@@ -377,6 +377,9 @@ def _lines(manifest: dict[str, Any]) -> str:
 
 
 def _labels(file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]) -> tuple[str, ...]:
+    outputs = [value.type.tensor_type.shape.dim for value in file.proto.graph.output]
+    if labels and len(outputs[0]) == 2 and (classes := outputs[0][1].dim_value) not in (0, len(labels)):
+        raise OptionError(f"--labels names {len(labels)} classes, and the model tells {classes} apart; give one name for each")
     recorded = file.metadata.get("labels")
     return tuple(labels) or (tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else tuple(data_labels))
 

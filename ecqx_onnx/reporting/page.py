@@ -15,7 +15,6 @@ from rich.text import Text
 
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, load
-from ecqx_onnx.errors import FileError
 from ecqx_onnx.insight import Insight, WeightInsight
 from ecqx_onnx.inspection import InspectedTensor, inspect
 from ecqx_onnx.reporting.charts import curves, histogram, scatter
@@ -64,8 +63,6 @@ class Written:
 def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = False) -> Written:
     """FileError if the checkpoint is none, or the page is in the way or cannot be written."""
     out = Path(out)
-    if not out.parent.is_dir():
-        raise FileError(f"{out}: the folder {out.parent} does not exist; create it first")
     check_output(out, force=force, source=checkpoint_file)
     page, checkpoint = page_of(Path(checkpoint_file))
     with replacing(out, force=force) as temporary:

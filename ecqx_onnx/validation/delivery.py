@@ -9,7 +9,7 @@ from typing import Any
 
 from ecqx_onnx_converters import Plan, WriteReport, write
 
-from ecqx_onnx.errors import CheckFailed, ModelError, OptionError
+from ecqx_onnx.errors import CheckFailed, ModelError
 from ecqx_onnx.validation import mobile
 from ecqx_onnx.validation.sessions import open_session
 
@@ -17,13 +17,9 @@ from ecqx_onnx.validation.sessions import open_session
 def deliver(plan: Plan, path: Path | str, *, metadata: Mapping[str, Any], force: bool = False) -> WriteReport:
     """Nothing is left at `path` that this onnxruntime, which stands for the target's where that is another, does not load.
 
-    ModelError if it does not load or says something else there; OptionError for a name that the target's files do not have.
+    ModelError if it does not load or says something else there.
     """
     path, target = Path(path), plan.target
-    if (path.suffix == ".ort") != (target.suffix == ".ort"):
-        raise OptionError(
-            f"{path}: target '{target.name}' loads {target.suffix} files; name it {path.with_suffix(target.suffix)}"
-        )
     if target.suffix == ".ort":
         return mobile.write_ort(plan, path, metadata=metadata, force=force)
     report = write(plan, path, metadata=metadata, force=force, accept=_must_load)

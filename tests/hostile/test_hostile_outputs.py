@@ -78,6 +78,54 @@ def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_pack_gives_no_onnx_file_the_name_of_another_format(tmp_path):
+@pytest.mark.parametrize("name", ["out.ort", "out.pt", "out"])
+def test_no_onnx_file_gets_the_name_of_another_format(checkpoint, name, tmp_path):
     onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
-    assert "pack writes .onnx files; name it" in refused("pack", tmp_path / "original.onnx", tmp_path / "out.ort")
+    pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
+    for command in (("convert", checkpoint), ("pack", tmp_path / "original.onnx"), ("unpack", tmp_path / "packed.onnx")):
+        assert f"loads .onnx files; name it {tmp_path / 'out.onnx'}" in refused(*command, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_phones_file_gets_no_other_name(checkpoint, tmp_path):
+    message = refused("convert", checkpoint, tmp_path / "out.onnx", "--target", "onnxruntime-mobile")
+    assert f"'onnxruntime-mobile' loads .ort files; name it {tmp_path / 'out.ort'}" in message
+
+
+def test_a_checkpoint_is_not_named_like_an_onnx_file(tmp_path):
+    network = f"{MODELS}/lenet_300_100.py:lenet_300_100"
+    message = refused("quantize", network, "--data", "no.npz", "--out", tmp_path / "out.onnx")
+    assert f"is a checkpoint, not an .onnx file; name it {tmp_path / 'out.pt'}" in message
+
+
+def test_a_folder_that_is_missing_is_told_before_anything_is_read(tmp_path):
+    out = tmp_path / "no" / "out.onnx"
+    for command in (
+        ("convert", "no.pt", out),
+        ("pack", "no.onnx", out),
+        ("unpack", "no.onnx", out),
+        ("report", "no.pt", "-o", out),
+    ):
+        assert f"the folder {out.parent} does not exist; create it first" in refused(*command)
+
+
+@pytest.mark.parametrize("place", ["file", "file/demo"])
+def test_the_demo_makes_no_folder_of_a_file(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be made a folder" in refused("demo", "--folder", tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--storage", "--dequantize"])
+def test_pack_knows_its_options_for_a_file_that_it_copies_too(tmp_path, option):
+    onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
+    pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
+    assert "there is no" in refused("pack", tmp_path / "packed.onnx", tmp_path / "again.onnx", option, "misspelt")
+    assert not (tmp_path / "again.onnx").exists()
+
+
+def test_a_folder_with_too_few_labels_is_not_deployed(checkpoint, tmp_path):
+    assert CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "m.onnx")]).exit_code == 0
+    message = refused("deploy", tmp_path / "m.onnx", tmp_path / "web", "--to", "linux", "--labels", "cat,dog")
+    assert "--labels names 2 classes, and the model tells 10 apart" in message
+    assert not (tmp_path / "web").exists()
