@@ -640,7 +640,7 @@ def quantize(
 
     out = Path(out)
     check_output(out, force=force, source=weights)
-    if is_onnx(out):
+    if out.suffix.lower() == ".onnx":
         raise FileError(f"{out}: what is written is a checkpoint, not an .onnx file; name it {out.with_suffix('.pt')}")
     named: dict[str, Any] = {name: _shown(options[name]) for name in ("augment", "relevance", "start") if name in options}
     options = {**options, **_loaded(options)}
