@@ -24,13 +24,13 @@ from ecqx_onnx_converters.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import check_name, find_target
 
 from ecqx_onnx import __version__
-from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, load, load_plain
+from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, is_program, load, load_plain
 from ecqx_onnx.checkpoint import save as save_checkpoint
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.export import Exported, export, float_graph
 from ecqx_onnx.insight import observe
-from ecqx_onnx.loading import Loaded, apply_state, is_program, load_factory, load_model, load_state
+from ecqx_onnx.loading import Loaded, apply_state, load_factory, load_model, load_state
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.quantizer import Report
@@ -322,6 +322,9 @@ def _tensors_of(
     """The quantised weights of a state dict: recognised, or quantised here when `bits` says so. ModelError for a float model."""
     from fnmatch import fnmatchcase
 
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in state):
+            raise OptionError(f"--exclude '{pattern}' matches no parameter; the first is '{next(iter(state), '')}'")
     seen: set[int] = set()
     found: list[QuantTensor] = []
     refusals: list[NotRecognised] = []
@@ -340,7 +343,11 @@ def _tensors_of(
         else:
             refusals.append(result)
     if not found and not allow_float:
-        first = f" ({refusals[0].name}: {refusals[0].reason})" if refusals else ""
+        if not refusals:
+            raise ModelError("the model has no weight of two or more dimensions, so there is nothing to quantise; give another")
+        if bits:
+            raise OptionError(f"--exclude {' '.join(exclude)} leaves no weight to quantise; exclude fewer")
+        first = f" ({refusals[0].name}: {refusals[0].reason})"
         raise ModelError(
             f"the model's weights are float, none lies on few values{first}; "
             "train with `ecqx-onnx quantize`, or add --bits 4 to quantise without training"
@@ -423,6 +430,8 @@ def validate(
     if is_onnx(against):
         if factory is not None:
             raise OptionError(f"--model names the network of a state dict, and {against} is an .onnx file: leave it out")
+        if Path(against).is_file() and Path(onnx_file).is_file() and Path(against).samefile(onnx_file):
+            raise OptionError(f"{against} is the file itself, which proves nothing; give what it was made from")
         if inputs is not None and data is not None:
             raise OptionError("--inputs and --data both say what to run on; give one of them")
         split = _sides(None, data, factory=None, input_shape=None, trust_pickle=False, samples=samples)["split"]
@@ -660,7 +669,9 @@ def quantize(
         outputs = loaded.model.eval()(torch.from_numpy(x)).shape[-1]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{data}: a batch of shape {x.shape} does not go through {factory} ({reason})") from error
+        raise DataError(
+            f"{data}: a batch of shape {x.shape} does not go through {factory} ({reason}); give data of the shape that it takes"
+        ) from error
     dataset.check_outputs(outputs)
     before = accuracy(loaded.model, dataset.test) if weights is not None else None
     state_file = out.with_name(out.name + ".training")

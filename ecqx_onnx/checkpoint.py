@@ -183,7 +183,7 @@ def load(path: str | Path) -> Checkpoint:
     """Read model.pt. FileError if it is missing, damaged, or no checkpoint of ours."""
     document = load_plain(path)
     if not is_checkpoint(document):
-        raise FileError(f"{path}: is no checkpoint of ecqx-onnx; give a plain state dict together with --model FILE.py:FACTORY")
+        raise FileError(f"{path}: is no checkpoint of ecqx-onnx; give what `ecqx-onnx quantize` or `ecqx_onnx.save` wrote")
     version = document.get("version")
     if version != VERSION:
         raise FileError(f"{path}: is a checkpoint of version {version!r}, this ecqx-onnx reads version {VERSION}; update it")
@@ -217,9 +217,25 @@ def torch_file(path: str | Path) -> Path:
     return path
 
 
+def is_program(path: str | Path) -> bool:
+    """Whether the file is a .pt2 archive. FileError if there is no such file."""
+    path = torch_file(path)
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as members:
+            return any(name.endswith("archive_format") or "/models/" in name for name in members.namelist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise FileError(f"{path}: is damaged ({error}); save it again") from error
+
+
 def load_plain(path: str | Path) -> Any:
     """What torch.load(weights_only=True) gives: tensors, numbers, strings, lists and dicts. FileError otherwise."""
-    path = torch_file(path)
+    path = Path(path)
+    if is_program(path):
+        raise FileError(
+            f"{path}: is a .pt2 program, where a checkpoint or state dict is needed; `ecqx-onnx convert` takes it without --model"
+        )
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
@@ -235,7 +251,7 @@ def load_plain(path: str | Path) -> Any:
         if "Weights only load failed" in str(error) or "WeightsUnpickler" in str(error):
             raise FileError(
                 f"{path}: holds pickled Python objects, not only tensors (or is damaged); "
-                "save a state dict, or use --trust-pickle if you trust its author"
+                "save a state dict, or give `ecqx-onnx convert` --trust-pickle if you trust its author"
             ) from error
         raise FileError(f"{path}: is damaged or was not written by torch.save; save it again") from error
     except (

@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -50,7 +51,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with _nothing_but_json() if kwargs.get("as_json") else contextlib.nullcontext():
+                function(*args, **kwargs)
         except EcqxError as error:
             process = f" of process {_process()}" if _process() else ""
             stderr.print(f"error{process}:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -103,12 +105,26 @@ def _progress(silent: bool) -> Iterator[Callable[..., None] | None]:
         yield show
 
 
+_json_file: ContextVar[TextIO] = ContextVar("_json_file")
+
+
+@contextlib.contextmanager
+def _nothing_but_json() -> Iterator[None]:
+    """Whatever else prints, the user's own code for one, prints to stderr."""
+    token = _json_file.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_file.reset(token)
+
+
 def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
     """Any report of ours, as JSON or as a table, or not at all."""
     from ecqx_onnx.tables import as_table, to_json
 
     if as_json:
-        print(json.dumps(to_json(result), indent=2))
+        print(json.dumps(to_json(result), indent=2), file=_json_file.get())
     elif not quiet:
         stdout.print(as_table(result))
 
@@ -535,7 +551,7 @@ def device_setup(
         folder = set_up(device, progress=progress)
     find_device(device)
     if as_json:
-        print(json.dumps({"device": device, "ready": True, "folder": str(folder)}))
+        print(json.dumps({"device": device, "ready": True, "folder": str(folder)}), file=_json_file.get())
     elif not quiet:
         stdout.print(f"{device} is ready: {folder}", soft_wrap=True, highlight=False, markup=False)
 

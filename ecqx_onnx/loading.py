@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ecqx_onnx.checkpoint import load_plain, torch_file
+from ecqx_onnx.checkpoint import is_checkpoint, is_program, load_plain
 from ecqx_onnx.errors import FileError, ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.program import load_program
@@ -38,10 +37,10 @@ def load_factory(spec: str) -> Loaded:
     factory = load_function(spec)
     try:
         model = factory()
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ModelError(f"{spec}() failed with {type(error).__name__}: {error}; it must work without arguments") from error
     if not isinstance(model, torch.nn.Module):
-        raise ModelError(f"{spec}() returned {type(model).__name__}, not a torch.nn.Module")
+        raise ModelError(f"{spec}() returned {type(model).__name__}, not a torch.nn.Module; return the network")
     names = vars(inspect.getmodule(factory) or object) if inspect.isclass(factory) else getattr(factory, "__globals__", {})
     shape = names.get("INPUT_SHAPE")
     return Loaded(model, None if shape is None else tuple(int(length) for length in shape), names.get("PREPROCESSING"))
@@ -70,7 +69,7 @@ def apply_state(model: torch.nn.Module, state: dict[str, torch.Tensor], source: 
             + [f"has {_few(extra)} too many"] * bool(extra)
             + [f"shape of {_few(sorted(shapes))}"] * bool(shapes)
         )
-        raise ModelError(f"{source}: does not fit the model: {'; '.join(parts)}")
+        raise ModelError(f"{source}: does not fit the model: {'; '.join(parts)}; name the network that it was trained in")
     model.load_state_dict(state, strict=False)
 
 
@@ -88,27 +87,24 @@ def load_model(path: str | Path, *, factory: str | None = None, trust_pickle: bo
         try:
             model = torch.load(path, map_location="cpu", weights_only=False)
         except Exception as error:  # unpickling runs the author's code, which may raise anything
-            raise FileError(f"{path}: cannot be unpickled ({type(error).__name__}: {error})") from error
+            raise FileError(
+                f"{path}: cannot be unpickled ({type(error).__name__}: {error}); run this where its modules can be imported"
+            ) from error
         if isinstance(model, torch.nn.Module):
             return Loaded(model.eval())
     else:
-        load_plain(path)  # says it better when the file is damaged or a pickle
+        document = load_plain(path)  # says it better when the file is damaged or a pickle
+        if not is_checkpoint(document):
+            _state_of(document, path)
     raise ModelError(f"{path}: is a state dict, which has no network in it; add --model FILE.py:FACTORY")
 
 
-def is_program(path: str | Path) -> bool:
-    """Whether the file is a .pt2 archive. FileError if there is no such file."""
-    path = torch_file(path)
-    if not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as members:
-            return any(name.endswith("archive_format") or "/models/" in name for name in members.namelist())
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        raise FileError(f"{path}: is damaged ({error}); save it again") from error
-
-
 def _state_of(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    if is_checkpoint(document):
+        raise ModelError(
+            f"{path}: is a checkpoint of ecqx-onnx, quantised already and with its network in it, where a float state dict"
+            " is needed; leave --model out, or give the float weights"
+        )
     if isinstance(document, dict):
         for key in WRAPPERS:
             if isinstance(document.get(key), dict):

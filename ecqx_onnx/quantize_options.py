@@ -30,7 +30,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, ValueError) as error:
-        raise FileError(f"{path} is no recipe ({error}): give a .json or .toml file of options, or a checkpoint") from error
+        why = getattr(error, "strerror", None) or error
+        raise FileError(f"{path} is no recipe ({why}): give a .json or .toml file of options, or a checkpoint") from error
     if not isinstance(found, dict):
         raise FileError(f"{path} is no recipe, it holds a {type(found).__name__}: write options by name")
     return {name: value for name, value in found.items() if name not in NOT_REPLAYED}

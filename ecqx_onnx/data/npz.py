@@ -21,12 +21,15 @@ MOST_EXPANSION = 1032  # deflate's limit: no honest stream grows more
 def read_npz(path: Path, *, wanted: Collection[str]) -> dict[str, np.ndarray]:
     """Those of the `wanted` arrays that the file has. FileError for a file that is not what it says; nothing is unpickled.
 
-    What a header claims is compared with the bytes that are there before memory is asked for.
+    DataError if it has none of them. What a header claims is compared with the bytes that are there before memory is asked for.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             room = path.stat().st_size * MOST_EXPANSION
             infos = [info for info in archive.infolist() if info.filename.removesuffix(".npy") in wanted]
+            if not infos:
+                there = ", ".join(sorted(info.filename.removesuffix(".npy") for info in archive.infolist())[:5]) or "nothing"
+                raise DataError(f"{path} has no 'x' (found: {there}): save x_train, y_train, x_test, y_test, or x and y")
             return {info.filename.removesuffix(".npy"): _read_member(path, archive, info, room) for info in infos}
     except FileNotFoundError:
         raise FileError(f"there is no file {path}: check the path") from None

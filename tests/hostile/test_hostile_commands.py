@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from ecqx_onnx import api
+from ecqx_onnx.cli import app
 from ecqx_onnx.errors import OptionError
 from tests.hostile.test_hostile_outputs import MODELS, refused
 from tests.test_packing import CASES
@@ -96,11 +99,101 @@ def test_inputs_that_are_no_npz_are_told_without_numpys_advice(tmp_path):
     assert not (tmp_path / "out.onnx").exists()
 
 
+def save_program(file):
+    class Relu(torch.nn.Module):
+        def forward(self, x):
+            return x.relu()
+
+    torch.export.save(torch.export.export(Relu(), (torch.zeros(2, 3),)), file)
+    return file
+
+
+def test_a_program_where_a_state_dict_belongs_is_called_one(tmp_path):
+    program = save_program(tmp_path / "model.pt2")
+    train = ("quantize", NETWORK, "--weights", program, "--data", "sklearn:digits", "--out", tmp_path / "m.pt")
+    for command in (train, ("inspect", program), ("report", program, "-o", tmp_path / "r.html")):
+        assert "is a .pt2 program, where a checkpoint or state dict is needed" in refused(*command)
+
+
+def test_a_checkpoint_where_a_state_dict_belongs_is_called_one(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 28, 28), np.uint8), y=np.arange(4))
+    train = ("quantize", NETWORK, "--weights", CHECKPOINT, "--data", tmp_path / "d.npz", "--out", tmp_path / "m.pt")
+    for command in (train, ("convert", CHECKPOINT, tmp_path / "out.onnx", "--model", NETWORK)):
+        assert "is a checkpoint of ecqx-onnx, quantised already and with its network in it" in refused(*command)
+
+
+def test_what_is_no_state_dict_is_not_sent_for_a_network(tmp_path):
+    torch.save({"losses": [1.0, 2.0]}, tmp_path / "log.pt")
+    assert "holds no state dict" in refused("convert", tmp_path / "log.pt", tmp_path / "out.onnx")
+
+
+def test_what_inspect_and_report_cannot_take_names_no_option_that_they_lack(tmp_path):
+    torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "float.pt")
+    for command in (("inspect",), ("report", "-o", tmp_path / "r.html")):
+        message = refused(*command, tmp_path / "float.pt")
+        assert "is no checkpoint of ecqx-onnx; give what `ecqx-onnx quantize` or" in message
+        assert "--model" not in message
+
+
+def test_a_model_without_weights_is_not_advised_to_quantise_them(tmp_path):
+    program = save_program(tmp_path / "model.pt2")
+    for bits in ((), ("--bits", 4)):
+        assert "no weight of two or more dimensions" in refused("convert", program, tmp_path / "out.onnx", *bits)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [("nosuch*", "--exclude 'nosuch*' matches no parameter"), ("*", "--exclude * leaves no weight to quantise")],
+)
+def test_a_pattern_that_excludes_nothing_or_everything_is_told(tmp_path, pattern, words):
+    (tmp_path / "net.py").write_text("import torch\nINPUT_SHAPE = (4,)\ndef net(): return torch.nn.Linear(4, 3)\n")
+    torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / "float.pt")
+    command = ("convert", tmp_path / "float.pt", tmp_path / "out.onnx", "--model", f"{tmp_path}/net.py:net", "--bits", 4)
+    assert words in refused(*command, "--exclude", pattern)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("code", ["import sys\nsys.exit(3)\ndef net(): pass\n", "def net(): raise SystemExit(3)\n"])
+def test_a_script_that_ends_the_program_is_told(tmp_path, code):
+    (tmp_path / "script.py").write_text(code)
+    torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "float.pt")
+    assert "SystemExit: 3" in refused(
+        "convert", tmp_path / "float.pt", tmp_path / "o.onnx", "--model", f"{tmp_path}/script.py:net"
+    )
+
+
+def test_a_file_beside_itself_proves_nothing(tmp_path):
+    onnx.save(CASES["int8"].model, tmp_path / "a.onnx")
+    message = refused("validate", tmp_path / "a.onnx", "--against", tmp_path / "." / "a.onnx")
+    assert "is the file itself, which proves nothing; give what it was made from" in message
+
+
+def test_an_npz_of_other_names_is_told_which_it_has(tmp_path):
+    np.savez(tmp_path / "d.npz", images=np.zeros((4, 28, 28)), targets=np.arange(4))
+    message = refused("quantize", NETWORK, "--data", tmp_path / "d.npz", "--out", tmp_path / "m.pt")
+    assert "has no 'x' (found: images, targets): save x_train, y_train, x_test, y_test, or x and y" in message
+
+
+def test_a_missing_recipe_is_told_without_a_number(tmp_path):
+    result = CliRunner().invoke(app, ["quantize", NETWORK, "--data", "d.npz", "--out", "m.pt", "--recipe", "no.toml"])
+    assert result.exit_code == 2
+    assert "Errno" not in result.stderr
+    assert "no.toml is no recipe" in result.stderr
+
+
+def test_with_json_stdout_holds_nothing_else_even_if_the_users_code_prints(tmp_path):
+    code = "import torch\nprint('hello')\nINPUT_SHAPE = 40,\ndef net():\n  print('building')\n  return torch.nn.Linear(40, 30)\n"
+    (tmp_path / "net.py").write_text(code)
+    torch.save(torch.nn.Linear(40, 30).state_dict(), tmp_path / "float.pt")
+    command = ["convert", f"{tmp_path}/float.pt", f"{tmp_path}/out.onnx", "--model", f"{tmp_path}/net.py:net", "--bits", "4"]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+    assert "hello" in result.stderr
+    assert "building" in result.stderr
+
+
 def test_every_refusal_is_one_line_on_stderr_and_nothing_on_stdout(tmp_path):
-    from typer.testing import CliRunner
-
-    from ecqx_onnx.cli import app
-
     result = CliRunner().invoke(app, ["convert", str(Path("no") / "model.pt"), str(tmp_path / "out.onnx"), "--json"])
     assert result.exit_code == 2
     assert result.stdout == ""
