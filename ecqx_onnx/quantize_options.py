@@ -169,6 +169,12 @@ RelevanceSamples = Annotated[
     typer.Option(min=1, help="Take them on so many samples of the batch; default: all.", rich_help_panel=RELEVANCE),
 ]
 RelevanceMemory = Annotated[float, typer.Option(help="Share of the old in their moving average.", rich_help_panel=RELEVANCE)]
+RelevanceUntil = Annotated[
+    float,
+    typer.Option(
+        help="Share of the training after which no new ones are taken, so that weights settle.", rich_help_panel=RELEVANCE
+    ),
+]
 Keep = Annotated[
     float, typer.Option(help="Relevances may lower the share of zeros by this much, no further.", rich_help_panel=RELEVANCE)
 ]

@@ -99,14 +99,15 @@ def test_every_option_reaches_the_training(place, monkeypatch):
     expected = {
         "bits": {"*": 4, "0.*": 2}, "entropy_weight": 0.2, "step": "least_squares", "step_rate": 0.002, "levels": "asymmetric",
         "granularity": "channel", "exclude": ("2.*",), "zero_floor": 0.4, "size_exponent": 0.5, "refresh_every": 2,
-        "relevance_samples": 7, "relevance_memory": 0.8, "keep": 0.05, "prune": 0.15, "rho": 3.0, "epochs": 1,
-        "learning_rate": 0.01, "schedule": "constant", "batch_size": 32, "distillation": 0.5, "temperature": 3.0,
+        "relevance_samples": 7, "relevance_memory": 0.8, "relevance_until": 0.7, "keep": 0.05, "prune": 0.15, "rho": 3.0,
+        "epochs": 1, "learning_rate": 0.01, "schedule": "constant", "batch_size": 32, "distillation": 0.5, "temperature": 3.0,
         "entropy_ramp": 0.1, "precision": "bfloat16", "gradient": "absolute", "activations": "int8", "validation": 0.2, "seed": 3,
     }  # fmt: skip
     typed = (
         *("--bits", "*=4,0.*=2", "--entropy-weight", 0.2, "--step", "least_squares", "--step-rate", 0.002),
         *("--levels", "asymmetric", "--per-channel", "--exclude", "2.*", "--zero-floor", 0.4, "--size-exponent", 0.5),
-        *("--refresh", 2, "--relevance-samples", 7, "--relevance-memory", 0.8, "--keep", 0.05, "--prune", 0.15, "--rho", 3.0),
+        *("--refresh", 2, "--relevance-samples", 7, "--relevance-memory", 0.8, "--relevance-until", 0.7),
+        *("--keep", 0.05, "--prune", 0.15, "--rho", 3.0),
         *("--epochs", 1, "--lr", 0.01, "--schedule", "constant", "--batch-size", 32, "--distillation", 0.5),
         *(
             "--gradient",

@@ -281,6 +281,8 @@ def test_refusals():
         train(net(), Blobs(), **options(precision="half"))
     with pytest.raises(OptionError, match="entropy_ramp is 1"):
         train(net(), Blobs(), **options(entropy_ramp=1.0))
+    with pytest.raises(OptionError, match="relevance_until is 0"):
+        train(net(), Blobs(), **options(relevance_until=0.0))
     with pytest.raises(ModelError, match="lower the learning rate"):
         train(net(), Blobs(), **options(learning_rate=1e30), relevance=None)
 
@@ -317,3 +319,28 @@ def test_each_epoch_has_its_own_order():
     data.train = Recorded(data.train.x, data.train.y)
     train(net(), data, **options(epochs=2, validation=0.0))
     assert len(set(orders)) == len(orders)
+
+
+def test_relevances_are_taken_up_to_a_share_of_the_training(monkeypatch):
+    taken, seen = [], []
+
+    class Watched(module.Quantizer):
+        def observe(self, *batch):
+            taken.append(self._steps)
+            super().observe(*batch)
+
+    monkeypatch.setattr(module, "Quantizer", Watched)
+    result = train(net(), Blobs(), **options(relevance_until=0.5, progress=seen.append), refresh_every=2)
+    assert taken == list(range(0, len(seen) // 2, 2))
+    assert result.setup["relevance_until"] == 0.5
+    assert result.quantizer.relevances()
+
+
+def test_a_state_from_before_relevance_until_resumes_with_its_default(tmp_path):
+    train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s"))
+    state = torch.load(tmp_path / "s")
+    del state["setup"]["relevance_until"]
+    torch.save(state, tmp_path / "s")
+    train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True))
+    with pytest.raises(OptionError, match="relevance_until"):
+        train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True, relevance_until=0.5))

@@ -108,6 +108,7 @@ class Quantizer:
         self._weights, self._left_float = _choose_weights(module, self.options)
         # A schedule may change these between steps: γ and step_rate are multiplied by them.
         self.entropy_scale, self.step_rate_scale = 1.0, 1.0
+        self.relevances_rest = False  # True: step() takes no new ones, those it has decide on
         self._steps = 0
         self._attached = True
         self._largest = max(weight.background.numel() for weight in self._weights)
@@ -150,7 +151,7 @@ class Quantizer:
                     weight.name, gradient, weight.background, weight.levels, weight.step, weight.grid
                 )
         refresh = self._steps % self.options.refresh_every == 0
-        if self._relevances is not None and refresh:
+        if self._relevances is not None and refresh and not self.relevances_rest:
             if inputs is None:
                 raise OptionError("quantizer.step() needs the batch, step(x, y), to take relevances; or use relevance=None")
             self.observe(*_first((inputs, target), self.options.relevance_samples))

@@ -89,6 +89,7 @@ def train(
     distillation: float = 0.0,
     temperature: float = 2.0,
     entropy_ramp: float = 0.0,
+    relevance_until: float = 1.0,
     precision: Precision = "float32",
     augment: Any = None,
     device: str | torch.device | None = None,
@@ -102,13 +103,15 @@ def train(
 
     options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the training samples that chooses
     the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. entropy_ramp:
-    share of the training over which γ rises from 0 to its value; an epoch before that is never the best. epochs=0 assigns levels
+    share of the training over which γ rises from 0 to its value; an epoch before that is never the best. relevance_until: share
+    of the training after which no new relevances are taken, so that the weights settle on their levels. epochs=0 assigns levels
     without training, with relevances of up to 8 batches. precision: "bfloat16" runs the forward passes under torch.autocast, in
     about half the time for convolutions; weights and levels stay exact. state_file: written after each epoch; resume: go on
     from it.
     """
     setup = _Setup(
-        epochs, batch_size, learning_rate, schedule, validation, distillation, temperature, entropy_ramp, precision, seed
+        *(epochs, batch_size, learning_rate, schedule, validation, distillation, temperature, entropy_ramp, precision, seed),
+        relevance_until=relevance_until,
     )
     split = dataset.train
     if split is None or len(split) == 0:
@@ -145,6 +148,7 @@ class _Setup:
     entropy_ramp: float
     precision: Precision
     seed: int
+    relevance_until: float = 1.0  # a state written before there was this option has none
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.batch_size < 1 or not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
@@ -159,6 +163,8 @@ class _Setup:
             )
         if not 0 <= self.entropy_ramp < 1:
             raise OptionError(f"entropy_ramp is {self.entropy_ramp}: choose a share of the training from 0 to below 1")
+        if not 0 < self.relevance_until <= 1:
+            raise OptionError(f"relevance_until is {self.relevance_until}: choose a share of the training above 0, up to 1")
         for name, choices in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")
@@ -229,6 +235,7 @@ class _Run:
                 # Steps come to rest with the weights: a Δ that still moves when they cannot follow ruins the last epochs.
                 self.quantizer.step_rate_scale = setup.rate_scale(done)
                 self.quantizer.entropy_scale = setup.entropy_scale(done)
+                self.quantizer.relevances_rest = done >= setup.relevance_until
                 loss, hits, count = self.step(x, y)
                 seen, correct, total = seen + count, correct + hits, total + loss * count
                 if not math.isfinite(total):
@@ -301,7 +308,7 @@ class _Run:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for key, value in self.described().items():
-            then = state["setup"].get(key)
+            then = state["setup"].get(key, getattr(_Setup, key, None))
             if key == "recipe" and isinstance(then, Mapping):  # an option that is newer than the state had its default
                 then = {**Recipe().to_json(), **then}
             if then != value:
