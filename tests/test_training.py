@@ -176,6 +176,17 @@ def test_a_state_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_while_the_state_is_written_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(state, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_best_epoch_by_validation_is_kept(monkeypatch):
     scores = iter([0.1, 0.9, 0.9, 0.3])
     monkeypatch.setattr(module._Run, "accuracy", lambda self, split: next(scores))

@@ -360,8 +360,9 @@ def _write_state(state: dict[str, Any], path: str | Path) -> None:
         torch.save(state, partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise FileError(f"cannot write the training state '{path}' ({error}): free some space or choose another place") from error
+    finally:  # of an interrupt, too
+        partial.unlink(missing_ok=True)
 
 
 def _read_state(path: str | Path) -> dict[str, Any]:
