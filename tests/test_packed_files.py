@@ -1,6 +1,7 @@
 """Packed weights in whole files: chosen where the file gets smaller, gone once loaded, and damage is told."""
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -76,6 +77,13 @@ def test_the_file_as_a_whole_decides(large, tmp_path):
                 kinds = {stored.storage for stored in conversion.stored}
                 assert kinds == ({"packed"} if name == "large" else {"dense"})
         assert sizes[name, "auto"] <= min(sizes[name, "packed"], sizes[name, "dense"])
+
+
+def test_auto_packs_a_weight_that_would_be_smaller_dense_where_that_saves_a_function(tmp_path):
+    """The keyword spotter's smallest weights, 4 bit with few zeros, are such."""
+    checkpoint = Path(__file__).parents[1] / "models" / "kws_dscnn_fsdd_4bit.pt"
+    auto, packed = (api.convert(checkpoint, tmp_path / f"{way}.onnx", storage=way).nbytes for way in ("auto", "packed"))
+    assert auto <= packed
 
 
 def test_nothing_of_the_decoder_is_left_after_loading(large, tmp_path):

@@ -242,38 +242,33 @@ def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tu
 
 
 def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
-    """The entries with the weights packed that are smaller so, if the file as a whole is; or, always, all that can be.
+    """The entries with those weights packed that make the file smallest; or, always, all that can be.
 
-    Packed weights are one stream, and its decoder is written once.
+    Packed weights are one stream, and its decoder is written once. Tried are all weights, those of them that are smaller packed,
+    those of these that still are ... and none.
     """
     first = dict[str, Entry]()  # tied weights are stored once
     for entry in entries:
         first.setdefault(entry.stored.levels, entry)
     chosen = {name: _stored_levels(entry) for name, entry in first.items()}
-    packed: dict[str, Stored | Refusal] = {}
+    plain, tried = {name: entry.stored for name, entry in first.items()}, dict[str, Stored | Refusal]()
+    ways: list[dict[str, Stored]] = [] if always else [{}]
+
+    def made(together: dict[str, Stored]) -> list[Entry]:
+        levels = ((entry, entry.stored.levels) for entry in entries)
+        return [_packed(entry, together.get(name), tried[name], always=always) for entry, name in levels]
+
+    def size(together: dict[str, Stored]) -> int:
+        return _bytes([*(plain | together).values()]) - (fusion.saving(made(together)) if together else 0)
+
     while chosen:
-        results = dict(zip(chosen, encode_all(list(chosen.items()), target), strict=True))
-        packed.update(results)
-        worse = {
-            name
-            for name, result in results.items()
-            if isinstance(result, Refusal) or (not always and result.nbytes >= first[name].stored.nbytes)
-        }
-        if not worse:
+        tried.update(zip(chosen, encode_all(list(chosen.items()), target), strict=True))
+        ways.append({name: stored for name in chosen if isinstance(stored := tried[name], Stored)})
+        better = {name for name, stored in ways[-1].items() if stored.nbytes < plain[name].nbytes}
+        if always or len(better) == len(ways[-1]):
             break
-        chosen = {name: levels for name, levels in chosen.items() if name not in worse}
-    together = {name: result for name in chosen if isinstance(result := packed[name], Stored)}
-    plain = {name: entry.stored for name, entry in first.items()}
-
-    def made(together: Mapping[str, Stored]) -> list[Entry]:
-        return [
-            _packed(entry, together.get(entry.stored.levels), packed[entry.stored.levels], always=always) for entry in entries
-        ]
-
-    with_packed = made(together)
-    if always or _bytes([*(plain | together).values()]) - fusion.saving(with_packed) < _bytes([*plain.values()]):
-        return with_packed
-    return made({})
+        chosen = {name: levels for name, levels in chosen.items() if name in better}
+    return made(min(ways, key=size)) if ways else list(entries)
 
 
 def _packed(entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool) -> Entry:
