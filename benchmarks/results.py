@@ -88,6 +88,7 @@ TERNARY = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.5, "batch_size": 128, "distillation": 0.5, "precision": "bfloat16"},
     **{"relevance": None, "augment": crop_and_flip},
 }
+ENDS_4BIT = {"*": 2, "conv1.weight": 4, "linear.weight": 4}
 TERNARY_AFTER = {**TERNARY, "entropy_ramp": 0.3, "epochs": 3, "learning_rate": 7e-4}
 
 
@@ -150,13 +151,16 @@ TABLES: dict[str, Results] = {
             Row("ecq-ternary-small", {**TERNARY, "entropy_weight": 0.2, "entropy_ramp": 0.53, "epochs": 3}),
             Row("ecq-ternary-long", {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 11}),
             Row("ecq-ternary-longer", {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 24}),
+            Row("ecq-ends-4bit", {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.18, "entropy_ramp": 0.5, "epochs": 11}),
             *(
                 Row(name, {**TERNARY_AFTER, "entropy_weight": weight, **relevance}, after="ecq-ternary-longer")
                 for name, weight, relevance in (
                     ("ecqx-after-025", 0.25, {"relevance": "epsilon_plus_flat"}),
                     ("ecqx-narrow-025", 0.25, {"relevance": "epsilon_plus_flat", "keep": 0.01, "prune": 0.01}),
+                    ("ecqx-rest-025", 0.25, {"relevance": "epsilon_plus_flat", "relevance_until": 0.4}),
                     ("ecq-after-020", 0.20, {}),
                     ("ecq-after-030", 0.30, {}),
+                    ("ecq-after-060", 0.60, {}),
                 )
             ),
             Row(
@@ -182,7 +186,31 @@ TABLES: dict[str, Results] = {
             "augment": "crop_and_flip",
         },
         tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
-        compared=dict.fromkeys(("ecqx-after-025", "ecqx-narrow-025"), ("ecq-after-020", "ecq-after-030")),
+        compared=dict.fromkeys(
+            ("ecqx-after-025", "ecqx-narrow-025", "ecqx-rest-025"), ("ecq-after-020", "ecq-after-030", "ecq-after-060")
+        ),
+    ),
+    "resnet20-public": Results(
+        "models/resnet20.py:resnet20",
+        f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_thrice",
+        rows=(
+            Row(
+                "ecq-ends-4bit",
+                {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.21, "entropy_ramp": 0.5, "epochs": 10, "distillation": 1.0},
+            ),
+        ),
+        start=f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
+        tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
+    ),
+    "resnet20-lossless": Results(
+        "models/resnet20.py:resnet20",
+        f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_thrice",
+        rows=(Row("ecq-ternary-016", {**TERNARY, "entropy_weight": 0.16, "entropy_ramp": 0.5, "epochs": 12}),),
+        start={
+            **{"weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt", "epochs": 8, "rate": 1e-3, "bfloat16": True},
+            "augment": "crop_and_flip",
+        },
+        tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
     ),
 }
 
