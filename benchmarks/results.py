@@ -187,7 +187,8 @@ TABLES: dict[str, Results] = {
         },
         tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
         compared=dict.fromkeys(
-            ("ecqx-after-025", "ecqx-narrow-025", "ecqx-rest-025"), ("ecq-after-020", "ecq-after-030", "ecq-after-060")
+            ("ecqx-after-025", "ecqx-narrow-025", "ecqx-rest-025"),
+            ("ecq-after-020", "ecq-after-030", "ecq-after-060"),
         ),
     ),
     "resnet20-public": Results(

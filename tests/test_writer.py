@@ -94,7 +94,7 @@ def test_an_existing_file_is_left_alone_without_force(tmp_path):
 
 
 def test_a_folder_that_is_absent_is_refused(tmp_path):
-    with pytest.raises(FileError, match="cannot write"):
+    with pytest.raises(FileError, match="does not exist; create it first"):
         write(small_plan(), tmp_path / "none" / "out.onnx")
 
 
