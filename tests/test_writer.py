@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph, Plan, build, make_plan, match, read_weights, write
+from ecqx_onnx_converters.writer import levels_crc
 from onnx import TensorProto, helper
 
 from ecqx_onnx.errors import FileError
@@ -80,7 +81,8 @@ def test_metadata_holds_recipe_and_tensors(tmp_path):
     (entry,) = onnx.load(tmp_path / "out.onnx").metadata_props
     content = json.loads(entry.value)
     assert content["labels"] == ["ä", "b"]
-    assert content["tensors"][0][0] == "w"
+    levels = small_plan().entries[0].weight.tensor.levels
+    assert content["tensors"][0][:2] == ["w", levels_crc(levels)]
     assert content["storage"] == "dense"
 
 

@@ -147,15 +147,21 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
 
 def _levels_of(record: Record, contents: Contents) -> str:
     """What the call that makes the record's value dequantises."""
-    node = contents.makers.get(record.value)
-    if node is not None and node.op_type == "Transpose" and not node.domain:
-        node = contents.makers.get(node.input[0])
+    node = _maker(record, contents)
     if node is None or node.domain != DOMAIN or not node.input:
         raise FileError(
             f"nothing decodes weight '{record.name}' in the ONNX file; some tool has folded or rewritten it: convert the model"
             " again, and simplify it before, not after"
         )
     return node.input[0]
+
+
+def _maker(record: Record, contents: Contents) -> NodeProto | None:
+    """Of the record's value, behind a Transpose if there is one."""
+    node = contents.makers.get(record.value)
+    if node is not None and node.op_type == "Transpose" and node.input:
+        node = contents.makers.get(node.input[0])
+    return node
 
 
 def _order(record: Record, contents: Contents, rank: int) -> tuple[int, ...] | None:
@@ -185,9 +191,7 @@ def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> St
 
 def _dequantization(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:
     """The node that dequantises the record's levels into its value, or, for an embedding, into the gathered rows."""
-    node = contents.makers.get(record.value)
-    if node is not None and node.op_type == "Transpose":
-        node = contents.makers.get(node.input[0])
+    node = _maker(record, contents)
     cast = contents.makers.get(node.input[0]) if node is not None and node.op_type == "DequantizeLinear" else None
     if node is not None and cast is not None and cast.op_type == "Cast" and cast.input[0] == record.levels:
         return node

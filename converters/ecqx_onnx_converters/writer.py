@@ -144,13 +144,13 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     model.ir_version = max(plan.target.ir_version(plan.opset), 8)
     model.producer_name = "ecqx-onnx"
     model.ClearField("producer_version")
-    tensors = _put_weights(model, plan)
+    fused = choose(plan.entries)
+    tensors = _put_weights(model, plan, fused)
     drop_defaults(model, plan.opset)
     shorten_integers(model)
     renamed = shorten_names(model)
     payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantised}
     usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
-    fused = choose(plan.entries)
     records = [_record(entry, renamed, usual[0][0], fused) for entry in plan.entries]
     content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": shortest(records)}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
@@ -159,7 +159,7 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     return Built(model, payloads, tensors)
 
 
-def _put_weights(model: ModelProto, plan: Plan) -> tuple[WrittenTensor, ...]:
+def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[WrittenTensor, ...]:
     """Storage, dequantisation and functions; sparse tensors last, since other tools drop them."""
     graph, names, uses = model.graph, NameMaker(value_names(model.graph)), find_uses(model.graph)
     names.taken.update(name for entry in plan.entries for name in _names_of(entry))
@@ -168,7 +168,6 @@ def _put_weights(model: ModelProto, plan: Plan) -> tuple[WrittenTensor, ...]:
     sparse: list[SparseTensorProto] = []
     rows: list[WrittenTensor] = []
     seen: set[str] = set()
-    fused = choose(plan.entries)
     for entry in plan.entries:
         first, whole = entry.stored.levels not in seen, fused is not None and entry.stored.storage == "packed"
         if first:
@@ -177,7 +176,7 @@ def _put_weights(model: ModelProto, plan: Plan) -> tuple[WrittenTensor, ...]:
             sparse.extend(entry.stored.sparse_initializers)
             nodes.extend([] if whole else entry.stored.nodes)
             functions.update({(part.domain, part.name): part for part in entry.stored.functions})
-        permutation = order(entry) if whole else entry.permutation
+        permutation = _permutation(entry, fused)
         dequantization = _dequantization(entry, names, permutation)
         graph.initializer.extend(part for part in dequantization.initializers if part.name not in seen)
         seen.update(part.name for part in dequantization.initializers)
@@ -223,8 +222,12 @@ def _names_of(entry: Entry) -> set[str]:
     return {entry.stored.levels, *(part.name for part in parts), *(name for node in entry.stored.nodes for name in node.output)}
 
 
+def _permutation(entry: Entry, fused: str | None) -> tuple[int, ...] | None:
+    """Of the weight's axes, to the order in which its dequantisation reads the levels; None where that is their own."""
+    return order(entry) if fused is not None and entry.stored.storage == "packed" else entry.permutation
+
+
 def _dequantization(entry: Entry, names: NameMaker, permutation: tuple[int, ...] | None) -> Dequantization:
-    """permutation: of the weight's axes, to the order in which its levels are stored."""
     weight, constant = entry.weight, names("s")
     if weight.integers is not None:
         return as_integers(weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant)
@@ -264,22 +267,19 @@ def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | N
     """
     weight, stored = entry.weight, entry.stored
     turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    permutation = order(entry) if fused is not None and stored.storage == "packed" else None
-    levels, name = weight.tensor.levels.T if turned else weight.tensor.levels, renamed.get(stored.levels, 0)
-    levels = levels if permutation is None else levels.transpose(permutation)
+    permutation = _permutation(entry, fused) or ((1, 0) if turned else range(weight.tensor.levels.ndim))
     layout = 2 if weight.integers is not None else int(turned)
     sources = 0 if weight.sources == (weight.name,) else list(weight.sources)
-    rest = [name, layout, 0 if stored.storage == usual else stored.storage, sources]
+    rest = [renamed.get(stored.levels, 0), layout, 0 if stored.storage == usual else stored.storage, sources]
     while rest and rest[-1] == 0:
         rest.pop()
-    return [weight.name, levels_crc(levels), renamed.get(weight.name, ""), *rest]
+    return [weight.name, levels_crc(weight.tensor.levels.transpose(permutation)), renamed.get(weight.name, ""), *rest]
 
 
 def shortest(records: list[list[Any]]) -> list[list[Any]] | str:
     """The list of tensors as it stands in the metadata: its JSON deflated and in base 85 where that is shorter."""
     text = json.dumps(records, separators=(",", ":"), ensure_ascii=False).encode()
-    squeeze = zlib.compressobj(9, wbits=RAW)
-    coded = base64.b85encode(squeeze.compress(text) + squeeze.flush()).decode()
+    coded = base64.b85encode(zlib.compress(text, 9, wbits=RAW)).decode()
     return coded if len(coded) + 2 < len(text) else records
 
 
