@@ -4,8 +4,8 @@ Payload: packed arrays only. Decoder: what the file holds besides (functions, no
 NNCodec: its own bitstream on the same integers, exact. Run: make bench-size
 
 `python benchmarks/packed_size.py whole`: files of the same networks as `convert` writes them, against NNCodec's bitstream for the
-same integers plus the file's float parameters, steps included, as they are. With checkpoints as arguments
-(python benchmarks/packed_size.py model.pt …): the same of these.
+same integers plus the file's float parameters, steps included, as they are; and the packed payload (stream, tree, tables) over
+entropy and NNCodec. With checkpoints as arguments (python benchmarks/packed_size.py model.pt …): the same of these.
 """
 
 import lzma
@@ -103,15 +103,18 @@ def whole_files(sources: dict[str, Any]) -> None:
     from ecqx_onnx import api
     from ecqx_onnx.inspection import inspect
 
-    print(" " * 40 + f"{'.onnx':>9s}{'NNCodec':>9s}{'floats':>9s}{'sum':>9s}{'ratio':>8s}   (bytes)")
+    heads = (".onnx", "NNCodec", "floats", "sum", "ratio", "payload", "/entropy", "/NNCodec")
+    print(" " * 40 + "".join(f"{head:>9s}" for head in heads) + "   (bytes)")
     for name, (source, example) in sources.items():
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.onnx"
             size = api.convert(source, out, example=example).nbytes
             parts = inspect(out).parts
-            coded = nncodec_bytes([stored.weight.tensor.levels for stored in read_weights(out)])
+            tensors = [stored.weight.tensor.levels for stored in read_weights(out)]
+        coded, payload = nncodec_bytes(tensors), pack(tensors, [best_order(levels) for levels in tensors]).nbytes
         floats = parts.get("float parameters", 0) + parts.get("steps and codebooks", 0)
-        print(f"{name[-40:]:40s}{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):8.3f}")
+        files = f"{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):9.3f}"
+        print(f"{name[-40:]:40s}{files}{payload:9d}{payload / entropy_bytes(tensors):9.3f}{payload / coded:9.3f}")
 
 
 def network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any, Any]:

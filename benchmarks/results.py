@@ -132,6 +132,7 @@ TABLES: dict[str, Results] = {
             Row("ecq-2bit-055", {**LENET300, "entropy_weight": 0.55}),
             Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25}),
             Row("ecqx-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25, **ECQX_AT_EQUAL_ZEROS}),
+            *(Row(f"ecq-4bit-0{γ}", {**LENET300, "bits": 4, "entropy_weight": γ / 100, "epochs": 8}) for γ in (15, 30)),
         ),
         start={"epochs": 15},
     ),
@@ -330,12 +331,12 @@ def interval(values: list[float]) -> str:
     return f"{mean:.2f} ± {half_width(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
-def differences(name: str, table: Results, row: str, others: tuple[str, ...], axis: str) -> list[float]:
-    """Points of accuracy on the test set by which `row` lies above the others' curve where axis has its value, seed by seed."""
+def differences(name: str, table: Results, row: str, others: tuple[str, ...], axis: str, test: str) -> list[float]:
+    """Points of accuracy on `test` by which `row` lies above the others' curve where axis has its value, seed by seed."""
 
     def point(row: str, seed: int) -> dict[str, float]:
         result = json.loads((RUNS / f"{name}-{row}-{seed}.json").read_text())
-        return {"accuracy": 100 * result["accuracy"]["test"], axis: result[axis]}
+        return {"accuracy": 100 * result["accuracy"][test], axis: result[axis]}
 
     found = []
     for seed in table.seeds:
@@ -348,12 +349,13 @@ def differences(name: str, table: Results, row: str, others: tuple[str, ...], ax
 
 def show_compared(name: str, table: Results, console: Console) -> None:
     printed = Table(title="Paired differences in points of accuracy, mean ± 95 %")
-    for heading in ("recipe", "against", "seeds", "at equal zeros", "seeds", "at equal entropy bytes"):
+    for heading in ("recipe", "against", "test", "seeds", "at equal zeros", "seeds", "at equal entropy bytes"):
         printed.add_column(heading, justify="right")
     for row, others in table.compared.items():
-        by_axis = (differences(name, table, row, others, axis) for axis in ("zeros", "entropy_bytes"))
-        columns = [text for found in by_axis for text in (str(len(found)), interval(found) if found else "outside the curve")]
-        printed.add_row(row, ", ".join(others), *columns)
+        for test in ("test", *table.tests):
+            by_axis = (differences(name, table, row, others, axis, test) for axis in ("zeros", "entropy_bytes"))
+            columns = [text for found in by_axis for text in (str(len(found)), interval(found) if found else "outside the curve")]
+            printed.add_row(row, ", ".join(others), test, *columns)
     console.print(printed)
 
 
