@@ -240,10 +240,10 @@ def load_plain(path: str | Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as members:
                 claimed = sum(member.file_size for member in members.infolist())
-            if claimed > path.stat().st_size:  # torch stores uncompressed; anything else is a bomb or a lie
-                raise FileError(
-                    f"{path}: its parts claim {claimed} bytes, the file has {path.stat().st_size}; save it again with torch.save"
-                )
+                if claimed > path.stat().st_size:  # torch stores uncompressed; anything else is a bomb or a lie
+                    raise FileError(f"{path}: its parts claim {claimed} bytes, the file has {path.stat().st_size}; save it again")
+                if (broken := members.testzip()) is not None:  # torch.load doesn't look at checksums
+                    raise FileError(f"{path}: is damaged: its part '{broken}' doesn't have its checksum; save it again")
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise FileError(f"{path}: may not be read; check its permissions") from error

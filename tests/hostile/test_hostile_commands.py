@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_a_file_that_torch_cannot_read_is_told_without_torchs_inside(tmp_path, c
     message = refused("convert", tmp_path / "model.pt", tmp_path / "out.onnx")
     assert words in message
     assert not any(inside in message for inside in ("Error", "Pytorch", "[", " )"))
+
+
+def test_a_flipped_byte_of_a_weight_is_told(tmp_path):
+    """torch.load does not look at the checksums that torch.save writes."""
+    content = bytearray(CHECKPOINT.read_bytes())
+    with zipfile.ZipFile(CHECKPOINT) as members:
+        largest = max(members.infolist(), key=lambda member: member.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    (tmp_path / "model.pt").write_bytes(content)
+    for command in (("convert", tmp_path / "model.pt", tmp_path / "out.onnx"), ("inspect", tmp_path / "model.pt")):
+        assert "is damaged: its part" in refused(*command)
 
 
 def test_an_npz_is_no_checkpoint(tmp_path):
