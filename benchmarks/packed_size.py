@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.storage.packed import best_order, encode_all
-from ecqx_onnx_converters.storage.packed.codec import pack, unpack
+from ecqx_onnx_converters.storage.packed import encode_all, pack_all
+from ecqx_onnx_converters.storage.packed.codec import unpack
 from ecqx_onnx_converters.targets import find_target
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
@@ -94,6 +94,10 @@ def nncodec_bytes(tensors: Tensors) -> float:
     return total
 
 
+def payload_bytes(tensors: Tensors) -> int:
+    return sum(packed.nbytes for _, packed in pack_all(tensors)[0])
+
+
 def whole_files(sources: dict[str, Any]) -> None:
     """sources: by name, what `api.convert` takes, and its example input (None for a checkpoint)."""
     import tempfile
@@ -111,7 +115,7 @@ def whole_files(sources: dict[str, Any]) -> None:
             size = api.convert(source, out, example=example).nbytes
             parts = inspect(out).parts
             tensors = [stored.weight.tensor.levels for stored in read_weights(out)]
-        coded, payload = nncodec_bytes(tensors), pack(tensors, [best_order(levels) for levels in tensors]).nbytes
+        coded, payload = nncodec_bytes(tensors), payload_bytes(tensors)
         floats = parts.get("float parameters", 0) + parts.get("steps and codebooks", 0)
         files = f"{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):9.3f}"
         print(f"{name[-40:]:40s}{files}{payload:9d}{payload / entropy_bytes(tensors):9.3f}{payload / coded:9.3f}")
@@ -163,20 +167,21 @@ def main() -> None:
             continue
         tensors = make()
         entropy = entropy_bytes(tensors)
-        orders = [best_order(levels) for levels in tensors]
         begin = time.process_time()
-        packed = pack(tensors, orders)
+        streams, _ = pack_all(tensors)
         speed = sum(levels.size for levels in tensors) / 1e6 / (time.process_time() - begin)
-        if any(not np.array_equal(a, b) for a, b in zip(unpack(packed), tensors, strict=True)):
-            sys.exit(f"{name}: the levels did not come back")
+        for members, packed in streams:
+            if any(not np.array_equal(a, tensors[i]) for a, i in zip(unpack(packed), members, strict=True)):
+                sys.exit(f"{name}: the levels did not come back")
+        payload = sum(packed.nbytes for _, packed in streams)
         stored = encode_all([(f"w{i}", levels) for i, levels in enumerate(tensors)], find_target("onnxruntime"))
         parts = [*stored[0].functions, *(part for one in stored for part in (*one.initializers, *one.nodes))]
-        container = sum(part.ByteSize() for part in parts) - packed.nbytes
+        container = sum(part.ByteSize() for part in parts) - payload
         raw = b"".join(levels.tobytes() for levels in tensors)
         archive = BytesIO()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
             file.writestr("w", raw)
-        columns = [packed.nbytes, container, nncodec_bytes(tensors), len(lzma.compress(raw, preset=9)), len(archive.getvalue())]
+        columns = [payload, container, nncodec_bytes(tensors), len(lzma.compress(raw, preset=9)), len(archive.getvalue())]
         weights, zeros = sum(t.size for t in tensors), sum(int((t == 0).sum()) for t in tensors)
         coded = "".join(f"{column / entropy:9.3f}" for column in columns[2:])
         head = f"{name:25s}{weights:9d}{zeros / weights:9.3f}{entropy:9.0f}"

@@ -73,19 +73,21 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 @given(
     shapes=st.lists(shapes, min_size=1, max_size=4),
     zeros=st.floats(0, 1),
-    top=st.integers(1, 123),
+    top=st.integers(1, 122),
     seed=st.integers(0, 99),
     signed=st.booleans(),
     turned=st.booleans(),
+    form=st.sampled_from([None, *codec.Form]),
 )
-def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, signed, turned):
+def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, signed, turned, form):
+    top = min(top, 59) if form is codec.Form.SIGNS else top
     tensors = [levels(shape, zeros=zeros, top=top, seed=seed + i, signed=signed) for i, shape in enumerate(shapes)]
     orders = [tuple(range(t.ndim))[::-1] for t in tensors] if turned else None
-    assert_same(codec.unpack(codec.pack(tensors, orders)), tensors)
+    assert_same(codec.unpack(codec.pack(tensors, orders, form)), tensors)
 
 
 @settings(deadline=None, max_examples=15)
-@given(zeros=st.floats(0, 1), top=st.integers(1, 123), seed=st.integers(0, 99), shape=st.lists(st.integers(1, 20), max_size=3))
+@given(zeros=st.floats(0, 1), top=st.integers(1, 122), seed=st.integers(0, 99), shape=st.lists(st.integers(1, 20), max_size=3))
 def test_any_tensor_comes_back_from_onnxruntime(zeros, top, seed, shape):
     tensor = levels(tuple(shape), zeros=zeros, top=top, seed=seed)
     assert_same(run(decoder_model([tensor])), [tensor])
@@ -98,19 +100,28 @@ def far_apart():
     return sparse
 
 
+def smooth(shape, seed=0):
+    """Neighbours mostly of one sign, as in a filter of images."""
+    signs = np.sign(np.convolve(np.random.default_rng(seed).normal(size=int(np.prod(shape))), np.ones(25), "same"))
+    return np.abs(levels(shape, zeros=0.5, top=5, seed=seed)) * signs.reshape(shape).astype(np.int8)
+
+
 CASES = {
     "a net": small_net(),
     "one weight": [np.array([3], np.int8)],
     "no dimension": [np.array(-5, np.int8)],
     "all zero": [np.zeros((6, 5, 3, 3), np.int8)],
     "all zero beside another": [np.zeros((4, 5), np.int8), levels((4, 5)), np.zeros((4, 5), np.int8)],
-    "every level": [np.arange(-123, 124).astype(np.int8).reshape(13, 19), levels((3, 2, 5, 5))],
+    "every level": [np.arange(-122, 123).astype(np.int8).reshape(35, 7), levels((3, 2, 5, 5))],
     "no zero": [levels((12, 70), zeros=0, top=1)],
     "unsigned": [levels((12, 7), signed=False, top=15)],
     "depthwise": [levels((24, 1, 3, 3))],
     "far apart": [far_apart(), far_apart()[::-1].copy()],
     "columns alike": [(levels((1, 60), zeros=0.5, top=1) * np.ones((80, 1))).astype(np.int8)],
-    "many kinds": [np.random.default_rng(1).integers(-123, 124, (300, 100)).astype(np.int8)],
+    "signs alike": [smooth((90, 90)), smooth((70, 80), 1)],
+    "two streams": [smooth((90, 90)), levels((100, 60), zeros=0.1, top=100)],
+    "two streams, one without signs": [smooth((90, 90)), levels((100, 90), zeros=0.05, top=4), np.zeros((3, 4), np.int8)],
+    "many kinds": [np.random.default_rng(1).integers(-122, 123, (300, 100)).astype(np.int8)],
 }
 
 
@@ -126,6 +137,19 @@ def test_onnxruntime_decodes_what_numpy_decodes(name, optimised):
 def test_a_tensor_whose_columns_are_alike_is_coded_by_columns():
     nodes = decoder_model(CASES["columns alike"]).graph.node
     assert [node.op_type for node in nodes] == ["Decode", "Split", "Levels", "Transpose"]
+
+
+def streams_of(name):
+    return [(made.form, len(members)) for members, made in packed.pack_all(CASES[name])[0]]
+
+
+def test_levels_whose_signs_repeat_are_coded_by_context_and_unlike_tensors_apart():
+    signs, steady, plain = codec.Form.SIGNS, codec.Form.STEADY, codec.Form.PLAIN
+    assert streams_of("signs alike") == [(signs, 2)]
+    assert streams_of("two streams, one without signs") == [(signs, 2), (steady, 1)]
+    assert streams_of("two streams") == [(signs, 1), (steady, 1)]
+    assert streams_of("a net") == [(plain, 4)]
+    assert codec.pack(CASES["signs alike"], form=signs).nbytes < 0.95 * codec.pack(CASES["signs alike"], form=plain).nbytes
 
 
 def test_no_decoder_node_is_left_after_loading(tmp_path):
@@ -214,32 +238,52 @@ def test_the_same_levels_give_the_same_bytes():
     assert one == two
 
 
-@pytest.mark.parametrize("slots", [2, 4, 8])
-def test_golden_bytes_stand(slots):
-    """Shortest words of 4, 2 and 1 bits."""
-    count = {2: 40, 4: 5, 8: 1}[slots]
+@pytest.mark.parametrize(
+    ("name", "count", "slots", "form"),
+    [
+        ("2", 40, 2, codec.Form.PLAIN),
+        ("4", 5, 4, codec.Form.PLAIN),
+        ("8", 1, 8, codec.Form.PLAIN),
+        ("signs", 10, 4, codec.Form.SIGNS),
+    ],
+)
+def test_golden_bytes_stand(name, count, slots, form):
+    """Shortest words of 4, 2 and 1 bits; two contexts."""
     tensor = (np.arange(8 * 4 * 9) * 7919 % 97 % (count + 1) - count // 3).astype(np.int8).reshape(8, 4, 3, 3)
-    made = codec.pack([tensor])
+    made = codec.pack([tensor], form=form)
     assert made.slots == slots
     arrays = (made.payload, made.bits, made.advances, made.values)
     written = " ".join(array.tobytes().hex() for array in arrays) + f" {made.parts[0].entries}"
-    assert written == (Path(__file__).parent / "golden" / f"packed_{slots}.hex").read_text().strip()
+    assert written == (Path(__file__).parent / "golden" / f"packed_{name}.hex").read_text().strip()
 
 
 def test_a_stream_written_by_hand_is_read():
     """Words 0: one down, value 1; 10: two down, value -1; 11: four zeros. From the last level on: 1 0 -1 0 0 0 0 1 0."""
     tree_bits = np.packbits([1, 0, 1, 1] + [1] * 4)
     payload = np.packbits([0, 1, 0, 1, 1, 0, 1, 1])[None]  # and one more run that no tensor has a share in
-    stream = codec.decode(payload, tree_bits, 8)
+    stream = codec.decode(payload, tree_bits, 8, None)
     assert stream.tolist() == [1, 0, 2, 0, 3, 1, 0, 3]
     found = codec.place(stream[:6], np.array([0, -1, -2, -4], np.int8), np.array([0, 1, -1, 0], np.int8), 9)
     assert found.tolist() == [0, 1, 0, 0, 0, 0, -1, 0, 1]
 
 
+def test_a_stream_of_two_contexts_written_by_hand_is_read():
+    """Behind a positive level 0 says one down, 1, and 1 two down, -1; behind others 0 says one down, -1, and 1 one down, 2."""
+    tree_bits = np.packbits([0, 0, 1, 1, 1, 1, 1, 1])  # the root, its two children, four leaves, two bits to fill the byte
+    turns = np.array([0, 1, -1, -1, 2, 0, 0], np.int8)
+    payload = np.packbits([[1, 0, 1, 0, 1, 0, 0, 1], [0, 1, 0, 1, 1, 1, 1, 1]], axis=1)  # each lane: the context, then words
+    stream = codec.decode(payload, tree_bits, 8, turns)
+    assert stream.tolist() == [0, 3, 4, 1, 2, 3, 3, 4, 0, 2, 3, 4, 2, 4, 2, 4]
+    with pytest.raises(FileError, match="contexts"):
+        codec.decode(payload, tree_bits, 8, turns[:-1])
+    with pytest.raises(FileError, match="contexts"):
+        codec.decode(payload, np.packbits([1, 0, 1, 1] + [1] * 4), 8, np.zeros(7, np.int8))
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=255), st.sampled_from([1, 2, 4]))
 def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, shortest):
-    code = tree.build(np.array(counts), shortest)
+    code = tree.build([np.array(counts)], shortest)
     assert code.lengths.min() >= shortest
     assert sum(2.0**-length for length in code.lengths) == 1
     words = [format(word, f"0{length}b") for word, length in zip(code.codes, code.lengths, strict=True)]
@@ -249,6 +293,17 @@ def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, short
         entropy = -sum(count * np.log2(count / total) for count in counts)
         bits = sum(counts[symbol] * length for symbol, length in zip(code.symbols, code.lengths, strict=True) if symbol >= 0)
         assert bits < entropy + total + shortest * total * (max(counts) > total / 2**shortest)
+
+
+def test_a_tree_of_two_contexts_has_a_prefix_code_in_each():
+    code = tree.build([np.array([5, 9, 1]), np.zeros(0, np.int64)], 2)
+    for context, least in ((0, 2), (1, 1)):
+        lengths = code.lengths[code.contexts == context]
+        assert lengths.min() >= least
+        assert sum(2.0**-length for length in lengths) == 1
+    assert code.symbols[code.contexts == 0].tolist() == [0, 1, 2, -1]
+    assert code.symbols[code.contexts == 1].tolist() == [-1, -1]
+    assert code.bits[:2].tolist() == [0, 0]
 
 
 def entropy(tensor):

@@ -15,11 +15,20 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
 from tests.onnx_graphs import model_of, product, quantised
-from tests.test_writer import mixed_plan
+from tests.test_writer import GOLDEN, mixed_plan
 
 
 def written(**options) -> ModelProto:
     return build(mixed_plan(**options)).to_model()
+
+
+def test_packed_weights_of_the_format_before_are_read():
+    """One stream, no contexts; metadata of format 3."""
+    model = ModelProto.FromString((GOLDEN / "packed-format-1.onnx").read_bytes())
+    assert read_metadata(model)["format"] == 3
+    for entry, weight in zip(mixed_plan(storage="packed").entries, read_weights(model), strict=True):
+        assert weight.crc_ok
+        np.testing.assert_array_equal(weight.weight.tensor.levels, entry.weight.tensor.levels)
 
 
 def initializer(model: ModelProto, *, dequantised: int, position: int) -> TensorProto:

@@ -244,7 +244,7 @@ def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tu
 def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
     """The entries with those weights packed that make the file smallest; or, always, all that can be.
 
-    Packed weights are one stream, and its decoder is written once. Tried are all weights, those of them that are smaller packed,
+    Packed weights share streams, and their decoder is written once. Tried are all weights, those of them that are smaller packed,
     those of these that still are ... and none.
     """
     first = dict[str, Entry]()  # tied weights are stored once

@@ -20,7 +20,7 @@ from ecqx_onnx_converters.graph import clear_data, tensor_values
 from ecqx_onnx_converters.matching import GraphWeight
 from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage.registry import STORAGES
-from ecqx_onnx_converters.writer import FORMAT, METADATA_KEY, levels_crc, listed
+from ecqx_onnx_converters.writer import FORMAT, METADATA_KEY, READABLE, levels_crc, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ def read_metadata(model: ModelProto) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(text)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(content, dict) or content.get("format") not in READABLE:
             raise FileError(
                 f"the metadata '{METADATA_KEY}' of the ONNX file isn't of format {FORMAT}: it is damaged, or another version of"
                 " ecqx-onnx wrote it; convert the model again"

@@ -31,7 +31,8 @@ from ecqx_onnx_converters.shapes import fix_batch
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.decoder import TENSOR
 
-METADATA_KEY, FORMAT = "ecqx_onnx", 3
+METADATA_KEY, FORMAT = "ecqx_onnx", 4
+READABLE = (3, FORMAT)  # 3: packed weights of format 1
 RAW, LONGEST_LIST = -15, 1 << 26  # deflate without a header; bytes of the metadata's list of tensors
 EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
 

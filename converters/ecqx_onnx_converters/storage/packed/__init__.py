@@ -1,12 +1,12 @@
 """int8 levels <-> entropy-coded bytes that the graph itself decodes while a runtime loads it: docs/packed-format.md.
 
-All packed tensors of a file are one stream, so `encode_all` takes them together; `encode` packs a single one.
+Packed tensors of a file share streams and their decoder, so `encode_all` takes them together; `encode` packs a single one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
 
 import numpy as np
@@ -16,6 +16,8 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.graph import tensor_values
 from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Contents, Refusal, Stored
 from ecqx_onnx_converters.storage.packed import codec, decoder
+from ecqx_onnx_converters.storage.packed.codec import Survey
+from ecqx_onnx_converters.storage.packed.streams import arrange
 from ecqx_onnx_converters.storage.packed.units import HIGHEST, pairs, walk
 from ecqx_onnx_converters.targets import Target
 
@@ -47,26 +49,49 @@ def _why_not(levels: np.ndarray, target: Target) -> Refusal | None:
     return None
 
 
-def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> Iterator[Stored]:
-    names = [name for name, _ in tensors]
-    packed = codec.pack([levels for _, levels in tensors], [best_order(levels) for _, levels in tensors])
-    fresh = (f"{names[0]}_{index}" for index in count())
-    nodes, initializers, tables, stage = decoder.group_nodes(packed, fresh, [f"{name}_e" for name in names])
-    functions, shapes = decoder.functions(packed), dict[tuple[int, ...], str]()
-    for name, part in zip(names, packed.parts, strict=True):
-        shape = tuple(part.shape[axis] for axis in part.order)
-        if shape not in shapes:
-            shapes[shape] = f"{name}_s"
-            initializers.append(decoder.tensor(f"{name}_s", np.array(shape, np.int64)))
-        made = f"{name}_t" if part.turned else name
-        own = [helper.make_node(decoder.TENSOR, [f"{name}_e", *tables, shapes[shape], *stage], [made], domain=DOMAIN)]
-        if part.turned:
-            own.append(helper.make_node("Transpose", [made], [name], perm=np.argsort(part.order).tolist()))
-        yield Stored(
-            "packed", "packed", name, TensorProto.INT8, decoder.OPSET, tuple(initializers), (), (*nodes, *own), functions,
-            own_bytes=_own_bytes(part.entries, packed.slots),
-        )  # fmt: skip
-        initializers, nodes = [], []
+def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec.Packed]], tuple[int, ...]]:
+    """int8 tensors -> their streams, each with the indices of its tensors; and the radices of the functions that read them."""
+    surveys = [Survey.of(levels, best_order(levels)) for levels in tensors]
+    streams = arrange(surveys)
+    deepest = 2 if _staged(tensors) else 3  # each level leaves a copy of all entries behind until loading ends
+    radices = codec.best_radices(sum(how.nbytes for _, how in streams), len(streams), deepest)
+    made = [(members, codec.write([surveys[member] for member in members], how, math.prod(radices))) for members, how in streams]
+    return made, radices
+
+
+def _staged(tensors: Sequence[np.ndarray]) -> bool:
+    return sum(levels.size for levels in tensors) >= decoder.STAGED_FROM
+
+
+def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
+    streams, radices = pack_all([levels for _, levels in tensors])
+    turning, staged = streams[0][1].form is not codec.Form.PLAIN, _staged([levels for _, levels in tensors])
+    functions = decoder.functions(radices, turning=turning, staged=staged)
+    fresh, known, shapes = (f"{tensors[0][0]}_{index}" for index in count()), dict[bytes, str](), dict[tuple[int, ...], str]()
+    stage: list[str] = []
+    made: list[Stored | None] = [None] * len(tensors)
+    for members, packed in streams:
+        names = [tensors[member][0] for member in members]
+        nodes, initializers, tables = decoder.stream_nodes(packed, fresh, [f"{name}_e" for name in names], known)
+        if staged and not stage:
+            stage = [next(fresh)]
+            one = nodes[0].input[9]  # the last of the constants
+            nodes.extend(decoder.stage_nodes(one, stage[0], fresh))
+        for member, name, part in zip(members, names, packed.parts, strict=True):
+            shape = tuple(part.shape[axis] for axis in part.order)
+            if shape not in shapes:
+                shapes[shape] = f"{name}_s"
+                initializers.append(decoder.tensor(f"{name}_s", np.array(shape, np.int64)))
+            levels = f"{name}_t" if part.turned else name
+            own = [helper.make_node(decoder.TENSOR, [f"{name}_e", *tables, shapes[shape], *stage], [levels], domain=DOMAIN)]
+            if part.turned:
+                own.append(helper.make_node("Transpose", [levels], [name], perm=np.argsort(part.order).tolist()))
+            made[member] = Stored(
+                "packed", "packed", name, TensorProto.INT8, decoder.OPSET, tuple(initializers), (), (*nodes, *own), functions,
+                own_bytes=_own_bytes(part.entries, packed.slots),
+            )  # fmt: skip
+            initializers, nodes = [], []
+    return [stored for stored in made if stored is not None]
 
 
 def _own_bytes(entries: int, slots: int) -> int:
@@ -138,9 +163,10 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
         if split.op_type != "Split" or maker.op_type != decoder.DECODE or maker.domain != DOMAIN:
             raise FileError(f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged")
         payload, bits, *constants = (_values(value, contents) for value in maker.input)
+        turns = constants.pop() if len(constants) > len(decoder.constants(2)) else None
         slots = next((s for s in (2, 4, 8) if _same(constants, decoder.constants(s))), 0)
         sizes = _values(split.input[1], contents)
-        stream = codec.decode(payload, bits, slots)
+        stream = codec.decode(payload, bits, slots, turns)
         if sizes.ndim != 1 or sizes.min(initial=0) < 0 or sizes.sum() != len(stream) or len(sizes) != len(split.output):
             raise FileError(f"the packed entries are cut into parts of {sizes.tolist()[:9]}; the ONNX file is damaged")
         ends = np.cumsum(sizes)

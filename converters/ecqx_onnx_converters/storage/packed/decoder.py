@@ -4,27 +4,28 @@ Every input of these nodes is a constant, so that a runtime folds them while loa
 it is done: what counts is bytes of node outputs, per byte of the payload and per weight. Names are short because each is
 written at every call; constants are initializers because a Constant node takes twice their bytes.
 
-    Decode (payload p, tree b, constants) -> entries, uint8 [all]    tables (three times c), then all steps (q calls r, r calls s)
+    Decode (payload p, tree b, constants[, turns t]) -> entries, uint8 [all]    tables (three times c), then all steps: r calls s,
+                                                                             q calls r, o calls q
     s (weights w, states n, entries m, bytes b, states x)       a step of every lane: i = 256 x + b; x' = n[i], entries = m[i]
     Levels (entries e, advances a, values v, shape s[, stage w]) -> int8 tensor
 
 A large file is decoded in two stages, so that what the first leaves behind is gone before levels become floats: the shape that
-Levels ends with waits for `_stage`, a Scan over one zero, which no runtime folds. But its output's shape is constant, and known
-once the first stage is folded; then the Scan is dead.
+Levels ends with waits for `stage_nodes`, a Scan over one zero, which no runtime folds. But its output's shape is constant, and
+known once the first stage is folded; then the Scan is dead.
 """
 
 from __future__ import annotations
 
-import math
 import string
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from ecqx_onnx_converters.storage import DOMAIN
-from ecqx_onnx_converters.storage.packed.codec import Packed
+from ecqx_onnx_converters.storage.packed.codec import Form, Packed
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
 
 OPSET = 18
@@ -32,38 +33,44 @@ DECODE, TENSOR = "Decode", "Levels"
 STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
 
 
-def functions(packed: Packed) -> tuple[FunctionProto, ...]:
-    radix = round(packed.payload.shape[1] ** 0.5)
-    return (_step(), _chain("r", "s", radix), _chain("q", "r", radix), _compose(), _decode(), _tensor(staged(packed)))
+def functions(radices: Sequence[int], *, turning: bool, staged: bool) -> tuple[FunctionProto, ...]:
+    """radices: see `codec.best_radices`; turning: the streams have two contexts; staged: two stages."""
+    chain = [_chain(name, callee, radix) for (callee, name), radix in zip(pairwise("srqo"), radices, strict=False)]
+    return (_step(), *chain, _compose(), _decode(chain[-1].name, turning), _tensor(staged))
 
 
-def staged(packed: Packed) -> bool:
-    return sum(math.prod(part.shape) for part in packed.parts) >= STAGED_FROM
+def stream_nodes(
+    packed: Packed, names: Iterator[str], entries: Sequence[str], known: dict[bytes, str]
+) -> tuple[list[NodeProto], list[TensorProto], tuple[str, str]]:
+    """Nodes that make the entries of each part under the names `entries`; initializers; names of advances and values.
 
-
-def group_nodes(
-    packed: Packed, names: Iterator[str], entries: Sequence[str]
-) -> tuple[list[NodeProto], list[TensorProto], tuple[str, str], list[str]]:
-    """Nodes that make the entries of each part under the names `entries`; initializers; names of advances and values; and of
-    the stage that Levels waits for, if there is one."""
-    arrays = {next(names): values for values in (packed.payload, packed.bits.reshape(-1, 1), *constants(packed.slots))}
-    tables = {next(names): values for values in (packed.advances, packed.values)}
+    known: names of constants that the file has, by `tensor` without a name; those that are new are added.
+    """
+    inputs, initializers = [], []
+    for values in (packed.payload, packed.bits.reshape(-1, 1)):
+        initializers.append(tensor(next(names), values))
+        inputs.append(initializers[-1].name)
+    for values in constants(packed.slots):
+        key = tensor("", values).SerializeToString(deterministic=True)
+        if key not in known:
+            known[key] = next(names)
+            initializers.append(tensor(known[key], values))
+        inputs.append(known[key])
+    advances, values = (tensor(next(names), of) for of in (packed.advances, packed.values))
+    if packed.form is not Form.PLAIN:
+        inputs.append((values if packed.form is Form.SIGNS else advances).name)
     lengths = [part.entries for part in packed.parts]
     sizes, stream, rest = next(names), next(names), next(names)
-    initializers = [tensor(name, values) for name, values in (arrays | tables).items()]
-    initializers.append(tensor(sizes, np.array([*lengths, packed.payload.size * packed.slots - sum(lengths)], np.int64)))
+    behind = packed.payload.size * packed.slots - sum(lengths)
+    initializers += [advances, values, tensor(sizes, np.array([*lengths, behind], np.int64))]
     nodes = [
-        helper.make_node(DECODE, list(arrays), [stream], domain=DOMAIN),
+        helper.make_node(DECODE, inputs, [stream], domain=DOMAIN),
         helper.make_node("Split", [stream, sizes], [*entries, rest]),
     ]
-    advances, values = tables
-    stage = [next(names)] if staged(packed) else []
-    if stage:
-        nodes.extend(_stage(list(arrays)[-1], stage[0], names))
-    return nodes, initializers, (advances, values), stage
+    return nodes, initializers, (advances.name, values.name)
 
 
-def _stage(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProto]:
+def stage_nodes(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProto]:
     """one: [1], a constant. -> stage: [1] as well, but constant only after all that is so at first."""
     length, zero, same = next(names), next(names), next(names)
     value = (
@@ -156,8 +163,18 @@ def _compose() -> FunctionProto:
     return _function("c", "n m", "y z", nodes)
 
 
-def _decode() -> FunctionProto:
-    """payload p uint8 [lanes, bytes of a lane], tree b uint8 [bytes, 1], `constants` -> entries y uint8 [all]."""
+def _decode(callee: str, turning: bool) -> FunctionProto:
+    """payload p uint8 [lanes, bytes of a lane], tree b uint8 [bytes, 1], `constants`[, turns t] -> entries y uint8 [all]."""
+    after = [_node("Mul G I -> K")]  # which inner node; 0: the root, after a leaf
+    if turning:  # 1 after a leaf whose t is positive, 2 after another
+        after = [
+            _node("Cast t -> a", to=TensorProto.INT64),
+            _node("Less a k -> d"),
+            _node("Cast d -> e", to=TensorProto.INT64),
+            _node("Add e k -> l"),
+            _node("Gather l J -> o"),
+            _node("Where C o I -> K"),
+        ]
     nodes = [
         _node("BitwiseAnd b c -> A"),
         _node("Cast A -> B", to=TensorProto.BOOL),
@@ -167,7 +184,7 @@ def _decode() -> FunctionProto:
         _node("CumSum F f -> H"),
         _node("CumSum G f -> I"),
         _node("Mul F H -> J"),  # which leaf, from 1; 0: none
-        _node("Mul G I -> K"),  # which inner node; 0: the root, after a leaf
+        *after,
         _node("Cast J -> L", to=TensorProto.UINT8),
         _node("Reshape K i -> M"),
         _node("Reshape L g -> O"),
@@ -181,10 +198,10 @@ def _decode() -> FunctionProto:
         _node("Transpose X -> m"),
         _node("ReduceMin p k -> Y"),
         _node("BitwiseXor Y Y -> x"),  # every lane starts from the root
-        _node("q w n m p x -> z Z"),
+        _node(f"{callee} w n m p x -> z Z"),
         _node("Reshape Z h -> y"),
     ]
-    return _function(DECODE, "p b c w f h i g j k", "y", nodes)
+    return _function(DECODE, "p b c w f h i g j k t" if turning else "p b c w f h i g j k", "y", nodes)
 
 
 def _tensor(staged: bool) -> FunctionProto:
