@@ -6,43 +6,59 @@ as that saves bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, coding
-from ecqx_onnx_converters.storage.packed.units import choose_alphabets, tally
+from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_radices, coding
+from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabets, tally
 
-STREAM_BYTES, TURN_BYTES = 170, 115  # what one more stream takes beside its payload and tables; and a decoder of two contexts
+STREAM_BYTES = 170  # what one more stream takes in the file, its payload and tables aside
+STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
+TURN_BYTES = 115  # a decoder of two contexts
 KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
 
 def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
-    """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves nothing."""
+    """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
     tallies = [tally(survey.runs, survey.pair) for survey in surveys]
-    everything, groups = list(range(len(surveys))), _groups([counts for counts, _ in tallies])
     whole = choose_alphabets(tallies)
-    apart = [choose_alphabets([tallies[member] for member in members]) if len(groups) > 1 else whole for members in groups]
-    plain, steady = ([coding(alphabets[0], form) for alphabets in apart] for form in (Form.PLAIN, Form.STEADY))
-    signs = [[coding(alphabet, Form.SIGNS) for alphabet in alphabets[1:]] for alphabets in apart]
-    turning = [min([one, *two], key=lambda way: way.nbytes) for one, two in zip(steady, signs, strict=True)]
-    ways = [([everything], [coding(whole[0], Form.PLAIN)]), (groups, plain), (groups, turning)]
-    return list(zip(*min(ways, key=lambda way: _bytes(way[1])), strict=True))
+    plain = coding(whole[0], Form.PLAIN)
+    apart = STREAM_BYTES + STEP_BYTES * math.prod(best_radices(plain.nbytes, 1))
+    groups = _groups([counts for counts, _ in tallies], apart)
+    alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups] if len(groups) > 1 else [whole]
+    everything = [list(range(len(surveys)))]
+    ways = [
+        (everything, [plain]),
+        (everything, [_turning(whole)]),
+        (groups, [coding(own[0], Form.PLAIN) for own in alphabets]),
+        (groups, [_turning(own) for own in alphabets]),
+    ]
+
+    def cost(way: tuple[list[list[int]], list[Coding]]) -> int:
+        streams = way[1]
+        turns = TURN_BYTES if streams[0].form is not Form.PLAIN else 0
+        return sum(how.nbytes for how in streams) + apart * len(streams) + turns
+
+    return list(zip(*min(ways, key=cost), strict=True))
 
 
-def _bytes(streams: Sequence[Coding]) -> int:
-    turning = streams[0].form is not Form.PLAIN
-    return sum(how.nbytes for how in streams) + STREAM_BYTES * (len(streams) - 1) + TURN_BYTES * turning
+def _turning(alphabets: Sequence[Alphabet]) -> Coding:
+    """Of one context in its place or, where there is an alphabet for that and it saves something, of two."""
+    ways = [coding(alphabet, form) for alphabet, form in zip(alphabets, (Form.STEADY, Form.SIGNS), strict=False)]
+    return min(ways, key=lambda way: way.nbytes)
 
 
-def _groups(counts: Sequence[np.ndarray]) -> list[list[int]]:
-    """counts: of each tensor, see `tally`. Joins the pair of groups that saves most until none saves anything."""
+def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
+    """counts: of each tensor, see `tally`; apart: bytes that each group costs. Joins the pair of groups that saves most, until none
+    does."""
     used = np.flatnonzero(sum(of.sum(axis=0) for of in counts))
     members, tables = [[index] for index in range(len(counts))], [of[:, used].astype(np.float64) for of in counts]
     sizes = [_estimate(table) for table in tables]
 
     def saved(one: int, other: int) -> float:
-        return sizes[one] + sizes[other] + STREAM_BYTES - _estimate(tables[one] + tables[other])
+        return sizes[one] + sizes[other] + apart - _estimate(tables[one] + tables[other])
 
     left = set(range(len(counts)))
     saving = {(one, other): saved(one, other) for other in left for one in range(other)}
