@@ -18,7 +18,7 @@ from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Contents, Refusal,
 from ecqx_onnx_converters.storage.packed import codec, decoder
 from ecqx_onnx_converters.storage.packed.codec import Survey
 from ecqx_onnx_converters.storage.packed.streams import arrange
-from ecqx_onnx_converters.storage.packed.units import HIGHEST, pairs, walk
+from ecqx_onnx_converters.storage.packed.units import HIGHEST
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
@@ -51,7 +51,7 @@ def _why_not(levels: np.ndarray, target: Target) -> Refusal | None:
 
 def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec.Packed]], tuple[int, ...]]:
     """int8 tensors -> their streams, each with the indices of its tensors; and the radices of the functions that read them."""
-    surveys = [Survey.of(levels, best_order(levels)) for levels in tensors]
+    surveys = [survey(levels) for levels in tensors]
     streams = arrange(surveys)
     deepest = 2 if _staged(tensors) else 3  # each level leaves a copy of all entries behind until loading ends
     radices = codec.best_radices(sum(how.nbytes for _, how in streams), len(streams), deepest)
@@ -99,20 +99,19 @@ def _own_bytes(entries: int, slots: int) -> int:
     return -(-entries // slots)
 
 
-def best_order(levels: np.ndarray) -> tuple[int, ...]:
-    """Of the tensor's own order of axes and that with the first two swapped, the one whose distances and values say less."""
-    own = tuple(range(levels.ndim))
+def survey(levels: np.ndarray) -> Survey:
+    """In the tensor's own order of axes or with the first two swapped, whichever distances and values say less."""
+    own = Survey.of(levels)
     if levels.ndim < 2 or 1 in levels.shape[:2]:
         return own
-    swapped = (1, 0, *own[2:])
-    return swapped if _pair_bytes(levels.transpose(swapped)) + TURN_BYTES < _pair_bytes(levels) else own
+    swapped = Survey.of(levels, (1, 0, *range(2, levels.ndim)))
+    return swapped if _pair_bytes(swapped) + TURN_BYTES < _pair_bytes(own) else own
 
 
-def _pair_bytes(levels: np.ndarray) -> float:
-    runs, pair = pairs(*walk(levels))
-    counts = np.bincount(pair)
+def _pair_bytes(survey: Survey) -> float:
+    counts = np.bincount(survey.pair)
     counts = counts[counts > 0]
-    return float((counts * np.log2(len(pair) / counts)).sum() + runs.sum()) / 8
+    return float((counts * np.log2(len(survey.pair) / counts)).sum() + survey.runs.sum()) / 8
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:

@@ -27,14 +27,12 @@ def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     plain = coding(whole[0], Form.PLAIN)
     apart = STREAM_BYTES + STEP_BYTES * math.prod(best_radices(plain.nbytes, 1))
     groups = _groups([counts for counts, _ in tallies], apart)
-    alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups] if len(groups) > 1 else [whole]
     everything = [list(range(len(surveys)))]
-    ways = [
-        (everything, [plain]),
-        (everything, [_turning(whole)]),
-        (groups, [coding(own[0], Form.PLAIN) for own in alphabets]),
-        (groups, [_turning(own) for own in alphabets]),
-    ]
+    ways = [(everything, [plain]), (everything, [_turning(whole)])]
+    if len(groups) > 1:
+        alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups]
+        ways.append((groups, [coding(own[0], Form.PLAIN) for own in alphabets]))
+        ways.append((groups, [_turning(own) for own in alphabets]))
 
     def cost(way: tuple[list[list[int]], list[Coding]]) -> int:
         streams = way[1]
@@ -51,8 +49,8 @@ def _turning(alphabets: Sequence[Alphabet]) -> Coding:
 
 
 def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
-    """counts: of each tensor, see `tally`; apart: bytes that each group costs. Joins the pair of groups that saves most, until none
-    does."""
+    """counts: of each tensor, see `tally`; apart: bytes that each group costs. Joins the pair of groups that saves most, until
+    none does."""
     used = np.flatnonzero(sum(of.sum(axis=0) for of in counts))
     members, tables = [[index] for index in range(len(counts))], [of[:, used].astype(np.float64) for of in counts]
     sizes = [_estimate(table) for table in tables]
