@@ -52,32 +52,30 @@ def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
     """counts: of each tensor, see `tally`; apart: bytes that each group costs. Joins the pair of groups that saves most, until
     none does."""
     used = np.flatnonzero(sum(of.sum(axis=0) for of in counts))
-    members, tables = [[index] for index in range(len(counts))], [of[:, used].astype(np.float64) for of in counts]
-    sizes = [_estimate(table) for table in tables]
-
-    def saved(one: int, other: int) -> float:
-        return sizes[one] + sizes[other] + apart - _estimate(tables[one] + tables[other])
-
-    left = set(range(len(counts)))
-    saving = {(one, other): saved(one, other) for other in left for one in range(other)}
-    while saving:
-        (one, other), most = max(saving.items(), key=lambda entry: entry[1])
-        if most <= 0:
-            break
+    tables = np.stack([of[:, used] for of in counts]).astype(np.float64)
+    members, sizes, left = [[index] for index in range(len(tables))], _estimate(tables), np.ones(len(tables), bool)
+    saving = np.full((len(tables), len(tables)), -1.0)
+    for one in range(len(tables)):
+        saving[one, :one] = sizes[one] + sizes[:one] + apart - _estimate(tables[one] + tables[:one])
+    while saving.max(initial=0) > 0:
+        other, one = divmod(int(saving.argmax()), len(tables))
         members[one] = sorted(members[one] + members[other])
-        tables[one] = tables[one] + tables[other]
+        tables[one] += tables[other]
         sizes[one] = _estimate(tables[one])
-        left.discard(other)
-        saving = {pair: bytes_ for pair, bytes_ in saving.items() if not {one, other} & set(pair)}
-        saving |= {(min(one, third), max(one, third)): saved(*sorted((one, third))) for third in left - {one}}
-    return [members[index] for index in sorted(left)]
+        left[other] = False
+        saving[[one, other]] = saving[:, [one, other]] = -1
+        rest = np.flatnonzero(left & (np.arange(len(left)) != one))
+        saving[np.maximum(one, rest), np.minimum(one, rest)] = (
+            sizes[one] + sizes[rest] + apart - _estimate(tables[one] + tables[rest])
+        )
+    return [members[index] for index in np.flatnonzero(left)]
 
 
-def _estimate(table: np.ndarray) -> float:
-    """Bytes of a stream whose pairs are counted in table [2 contexts, pairs], with one context or two."""
+def _estimate(tables: np.ndarray) -> np.ndarray:
+    """Bytes of streams whose pairs are counted in tables [..., 2 contexts, pairs], with one context or two."""
 
-    def size(counts: np.ndarray) -> float:
+    def size(counts: np.ndarray) -> np.ndarray:
         bits = counts * np.log2(np.maximum(counts.sum(axis=-1, keepdims=True), 1) / np.maximum(counts, 1))
-        return float(np.minimum(bits + KIND_BITS, APART_BITS * counts).sum()) / 8
+        return np.minimum(bits + KIND_BITS, APART_BITS * counts).sum(axis=(-2, -1)) / 8
 
-    return min(size(table), size(table.sum(axis=0)))
+    return np.minimum(size(tables), size(tables.sum(axis=-2, keepdims=True)))

@@ -168,7 +168,7 @@ def _alphabet(present: np.ndarray, member: np.ndarray, first: np.ndarray, usage:
         sizes.append(size)
         done += size
     spelling = _spellings(first, kind, run_kind)
-    full = np.full((len(member), FURTHEST, LEVELS, spelling.shape[-1]), -1)
+    full = np.full((len(member), FURTHEST, LEVELS, spelling.shape[-1]), -1, np.int16)
     full[:, : member.shape[1], present + 128] = spelling
     spelling = full.reshape(len(member), FURTHEST * LEVELS, -1)
     all_advances, all_values, all_counts = (np.concatenate(of) for of in (advances, values, counts))
@@ -193,9 +193,9 @@ def kinds_of(runs: np.ndarray, pair: np.ndarray, context: np.ndarray, alphabet: 
     """What `pairs` gave, and the context of each (0 where there is but one) -> the kinds of the units that say it, in order."""
     after = len(alphabet.sizes) - 1
     spelled = alphabet.spelling[np.where(runs > 0, after, context), pair]
+    if not runs.any():
+        return spelled[spelled >= 0]
     lengths = (spelled >= 0).sum(axis=1) + runs
-    if lengths.size and lengths.max() == 1:
-        return spelled[:, 0]
     owner = np.repeat(np.arange(len(pair)), lengths)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     long_run = np.full(after + 1, -1)
