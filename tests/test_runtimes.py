@@ -138,6 +138,21 @@ def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, t
 
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
+def test_streams_of_two_contexts_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
+    """Which a network as small as this would not have of its own."""
+    from ecqx_onnx_converters.storage.packed import streams
+
+    monkeypatch.setattr(streams, "TURN_BYTES", -(1 << 20))
+    monkeypatch.setattr(streams, "STREAM_BYTES", -(1 << 20))
+    test_a_file_says_the_same_in_every_runtime_of_its_target(
+        environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
+    )
+    decoders = [node for node in read_onnx(tmp_path / "net.onnx").proto.graph.node if node.op_type == "Decode"]
+    assert len(decoders) > 1
+    assert {len(node.input) for node in decoders} == {11}
+
+
+@pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
 def test_an_ort_file_says_the_same_in_old_runtimes_too(environment, checkpoint, tmp_path):
     """It promises only runtimes that are not older than the one that converts; those from 1.17 load it as well."""
     api.convert(checkpoint, tmp_path / "net.ort", target="onnxruntime-mobile")
