@@ -158,7 +158,7 @@ def main() -> None:
         "VGG16, random": vgg16,
     }
     heads = ["weights", "zeros", "entropy", "packed", "decoder", "NNCodec", "xz", "zip", "M/s"]
-    print(" " * 25 + "".join(f"{head:>9s}" for head in heads) + "   (bytes; right of entropy as shares of it; encoding, best of three)")
+    print(" " * 25 + "".join(f"{head:>9s}" for head in heads) + "   (bytes; right of entropy: shares of it; M/s: best of 3)")
     for name, make in nets.items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:
             continue
