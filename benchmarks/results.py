@@ -89,6 +89,8 @@ TERNARY = {
     **{"relevance": None, "augment": crop_and_flip},
 }
 ENDS_4BIT = {"*": 2, "conv1.weight": 4, "linear.weight": 4}
+LAYER1_4BIT = {**ENDS_4BIT, "layer1.*": 4}
+FROM_PUBLIC = {"entropy_ramp": 0.5, "epochs": 10, "distillation": 1.0}
 TERNARY_AFTER = {**TERNARY, "entropy_ramp": 0.3, "epochs": 3, "learning_rate": 7e-4}
 
 
@@ -196,9 +198,10 @@ TABLES: dict[str, Results] = {
         "models/resnet20.py:resnet20",
         f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_thrice",
         rows=(
-            Row(
-                "ecq-ends-4bit",
-                {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.21, "entropy_ramp": 0.5, "epochs": 10, "distillation": 1.0},
+            Row("ecq-ends-4bit", {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.21, **FROM_PUBLIC}),
+            *(
+                Row(name, {**TERNARY, "bits": LAYER1_4BIT, "entropy_weight": γ, **FROM_PUBLIC})
+                for name, γ in (("ecq-layer1-4bit", 0.21), ("ecq-layer1-4bit-80", 0.3))
             ),
         ),
         start=f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
