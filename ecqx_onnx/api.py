@@ -236,6 +236,7 @@ def as_checkpoint(
     """
     if isinstance(model, Checkpoint):
         _refuse_again(bits)
+        _refuse_shape(input_shape)
         return model
     if isinstance(model, str | Path):
         if is_function_spec(str(model)) or Path(model).suffix == ".py":
@@ -244,6 +245,7 @@ def as_checkpoint(
             )
         if factory is None and not trust_pickle and _is_checkpoint_file(model):
             _refuse_again(bits, f"{model}: ")
+            _refuse_shape(input_shape, f"{model}: ")
             return load(model)
         loaded = load_model(model, factory=factory, trust_pickle=trust_pickle)
     else:
@@ -251,6 +253,7 @@ def as_checkpoint(
     recipe, seen = dict(recipe or {}), None
     ranges: Mapping[str, tuple[float, float]] = {}
     if isinstance(loaded.model, torch.export.ExportedProgram):
+        _refuse_shape(input_shape)
         exported = Exported(loaded.model, float_graph(loaded.model), ())
         tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude, allow_float)
         exported.program.state_dict.update(_written_back(exported.program.state_dict, tensors))
@@ -290,6 +293,11 @@ def _refuse_again(bits: int | None, name: str = "") -> None:
         raise OptionError(
             f"{name}the weights are quantised already, which --bits {bits} can't do again; leave it out, or give the float model"
         )
+
+
+def _refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
+    if input_shape:
+        raise OptionError(f"{name}the model says itself what shape it takes; leave --input-shape out")
 
 
 def _ranges_in_graph(
@@ -664,6 +672,7 @@ def quantize(
         dataset = dataset.normalized()
     if weights is not None:
         apply_state(loaded.model, load_state(weights), weights)
+    _check_patterns(options, [name for name, _ in loaded.model.named_parameters()])
     x, _ = next(dataset.test.batches(2))
     try:
         outputs = loaded.model.eval()(torch.from_numpy(x)).shape[-1]
@@ -757,6 +766,15 @@ def _shown(value: Any) -> Any:
 
 
 @torch.no_grad()
+def _check_patterns(options: Mapping[str, Any], names: Sequence[str]) -> None:
+    """OptionError for a pattern that no parameter's name matches: told before the training that it is for, not after."""
+    from ecqx_onnx.quantization import Recipe
+
+    patterns = {name: options[name] for name in ("exclude", "bits") if name in options}
+    for unmatched in Recipe(**patterns).unmatched(names):
+        raise OptionError(f"--{unmatched} matches no parameter; the first is '{next(iter(names), '')}'")
+
+
 def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Proportion:
     """Share of the split that the model classifies right."""
     with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only

@@ -165,6 +165,19 @@ def test_a_pattern_that_excludes_nothing_or_everything_is_told(tmp_path, pattern
     assert not (tmp_path / "out.onnx").exists()
 
 
+@pytest.mark.parametrize("option", [("--exclude", "nosuch*"), ("--bits", "*=4,nosuch*=2")])
+def test_a_pattern_without_a_parameter_is_told_before_training(tmp_path, option):
+    command = ("quantize", NETWORK, "--data", "sklearn:digits", "--out", tmp_path / "m.pt", "--epochs", 100000)
+    assert f"{option[0]} 'nosuch*' matches no parameter; the first is '" in refused(*command, *option)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_shape_for_what_has_one_is_refused(tmp_path):
+    assert "leave --input-shape out" in refused("convert", CHECKPOINT, tmp_path / "out.onnx", "--input-shape", "1,2,3")
+    program = save_program(tmp_path / "model.pt2")
+    assert "leave --input-shape out" in refused("convert", program, tmp_path / "out.onnx", "--bits", 4, "--input-shape", 3)
+
+
 @pytest.mark.parametrize("code", ["import sys\nsys.exit(3)\ndef net(): pass\n", "def net(): raise SystemExit(3)\n"])
 def test_a_script_that_ends_the_program_is_told(tmp_path, code):
     (tmp_path / "script.py").write_text(code)
