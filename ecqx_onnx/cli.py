@@ -6,6 +6,7 @@ Exit status: 0 all well; 1 a check failed; 2 bad input. Imports are inside the c
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -121,12 +122,20 @@ def _nothing_but_json() -> Iterator[None]:
 
 def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
     """Any report of ours, as JSON or as a table, or not at all."""
+    from ecqx_onnx.errors import FileError
     from ecqx_onnx.tables import as_table, to_json
 
-    if as_json:
-        print(json.dumps(to_json(result), indent=2), file=_json_file.get())
-    elif not quiet:
-        stdout.print(as_table(result))
+    file = _json_file.get(sys.stdout)
+    try:
+        if as_json:
+            print(json.dumps(to_json(result), indent=2), file=file, flush=True)
+        elif not quiet:
+            stdout.print(as_table(result))
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # `| head` has seen enough
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is left in the buffer can't be written either
+        raise FileError(f"the result can't be written to standard output: {error.strerror}; what it tells of is done") from error
 
 
 @command

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -216,6 +218,18 @@ def test_with_json_stdout_holds_nothing_else_even_if_the_users_code_prints(tmp_p
     assert json.loads(result.stdout)
     assert "hello" in result.stderr
     assert "building" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is played by Linux's /dev/full")
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_a_full_disk_behind_stdout_is_told(option):
+    command = [sys.executable, "-m", "ecqx_onnx", "inspect", str(CHECKPOINT), *option]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: the result can't be written to standard output: No space left on device; what it tells of is done\n"
+    )
 
 
 def test_every_refusal_is_one_line_on_stderr_and_nothing_on_stdout(tmp_path):
