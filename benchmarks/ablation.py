@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"rho {rho}": {"rho": float(rho)} for rho in (1.5, 4)},
     **{f"start {start}": {"start": start} for start in ("probability", "ones")},
     **{f"memory {memory}": {"relevance_memory": memory} for memory in (0.0, 0.99)},
+    **{f"relevance until {share}": {"relevance_until": share} for share in (0.4, 0.7)},
     **{f"composite {name}": {"relevance": name} for name in ("epsilon_plus", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box")},
     "relevance at the levels": {},  # taken on the quantised network, not on the background weights; see `changed`
     "relevance keeps only": {},  # relevances take no weight to zero that plain ECQ would not; see `changed`

@@ -66,14 +66,15 @@ class Results:
     compared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+TO_THE_END = {"relevance": "epsilon_plus_flat", "relevance_until": 1.0}  # what was the default when these rows were trained
 KWS_FLOAT = {"epochs": 25, "rate": 5e-3, "augment": "shift_audio"}
 KWS_4BIT = {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 2e-3, "augment": shift_audio}
 KWS_ROWS = (
-    Row("ecqx-4bit", KWS_4BIT),
+    Row("ecqx-4bit", {**KWS_4BIT, **TO_THE_END}),
     Row("ecq-4bit", {**KWS_4BIT, "relevance": None}),
     Row("ecq-4bit-020", {**KWS_4BIT, "relevance": None, "entropy_weight": 0.2}),
 )
-ECQX_AT_EQUAL_ZEROS = {"relevance": "epsilon_plus_flat", "refresh_every": 16, "keep": 0.01, "prune": 0.01}
+ECQX_AT_EQUAL_ZEROS = {**TO_THE_END, "refresh_every": 16, "keep": 0.01, "prune": 0.01}
 LENET300 = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.4, "entropy_ramp": 0.5, "relevance": None},
     **{"epochs": 40, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
@@ -99,7 +100,7 @@ def named(shared: Mapping[str, Any], name: str) -> Row:
     method, bits, weight, *step = name.split("-")
     options = {**shared, "bits": int(bits.removesuffix("bit")), "entropy_weight": int(weight) / 100}
     if method == "ecqx":
-        options["relevance"] = "epsilon_plus_flat"
+        options |= TO_THE_END
     return Row(name, options | ({"step": step[0]} if step else {}))
 
 
@@ -158,9 +159,9 @@ TABLES: dict[str, Results] = {
             *(
                 Row(name, {**TERNARY_AFTER, "entropy_weight": weight, **relevance}, after="ecq-ternary-longer")
                 for name, weight, relevance in (
-                    ("ecqx-after-025", 0.25, {"relevance": "epsilon_plus_flat"}),
-                    ("ecqx-narrow-025", 0.25, {"relevance": "epsilon_plus_flat", "keep": 0.01, "prune": 0.01}),
-                    ("ecqx-rest-025", 0.25, {"relevance": "epsilon_plus_flat", "relevance_until": 0.4}),
+                    ("ecqx-after-025", 0.25, TO_THE_END),
+                    ("ecqx-narrow-025", 0.25, {**TO_THE_END, "keep": 0.01, "prune": 0.01}),
+                    ("ecqx-rest-025", 0.25, {"relevance": "epsilon_plus_flat"}),
                     ("ecq-after-020", 0.20, {}),
                     ("ecq-after-030", 0.30, {}),
                     ("ecq-after-060", 0.60, {}),

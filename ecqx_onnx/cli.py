@@ -166,7 +166,7 @@ def quantize(
     refresh_every: q.Refresh = 8,
     relevance_samples: q.RelevanceSamples = None,
     relevance_memory: q.RelevanceMemory = 0.9,
-    relevance_until: q.RelevanceUntil = 1.0,
+    relevance_until: q.RelevanceUntil = 0.4,
     keep: q.Keep = 0.1,
     prune: q.Prune = 0.1,
     rho: q.Rho = 2.0,

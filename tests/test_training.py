@@ -347,11 +347,11 @@ def test_relevances_are_taken_up_to_a_share_of_the_training(monkeypatch):
     assert result.quantizer.relevances()
 
 
-def test_a_state_from_before_relevance_until_resumes_with_its_default(tmp_path):
+def test_a_state_from_before_relevance_until_resumes_as_it_began(tmp_path):
     train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s"))
     state = torch.load(tmp_path / "s")
     del state["setup"]["relevance_until"]
     torch.save(state, tmp_path / "s")
-    train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True))
+    train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True, relevance_until=1.0))
     with pytest.raises(OptionError, match="relevance_until"):
-        train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True, relevance_until=0.5))
+        train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True))

@@ -89,7 +89,7 @@ def train(
     distillation: float = 0.0,
     temperature: float = 2.0,
     entropy_ramp: float = 0.0,
-    relevance_until: float = 1.0,
+    relevance_until: float = 0.4,
     precision: Precision = "float32",
     augment: Any = None,
     device: str | torch.device | None = None,
