@@ -47,8 +47,8 @@ def walk(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def pairs(distances: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """-> (whole runs of 128 zeros before, (rest - 1) * 256 + value + 128) of each level that isn't zero."""
-    runs, rest = np.divmod(distances - 1, FURTHEST)
-    return runs, rest * LEVELS + values + 128
+    zeros = distances - 1  # a power of two divides ten times faster by a shift
+    return zeros >> FURTHEST.bit_length() - 1, (zeros & FURTHEST - 1) * LEVELS + values + 128
 
 
 def behind(pair: np.ndarray, first: int) -> np.ndarray:
@@ -137,20 +137,14 @@ def _count(table: np.ndarray, first: np.ndarray, runs: np.ndarray) -> tuple[np.n
     """How often each pair and each run is used as a kind of its own. first: each pair's step, -1 where it has such a kind."""
     usage, run_usage = table.copy(), np.zeros((len(table), len(RUNS)))
     run_usage[:, -1] = runs
-    for context in range(len(table) - 1):  # what they leave goes to the last one
-        rows, columns = np.nonzero((first[context] >= 0) & (table[context] > 0))
-        amount, step = table[context, rows, columns], first[context, rows, columns]
-        np.add.at(run_usage[context], step, amount)
+    while True:  # each turn says one run of all pairs that have no kind of their own
+        context, rows, columns = moved = np.nonzero((first >= 0) & (usage > 0))
+        if not len(rows):
+            return usage, run_usage
+        amount, step = usage[moved], first[moved]
+        usage[moved] = 0
+        np.add.at(run_usage, (context, step), amount)
         np.add.at(usage[-1], (rows - np.array(RUNS)[step], columns), amount)
-        usage[context, rows, columns] = 0
-    for row in range(table.shape[1] - 1, 0, -1):
-        moved = ((first[-1, row] >= 0) & (usage[-1, row] > 0)).nonzero()[0]
-        if len(moved):
-            amount, step = usage[-1, row, moved], first[-1, row, moved]
-            np.add.at(run_usage[-1], step, amount)
-            np.add.at(usage[-1], (row - np.array(RUNS)[step], moved), amount)
-            usage[-1, row, moved] = 0
-    return usage, run_usage
 
 
 def _alphabet(present: np.ndarray, member: np.ndarray, first: np.ndarray, usage: np.ndarray, run_usage: np.ndarray) -> Alphabet:
