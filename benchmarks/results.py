@@ -202,7 +202,7 @@ TABLES: dict[str, Results] = {
             Row("ecq-ends-4bit", {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.21, **FROM_PUBLIC}),
             *(
                 Row(name, {**TERNARY, "bits": LAYER1_4BIT, "entropy_weight": γ, **FROM_PUBLIC})
-                for name, γ in (("ecq-layer1-4bit", 0.21), ("ecq-layer1-4bit-80", 0.3))
+                for name, γ in (("ecq-layer1-4bit", 0.21), ("ecq-layer1-4bit-030", 0.3))
             ),
         ),
         start=f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
