@@ -334,9 +334,10 @@ def initializer(model, place):
     return model.graph.initializer[place]
 
 
-def test_damaged_files_never_crash_and_never_pass_for_whole():
+@pytest.mark.parametrize("name", ["a net", "two streams, one without signs"])
+def test_damaged_files_never_crash_and_never_pass_for_whole(name):
     """Each byte of each array changed or cut: an error, or other levels (which the CRC tells), or a byte that says nothing."""
-    tensors = small_net()
+    tensors = CASES[name]
     whole = decoder_model(tensors)
     generator = np.random.default_rng(0)
     refused = 0
@@ -368,8 +369,9 @@ def test_sizes_that_the_payload_does_not_back_are_refused_before_anything_is_all
         read(model, 1)
 
 
-def test_onnxruntime_survives_damaged_payloads():
-    tensors = small_net()
+@pytest.mark.parametrize("name", ["a net", "signs alike"])
+def test_onnxruntime_survives_damaged_payloads(name):
+    tensors = CASES[name]
     whole = decoder_model(tensors)
     generator = np.random.default_rng(1)
     for _ in range(20):

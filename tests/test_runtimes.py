@@ -142,7 +142,7 @@ def test_streams_of_two_contexts_fold_in_every_runtime(environment, checkpoint, 
     """Which a network as small as this would not have of its own."""
     from ecqx_onnx_converters.storage.packed import streams
 
-    monkeypatch.setattr(streams, "TURN_BYTES", -(1 << 20))
+    monkeypatch.setattr(streams, "CONTEXTS_BYTES", -(1 << 20))
     monkeypatch.setattr(streams, "STREAM_BYTES", -(1 << 20))
     test_a_file_says_the_same_in_every_runtime_of_its_target(
         environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path

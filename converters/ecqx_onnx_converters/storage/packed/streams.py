@@ -16,7 +16,7 @@ from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabets
 
 STREAM_BYTES = 170  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
-TURN_BYTES = 115  # a decoder of two contexts
+CONTEXTS_BYTES = 115  # a decoder of two contexts
 KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
 
@@ -36,7 +36,7 @@ def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
 
     def cost(way: tuple[list[list[int]], list[Coding]]) -> int:
         streams = way[1]
-        turns = TURN_BYTES if streams[0].form is not Form.PLAIN else 0
+        turns = CONTEXTS_BYTES if streams[0].form is not Form.PLAIN else 0
         return sum(how.nbytes for how in streams) + apart * len(streams) + turns
 
     return list(zip(*min(ways, key=cost), strict=True))

@@ -171,7 +171,8 @@ def _alphabet(present: np.ndarray, member: np.ndarray, first: np.ndarray, usage:
 
 def _spellings(first: np.ndarray, kind: np.ndarray, run_kind: np.ndarray) -> np.ndarray:
     """[contexts, 128, values, longest]: the kinds that say each pair, in order, -1 behind them."""
-    context, rows, columns = np.indices(first.shape)[:]
+    axes = np.indices(first.shape)
+    context, rows, columns = axes[0], axes[1], axes[2]
     done, parts = np.zeros(first.shape, bool), []
     while not done.all():
         step = first[context, rows, columns]
