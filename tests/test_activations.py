@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from ecqx_onnx.errors import ModelError
+from ecqx_onnx.validation.sessions import open_session, run
 from tests.conversions import quantise
 from tests.integer_conversions import contract, convert_to_integers
 
@@ -133,9 +134,21 @@ def test_every_kind_of_operator_runs_on_integers_and_says_what_pytorch_says(name
         assert np.abs(conversion.outputs(x, level) - expected).max() <= gain * conversion.tolerance
 
 
+def sums_saturate() -> bool:
+    """Whether this processor's kernels add pairs of products in 16 bits, as x86 without VNNI does (docs/integer-kernels.md)."""
+    node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    ends = [helper.make_tensor_value_info(name, kind, [1, 64 if name == "a" else 8]) for name, kind in (("a", 2), ("y", 6))]
+    weights = numpy_helper.from_array(np.full((64, 8), 127, np.int8), "b")
+    model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], [weights]), ir_version=8)
+    (sums,) = run(open_session(model.SerializeToString()), (np.full((1, 64), 255, np.uint8),))
+    return bool((sums != 64 * 255 * 127).any())
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 7, 8])
 def test_weights_keep_their_narrow_storage(bits, per_channel, tmp_path):
+    if bits == 8 and sums_saturate():
+        pytest.skip("this processor has no VNNI: its kernels saturate sums of 8-bit weights")
     torch.manual_seed(2)
     model = contract(Net(lambda x, a, b: b(F.relu(a(x)).mean((2, 3))), a=conv(), b=nn.Linear(8, 5)))
     x = torch.randn(IMAGE)
