@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from ecqx_onnx_converters.writer import METADATA_KEY
+from ecqx_onnx_converters.metadata import METADATA_KEY
 from typer.testing import CliRunner
 
 from ecqx_onnx import api

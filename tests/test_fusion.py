@@ -10,9 +10,9 @@ import torch
 from ecqx_onnx_converters import make_plan, match, read_weights, write
 from ecqx_onnx_converters.fusion import FUSED, expanded
 from ecqx_onnx_converters.matching import GraphWeight, Matching
+from ecqx_onnx_converters.metadata import METADATA_KEY, from_text
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed import decoder
-from ecqx_onnx_converters.writer import METADATA_KEY
 from onnx import helper
 
 from ecqx_onnx import packing
@@ -59,13 +59,47 @@ def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
         few_columns(tensors, model)
     conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed")
     assert calls(conversion.path) == {name}
-    assert functions(conversion.path) == {"Decode", "c", "q", "r", "s", name}
+    assert functions(conversion.path) == {"Decode", "r", name}
     assert ("Transpose" in {node.op_type for node in onnx.load(conversion.path).graph.node}) == turned
     assert_says_the_same(conversion, model, IMAGES)
     packing.unpack(conversion.path, tmp_path / "dense.onnx")
     dense = Conversion(tmp_path / "dense.onnx", conversion.report, conversion.matching, read_weights(tmp_path / "dense.onnx"))
     assert_says_the_same(dense, model, IMAGES)
     assert functions(dense.path) <= set(FUSED.values()) | {"Dequantize"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 3, "per_channel": True}, {"codebook": True}])
+def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tmp_path):
+    """Unless something else reads the matrix, too."""
+
+    class Matrix(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(60, 80)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y + (y.abs() @ self.layer.weight).sum(1, keepdim=True) if shared else y
+
+    torch.manual_seed(0)
+    model, x = Matrix().eval(), (torch.randn(5, 60),)
+    (tensor,) = quantise(model, **options)
+    tensor.levels[:] = tensor.levels[:1]  # each column has one level
+    tensor.levels[:, ::2] = 0
+    with torch.no_grad():
+        model.layer.weight.copy_(torch.from_numpy(tensor.dequantize()))
+    conversion = convert(float_graph(model, x), [tensor], tmp_path, storage="packed")
+    nodes = onnx.load(conversion.path).graph.node
+    assert ("Transpose" in {node.op_type for node in nodes}) == shared
+    (gemm,) = (node for node in nodes if node.op_type == "Gemm")
+    assert any(attribute.name == "transB" for attribute in gemm.attribute) == shared
+    assert_says_the_same(conversion, model, x)
+    packing.unpack(conversion.path, tmp_path / "dense.onnx")
+    (weight,) = read_weights(tmp_path / "dense.onnx")
+    levels = weight.weight.tensor.levels
+    np.testing.assert_array_equal(levels if shared else levels.T, tensor.levels)
+    assert_says_the_same(Conversion(tmp_path / "dense.onnx", conversion.report, Matching((), ()), (weight,)), model, x)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -148,7 +182,7 @@ def test_a_call_that_lies_is_refused(change, tmp_path):
         del turn.attribute[:]
     else:
         entry = next(entry for entry in proto.metadata_props if entry.key == METADATA_KEY)
-        content = json.loads(entry.value)
+        content = from_text(entry.value)
         content["tensors"][0][2] = turn.output[0]
         entry.value = json.dumps(content)
     onnx.save(proto, tmp_path / "lies.onnx")

@@ -9,8 +9,8 @@ import zlib
 import numpy as np
 import pytest
 from ecqx_onnx_converters import FloatGraph, build, make_plan, match, read_weights
+from ecqx_onnx_converters.metadata import DICTIONARY, FORMAT, METADATA_KEY, from_text, to_text
 from ecqx_onnx_converters.reading import read_metadata
-from ecqx_onnx_converters.writer import METADATA_KEY, listed, shortest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
@@ -75,7 +75,7 @@ def with_record(place: int, value: object) -> ModelProto:
     """The mixed model with one field of its first tensor's record changed."""
     model = written()
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
-    content = json.loads(entry.value)
+    content = from_text(entry.value)
     record = content["tensors"][0]
     record.extend([0] * (place + 1 - len(record)))
     record[place] = value
@@ -102,7 +102,8 @@ def test_a_record_that_lies_is_refused(place, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "5", '{"format":3}', '{"format":2,"tensors":[]}', '{"format":3,"tensors":[[]]}',
+    ["", "{", "no base 85", "c", "[]", "null", "5", '{"format":3}', '{"format":5,"tensors":null}',
+     '{"format":2,"tensors":[]}', '{"format":3,"tensors":[[]]}',
      '{"format":3,"tensors":[7]}', '{"format":3,"tensors":""}', '{"format":3,"tensors":"no base 85"}',
      '{"format":3,"tensors":"c"}', '{"format":3,"tensors":{}}', '{"format":3,"tensors":[["w",0,"b","a",0,0,0,0]]}', "[" * 100000],
 )  # fmt: skip
@@ -143,18 +144,34 @@ def test_metadata_is_read_back():
     assert read_metadata(ModelProto()) == {}
 
 
-def test_a_long_list_of_tensors_is_deflated_and_a_short_one_is_not():
-    short, long = ([[f"layer{i}.weight", 4000000000 + i, f"v{i}"] for i in range(count)] for count in (1, 30))
-    assert shortest(short) == short
-    assert isinstance(shortest(long), str)
-    assert len(shortest(long)) < len(json.dumps(long)) / 2
-    assert listed(shortest(long)) == long
+CONTENT = {"format": FORMAT, "recipe": {"bits": 4, "ä": [1.5, None]}, "tensors": [["layer.weight", 4000000000, "v"]]}
+
+
+def test_metadata_is_deflated_and_comes_back():
+    assert from_text(to_text(CONTENT)) == CONTENT
+    assert len(to_text(CONTENT)) < len(json.dumps(CONTENT))
+    assert from_text(json.dumps(CONTENT)) == CONTENT
+
+
+def test_metadata_of_the_format_before_is_read():
+    """JSON as it is, or with its list of tensors alone deflated."""
+    records = CONTENT["tensors"]
+    text = base64.b85encode(zlib.compress(json.dumps(records).encode(), wbits=-15)).decode()
+    for tensors in (records, text):
+        assert from_text(json.dumps({"format": 4, "tensors": tensors})) == {"format": 4, "tensors": records}
+
+
+def test_the_dictionary_is_part_of_the_format():
+    """Files are read with the one that they were written with: another one needs another format."""
+    assert (FORMAT, zlib.crc32(DICTIONARY)) == (5, 1305473240)
 
 
 @pytest.mark.parametrize("inflated", [b"[" * 100000, b"5", b"[" + b" " * (1 << 27) + b"]"], ids=["deep", "number", "huge"])
-def test_a_deflated_list_that_is_none_is_refused(inflated):
+@pytest.mark.parametrize("old", [False, True])
+def test_deflated_text_that_is_none_is_refused(inflated, old):
     text = base64.b85encode(zlib.compress(inflated, 9, wbits=-15)).decode()
     model = written()
-    next(entry for entry in model.metadata_props if entry.key == METADATA_KEY).value = json.dumps({"format": 3, "tensors": text})
+    entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
+    entry.value = json.dumps({"format": 4, "tensors": text}) if old else text
     with pytest.raises(FileError):
         read_weights(model)

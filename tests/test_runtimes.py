@@ -138,7 +138,7 @@ def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, t
 
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
-def test_streams_of_two_contexts_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
+def test_streams_of_several_contexts_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
     """Which a network as small as this would not have of its own."""
     from ecqx_onnx_converters.storage.packed import streams
 
@@ -149,7 +149,7 @@ def test_streams_of_two_contexts_fold_in_every_runtime(environment, checkpoint, 
     )
     decoders = [node for node in read_onnx(tmp_path / "net.onnx").proto.graph.node if node.op_type == "Decode"]
     assert len(decoders) > 1
-    assert {len(node.input) for node in decoders} == {11}
+    assert {len(node.input) for node in decoders} == {13}
 
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
+from ecqx_onnx_converters.metadata import from_text
 from ecqx_onnx_converters.writer import levels_crc
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
@@ -264,7 +265,7 @@ def one_level_changed(path: Path, *, checksum_too: bool) -> None:
     stored.raw_data = bytes(content)
     if checksum_too:
         entry = next(entry for entry in model.metadata_props if entry.key == "ecqx_onnx")
-        metadata = json.loads(entry.value)
+        metadata = from_text(entry.value)
         onnx.save(model, path)
         metadata["tensors"][0][1] = levels_crc(read_weights(path)[0].weight.tensor.levels)
         entry.value = json.dumps(metadata)

@@ -109,7 +109,7 @@ def apply_standard(
         if use.node.op_type == "Gather":
             _gather_integers(use, levels, type, step, names)
         elif use.node.op_type == "Gemm":
-            _set_attribute(use.node, "transB", 1)
+            set_attribute(use.node, "transB", 1)
         elif use.node.op_type == "MatMul":
             _gemm_for_matmul(use, weight, tensor.shape, names)
 
@@ -147,7 +147,7 @@ def _gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameM
     _replace(use, nodes)
 
 
-def _set_attribute(node: NodeProto, name: str, value: int) -> None:
+def set_attribute(node: NodeProto, name: str, value: int) -> None:
     for attribute in [attribute for attribute in node.attribute if attribute.name == name]:
         node.attribute.remove(attribute)
     node.attribute.append(helper.make_attribute(name, value))

@@ -1,6 +1,7 @@
 """The decoder of a packed tensor and its dequantisation as one call: 33 bytes a weight less than two.
 
-Where every packed weight of a file can have it. One that is coded in another order of its axes has its Transpose behind the call.
+Where every packed weight of a file can have it. One that is coded in another order of its axes has its Transpose behind the call,
+unless all that read it are Gemm, which can turn it themselves.
 Files that are decoded in two stages have their integers and floats apart, since that is what the stages are for.
 """
 
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import FunctionProto, NodeProto, helper
+from onnx import FunctionProto, GraphProto, NodeProto, helper
 
 from ecqx_onnx.tensors import Scale
+from ecqx_onnx_converters.consumers import find_uses, set_attribute
 from ecqx_onnx_converters.dequantization import BODIES
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.decoder import TENSOR
@@ -68,6 +70,24 @@ def fuse(entry: Entry, name: str, dequantise: NodeProto) -> list[NodeProto]:
         nodes.append(helper.make_node("Transpose", [output], dequantise.output))
         nodes[-1].attribute.extend(turn.attribute)
     return nodes
+
+
+def leave_turns_to_gemm(graph: GraphProto) -> set[str]:
+    """Removes, in place, the Transpose behind a fused call where only Gemm reads it, whose transB says the same. -> The names of
+    these weights."""
+    calls = {node.output[0]: node for node in graph.node if node.domain == DOMAIN and node.op_type in FUSED}
+    uses = find_uses(graph)
+    turned = set()
+    for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in calls]:
+        readers = uses.get(node.output[0], [])
+        if list(node.attribute[0].ints) != [1, 0] or any(use.node.op_type != "Gemm" or use.position != 1 for use in readers):
+            continue
+        for use in readers:
+            set_attribute(use.node, "transB", 1 - use.attributes.get("transB", 0))
+        calls[node.input[0]].output[0] = node.output[0]
+        graph.node.remove(node)
+        turned.add(node.output[0])
+    return turned
 
 
 def expanded(node: NodeProto) -> list[NodeProto]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,10 @@ from ecqx_onnx_converters.files import external_bytes, read_proto
 from ecqx_onnx_converters.fusion import expanded
 from ecqx_onnx_converters.graph import clear_data, tensor_values
 from ecqx_onnx_converters.matching import GraphWeight
+from ecqx_onnx_converters.metadata import METADATA_KEY, from_text
 from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage.registry import STORAGES
-from ecqx_onnx_converters.writer import FORMAT, METADATA_KEY, READABLE, levels_crc, listed
+from ecqx_onnx_converters.writer import levels_crc
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +45,12 @@ def read_metadata(model: ModelProto) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        content = json.loads(text)
-        if not isinstance(content, dict) or content.get("format") not in READABLE:
-            raise FileError(
-                f"the metadata '{METADATA_KEY}' of the ONNX file isn't of format {FORMAT}: it is damaged, or another version of"
-                " ecqx-onnx wrote it; convert the model again"
-            )
-        return content | {"tensors": listed(content.get("tensors", ""))}
+        return from_text(text)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"the metadata '{METADATA_KEY}' of the ONNX file can't be read ({error}); the file is damaged") from error
+        raise FileError(
+            f"the metadata '{METADATA_KEY}' of the ONNX file can't be read ({error}): it is damaged, or another version of"
+            " ecqx-onnx wrote it; convert the model again"
+        ) from error
 
 
 def read_records(metadata: Mapping[str, Any]) -> tuple[Record, ...]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ from ecqx_onnx_converters.compact import drop_defaults, shorten_integers, shorte
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
 from ecqx_onnx_converters.dequantization import Dequantization, as_integers, folded, function, integer, standard
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
-from ecqx_onnx_converters.fusion import FUSED, choose, composed, fuse, order
+from ecqx_onnx_converters.fusion import FUSED, choose, composed, fuse, leave_turns_to_gemm, order
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.integer_nodes import FloatNode
 from ecqx_onnx_converters.matching import Missing
+from ecqx_onnx_converters.metadata import FORMAT, METADATA_KEY, to_text
 from ecqx_onnx_converters.names import NameMaker
 from ecqx_onnx_converters.opsets import set_opset
 from ecqx_onnx_converters.planning import Entry, Kept, Plan
@@ -31,9 +30,6 @@ from ecqx_onnx_converters.shapes import fix_batch
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.decoder import TENSOR
 
-METADATA_KEY, FORMAT = "ecqx_onnx", 4
-READABLE = (3, FORMAT)  # 3: packed weights of format 1
-RAW, LONGEST_LIST = -15, 1 << 26  # deflate without a header; bytes of the metadata's list of tensors
 EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for the graph
 
 
@@ -104,7 +100,7 @@ def write(
 ) -> WriteReport:
     """Writes `path`, and `<path>.data` beside it when the tensors need more than one protobuf holds (or external_data=True).
 
-    metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors (see `shortest`). Same plan, same bytes.
+    metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors. Same plan, same bytes.
     accept: raises if the written file, still in a temporary place, is not to take its name.
     """
     path = Path(path)
@@ -147,16 +143,17 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     model.ClearField("producer_version")
     fused = choose(plan.entries)
     tensors = _put_weights(model, plan, fused)
+    turned = leave_turns_to_gemm(graph)
     drop_defaults(model, plan.opset)
     shorten_integers(model)
     renamed = shorten_names(model)
     payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantised}
     usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
-    records = [_record(entry, renamed, usual[0][0], fused) for entry in plan.entries]
-    content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": shortest(records)}
+    records = [_record(entry, renamed, usual[0][0], fused, turned) for entry in plan.entries]
+    content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": records}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
         del model.metadata_props[index]
-    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(content, separators=(",", ":"), ensure_ascii=False))
+    model.metadata_props.add(key=METADATA_KEY, value=to_text(content))
     return Built(model, payloads, tensors)
 
 
@@ -258,7 +255,7 @@ def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTe
     )  # fmt: skip
 
 
-def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None) -> list[Any]:
+def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None, turned: Collection[str]) -> list[Any]:
     """What the metadata says of one weight, as a row, since keys would outweigh the rest:
 
     [name, crc32 of the int8 levels row-major as stored, float value, integer value, layout, storage, sources]. The values are
@@ -267,34 +264,14 @@ def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | N
     left out.
     """
     weight, stored = entry.weight, entry.stored
-    turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    permutation = _permutation(entry, fused) or ((1, 0) if turned else range(weight.tensor.levels.ndim))
-    layout = 2 if weight.integers is not None else int(turned)
+    stored_turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
+    permutation = _permutation(entry, fused) or ((1, 0) if stored_turned else range(weight.tensor.levels.ndim))
+    layout = 2 if weight.integers is not None else int(stored_turned or weight.name in turned)
     sources = 0 if weight.sources == (weight.name,) else list(weight.sources)
     rest = [renamed.get(stored.levels, 0), layout, 0 if stored.storage == usual else stored.storage, sources]
     while rest and rest[-1] == 0:
         rest.pop()
     return [weight.name, levels_crc(weight.tensor.levels.transpose(permutation)), renamed.get(weight.name, ""), *rest]
-
-
-def shortest(records: list[list[Any]]) -> list[list[Any]] | str:
-    """The list of tensors as it stands in the metadata: its JSON deflated and in base 85 where that is shorter."""
-    text = json.dumps(records, separators=(",", ":"), ensure_ascii=False).encode()
-    coded = base64.b85encode(zlib.compress(text, 9, wbits=RAW)).decode()
-    return coded if len(coded) + 2 < len(text) else records
-
-
-def listed(tensors: list[Any] | str) -> list[Any]:
-    """The inverse of `shortest`. ValueError for what it doesn't give."""
-    if isinstance(tensors, str):
-        stretch = zlib.decompressobj(wbits=RAW)
-        try:
-            tensors = json.loads(stretch.decompress(base64.b85decode(tensors), LONGEST_LIST))
-        except zlib.error as error:
-            raise ValueError(str(error)) from error
-    if not isinstance(tensors, list):
-        raise ValueError("the list of tensors is none")
-    return tensors
 
 
 def levels_crc(levels: np.ndarray) -> int:

@@ -18,6 +18,7 @@ from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Contents, Refusal,
 from ecqx_onnx_converters.storage.packed import codec, decoder
 from ecqx_onnx_converters.storage.packed.codec import Survey
 from ecqx_onnx_converters.storage.packed.streams import arrange
+from ecqx_onnx_converters.storage.packed.tree import DIGIT
 from ecqx_onnx_converters.storage.packed.units import HIGHEST
 from ecqx_onnx_converters.targets import Target
 
@@ -49,14 +50,14 @@ def _why_not(levels: np.ndarray, target: Target) -> Refusal | None:
     return None
 
 
-def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec.Packed]], tuple[int, ...]]:
-    """int8 tensors -> their streams, each with the indices of its tensors; and the radices of the functions that read them."""
-    surveys = [survey(levels) for levels in tensors]
+def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec.Packed]], int]:
+    """int8 tensors -> their streams, each with the indices of its tensors; and how often their decoder calls its reader."""
+    top = codec.top_of(tensors)
+    surveys = [survey(levels, top) for levels in tensors]
     streams = arrange(surveys)
-    deepest = 2 if _staged(tensors) else 3  # each level leaves a copy of all entries behind until loading ends
-    radices = codec.best_radices(sum(how.nbytes for _, how in streams), len(streams), deepest)
-    made = [(members, codec.write([surveys[member] for member in members], how, math.prod(radices))) for members, how in streams]
-    return made, radices
+    calls = codec.best_calls(sum(how.nbytes for _, how in streams), len(streams))
+    made = [(members, codec.write([surveys[member] for member in members], how, DIGIT * calls)) for members, how in streams]
+    return made, calls
 
 
 def _staged(tensors: Sequence[np.ndarray]) -> bool:
@@ -64,9 +65,9 @@ def _staged(tensors: Sequence[np.ndarray]) -> bool:
 
 
 def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
-    streams, radices = pack_all([levels for _, levels in tensors])
+    streams, calls = pack_all([levels for _, levels in tensors])
     turning, staged = streams[0][1].form is not codec.Form.PLAIN, _staged([levels for _, levels in tensors])
-    functions = decoder.functions(radices, turning=turning, staged=staged)
+    functions = decoder.functions(calls, turning=turning, staged=staged)
     fresh, known, shapes = (f"{tensors[0][0]}_{index}" for index in count()), dict[bytes, str](), dict[tuple[int, ...], str]()
     stage: list[str] = []
     made: list[Stored | None] = [None] * len(tensors)
@@ -75,7 +76,7 @@ def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
         nodes, initializers, tables = decoder.stream_nodes(packed, fresh, [f"{name}_e" for name in names], known)
         if staged and not stage:
             stage = [next(fresh)]
-            one = nodes[0].input[9]  # the last of the constants
+            one = nodes[0].input[len(decoder.constants(2)) + 1]  # the last of them
             nodes.extend(decoder.stage_nodes(one, stage[0], fresh))
         for member, name, part in zip(members, names, packed.parts, strict=True):
             shape = tuple(part.shape[axis] for axis in part.order)
@@ -99,12 +100,12 @@ def _own_bytes(entries: int, slots: int) -> int:
     return -(-entries // slots)
 
 
-def survey(levels: np.ndarray) -> Survey:
+def survey(levels: np.ndarray, top: int) -> Survey:
     """In the tensor's own order of axes or with the first two swapped, whichever distances and values say less."""
-    own = Survey.of(levels)
+    own = Survey.of(levels, top)
     if levels.ndim < 2 or 1 in levels.shape[:2]:
         return own
-    swapped = Survey.of(levels, (1, 0, *range(2, levels.ndim)))
+    swapped = Survey.of(levels, top, (1, 0, *range(2, levels.ndim)))
     return swapped if _pair_bytes(swapped) + TURN_BYTES < _pair_bytes(own) else own
 
 
@@ -162,16 +163,29 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
         if split.op_type != "Split" or maker.op_type != decoder.DECODE or maker.domain != DOMAIN:
             raise FileError(f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged")
         payload, bits, *constants = (_values(value, contents) for value in maker.input)
-        turns = constants.pop() if len(constants) > len(decoder.constants(2)) else None
-        slots = next((s for s in (2, 4, 8) if _same(constants, decoder.constants(s))), 0)
+        slots, old, turns = _told(constants)
+        after = None
+        if turns is not None:
+            after = np.where(turns > 0, 1, 2) if old else codec.after(turns)
+        stream = codec.decode(payload.T if old else payload, bits, slots, after)
         sizes = _values(split.input[1], contents)
-        stream = codec.decode(payload, bits, slots, turns)
         if sizes.ndim != 1 or sizes.min(initial=0) < 0 or sizes.sum() != len(stream) or len(sizes) != len(split.output):
             raise FileError(f"the packed entries are cut into parts of {sizes.tolist()[:9]}; the ONNX file is damaged")
         ends = np.cumsum(sizes)
         cuts = {output: (int(end - size), int(end)) for output, end, size in zip(split.output, ends, sizes, strict=True)}
         contents.cache[key] = stream, cuts
     return contents.cache[key]
+
+
+def _told(constants: Sequence[np.ndarray]) -> tuple[int, bool, np.ndarray | None]:
+    """What Decode reads behind payload and tree -> slots (0: it is damaged), whether the format is 1 or 2, which had the payload
+    transposed and two contexts, and turns."""
+    for old, known in ((False, decoder.constants), (True, decoder.constants_before)):
+        for slots in (2, 4, 8):
+            count = len(known(slots))
+            if _same(constants[:count], known(slots)) and len(constants) <= count + 1:
+                return slots, old, (constants[count] if len(constants) > count else None)
+    return 0, False, None
 
 
 def _same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
-from itertools import combinations_with_replacement, zip_longest
+from itertools import zip_longest
 
 import numpy as np
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.storage.packed import tree
-from ecqx_onnx_converters.storage.packed.units import MAX_KINDS, Alphabet, behind, choose_alphabets, kinds_of, pairs, tally, walk
+from ecqx_onnx_converters.storage.packed.units import (
+    MAX_KINDS,
+    Alphabet,
+    behind,
+    choose_alphabets,
+    kinds_of,
+    pairs,
+    spellings,
+    tally,
+    walk,
+)
 
-RADICES = range(3, 17)  # how often a function of the decoder calls the one below
-CALL_BYTES, LEVEL_BYTES = 36, 116  # in the file: a call more, and a function more
+MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
+CALL_BYTES = 30  # in the file
 LANE_BYTES = 0.6  # its end, and the bit before its first word; rather much, since a payload is there to be short
 
 
 class Form(Enum):
-    """Where reading goes on behind a word: always at the root; always at inner node 2; or by the sign of the level, at 1 behind a
-    positive one and at 2 behind others. A file has either PLAIN streams or the other two."""
+    """The trees of a stream from left to right, each as the context that it is for and the bits that lead to it from the root.
 
-    PLAIN = 0
-    STEADY = 1
-    SIGNS = 2
+    Reading goes on behind a word at the root (PLAIN); or by the sign of a number of each leaf, at inner node 2 where it is
+    negative, 3 where it is 0, 4 where it is positive: of its value (SIGNS) or, so that there is just one context, of its negated
+    advance (STEADY). A file has either PLAIN streams or the other two.
+    """
+
+    PLAIN = ((0, ""),)
+    STEADY = ((None, "0"), (0, "1"))
+    SIGNS = ((2, "00"), (1, "01"), (0, "1"))
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """payload: uint8 [lanes, bytes of a lane]; every lane begins with a whole code word.
+    """payload: uint8 [bytes of a lane, lanes]; every lane begins with a whole code word.
 
     bits: uint8, the tree, eight to a byte, high bit first, filled up with ones. advances: int8 [kinds + 1], negated, and
     values: int8 [kinds + 1], of the leaves in order; both begin with 0 for no unit, and where there are contexts end with 0 for
@@ -60,7 +74,7 @@ class Packed:
 
     @property
     def turns(self) -> np.ndarray | None:
-        """By which `after` tells where leaves lead."""
+        """By whose signs it is told where leaves lead."""
         return {Form.PLAIN: None, Form.STEADY: self.advances, Form.SIGNS: self.values}[self.form]
 
     @property
@@ -70,65 +84,110 @@ class Packed:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """A tensor as a stream says it: see `pairs` and `tally`."""
+    """A tensor as a stream says it: see `pairs` and `tally`. positive: bool, of each level that isn't zero."""
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
     runs: np.ndarray
     pair: np.ndarray
+    positive: np.ndarray
+    top: int
 
     @classmethod
-    def of(cls, levels: np.ndarray, order: Sequence[int] | None = None) -> Survey:
+    def of(cls, levels: np.ndarray, top: int, order: Sequence[int] | None = None) -> Survey:
+        """top: the largest |level| of the file."""
         order = tuple(range(levels.ndim)) if order is None else tuple(order)
-        return cls(levels.shape, order, *pairs(*walk(levels.transpose(order))))
+        distances, values = walk(levels.transpose(order))
+        return cls(levels.shape, order, *pairs(distances, values, top), values > 0, top)
+
+    def tally(self) -> tuple[np.ndarray, np.ndarray]:
+        return tally(self.runs, self.pair, self.positive, self.top)
+
+
+def top_of(tensors: Sequence[np.ndarray]) -> int:
+    """The largest |level| of tensors in [-128, 127]."""
+    return max(max(int(levels.max()), -int(levels.min())) for levels in tensors)
 
 
 @dataclass(frozen=True, eq=False)
 class Coding:
-    """How a stream is said. shortest: bits that each word has at least. nbytes: of words and tables, ends of lanes aside."""
+    """How a stream is said. alphabet: of all contexts for SIGNS, of one otherwise. shortest: bits that each word has at least.
+    leaves: of its trees. nbytes: of words and tables, ends of lanes aside."""
 
     form: Form
     alphabet: Alphabet
     shortest: int
-    code: tree.Code
+    leaves: int
     nbytes: int
 
+    @classmethod
+    def of(cls, form: Form, alphabet: Alphabet, shortest: int) -> Coding:
+        words = leaves = 0
+        for counts in (alphabet.counts[kinds] for kinds in _kinds(form, alphabet)):
+            lengths = tree.word_lengths(counts, shortest, alone=form is Form.PLAIN)
+            words += int((counts * lengths[: len(counts)]).sum())
+            leaves += len(lengths)
+        return cls(form, alphabet, shortest, leaves, (words + 2 * leaves - 2) // 8 + 2 * leaves + 4)
 
-def coding(alphabet: Alphabet, form: Form) -> Coding:
-    """alphabet: of two contexts for SIGNS, of one otherwise."""
-    if form is Form.STEADY:  # the second context is the only one in use
-        alphabet = replace(alphabet, sizes=(0, *alphabet.sizes), spelling=np.concatenate([alphabet.spelling] * 2))
-    shortest, code = best_code(alphabet)
-    nbytes = (_bits(alphabet, code) + len(code.bits)) // 8 + 2 * len(code.symbols) + 4
-    return Coding(form, alphabet, shortest, code, nbytes)
+    def code(self) -> tree.Code:
+        parts = [(kinds, self.alphabet.counts[kinds]) for kinds in _kinds(self.form, self.alphabet)]
+        return tree.build(parts, self.shortest, [len(path) for _, path in self.form.value])
+
+
+def _kinds(form: Form, alphabet: Alphabet) -> list[np.ndarray]:
+    """Of each tree."""
+    ends = np.cumsum(alphabet.sizes)
+    begins = ends - alphabet.sizes
+    return [np.arange(0 if of is None else begins[of], 0 if of is None else ends[of]) for of, _ in form.value]
+
+
+def codings(said: Sequence[tuple[Form, Alphabet]]) -> list[Coding]:
+    """Of the streams of a file, whose words all have as many bits at least.
+
+    More of these mean fewer entries to decode: they may cost two per mille.
+    """
+    made = {shortest: [Coding.of(form, alphabet, shortest) for form, alphabet in said] for shortest in (1, 2, 4)}
+    sizes = {
+        shortest: sum(how.nbytes for how in streams)
+        for shortest, streams in made.items()
+        if all(how.leaves <= MAX_KINDS for how in streams)
+    }
+    return made[max(shortest for shortest, size in sizes.items() if 0.998 * size <= min(sizes.values()))]
 
 
 def pack(tensors: Sequence[np.ndarray], orders: Sequence[tuple[int, ...]] | None = None, form: Form | None = None) -> Packed:
     """int8 tensors, each with at least one weight and fewer than 2**31, as one stream.
 
-    orders: see Part; by default the tensor's own. form: by default the one that takes fewest bytes; SIGNS can have 118 levels.
+    orders: see Part; by default the tensor's own. form: by default the one that takes fewest bytes; SIGNS can have 74 levels.
     """
-    surveys = [Survey.of(levels, order) for levels, order in zip_longest(tensors, orders or [])]
-    alphabets = choose_alphabets([tally(survey.runs, survey.pair) for survey in surveys])
+    top = top_of(tensors)
+    surveys = [Survey.of(levels, top, order) for levels, order in zip_longest(tensors, orders or [])]
+    alphabets = choose_alphabets([survey.tally() for survey in surveys])
     forms = [Form.PLAIN, Form.SIGNS][: len(alphabets)] if form is None else [form]
-    how = min((coding(alphabets[made is Form.SIGNS], made) for made in forms), key=lambda way: way.nbytes)
-    return write(surveys, how, math.prod(best_radices(how.nbytes, 1)))
+    ways = [codings([(made, alphabets[made is Form.SIGNS])])[0] for made in forms]
+    how = min(ways, key=lambda way: way.nbytes)
+    return write(surveys, how, tree.DIGIT * best_calls(how.nbytes, 1))
 
 
 def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
     """One stream, as `how` says it."""
-    contexts = contexts_of(surveys, how.form)
-    kinds = [kinds_of(of.runs, of.pair, context, how.alphabet) for of, context in zip(surveys, contexts, strict=True)]
-    code, lane = how.code, lane_bytes * 8
+    contexts, said = contexts_of(surveys, how.form), spellings(how.alphabet)
+    kinds = [kinds_of(of.runs, of.pair, context, how.alphabet, said) for of, context in zip(surveys, contexts, strict=True)]
+    code, lane = how.code(), lane_bytes * 8
     leaf_of = np.zeros(len(how.alphabet.counts), np.int64)
     leaf_of[code.symbols[code.symbols >= 0]] = np.flatnonzero(code.symbols >= 0)
     leaves = leaf_of[np.concatenate([np.zeros(0, np.int64), *kinds])]
     lengths, turning = code.lengths[leaves], how.form is not Form.PLAIN
-    ends, firsts = in_lanes(np.cumsum(lengths), lengths, lane, int(turning))
-    bits = np.ones(len(firsts) * lane, np.uint8)  # a word of ones is the longest of its context: the rest of a lane ends none
-    put_bits(bits, ends, code.codes[leaves], lengths)
-    if turning and len(leaves):
-        bits[np.arange(len(firsts)) * lane] = code.contexts[leaves[firsts]]
+    paths = [path for _, path in how.form.value]
+    heads = np.array([len(path) for path in paths])[code.trees[leaves]]
+    ends, firsts = in_lanes(np.cumsum(lengths), lengths, heads, lane)
+    words = [ends - lengths, code.codes[leaves], lengths]
+    if turning and len(leaves):  # the way from the root to the tree of the lane's first word
+        leads = np.array([int(path, 2) for path in paths])[code.trees[leaves[firsts]]]
+        starts = np.arange(len(firsts)) * lane
+        words = [np.concatenate(of) for of in zip(words, (starts, leads, heads[firsts]), strict=True)]
+    # A word of ones is the longest of its context: the rest of a lane, ones, ends none.
+    payload = put_words(len(firsts) * lane_bytes, *words)
     width = tree.DIGIT // slots_of(how.shortest)
     last = np.cumsum([len(part) for part in kinds], dtype=np.int64)
     entries = np.array([-(-int(ends[count - 1]) // width) if count else 0 for count in last], np.int64)
@@ -136,7 +195,7 @@ def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
     symbols = np.concatenate([[-1], code.symbols, np.full(fill * turning, -1)])  # what is no unit has advance and value 0
     advances, values = (np.append(of, 0)[symbols].astype(np.int8) for of in (-how.alphabet.advances, how.alphabet.values))
     return Packed(
-        np.packbits(bits).reshape(len(firsts), lane_bytes),
+        np.ascontiguousarray(payload.reshape(len(firsts), lane_bytes).T),
         np.packbits(np.concatenate([code.bits, np.ones(fill, np.uint8)])),
         advances,
         values,
@@ -149,10 +208,10 @@ def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
 def contexts_of(surveys: Sequence[Survey], form: Form) -> list[np.ndarray]:
     """Of each pair of each tensor of a stream."""
     if form is not Form.SIGNS:
-        return [np.full(len(survey.pair), form.value) for survey in surveys]
-    found, first = [], 1
+        return [np.zeros(len(survey.pair), np.int64) for survey in surveys]
+    found, first = [], 0
     for survey in surveys:
-        context = behind(survey.pair, first)
+        context = behind(survey.positive, first)
         found.append(context[:-1])
         first = int(context[-1])
     return found
@@ -162,60 +221,49 @@ def slots_of(shortest: int) -> int:
     return tree.DIGIT // shortest
 
 
-def best_code(alphabet: Alphabet) -> tuple[int, tree.Code]:
-    """Longer shortest words mean fewer entries to decode: they may cost half a percent."""
-    counts = np.split(alphabet.counts, np.cumsum(alphabet.sizes)[:-1])
-    codes = {shortest: tree.build(counts, shortest) for shortest in (1, 2, 4)}
-    codes = {shortest: code for shortest, code in codes.items() if len(code.symbols) <= MAX_KINDS}
-    bits = {shortest: _bits(alphabet, code) for shortest, code in codes.items()}
-    shortest = max(of for of in codes if 0.995 * bits[of] <= min(bits.values()))
-    return shortest, codes[shortest]
+def best_calls(size: int, streams: int) -> int:
+    """How often the decoder calls the function that reads 8 bytes of every lane; a lane has as many bytes as they all read.
 
-
-def _bits(alphabet: Alphabet, code: tree.Code) -> int:
-    """Of all words."""
-    return int((np.append(alphabet.counts, 0)[code.symbols] * code.lengths).sum())
-
-
-def best_radices(size: int, streams: int, deepest: int = 3) -> tuple[int, ...]:
-    """How often each level of the functions calls the one below; a lane has as many bytes as they all take steps together.
-
-    size: bytes of all streams. Each call takes CALL_BYTES of the file, each level LEVEL_BYTES, each lane wastes LANE_BYTES, and
-    of the last one of a stream half is empty.
+    size: bytes of all streams. Each call takes CALL_BYTES of the file, each lane wastes LANE_BYTES, and of the last one of a
+    stream half is empty.
     """
 
-    def cost(radices: tuple[int, ...]) -> float:
-        lane = math.prod(radices)
-        return CALL_BYTES * sum(radices) + LEVEL_BYTES * len(radices) + LANE_BYTES * size / lane + streams * lane / 2
+    def cost(calls: int) -> float:
+        lane = tree.DIGIT * calls
+        return CALL_BYTES * calls + LANE_BYTES * size / lane + streams * lane / 2
 
-    depths = range(2, deepest + 1)
-    return min((radices for depth in depths for radices in combinations_with_replacement(RADICES, depth)), key=cost)
-
-
-def put_bits(bits: np.ndarray, ends: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> None:
-    """Writes each code, high bit first, so that it ends before bit `end`."""
-    for place in range(int(lengths.max(initial=0))):
-        long = np.flatnonzero(lengths > place) if place else slice(None)
-        bits[ends[long] - 1 - place] = (codes[long] >> place) & 1
+    return min(range(1, MOST_CALLS + 1), key=cost)
 
 
-def in_lanes(ends: np.ndarray, lengths: np.ndarray, lane: int, more: int) -> tuple[np.ndarray, np.ndarray]:
+def put_words(nbytes: int, starts: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """uint8 [nbytes] of ones but for the words, none of which overlap: from each of `starts` on, in bits, the low `lengths` (at
+    most 57) bits of its code, high bit first."""
+    # The words' complements, each shifted to its place in eight bytes, are added up a byte at a time.
+    flipped = (((1 << lengths) - 1) ^ codes).astype(np.uint64) << (64 - lengths - (starts & 7)).astype(np.uint64)
+    first, zeros = starts >> 3, np.zeros(nbytes)
+    for place in range((int(((starts & 7) + lengths).max(initial=0)) + 7) // 8):
+        part = (flipped >> np.uint64(56 - 8 * place)) & np.uint64(255)
+        zeros += np.bincount(first + place, weights=part, minlength=nbytes)[:nbytes]
+    return 255 - zeros.astype(np.uint8)
+
+
+def in_lanes(ends: np.ndarray, lengths: np.ndarray, heads: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each word ends when none may cross into another lane of `lane` bits, and the first word of each lane, which has
-    `more` bits before it."""
-    firsts, shifts, begin = [0], [more], 0
-    while True:
-        first = int(np.searchsorted(ends, begin + lane - more, side="right"))  # the first word that ends beyond the lane
+    heads[word] bits before it."""
+    firsts, shifts, begin = [0], [int(heads[0]) if len(heads) else 0], 0
+    while len(ends):
+        first = int(np.searchsorted(ends, begin + lane - heads[firsts[-1]], side="right"))  # that ends beyond the lane
         if first >= len(ends):
             break
         begin = int(ends[first]) - int(lengths[first])
+        shifts.append(len(shifts) * lane + int(heads[first]) - begin)
         firsts.append(first)
-        shifts.append(len(shifts) * lane + more - begin)
     return ends + np.repeat(shifts, np.diff([*firsts, len(ends)])), np.array(firsts)
 
 
 def unpack(packed: Packed) -> list[np.ndarray]:
     """The inverse of `pack`, as the ONNX functions do it. FileError for what `pack` doesn't write."""
-    stream = decode(packed.payload, packed.bits, packed.slots, packed.turns)
+    stream = decode(packed.payload, packed.bits, packed.slots, None if packed.turns is None else after(packed.turns))
     tensors, begin = [], 0
     for part in packed.parts:
         own = stream[begin : begin + part.entries]
@@ -226,10 +274,16 @@ def unpack(packed: Packed) -> list[np.ndarray]:
     return tensors
 
 
-def decode(payload: np.ndarray, bits: np.ndarray, slots: int, turns: np.ndarray | None) -> np.ndarray:
-    """-> entries, uint8 [payload bytes * slots]: for each part of each byte the leaf it ended, counted from 1, or 0.
+def after(turns: np.ndarray) -> np.ndarray:
+    """The inner node that each leaf leads to."""
+    return 3 + np.sign(turns.astype(np.int64))
 
-    turns: int8 [leaves + 1]; where it is positive a leaf leads to inner node 1, elsewhere to 2; None: all lead to the root.
+
+def decode(payload: np.ndarray, bits: np.ndarray, slots: int, after: np.ndarray | None) -> np.ndarray:
+    """payload: uint8 [bytes of a lane, lanes]. -> entries, uint8 [payload bytes * slots]: for each part of each byte the leaf it
+    ended, counted from 1, or 0.
+
+    after: int [leaves + 1], see `after`; None: all lead to the root. FileError for what is damaged.
     """
     bits = np.unpackbits(bits.reshape(-1)) if bits.dtype == np.uint8 else np.zeros(0, np.uint8)
     balance = np.cumsum(2 * bits.astype(np.int64) - 1)
@@ -239,16 +293,17 @@ def decode(payload: np.ndarray, bits: np.ndarray, slots: int, turns: np.ndarray 
         whole and 1 <= inner < 255 and slots in (2, 4, 8) and payload.dtype == np.uint8 and payload.ndim == 2 and payload.size
     ):
         raise FileError("the tree or the payload of the packed weights is none; the ONNX file is damaged")
-    if turns is not None and (turns.dtype != np.int8 or turns.shape != (int(bits.sum()) + 1,) or bits[:2].any()):
-        raise FileError("the tree of the packed weights has no two contexts; the ONNX file is damaged")
-    after = np.zeros(inner + 2, np.int64) if turns is None else np.where(turns > 0, 1, 2)
-    state, met = tree.automaton(bits[: 2 * inner], tree.DIGIT // slots, after)
-    lanes, columns = payload.shape
-    entries = np.empty((lanes, columns, slots), np.uint8)
+    if after is None:
+        after = np.zeros(int(bits.sum()) + 1, np.int64)
+    elif after.shape != (int(bits.sum()) + 1,) or after.max() >= len(bits) // 2:
+        raise FileError("the tree of the packed weights has no such contexts; the ONNX file is damaged")
+    state, met = tree.automaton(bits, tree.DIGIT // slots, after)
+    rows, lanes = payload.shape
+    entries = np.empty((lanes, rows, slots), np.uint8)
     met, state, here = met.astype(np.uint8), state * 256, np.zeros(lanes, np.int64)
-    for column in range(columns):
-        index = here + payload[:, column]
-        entries[:, column] = met[index]
+    for row in range(rows):
+        index = here + payload[row]
+        entries[:, row] = met[index]
         here = state[index]
     return entries.reshape(-1)
 

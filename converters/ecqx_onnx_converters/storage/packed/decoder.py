@@ -4,9 +4,10 @@ Every input of these nodes is a constant, so that a runtime folds them while loa
 it is done: what counts is bytes of node outputs, per byte of the payload and per weight. Names are short because each is
 written at every call; constants are initializers because a Constant node takes twice their bytes.
 
-    Decode (payload p, tree b, constants[, turns t]) -> entries, uint8 [all]    tables (three times c), then all steps: r calls s,
-                                                                             q calls r, o calls q
-    s (weights w, states n, entries m, bytes b, states x)       a step of every lane: i = 256 x + b; x' = n[i], entries = m[i]
+    r (table n, digits b, states x)         reads 8 rows of digits: i = x + b; x' = n[i]. Gives all i, and the last x'
+    Decode (payload p, tree b, constants[, turns t]) -> entries, uint8 [all]
+                                            r reads the bits of all 256 bytes from all inner nodes, by the table of the tree, and
+                                            so makes the table of bytes; by that it reads the payload, all lanes at once
     Levels (entries e, advances a, values v, shape s[, stage w]) -> int8 tensor
 
 A large file is decoded in two stages, so that what the first leaves behind is gone before levels become floats: the shape that
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,9 @@ DECODE, TENSOR = "Decode", "Levels"
 STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
 
 
-def functions(radices: Sequence[int], *, turning: bool, staged: bool) -> tuple[FunctionProto, ...]:
-    """radices: see `codec.best_radices`; turning: the streams have two contexts; staged: two stages."""
-    chain = [_chain(name, callee, radix) for (callee, name), radix in zip(pairwise("srqo"), radices, strict=False)]
-    return (_step(), *chain, _compose(), _decode(chain[-1].name, turning), _tensor(staged))
+def functions(calls: int, *, turning: bool, staged: bool) -> tuple[FunctionProto, ...]:
+    """calls: see `codec.best_calls`; turning: the streams have two contexts; staged: two stages."""
+    return (_reader(), _decode(calls, turning), _tensor(staged))
 
 
 def stream_nodes(
@@ -47,7 +47,7 @@ def stream_nodes(
     known: names of constants that the file has, by `tensor` without a name; those that are new are added.
     """
     inputs, initializers = [], []
-    for values in (packed.payload, packed.bits.reshape(-1, 1)):
+    for values in (packed.payload, packed.bits.reshape(1, -1)):
         initializers.append(tensor(next(names), values))
         inputs.append(initializers[-1].name)
     for values in constants(packed.slots):
@@ -95,14 +95,25 @@ def tensor(name: str, values: np.ndarray) -> TensorProto:
 def constants(slots: int) -> list[np.ndarray]:
     """What Decode reads beside payload and tree, in the order of its inputs."""
     return [
-        1 << np.arange(7, -1, -1, dtype=np.uint8),  # c: each bit of a byte
-        np.array([[255], [1], [1]], np.uint8),  # w: of x, x and b in 256 x + b
-        np.array(0),  # f: an axis
+        1 << np.arange(7, -1, -1).reshape(-1, 1),  # c: by what a byte is divided for each of its bits
         np.array([-1]),  # h: one dimension
-        np.array([-1, 2]),  # i: inner nodes, both children
-        np.array([1, -1, 2]),  # g: the same, of one bit
         np.array([slots, DIGIT // slots, -1]),  # j: bits of a slot
-        np.array([1]),  # k: an axis, and a number
+        np.array(0),  # f: an axis, and the first state
+        np.array(1),  # a: from one byte to the next
+        np.array(2),  # d: from one state to the next
+        np.array(128),  # e: from a state to its place in the table of bytes
+        np.array(256),  # g: behind the last byte
+        np.array(0, np.int32),  # i: the root
+        np.array([1]),  # k: an axis
+    ]
+
+
+def constants_before(slots: int) -> list[np.ndarray]:
+    """The same of files of format 1 and 2."""
+    return [
+        1 << np.arange(7, -1, -1, dtype=np.uint8),
+        np.array([[255], [1], [1]], np.uint8),
+        *(np.array(of) for of in (0, [-1], [-1, 2], [1, -1, 2], [slots, DIGIT // slots, -1], [1])),
     ]
 
 
@@ -120,88 +131,85 @@ def _function(name: str, inputs: str, outputs: str, nodes: Sequence[NodeProto]) 
     return helper.make_function(DOMAIN, name, inputs.split(), outputs.split(), list(nodes), imports)
 
 
-def _step() -> FunctionProto:
-    """bytes b, inner nodes x, uint8 [lanes, 1] -> inner nodes z, entries y uint8 [lanes, 1, slots].
-
-    256 x + b is 255 x + x + b: a product of bytes is int32 at once, where Cast and Add would leave twice as much behind.
-    """
-    nodes = [
-        _node("Concat x x b -> c", axis=1),
-        _node("MatMulInteger c w -> d"),
-        _node("Gather n d -> z"),
-        _node("Gather m d -> y"),
-    ]
-    return _function("s", "w n m b x", "z y", nodes)
+def _names(taken: str) -> Iterator[str]:
+    """Letters that aren't taken, then pairs of letters."""
+    yield from (letter for letter in string.ascii_letters if letter not in taken)
+    yield from ("".join(pair) for pair in product(string.ascii_letters, repeat=2))
 
 
-def _chain(name: str, callee: str, radix: int) -> FunctionProto:
-    """The callee radix times, on as many parts of the columns of b; all entries side by side."""
-    letters = [letter for letter in string.ascii_letters + string.digits if letter not in "wnmbxyz"]
-    columns, states, outputs = (letters[k * radix : (k + 1) * radix] for k in range(3))
+def _reader() -> FunctionProto:
+    """table n [all], digits b [8, columns], states x that fit a row -> the last states z, and y: indices of all rows, one below
+    the other."""
+    names = _names(taken="nbxyz")
+    digits, indices, states = (list(islice(names, DIGIT)) for _ in range(3))
     states = ["x", *states[1:], "z"]
-    nodes = [_node(f"Split b -> {' '.join(columns)}", axis=1, num_outputs=radix)]
-    for k in range(radix):
-        nodes.append(_node(f"{callee} w n m {columns[k]} {states[k]} -> {states[k + 1]} {outputs[k]}"))
-    nodes.append(_node(f"Concat {' '.join(outputs)} -> y", axis=1))
-    return _function(name, "w n m b x", "z y", nodes)
+    nodes = [_node(f"Split b -> {' '.join(digits)}", num_outputs=DIGIT)]
+    for k in range(DIGIT):
+        nodes.append(_node(f"Add {states[k]} {digits[k]} -> {indices[k]}"))
+        nodes.append(_node(f"Gather n {indices[k]} -> {states[k + 1]}"))
+    nodes.append(_node(f"Concat {' '.join(indices)} -> y", axis=0))
+    return _function("r", "n b x", "z y", nodes)
 
 
-def _compose() -> FunctionProto:
-    """Tables of k bits -> of 2 k bits: states n int64 [inner, 2^k], leaves met m uint8 [k, inner, 2^k], one row for each bit."""
-    nodes = [
-        _node("Gather n n -> a"),
-        _node("Flatten a -> y"),
-        _node("Gather m n -> c", axis=1),
-        _node("Constant -> d", value_ints=[3]),
-        _node("Unsqueeze m d -> e"),
-        _node("Shape c -> f"),
-        _node("Expand e f -> g"),
-        _node("Concat g c -> h", axis=0),
-        _node("Constant -> i", value_ints=[0, 0, -1]),
-        _node("Reshape h i -> z"),
-    ]
-    return _function("c", "n m", "y z", nodes)
+def _decode(calls: int, turning: bool) -> FunctionProto:
+    """payload p uint8 [8 * calls, lanes], tree b uint8 [1, bytes], `constants`[, turns t] -> entries y uint8 [all].
 
-
-def _decode(callee: str, turning: bool) -> FunctionProto:
-    """payload p uint8 [lanes, bytes of a lane], tree b uint8 [bytes, 1], `constants`[, turns t] -> entries y uint8 [all]."""
-    after = [_node("Mul G I -> K")]  # which inner node; 0: the root, after a leaf
-    if turning:  # 1 after a leaf whose t is positive, 2 after another
-        after = [
-            _node("Cast t -> a", to=TensorProto.INT64),
-            _node("Less a k -> d"),
-            _node("Cast d -> e", to=TensorProto.INT64),
-            _node("Add e k -> l"),
-            _node("Gather l J -> o"),
-            _node("Where C o I -> K"),
+    A state is an inner node's number, times 2 where it is added to a bit, and times 256 where it is added to a byte.
+    """
+    turn = []
+    if turning:  # to inner node 2, 3 or 4 by the sign of a leaf's t
+        turn = [
+            _node("Sign t -> l"),
+            _node("Cast l -> m", to=TensorProto.INT64),
+            _node("Add a m -> o"),
+            _node("Add d o -> q"),
+            _node("Gather q J -> s"),
+            _node("Mul F s -> u"),
+            _node("Add u K -> r"),
         ]
-    nodes = [
-        _node("BitwiseAnd b c -> A"),
-        _node("Cast A -> B", to=TensorProto.BOOL),
-        _node("Reshape B h -> C"),
-        _node("Cast C -> F", to=TensorProto.INT64),  # 1: a leaf
-        _node("Sub k F -> G"),  # 1: an inner node
+    table = [
+        _node("CastLike b a -> A"),
+        _node("Div A c -> B"),
+        _node("Mod B d -> C"),
+        _node("Transpose C -> E"),
+        _node("Reshape E h -> F"),  # 1: a leaf
+        _node("Sub a F -> G"),  # 1: an inner node
         _node("CumSum F f -> H"),
         _node("CumSum G f -> I"),
         _node("Mul F H -> J"),  # which leaf, from 1; 0: none
-        *after,
-        _node("Cast J -> L", to=TensorProto.UINT8),
-        _node("Reshape K i -> M"),
-        _node("Reshape L g -> O"),
-        _node("c M O -> P Q"),
-        _node("c P Q -> R S"),
-        _node("c R S -> T U"),
-        _node("Cast T -> V", to=TensorProto.UINT8),
-        _node("Reshape V h -> n"),
-        _node("Reshape U j -> W"),
-        _node("ReduceMax W k -> X", keepdims=0),
-        _node("Transpose X -> m"),
-        _node("ReduceMin p k -> Y"),
-        _node("BitwiseXor Y Y -> x"),  # every lane starts from the root
-        _node(f"{callee} w n m p x -> z Z"),
-        _node("Reshape Z h -> y"),
+        _node("Mul G I -> K"),  # which inner node; 0: the root, behind a leaf
+        *turn,
+        _node("Add r r -> n" if turning else "Add K K -> n"),
+        _node("Size n -> L"),
+        _node("Range f L d -> M"),
+        _node("Unsqueeze M k -> x"),  # all states
+        _node("Range f g a -> N"),
+        _node("Div N c -> O"),
+        _node("Mod O d -> P"),  # the bits of all bytes
+        _node("r n P x -> Q R"),
+        _node("Cast J -> S", to=TensorProto.UINT8),
+        _node("Gather S R -> T"),
+        _node("Reshape T j -> U"),
+        _node("ReduceMax U k -> V"),
+        _node("Transpose V -> W"),  # entries of each byte read from each state
+        _node("Mul Q e -> X"),
+        _node("Reshape X h -> Y"),
+        _node("CastLike Y i -> Z"),
     ]
-    return _function(DECODE, "p b c w f h i g j k t" if turning else "p b c w f h i g j k", "y", nodes)
+    inputs = "p b c h j f a d e g i k" + " t" * turning
+    names = _names(taken=inputs + "lmoqsurnxABCEFGHIJKLMNOPQRSTUVWXYZDvwyz")
+    digits, indices, states = (list(islice(names, calls)) for _ in range(3))
+    states = ["i", *states]
+    reading = [
+        _node("CastLike p i -> v"),
+        _node(f"Split v -> {' '.join(digits)}", num_outputs=calls),
+        *(_node(f"r Z {digits[k]} {states[k]} -> {states[k + 1]} {indices[k]}") for k in range(calls)),
+        _node(f"Concat {' '.join(indices)} -> w", axis=0),
+        _node("Transpose w -> z"),
+        _node("Gather W z -> D"),
+        _node("Reshape D h -> y"),
+    ]
+    return _function(DECODE, inputs, "y", [*table, *reading])
 
 
 def _tensor(staged: bool) -> FunctionProto:

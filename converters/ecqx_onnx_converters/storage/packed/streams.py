@@ -6,33 +6,33 @@ as that saves bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_radices, coding
-from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabets, tally
+from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_calls, codings
+from ecqx_onnx_converters.storage.packed.tree import DIGIT
+from ecqx_onnx_converters.storage.packed.units import CONTEXTS, Alphabet, choose_alphabets
 
-STREAM_BYTES = 170  # what one more stream takes in the file, its payload and tables aside
+STREAM_BYTES = 140  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
-CONTEXTS_BYTES = 115  # a decoder of two contexts
+CONTEXTS_BYTES = 130  # a decoder of several contexts
 KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
 
 def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
-    tallies = [tally(survey.runs, survey.pair) for survey in surveys]
+    tallies = [survey.tally() for survey in surveys]
     whole = choose_alphabets(tallies)
-    plain = coding(whole[0], Form.PLAIN)
-    apart = STREAM_BYTES + STEP_BYTES * math.prod(best_radices(plain.nbytes, 1))
+    plain = codings([(Form.PLAIN, whole[0])])
+    apart = STREAM_BYTES + STEP_BYTES * DIGIT * best_calls(plain[0].nbytes, 1)
     groups = _groups([counts for counts, _ in tallies], apart)
     everything = [list(range(len(surveys)))]
-    ways = [(everything, [plain]), (everything, [_turning(whole)])]
+    ways = [(everything, plain), (everything, codings([_turning(whole)]))]
     if len(groups) > 1:
         alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups]
-        ways.append((groups, [coding(own[0], Form.PLAIN) for own in alphabets]))
-        ways.append((groups, [_turning(own) for own in alphabets]))
+        ways.append((groups, codings([(Form.PLAIN, own[0]) for own in alphabets])))
+        ways.append((groups, codings([_turning(own) for own in alphabets])))
 
     def cost(way: tuple[list[list[int]], list[Coding]]) -> int:
         streams = way[1]
@@ -42,17 +42,17 @@ def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     return list(zip(*min(ways, key=cost), strict=True))
 
 
-def _turning(alphabets: Sequence[Alphabet]) -> Coding:
-    """Of one context in its place or, where there is an alphabet for that and it saves something, of two."""
-    ways = [coding(alphabet, form) for alphabet, form in zip(alphabets, (Form.STEADY, Form.SIGNS), strict=False)]
-    return min(ways, key=lambda way: way.nbytes)
+def _turning(alphabets: Sequence[Alphabet]) -> tuple[Form, Alphabet]:
+    """Of one context in its place or, where there is an alphabet for that and it saves something, of all."""
+    ways = list(zip((Form.STEADY, Form.SIGNS), alphabets, strict=False))
+    return min(ways, key=lambda way: Coding.of(way[0], way[1], shortest=1).nbytes)
 
 
 def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
     """counts: of each tensor, see `tally`; apart: bytes that each group costs. Joins the pair of groups that saves most, until
     none does."""
-    used = np.flatnonzero(sum(of.sum(axis=0) for of in counts))
-    tables = np.stack([of[:, used] for of in counts]).astype(np.float64)
+    tables = np.stack(counts).reshape(len(counts), CONTEXTS, -1)
+    tables = tables[:, :, tables.any(axis=(0, 1))].astype(np.float32)
     members, sizes, left = [[index] for index in range(len(tables))], _estimate(tables), np.ones(len(tables), bool)
     saving = np.full((len(tables), len(tables)), -1.0)
     for one in range(len(tables)):
@@ -72,7 +72,7 @@ def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
 
 
 def _estimate(tables: np.ndarray) -> np.ndarray:
-    """Bytes of streams whose pairs are counted in tables [..., 2 contexts, pairs], with one context or two."""
+    """Bytes of streams whose pairs are counted in tables [..., contexts, pairs], with one context or all."""
 
     def size(counts: np.ndarray) -> np.ndarray:
         bits = counts * np.log2(np.maximum(counts.sum(axis=-1, keepdims=True), 1) / np.maximum(counts, 1))

@@ -2,8 +2,8 @@
 
 Nodes are numbered breadth first; of each tree the leaves at a depth come first. Then the tree is one bit for each child of each
 inner node, 1 for a leaf: the k-th inner node (the root is the 0th) owns bits 2k and 2k + 1, the k-th 1 is the k-th leaf, the k-th
-0 the k-th inner node after the root. A code of two contexts has a tree for each, whose roots are the root's children, inner nodes
-1 and 2. Every leaf lies at least `shortest` deep in its tree, so that `shortest` bits end at most one code.
+0 the k-th inner node after the root. A code of several contexts has a tree for each, that hangs somewhere below the root. Every
+leaf lies at least `shortest` deep in its tree, so that `shortest` bits end at most one code.
 """
 
 from __future__ import annotations
@@ -19,57 +19,68 @@ DIGIT = 8  # bits that the automaton reads at once
 
 @dataclass(frozen=True, eq=False)
 class Code:
-    """Leaves in breadth-first order: symbol (-1: a filler), length, code and context of each. bits: uint8 [2 * inner nodes].
+    """Leaves in breadth-first order: symbol (-1: a filler), length and code below the root of its tree, and which tree that is.
 
-    Where there are two contexts, length and code are without the word's first bit, which is the context.
+    bits: uint8 [2 * inner nodes].
     """
 
     symbols: np.ndarray
     lengths: np.ndarray
     codes: np.ndarray
-    contexts: np.ndarray
+    trees: np.ndarray
     bits: np.ndarray
 
 
-def build(counts: Sequence[np.ndarray], shortest: int) -> Code:
-    """counts: of each context int [symbols], each > 0; symbols are numbered through. The shortest code whose words have
-    `shortest` bits or more."""
-    parts, begin = [], 0
-    for own in counts:
-        least = shortest if len(own) or len(counts) == 1 else 1  # where nothing is said a tree is a tree
-        fillers = max(0, 2**least - len(own))
-        lengths = _lengths(np.concatenate([own, np.zeros(fillers, np.int64)]), least)
-        symbols = np.concatenate([begin + np.arange(len(own)), np.full(fillers, -1)])
-        order = np.lexsort((np.arange(len(symbols)), lengths))
-        parts.append((symbols[order], lengths[order]))
-        begin += len(own)
-    owner = np.repeat(np.arange(len(parts)), [len(symbols) for symbols, _ in parts])
-    symbols, lengths = (np.concatenate(of) for of in zip(*parts, strict=True))
-    order = np.lexsort((owner, lengths))
-    codes = np.zeros(len(symbols), np.int64)  # 2**31 words of 255 symbols are at most 44 bits long
-    code, nodes = [0] * len(parts), [1] * len(parts)
-    bits = [] if len(parts) == 1 else [0] * len(parts)
-    for depth in range(1, int(lengths.max()) + 1):
-        for part in range(len(parts)):
-            leaves = np.flatnonzero((owner == part) & (lengths == depth))
-            code[part], nodes[part] = code[part] << 1, nodes[part] * 2
-            codes[leaves] = code[part] + np.arange(len(leaves))
-            bits += [1] * len(leaves) + [0] * (nodes[part] - len(leaves))
-            code[part], nodes[part] = code[part] + len(leaves), nodes[part] - len(leaves)
-    return Code(symbols[order], lengths[order], codes[order], owner[order], np.array(bits, np.uint8))
+def build(parts: Sequence[tuple[np.ndarray, np.ndarray]], shortest: int, roots: Sequence[int] = (0,)) -> Code:
+    """parts: of each tree its symbols and their counts, each > 0. roots: how deep each tree hangs, from left to right: one at the
+    root, or two at depth 1, or two at depth 2 and one at depth 1. The shortest code whose words have `shortest` bits or more."""
+    made = []
+    for own, counts in parts:
+        lengths = word_lengths(counts, shortest, alone=len(parts) == 1)
+        symbols = np.concatenate([own, np.full(len(lengths) - len(own), -1)])
+        order = np.argsort(lengths, kind="stable")
+        made.append((symbols[order], lengths[order]))
+    owner = np.repeat(np.arange(len(made)), [len(symbols) for symbols, _ in made])
+    symbols, lengths = (np.concatenate(of) for of in zip(*made, strict=True))
+    depths = lengths + np.array(roots)[owner]
+    order = np.lexsort((owner, depths))
+    leaves = np.zeros((int(depths.max()) + 1, len(made)), int)
+    np.add.at(leaves, (depths, owner), 1)
+    codes: list[int] = []  # of the leaves in this order
+    code, nodes, bits = [0] * len(made), [1] * len(made), list[int]()
+    for depth, row in enumerate(leaves.tolist()):
+        if 0 < depth <= max(roots):
+            bits += [0, 0]  # roots, and what they hang on
+        for part, count in enumerate(row):
+            if depth > roots[part]:
+                code[part], nodes[part] = code[part] << 1, nodes[part] * 2
+                codes += range(code[part], code[part] + count)
+                bits += [1] * count + [0] * (nodes[part] - count)
+                code[part], nodes[part] = code[part] + count, nodes[part] - count
+    # 2**31 words of 255 symbols are at most 44 bits long
+    return Code(symbols[order], lengths[order], np.array(codes, np.int64), owner[order], np.array(bits, np.uint8))
 
 
-def _lengths(counts: np.ndarray, shortest: int) -> np.ndarray:
-    """Huffman's, stopped where 2**shortest trees are left: these hang at depth `shortest`."""
-    heap = [(int(count), index, [index]) for index, count in enumerate(counts)]
+def word_lengths(counts: np.ndarray, shortest: int, *, alone: bool) -> np.ndarray:
+    """Huffman's, stopped where 2**shortest trees are left: these hang at depth `shortest`. At the end those of fillers.
+
+    alone: whether it is the only tree; where nothing is said another is a tree of two.
+    """
+    least = shortest if len(counts) or alone else 1
+    sizes = [*counts.tolist(), *[0] * (2**least - len(counts))]
+    heap = list(zip(sizes, range(len(sizes)), strict=True))
     heapify(heap)
-    depth, fresh = np.full(len(counts), shortest), len(counts)
-    while len(heap) > 2**shortest:
-        (one, _, left), (two, _, right) = heappop(heap), heappop(heap)
-        depth[left + right] += 1
-        heappush(heap, (one + two, fresh, left + right))
-        fresh += 1
-    return depth
+    parents = [0] * len(sizes)
+    while len(heap) > 2**least:
+        (one, left), (two, right) = heappop(heap), heappop(heap)
+        parents[left] = parents[right] = len(parents)
+        heappush(heap, (one + two, len(parents)))
+        parents.append(0)
+    depth = [least] * len(parents)
+    for node in range(len(parents) - 1, -1, -1):
+        if parents[node]:
+            depth[node] = depth[parents[node]] + 1
+    return np.array(depth[: len(sizes)])
 
 
 def automaton(bits: np.ndarray, shortest: int, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
