@@ -238,11 +238,13 @@ def best_calls(size: int, streams: int) -> int:
 def put_words(nbytes: int, starts: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """uint8 [nbytes] of ones but for the words, none of which overlap: from each of `starts` on, in bits, the low `lengths` (at
     most 57) bits of its code, high bit first."""
-    # The words' complements, each shifted to its place in eight bytes, are added up a byte at a time.
-    flipped = (((1 << lengths) - 1) ^ codes).astype(np.uint64) << (64 - lengths - (starts & 7)).astype(np.uint64)
+    # The words' complements, each shifted to its place in four or eight bytes, are added up a byte at a time.
+    width = 32 if lengths.max(initial=0) <= 25 else 64
+    kind = np.dtype(f"uint{width}").type
+    flipped = (((1 << lengths) - 1) ^ codes).astype(kind) << (width - lengths - (starts & 7)).astype(kind)
     first, zeros = starts >> 3, np.zeros(nbytes)
     for place in range((int(((starts & 7) + lengths).max(initial=0)) + 7) // 8):
-        part = (flipped >> np.uint64(56 - 8 * place)) & np.uint64(255)
+        part = (flipped >> kind(width - 8 - 8 * place)) & kind(255)
         zeros += np.bincount(first + place, weights=part, minlength=nbytes)[:nbytes]
     return 255 - zeros.astype(np.uint8)
 

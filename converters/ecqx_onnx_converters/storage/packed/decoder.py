@@ -35,7 +35,7 @@ STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at
 
 
 def functions(calls: int, *, turning: bool, staged: bool) -> tuple[FunctionProto, ...]:
-    """calls: see `codec.best_calls`; turning: the streams have two contexts; staged: two stages."""
+    """calls: see `codec.best_calls`; turning: the streams have several contexts; staged: two stages."""
     return (_reader(), _decode(calls, turning), _tensor(staged))
 
 

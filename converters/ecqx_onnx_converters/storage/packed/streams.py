@@ -12,7 +12,7 @@ import numpy as np
 
 from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_calls, codings
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
-from ecqx_onnx_converters.storage.packed.units import CONTEXTS, Alphabet, choose_alphabets
+from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabets
 
 STREAM_BYTES = 140  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
@@ -24,34 +24,35 @@ def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
     tallies = [survey.tally() for survey in surveys]
     whole = choose_alphabets(tallies)
-    plain = codings([(Form.PLAIN, whole[0])])
-    apart = STREAM_BYTES + STEP_BYTES * DIGIT * best_calls(plain[0].nbytes, 1)
+    plain = Coding.of(Form.PLAIN, whole[0], shortest=1)
+    apart = STREAM_BYTES + STEP_BYTES * DIGIT * best_calls(plain.nbytes, 1)
     groups = _groups([counts for counts, _ in tallies], apart)
     everything = [list(range(len(surveys)))]
-    ways = [(everything, plain), (everything, codings([_turning(whole)]))]
+    ways = [(everything, [plain]), (everything, [_turning(whole)])]
     if len(groups) > 1:
         alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups]
-        ways.append((groups, codings([(Form.PLAIN, own[0]) for own in alphabets])))
-        ways.append((groups, codings([_turning(own) for own in alphabets])))
+        ways.append((groups, [Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets]))
+        ways.append((groups, [_turning(own) for own in alphabets]))
 
     def cost(way: tuple[list[list[int]], list[Coding]]) -> int:
         streams = way[1]
         turns = CONTEXTS_BYTES if streams[0].form is not Form.PLAIN else 0
         return sum(how.nbytes for how in streams) + apart * len(streams) + turns
 
-    return list(zip(*min(ways, key=cost), strict=True))
+    groups, streams = min(ways, key=cost)
+    return list(zip(groups, codings([(how.form, how.alphabet) for how in streams]), strict=True))
 
 
-def _turning(alphabets: Sequence[Alphabet]) -> tuple[Form, Alphabet]:
+def _turning(alphabets: Sequence[Alphabet]) -> Coding:
     """Of one context in its place or, where there is an alphabet for that and it saves something, of all."""
-    ways = list(zip((Form.STEADY, Form.SIGNS), alphabets, strict=False))
-    return min(ways, key=lambda way: Coding.of(way[0], way[1], shortest=1).nbytes)
+    ways = zip((Form.STEADY, Form.SIGNS), alphabets, strict=False)
+    return min((Coding.of(form, alphabet, shortest=1) for form, alphabet in ways), key=lambda way: way.nbytes)
 
 
 def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
     """counts: of each tensor, see `tally`; apart: bytes that each group costs. Joins the pair of groups that saves most, until
     none does."""
-    tables = np.stack(counts).reshape(len(counts), CONTEXTS, -1)
+    tables = np.stack([of.reshape(len(of), -1) for of in counts])
     tables = tables[:, :, tables.any(axis=(0, 1))].astype(np.float32)
     members, sizes, left = [[index] for index in range(len(tables))], _estimate(tables), np.ones(len(tables), bool)
     saving = np.full((len(tables), len(tables)), -1.0)
