@@ -252,13 +252,14 @@ def put_words(nbytes: int, starts: np.ndarray, codes: np.ndarray, lengths: np.nd
 def in_lanes(ends: np.ndarray, lengths: np.ndarray, heads: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
     """Where each word ends when none may cross into another lane of `lane` bits, and the first word of each lane, which has
     heads[word] bits before it."""
-    firsts, shifts, begin = [0], [int(heads[0]) if len(heads) else 0], 0
+    head = int(heads[0]) if len(heads) else 0
+    firsts, shifts, begin = [0], [head], 0
     while len(ends):
-        first = int(np.searchsorted(ends, begin + lane - heads[firsts[-1]], side="right"))  # that ends beyond the lane
+        first = int(ends.searchsorted(begin + lane - head, side="right"))  # that ends beyond the lane
         if first >= len(ends):
             break
-        begin = int(ends[first]) - int(lengths[first])
-        shifts.append(len(shifts) * lane + int(heads[first]) - begin)
+        begin, head = int(ends[first]) - int(lengths[first]), int(heads[first])
+        shifts.append(len(shifts) * lane + head - begin)
         firsts.append(first)
     return ends + np.repeat(shifts, np.diff([*firsts, len(ends)])), np.array(firsts)
 
