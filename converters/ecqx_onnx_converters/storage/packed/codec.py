@@ -239,14 +239,15 @@ def put_words(nbytes: int, starts: np.ndarray, codes: np.ndarray, lengths: np.nd
     """uint8 [nbytes] of ones but for the words, none of which overlap: from each of `starts` on, in bits, the low `lengths` (at
     most 57) bits of its code, high bit first."""
     # The words' complements, each shifted to its place in four or eight bytes, are added up a byte at a time.
-    width = 32 if lengths.max(initial=0) <= 25 else 64
-    kind = np.dtype(f"uint{width}").type
-    flipped = (((1 << lengths) - 1) ^ codes).astype(kind) << (width - lengths - (starts & 7)).astype(kind)
-    first, zeros = starts >> 3, np.zeros(nbytes)
-    for place in range((int(((starts & 7) + lengths).max(initial=0)) + 7) // 8):
-        part = (flipped >> kind(width - 8 - 8 * place)) & kind(255)
-        zeros += np.bincount(first + place, weights=part, minlength=nbytes)[:nbytes]
-    return 255 - zeros.astype(np.uint8)
+    size = 4 if lengths.max(initial=0) <= 25 else 8
+    kind = np.dtype(f"i{size}")
+    lengths, codes, place = lengths.astype(kind), codes.astype(kind), starts.astype(kind) & 7
+    flipped = (((1 << lengths) - 1) ^ codes) << (8 * size - lengths - place)
+    parts = flipped.astype(f">i{size}").view(np.uint8).reshape(-1, size)
+    first, zeros = starts >> 3, np.zeros(nbytes + size, np.uint8)
+    for offset in range((int((place + lengths).max(initial=0)) + 7) // 8):
+        np.add.at(zeros[offset:], first, np.ascontiguousarray(parts[:, offset]))
+    return 255 - zeros[:nbytes]
 
 
 def in_lanes(ends: np.ndarray, lengths: np.ndarray, heads: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
