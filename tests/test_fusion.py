@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from ecqx_onnx_converters import make_plan, match, read_weights, write
+from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
 from ecqx_onnx_converters.fusion import FUSED, expanded
 from ecqx_onnx_converters.matching import GraphWeight, Matching
 from ecqx_onnx_converters.metadata import METADATA_KEY, from_text
@@ -19,7 +19,9 @@ from ecqx_onnx import packing
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inspection import inspect
 from ecqx_onnx.tensors import Scale
+from ecqx_onnx.validation.sessions import open_session, run
 from tests.conversions import Conversion, assert_says_the_same, convert, float_graph, quantise
+from tests.onnx_graphs import model_of
 from tests.test_layers import Tied
 
 IMAGES = (torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)),)
@@ -68,6 +70,28 @@ def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
     assert functions(dense.path) <= set(FUSED.values()) | {"Dequantize"}
 
 
+def by_columns(tensor):
+    """Each column has one level, most are zero: so the matrix is coded with its axes swapped."""
+    tensor.levels[:] = tensor.levels[:1]
+    tensor.levels[:, ::2] = 0
+
+
+def test_a_matrix_that_the_graph_gives_out_keeps_its_layout(tmp_path):
+    (tensor,) = quantise(torch.nn.Sequential(torch.nn.Linear(60, 80)), bits=3)
+    by_columns(tensor)
+    model = model_of(
+        [helper.make_node("Gemm", ["x", "0.weight"], ["y"], transB=1)],
+        {"0.weight": tensor.dequantize()},
+        inputs={"x": (onnx.TensorProto.FLOAT, [2, 60])},
+        output_shape=[2, 80],
+    )
+    model.graph.output.append(helper.make_tensor_value_info("0.weight", onnx.TensorProto.FLOAT, [80, 60]))
+    graph = FloatGraph.from_model(model)
+    write(make_plan(graph, match(graph.weights, [tensor]), storage="packed"), tmp_path / "out.onnx")
+    _, given = run(open_session(tmp_path / "out.onnx"), (np.zeros((2, 60), np.float32),))
+    np.testing.assert_array_equal(given, tensor.dequantize())
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 3, "per_channel": True}, {"codebook": True}])
 def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tmp_path):
@@ -85,8 +109,7 @@ def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tm
     torch.manual_seed(0)
     model, x = Matrix().eval(), (torch.randn(5, 60),)
     (tensor,) = quantise(model, **options)
-    tensor.levels[:] = tensor.levels[:1]  # each column has one level
-    tensor.levels[:, ::2] = 0
+    by_columns(tensor)
     with torch.no_grad():
         model.layer.weight.copy_(torch.from_numpy(tensor.dequantize()))
     conversion = convert(float_graph(model, x), [tensor], tmp_path, storage="packed")

@@ -17,6 +17,7 @@ from onnx import FunctionProto, GraphProto, NodeProto, helper
 from ecqx_onnx.tensors import Scale
 from ecqx_onnx_converters.consumers import find_uses, set_attribute
 from ecqx_onnx_converters.dequantization import BODIES
+from ecqx_onnx_converters.graph import all_graphs
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.decoder import TENSOR
 
@@ -73,14 +74,15 @@ def fuse(entry: Entry, name: str, dequantise: NodeProto) -> list[NodeProto]:
 
 
 def leave_turns_to_gemm(graph: GraphProto) -> set[str]:
-    """Removes, in place, the Transpose behind a fused call where only Gemm reads it, whose transB says the same. -> The names of
+    """Removes, in place, the Transpose behind a fused call where Gemm alone reads it, whose transB says the same. -> The names of
     these weights."""
     calls = {node.output[0]: node for node in graph.node if node.domain == DOMAIN and node.op_type in FUSED}
-    uses = find_uses(graph)
+    uses, outputs = find_uses(graph), {value.name for scope in all_graphs(graph) for value in scope.output}
     turned = set()
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in calls]:
         readers = uses.get(node.output[0], [])
-        if list(node.attribute[0].ints) != [1, 0] or any(use.node.op_type != "Gemm" or use.position != 1 for use in readers):
+        gemm = all(use.node.op_type == "Gemm" and use.position == 1 for use in readers)
+        if list(node.attribute[0].ints) != [1, 0] or not gemm or node.output[0] in outputs:
             continue
         for use in readers:
             set_attribute(use.node, "transB", 1 - use.attributes.get("transB", 0))
