@@ -271,9 +271,7 @@ def test_a_stream_of_three_contexts_written_by_hand_is_read():
     """0 says one down, 1, and 1 one down, -1, behind a positive level. Behind a negative one 0 says a zero, and 1 one down, 2;
     behind a zero 0 says one down, -1, and 1 two down, 1."""
     tree_bits = np.packbits([0, 0, 0, 0, *[1] * 6, *[1] * 6])  # the root, its two children, two of the first, six leaves
-    values = np.array(
-        [0, 0, 2, -1, 1, 1, -1] + [0] * 6, np.int8
-    )  # behind negative, behind a zero, behind positive, what fills up
+    values = np.array([0, 0, 2, -1, 1, 1, -1] + [0] * 6, np.int8)  # behind negative, zero, positive; what fills up the tree
     assert codec.after(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
     payload = np.packbits([[0, 1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 1, 1]], axis=1).T  # each lane: the context, then words
     stream = codec.decode(payload, tree_bits, 8, codec.after(values))
@@ -313,16 +311,14 @@ def test_each_context_has_a_prefix_code_of_its_own_below_the_path_to_it(form):
     parts = [none, (np.array([3, 4, 5]), np.array([5, 9, 1])), (np.array([0, 1]), np.array([4, 4]))][-len(form.value) :]
     paths = [path for _, path in form.value]
     code = tree.build(parts, 2, [len(path) for path in paths])
-    words = set()
+    words = [paths[t] + format(c, f"0{n}b") for t, c, n in zip(code.trees, code.codes, code.lengths, strict=True)]
+    assert words == leaves_of(code.bits)
     for place, (symbols, _) in enumerate(parts):
         own = code.trees == place
         assert code.lengths[own].min() >= (2 if len(symbols) else 1)
         assert sum(2.0**-length for length in code.lengths[own]) == 1
         fillers = max(0, (4 if len(symbols) else 2) - len(symbols))
         assert sorted(code.symbols[own].tolist()) == [-1] * fillers + symbols.tolist()
-        words |= {paths[place] + format(c, f"0{n}b") for c, n in zip(code.codes[own], code.lengths[own], strict=True)}
-    assert words == set(leaves_of(code.bits))
-    assert leaves_of(code.bits) == sorted(words, key=lambda word: (len(word), word)) or form is codec.Form.SIGNS
 
 
 def leaves_of(bits):
