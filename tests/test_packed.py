@@ -272,14 +272,14 @@ def test_a_stream_of_three_contexts_written_by_hand_is_read():
     behind a zero 0 says one down, -1, and 1 two down, 1."""
     tree_bits = np.packbits([0, 0, 0, 0, *[1] * 6, *[1] * 6])  # the root, its two children, two of the first, six leaves
     values = np.array([0, 0, 2, -1, 1, 1, -1] + [0] * 6, np.int8)  # behind negative, zero, positive; what fills up the tree
-    assert codec.after(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
+    assert codec.next_nodes(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
     payload = np.packbits([[0, 1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 1, 1]], axis=1).T  # each lane: the context, then words
-    stream = codec.decode(payload, tree_bits, 8, codec.after(values))
+    stream = codec.decode(payload, tree_bits, 8, codec.next_nodes(values))
     assert stream.tolist() == [0, 0, 5, 6, 2, 5, 5, 6, 0, 1, 4, 6, 2, 6, 2, 6]
     with pytest.raises(FileError, match="contexts"):
-        codec.decode(payload, tree_bits, 8, codec.after(values[:-1]))
+        codec.decode(payload, tree_bits, 8, codec.next_nodes(values[:-1]))
     with pytest.raises(FileError, match="contexts"):
-        codec.decode(payload, np.packbits([1, 0, 1, 1] + [1] * 4), 8, codec.after(np.ones(8, np.int8)))
+        codec.decode(payload, np.packbits([1, 0, 1, 1] + [1] * 4), 8, codec.next_nodes(np.ones(8, np.int8)))
 
 
 def test_files_of_format_2_are_read():

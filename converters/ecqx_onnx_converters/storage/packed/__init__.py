@@ -166,7 +166,7 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
         slots, old, turns = _told(constants)
         after = None
         if turns is not None:
-            after = np.where(turns > 0, 1, 2) if old else codec.after(turns)
+            after = np.where(turns > 0, 1, 2) if old else codec.next_nodes(turns)
         stream = codec.decode(payload.T if old else payload, bits, slots, after)
         sizes = _values(split.input[1], contents)
         if sizes.ndim != 1 or sizes.min(initial=0) < 0 or sizes.sum() != len(stream) or len(sizes) != len(split.output):

@@ -267,7 +267,7 @@ def in_lanes(ends: np.ndarray, lengths: np.ndarray, heads: np.ndarray, lane: int
 
 def unpack(packed: Packed) -> list[np.ndarray]:
     """The inverse of `pack`, as the ONNX functions do it. FileError for what `pack` doesn't write."""
-    stream = decode(packed.payload, packed.bits, packed.slots, None if packed.turns is None else after(packed.turns))
+    stream = decode(packed.payload, packed.bits, packed.slots, None if packed.turns is None else next_nodes(packed.turns))
     tensors, begin = [], 0
     for part in packed.parts:
         own = stream[begin : begin + part.entries]
@@ -278,7 +278,7 @@ def unpack(packed: Packed) -> list[np.ndarray]:
     return tensors
 
 
-def after(turns: np.ndarray) -> np.ndarray:
+def next_nodes(turns: np.ndarray) -> np.ndarray:
     """The inner node that each leaf leads to."""
     return 3 + np.sign(turns.astype(np.int64))
 
@@ -287,7 +287,7 @@ def decode(payload: np.ndarray, bits: np.ndarray, slots: int, after: np.ndarray 
     """payload: uint8 [bytes of a lane, lanes]. -> entries, uint8 [payload bytes * slots]: for each part of each byte the leaf it
     ended, counted from 1, or 0.
 
-    after: int [leaves + 1], see `after`; None: all lead to the root. FileError for what is damaged.
+    after: int [leaves + 1], see `next_nodes`; None: all lead to the root. FileError for what is damaged.
     """
     bits = np.unpackbits(bits.reshape(-1)) if bits.dtype == np.uint8 else np.zeros(0, np.uint8)
     balance = np.cumsum(2 * bits.astype(np.int64) - 1)
