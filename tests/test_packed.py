@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from ecqx_onnx_converters.storage import DOMAIN, Contents, Refusal, packed
-from ecqx_onnx_converters.storage.packed import codec, decoder, tree
+from ecqx_onnx_converters.storage.packed import codec, decoder, tree, units
 from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +84,36 @@ def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, signed, turn
     tensors = [levels(shape, zeros=zeros, top=top, seed=seed + i, signed=signed) for i, shape in enumerate(shapes)]
     orders = [tuple(range(t.ndim))[::-1] for t in tensors] if turned else None
     assert_same(codec.unpack(codec.pack(tensors, orders, form)), tensors)
+
+
+@settings(deadline=None, max_examples=50)
+@given(size=st.integers(1, 2000), zeros=st.floats(0, 1), top=st.integers(1, 122), seed=st.integers(0, 99))
+def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, seed):
+    tensor = levels((size,), zeros=zeros, top=top, seed=seed)
+    expected, context, cursor, columns = [], 0, size, 2 * top + 1
+    for place in reversed(range(size)):
+        while tensor[place] and cursor - place > 128:
+            expected.append(context * 128 * columns + 127 * columns + top)
+            context, cursor = 2, cursor - 128
+        if tensor[place]:
+            expected.append(context * 128 * columns + (cursor - place - 1) * columns + int(tensor[place]) + top)
+            context, cursor = int(tensor[place] > 0), place
+    said = units.contextual(units.walk(tensor, top), top)
+    assert said.tolist() == expected
+    counts = np.bincount([*expected, *(pair + 128 * columns for pair in expected[:1])], minlength=3 * 128 * columns)
+    assert np.array_equal(units.tally(said, top).reshape(-1), counts)
+
+
+@pytest.mark.parametrize("form", [codec.Form.PLAIN, codec.Form.SIGNS])
+def test_a_stream_is_the_same_written_in_blocks(form, monkeypatch):
+    tensors = [levels((50, 60), zeros=0.3), np.zeros((4, 5), np.int8), levels((700,), zeros=0.97, seed=1)]
+    whole = codec.pack(tensors, form=form)
+    assert len(whole.payload.T) > 9
+    monkeypatch.setattr(codec, "BLOCK", 200)
+    parts = codec.pack(tensors, form=form)
+    assert_same(codec.unpack(parts), tensors)
+    assert np.array_equal(parts.payload, whole.payload)
+    assert parts.parts == whole.parts
 
 
 @settings(deadline=None, max_examples=15)

@@ -19,7 +19,7 @@ from ecqx_onnx_converters.storage.packed import codec, decoder
 from ecqx_onnx_converters.storage.packed.codec import Survey
 from ecqx_onnx_converters.storage.packed.streams import arrange
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
-from ecqx_onnx_converters.storage.packed.units import HIGHEST
+from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, walk
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
@@ -102,17 +102,20 @@ def _own_bytes(entries: int, slots: int) -> int:
 
 def survey(levels: np.ndarray, top: int) -> Survey:
     """In the tensor's own order of axes or with the first two swapped, whichever distances and values say less."""
-    own = Survey.of(levels, top)
-    if levels.ndim < 2 or 1 in levels.shape[:2]:
-        return own
-    swapped = Survey.of(levels, top, (1, 0, *range(2, levels.ndim)))
-    return swapped if _pair_bytes(swapped) + TURN_BYTES < _pair_bytes(own) else own
+    order = tuple(range(levels.ndim))
+    pair = walk(levels, top)
+    if levels.ndim > 1 and 1 not in levels.shape[:2]:
+        swapped = (1, 0, *order[2:])
+        other = walk(levels.transpose(swapped), top)
+        if _pair_bytes(other) + TURN_BYTES < _pair_bytes(pair):
+            order, pair = swapped, other
+    return Survey(levels.shape, order, contextual(pair, top), top)
 
 
-def _pair_bytes(survey: Survey) -> float:
-    counts = np.bincount(survey.pair)
+def _pair_bytes(pair: np.ndarray) -> float:
+    counts = np.bincount(pair)
     counts = counts[counts > 0]
-    return float((counts * np.log2(len(survey.pair) / counts)).sum() + survey.runs.sum()) / 8
+    return float((counts * np.log2(len(pair) / counts)).sum()) / 8
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -15,10 +16,11 @@ from ecqx_onnx_converters.storage.packed import tree
 from ecqx_onnx_converters.storage.packed.units import (
     MAX_KINDS,
     Alphabet,
-    behind,
     choose_alphabets,
-    kinds_of,
-    pairs,
+    contexts,
+    contextual,
+    say,
+    size_of,
     spellings,
     tally,
     walk,
@@ -26,6 +28,7 @@ from ecqx_onnx_converters.storage.packed.units import (
 
 MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
 CALL_BYTES = 30  # in the file
+BLOCK = 1 << 15  # words, or bytes of payload, that are written at once: what is held meanwhile stays in a cache
 LANE_BYTES = 0.6  # its end, and the bit before its first word; rather much, since a payload is there to be short
 
 
@@ -84,24 +87,21 @@ class Packed:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """A tensor as a stream says it: see `pairs` and `tally`. positive: bool, of each level that isn't zero."""
+    """A tensor as a stream says it. said: see `contextual`."""
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
-    runs: np.ndarray
-    pair: np.ndarray
-    positive: np.ndarray
+    said: np.ndarray
     top: int
 
     @classmethod
     def of(cls, levels: np.ndarray, top: int, order: Sequence[int] | None = None) -> Survey:
         """top: the largest |level| of the file."""
         order = tuple(range(levels.ndim)) if order is None else tuple(order)
-        distances, values = walk(levels.transpose(order))
-        return cls(levels.shape, order, *pairs(distances, values, top), values > 0, top)
+        return cls(levels.shape, order, contextual(walk(levels.transpose(order), top), top), top)
 
-    def tally(self) -> tuple[np.ndarray, np.ndarray]:
-        return tally(self.runs, self.pair, self.positive, self.top)
+    def tally(self) -> np.ndarray:
+        return tally(self.said, self.top)
 
 
 def top_of(tensors: Sequence[np.ndarray]) -> int:
@@ -141,12 +141,12 @@ def _kinds(form: Form, alphabet: Alphabet) -> list[np.ndarray]:
     return [np.arange(0 if of is None else begins[of], 0 if of is None else ends[of]) for of, _ in form.value]
 
 
-def codings(said: Sequence[tuple[Form, Alphabet]]) -> list[Coding]:
-    """Of the streams of a file, whose words all have as many bits at least.
+def lengthened(streams: list[Coding]) -> list[Coding]:
+    """streams: of a file, with words of one bit or more. -> with one, two or four bits at least.
 
     More of these mean fewer entries to decode: they may cost two per mille.
     """
-    made = {shortest: [Coding.of(form, alphabet, shortest) for form, alphabet in said] for shortest in (1, 2, 4)}
+    made = {1: streams} | {shortest: [Coding.of(how.form, how.alphabet, shortest) for how in streams] for shortest in (2, 4)}
     sizes = {
         shortest: sum(how.nbytes for how in streams)
         for shortest, streams in made.items()
@@ -164,38 +164,23 @@ def pack(tensors: Sequence[np.ndarray], orders: Sequence[tuple[int, ...]] | None
     surveys = [Survey.of(levels, top, order) for levels, order in zip_longest(tensors, orders or [])]
     alphabets = choose_alphabets([survey.tally() for survey in surveys])
     forms = [Form.PLAIN, Form.SIGNS][: len(alphabets)] if form is None else [form]
-    ways = [codings([(made, alphabets[made is Form.SIGNS])])[0] for made in forms]
+    ways = [lengthened([Coding.of(made, alphabets[made is Form.SIGNS], shortest=1)])[0] for made in forms]
     how = min(ways, key=lambda way: way.nbytes)
     return write(surveys, how, tree.DIGIT * best_calls(how.nbytes, 1))
 
 
 def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
     """One stream, as `how` says it."""
-    contexts, said = contexts_of(surveys, how.form), spellings(how.alphabet)
-    kinds = [kinds_of(of.runs, of.pair, context, how.alphabet, said) for of, context in zip(surveys, contexts, strict=True)]
-    code, lane = how.code(), lane_bytes * 8
-    leaf_of = np.zeros(len(how.alphabet.counts), np.int64)
-    leaf_of[code.symbols[code.symbols >= 0]] = np.flatnonzero(code.symbols >= 0)
-    leaves = leaf_of[np.concatenate([np.zeros(0, np.int64), *kinds])]
-    lengths, turning = code.lengths[leaves], how.form is not Form.PLAIN
-    paths = [path for _, path in how.form.value]
-    heads = np.array([len(path) for path in paths])[code.trees[leaves]]
-    ends, firsts = in_lanes(np.cumsum(lengths), lengths, heads, lane)
-    words = [ends - lengths, code.codes[leaves], lengths]
-    if turning and len(leaves):  # the way from the root to the tree of the lane's first word
-        leads = np.array([int(path, 2) for path in paths])[code.trees[leaves[firsts]]]
-        starts = np.arange(len(firsts)) * lane
-        words = [np.concatenate(of) for of in zip(words, (starts, leads, heads[firsts]), strict=True)]
-    # A word of ones is the longest of its context: the rest of a lane, ones, ends none.
-    payload = put_words(len(firsts) * lane_bytes, *words)
-    width = tree.DIGIT // slots_of(how.shortest)
-    last = np.cumsum([len(part) for part in kinds], dtype=np.int64)
-    entries = np.array([-(-int(ends[count - 1]) // width) if count else 0 for count in last], np.int64)
+    code, width = how.code(), tree.DIGIT // slots_of(how.shortest)
+    leaves, ends, last = words_of(surveys, how.alphabet, code)
+    payload = lay_words(leaves, ends, code, how.form, lane_bytes)
+    entries = -(-np.append(0, ends)[last] // width)
     fill = -len(code.bits) % 8
-    symbols = np.concatenate([[-1], code.symbols, np.full(fill * turning, -1)])  # what is no unit has advance and value 0
+    gaps = np.full(fill if how.form is not Form.PLAIN else 0, -1)
+    symbols = np.concatenate([[-1], code.symbols, gaps])  # what is no unit has advance and value 0
     advances, values = (np.append(of, 0)[symbols].astype(np.int8) for of in (-how.alphabet.advances, how.alphabet.values))
     return Packed(
-        np.ascontiguousarray(payload.reshape(len(firsts), lane_bytes).T),
+        np.ascontiguousarray(payload.T),
         np.packbits(np.concatenate([code.bits, np.ones(fill, np.uint8)])),
         advances,
         values,
@@ -205,16 +190,51 @@ def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
     )
 
 
-def contexts_of(surveys: Sequence[Survey], form: Form) -> list[np.ndarray]:
-    """Of each pair of each tensor of a stream."""
-    if form is not Form.SIGNS:
-        return [np.zeros(len(survey.pair), np.int64) for survey in surveys]
-    found, first = [], 0
+def words_of(surveys: Sequence[Survey], alphabet: Alphabet, code: tree.Code) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-> the stream's leaves, uint8; where the word of each ends, in bits, if they follow one another; and how many there are up
+    to the end of each tensor."""
+    top, context, done = surveys[0].top, 0, 0
+    leaf_of = np.zeros(len(alphabet.counts) + 1, np.int64)
+    leaf_of[code.symbols[code.symbols >= 0]] = np.flatnonzero(code.symbols >= 0)
+    spelling, count = spellings(alphabet, top)
+    spelling = leaf_of[spelling]
+    leaves, ends, sizes = [np.zeros(0, np.uint8)], [np.zeros(0, np.int64)], []
     for survey in surveys:
-        context = behind(survey.positive, first)
-        found.append(context[:-1])
-        first = int(context[-1])
-    return found
+        said, blocks = survey.said, len(leaves)
+        if len(said):
+            said = np.append(said[:1] + context * size_of(top), said[1:])
+            context = int(contexts(top)[said[-1] % size_of(top)])
+        for begin in range(0, len(said), BLOCK):
+            units = say(said[begin : begin + BLOCK], spelling, count)
+            leaves.append(units.astype(np.uint8))
+            ends.append(done + np.cumsum(code.lengths[units]))
+            done = int(ends[-1][-1])
+        sizes.append(sum(map(len, leaves[blocks:])))
+    return np.concatenate(leaves), np.concatenate(ends), np.cumsum(sizes)
+
+
+def lay_words(leaves: np.ndarray, ends: np.ndarray, code: tree.Code, form: Form, lane_bytes: int) -> np.ndarray:
+    """leaves, ends: see `words_of`; ends are moved to where each word ends in what is returned: uint8 [lanes, lane_bytes]."""
+    paths = [path for _, path in form.value]
+    heads = np.array([len(path) for path in paths])[code.trees]
+    leads = np.array([int(path or "0", 2) for path in paths])[code.trees]  # the way from the root to a leaf's own tree
+    lane = lane_bytes * 8
+    firsts, shifts = in_lanes(ends, leaves, code.lengths, heads, lane)
+    borders = np.append(firsts, len(leaves))
+    payload = np.empty((len(firsts), lane_bytes), np.uint8)
+    at_once = max(1, BLOCK // lane_bytes)
+    for begin in range(0, len(firsts), at_once):
+        own = payload[begin : begin + at_once]
+        border = borders[begin : begin + len(own) + 1]
+        words, end = leaves[border[0] : border[-1]].astype(np.int64), ends[border[0] : border[-1]]
+        end += np.repeat(shifts[begin : begin + len(own)], np.diff(border))
+        starts = end - code.lengths[words] - begin * lane
+        # A word of ones is the longest of its context: the rest of a lane, ones, ends none.
+        own[:] = put_words(own.size, starts, words, code.codes, code.lengths).reshape(own.shape)
+        if form is not Form.PLAIN and len(words):
+            first = words[border[:-1] - border[0]]
+            own &= put_words(own.size, np.arange(len(own)) * lane, first, leads, heads).reshape(own.shape)
+    return payload
 
 
 def slots_of(shortest: int) -> int:
@@ -235,34 +255,39 @@ def best_calls(size: int, streams: int) -> int:
     return min(range(1, MOST_CALLS + 1), key=cost)
 
 
-def put_words(nbytes: int, starts: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """uint8 [nbytes] of ones but for the words, none of which overlap: from each of `starts` on, in bits, the low `lengths` (at
-    most 57) bits of its code, high bit first."""
-    # The words' complements, each shifted to its place in four or eight bytes, are added up a byte at a time.
-    size = 4 if lengths.max(initial=0) <= 25 else 8
-    kind = np.dtype(f"i{size}")
-    lengths, codes, place = lengths.astype(kind), codes.astype(kind), starts.astype(kind) & 7
-    flipped = (((1 << lengths) - 1) ^ codes) << (8 * size - lengths - place)
-    parts = flipped.astype(f">i{size}").view(np.uint8).reshape(-1, size)
-    first, zeros = starts >> 3, np.zeros(nbytes + size, np.uint8)
-    for offset in range((int((place + lengths).max(initial=0)) + 7) // 8):
-        np.add.at(zeros[offset:], first, np.ascontiguousarray(parts[:, offset]))
-    return 255 - zeros[:nbytes]
+def put_words(nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """uint8 [nbytes] of ones but for the words, none of which overlap: from each of `starts` on, in bits and ascending, the low
+    lengths[leaf] (at most 49) bits of codes[leaf], high bit first."""
+    # The words' complements, each in 64 bits that begin at a multiple of `cell`, are added up; so are those that share it.
+    longest = int(lengths.max(initial=0))
+    cell = 32 if longest <= 33 else 16
+    flipped = ((1 << lengths) - 1 - codes).astype(np.uint64) << (64 - np.maximum(lengths, 1)).astype(np.uint64)
+    windows = np.cumsum(flipped[leaves] >> (starts & cell - 1).view(np.uint64))
+    cells = starts >> (cell.bit_length() - 1)
+    last = np.flatnonzero(np.append(cells[1:] != cells[:-1], len(cells) > 0))
+    sums = np.diff(windows[last], prepend=np.uint64(0))  # right even where the sum before has passed 2**64
+    parts = sums.astype(">u8").view(f">u{cell // 8}").reshape(-1, 64 // cell)
+    zeros, first = np.zeros(-(-nbytes * 8 // cell) + 64 // cell, f">u{cell // 8}"), cells[last]
+    for offset in range(64 // cell):
+        zeros[first + offset] += parts[:, offset]
+    return 255 - zeros.view(np.uint8)[:nbytes]
 
 
-def in_lanes(ends: np.ndarray, lengths: np.ndarray, heads: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each word ends when none may cross into another lane of `lane` bits, and the first word of each lane, which has
-    heads[word] bits before it."""
-    head = int(heads[0]) if len(heads) else 0
+def in_lanes(
+    ends: np.ndarray, leaves: np.ndarray, lengths: np.ndarray, heads: np.ndarray, lane: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first word of each lane of `lane` bits, and how far its words move so that none crosses into another lane and the first
+    one has heads[leaf] bits before it. ends: of each word; leaves: of each word; lengths, heads: of each leaf."""
+    if not len(ends):
+        return np.zeros(1, np.int64), np.zeros(1, np.int64)
+    end, leaf, length, before = ends.data, leaves.data, lengths.tolist(), heads.tolist()
+    head = before[leaf[0]]
     firsts, shifts, begin = [0], [head], 0
-    while len(ends):
-        first = int(ends.searchsorted(begin + lane - head, side="right"))  # that ends beyond the lane
-        if first >= len(ends):
-            break
-        begin, head = int(ends[first]) - int(lengths[first]), int(heads[first])
+    while (first := bisect_right(end, begin + lane - head, firsts[-1], min(firsts[-1] + lane + 1, len(ends)))) < len(ends):
+        begin, head = end[first] - length[leaf[first]], before[leaf[first]]  # the first that ends beyond the lane
         shifts.append(len(shifts) * lane + head - begin)
         firsts.append(first)
-    return ends + np.repeat(shifts, np.diff([*firsts, len(ends)])), np.array(firsts)
+    return np.array(firsts), np.array(shifts)
 
 
 def unpack(packed: Packed) -> list[np.ndarray]:

@@ -6,11 +6,12 @@ as that saves bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_calls, codings
+from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_calls, lengthened
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
 from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabets
 
@@ -23,24 +24,13 @@ KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, a
 def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
     tallies = [survey.tally() for survey in surveys]
-    whole = choose_alphabets(tallies)
-    plain = Coding.of(Form.PLAIN, whole[0], shortest=1)
-    apart = STREAM_BYTES + STEP_BYTES * DIGIT * best_calls(plain.nbytes, 1)
-    groups = _groups([counts for counts, _ in tallies], apart)
-    everything = [list(range(len(surveys)))]
-    ways = [(everything, [plain]), (everything, [_turning(whole)])]
-    if len(groups) > 1:
-        alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups]
-        ways.append((groups, [Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets]))
-        ways.append((groups, [_turning(own) for own in alphabets]))
-
-    def cost(way: tuple[list[list[int]], list[Coding]]) -> int:
-        streams = way[1]
-        turns = CONTEXTS_BYTES if streams[0].form is not Form.PLAIN else 0
-        return sum(how.nbytes for how in streams) + apart * len(streams) + turns
-
-    groups, streams = min(ways, key=cost)
-    return list(zip(groups, codings([(how.form, how.alphabet) for how in streams]), strict=True))
+    groups = _groups(tallies)
+    alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups]
+    plain = [Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets]
+    turning = [_turning(own) for own in alphabets]
+    saved = sum(how.nbytes for how in plain) - sum(how.nbytes for how in turning)
+    streams = turning if saved > CONTEXTS_BYTES else plain
+    return list(zip(groups, lengthened(streams), strict=True))
 
 
 def _turning(alphabets: Sequence[Alphabet]) -> Coding:
@@ -49,11 +39,14 @@ def _turning(alphabets: Sequence[Alphabet]) -> Coding:
     return min((Coding.of(form, alphabet, shortest=1) for form, alphabet in ways), key=lambda way: way.nbytes)
 
 
-def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
-    """counts: of each tensor, see `tally`; apart: bytes that each group costs. Joins the pair of groups that saves most, until
-    none does."""
+def _groups(counts: Sequence[np.ndarray]) -> list[list[int]]:
+    """counts: of each tensor, see `tally`. Joins the pair of groups that saves most, until none does."""
     tables = np.stack([of.reshape(len(of), -1) for of in counts])
-    tables = tables[:, :, tables.any(axis=(0, 1))].astype(np.float32)
+    tables = tables[:, :, tables.sum(axis=(0, 1)) * APART_BITS > KIND_BITS]  # rarer pairs never have kinds of their own
+    tables = np.concatenate([tables, tables.sum(axis=1, keepdims=True)], axis=1, dtype=np.float32)
+    whole = tables.sum(axis=0)
+    size = float(_estimate(whole)) + APART_BITS / 8 * float(whole[-1].sum())
+    apart = STREAM_BYTES + STEP_BYTES * DIGIT * best_calls(round(size), 1)
     members, sizes, left = [[index] for index in range(len(tables))], _estimate(tables), np.ones(len(tables), bool)
     saving = np.full((len(tables), len(tables)), -1.0)
     for one in range(len(tables)):
@@ -73,10 +66,13 @@ def _groups(counts: Sequence[np.ndarray], apart: int) -> list[list[int]]:
 
 
 def _estimate(tables: np.ndarray) -> np.ndarray:
-    """Bytes of streams whose pairs are counted in tables [..., contexts, pairs], with one context or all."""
-
-    def size(counts: np.ndarray) -> np.ndarray:
-        bits = counts * np.log2(np.maximum(counts.sum(axis=-1, keepdims=True), 1) / np.maximum(counts, 1))
-        return np.minimum(bits + KIND_BITS, APART_BITS * counts).sum(axis=(-2, -1)) / 8
-
-    return np.minimum(size(tables), size(tables.sum(axis=-2, keepdims=True)))
+    """Bytes of streams with all contexts or one, if nothing had a kind of its own taken as 0. tables: how often pairs occur, in
+    each context and at last in all together."""
+    counts = np.maximum(tables.sum(axis=-1, keepdims=True), 1)
+    saved = np.maximum(tables, 1)
+    saved *= 2**APART_BITS / counts
+    saved = np.log(saved, out=saved)  # numpy's logarithm to base 2 takes twice as long
+    saved *= tables
+    saved -= KIND_BITS * math.log(2)
+    sizes = np.maximum(saved, 0, out=saved).sum(axis=-1)
+    return np.maximum(sizes[..., :-1].sum(axis=-1), sizes[..., -1]) * (-1 / 8 / math.log(2))

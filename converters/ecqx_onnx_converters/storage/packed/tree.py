@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 
+NODES = 1 << 16  # of a tree, at most
 DIGIT = 8  # bits that the automaton reads at once
 
 
@@ -68,13 +69,13 @@ def word_lengths(counts: np.ndarray, shortest: int, *, alone: bool) -> np.ndarra
     """
     least = shortest if len(counts) or alone else 1
     sizes = [*counts.tolist(), *[0] * (2**least - len(counts))]
-    heap = list(zip(sizes, range(len(sizes)), strict=True))
+    heap = [size * NODES + node for node, size in enumerate(sizes)]
     heapify(heap)
     parents = [0] * len(sizes)
     while len(heap) > 2**least:
-        (one, left), (two, right) = heappop(heap), heappop(heap)
-        parents[left] = parents[right] = len(parents)
-        heappush(heap, (one + two, len(parents)))
+        one, two = heappop(heap), heap[0]
+        parents[one % NODES] = parents[two % NODES] = len(parents)
+        heapreplace(heap, (one // NODES + two // NODES) * NODES + len(parents))
         parents.append(0)
     depth = [least] * len(parents)
     for node in range(len(parents) - 1, -1, -1):
