@@ -194,6 +194,7 @@ def quantize(
     On several GPUs or machines:  torchrun --nproc-per-node=N -m ecqx_onnx quantize ...
     """
     from ecqx_onnx import api
+    from ecqx_onnx.quantization.training import emulates_bfloat16
 
     options = {name: value for name, value in context.params.items() if name not in ("recipe", "as_json", "quiet")}
     options |= {"bits": q.parse_bits(bits), "exclude": tuple(exclude or ())}
@@ -201,6 +202,8 @@ def quantize(
     options |= {"relevance": None if relevance == "none" else relevance}
     options |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
     quiet = quiet or _process() > 0
+    if precision == "bfloat16" and not quiet and emulates_bfloat16(device):
+        stderr.print("this processor emulates bfloat16, which takes longer than float32 does", style="yellow")
     with _progress(quiet or as_json) as progress:
         result = api.quantize(options.pop("model"), **options, progress=progress)
     emit(result, as_json=as_json and _process() == 0, quiet=quiet)

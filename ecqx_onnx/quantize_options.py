@@ -192,7 +192,7 @@ Temperature = Annotated[float, typer.Option(help="Of the distillation.", rich_he
 EntropyRamp = Annotated[
     float, typer.Option(help="Share of the training over which the entropy weight rises from 0.", rich_help_panel=TRAINING)
 ]
-Precision = Annotated[str, typer.Option(help="float32, or bfloat16 for forward passes under autocast.", rich_help_panel=TRAINING)]
+Precision = Annotated[str, typer.Option(help="float32; bfloat16 is faster on some devices.", rich_help_panel=TRAINING)]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda where there is one.", rich_help_panel=TRAINING)
 ]

@@ -253,3 +253,10 @@ def test_torchrun_with_bad_input_fails_and_says_why(place):
     assert process.returncode != 0
     assert "choose 2 to 8" in err
     assert not (place / "two.pt").exists()
+
+
+@pytest.mark.parametrize(("emulated", "options"), [(True, ()), (True, ("--quiet",)), (False, ())])
+def test_emulated_bfloat16_is_told_before_training(place, monkeypatch, emulated, options):
+    monkeypatch.setattr("ecqx_onnx.quantization.training.emulates_bfloat16", lambda device: emulated)
+    result = run(place, "told.pt", "--epochs", 0, "--precision", "bfloat16", *options)
+    assert ("emulates bfloat16" in result.stderr) == (emulated and not options)
