@@ -104,6 +104,12 @@ def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, see
     assert np.array_equal(units.tally(said, top).reshape(-1), counts)
 
 
+def test_74_levels_and_runs_of_zeros_have_three_contexts():
+    sparse = np.zeros((75, 300), np.int8)
+    sparse[np.arange(75), 7] = np.arange(-37, 38)
+    assert_same(codec.unpack(codec.pack([sparse], form=codec.Form.SIGNS)), [sparse])
+
+
 @pytest.mark.parametrize("form", [codec.Form.PLAIN, codec.Form.SIGNS])
 def test_a_stream_is_the_same_written_in_blocks(form, monkeypatch):
     tensors = [levels((50, 60), zeros=0.3), np.zeros((4, 5), np.int8), levels((700,), zeros=0.97, seed=1)]

@@ -92,7 +92,8 @@ def choose_alphabets(tallies: Sequence[np.ndarray]) -> list[Alphabet]:
     """Of one stream, from the `tally` of each tensor: an alphabet of one context, and one of all if all units find a name."""
     counts = np.sum(tallies, axis=0)
     made = [choose_alphabet(counts.sum(axis=0, keepdims=True))]
-    if CONTEXTS * np.count_nonzero(counts.any(axis=(0, 1))) <= room(CONTEXTS):
+    values = np.count_nonzero(np.delete(counts.any(axis=(0, 1)), counts.shape[2] // 2))
+    if CONTEXTS * values <= room(CONTEXTS):
         made.append(choose_alphabet(counts))
     return made
 
