@@ -355,3 +355,8 @@ def test_a_state_from_before_relevance_until_resumes_as_it_began(tmp_path):
     train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True, relevance_until=1.0))
     with pytest.raises(OptionError, match="relevance_until"):
         train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True))
+
+
+def test_whether_bfloat16_is_emulated_can_be_told():
+    assert module.emulates_bfloat16("cpu") in (True, False)
+    assert not module.emulates_bfloat16("meta")

@@ -334,8 +334,9 @@ def _device(wanted: str | torch.device | None, local: int) -> torch.device:
 
 def emulates_bfloat16(device: str | torch.device | None) -> bool:
     """Whether products in bfloat16 take longer than in float32 there, for want of instructions: ten times with AVX2 alone."""
-    on_cpu = _device(device, 0).type == "cpu"
-    return on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if _device(device, 0).type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _loss(output: Any, target: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def survey(levels: np.ndarray, top: int) -> Survey:
 def _pair_bytes(pair: np.ndarray) -> float:
     counts = np.bincount(pair)
     counts = counts[counts > 0]
-    return float((counts * np.log2(len(pair) / counts)).sum()) / 8
+    return max(len(pair), float((counts * np.log2(len(pair) / counts)).sum())) / 8  # a word takes a bit at least
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:

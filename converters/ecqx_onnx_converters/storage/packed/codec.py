@@ -1,4 +1,4 @@
-"""Any number of int8 tensors -> one Packed, and back: what docs/packed-format.md specifies."""
+"""Surveys of int8 tensors -> one Packed; and a Packed -> the tensors: what docs/packed-format.md specifies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import zip_longest
 
 import numpy as np
 
@@ -16,19 +15,16 @@ from ecqx_onnx_converters.storage.packed import tree
 from ecqx_onnx_converters.storage.packed.units import (
     MAX_KINDS,
     Alphabet,
-    choose_alphabets,
-    contexts,
-    contextual,
+    context_behind,
     say,
     size_of,
     spellings,
     tally,
-    walk,
 )
 
 MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
 CALL_BYTES = 30  # in the file
-BLOCK = 1 << 15  # words, or bytes of payload, that are written at once: what is held meanwhile stays in a cache
+BLOCK = 1 << 15  # pairs, or bytes of payload, that are written at once: what is held meanwhile stays in a cache
 LANE_BYTES = 0.6  # its end, and the bit before its first word; rather much, since a payload is there to be short
 
 
@@ -94,12 +90,6 @@ class Survey:
     said: np.ndarray
     top: int
 
-    @classmethod
-    def of(cls, levels: np.ndarray, top: int, order: Sequence[int] | None = None) -> Survey:
-        """top: the largest |level| of the file."""
-        order = tuple(range(levels.ndim)) if order is None else tuple(order)
-        return cls(levels.shape, order, contextual(walk(levels.transpose(order), top), top), top)
-
     def tally(self) -> np.ndarray:
         return tally(self.said, self.top)
 
@@ -155,20 +145,6 @@ def lengthened(streams: list[Coding]) -> list[Coding]:
     return made[max(shortest for shortest, size in sizes.items() if 0.998 * size <= min(sizes.values()))]
 
 
-def pack(tensors: Sequence[np.ndarray], orders: Sequence[tuple[int, ...]] | None = None, form: Form | None = None) -> Packed:
-    """int8 tensors, each with at least one weight and fewer than 2**31, as one stream.
-
-    orders: see Part; by default the tensor's own. form: by default the one that takes fewest bytes; SIGNS can have 74 levels.
-    """
-    top = top_of(tensors)
-    surveys = [Survey.of(levels, top, order) for levels, order in zip_longest(tensors, orders or [])]
-    alphabets = choose_alphabets([survey.tally() for survey in surveys])
-    forms = [Form.PLAIN, Form.SIGNS][: len(alphabets)] if form is None else [form]
-    ways = [lengthened([Coding.of(made, alphabets[made is Form.SIGNS], shortest=1)])[0] for made in forms]
-    how = min(ways, key=lambda way: way.nbytes)
-    return write(surveys, how, tree.DIGIT * best_calls(how.nbytes, 1))
-
-
 def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
     """One stream, as `how` says it."""
     code, width = how.code(), tree.DIGIT // slots_of(how.shortest)
@@ -203,7 +179,7 @@ def words_of(surveys: Sequence[Survey], alphabet: Alphabet, code: tree.Code) -> 
         said, blocks = survey.said, len(leaves)
         if len(said):
             said = np.append(said[:1] + context * size_of(top), said[1:])
-            context = int(contexts(top)[said[-1] % size_of(top)])
+            context = int(context_behind(top)[said[-1] % size_of(top)])
         for begin in range(0, len(said), BLOCK):
             units = say(said[begin : begin + BLOCK], spelling, count)
             leaves.append(units.astype(np.uint8))
@@ -291,7 +267,7 @@ def in_lanes(
 
 
 def unpack(packed: Packed) -> list[np.ndarray]:
-    """The inverse of `pack`, as the ONNX functions do it. FileError for what `pack` doesn't write."""
+    """The inverse of `write`, as the ONNX functions do it. FileError for what `write` doesn't."""
     stream = decode(packed.payload, packed.bits, packed.slots, None if packed.turns is None else next_nodes(packed.turns))
     tensors, begin = [], 0
     for part in packed.parts:

@@ -18,19 +18,29 @@ from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabets
 STREAM_BYTES = 140  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
 CONTEXTS_BYTES = 130  # a decoder of several contexts
+ESTIMATED_FROM = 1 << 15  # bytes. Of less, one stream is tried as well: some hundred bytes, that an estimate is off by, matter
 KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
 
 def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
     tallies = [survey.tally() for survey in surveys]
-    groups = _groups(tallies)
+    groups, apart = _groups(tallies)
+    streams, size = _said(tallies, groups)
+    if len(groups) > 1 and size < ESTIMATED_FROM:
+        whole, size_of_one = _said(tallies, [list(range(len(surveys)))])
+        if size_of_one <= size + (len(groups) - 1) * apart:
+            groups, streams = [list(range(len(surveys)))], whole
+    return list(zip(groups, lengthened(streams), strict=True))
+
+
+def _said(tallies: Sequence[np.ndarray], groups: Sequence[Sequence[int]]) -> tuple[list[Coding], int]:
+    """How each group of tensors is said, and the bytes of all, what several contexts take included."""
     alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups]
     plain = [Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets]
     turning = [_turning(own) for own in alphabets]
-    saved = sum(how.nbytes for how in plain) - sum(how.nbytes for how in turning)
-    streams = turning if saved > CONTEXTS_BYTES else plain
-    return list(zip(groups, lengthened(streams), strict=True))
+    sizes = sum(how.nbytes for how in plain), sum(how.nbytes for how in turning) + CONTEXTS_BYTES
+    return (turning if sizes[1] < sizes[0] else plain), min(sizes)
 
 
 def _turning(alphabets: Sequence[Alphabet]) -> Coding:
@@ -39,10 +49,13 @@ def _turning(alphabets: Sequence[Alphabet]) -> Coding:
     return min((Coding.of(form, alphabet, shortest=1) for form, alphabet in ways), key=lambda way: way.nbytes)
 
 
-def _groups(counts: Sequence[np.ndarray]) -> list[list[int]]:
-    """counts: of each tensor, see `tally`. Joins the pair of groups that saves most, until none does."""
+def _groups(counts: Sequence[np.ndarray]) -> tuple[list[list[int]], int]:
+    """counts: of each tensor, see `tally`. Joins the pair of groups that saves most, about, until none does. -> groups, and the
+    bytes that one more costs."""
     tables = np.stack([of.reshape(len(of), -1) for of in counts])
-    tables = tables[:, :, tables.sum(axis=(0, 1)) * APART_BITS > KIND_BITS]  # rarer pairs never have kinds of their own
+    often = tables.sum(axis=(0, 1)) * APART_BITS > KIND_BITS
+    rare = tables[:, :, ~often].sum(axis=2, keepdims=True)  # pairs that never have kinds of their own, and need no more columns
+    tables = np.concatenate([tables[:, :, often], rare], axis=2)
     tables = np.concatenate([tables, tables.sum(axis=1, keepdims=True)], axis=1, dtype=np.float32)
     whole = tables.sum(axis=0)
     size = float(_estimate(whole)) + APART_BITS / 8 * float(whole[-1].sum())
@@ -62,17 +75,18 @@ def _groups(counts: Sequence[np.ndarray]) -> list[list[int]]:
         saving[np.maximum(one, rest), np.minimum(one, rest)] = (
             sizes[one] + sizes[rest] + apart - _estimate(tables[one] + tables[rest])
         )
-    return [members[index] for index in np.flatnonzero(left)]
+    return [members[index] for index in np.flatnonzero(left)], apart
 
 
 def _estimate(tables: np.ndarray) -> np.ndarray:
-    """Bytes of streams with all contexts or one, if nothing had a kind of its own taken as 0. tables: how often pairs occur, in
-    each context and at last in all together."""
+    """Bytes of streams with all contexts or one, less what they take if no pair has a kind of its own. tables: how often pairs
+    occur, in each context and at last in all together; the last column, all rare ones."""
     counts = np.maximum(tables.sum(axis=-1, keepdims=True), 1)
     saved = np.maximum(tables, 1)
     saved *= 2**APART_BITS / counts
     saved = np.log(saved, out=saved)  # numpy's logarithm to base 2 takes twice as long
     saved *= tables
     saved -= KIND_BITS * math.log(2)
+    saved[..., -1] = 0
     sizes = np.maximum(saved, 0, out=saved).sum(axis=-1)
     return np.maximum(sizes[..., :-1].sum(axis=-1), sizes[..., -1]) * (-1 / 8 / math.log(2))

@@ -58,7 +58,7 @@ def build(parts: Sequence[tuple[np.ndarray, np.ndarray]], shortest: int, roots: 
                 codes += range(code[part], code[part] + count)
                 bits += [1] * count + [0] * (nodes[part] - count)
                 code[part], nodes[part] = code[part] + count, nodes[part] - count
-    # 2**31 words of 255 symbols are at most 44 bits long
+    # A code of 50 bits, more than `codec.put_words` takes, is made of 3 * 10**10 words at least.
     return Code(symbols[order], lengths[order], np.array(codes, np.int64), owner[order], np.array(bits, np.uint8))
 
 

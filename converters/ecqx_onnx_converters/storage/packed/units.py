@@ -61,7 +61,7 @@ def size_of(top: int) -> int:
 
 
 @cache
-def contexts(top: int) -> np.ndarray:
+def context_behind(top: int) -> np.ndarray:
     """Of what follows each pair: 0 behind a negative level, 1 behind a positive one, 2 behind a run of zeros."""
     return np.tile(np.repeat([0, 2, 1], [top, 1, top]), FURTHEST)
 
@@ -69,7 +69,7 @@ def contexts(top: int) -> np.ndarray:
 def contextual(pair: np.ndarray, top: int) -> np.ndarray:
     """See `walk` -> pairs of all contexts: those of the first, of the second, of the third; the first pair is of the first."""
     said = pair.copy()
-    said[1:] += (contexts(top) * size_of(top))[pair[:-1]]
+    said[1:] += (context_behind(top) * size_of(top))[pair[:-1]]
     return said
 
 
@@ -113,56 +113,57 @@ def choose_alphabet(counts: np.ndarray) -> Alphabet:
     context, row, column = np.nonzero(possible)
     table = table[possible]
     begin = int(context.searchsorted(contexts - 1))  # of the last context
-    left = np.full((FURTHEST + 1, columns), len(row))  # by row and column, the place there behind a run
+    left = np.full((FURTHEST + 1, columns), len(row))  # by row and column, the place there in the last context
     left[row[begin:], column[begin:]] = np.arange(begin, len(row))
-    rest = left[np.maximum(row - np.array(RUNS)[:, None], -1), column]  # behind each run; one too many where it is too long
+    behind_run = left[np.maximum(row - np.array(RUNS)[:, None], -1), column]  # [runs, places]; len(row) where too long
 
     nearest = row == 0  # what all others can be said with
     longest = np.searchsorted(RUNS, row, side="right") - 1
     first = np.where(row < NEAR, -1, longest)
-    usage, run_usage = _count(table, context, first, rest, runs)
+    usage, run_usage = _count(table, context, first, behind_run, runs)
     member = (usage > 0) | nearest
     for _ in range(ROUNDS):
         total = np.log2(np.maximum(np.bincount(context, usage, contexts) + run_usage.sum(axis=1), 1))
         often = np.where(member, usage, table)
         bits = total[context] - np.log2(np.maximum(often, 1))
         run_bits = total[:, None] - np.log2(np.maximum(run_usage, 1))
-        apart, step = _spell(np.where(member, bits, NEVER), run_bits, context, rest, begin)
+        apart, step = _spell(np.where(member, bits, NEVER), run_bits, context, behind_run, begin)
         gain = np.where(nearest, np.inf, often * (apart - bits) - UNIT_BITS)
         member = gain > 0
         if np.count_nonzero(member) > room(contexts):
             member[np.argsort(-gain, kind="stable")[room(contexts) :]] = False
         first = np.where(nearest | member & (bits <= apart), -1, step)
-        usage, run_usage = _count(table, context, first, rest, runs)
-    return _alphabet(counts.shape, (context, row, column), first, rest, usage, run_usage)
+        usage, run_usage = _count(table, context, first, behind_run, runs)
+    return _alphabet(counts.shape, (context, row, column), first, behind_run, usage, run_usage)
 
 
 def _spell(
-    bits: np.ndarray, run_bits: np.ndarray, context: np.ndarray, rest: np.ndarray, begin: int
+    bits: np.ndarray, run_bits: np.ndarray, context: np.ndarray, behind_run: np.ndarray, begin: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """bits: of each pair's own kind, NEVER where it has none. For each pair the fewest bits without that, NEVER where no run can
-    precede it, and the first step to them, an index of RUNS.
+    """bits: of each pair's own kind, NEVER where it has none. For each pair the fewest bits without that, NEVER or more where
+    no run can precede it, and the first step to them, an index of RUNS. behind_run, begin: see `choose_alphabet`.
 
     Behind that step no run is counted on twice.
     """
     best = np.append(bits, NEVER)
-    for own, there in zip(run_bits[-1, ::-1], rest[::-1, begin:], strict=True):
+    for own, there in zip(run_bits[-1, ::-1], behind_run[::-1, begin:], strict=True):
         best[begin:-1] = np.minimum(best[begin:-1], own + best[there])
-    ways = run_bits.T[:, context] + best[rest]
+    ways = run_bits.T[:, context] + best[behind_run]
     return ways.min(axis=0), ways.argmin(axis=0)
 
 
 def _count(
-    table: np.ndarray, context: np.ndarray, first: np.ndarray, rest: np.ndarray, runs: np.ndarray
+    table: np.ndarray, context: np.ndarray, first: np.ndarray, behind_run: np.ndarray, runs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How often each pair and each run is used as a kind of its own. first: each pair's step, -1 where it has such a kind."""
+    """How often each pair and each run is used as a kind of its own. table: how often each pair occurs; runs: whole ones beside;
+    first: of each pair an index of RUNS, -1 where it has a kind of its own; behind_run: see `choose_alphabet`."""
     moved = np.flatnonzero((first >= 0) & (table > 0))
     usage, run_usage, amount = table.copy(), runs.copy(), table[moved]
     usage[moved] = 0
     while len(moved):  # each turn says one run of all pairs that have no kind of their own
         step = first[moved]
         run_usage += np.bincount(context[moved] * len(RUNS) + step, amount, runs.size).reshape(runs.shape)
-        moved = rest[step, moved]
+        moved = behind_run[step, moved]
         named = first[moved] < 0
         usage += np.bincount(moved[named], amount[named], len(usage))
         moved, amount = moved[~named], amount[~named]
@@ -173,7 +174,7 @@ def _alphabet(
     shape: tuple[int, ...],
     where: tuple[np.ndarray, np.ndarray, np.ndarray],
     first: np.ndarray,
-    rest: np.ndarray,
+    behind_run: np.ndarray,
     usage: np.ndarray,
     run_usage: np.ndarray,
 ) -> Alphabet:
@@ -188,7 +189,7 @@ def _alphabet(
     kind[own] = name[: len(own)]
     run_kind[of, step] = name[len(own) :]
     begun = np.where(first < 0, kind, run_kind[context, first])
-    left = np.where(first < 0, -1, rest[first, np.arange(len(first))])
+    left = np.where(first < 0, -1, behind_run[first, np.arange(len(first))])
     whole = np.flatnonzero(run_usage[:, -1])  # contexts in which 128 zeros are said
     places = np.ravel_multi_index((*where,), shape)
     wholes = np.ravel_multi_index((whole, np.full(len(whole), shape[1] - 1), np.full(len(whole), shape[2] // 2)), shape)
