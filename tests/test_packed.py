@@ -344,7 +344,7 @@ def test_files_of_format_2_are_read():
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=255), st.sampled_from([1, 2, 4]))
 def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, shortest):
-    code = tree.build([(np.arange(len(counts)), np.array(counts))], shortest)
+    code = tree.build([(np.arange(len(counts)), tree.word_lengths(np.array(counts), shortest, alone=True))])
     assert code.lengths.min() >= shortest
     assert sum(2.0**-length for length in code.lengths) == 1
     words = [format(word, f"0{length}b") for word, length in zip(code.codes, code.lengths, strict=True)]
@@ -361,7 +361,8 @@ def test_each_context_has_a_prefix_code_of_its_own_below_the_path_to_it(form):
     none = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     parts = [none, (np.array([3, 4, 5]), np.array([5, 9, 1])), (np.array([0, 1]), np.array([4, 4]))][-len(form.value) :]
     paths = [path for _, path in form.value]
-    code = tree.build(parts, 2, [len(path) for path in paths])
+    made = [(symbols, tree.word_lengths(counts, 2, alone=False)) for symbols, counts in parts]
+    code = tree.build(made, [len(path) for path in paths])
     words = [paths[t] + format(c, f"0{n}b") for t, c, n in zip(code.trees, code.codes, code.lengths, strict=True)]
     assert words == leaves_of(code.bits)
     for place, (symbols, _) in enumerate(parts):

@@ -102,26 +102,29 @@ def top_of(tensors: Sequence[np.ndarray]) -> int:
 @dataclass(frozen=True, eq=False)
 class Coding:
     """How a stream is said. alphabet: of all contexts for SIGNS, of one otherwise. shortest: bits that each word has at least.
-    leaves: of its trees. nbytes: of words and tables, ends of lanes aside."""
+    lengths: of each tree, see `tree.word_lengths`. nbytes: of words and tables, ends of lanes aside."""
 
     form: Form
     alphabet: Alphabet
     shortest: int
-    leaves: int
+    lengths: tuple[np.ndarray, ...]
     nbytes: int
 
     @classmethod
     def of(cls, form: Form, alphabet: Alphabet, shortest: int) -> Coding:
-        words = leaves = 0
-        for counts in (alphabet.counts[kinds] for kinds in _kinds(form, alphabet)):
-            lengths = tree.word_lengths(counts, shortest, alone=form is Form.PLAIN)
-            words += int((counts * lengths[: len(counts)]).sum())
-            leaves += len(lengths)
-        return cls(form, alphabet, shortest, leaves, (words + 2 * leaves - 2) // 8 + 2 * leaves + 4)
+        counts = [alphabet.counts[kinds] for kinds in _kinds(form, alphabet)]
+        lengths = tuple(tree.word_lengths(own, shortest, alone=form is Form.PLAIN) for own in counts)
+        words = sum(int((own * of[: len(own)]).sum()) for own, of in zip(counts, lengths, strict=True))
+        leaves = sum(map(len, lengths))
+        return cls(form, alphabet, shortest, lengths, (words + 2 * leaves - 2) // 8 + 2 * leaves + 4)
+
+    @property
+    def leaves(self) -> int:
+        return sum(map(len, self.lengths))
 
     def code(self) -> tree.Code:
-        parts = [(kinds, self.alphabet.counts[kinds]) for kinds in _kinds(self.form, self.alphabet)]
-        return tree.build(parts, self.shortest, [len(path) for _, path in self.form.value])
+        parts = list(zip(_kinds(self.form, self.alphabet), self.lengths, strict=True))
+        return tree.build(parts, [len(path) for _, path in self.form.value])
 
 
 def _kinds(form: Form, alphabet: Alphabet) -> list[np.ndarray]:
@@ -150,7 +153,7 @@ def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
     code, width = how.code(), tree.DIGIT // slots_of(how.shortest)
     leaves, ends, last = words_of(surveys, how.alphabet, code)
     payload = lay_words(leaves, ends, code, how.form, lane_bytes)
-    entries = -(-np.append(0, ends)[last] // width)
+    entries = np.where(last > 0, -(-ends[last - 1] // width), 0) if len(ends) else last
     fill = -len(code.bits) % 8
     gaps = np.full(fill if how.form is not Form.PLAIN else 0, -1)
     symbols = np.concatenate([[-1], code.symbols, gaps])  # what is no unit has advance and value 0
@@ -174,19 +177,22 @@ def words_of(surveys: Sequence[Survey], alphabet: Alphabet, code: tree.Code) -> 
     leaf_of[code.symbols[code.symbols >= 0]] = np.flatnonzero(code.symbols >= 0)
     spelling, count = spellings(alphabet, top)
     spelling = leaf_of[spelling]
-    leaves, ends, sizes = [np.zeros(0, np.uint8)], [np.zeros(0, np.int64)], []
+    most = int(alphabet.counts.sum())
+    leaves, ends, words, last = np.empty(most, np.uint8), np.empty(most, np.int64), 0, []
     for survey in surveys:
-        said, blocks = survey.said, len(leaves)
+        said = survey.said
         if len(said):
             said = np.append(said[:1] + context * size_of(top), said[1:])
             context = int(context_behind(top)[said[-1] % size_of(top)])
         for begin in range(0, len(said), BLOCK):
             units = say(said[begin : begin + BLOCK], spelling, count)
-            leaves.append(units.astype(np.uint8))
-            ends.append(done + np.cumsum(code.lengths[units]))
-            done = int(ends[-1][-1])
-        sizes.append(sum(map(len, leaves[blocks:])))
-    return np.concatenate(leaves), np.concatenate(ends), np.cumsum(sizes)
+            own = slice(words, words + len(units))
+            leaves[own] = units
+            np.cumsum(code.lengths[units], out=ends[own])
+            ends[own] += done
+            words, done = own.stop, int(ends[own][-1])
+        last.append(words)
+    return leaves[:words], ends[:words], np.array(last)
 
 
 def lay_words(leaves: np.ndarray, ends: np.ndarray, code: tree.Code, form: Form, lane_bytes: int) -> np.ndarray:

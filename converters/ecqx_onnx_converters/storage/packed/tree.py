@@ -32,12 +32,11 @@ class Code:
     bits: np.ndarray
 
 
-def build(parts: Sequence[tuple[np.ndarray, np.ndarray]], shortest: int, roots: Sequence[int] = (0,)) -> Code:
-    """parts: of each tree its symbols and their counts, each > 0. roots: how deep each tree hangs, from left to right: one at the
-    root, or two at depth 1, or two at depth 2 and one at depth 1. The shortest code whose words have `shortest` bits or more."""
+def build(parts: Sequence[tuple[np.ndarray, np.ndarray]], roots: Sequence[int] = (0,)) -> Code:
+    """parts: of each tree its symbols, and the lengths of their words and of fillers behind, see `word_lengths`. roots: how deep
+    each tree hangs, from left to right: one at the root, or two at depth 1, or two at depth 2 and one at depth 1."""
     made = []
-    for own, counts in parts:
-        lengths = word_lengths(counts, shortest, alone=len(parts) == 1)
+    for own, lengths in parts:
         symbols = np.concatenate([own, np.full(len(lengths) - len(own), -1)])
         order = np.argsort(lengths, kind="stable")
         made.append((symbols[order], lengths[order]))

@@ -46,13 +46,16 @@ def walk(levels: np.ndarray, top: int) -> np.ndarray:
     distance to the one before, behind a pair of distance 128 and value 0 for each 128 zeros between them."""
     flat = np.ascontiguousarray(levels).reshape(-1)
     where = np.flatnonzero(flat != 0)
-    pair = np.diff(where, append=flat.size)[::-1] - 1  # zeros between two levels
+    pair = np.diff(where, append=flat.size)
+    pair -= 1  # zeros behind each level
     far = np.flatnonzero(pair >= FURTHEST)
     runs, pair[far] = np.divmod(pair[far], FURTHEST)
     pair *= 2 * top + 1
-    pair += flat[where[::-1]]
+    pair += flat.take(where)
     pair += top
-    return np.insert(pair, np.repeat(far, runs), (FURTHEST - 1) * (2 * top + 1) + top) if len(far) else pair
+    if len(far):
+        pair = np.insert(pair, np.repeat(far + 1, runs), (FURTHEST - 1) * (2 * top + 1) + top)
+    return pair[::-1]
 
 
 def size_of(top: int) -> int:
