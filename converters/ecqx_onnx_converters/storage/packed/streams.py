@@ -53,12 +53,11 @@ def _groups(counts: Sequence[np.ndarray]) -> tuple[list[list[int]], int]:
     """counts: of each tensor, see `tally`. Joins the pair of groups that saves most, about, until none does. -> groups, and the
     bytes that one more costs."""
     tables = np.stack([of.reshape(len(of), -1) for of in counts])
-    often = tables.sum(axis=(0, 1)) * APART_BITS > KIND_BITS
-    rare = tables[:, :, ~often].sum(axis=2, keepdims=True)  # pairs that never have kinds of their own, and need no more columns
-    tables = np.concatenate([tables[:, :, often], rare], axis=2)
+    often = tables.sum(axis=(0, 1)) * APART_BITS > KIND_BITS  # others never have kinds of their own
+    tables = np.concatenate([tables[:, :, often], tables.sum(axis=2, keepdims=True)], axis=2)
     tables = np.concatenate([tables, tables.sum(axis=1, keepdims=True)], axis=1, dtype=np.float32)
     whole = tables.sum(axis=0)
-    size = float(_estimate(whole)) + APART_BITS / 8 * float(whole[-1].sum())
+    size = float(_estimate(whole)) + APART_BITS / 8 * float(whole[-1, -1])
     apart = STREAM_BYTES + STEP_BYTES * DIGIT * best_calls(round(size), 1)
     members, sizes, left = [[index] for index in range(len(tables))], _estimate(tables), np.ones(len(tables), bool)
     saving = np.full((len(tables), len(tables)), -1.0)
@@ -68,7 +67,7 @@ def _groups(counts: Sequence[np.ndarray]) -> tuple[list[list[int]], int]:
         other, one = divmod(int(saving.argmax()), len(tables))
         members[one] = sorted(members[one] + members[other])
         tables[one] += tables[other]
-        sizes[one] = _estimate(tables[one])
+        sizes[one] += sizes[other] + apart - saving[other, one]
         left[other] = False
         saving[[one, other]] = saving[:, [one, other]] = -1
         rest = np.flatnonzero(left & (np.arange(len(left)) != one))
@@ -80,13 +79,11 @@ def _groups(counts: Sequence[np.ndarray]) -> tuple[list[list[int]], int]:
 
 def _estimate(tables: np.ndarray) -> np.ndarray:
     """Bytes of streams with all contexts or one, less what they take if no pair has a kind of its own. tables: how often pairs
-    occur, in each context and at last in all together; the last column, all rare ones."""
-    counts = np.maximum(tables.sum(axis=-1, keepdims=True), 1)
-    saved = np.maximum(tables, 1)
-    saved *= 2**APART_BITS / counts
+    occur, in each context and at last in all together; at the end of each row how many there are, rare ones included."""
+    saved = np.maximum(tables[..., :-1], 1)
+    saved *= 2**APART_BITS / np.maximum(tables[..., -1:], 1)
     saved = np.log(saved, out=saved)  # numpy's logarithm to base 2 takes twice as long
-    saved *= tables
+    saved *= tables[..., :-1]
     saved -= KIND_BITS * math.log(2)
-    saved[..., -1] = 0
-    sizes = np.maximum(saved, 0, out=saved).sum(axis=-1)
+    sizes = np.maximum(saved, 0, out=saved) @ np.ones(saved.shape[-1], np.float32)
     return np.maximum(sizes[..., :-1].sum(axis=-1), sizes[..., -1]) * (-1 / 8 / math.log(2))
