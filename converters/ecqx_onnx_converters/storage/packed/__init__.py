@@ -19,7 +19,7 @@ from ecqx_onnx_converters.storage.packed import codec, decoder
 from ecqx_onnx_converters.storage.packed.codec import Survey
 from ecqx_onnx_converters.storage.packed.streams import arrange
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
-from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, walk
+from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, size_of, walk
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
@@ -107,15 +107,18 @@ def survey(levels: np.ndarray, top: int) -> Survey:
     if levels.ndim > 1 and 1 not in levels.shape[:2]:
         swapped = (1, 0, *order[2:])
         other = walk(levels.transpose(swapped), top)
-        if _pair_bytes(other) + TURN_BYTES < _pair_bytes(pair):
+        if _pair_bytes(other, top) + TURN_BYTES < _pair_bytes(pair, top):
             order, pair = swapped, other
     return Survey(levels.shape, order, contextual(pair, top), top)
 
 
-def _pair_bytes(pair: np.ndarray) -> float:
-    counts = np.bincount(pair)
+def _pair_bytes(pair: np.ndarray, top: int) -> float:
+    """About. A word takes a bit at least; runs of zeros come together, and take no more."""
+    counts, run = np.bincount(pair, minlength=size_of(top)), size_of(top) - 1 - top
+    runs, counts[run] = int(counts[run]), 0
     counts = counts[counts > 0]
-    return max(len(pair), float((counts * np.log2(len(pair) / counts)).sum())) / 8  # a word takes a bit at least
+    found = len(pair) - runs
+    return (max(found, float((counts * np.log2(found / counts)).sum())) + runs) / 8
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:
