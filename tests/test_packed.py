@@ -39,7 +39,7 @@ def pack(tensors, orders=None, form=None):
     for tensor, order in zip_longest(tensors, orders or []):
         order = order or tuple(range(tensor.ndim))
         surveys.append(codec.Survey(tensor.shape, order, units.contextual(units.walk(tensor.transpose(order), top), top), top))
-    alphabets = units.choose_alphabets([survey.tally() for survey in surveys])
+    alphabets = units.choose_alphabets([units.tally(survey.said, top) for survey in surveys])
     forms = [codec.Form.PLAIN, codec.Form.SIGNS][: len(alphabets)] if form is None else [form]
     ways = [codec.lengthened([codec.Coding.of(made, alphabets[made is codec.Form.SIGNS], shortest=1)])[0] for made in forms]
     how = min(ways, key=lambda way: way.nbytes)

@@ -357,6 +357,9 @@ def test_a_state_from_before_relevance_until_resumes_as_it_began(tmp_path):
         train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True))
 
 
-def test_whether_bfloat16_is_emulated_can_be_told():
-    assert module.emulates_bfloat16("cpu") in (True, False)
+def test_whether_bfloat16_is_emulated_can_be_told(monkeypatch):
+    told = module.emulates_bfloat16("cpu")
+    assert told or torch.backends.cpu.get_cpu_capability() != "AVX2"
     assert not module.emulates_bfloat16("meta")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert module.emulates_bfloat16("cpu")

@@ -19,7 +19,6 @@ from ecqx_onnx_converters.storage.packed.units import (
     say,
     size_of,
     spellings,
-    tally,
 )
 
 MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
@@ -89,9 +88,6 @@ class Survey:
     order: tuple[int, ...]
     said: np.ndarray
     top: int
-
-    def tally(self) -> np.ndarray:
-        return tally(self.said, self.top)
 
 
 def top_of(tensors: Sequence[np.ndarray]) -> int:
