@@ -398,8 +398,9 @@ def main() -> None:
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--only", help="a row's name, or `print`")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--threads", type=int, default=1, help="of one training; with 1, several can run side by side")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     RUNS.mkdir(exist_ok=True)
     table = TABLES[arguments.table]
     for seed in arguments.seeds or table.seeds:
