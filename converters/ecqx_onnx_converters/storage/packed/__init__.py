@@ -19,7 +19,7 @@ from ecqx_onnx_converters.storage.packed import codec, decoder
 from ecqx_onnx_converters.storage.packed.codec import Survey
 from ecqx_onnx_converters.storage.packed.streams import arrange
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
-from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, size_of, walk
+from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, size_of, walk, whole_run
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
@@ -114,7 +114,7 @@ def survey(levels: np.ndarray, top: int) -> Survey:
 
 def _pair_bytes(pair: np.ndarray, top: int) -> float:
     """About. A word takes a bit at least; runs of zeros come together, and take no more."""
-    counts, run = np.bincount(pair, minlength=size_of(top)), size_of(top) - 1 - top
+    counts, run = np.bincount(pair, minlength=size_of(top)), whole_run(top)
     runs, counts[run] = int(counts[run]), 0
     counts = counts[counts > 0]
     found = len(pair) - runs

@@ -54,13 +54,18 @@ def walk(levels: np.ndarray, top: int) -> np.ndarray:
     pair += flat.take(where)
     pair += top
     if len(far):
-        pair = np.insert(pair, np.repeat(far + 1, runs), (FURTHEST - 1) * (2 * top + 1) + top)
+        pair = np.insert(pair, np.repeat(far + 1, runs), whole_run(top))
     return pair[::-1]
 
 
 def size_of(top: int) -> int:
     """Pairs of a context."""
     return FURTHEST * (2 * top + 1)
+
+
+def whole_run(top: int) -> int:
+    """The pair that says 128 zeros."""
+    return size_of(top) - 1 - top
 
 
 @cache
