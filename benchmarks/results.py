@@ -138,6 +138,7 @@ TABLES: dict[str, Results] = {
             Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25}),
             Row("ecqx-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25, **ECQX_AT_EQUAL_ZEROS}),
             *(Row(f"ecq-4bit-0{γ}", {**LENET300, "bits": 4, "entropy_weight": γ / 100, "epochs": 8}) for γ in (15, 30)),
+            *(Row(f"ecq-4bit-0{γ}-long", {**LENET300, "bits": 4, "entropy_weight": γ / 100, "epochs": 20}) for γ in (34, 38, 41)),
         ),
         start={"epochs": 15},
     ),

@@ -12,7 +12,7 @@ from ecqx_onnx_converters.fusion import FUSED, expanded
 from ecqx_onnx_converters.matching import GraphWeight, Matching
 from ecqx_onnx_converters.metadata import METADATA_KEY, from_text
 from ecqx_onnx_converters.storage import DOMAIN
-from ecqx_onnx_converters.storage.packed import decoder
+from ecqx_onnx_converters.storage.packed import codec
 from onnx import helper
 
 from ecqx_onnx import packing
@@ -43,7 +43,7 @@ def few_columns(tensors, model):
 
 def calls(path):
     """Of our functions that are not the stream's."""
-    return {node.op_type for node in onnx.load(path).graph.node if node.domain == DOMAIN} - {"Decode"}
+    return {node.op_type for node in onnx.load(path).graph.node if node.domain == DOMAIN} - {"D"}
 
 
 def functions(path):
@@ -52,7 +52,7 @@ def functions(path):
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
-    ("options", "name"), [({"bits": 3}, "W"), ({"bits": 3, "per_channel": True}, "W"), ({"codebook": True}, "B")]
+    ("options", "name"), [({"bits": 3}, "V"), ({"bits": 3, "per_channel": True}, "W"), ({"codebook": True}, "B")]
 )
 def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
     model = net()
@@ -61,7 +61,7 @@ def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
         few_columns(tensors, model)
     conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed")
     assert calls(conversion.path) == {name}
-    assert functions(conversion.path) == {"Decode", "r", name}
+    assert functions(conversion.path) == {"D", "r", name}
     assert ("Transpose" in {node.op_type for node in onnx.load(conversion.path).graph.node}) == turned
     assert_says_the_same(conversion, model, IMAGES)
     packing.unpack(conversion.path, tmp_path / "dense.onnx")
@@ -167,7 +167,7 @@ def test_what_only_some_could_have_none_has(tmp_path, monkeypatch):
     model = net()
     tensors = quantise(model)
     for options in ({"dequantize": "standard"}, {}):
-        monkeypatch.setattr(decoder, "STAGED_FROM", 1 << 20 if options else 1)
+        monkeypatch.setattr(codec, "STAGED_FROM", 1 << 20 if options else 1)
         conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed", **options)
         assert "Levels" in calls(conversion.path)
         assert_says_the_same(conversion, model, IMAGES)
@@ -178,7 +178,7 @@ def test_a_file_whose_calls_are_gone_says_so(tmp_path):
     tensors = quantise(model)
     path = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path
     proto = onnx.load(path)
-    for node in [node for node in proto.graph.node if node.op_type == "W"]:
+    for node in [node for node in proto.graph.node if node.op_type == "V"]:
         proto.graph.node.remove(node)
     onnx.save(proto, tmp_path / "gone.onnx")
     with pytest.raises(FileError, match="simplify it before"):
@@ -193,7 +193,7 @@ def test_a_call_that_lies_is_refused(change, tmp_path):
     few_columns(tensors, model)
     path = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path
     proto = onnx.load(path)
-    call = next(node for node in proto.graph.node if node.op_type == "W")
+    call = next(node for node in proto.graph.node if node.op_type == "V")
     turn = next(node for node in proto.graph.node if node.op_type == "Transpose")
     if change == "inputs":
         del call.input[2:]

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from ecqx_onnx_converters.storage import DOMAIN, Contents, Refusal, packed
-from ecqx_onnx_converters.storage.packed import codec, decoder, tree, units
+from ecqx_onnx_converters.storage.packed import codec, tree, units
 from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +20,7 @@ from onnx import helper
 from ecqx_onnx.errors import FileError
 
 TARGET = find_target("onnxruntime")
+LARGE = 1 << 20  # bytes
 
 
 def levels(shape, *, zeros=0.6, top=7, seed=0, signed=True):
@@ -43,7 +44,7 @@ def pack(tensors, orders=None, form=None):
     forms = [codec.Form.PLAIN, codec.Form.SIGNS][: len(alphabets)] if form is None else [form]
     ways = [codec.lengthened([codec.Coding.of(made, alphabets[made is codec.Form.SIGNS], shortest=1)])[0] for made in forms]
     how = min(ways, key=lambda way: way.nbytes)
-    return codec.write(surveys, how, tree.DIGIT * codec.best_calls(how.nbytes, 1))
+    return codec.write(surveys, how, tree.DIGIT * codec.best_calls(how.nbytes, 1), compact=False)
 
 
 def decoder_model(tensors, opset=18):
@@ -119,6 +120,19 @@ def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, see
     assert np.array_equal(units.tally(said, top).reshape(-1), counts)
 
 
+@pytest.mark.parametrize("form", codec.Form)
+def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
+    """So that its last tensor's entries need not be cut off. Behind the last word are ones that end none."""
+    for seed in range(20):
+        sparse = np.sign(levels((120, 90 + seed), zeros=0.9, seed=seed))
+        made = pack([levels((7, 5)), sparse], form=form)
+        assert len(made.payload.T) > 20
+        assert sum(part.entries for part in made.parts) == made.payload.size * made.slots
+        assert_same(codec.unpack(made), [levels((7, 5)), sparse])
+    few = pack([levels((7, 5))], form=form)
+    assert few.parts[0].entries < few.payload.size * few.slots
+
+
 def test_74_levels_and_runs_of_zeros_have_three_contexts():
     sparse = np.zeros((75, 300), np.int8)
     sparse[np.arange(75), 7] = np.arange(-37, 38)
@@ -138,10 +152,19 @@ def test_a_stream_is_the_same_written_in_blocks(form, monkeypatch):
 
 
 @settings(deadline=None, max_examples=15)
-@given(zeros=st.floats(0, 1), top=st.integers(1, 122), seed=st.integers(0, 99), shape=st.lists(st.integers(1, 20), max_size=3))
-def test_any_tensor_comes_back_from_onnxruntime(zeros, top, seed, shape):
+@given(
+    zeros=st.floats(0, 1),
+    top=st.integers(1, 122),
+    seed=st.integers(0, 99),
+    shape=st.lists(st.integers(1, 20), max_size=3),
+    compact=st.booleans(),
+)
+def test_any_tensor_comes_back_from_onnxruntime(zeros, top, seed, shape, compact):
     tensor = levels(tuple(shape), zeros=zeros, top=top, seed=seed)
-    assert_same(run(decoder_model([tensor])), [tensor])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
+        model = decoder_model([tensor])
+    assert_same(run(model), [tensor])
 
 
 def far_apart():
@@ -178,8 +201,11 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("optimised", [False, True])
-def test_onnxruntime_decodes_what_numpy_decodes(name, optimised):
+@pytest.mark.parametrize("compact", [False, True])
+def test_onnxruntime_decodes_what_numpy_decodes(name, optimised, compact, monkeypatch):
+    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
     model = decoder_model(CASES[name])
+    assert {len(node.input) for node in model.graph.node if node.op_type == "D"} <= ({10, 11} if compact else {11, 12})
     onnx.checker.check_model(model, full_check=True)
     assert_same(read(model, len(CASES[name])), CASES[name])
     assert_same(run(model, optimised=optimised), CASES[name])
@@ -187,7 +213,7 @@ def test_onnxruntime_decodes_what_numpy_decodes(name, optimised):
 
 def test_a_tensor_whose_columns_are_alike_is_coded_by_columns():
     nodes = decoder_model(CASES["columns alike"]).graph.node
-    assert [node.op_type for node in nodes] == ["Decode", "Split", "Levels", "Transpose"]
+    assert [node.op_type for node in nodes] == ["D", "Levels", "Transpose"]
 
 
 def streams_of(name):
@@ -203,14 +229,28 @@ def test_levels_whose_signs_repeat_are_coded_by_context_and_unlike_tensors_apart
     assert pack(CASES["signs alike"], form=signs).nbytes < 0.95 * pack(CASES["signs alike"], form=plain).nbytes
 
 
-def test_no_decoder_node_is_left_after_loading(tmp_path):
+@pytest.mark.parametrize("threshold", [0, codec.COMPACT_BELOW])
+def test_no_decoder_node_is_left_after_loading(threshold, monkeypatch, tmp_path):
+    monkeypatch.setattr(codec, "COMPACT_BELOW", threshold)
     run(decoder_model(small_net()), keep=tmp_path / "folded.onnx")
     assert not onnx.load(tmp_path / "folded.onnx").graph.node
 
 
+def test_a_small_file_has_a_decoder_of_fewer_bytes_a_large_one_of_less_memory(monkeypatch):
+    sizes, decoded = {}, {}
+    for threshold in (0, codec.COMPACT_BELOW):
+        monkeypatch.setattr(codec, "COMPACT_BELOW", threshold)
+        model = decoder_model(small_net())
+        sizes[threshold] = model.ByteSize()
+        inferred = onnx.shape_inference.infer_shapes(model)
+        decoded[threshold] = next(v.type.tensor_type.elem_type for v in inferred.graph.value_info if v.name.endswith("_e"))
+    assert sizes[0] - sizes[codec.COMPACT_BELOW] > 100
+    assert list(decoded.values()) == [onnx.TensorProto.UINT8, onnx.TensorProto.INT32]
+
+
 @pytest.fixture
 def two_stages(monkeypatch):
-    monkeypatch.setattr(decoder, "STAGED_FROM", 1)
+    monkeypatch.setattr(codec, "STAGED_FROM", 1)
 
 
 @pytest.mark.parametrize("optimised", [False, True])
@@ -226,7 +266,7 @@ def test_a_large_file_is_decoded_in_two_stages_and_folds_to_nothing_as_well(opti
 
 def test_the_second_stage_is_for_large_files():
     assert "Scan" not in {node.op_type for node in decoder_model(small_net()).graph.node}
-    assert "Scan" in {node.op_type for node in decoder_model([np.zeros(decoder.STAGED_FROM, np.int8)]).graph.node}
+    assert "Scan" in {node.op_type for node in decoder_model([np.zeros(codec.STAGED_FROM, np.int8)]).graph.node}
 
 
 @pytest.mark.slow
@@ -252,7 +292,7 @@ def test_two_stages_need_less_memory_at_load(monkeypatch, tmp_path):
     """Peak of a fresh process, over its peak before: 20 layers of 0.2 M weights, each behind a Cast as `convert` puts it."""
     peaks = {}
     for name, threshold in (("one", 1 << 40), ("two", 1)):
-        monkeypatch.setattr(decoder, "STAGED_FROM", threshold)
+        monkeypatch.setattr(codec, "STAGED_FROM", threshold)
         model = decoder_model([levels((200, 1000), zeros=0.8, seed=i) for i in range(20)])
         for i in range(20):
             model.graph.node.append(helper.make_node("Cast", [f"w{i}"], [f"f{i}"], to=onnx.TensorProto.FLOAT))
@@ -310,7 +350,7 @@ def test_golden_bytes_stand(name, count, slots, form):
 
 def test_a_stream_written_by_hand_is_read():
     """Words 0: one down, value 1; 10: two down, value -1; 11: four zeros. From the last level on: 1 0 -1 0 0 0 0 1 0."""
-    tree_bits = np.packbits([1, 0, 1, 1] + [1] * 4)
+    tree_bits = np.array([1, 0, 1, 1] + [1] * 4)
     payload = np.packbits([0, 1, 0, 1, 1, 0, 1, 1])[None]  # and one more run that no tensor has a share in
     stream = codec.decode(payload, tree_bits, 8, None)
     assert stream.tolist() == [1, 0, 2, 0, 3, 1, 0, 3]
@@ -321,7 +361,7 @@ def test_a_stream_written_by_hand_is_read():
 def test_a_stream_of_three_contexts_written_by_hand_is_read():
     """0 says one down, 1, and 1 one down, -1, behind a positive level. Behind a negative one 0 says a zero, and 1 one down, 2;
     behind a zero 0 says one down, -1, and 1 two down, 1."""
-    tree_bits = np.packbits([0, 0, 0, 0, *[1] * 6, *[1] * 6])  # the root, its two children, two of the first, six leaves
+    tree_bits = np.array([0, 0, 0, 0, *[1] * 6, *[1] * 6])  # the root, its two children, two of the first, six leaves
     values = np.array([0, 0, 2, -1, 1, 1, -1] + [0] * 6, np.int8)  # behind negative, zero, positive; what fills up the tree
     assert codec.next_nodes(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
     payload = np.packbits([[0, 1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 1, 1]], axis=1).T  # each lane: the context, then words
@@ -330,15 +370,23 @@ def test_a_stream_of_three_contexts_written_by_hand_is_read():
     with pytest.raises(FileError, match="contexts"):
         codec.decode(payload, tree_bits, 8, codec.next_nodes(values[:-1]))
     with pytest.raises(FileError, match="contexts"):
-        codec.decode(payload, np.packbits([1, 0, 1, 1] + [1] * 4), 8, codec.next_nodes(np.ones(8, np.int8)))
+        codec.decode(payload, np.array([1, 0, 1, 1] + [1] * 4), 8, codec.next_nodes(np.ones(8, np.int8)))
 
 
-def test_files_of_format_2_are_read():
-    """Two contexts, and payloads whose lanes are rows."""
+@pytest.mark.parametrize("version", [2, 3])
+def test_files_of_earlier_formats_are_read(version):
+    """2: two contexts, and payloads whose lanes are rows. 3: bits of the tree in the order of bytes."""
     tensors = [smooth((90, 90)), levels((100, 90), zeros=0.05, top=4)]
-    model = onnx.load(Path(__file__).parent / "golden" / "packed-format-2.onnx")
+    model = onnx.load(Path(__file__).parent / "golden" / f"packed-format-{version}.onnx")
     assert_same(read(model, 2), tensors)
     assert_same(run(model), tensors)
+
+
+def test_the_tree_lies_bit_by_bit():
+    bits = np.array([1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1])
+    packed = codec.pack_tree(bits)
+    assert [format(byte, "08b") for byte in packed] == ["11001011", "01011111"]  # what is at even places, and at odd ones
+    assert codec.unpack_tree(packed).tolist() == bits.tolist()
 
 
 @settings(deadline=None, max_examples=50)
@@ -411,9 +459,11 @@ def initializer(model, place):
     return model.graph.initializer[place]
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", ["a net", "two streams, one without signs"])
-def test_damaged_files_never_crash_and_never_pass_for_whole(name):
+def test_damaged_files_never_crash_and_never_pass_for_whole(name, compact, monkeypatch):
     """Each byte of each array changed or cut: an error, or other levels (which the CRC tells), or a byte that says nothing."""
+    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
     tensors = CASES[name]
     whole = decoder_model(tensors)
     generator = np.random.default_rng(0)
@@ -422,8 +472,8 @@ def test_damaged_files_never_crash_and_never_pass_for_whole(name):
         model = onnx.ModelProto()
         model.CopyFrom(whole)
         tensor = initializer(model, trial % len(whole.graph.initializer))
-        if tensor.int64_data:
-            tensor.int64_data[generator.integers(len(tensor.int64_data))] ^= 1 << int(generator.integers(62))
+        if listed := tensor.int64_data or tensor.int32_data:
+            listed[generator.integers(len(listed))] ^= 1 << int(generator.integers(62 if tensor.int64_data else 31))
         else:
             data = bytearray(tensor.raw_data)
             if trial % 5:
@@ -446,8 +496,10 @@ def test_sizes_that_the_payload_does_not_back_are_refused_before_anything_is_all
         read(model, 1)
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", ["a net", "signs alike"])
-def test_onnxruntime_survives_damaged_payloads(name):
+def test_onnxruntime_survives_damaged_payloads(name, compact, monkeypatch):
+    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
     tensors = CASES[name]
     whole = decoder_model(tensors)
     generator = np.random.default_rng(1)

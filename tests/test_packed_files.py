@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from ecqx_onnx_converters import make_plan, match, read_weights, write
-from ecqx_onnx_converters.storage.packed import decoder
+from ecqx_onnx_converters.storage.packed import codec
 
 from ecqx_onnx import api, packing
 from ecqx_onnx.errors import FileError
@@ -99,7 +99,7 @@ def test_nothing_of_the_decoder_is_left_after_loading(large, tmp_path):
 
 def test_a_file_of_two_stages_passes_validate_and_unpacks(large, tmp_path, monkeypatch):
     net, tensors, graph = large
-    monkeypatch.setattr(decoder, "STAGED_FROM", 1)
+    monkeypatch.setattr(codec, "STAGED_FROM", 1)
     conversion = convert(graph, tensors, tmp_path, storage="packed")
     assert "Scan" in {node.op_type for node in onnx.load(conversion.path).graph.node}
     assert_says_the_same(conversion, net, (torch.randn(2, 3, 12, 12),))
@@ -108,7 +108,7 @@ def test_a_file_of_two_stages_passes_validate_and_unpacks(large, tmp_path, monke
     assert {check.name for check in report.checks} >= {"weights"}
     packing.unpack(conversion.path, tmp_path / "dense.onnx")
     left = {node.op_type for node in onnx.load(tmp_path / "dense.onnx").graph.node}
-    assert not left & {"Scan", "ConstantOfShape", "Shape", "Mul", "Levels", "Decode", "Split"}
+    assert not left & {"Scan", "ConstantOfShape", "Shape", "Mul", "Levels", "D", "V", "Split"}
 
 
 def test_a_flipped_bit_is_told(large, tmp_path):

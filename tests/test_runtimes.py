@@ -128,28 +128,30 @@ def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
 def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
-    from ecqx_onnx_converters.storage.packed import decoder
+    from ecqx_onnx_converters.storage.packed import codec
 
-    monkeypatch.setattr(decoder, "STAGED_FROM", 1)
+    monkeypatch.setattr(codec, "STAGED_FROM", 1)
     test_a_file_says_the_same_in_every_runtime_of_its_target(
         environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
     )
     assert "Scan" in {node.op_type for node in read_onnx(tmp_path / "net.onnx").proto.graph.node}
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
-def test_streams_of_several_contexts_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
+def test_streams_of_several_contexts_fold_in_every_runtime(environment, compact, checkpoint, tmp_path, monkeypatch):
     """Which a network as small as this would not have of its own."""
-    from ecqx_onnx_converters.storage.packed import streams
+    from ecqx_onnx_converters.storage.packed import codec, streams
 
     monkeypatch.setattr(streams, "CONTEXTS_BYTES", -(1 << 20))
     monkeypatch.setattr(streams, "STREAM_BYTES", -(1 << 20))
+    monkeypatch.setattr(codec, "COMPACT_BELOW", 1 << 20 if compact else 0)
     test_a_file_says_the_same_in_every_runtime_of_its_target(
         environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
     )
-    decoders = [node for node in read_onnx(tmp_path / "net.onnx").proto.graph.node if node.op_type == "Decode"]
+    decoders = [node for node in read_onnx(tmp_path / "net.onnx").proto.graph.node if node.op_type == "D"]
     assert len(decoders) > 1
-    assert {len(node.input) for node in decoders} == {13}
+    assert {len(node.input) for node in decoders} == {11 if compact else 12}
 
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)

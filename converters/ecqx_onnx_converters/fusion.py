@@ -24,8 +24,8 @@ from ecqx_onnx_converters.storage.packed.decoder import TENSOR
 if TYPE_CHECKING:
     from ecqx_onnx_converters.planning import Entry
 
-# Function -> the dequantisation that it ends with.
-FUSED = {"W": "DequantizeHalf", "B": "LookUp", "F": "LookUpScaled"}
+# Function -> the dequantisation that it ends with. V is for one step a tensor, by which it multiplies the table of values.
+FUSED = {"V": "Dequantize", "W": "DequantizeHalf", "B": "LookUp", "F": "LookUpScaled"}
 CALL_BYTES, FUNCTION_BYTES = 30, 70  # of a second call, and of a second function, for weights that are not packed
 
 
@@ -33,6 +33,8 @@ def choose(entries: Sequence[Entry]) -> str | None:
     """Which of FUSED all packed weights among these can have; None if there is none."""
     packed = [entry for entry in entries if entry.stored.storage == "packed"]
     kinds = {_kind(entry) for entry in packed}
+    if kinds == {"V", "W"}:
+        kinds = {"W"}
     alone = len({entry.stored.levels for entry in packed}) == len(packed)
     return kinds.pop() if len(kinds) == 1 and alone else None
 
@@ -50,7 +52,7 @@ def _kind(entry: Entry) -> str | None:
     if entry.form is not None or entry.permutation is not None or weight.integers is not None or len(calls[0].input) != 4:
         return None
     if isinstance(weight.tensor.meaning, Scale):
-        return "W"
+        return "W" if weight.tensor.meaning.step.ndim else "V"
     return "B" if weight.factor is None else "F"
 
 
@@ -102,6 +104,18 @@ def expanded(node: NodeProto) -> list[NodeProto]:
         helper.make_node(TENSOR, node.input[:-constants], [levels], domain=DOMAIN),
         helper.make_node(last, [levels, *node.input[-constants:]], node.output, domain=DOMAIN),
     ]
+
+
+def scaled(levels: FunctionProto) -> FunctionProto:
+    """V, from the function Levels: it adds floats instead, each to a zero, which is exact."""
+    nodes = [helper.make_node("CastLike", ["v", "c"], ["k"]), helper.make_node("Mul", ["k", "c"], ["l"])]
+    for node in levels.node:
+        nodes.append(NodeProto())
+        nodes[-1].CopyFrom(node)
+        nodes[-1].input[:] = ["l" if value == "v" else value for value in node.input]
+        if node.op_type == "ConstantOfShape":
+            del nodes[-1].attribute[:]  # float32
+    return helper.make_function(DOMAIN, "V", [*levels.input, "c"], list(levels.output), nodes, list(levels.opset_import))
 
 
 def composed(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:

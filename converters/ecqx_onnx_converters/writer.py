@@ -18,7 +18,7 @@ from ecqx_onnx_converters.compact import drop_defaults, shorten_integers, shorte
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
 from ecqx_onnx_converters.dequantization import Dequantization, as_integers, folded, function, integer, standard
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
-from ecqx_onnx_converters.fusion import FUSED, choose, composed, fuse, leave_turns_to_gemm, order
+from ecqx_onnx_converters.fusion import FUSED, choose, composed, fuse, leave_turns_to_gemm, order, scaled
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.integer_nodes import FloatNode
 from ecqx_onnx_converters.matching import Missing
@@ -201,7 +201,8 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
             )
         rows.append(_row(entry, dequantization, first))
     if fused is not None:
-        functions[DOMAIN, fused] = composed(fused, functions.pop((DOMAIN, TENSOR)), function(FUSED[fused], plan.opset))
+        levels = functions.pop((DOMAIN, TENSOR))
+        functions[DOMAIN, fused] = scaled(levels) if fused == "V" else composed(fused, levels, function(FUSED[fused], plan.opset))
     existing = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *existing])

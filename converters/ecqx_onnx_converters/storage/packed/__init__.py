@@ -23,6 +23,7 @@ from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, size_
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
+TRIED = 2  # of a compact file: lengths of lanes beside the estimated one on either side
 
 
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
@@ -55,19 +56,28 @@ def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec
     top = codec.top_of(tensors)
     surveys = [survey(levels, top) for levels in tensors]
     streams = arrange(surveys)
+    compact = codec.is_compact(surveys, [how for _, how in streams])
+
+    def written(calls: int) -> list[tuple[list[int], codec.Packed]]:
+        lane = DIGIT * calls
+        return [(members, codec.write([surveys[of] for of in members], how, lane, compact=compact)) for members, how in streams]
+
     calls = codec.best_calls(sum(how.nbytes for _, how in streams), len(streams))
-    made = [(members, codec.write([surveys[member] for member in members], how, DIGIT * calls)) for members, how in streams]
-    return made, calls
+    if not compact:
+        return written(calls), calls
+    tried = [(written(near), near) for near in range(max(1, calls - TRIED), calls + TRIED + 1)]
+    return min(tried, key=lambda made: sum(packed.nbytes for _, packed in made[0]) + made[1] * codec.CALL_BYTES)
 
 
 def _staged(tensors: Sequence[np.ndarray]) -> bool:
-    return sum(levels.size for levels in tensors) >= decoder.STAGED_FROM
+    return sum(levels.size for levels in tensors) >= codec.STAGED_FROM
 
 
 def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
     streams, calls = pack_all([levels for _, levels in tensors])
     turning, staged = streams[0][1].form is not codec.Form.PLAIN, _staged([levels for _, levels in tensors])
-    functions = decoder.functions(calls, turning=turning, staged=staged)
+    compact = streams[0][1].compact
+    functions = decoder.functions(calls, turning=turning, compact=compact, staged=staged)
     fresh, known, shapes = (f"{tensors[0][0]}_{index}" for index in count()), dict[bytes, str](), dict[tuple[int, ...], str]()
     stage: list[str] = []
     made: list[Stored | None] = [None] * len(tensors)
@@ -76,7 +86,7 @@ def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
         nodes, initializers, tables = decoder.stream_nodes(packed, fresh, [f"{name}_e" for name in names], known)
         if staged and not stage:
             stage = [next(fresh)]
-            one = nodes[0].input[len(decoder.constants(2)) + 1]  # the last of them
+            one = nodes[0].input[2 + decoder.AXIS]
             nodes.extend(decoder.stage_nodes(one, stage[0], fresh))
         for member, name, part in zip(members, names, packed.parts, strict=True):
             shape = tuple(part.shape[axis] for axis in part.order)
@@ -141,12 +151,8 @@ def stored_bytes(name: str, contents: Contents) -> int:
     node, _ = _tensor_node(name, contents)
     stream, begins = _stream(node, contents)
     begin, end = begins[node.input[0]]
-    return _own_bytes(end - begin, len(stream) // max(1, _payload_bytes(node, contents)))
-
-
-def _payload_bytes(node: NodeProto, contents: Contents) -> int:
-    decode_node = contents.makers[contents.makers[node.input[0]].input[0]]
-    return math.prod(contents.initializers[decode_node.input[0]].dims)
+    payload = contents.initializers[_makers(node, contents)[0].input[0]]
+    return _own_bytes(end - begin, len(stream) // max(1, math.prod(payload.dims)))
 
 
 def _tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | None]:
@@ -160,20 +166,33 @@ def _tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | 
     return node, order
 
 
+def _makers(node: NodeProto, contents: Contents) -> tuple[NodeProto, NodeProto | None]:
+    """What makes the entries that a tensor's node reads: D, and Split where others have a share in them."""
+    maker, split = contents.makers[node.input[0]], None
+    if maker.op_type == "Split" and not maker.domain:
+        maker, split = contents.makers[maker.input[0]], maker
+    if maker.op_type not in (decoder.DECODE, decoder.DECODE_BEFORE) or maker.domain != DOMAIN:
+        raise FileError(f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged")
+    return maker, split
+
+
 def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
     """All entries that the tensor's group holds (decoded once), and begin and end of each tensor's own, by name."""
-    split = contents.makers[node.input[0]]
-    key = split.input[0]
+    maker, split = _makers(node, contents)
+    key = maker.output[0]
     if key not in contents.cache:
-        maker = contents.makers[key]
-        if split.op_type != "Split" or maker.op_type != decoder.DECODE or maker.domain != DOMAIN:
-            raise FileError(f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged")
         payload, bits, *constants = (_values(value, contents) for value in maker.input)
-        slots, old, turns = _told(constants)
+        version, slots, turns = _told(constants)
         after = None
         if turns is not None:
-            after = np.where(turns > 0, 1, 2) if old else codec.next_nodes(turns)
-        stream = codec.decode(payload.T if old else payload, bits, slots, after)
+            after = np.where(turns > 0, 1, 2) if version < 3 else codec.next_nodes(turns)
+        if bits.dtype != np.uint8:
+            raise FileError(f"the tree of the packed weights has type {bits.dtype}; the ONNX file is damaged")
+        bits = codec.unpack_tree(bits) if version > 3 else np.unpackbits(bits.reshape(-1))
+        stream = codec.decode(payload.T if version < 3 else payload, bits, slots, after)
+        if split is None:
+            contents.cache[key] = stream, {key: (0, len(stream))}
+            return contents.cache[key]
         sizes = _values(split.input[1], contents)
         if sizes.ndim != 1 or sizes.min(initial=0) < 0 or sizes.sum() != len(stream) or len(sizes) != len(split.output):
             raise FileError(f"the packed entries are cut into parts of {sizes.tolist()[:9]}; the ONNX file is damaged")
@@ -183,15 +202,14 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
     return contents.cache[key]
 
 
-def _told(constants: Sequence[np.ndarray]) -> tuple[int, bool, np.ndarray | None]:
-    """What Decode reads behind payload and tree -> slots (0: it is damaged), whether the format is 1 or 2, which had the payload
-    transposed and two contexts, and turns."""
-    for old, known in ((False, decoder.constants), (True, decoder.constants_before)):
-        for slots in (2, 4, 8):
-            count = len(known(slots))
-            if _same(constants[:count], known(slots)) and len(constants) <= count + 1:
-                return slots, old, (constants[count] if len(constants) > count else None)
-    return 0, False, None
+def _told(constants: Sequence[np.ndarray]) -> tuple[int, int, np.ndarray | None]:
+    """What D reads behind payload and tree -> the format (2: or 1), slots, and turns."""
+    for version, slots, known in decoder.all_constants():
+        if _same(constants[: len(known)], known) and len(constants) <= len(known) + 1:
+            return version, slots, (constants[len(known)] if len(constants) > len(known) else None)
+    raise FileError(
+        "the decoder of the packed weights has other constants than those of docs/packed-format.md; the file is damaged"
+    )
 
 
 def _same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +23,9 @@ from ecqx_onnx_converters.storage.packed.units import (
 
 MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
 CALL_BYTES = 30  # in the file
+STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
+COMPACT_BELOW = 1 << 15  # bytes of all streams, of a file that is decoded in one stage
+EVENED = 256  # lanes at the end of a stream that may give words to the last one
 BLOCK = 1 << 15  # pairs, or bytes of payload, that are written at once: what is held meanwhile stays in a cache
 LANE_BYTES = 0.6  # its end, and the bit before its first word; rather much, since a payload is there to be short
 
@@ -57,9 +60,10 @@ class Part:
 class Packed:
     """payload: uint8 [bytes of a lane, lanes]; every lane begins with a whole code word.
 
-    bits: uint8, the tree, eight to a byte, high bit first, filled up with ones. advances: int8 [kinds + 1], negated, and
-    values: int8 [kinds + 1], of the leaves in order; both begin with 0 for no unit, and where there are contexts end with 0 for
-    each one that fills up the tree. slots: entries of a byte, 2, 4 or 8.
+    bits: uint8, the tree, filled up with ones, as 8 rows: the high bits of all bytes, then the next. advances: int8 [kinds + 1],
+    negated, and values: int8 [kinds + 1], of the leaves in order; both begin with 0 for no unit, and where there are contexts end
+    with 0 for each one that fills up the tree. slots: entries of a byte, 2, 4 or 8. compact: functions of few bytes decode it,
+    which need more memory for each bit, and 8 slots.
     """
 
     payload: np.ndarray
@@ -69,6 +73,7 @@ class Packed:
     slots: int
     form: Form
     parts: tuple[Part, ...]
+    compact: bool
 
     @property
     def turns(self) -> np.ndarray | None:
@@ -144,25 +149,44 @@ def lengthened(streams: list[Coding]) -> list[Coding]:
     return made[max(shortest for shortest, size in sizes.items() if 0.998 * size <= min(sizes.values()))]
 
 
-def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int) -> Packed:
+def is_compact(surveys: Sequence[Survey], streams: Sequence[Coding]) -> bool:
+    """See `Packed`. surveys, streams: of all tensors of a file."""
+    small = sum(math.prod(survey.shape) for survey in surveys) < STAGED_FROM
+    return small and sum(how.nbytes for how in streams) < COMPACT_BELOW
+
+
+def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int, *, compact: bool) -> Packed:
     """One stream, as `how` says it."""
     code, width = how.code(), tree.DIGIT // slots_of(how.shortest)
     leaves, ends, last = words_of(surveys, how.alphabet, code)
-    payload = lay_words(leaves, ends, code, how.form, lane_bytes)
-    entries = np.where(last > 0, -(-ends[last - 1] // width), 0) if len(ends) else last
     fill = -len(code.bits) % 8
     gaps = np.full(fill if how.form is not Form.PLAIN else 0, -1)
     symbols = np.concatenate([[-1], code.symbols, gaps])  # what is no unit has advance and value 0
     advances, values = (np.append(of, 0)[symbols].astype(np.int8) for of in (-how.alphabet.advances, how.alphabet.values))
+    payload, full = lay_words(leaves, ends, code, how.form, lane_bytes, ones_behind(code, how.form, values))
+    entries = np.where(last > 0, -(-ends[last - 1] // width), 0) if len(ends) else last
+    if full:
+        entries[-1] = payload.size * tree.DIGIT // width
     return Packed(
         np.ascontiguousarray(payload.T),
-        np.packbits(np.concatenate([code.bits, np.ones(fill, np.uint8)])),
+        pack_tree(np.append(code.bits, np.ones(fill, np.uint8))),
         advances,
         values,
         slots_of(how.shortest),
         how.form,
         tuple(Part(of.shape, of.order, int(own)) for of, own in zip(surveys, np.diff(entries, prepend=0), strict=True)),
+        compact,
     )
+
+
+def pack_tree(bits: np.ndarray) -> np.ndarray:
+    """uint8 [8 n] of 0 and 1 -> uint8 [n], see `Packed.bits`."""
+    return np.packbits(bits.reshape(8, -1), axis=0).reshape(-1)
+
+
+def unpack_tree(packed: np.ndarray) -> np.ndarray:
+    """The inverse."""
+    return np.unpackbits(packed.reshape(1, -1), axis=0).reshape(-1)
 
 
 def words_of(surveys: Sequence[Survey], alphabet: Alphabet, code: tree.Code) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -191,13 +215,28 @@ def words_of(surveys: Sequence[Survey], alphabet: Alphabet, code: tree.Code) -> 
     return leaves[:words], ends[:words], np.array(last)
 
 
-def lay_words(leaves: np.ndarray, ends: np.ndarray, code: tree.Code, form: Form, lane_bytes: int) -> np.ndarray:
-    """leaves, ends: see `words_of`; ends are moved to where each word ends in what is returned: uint8 [lanes, lane_bytes]."""
+def ones_behind(code: tree.Code, form: Form, values: np.ndarray) -> np.ndarray:
+    """How many ones may follow each leaf before they end a word: one fewer than the longest word there has, which is of ones."""
+    longest = np.array([code.lengths[code.trees == of].max() for of in range(len(form.value))])
+    if form is not Form.SIGNS:
+        return np.full(len(code.lengths), longest[-1] - 1)
+    place = {context: of for of, (context, _) in enumerate(form.value)}
+    behind = np.array([place[0], place[2], place[1]])[np.sign(values[1 : len(code.lengths) + 1]) + 1]
+    return longest[behind] - 1
+
+
+def lay_words(
+    leaves: np.ndarray, ends: np.ndarray, code: tree.Code, form: Form, lane_bytes: int, ones: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """leaves, ends: see `words_of`; ends are moved to where each word ends in what is returned: uint8 [lanes, lane_bytes]; and
+    whether nothing in it can be taken for a word behind the last one. ones: see `ones_behind`."""
     paths = [path for _, path in form.value]
     heads = np.array([len(path) for path in paths])[code.trees]
     leads = np.array([int(path or "0", 2) for path in paths])[code.trees]  # the way from the root to a leaf's own tree
     lane = lane_bytes * 8
-    firsts, shifts = in_lanes(ends, leaves, code.lengths, heads, lane)
+    firsts, full = in_lanes(ends, leaves, code.lengths, heads, ones, lane)
+    first = leaves[firsts].astype(np.int64) if len(leaves) else np.zeros(0, np.int64)
+    shifts = np.arange(len(first)) * lane + heads[first] + code.lengths[first] - ends[firsts[: len(first)]]
     borders = np.append(firsts, len(leaves))
     payload = np.empty((len(firsts), lane_bytes), np.uint8)
     at_once = max(1, BLOCK // lane_bytes)
@@ -205,14 +244,14 @@ def lay_words(leaves: np.ndarray, ends: np.ndarray, code: tree.Code, form: Form,
         own = payload[begin : begin + at_once]
         border = borders[begin : begin + len(own) + 1]
         words, end = leaves[border[0] : border[-1]].astype(np.int64), ends[border[0] : border[-1]]
-        end += np.repeat(shifts[begin : begin + len(own)], np.diff(border))
+        end += np.repeat(shifts[begin : begin + len(own)], np.diff(border)[: len(shifts)])
         starts = end - code.lengths[words] - begin * lane
         # A word of ones is the longest of its context: the rest of a lane, ones, ends none.
         own[:] = put_words(own.size, starts, words, code.codes, code.lengths).reshape(own.shape)
         if form is not Form.PLAIN and len(words):
             first = words[border[:-1] - border[0]]
             own &= put_words(own.size, np.arange(len(own)) * lane, first, leads, heads).reshape(own.shape)
-    return payload
+    return payload, full
 
 
 def slots_of(shortest: int) -> int:
@@ -252,25 +291,54 @@ def put_words(nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np.nda
 
 
 def in_lanes(
-    ends: np.ndarray, leaves: np.ndarray, lengths: np.ndarray, heads: np.ndarray, lane: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first word of each lane of `lane` bits, and how far its words move so that none crosses into another lane and the first
-    one has heads[leaf] bits before it. ends: of each word; leaves: of each word; lengths, heads: of each leaf."""
-    if not len(ends):
-        return np.zeros(1, np.int64), np.zeros(1, np.int64)
-    end, leaf, length, before = ends.data, leaves.data, lengths.tolist(), heads.tolist()
-    head = before[leaf[0]]
-    firsts, shifts, begin = [0], [head], 0
-    while (first := bisect_right(end, begin + lane - head, firsts[-1], min(firsts[-1] + lane + 1, len(ends)))) < len(ends):
-        begin, head = end[first] - length[leaf[first]], before[leaf[first]]  # the first that ends beyond the lane
-        shifts.append(len(shifts) * lane + head - begin)
+    ends: np.ndarray, leaves: np.ndarray, lengths: np.ndarray, heads: np.ndarray, ones: np.ndarray, lane: int
+) -> tuple[np.ndarray, bool]:
+    """The first word of each lane of `lane` bits: no word crosses into another lane, the first has heads[leaf] bits before it.
+    And whether the ones that fill up the last lane end no word: the lanes before it have given it words for that.
+
+    ends: of each word; leaves: of each word; lengths, heads, ones: of each leaf.
+    """
+    count = len(ends)
+    if not count:
+        return np.zeros(1, np.int64), False
+    end, leaf, length, before, most = ends.data, leaves.data, lengths.tolist(), heads.tolist(), ones.tolist()
+
+    def begin(word: int) -> int:
+        return int(end[word]) - length[leaf[word]]
+
+    def rest(first: int, last: int) -> int:
+        """Bits that are left of a lane of the words from `first` up to `last`."""
+        return lane - before[leaf[first]] - (int(end[last - 1]) - begin(first))
+
+    def full_lane(first: int) -> int:
+        """The word behind the last that a lane from `first` on has room for."""
+        return bisect_right(end, begin(first) + lane - before[leaf[first]], first, min(first + lane + 1, count))
+
+    firsts = [0]
+    while (first := full_lane(firsts[-1])) < count:
         firsts.append(first)
-    return np.array(firsts), np.array(shifts)
+    latest = [count]  # where the last lanes may begin, from the end on
+    while latest[-1] and len(latest) <= min(EVENED, len(firsts)):
+        last = latest[-1]
+        first = bisect_left(end, int(end[last - 1]) - lane, max(0, last - lane - 1), last - 1)
+        first += int(begin(first) < int(end[last - 1]) - lane)
+        while rest(first, last) < 0:
+            first += 1
+        latest.append(first)
+    moved = firsts[: len(firsts) - len(latest) + 2]
+    for least in latest[-2:0:-1]:
+        first, last = moved[-1], full_lane(moved[-1])
+        while first < last - 1 >= least and rest(first, last - 1) <= most[leaf[last - 2]]:
+            last -= 1
+        moved.append(last)
+    full = rest(moved[-1], count) <= most[leaf[count - 1]]
+    return np.array(moved if full else firsts), full
 
 
 def unpack(packed: Packed) -> list[np.ndarray]:
     """The inverse of `write`, as the ONNX functions do it. FileError for what `write` doesn't."""
-    stream = decode(packed.payload, packed.bits, packed.slots, None if packed.turns is None else next_nodes(packed.turns))
+    after = None if packed.turns is None else next_nodes(packed.turns)
+    stream = decode(packed.payload, unpack_tree(packed.bits), packed.slots, after)
     tensors, begin = [], 0
     for part in packed.parts:
         own = stream[begin : begin + part.entries]
@@ -287,12 +355,11 @@ def next_nodes(turns: np.ndarray) -> np.ndarray:
 
 
 def decode(payload: np.ndarray, bits: np.ndarray, slots: int, after: np.ndarray | None) -> np.ndarray:
-    """payload: uint8 [bytes of a lane, lanes]. -> entries, uint8 [payload bytes * slots]: for each part of each byte the leaf it
-    ended, counted from 1, or 0.
+    """payload: uint8 [bytes of a lane, lanes]; bits: uint8, the tree, of 0 and 1. -> entries, uint8 [payload bytes * slots]: for
+    each part of each byte the leaf it ended, counted from 1, or 0.
 
     after: int [leaves + 1], see `next_nodes`; None: all lead to the root. FileError for what is damaged.
     """
-    bits = np.unpackbits(bits.reshape(-1)) if bits.dtype == np.uint8 else np.zeros(0, np.uint8)
     balance = np.cumsum(2 * bits.astype(np.int64) - 1)
     inner = (int(np.argmax(balance == 2)) + 1) // 2 if len(bits) else 0  # all children are there once leaves are two ahead
     whole = bits[: 2 * inner].sum() == inner + 1 and len(bits) == -(-2 * inner // 8) * 8 and bits[2 * inner :].all()

@@ -5,11 +5,12 @@ it is done: what counts is bytes of node outputs, per byte of the payload and pe
 written at every call; constants are initializers because a Constant node takes twice their bytes.
 
     r (table n, digits b, states x)         reads 8 rows of digits: i = x + b; x' = n[i]. Gives all i, and the last x'
-    Decode (payload p, tree b, constants[, turns t]) -> entries, uint8 [all]
+    D (payload p, tree b, constants[, turns t]) -> entries, int32 or uint8 [all]
                                             r reads the bits of all 256 bytes from all inner nodes, by the table of the tree, and
                                             so makes the table of bytes; by that it reads the payload, all lanes at once
     Levels (entries e, advances a, values v, shape s[, stage w]) -> int8 tensor
 
+In a small file bytes count more than memory at load: its functions leave out what makes arrays smaller (`Packed.compact`).
 A large file is decoded in two stages, so that what the first leaves behind is gone before levels become floats: the shape that
 Levels ends with waits for `stage_nodes`, a Scan over one zero, which no runtime folds. But its output's shape is constant, and
 known once the first stage is folded; then the Scan is dead.
@@ -18,7 +19,7 @@ known once the first stage is folded; then the Scan is dead.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -30,13 +31,14 @@ from ecqx_onnx_converters.storage.packed.codec import Form, Packed
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
 
 OPSET = 18
-DECODE, TENSOR = "Decode", "Levels"
-STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
+DECODE, TENSOR = "D", "Levels"
+DECODE_BEFORE = "Decode"  # up to format 3
+AXIS = 7  # which constant of a file that isn't compact is the number 1, [1]
 
 
-def functions(calls: int, *, turning: bool, staged: bool) -> tuple[FunctionProto, ...]:
-    """calls: see `codec.best_calls`; turning: the streams have several contexts; staged: two stages."""
-    return (_reader(), _decode(calls, turning), _tensor(staged))
+def functions(calls: int, *, turning: bool, compact: bool, staged: bool) -> tuple[FunctionProto, ...]:
+    """calls: see `codec.best_calls`; turning: the streams have several contexts; compact: see `Packed`; staged: two stages."""
+    return (_reader(), _decode(calls, turning, compact), _tensor(compact, staged))
 
 
 def stream_nodes(
@@ -47,10 +49,10 @@ def stream_nodes(
     known: names of constants that the file has, by `tensor` without a name; those that are new are added.
     """
     inputs, initializers = [], []
-    for values in (packed.payload, packed.bits.reshape(1, -1)):
+    for values in (packed.payload, packed.bits):
         initializers.append(tensor(next(names), values))
         inputs.append(initializers[-1].name)
-    for values in constants(packed.slots):
+    for values in constants(packed.slots, packed.compact):
         key = tensor("", values).SerializeToString(deterministic=True)
         if key not in known:
             known[key] = next(names)
@@ -59,14 +61,18 @@ def stream_nodes(
     advances, values = (tensor(next(names), of) for of in (packed.advances, packed.values))
     if packed.form is not Form.PLAIN:
         inputs.append((values if packed.form is Form.SIGNS else advances).name)
-    lengths = [part.entries for part in packed.parts]
-    sizes, stream, rest = next(names), next(names), next(names)
+    initializers += [advances, values]
+    lengths, outputs = [part.entries for part in packed.parts], list(entries)
     behind = packed.payload.size * packed.slots - sum(lengths)
-    initializers += [advances, values, tensor(sizes, np.array([*lengths, behind], np.int64))]
-    nodes = [
-        helper.make_node(DECODE, inputs, [stream], domain=DOMAIN),
-        helper.make_node("Split", [stream, sizes], [*entries, rest]),
-    ]
+    if behind:
+        lengths.append(behind)
+        outputs.append(next(names))
+    nodes = [helper.make_node(DECODE, inputs, outputs[:1], domain=DOMAIN)]
+    if len(outputs) > 1:
+        stream, sizes = next(names), next(names)
+        nodes[0].output[:] = [stream]
+        nodes.append(helper.make_node("Split", [stream, sizes], outputs))
+        initializers.append(tensor(sizes, np.array(lengths, np.int64)))
     return nodes, initializers, (advances.name, values.name)
 
 
@@ -85,36 +91,42 @@ def stage_nodes(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProt
 
 
 def tensor(name: str, values: np.ndarray) -> TensorProto:
-    """int64 as a list: small numbers take one byte, not eight."""
-    if values.dtype == np.int64:
-        return TensorProto(name=name, data_type=TensorProto.INT64, dims=values.shape, int64_data=values.reshape(-1).tolist())
+    """Integers as a list where that is shorter: small numbers take one byte, and negative ones ten."""
     kind = helper.np_dtype_to_tensor_dtype(values.dtype)
-    return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=values.tobytes())
+    stored = TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=values.tobytes())
+    if values.dtype not in (np.int32, np.int64):
+        return stored
+    listed = TensorProto(name=name, data_type=kind, dims=values.shape)
+    (listed.int32_data if values.dtype == np.int32 else listed.int64_data).extend(values.reshape(-1).tolist())
+    return min(listed, stored, key=TensorProto.ByteSize)
 
 
-def constants(slots: int) -> list[np.ndarray]:
-    """What Decode reads beside payload and tree, in the order of its inputs."""
-    return [
-        1 << np.arange(7, -1, -1).reshape(-1, 1),  # c: by what a byte is divided for each of its bits
+def constants(slots: int, compact: bool) -> list[np.ndarray]:
+    """What D reads beside payload and tree, in the order of its inputs."""
+    always = [
+        1 << np.arange(7, -1, -1, dtype=np.int32).reshape(-1, 1),  # c: by what a byte is divided for each of its bits
+        np.array(0, np.int32),  # f: an axis, and the first state
+        np.array(1, np.int32),  # a: from one byte to the next
+        np.array(2, np.int32),  # d: from one state to the next
+        np.array(128, np.int32),  # e: from a state to its place in the table of bytes
+        np.array(256, np.int32),  # g: behind the last byte
         np.array([-1]),  # h: one dimension
-        np.array([slots, DIGIT // slots, -1]),  # j: bits of a slot
-        np.array(0),  # f: an axis, and the first state
-        np.array(1),  # a: from one byte to the next
-        np.array(2),  # d: from one state to the next
-        np.array(128),  # e: from a state to its place in the table of bytes
-        np.array(256),  # g: behind the last byte
-        np.array(0, np.int32),  # i: the root
-        np.array([1]),  # k: an axis
     ]
+    if compact:
+        return [*always, np.array([0, 2])]  # k: axes
+    return [*always, np.array([1]), np.array([slots, DIGIT // slots, -1])]  # k: an axis; j: bits of a slot
 
 
-def constants_before(slots: int) -> list[np.ndarray]:
-    """The same of files of format 1 and 2."""
-    return [
-        1 << np.arange(7, -1, -1, dtype=np.uint8),
-        np.array([[255], [1], [1]], np.uint8),
-        *(np.array(of) for of in (0, [-1], [-1, 2], [1, -1, 2], [slots, DIGIT // slots, -1], [1])),
-    ]
+def all_constants() -> Iterator[tuple[int, int, list[np.ndarray]]]:
+    """Format (2: or 1), slots and constants of all files that can be read."""
+    yield 4, DIGIT, constants(DIGIT, compact=True)
+    for slots in (2, 4, 8):
+        yield 4, slots, constants(slots, compact=False)
+        c, f, a, d, e, g, h, k, j = (of.astype(np.int64) for of in constants(slots, compact=False))
+        yield 3, slots, [c, h, j, f, a, d, e, g, np.array(0, np.int32), k]
+        shapes = (0, [-1], [-1, 2], [1, -1, 2], [slots, DIGIT // slots, -1], [1])
+        before = [1 << np.arange(7, -1, -1, dtype=np.uint8), np.array([[255], [1], [1]], np.uint8)]
+        yield 2, slots, [*before, *map(np.array, shapes)]
 
 
 def _node(text: str, **attributes: Any) -> NodeProto:
@@ -131,9 +143,9 @@ def _function(name: str, inputs: str, outputs: str, nodes: Sequence[NodeProto]) 
     return helper.make_function(DOMAIN, name, inputs.split(), outputs.split(), list(nodes), imports)
 
 
-def _names(taken: str) -> Iterator[str]:
+def _names(taken: Collection[str]) -> Iterator[str]:
     """Letters that aren't taken, then pairs of letters."""
-    yield from (letter for letter in string.ascii_letters if letter not in taken)
+    yield from (letter for letter in "_" + string.ascii_letters if letter not in taken)
     yield from ("".join(pair) for pair in product(string.ascii_letters, repeat=2))
 
 
@@ -151,8 +163,8 @@ def _reader() -> FunctionProto:
     return _function("r", "n b x", "z y", nodes)
 
 
-def _decode(calls: int, turning: bool) -> FunctionProto:
-    """payload p uint8 [8 * calls, lanes], tree b uint8 [1, bytes], `constants`[, turns t] -> entries y uint8 [all].
+def _decode(calls: int, turning: bool, compact: bool) -> FunctionProto:
+    """payload p uint8 [8 * calls, lanes], tree b uint8 [bytes], `constants`[, turns t] -> entries y [all].
 
     A state is an inner node's number, times 2 where it is added to a bit, and times 256 where it is added to a byte.
     """
@@ -160,19 +172,18 @@ def _decode(calls: int, turning: bool) -> FunctionProto:
     if turning:  # to inner node 2, 3 or 4 by the sign of a leaf's t
         turn = [
             _node("Sign t -> l"),
-            _node("Cast l -> m", to=TensorProto.INT64),
+            _node("CastLike l a -> m"),
             _node("Add a m -> o"),
             _node("Add d o -> q"),
             _node("Gather q J -> s"),
             _node("Mul F s -> u"),
             _node("Add u K -> r"),
         ]
-    table = [
+    automaton = [
         _node("CastLike b a -> A"),
         _node("Div A c -> B"),
         _node("Mod B d -> C"),
-        _node("Transpose C -> E"),
-        _node("Reshape E h -> F"),  # 1: a leaf
+        _node("Reshape C h -> F"),  # 1: a leaf
         _node("Sub a F -> G"),  # 1: an inner node
         _node("CumSum F f -> H"),
         _node("CumSum G f -> I"),
@@ -181,27 +192,33 @@ def _decode(calls: int, turning: bool) -> FunctionProto:
         *turn,
         _node("Add r r -> n" if turning else "Add K K -> n"),
         _node("Size n -> L"),
-        _node("Range f L d -> M"),
+        _node("CastLike L a -> E"),
+        _node("Range f E d -> M"),
         _node("Unsqueeze M k -> x"),  # all states
         _node("Range f g a -> N"),
         _node("Div N c -> O"),
         _node("Mod O d -> P"),  # the bits of all bytes
         _node("r n P x -> Q R"),
-        _node("Cast J -> S", to=TensorProto.UINT8),
-        _node("Gather S R -> T"),
-        _node("Reshape T j -> U"),
-        _node("ReduceMax U k -> V"),
-        _node("Transpose V -> W"),  # entries of each byte read from each state
         _node("Mul Q e -> X"),
-        _node("Reshape X h -> Y"),
-        _node("CastLike Y i -> Z"),
+        _node("Reshape X h -> Z"),
     ]
-    inputs = "p b c h j f a d e g i k" + " t" * turning
-    names = _names(taken=inputs + "lmoqsurnxABCEFGHIJKLMNOPQRSTUVWXYZDvwyz")
-    digits, indices, states = (list(islice(names, calls)) for _ in range(3))
-    states = ["i", *states]
+    if compact:  # an entry for each bit
+        table = [_node("Gather J R -> T"), _node("Flatten T -> V")]
+    else:
+        table = [
+            _node("CastLike J p -> S"),
+            _node("Gather S R -> T"),
+            _node("Reshape T j -> U"),
+            _node("ReduceMax U k -> V"),
+        ]
+    table.append(_node("Transpose V -> W"))  # entries of each byte read from each state
+    inputs = "p b c f a d e g h k" + " j" * (not compact) + " t" * turning
+    taken = {name for node in (*automaton, *table) for name in (*node.input, *node.output)}
+    names = _names(taken={*inputs.split(), *taken, "v", "w", "z", "D", "y"})
+    states, digits, indices = (list(islice(names, calls)) for _ in range(3))
+    states = ["f", *states]
     reading = [
-        _node("CastLike p i -> v"),
+        _node("CastLike p a -> v"),
         _node(f"Split v -> {' '.join(digits)}", num_outputs=calls),
         *(_node(f"r Z {digits[k]} {states[k]} -> {states[k + 1]} {indices[k]}") for k in range(calls)),
         _node(f"Concat {' '.join(indices)} -> w", axis=0),
@@ -209,20 +226,23 @@ def _decode(calls: int, turning: bool) -> FunctionProto:
         _node("Gather W z -> D"),
         _node("Reshape D h -> y"),
     ]
-    return _function(DECODE, inputs, "y", [*table, *reading])
+    return _function(DECODE, inputs, "y", [*automaton, *table, *reading])
 
 
-def _tensor(staged: bool) -> FunctionProto:
-    """entries e uint8 -> y int8 of shape s: the value of each is added where all advances so far lead."""
+def _tensor(compact: bool, staged: bool) -> FunctionProto:
+    """entries e -> y int8 of shape s: the value of each is added where all advances so far lead."""
     last = [_node("Mul s w -> r"), _node("Reshape o r -> y")] if staged else [_node("Reshape o s -> y")]
+    if compact:
+        entries, first = "e", [_node("CastLike a e -> b")]
+    else:
+        entries, first = "f", [_node("Cast e -> f", to=TensorProto.INT32), _node("Cast a -> b", to=TensorProto.INT32)]
     nodes = [
-        _node("Cast e -> f", to=TensorProto.INT32),
-        _node("Cast a -> b", to=TensorProto.INT32),
-        _node("Gather b f -> g"),
-        _node("Constant -> h", value_int=0),
-        _node("CumSum g h -> i"),
-        _node("Gather v f -> j"),
+        *first,
+        _node(f"Gather b {entries} -> g"),
         _node("ReduceProd s -> m"),
+        _node("Sub m m -> h"),  # an axis: 0
+        _node("CumSum g h -> i"),
+        _node(f"Gather v {entries} -> j"),
         _node("ConstantOfShape m -> n", value=TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0")),
         _node("ScatterElements n i j -> o", reduction="add"),
         *last,

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_calls, lengthened
+from ecqx_onnx_converters.storage.packed.codec import Coding, Form, Survey, best_calls, is_compact, lengthened
 from ecqx_onnx_converters.storage.packed.tree import DIGIT
-from ecqx_onnx_converters.storage.packed.units import Alphabet, choose_alphabets, tally
+from ecqx_onnx_converters.storage.packed.units import NEAR, Alphabet, choose_alphabets, tally
 
-STREAM_BYTES = 140  # what one more stream takes in the file, its payload and tables aside
+STREAM_BYTES = 125  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
-CONTEXTS_BYTES = 130  # a decoder of several contexts
+CONTEXTS_BYTES = 110  # a decoder of several contexts
 ESTIMATED_FROM = 1 << 15  # bytes. Of less, one stream is tried as well: some hundred bytes, that an estimate is off by, matter
 KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
@@ -26,19 +26,22 @@ def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
     tallies = [tally(survey.said, survey.top) for survey in surveys]
     groups, apart = _groups(tallies)
-    streams, size = _said(tallies, groups)
-    if len(groups) > 1 and size < ESTIMATED_FROM:
-        whole, size_of_one = _said(tallies, [list(range(len(surveys)))])
-        if size_of_one <= size + (len(groups) - 1) * apart:
+    streams, size = _said(tallies, groups, NEAR[:1])
+    if size < ESTIMATED_FROM:
+        streams, size = _said(tallies, groups, NEAR)
+        whole, size_of_one = _said(tallies, [list(range(len(surveys)))], NEAR)
+        if len(groups) > 1 and size_of_one <= size + (len(groups) - 1) * apart:
             groups, streams = [list(range(len(surveys)))], whole
-    return list(zip(groups, lengthened(streams), strict=True))
+    return list(zip(groups, streams if is_compact(surveys, streams) else lengthened(streams), strict=True))
 
 
-def _said(tallies: Sequence[np.ndarray], groups: Sequence[Sequence[int]]) -> tuple[list[Coding], int]:
-    """How each group of tensors is said, and the bytes of all, what several contexts take included."""
-    alphabets = [choose_alphabets([tallies[member] for member in members]) for members in groups]
-    plain = [Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets]
-    turning = [_turning(own) for own in alphabets]
+def _said(tallies: Sequence[np.ndarray], groups: Sequence[Sequence[int]], nears: Sequence[int]) -> tuple[list[Coding], int]:
+    """How each group of tensors is said, and the bytes of all, what several contexts take included. nears: see `units.NEAR`."""
+    plain, turning = [], []
+    for members in groups:
+        alphabets = [choose_alphabets([tallies[member] for member in members], near) for near in nears]
+        plain.append(min((Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets), key=lambda how: how.nbytes))
+        turning.append(min((_turning(own) for own in alphabets), key=lambda how: how.nbytes))
     sizes = sum(how.nbytes for how in plain), sum(how.nbytes for how in turning) + CONTEXTS_BYTES
     return (turning if sizes[1] < sizes[0] else plain), min(sizes)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 FURTHEST = 128  # weights that one unit can pass; advances are kept as int8, negated
 RUNS = (1, 2, 4, 8, 16, 32, 64, 96, 128)  # advances that a unit of value 0 may have
-NEAR = 8  # pairs that advance no further have kinds of their own to begin with
+NEAR = (8, 16, 32)  # pairs that advance no further have kinds of their own to begin with: of a large file the first
 CONTEXTS = 3  # behind a negative level, a positive one, a run of zeros
 UNIT_BITS = 50.0  # what a kind of unit must save. It costs 18, but is judged as if all others stayed: 50 give smaller files
 NEVER = 1e9  # bits
@@ -96,18 +96,18 @@ def room(contexts: int) -> int:
     return MAX_KINDS - 2 * contexts - contexts * len(RUNS)
 
 
-def choose_alphabets(tallies: Sequence[np.ndarray]) -> list[Alphabet]:
+def choose_alphabets(tallies: Sequence[np.ndarray], near: int = NEAR[0]) -> list[Alphabet]:
     """Of one stream, from the `tally` of each tensor: an alphabet of one context, and one of all if all units find a name."""
     counts = np.sum(tallies, axis=0)
-    made = [choose_alphabet(counts.sum(axis=0, keepdims=True))]
+    made = [choose_alphabet(counts.sum(axis=0, keepdims=True), near)]
     values = np.count_nonzero(np.delete(counts.any(axis=(0, 1)), counts.shape[2] // 2))
     if CONTEXTS * values <= room(CONTEXTS):
-        made.append(choose_alphabet(counts))
+        made.append(choose_alphabet(counts, near))
     return made
 
 
-def choose_alphabet(counts: np.ndarray) -> Alphabet:
-    """counts: how often each pair occurs, [contexts, 128, values], see `tally`.
+def choose_alphabet(counts: np.ndarray, near: int) -> Alphabet:
+    """counts: how often each pair occurs, [contexts, 128, values], see `tally`; near: one of NEAR.
 
     A pair gets a kind of its own if that saves more than UNIT_BITS; the others are said as runs of zeros and a nearer pair.
     Behind a run it is the last context. To begin with, far pairs are said so: else what is said behind runs would seem rare.
@@ -127,7 +127,7 @@ def choose_alphabet(counts: np.ndarray) -> Alphabet:
 
     nearest = row == 0  # what all others can be said with
     longest = np.searchsorted(RUNS, row, side="right") - 1
-    first = np.where(row < NEAR, -1, longest)
+    first = np.where(row < near, -1, longest)
     usage, run_usage = _count(table, context, first, behind_run, runs)
     member = (usage > 0) | nearest
     for _ in range(ROUNDS):
