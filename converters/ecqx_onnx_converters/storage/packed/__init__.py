@@ -23,7 +23,7 @@ from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, size_
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
-TRIED = 2  # of a compact file: lengths of lanes beside the estimated one on either side
+TRIED = 1  # of a compact file: lengths of lanes beside the estimated one on either side
 
 
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:

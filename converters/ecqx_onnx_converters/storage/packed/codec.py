@@ -22,7 +22,7 @@ from ecqx_onnx_converters.storage.packed.units import (
 )
 
 MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
-CALL_BYTES = 30  # in the file
+CALL_BYTES = 35  # in the file
 STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
 COMPACT_BELOW = 1 << 15  # bytes of all streams, of a file that is decoded in one stage
 EVENED = 256  # lanes at the end of a stream that may give words to the last one

@@ -18,7 +18,8 @@ from ecqx_onnx_converters.storage.packed.units import NEAR, Alphabet, choose_alp
 STREAM_BYTES = 125  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
 CONTEXTS_BYTES = 110  # a decoder of several contexts
-ESTIMATED_FROM = 1 << 15  # bytes. Of less, one stream is tried as well: some hundred bytes, that an estimate is off by, matter
+FEW = 3 << 14  # pairs; about 32 kB. Of fewer, one stream and several alphabets are tried: some hundred bytes matter
+ALIKE_BYTES = 8  # by which ways to say a stream hardly differ
 KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
 
@@ -26,11 +27,11 @@ def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
     """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
     tallies = [tally(survey.said, survey.top) for survey in surveys]
     groups, apart = _groups(tallies)
-    streams, size = _said(tallies, groups, NEAR[:1])
-    if size < ESTIMATED_FROM:
-        streams, size = _said(tallies, groups, NEAR)
+    few = sum(len(survey.said) for survey in surveys) < FEW
+    streams, size = _said(tallies, groups, NEAR if few else NEAR[:1])
+    if few and len(groups) > 1:
         whole, size_of_one = _said(tallies, [list(range(len(surveys)))], NEAR)
-        if len(groups) > 1 and size_of_one <= size + (len(groups) - 1) * apart:
+        if size_of_one <= size + (len(groups) - 1) * apart:
             groups, streams = [list(range(len(surveys)))], whole
     return list(zip(groups, streams if is_compact(surveys, streams) else lengthened(streams), strict=True))
 
@@ -40,10 +41,16 @@ def _said(tallies: Sequence[np.ndarray], groups: Sequence[Sequence[int]], nears:
     plain, turning = [], []
     for members in groups:
         alphabets = [choose_alphabets([tallies[member] for member in members], near) for near in nears]
-        plain.append(min((Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets), key=lambda how: how.nbytes))
-        turning.append(min((_turning(own) for own in alphabets), key=lambda how: how.nbytes))
+        plain.append(_first_of_least([Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets]))
+        turning.append(_first_of_least([_turning(own) for own in alphabets]))
     sizes = sum(how.nbytes for how in plain), sum(how.nbytes for how in turning) + CONTEXTS_BYTES
     return (turning if sizes[1] < sizes[0] else plain), min(sizes)
+
+
+def _first_of_least(ways: Sequence[Coding]) -> Coding:
+    """Those that differ by less than lanes are filled up with are alike."""
+    least = min(how.nbytes for how in ways)
+    return next(how for how in ways if how.nbytes <= least + ALIKE_BYTES)
 
 
 def _turning(alphabets: Sequence[Alphabet]) -> Coding:
