@@ -14,11 +14,12 @@ from ecqx_onnx_converters.metadata import METADATA_KEY, from_text
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed import codec
 from onnx import helper
+from onnx.reference import ReferenceEvaluator
 
 from ecqx_onnx import packing
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inspection import inspect
-from ecqx_onnx.tensors import Scale
+from ecqx_onnx.tensors import QuantTensor, Scale
 from ecqx_onnx.validation.sessions import open_session, run
 from tests.conversions import Conversion, assert_says_the_same, convert, float_graph, quantise
 from tests.onnx_graphs import model_of
@@ -212,6 +213,47 @@ def test_a_call_that_lies_is_refused(change, tmp_path):
     with contextlib.suppress(FileError):
         assert not all(stored.crc_ok for stored in read_weights(tmp_path / "lies.onnx"))
     assert inspect(tmp_path / "lies.onnx").warnings
+
+
+def test_one_call_is_standard_onnx_and_exact_whatever_the_step(tmp_path):
+    """By onnx's own evaluator. A step may be so small that its multiples are hardly numbers."""
+    matrix = np.random.default_rng(0).integers(-7, 8, (60, 80)).astype(np.int8)
+    for step in (0.1, 1e-45, 3e-39, 1e37, -0.01):
+        tensor = QuantTensor("w", matrix, Scale(np.float32(step).reshape(())))
+        model = model_of(
+            [helper.make_node("Identity", ["w"], ["y"])], {"w": tensor.dequantize()}, inputs={}, output_shape=[60, 80]
+        )
+        graph = FloatGraph.from_model(model)
+        path = tmp_path / f"{step}.onnx"
+        write(make_plan(graph, match(graph.weights, [tensor]), storage="packed"), path)
+        assert calls(path) == {"V" if step > 0 else "W"}
+        expected = (matrix.astype(np.float32) * np.float32(step)).view(np.int32)
+        for given in (ReferenceEvaluator(str(path)).run(None, {})[0], run(open_session(path), ())[0]):
+            np.testing.assert_array_equal(given.view(np.int32), expected)
+
+
+@pytest.mark.parametrize("what", ["decoder's inputs", "split's inputs", "sizes", "shape", "turn", "text"])
+def test_whatever_keeps_a_weight_from_being_read_is_told(what, tmp_path):
+    model = net()
+    tensors = quantise(model)
+    few_columns(tensors, model)
+    proto = onnx.load(convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path)
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    nodes = {node.op_type: node for node in proto.graph.node}
+    if what == "decoder's inputs":
+        del nodes["D"].input[1:]
+    elif what == "split's inputs":
+        del nodes["Split"].input[1:]
+    elif what in ("sizes", "shape"):
+        sizes = constants[nodes["Split"].input[1] if what == "sizes" else nodes["V"].input[3]]
+        sizes.CopyFrom(onnx.TensorProto(name=sizes.name, data_type=onnx.TensorProto.INT64, int64_data=[3]))
+    elif what == "turn":
+        del nodes["Transpose"].input[:]
+    else:
+        sizes = constants[nodes["V"].input[3]]
+        sizes.CopyFrom(onnx.TensorProto(name=sizes.name, data_type=onnx.TensorProto.STRING, dims=[1], string_data=[b"a"]))
+    with pytest.raises(FileError):
+        read_weights(proto)
 
 
 def test_expanding_leaves_other_nodes_alone():

@@ -16,6 +16,7 @@ from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from onnx.reference import ReferenceEvaluator
 
 from ecqx_onnx.errors import FileError
 
@@ -209,6 +210,14 @@ def test_onnxruntime_decodes_what_numpy_decodes(name, optimised, compact, monkey
     onnx.checker.check_model(model, full_check=True)
     assert_same(read(model, len(CASES[name])), CASES[name])
     assert_same(run(model, optimised=optimised), CASES[name])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("name", ["a net", "one weight", "no dimension", "two streams, one without signs"])
+def test_the_decoder_is_standard_onnx(name, compact, monkeypatch):
+    """By onnx's own evaluator, which is stricter than onnxruntime."""
+    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
+    assert_same(ReferenceEvaluator(decoder_model(CASES[name])).run(None, {}), CASES[name])
 
 
 def test_a_tensor_whose_columns_are_alike_is_coded_by_columns():
@@ -494,6 +503,14 @@ def test_sizes_that_the_payload_does_not_back_are_refused_before_anything_is_all
     shape.int64_data[:] = [1 << 20, 1 << 20]
     with pytest.raises(FileError, match="damaged"):
         read(model, 1)
+
+
+def test_lanes_that_the_decoder_cannot_read_are_refused():
+    model = decoder_model(small_net())
+    payload = initializer(model, 0)
+    payload.dims[:] = [payload.dims[0] // 2, payload.dims[1] * 2]
+    with pytest.raises(FileError, match="payload"):
+        read(model, 4)
 
 
 @pytest.mark.parametrize("compact", [False, True])

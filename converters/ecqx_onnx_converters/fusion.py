@@ -8,7 +8,8 @@ Files that are decoded in two stages have their integers and floats apart, since
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,8 @@ def _kind(entry: Entry) -> str | None:
     if entry.form is not None or entry.permutation is not None or weight.integers is not None or len(calls[0].input) != 4:
         return None
     if isinstance(weight.tensor.meaning, Scale):
-        return "W" if weight.tensor.meaning.step.ndim else "V"
+        step = weight.tensor.meaning.step
+        return "V" if step.ndim == 0 and 0 < step < np.inf else "W"
     return "B" if weight.factor is None else "F"
 
 
@@ -107,21 +109,23 @@ def expanded(node: NodeProto) -> list[NodeProto]:
 
 
 def scaled(levels: FunctionProto) -> FunctionProto:
-    """V, from the function Levels: it adds floats instead, each to a zero, which is exact."""
-    nodes = [helper.make_node("CastLike", ["v", "c"], ["k"]), helper.make_node("Mul", ["k", "c"], ["l"])]
+    """V, from the function Levels (entries, advances, values, shape): it adds floats instead, each to a zero, which is exact
+    for a positive step."""
+    values = levels.input[2]
+    step, floats, products = islice(_free_letters(levels), 3)
+    nodes = [helper.make_node("CastLike", [values, step], [floats]), helper.make_node("Mul", [floats, step], [products])]
     for node in levels.node:
         nodes.append(NodeProto())
         nodes[-1].CopyFrom(node)
-        nodes[-1].input[:] = ["l" if value == "v" else value for value in node.input]
+        nodes[-1].input[:] = [products if value == values else value for value in node.input]
         if node.op_type == "ConstantOfShape":
             del nodes[-1].attribute[:]  # float32
-    return helper.make_function(DOMAIN, "V", [*levels.input, "c"], list(levels.output), nodes, list(levels.opset_import))
+    return helper.make_function(DOMAIN, "V", [*levels.input, step], list(levels.output), nodes, list(levels.opset_import))
 
 
 def composed(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
     """One function that does what the first does, and to its output what the second does."""
-    taken = {*first.input, *(value for node in first.node for value in node.output)}
-    letters = (letter for letter in string.ascii_letters if letter not in taken)
+    letters = _free_letters(first)
     new = {second.input[0]: first.output[0]}
     new |= {value: next(letters) for value in (*second.input[1:], *(made for node in second.node for made in node.output))}
     nodes = list(first.node)
@@ -132,3 +136,8 @@ def composed(name: str, first: FunctionProto, second: FunctionProto) -> Function
         nodes.append(own)
     inputs, outputs = [*first.input, *(new[value] for value in second.input[1:])], [new[value] for value in second.output]
     return helper.make_function(DOMAIN, name, inputs, outputs, nodes, list(first.opset_import))
+
+
+def _free_letters(function: FunctionProto) -> Iterator[str]:
+    taken = {*function.input, *(value for node in function.node for value in node.output)}
+    return (letter for letter in string.ascii_letters if letter not in taken)

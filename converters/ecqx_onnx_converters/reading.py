@@ -62,6 +62,13 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
     """Every weight that the metadata lists; none for a file of someone else's. FileError for a file that is damaged or lies."""
     model = source if isinstance(source, ModelProto) else read_proto(source)
     folder = None if isinstance(source, ModelProto) else Path(source).parent
+    try:
+        return _read_all(model, folder)
+    except (IndexError, TypeError, ValueError, OverflowError) as error:  # a node without inputs, a name that isn't UTF-8, …
+        raise FileError(f"the weights of the ONNX file can't be read ({error}); the file is damaged") from error
+
+
+def _read_all(model: ModelProto, folder: Path | None) -> tuple[StoredWeight, ...]:
     nodes = [part for node in model.graph.node for part in expanded(node)]
     makers = {output: node for node in nodes for output in node.output}
     contents = replace(Contents.of(model), initializers=_Initializers(model, folder), makers=makers)

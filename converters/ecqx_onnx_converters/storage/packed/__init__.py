@@ -55,8 +55,7 @@ def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec
     """int8 tensors -> their streams, each with the indices of its tensors; and how often their decoder calls its reader."""
     top = codec.top_of(tensors)
     surveys = [survey(levels, top) for levels in tensors]
-    streams = arrange(surveys)
-    compact = codec.is_compact(surveys, [how for _, how in streams])
+    streams, compact = arrange(surveys)
 
     def written(calls: int) -> list[tuple[list[int], codec.Packed]]:
         lane = DIGIT * calls
@@ -66,7 +65,13 @@ def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec
     if not compact:
         return written(calls), calls
     tried = [(written(near), near) for near in range(max(1, calls - TRIED), calls + TRIED + 1)]
-    return min(tried, key=lambda made: sum(packed.nbytes for _, packed in made[0]) + made[1] * codec.CALL_BYTES)
+
+    def size(way: tuple[list[tuple[list[int], codec.Packed]], int]) -> int:
+        streams, calls = way
+        cut = sum(len(packed.parts) == 1 and packed.rest > 0 for _, packed in streams)
+        return sum(packed.nbytes for _, packed in streams) + calls * codec.CALL_BYTES + cut * codec.CUT_BYTES
+
+    return min(tried, key=size)
 
 
 def _staged(tensors: Sequence[np.ndarray]) -> bool:
@@ -86,7 +91,7 @@ def _encode(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
         nodes, initializers, tables = decoder.stream_nodes(packed, fresh, [f"{name}_e" for name in names], known)
         if staged and not stage:
             stage = [next(fresh)]
-            one = nodes[0].input[2 + decoder.AXIS]
+            one = nodes[0].input[2 + decoder.ONE]
             nodes.extend(decoder.stage_nodes(one, stage[0], fresh))
         for member, name, part in zip(members, names, packed.parts, strict=True):
             shape = tuple(part.shape[axis] for axis in part.order)
@@ -134,8 +139,8 @@ def _pair_bytes(pair: np.ndarray, top: int) -> float:
 def decode(name: str, contents: Contents) -> np.ndarray:
     node, order = _tensor_node(name, contents)
     stream, begins = _stream(node, contents)
-    shape = tuple(_values(node.input[3], contents).tolist())
-    if min(shape, default=1) < 0 or not 0 < math.prod(shape) < MAX_WEIGHTS:
+    shape = tuple(_sizes(node.input[3], contents).tolist())
+    if not 0 < math.prod(shape) < MAX_WEIGHTS:
         raise FileError(f"packed tensor '{name}' has shape {list(shape)}; the ONNX file is damaged")
     begin, end = begins[node.input[0]]
     advances, values = (_values(table, contents) for table in node.input[1:3])
@@ -188,13 +193,15 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
             after = np.where(turns > 0, 1, 2) if version < 3 else codec.next_nodes(turns)
         if bits.dtype != np.uint8:
             raise FileError(f"the tree of the packed weights has type {bits.dtype}; the ONNX file is damaged")
+        if version > 2 and (payload.ndim != 2 or len(payload) % DIGIT):
+            raise FileError(f"the payload of the packed weights has shape {list(payload.shape)}; the ONNX file is damaged")
         bits = codec.unpack_tree(bits) if version > 3 else np.unpackbits(bits.reshape(-1))
         stream = codec.decode(payload.T if version < 3 else payload, bits, slots, after)
         if split is None:
             contents.cache[key] = stream, {key: (0, len(stream))}
             return contents.cache[key]
-        sizes = _values(split.input[1], contents)
-        if sizes.ndim != 1 or sizes.min(initial=0) < 0 or sizes.sum() != len(stream) or len(sizes) != len(split.output):
+        sizes = _sizes(split.input[1], contents)
+        if sizes.sum() != len(stream) or len(sizes) != len(split.output):
             raise FileError(f"the packed entries are cut into parts of {sizes.tolist()[:9]}; the ONNX file is damaged")
         ends = np.cumsum(sizes)
         cuts = {output: (int(end - size), int(end)) for output, end, size in zip(split.output, ends, sizes, strict=True)}
@@ -203,7 +210,7 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
 
 
 def _told(constants: Sequence[np.ndarray]) -> tuple[int, int, np.ndarray | None]:
-    """What D reads behind payload and tree -> the format (2: or 1), slots, and turns."""
+    """What D reads behind payload and tree -> the format (1 and 2 alike: 2), slots, and turns."""
     for version, slots, known in decoder.all_constants():
         if _same(constants[: len(known)], known) and len(constants) <= len(known) + 1:
             return version, slots, (constants[len(known)] if len(constants) > len(known) else None)
@@ -216,6 +223,13 @@ def _same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
     return len(ones) == len(others) and all(
         one.dtype == other.dtype and np.array_equal(one, other) for one, other in zip(ones, others, strict=True)
     )
+
+
+def _sizes(name: str, contents: Contents) -> np.ndarray:
+    sizes = _values(name, contents)
+    if sizes.dtype != np.int64 or sizes.ndim != 1 or sizes.min(initial=0) < 0:
+        raise FileError(f"the sizes '{name}' of packed weights are {sizes.dtype} {list(sizes.shape)}; the ONNX file is damaged")
+    return sizes
 
 
 def _values(name: str, contents: Contents) -> np.ndarray:

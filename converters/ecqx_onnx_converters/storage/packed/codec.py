@@ -23,6 +23,7 @@ from ecqx_onnx_converters.storage.packed.units import (
 
 MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
 CALL_BYTES = 35  # in the file
+CUT_BYTES = 35  # of a Split that a stream of one tensor has for its rest
 STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
 COMPACT_BELOW = 1 << 15  # bytes of all streams, of a file that is decoded in one stage
 EVENED = 256  # lanes at the end of a stream that may give words to the last one
@@ -79,6 +80,11 @@ class Packed:
     def turns(self) -> np.ndarray | None:
         """By whose signs it is told where leaves lead."""
         return {Form.PLAIN: None, Form.STEADY: self.advances, Form.SIGNS: self.values}[self.form]
+
+    @property
+    def rest(self) -> int:
+        """Entries behind those of the last part."""
+        return self.payload.size * self.slots - sum(part.entries for part in self.parts)
 
     @property
     def nbytes(self) -> int:
@@ -301,7 +307,7 @@ def in_lanes(
     count = len(ends)
     if not count:
         return np.zeros(1, np.int64), False
-    end, leaf, length, before, most = ends.data, leaves.data, lengths.tolist(), heads.tolist(), ones.tolist()
+    end, leaf, length, before, behind = ends.data, leaves.data, lengths.tolist(), heads.tolist(), ones.tolist()
 
     def begin(word: int) -> int:
         return int(end[word]) - length[leaf[word]]
@@ -317,21 +323,21 @@ def in_lanes(
     firsts = [0]
     while (first := full_lane(firsts[-1])) < count:
         firsts.append(first)
-    latest = [count]  # where the last lanes may begin, from the end on
-    while latest[-1] and len(latest) <= min(EVENED, len(firsts)):
-        last = latest[-1]
+    earliest = [count]  # of the last lane the first word that it can begin with, of the one before it, and so on
+    while earliest[-1] and len(earliest) <= min(EVENED, len(firsts)):
+        last = earliest[-1]
         first = bisect_left(end, int(end[last - 1]) - lane, max(0, last - lane - 1), last - 1)
         first += int(begin(first) < int(end[last - 1]) - lane)
         while rest(first, last) < 0:
             first += 1
-        latest.append(first)
-    moved = firsts[: len(firsts) - len(latest) + 2]
-    for least in latest[-2:0:-1]:
+        earliest.append(first)
+    moved = firsts[: len(firsts) - len(earliest) + 2]
+    for least in earliest[-2:0:-1]:
         first, last = moved[-1], full_lane(moved[-1])
-        while first < last - 1 >= least and rest(first, last - 1) <= most[leaf[last - 2]]:
+        while first < last - 1 >= least and rest(first, last - 1) <= behind[leaf[last - 2]]:
             last -= 1
         moved.append(last)
-    full = rest(moved[-1], count) <= most[leaf[count - 1]]
+    full = rest(moved[-1], count) <= behind[leaf[count - 1]]
     return np.array(moved if full else firsts), full
 
 

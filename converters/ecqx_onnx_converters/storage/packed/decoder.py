@@ -33,7 +33,7 @@ from ecqx_onnx_converters.storage.packed.tree import DIGIT
 OPSET = 18
 DECODE, TENSOR = "D", "Levels"
 DECODE_BEFORE = "Decode"  # up to format 3
-AXIS = 7  # which constant of a file that isn't compact is the number 1, [1]
+ONE = 7  # which of the constants of a file that isn't compact is [1]
 
 
 def functions(calls: int, *, turning: bool, compact: bool, staged: bool) -> tuple[FunctionProto, ...]:
@@ -63,9 +63,8 @@ def stream_nodes(
         inputs.append((values if packed.form is Form.SIGNS else advances).name)
     initializers += [advances, values]
     lengths, outputs = [part.entries for part in packed.parts], list(entries)
-    behind = packed.payload.size * packed.slots - sum(lengths)
-    if behind:
-        lengths.append(behind)
+    if packed.rest:
+        lengths.append(packed.rest)
         outputs.append(next(names))
     nodes = [helper.make_node(DECODE, inputs, outputs[:1], domain=DOMAIN)]
     if len(outputs) > 1:
@@ -118,15 +117,15 @@ def constants(slots: int, compact: bool) -> list[np.ndarray]:
 
 
 def all_constants() -> Iterator[tuple[int, int, list[np.ndarray]]]:
-    """Format (2: or 1), slots and constants of all files that can be read."""
+    """Format (1 and 2 alike: 2), slots, and the constants, of all files that can be read."""
     yield 4, DIGIT, constants(DIGIT, compact=True)
+    powers = 1 << np.arange(7, -1, -1)
     for slots in (2, 4, 8):
         yield 4, slots, constants(slots, compact=False)
-        c, f, a, d, e, g, h, k, j = (of.astype(np.int64) for of in constants(slots, compact=False))
-        yield 3, slots, [c, h, j, f, a, d, e, g, np.array(0, np.int32), k]
-        shapes = (0, [-1], [-1, 2], [1, -1, 2], [slots, DIGIT // slots, -1], [1])
-        before = [1 << np.arange(7, -1, -1, dtype=np.uint8), np.array([[255], [1], [1]], np.uint8)]
-        yield 2, slots, [*before, *map(np.array, shapes)]
+        numbers, parts = map(np.array, (0, 1, 2, 128, 256)), np.array([slots, DIGIT // slots, -1])
+        yield 3, slots, [powers.reshape(-1, 1), np.array([-1]), parts, *numbers, np.array(0, np.int32), np.array([1])]
+        before = [powers.astype(np.uint8), np.array([[255], [1], [1]], np.uint8)]
+        yield 2, slots, [*before, *map(np.array, (0, [-1], [-1, 2], [1, -1, 2])), parts, np.array([1])]
 
 
 def _node(text: str, **attributes: Any) -> NodeProto:
@@ -240,7 +239,8 @@ def _tensor(compact: bool, staged: bool) -> FunctionProto:
         *first,
         _node(f"Gather b {entries} -> g"),
         _node("ReduceProd s -> m"),
-        _node("Sub m m -> h"),  # an axis: 0
+        _node("Size m -> l"),
+        _node("Neg l -> h"),  # an axis: -1
         _node("CumSum g h -> i"),
         _node(f"Gather v {entries} -> j"),
         _node("ConstantOfShape m -> n", value=TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0")),

@@ -17,14 +17,15 @@ from ecqx_onnx_converters.storage.packed.units import NEAR, Alphabet, choose_alp
 
 STREAM_BYTES = 125  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
-CONTEXTS_BYTES = 110  # a decoder of several contexts
-FEW = 3 << 14  # pairs; about 32 kB. Of fewer, one stream and several alphabets are tried: some hundred bytes matter
+CONTEXTS_BYTES = 135  # a decoder of several contexts
+FEW = 3 << 14  # pairs, about 32 kB, before it is known how many. Of fewer, one stream and several alphabets are tried
 ALIKE_BYTES = 8  # by which ways to say a stream hardly differ
 KIND_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
 
-def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
-    """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little."""
+def arrange(surveys: Sequence[Survey]) -> tuple[list[tuple[list[int], Coding]], bool]:
+    """-> the streams: indices of their tensors, ascending, and how they are said. One, or PLAIN, where more saves too little. And
+    whether they are compact, see `codec.Packed`."""
     tallies = [tally(survey.said, survey.top) for survey in surveys]
     groups, apart = _groups(tallies)
     few = sum(len(survey.said) for survey in surveys) < FEW
@@ -33,7 +34,8 @@ def arrange(surveys: Sequence[Survey]) -> list[tuple[list[int], Coding]]:
         whole, size_of_one = _said(tallies, [list(range(len(surveys)))], NEAR)
         if size_of_one <= size + (len(groups) - 1) * apart:
             groups, streams = [list(range(len(surveys)))], whole
-    return list(zip(groups, streams if is_compact(surveys, streams) else lengthened(streams), strict=True))
+    compact = is_compact(surveys, streams)
+    return list(zip(groups, streams if compact else lengthened(streams), strict=True)), compact
 
 
 def _said(tallies: Sequence[np.ndarray], groups: Sequence[Sequence[int]], nears: Sequence[int]) -> tuple[list[Coding], int]:
