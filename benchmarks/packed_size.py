@@ -5,7 +5,8 @@ NNCodec: its own bitstream on the same integers, exact. Run: make bench-size
 
 `python benchmarks/packed_size.py whole`: files of the same networks as `convert` writes them, against NNCodec's bitstream for the
 same integers plus the file's float parameters, steps included, as they are; and the packed payload (stream, tree, tables) over
-entropy and NNCodec. With checkpoints as arguments (python benchmarks/packed_size.py model.pt …): the same of these.
+entropy and NNCodec. The LeNet-300-100s that are not synthetic are those of models/. With checkpoints as arguments
+(python benchmarks/packed_size.py model.pt …): the same of these.
 """
 
 import lzma
@@ -14,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,11 @@ from ecqx_onnx_converters.storage.packed.codec import unpack
 from ecqx_onnx_converters.targets import find_target
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
+MODELS = Path(__file__).parents[1] / "models"
+TRAINED = {
+    "LeNet-300-100, 4 bit": "lenet_300_100_mnist_4bit.pt",
+    "LeNet-300-100, 2 bit": "lenet_300_100_mnist_2bit.pt",
+}
 Tensors = list[np.ndarray]
 
 
@@ -64,6 +71,12 @@ def vgg16() -> Tensors:
     widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     convs = [(o, i, 3, 3) for i, o in pairwise(widths)]
     return [laplacian(shape, 0.85, generator, uneven=False) for shape in [*convs, (10, 512)]]
+
+
+def trained(name: str) -> Tensors:
+    from ecqx_onnx import load
+
+    return [tensor.levels for tensor in load(MODELS / name).tensors]
 
 
 def entropy_bytes(tensors: Tensors) -> float:
@@ -128,7 +141,7 @@ def network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any
     from ecqx_onnx.loading import apply_state, load_factory, load_state
 
     torch.manual_seed(0)
-    loaded = load_factory(str(Path(__file__).parents[1] / "models" / factory))
+    loaded = load_factory(str(MODELS / factory))
     if state:
         apply_state(loaded.model, load_state(DATA / state), state)
     else:
@@ -148,6 +161,7 @@ def main() -> None:
                 "EC2T ternary ResNet-20": network("resnet20.py:resnet20", None, "resnet20_cifar10_ec2t_ternary64.pt"),
                 "ResNet-20, 4 bit": network("resnet20.py:resnet20", resnet20_4bit()),
                 "LeNet-300-100, synthetic": network("lenet_300_100.py:lenet_300_100", lenet_300_100()),
+                **{name: (MODELS / file, None) for name, file in TRAINED.items()},
                 "VGG16, random": network("vgg16.py:vgg16", vgg16()),
             }
         )
@@ -155,6 +169,7 @@ def main() -> None:
         "EC2T ternary ResNet-20": ec2t_ternary_resnet20,
         "ResNet-20, 4 bit": resnet20_4bit,
         "LeNet-300-100, synthetic": lenet_300_100,
+        **{name: partial(trained, file) for name, file in TRAINED.items()},
         "VGG16, random": vgg16,
     }
     heads = ["weights", "zeros", "entropy", "packed", "decoder", "NNCodec", "xz", "zip", "M/s"]
