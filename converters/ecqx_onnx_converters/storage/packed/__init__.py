@@ -23,7 +23,6 @@ from ecqx_onnx_converters.storage.packed.units import HIGHEST, contextual, size_
 from ecqx_onnx_converters.targets import Target
 
 TURN_BYTES = 40  # what a Transpose node costs
-TRIED = 1  # of a compact file: lengths of lanes beside the estimated one on either side
 
 
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
@@ -64,7 +63,7 @@ def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], codec
     calls = codec.best_calls(sum(how.nbytes for _, how in streams), len(streams))
     if not compact:
         return written(calls), calls
-    tried = [(written(near), near) for near in range(max(1, calls - TRIED), calls + TRIED + 1)]
+    tried = [(written(near), near) for near in range(max(1, calls - 1), calls + 1)]  # one fewer is often better, for a small file
 
     def size(way: tuple[list[tuple[list[int], codec.Packed]], int]) -> int:
         streams, calls = way

@@ -28,31 +28,36 @@ def arrange(surveys: Sequence[Survey]) -> tuple[list[tuple[list[int], Coding]], 
     whether they are compact, see `codec.Packed`."""
     tallies = [tally(survey.said, survey.top) for survey in surveys]
     groups, apart = _groups(tallies)
+    ways = [_ways(tallies, members, NEAR[0]) for members in groups]
     few = sum(len(survey.said) for survey in surveys) < FEW
-    streams, size = _said(tallies, groups, NEAR if few else NEAR[:1])
     if few and len(groups) > 1:
-        whole, size_of_one = _said(tallies, [list(range(len(surveys)))], NEAR)
-        if size_of_one <= size + (len(groups) - 1) * apart:
-            groups, streams = [list(range(len(surveys)))], whole
+        everything = list(range(len(surveys)))
+        whole = [_ways(tallies, everything, NEAR[0])]
+        if _best(whole)[1] <= _best(ways)[1] + (len(groups) - 1) * apart:
+            groups, ways = [everything], whole
+    for near in NEAR[1:] if few else ():
+        others = (_ways(tallies, members, near) for members in groups)
+        ways = [tuple(map(_smaller, *pair)) for pair in zip(ways, others, strict=True)]
+    streams, _ = _best(ways)
     compact = is_compact(surveys, streams)
     return list(zip(groups, streams if compact else lengthened(streams), strict=True)), compact
 
 
-def _said(tallies: Sequence[np.ndarray], groups: Sequence[Sequence[int]], nears: Sequence[int]) -> tuple[list[Coding], int]:
-    """How each group of tensors is said, and the bytes of all, what several contexts take included. nears: see `units.NEAR`."""
-    plain, turning = [], []
-    for members in groups:
-        alphabets = [choose_alphabets([tallies[member] for member in members], near) for near in nears]
-        plain.append(_first_of_least([Coding.of(Form.PLAIN, own[0], shortest=1) for own in alphabets]))
-        turning.append(_first_of_least([_turning(own) for own in alphabets]))
+def _ways(tallies: Sequence[np.ndarray], members: Sequence[int], near: int) -> tuple[Coding, ...]:
+    """How a group of tensors is said: PLAIN, and in a file of several contexts. near: see `units.NEAR`."""
+    alphabets = choose_alphabets([tallies[member] for member in members], near)
+    return Coding.of(Form.PLAIN, alphabets[0], shortest=1), _turning(alphabets)
+
+
+def _smaller(one: Coding, other: Coding) -> Coding:
+    return other if other.nbytes < one.nbytes - ALIKE_BYTES else one
+
+
+def _best(ways: Sequence[tuple[Coding, ...]]) -> tuple[list[Coding], int]:
+    """ways: of each stream. -> those of the file, and their bytes, what several contexts take included."""
+    plain, turning = (list(of) for of in zip(*ways, strict=True))
     sizes = sum(how.nbytes for how in plain), sum(how.nbytes for how in turning) + CONTEXTS_BYTES
     return (turning if sizes[1] < sizes[0] else plain), min(sizes)
-
-
-def _first_of_least(ways: Sequence[Coding]) -> Coding:
-    """Those that differ by less than lanes are filled up with are alike."""
-    least = min(how.nbytes for how in ways)
-    return next(how for how in ways if how.nbytes <= least + ALIKE_BYTES)
 
 
 def _turning(alphabets: Sequence[Alphabet]) -> Coding:
