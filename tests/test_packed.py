@@ -382,13 +382,14 @@ def test_a_stream_of_three_contexts_written_by_hand_is_read():
         codec.decode(payload, np.array([1, 0, 1, 1] + [1] * 4), 8, codec.next_nodes(np.ones(8, np.int8)))
 
 
-@pytest.mark.parametrize("version", [2, 3])
-def test_files_of_earlier_formats_are_read(version):
-    """2: two contexts, and payloads whose lanes are rows. 3: bits of the tree in the order of bytes."""
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_files_of_all_formats_are_read_and_the_last_is_written(version):
+    """2: two contexts, and payloads whose lanes are rows. 3: bits of the tree in the order of bytes. 4: compact."""
     tensors = [smooth((90, 90)), levels((100, 90), zeros=0.05, top=4)]
     model = onnx.load(Path(__file__).parent / "golden" / f"packed-format-{version}.onnx")
     assert_same(read(model, 2), tensors)
     assert_same(run(model), tensors)
+    assert (list(decoder_model(tensors).functions) == list(model.functions)) == (version == 4)
 
 
 def test_the_tree_lies_bit_by_bit():
