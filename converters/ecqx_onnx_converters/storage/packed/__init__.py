@@ -166,7 +166,10 @@ def _tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | 
         order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
         node = contents.makers[node.input[0]]
     if node.domain != DOMAIN or node.op_type != decoder.TENSOR or len(node.input) not in (4, 5):
-        raise FileError(f"packed tensor '{name}' is made by {node.op_type}, not by its decoder; the ONNX file is damaged")
+        raise FileError(
+            f"packed tensor '{name}' is made by {node.op_type} of {len(node.input)} inputs, not by its decoder;"
+            " the ONNX file is damaged"
+        )
     return node, order
 
 
@@ -177,6 +180,8 @@ def _makers(node: NodeProto, contents: Contents) -> tuple[NodeProto, NodeProto |
         maker, split = contents.makers[maker.input[0]], maker
     if maker.op_type not in (decoder.DECODE, decoder.DECODE_BEFORE) or maker.domain != DOMAIN:
         raise FileError(f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged")
+    if len(maker.input) < 2 or (split is not None and len(split.input) != 2):
+        raise FileError(f"the decoder of the packed entries '{node.input[0]}' lacks inputs; the ONNX file is damaged")
     return maker, split
 
 
