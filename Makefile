@@ -1,8 +1,9 @@
 # One line each into a tool; `make demo` and `make test` do everything on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
+FUZZ_SECONDS ?= 30
 
-.PHONY: demo test test-all devices lint bench bench-size bench-devices bench-integer clean
+.PHONY: demo test test-all fuzz devices lint bench bench-size bench-devices bench-integer clean
 
 demo: .venv/demo          ## train, quantise, convert and validate a small CNN on handwritten digits
 	$(BIN)/ecqx-onnx demo --force
@@ -12,6 +13,9 @@ test: .venv/test          ## every test that takes seconds
 
 test-all: .venv/test      ## also the slow ones: minutes, gigabytes, other onnxruntime versions
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+fuzz: .venv/test          ## hostile files for every reader, 30 s each; FUZZ_SECONDS=300 for longer
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 devices: .venv/test       ## runtimes for browser, Node.js and emulated ARM (236 MB, Debian), and the tests that need them
 	$(BIN)/ecqx-onnx device setup web
@@ -30,7 +34,10 @@ bench-size: .venv/test    ## bytes: entropy, packed, NNCodec, xz, zip side by si
 	$(BIN)/python benchmarks/packed_size.py whole
 	$(BIN)/python benchmarks/packed_load.py 10
 
-bench-devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
+bench-fuzz: .venv/test          ## hostile files for every reader, 30 s each; FUZZ_SECONDS=300 for longer
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
 	$(BIN)/python benchmarks/devices.py ../shared/data
 
 bench-integer: .venv/test ## int8 activations against float and quantize_static: bytes, accuracy, latency; about 10 minutes
