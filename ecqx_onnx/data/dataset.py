@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ecqx_onnx.data.text import check_text
 from ecqx_onnx.errors import DataError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing, infer_preprocessing
 
@@ -219,6 +220,7 @@ class Dataset:
                 f"{test.source.dtype} {test.source.sample_shape}: make them alike"
             )
         classes = 1 + max(int(split.y.max()) for split in ready.values())
+        name = name.encode("utf-8", "backslashreplace").decode()  # a path that is not UTF-8
         return cls(name, train, test, names or tuple(map(str, range(classes))))
 
 
@@ -276,4 +278,4 @@ def _class_names(name: str, labels: np.ndarray | None) -> tuple[str, ...]:
         return ()
     if labels.dtype.kind != "U" or labels.ndim != 1 or not 0 < len(labels) <= MOST_CLASSES:
         raise DataError(f"labels in {name} is {labels.dtype} {labels.shape}, and must be strings: give one for each class")
-    return tuple(map(str, labels))
+    return tuple(check_text(str(label), f"class {number} of {name}") for number, label in enumerate(labels))

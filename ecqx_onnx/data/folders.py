@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +15,15 @@ import numpy as np
 
 from ecqx_onnx.data.dataset import Dataset, Source
 from ecqx_onnx.data.images import decode_image
+from ecqx_onnx.data.text import check_text
 from ecqx_onnx.errors import DataError, FileError
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.reading import open_regular
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 WAVS = (".wav",)
+LARGEST_WAV = 2**32  # bytes, what the format can hold
+LARGEST_BATCH = 2**30  # bytes of raw samples
 TEST_FOLDERS = ("test", "val", "validation")
 
 
@@ -59,7 +65,10 @@ def _parts(root: Path) -> Mapping[str, Path]:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        check_text(name, f"the class folder {os.fsencode(name)!r} in {folder}")
+    return names
 
 
 def _files(part: Path, labels: Sequence[str]) -> tuple[list[Path], np.ndarray]:
@@ -73,6 +82,16 @@ def _files(part: Path, labels: Sequence[str]) -> tuple[list[Path], np.ndarray]:
     ]
     order = np.random.RandomState(0).permutation(len(found))
     return [found[i][0] for i in order], np.array([found[i][1] for i in order], dtype=np.int64)
+
+
+def _check_batch(name: str, count: int, shape: Sequence[int], size: int) -> None:
+    """DataError where so many samples of `size` bytes a value take more memory than a batch may."""
+    needed = count * math.prod(shape) * size
+    if needed > LARGEST_BATCH:
+        raise DataError(
+            f"{count} samples of shape {tuple(shape)} in {name} take {needed} bytes, more than"
+            f" {LARGEST_BATCH}: use a smaller batch size, or a preprocessing that makes samples smaller"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +109,7 @@ class ImageFiles:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         files = [self.files[row] for row in rows]
+        _check_batch(self.name, len(files), self.sample_shape, 1)
         return np.stack([decode_image(file, shape=self.sample_shape, where=str(file), resize=self.resize) for file in files])
 
 
@@ -112,6 +132,7 @@ class WavFiles:
         return len(self.files)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
+        _check_batch(self.name, len(rows), self.sample_shape, 2)
         waves = np.zeros((len(rows), *self.sample_shape), np.int16)
         for target, row in zip(waves, rows, strict=True):
             rate, samples = read_wav(self.files[row], most=len(target))
@@ -132,12 +153,14 @@ def _wavs(first: Path, preprocessing: Preprocessing | None, name: str, files: Se
 def read_wav(path: Path, *, most: int) -> tuple[int, np.ndarray]:
     """(sample rate in Hz, int16 [at most `most`]). DataError if the file is not a mono wav of 16 bit PCM."""
     try:
-        with wave.open(str(path)) as file:
+        with open_regular(path, most=LARGEST_WAV) as content, wave.open(content) as file:
             if (file.getnchannels(), file.getsampwidth()) != (1, 2):
                 found = f"{file.getnchannels()} channels of {8 * file.getsampwidth()} bit"
                 raise DataError(f"{path} has {found}: convert it to one channel of 16 bit PCM")
             rate, data = file.getframerate(), file.readframes(most)
-    except (wave.Error, EOFError, OSError) as error:
+    except FileError as error:
+        raise DataError(f"{path} cannot be read as a wav: {error}") from error
+    except (wave.Error, EOFError, OSError, RuntimeError, ValueError, ArithmeticError, struct.error) as error:
         raise DataError(f"{path} cannot be read as a wav ({error or 'it ends too early'}): repair or remove it") from error
     if not 0 < rate <= 1_000_000:
         raise DataError(f"{path} claims {rate} samples a second: repair or remove it")

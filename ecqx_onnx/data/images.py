@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ecqx_onnx.errors import DataError
+from ecqx_onnx.errors import DataError, FileError
+from ecqx_onnx.reading import open_regular
 
 MOST_PIXELS = 64_000_000
+LARGEST_IMAGE = 2**28  # bytes of a file
+# What Pillow may open, whatever the file is called: its other readers are less known, and one starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 # What Pillow raises on damaged files, by its many decoders.
 _DAMAGED = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError, MemoryError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 _GRAY, _COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
@@ -29,13 +33,19 @@ def decode_image(file: Path | bytes, *, shape: tuple[int, ...] | None, where: st
     """
     try:
         # Pillow warns about odd metadata, and about large images, which are refused here.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            io.BytesIO(file) if isinstance(file, bytes) else open_regular(file, most=LARGEST_IMAGE) as content,
+            Image.open(content, formats=FORMATS) as image,
+        ):
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(f"{where} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}: make it smaller")
             if image.mode not in _GRAY + _COLOUR:
                 raise DataError(f"{where} has the pixel format {image.mode}: save it with 8 bit gray or RGB pixels")
             channels = shape[2] if shape else (1 if image.mode in _GRAY else 3)
             pixels = image.convert("L" if channels == 1 else "RGB")
+    except FileError as error:
+        raise DataError(f"{where} cannot be read as an image: {error}") from error
     except _DAMAGED as error:
         raise DataError(f"{where} cannot be read as an image ({error}): repair or remove it") from error
     if shape and (pixels.height, pixels.width) != tuple(shape[:2]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 import zipfile
 import zlib
@@ -14,30 +15,65 @@ import numpy as np
 
 from ecqx_onnx.data.images import decode_image
 from ecqx_onnx.errors import DataError, FileError
+from ecqx_onnx.reading import open_regular
 
 MOST_EXPANSION = 1032  # deflate's limit: no honest stream grows more
+MOST_INFLATED = 2**29  # bytes of all arrays; a file may hold more only if it grows less than LARGE_EXPANSION
+LARGE_EXPANSION = 100
+MOST_MEMBERS = 10_000
+MOST_DIMENSIONS = 32
+HIGHEST_CHARACTER = 0x10FFFF
+DAMAGED = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
+    SyntaxError, struct.error, OverflowError,
+)  # fmt: skip
 
 
-def read_npz(path: Path, *, wanted: Collection[str]) -> dict[str, np.ndarray]:
-    """Those of the `wanted` arrays that the file has. FileError for a file that is not what it says; nothing is unpickled.
+def read_npz(path: Path, *, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads arrays of numbers and strings; nothing is unpickled.
 
-    DataError if it has none of them. What a header claims is compared with the bytes that are there before memory is asked for.
+    What a header claims is compared with the bytes that are there before memory is asked for.
+
+    Args:
+        path: the .npz file.
+        wanted: names of the arrays that are read if the file has them; all if None.
+
+    Returns:
+        The arrays by their names.
+
+    Raises:
+        FileError: if the file is not what it says.
+        DataError: if it has none of those wanted.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             room = path.stat().st_size * MOST_EXPANSION
-            infos = [info for info in archive.infolist() if info.filename.removesuffix(".npy") in wanted]
-            if not infos:
+            infos = archive.infolist()
+            if wanted is not None:
+                infos = [info for info in infos if info.filename.removesuffix(".npy") in wanted]
+            if len(infos) > MOST_MEMBERS:
+                raise FileError(f"{path} holds {len(infos)} arrays, more than {MOST_MEMBERS}: save fewer in a file")
+            inflated = sum(info.file_size for info in infos)
+            if inflated > room:
+                raise FileError(f"{path} claims {inflated} bytes, more than the whole file could hold: save it anew")
+            if inflated > max(MOST_INFLATED, LARGE_EXPANSION * path.stat().st_size):
+                raise FileError(
+                    f"{path} claims {inflated} bytes, more than {LARGE_EXPANSION} times its own:"
+                    " save it with numpy.savez, which does not compress"
+                )
+            if not infos and wanted is not None:
                 there = ", ".join(sorted(info.filename.removesuffix(".npy") for info in archive.infolist())[:5]) or "nothing"
                 raise DataError(f"{path} has no 'x' (found: {there}): save x_train, y_train, x_test, y_test, or x and y")
-            return {info.filename.removesuffix(".npy"): _read_member(path, archive, info, room) for info in infos}
-    except FileNotFoundError:
-        raise FileError(f"there is no file {path}: check the path") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            return {info.filename.removesuffix(".npy"): _read_member(path, archive, info) for info in infos}
+    except FileError:
+        if not path.exists():
+            raise FileError(f"there is no file {path}: check the path") from None
+        raise
+    except DAMAGED as error:
         raise FileError(f"{path} cannot be read as .npz ({error}): save it anew with numpy.savez_compressed") from error
 
 
-def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, room: int) -> np.ndarray:
+def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     where = f"array '{info.filename.removesuffix('.npy')}' in {path}"
     with archive.open(info) as file:
         try:
@@ -47,20 +83,22 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, ro
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             with warnings.catch_warnings(action="ignore"):  # about headers that Python 2 wrote
                 shape, fortran, dtype = read_header(file)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, TokenError) as error:
+        except (*DAMAGED, TypeError, AttributeError, KeyError, MemoryError, RecursionError, TokenError) as error:
             raise FileError(f"{where} has a damaged header ({error}): save it anew with numpy.savez_compressed") from error
-        if dtype.hasobject or dtype.kind not in "biufU":
+        if dtype.hasobject or dtype.itemsize == 0 or dtype.kind not in "biufU":
             raise FileError(f"{where} holds {dtype}, and only numbers and strings are read: save it as a plain array")
-        if any(length < 0 for length in shape):
+        if len(shape) > MOST_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
             raise FileError(f"{where} claims the shape {shape}: save it anew")
         claimed, present = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-        if present > room:
-            raise FileError(f"{where} claims {present} bytes, more than the whole file could hold: save it anew")
         if claimed != present:
             raise FileError(f"{where} claims {claimed} bytes {shape} of {dtype} and {present} are there: save it anew")
         data = file.read()
         if len(data) != claimed:
             raise FileError(f"{where} ends after {len(data)} of {claimed} bytes: copy the file again")
+    if dtype.kind == "U":
+        codes = np.frombuffer(data, np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+        if (codes > HIGHEST_CHARACTER).any():
+            raise FileError(f"{where} holds what is no text: save it anew")
     array = np.frombuffer(data, dtype=dtype)
     return array.reshape(shape[::-1]).transpose() if fortran else array.reshape(shape)
 

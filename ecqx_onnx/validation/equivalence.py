@@ -8,7 +8,6 @@ less exact: onnxruntime quantises the activations of a MatMul whose weight it fi
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import onnxruntime
 from rich.console import RenderableType
 from rich.text import Text
 
+from ecqx_onnx.data.npz import read_npz
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
 from ecqx_onnx.validation.bounds import bound
 from ecqx_onnx.validation.comparison import Batch, padded
@@ -162,17 +162,22 @@ def _without(second: Path, why: str) -> Equivalence:
 
 
 def load_inputs(path: Path) -> dict[str, np.ndarray]:
-    """One array per input's name. FileError for anything but an .npz of plain arrays."""
+    """Reads the inputs that a model is to be run on.
+
+    Args:
+        path: an .npz file, one array per input's name.
+
+    Returns:
+        The arrays by their names.
+
+    Raises:
+        FileError: for anything but an .npz of plain arrays.
+    """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-            if not all(isinstance(values, np.ndarray) for values in found.values()):
-                raise ValueError("a zip of other files")  # whose members numpy gives as bytes
-            return found
-    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        return read_npz(path)
+    except FileError as error:
         raise FileError(
-            f"cannot read '{path}' as an .npz of the model's inputs{why};"
+            f"cannot read '{path}' as an .npz of the model's inputs ({error});"
             " save it with numpy.savez, plain arrays by the inputs' names"
         ) from error
 
