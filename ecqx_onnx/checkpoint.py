@@ -63,7 +63,9 @@ class Checkpoint:
 
     def module(self) -> torch.nn.Module:
         """The PyTorch reference in evaluation mode: the traced network with the dequantised weights."""
-        program = load_program(self.program, "the checkpoint's program")
+        program = load_program(
+            self.program, "the checkpoint's program", weights_are_blank=True
+        )
         weights = {tensor.name: torch.from_numpy(np.ascontiguousarray(tensor.dequantize())) for tensor in self.tensors}
         for name, blank in list(program.state_dict.items()):
             value = self.state[name] if name in self.state else weights[self.aliases.get(name, name)]

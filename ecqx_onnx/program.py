@@ -1,9 +1,18 @@
 """A .pt2 exported program in and out, without running a line that its author could have put in.
 
-`torch.export.load` is no sandbox: an archive may hold pickles (torch loads them with weights_only=False), operator names
-are looked up with getattr below `torch`, shape expressions go through sympy's eval, and guards through exec. So an
-archive is read here as plain zip and JSON first, and refused unless it holds raw tensors, ATen operators and
-arithmetic only.
+`torch.export.load` is no sandbox: it unpickles members, looks operators up below `torch`, lets
+sympy evaluate sizes, and runs Python source made of the names in the file. So torch never sees the
+file. Its members are read as zip and JSON and accepted only if torch.export.save writes them:
+
+    archive_format, archive_version, byteorder         fixed bytes
+    .data/version, .data/serialization_id              digits
+    models/model.json                                  rebuilt by program_schema
+    data/weights/model_weights_config.json             rebuilt by program_schema
+    data/weights/weight_<n>                            raw elements, as many as the config claims
+    data/constants/model_constants_config.json, data/constants/tensor_<n>       likewise
+    data/sample_inputs/model.pt                        never opened, left out
+
+A new archive is written from the checked values, and torch loads that one.
 """
 
 from __future__ import annotations
@@ -12,36 +21,47 @@ import io
 import json
 import re
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from ecqx_onnx.archive import read_members
+from ecqx_onnx.bounded_json import BadJson
 from ecqx_onnx.errors import FileError
+from ecqx_onnx.program_schema import (
+    ELEMENT_BYTES,
+    Payload,
+    UnknownField,
+    find_torch_version,
+    read_payloads,
+    read_program,
+)
 
-# Operators that a traced network consists of: ATen, control flow, and arithmetic on sizes.
-OPERATORS = re.compile(
-    r"torch\.ops\.(aten|higher_order|torchvision|prims)\.\w+(\.\w+)?"
-    r"|torch\.(sym_\w+|_check\w*)"
-    r"|torch\._higher_order_ops\.\w+\.\w+"
-    r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"
-    r"|math\.(ceil|floor|trunc|sqrt)"
-)
-# What torch writes for a size: names, numbers, brackets, arithmetic and keyword flags such as positive=True.
-WORD_IN_EXPRESSION = re.compile(r"[A-Za-z_]\w*")
-WORDS = re.compile(
-    r"[suz]\d+|u\d+|Symbol|Integer|Float|Rational|Add|Mul|Pow|Max|Min|Mod|Eq|Ne|Ge|Gt|Le|Lt|And|Or|Not|oo|int_oo|True|False|true|false"
-    r"|positive|integer|negative|nonnegative|precision|ceiling|floor"
-    r"|FloorDiv|ModularIndexing|CleanDiv|CeilDiv|PythonMod|TruncToInt|FloorToInt|CeilToInt|IntTrueDiv|ToFloat|PowByNatural|Where|Identity"
-)
-CHARACTERS = re.compile(r"[\w\s+\-*/(),'.<>=&|~%]*")
-CONTAINERS = {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None}
-JSON_LIMIT = 256 * 1024 * 1024  # bytes of one JSON member; a graph of 100 000 nodes takes about 60 MB
+MODEL = "models/model.json"
+WEIGHTS = "data/weights/"
+CONSTANTS = "data/constants/"
+WEIGHTS_CONFIG = f"{WEIGHTS}model_weights_config.json"
+CONSTANTS_CONFIG = f"{CONSTANTS}model_constants_config.json"
+SAMPLE_INPUTS = "data/sample_inputs/model.pt"
+# Members with fixed bytes; torch 2.13 writes these.
+FIXED = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little"}
+# Members that say nothing of the network.
+DIGITS = {".data/version": re.compile(rb"\d{1,4}\n?"), ".data/serialization_id": re.compile(rb"\d{1,60}")}
+# Elements that a tensor repeats (stride 0) are not stored; this bounds what they unfold to.
+MOST_UNFOLDING = 8
+UNFOLDED_FOR_FREE = 64 * 1024 * 1024  # bytes
 
 
 def save_program(program: torch.export.ExportedProgram) -> bytes:
-    """The program's .pt2 archive, without stack traces (they hold the author's paths)."""
+    """Write a program as a .pt2 archive.
+
+    Args:
+        program: its nodes lose their stack traces, which hold the author's paths.
+
+    Returns:
+        The archive's bytes.
+    """
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
@@ -49,18 +69,38 @@ def save_program(program: torch.export.ExportedProgram) -> bytes:
                     node.meta.pop(key, None)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No complete tensor found")  # blanked weights are one stored zero each: meant so
+        # Blanked weights are one stored zero each: meant so.
+        warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
-def load_program(archive: bytes, source: str) -> torch.export.ExportedProgram:
-    """The program in a .pt2 archive. `source` names the file in errors. FileError if damaged or not plainly harmless."""
-    _inspect(archive, source)
+def load_program(
+    archive: bytes, source: str, *, weights_are_blank: bool = False
+) -> torch.export.ExportedProgram:
+    """Load the program in a .pt2 archive.
+
+    Args:
+        archive: the file's bytes.
+        source: names the file in errors.
+        weights_are_blank: each weight is one stored element that stands for a whole tensor, as in
+            checkpoints of ours; the caller compares the shapes and puts the weights in.
+
+    Returns:
+        The program, without sample inputs and guards.
+
+    Raises:
+        FileError: if it is damaged, of another torch's layout, or has anything in it that
+            torch.export does not write for a network.
+    """
+    members = read_members(io.BytesIO(archive), source)
+    rebuilt = _rebuild(members, source, weights_are_blank)
     try:
-        program = torch.export.load(io.BytesIO(archive))
-    except Exception as error:  # torch raises anything from KeyError to RuntimeError on a damaged archive
-        raise FileError(f"{source}: torch.export cannot load this program ({_first_line(error)}); export it again") from error
+        program = torch.export.load(io.BytesIO(rebuilt))
+    except Exception as error:  # torch raises anything from KeyError to RuntimeError
+        raise FileError(
+            f"{source}: torch.export cannot load this program ({_first_line(error)}); export it again"
+        ) from error
     program._guards_code = []  # strings for exec(); the inputs are ours, no guard is needed
     return program
 
@@ -70,78 +110,124 @@ def run_module(program: torch.export.ExportedProgram) -> torch.nn.Module:
     return program.module(check_guards=False)
 
 
-def _inspect(archive: bytes, source: str) -> None:
+def _rebuild(members: Mapping[str, bytes], source: str, weights_are_blank: bool) -> bytes:
+    """A new archive from the checked members. FileError if one is of another kind."""
+    _check_names(members, source)
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as members:
-            names = members.namelist()
-            if not any("/models/" in name and name.endswith(".json") for name in names):
-                raise FileError(f"{source}: no exported program in it (no models/*.json); save it with torch.export.save")
-            for name in names:
-                if name.endswith(".json"):
-                    if members.getinfo(name).file_size > JSON_LIMIT:
-                        raise FileError(
-                            f"{source}: {name} claims {members.getinfo(name).file_size} bytes, more than any real program needs"
-                        )
-                    _inspect_json(json.loads(members.read(name)), f"{source}: {name}")
-                elif "/constants/" in name and "tensor_" not in name:
-                    raise FileError(f"{source}: {name} is a pickled object; only raw tensors are loaded")
-    except (
-        zipfile.BadZipFile,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        NotImplementedError,
-        RecursionError,
-        EOFError,
-        OSError,
-    ) as error:
-        raise FileError(f"{source}: not a readable .pt2 archive ({_first_line(error)}); export it again") from error
+        document = read_program(members[MODEL])
+    except (BadJson, UnknownField) as error:
+        version = find_torch_version(members[MODEL])
+        writer = "another torch" if version is None else f"torch {version}"
+        raise FileError(
+            f"{source}: {MODEL}: {error}; it was written by {writer}, and programs of torch 2.13 with"
+            " plain tensors are read: export it again"
+        ) from None
+    buffer = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(buffer)
+    writer.set_min_version(6)
+    tensors: list[Payload] = []
+    for folder, config_name, prefix in (
+        (WEIGHTS, WEIGHTS_CONFIG, "weight_"),
+        (CONSTANTS, CONSTANTS_CONFIG, "tensor_"),
+    ):
+        try:
+            config, payloads = read_payloads(members[config_name], prefix)
+        except (BadJson, UnknownField) as error:
+            raise FileError(f"{source}: {config_name}: {error}; export it again") from None
+        _check_payloads(payloads, members, folder, source)
+        tensors.extend(payloads.values())
+        for path in sorted({payload.path for payload in payloads.values()}):
+            data = members[folder + path]
+            writer.write_record(folder + path, data, len(data))
+        _write_json(writer, config_name, config)
+    if not weights_are_blank:
+        _check_unfolding(tensors, sum(map(len, members.values())), source)
+    _write_json(writer, MODEL, document)
+    writer.write_record(SAMPLE_INPUTS, b"", 0)
+    for name, data in FIXED.items():
+        if name != "byteorder":  # torch's writer adds that one
+            writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    return buffer.getvalue()
 
 
-def _inspect_json(document: Any, where: str) -> None:
-    for key, value in _fields(document):
-        if key == "use_pickle" and value is not False:
+def _check_names(members: Mapping[str, bytes], source: str) -> None:
+    """Every member is one that torch.export.save writes, and none of those is missing."""
+    if not any(name.startswith("models/") for name in members):
+        raise FileError(
+            f"{source}: no exported program in it (no models/*.json); save it with torch.export.save"
+        )
+    version = members.get("archive_version")
+    if version is not None and version != FIXED["archive_version"]:
+        written = find_torch_version(members.get(MODEL, b""))
+        by = "another torch" if written is None else f"torch {written}"
+        raise FileError(
+            f"{source}: its layout is version {ascii(version[:20])}, written by {by}; programs of"
+            " torch 2.13 are read (layout 0): export it again"
+        )
+    for name in (MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, *FIXED):
+        if name not in members:
             raise FileError(
-                f"{where} asks for unpickling a tensor; only raw tensors are loaded: export a contiguous CPU model again"
+                f"{source}: its part {name} is missing, which torch.export.save of torch 2.13"
+                " writes; export it again"
             )
-        if key == "target" and isinstance(value, str) and _looks_like_call(value) and not OPERATORS.fullmatch(value):
-            raise FileError(f"{where} calls {value!r}, which is no ATen operator; only traced networks are loaded")
-        if key == "expr_str" and not _harmless_expression(value):
-            raise FileError(f"{where} has the size expression {str(value)[:80]!r}, which is more than arithmetic")
-        if key in ("in_spec", "out_spec") and isinstance(value, str) and value:
-            for inner, kind in _fields(json.loads(value)):
-                if (inner == "type" and kind not in CONTAINERS) or inner == "__enum__":
-                    raise FileError(f"{where} takes or returns {kind!r}; only tensors, tuples, lists and dicts are loaded")
-                if inner == "context" and isinstance(kind, str) and "__enum__" in kind:
-                    raise FileError(
-                        f"{where} has an enumeration in its signature; only tensors, tuples, lists and dicts are loaded"
-                    )
+    for name, data in FIXED.items():
+        if members[name] != data:
+            raise FileError(
+                f"{source}: its part {name} is {ascii(members[name][:20])} where {data!r} is read;"
+                " export it again"
+            )
+    for name, data in members.items():
+        if name in (MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, SAMPLE_INPUTS) or name in FIXED:
+            continue
+        if name in DIGITS and DIGITS[name].fullmatch(data):
+            continue
+        if re.fullmatch(r"data/(weights/weight|constants/tensor)_\d{1,9}", name, re.ASCII):
+            continue
+        raise FileError(
+            f"{source}: its part {name[:80]!r} is none that torch.export.save writes for a network of"
+            " plain tensors (a pickled object, another layout or native code); export it again"
+        )
 
 
-def _looks_like_call(target: str) -> bool:
-    """Everything that torch resolves to an object; any other target stays a string (a tensor's name)."""
-    return target.startswith(("torch", "_operator", "math", "#"))
+def _check_payloads(
+    payloads: Mapping[str, Payload], members: Mapping[str, bytes], folder: str, source: str
+) -> None:
+    """Every tensor lies within its member's bytes, and every member belongs to a tensor."""
+    dtypes: dict[str, int] = {}
+    for name, payload in payloads.items():
+        data = members.get(folder + payload.path)
+        if data is None:
+            raise FileError(
+                f"{source}: the tensor {name!r} lies in {payload.path}, which is missing; export it"
+                " again"
+            )
+        element = ELEMENT_BYTES[payload.dtype]
+        fits = payload.bytes_needed <= len(data) and len(data) % element == 0
+        if not fits or dtypes.setdefault(payload.path, payload.dtype) != payload.dtype:
+            raise FileError(
+                f"{source}: the tensor {name!r} claims {payload.bytes_needed} bytes in elements of"
+                f" {element}, its part {payload.path} has {len(data)}; export it again"
+            )
+    prefix = re.compile(re.escape(folder) + r"[a-z]+_\d+", re.ASCII)
+    for name in members:
+        if prefix.fullmatch(name) and name.removeprefix(folder) not in dtypes:
+            raise FileError(f"{source}: its part {name} belongs to no tensor; export it again")
 
 
-def _harmless_expression(text: Any) -> bool:
-    return (
-        isinstance(text, str)
-        and len(text) < 10_000
-        and CHARACTERS.fullmatch(text) is not None
-        and not re.search(r"[A-Za-z_)\]'\"]\s*\.", text)  # no attribute access
-        and all(WORDS.fullmatch(word) for word in WORD_IN_EXPRESSION.findall(text))
-    )
+def _check_unfolding(tensors: list[Payload], stored: int, source: str) -> None:
+    """A tensor may repeat its elements (stride 0), but not to fill the memory."""
+    unfolded = sum(tensor.bytes_unfolded for tensor in tensors)
+    if unfolded > MOST_UNFOLDING * stored + UNFOLDED_FOR_FREE:
+        raise FileError(
+            f"{source}: its tensors claim {unfolded} bytes, the file has {stored}; export contiguous"
+            " tensors"
+        )
 
 
-def _fields(document: Any) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of a JSON document, at any depth."""
-    pending = [document]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            yield from item.items()
-            pending.extend(item.values())
-        elif isinstance(item, list):
-            pending.extend(item)
+def _write_json(writer: Any, name: str, document: Any) -> None:
+    data = json.dumps(document).encode()
+    writer.write_record(name, data, len(data))
 
 
 def _first_line(error: BaseException) -> str:
