@@ -86,7 +86,7 @@ def check_layout(
             problem = "overlaps another part"
         if problem is not None:
             raise FileError(
-                f"{source}: its part {entry.filename[:80]!r} {problem}, as torch never writes it;"
+                f"{source}: its part {entry.filename[:80]!a} {problem}, as torch never writes it;"
                 " save it again"
             )
         end = entry.header_offset + LOCAL_HEADER + len(entry.filename.encode()) + entry.file_size

@@ -17,18 +17,20 @@ A new archive is written from the checked values, and torch loads that one.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ecqx_onnx.archive import read_members
 from ecqx_onnx.bounded_json import BadJson
-from ecqx_onnx.errors import FileError
+from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx.program_schema import (
     ELEMENT_BYTES,
     Payload,
@@ -47,7 +49,11 @@ SAMPLE_INPUTS = "data/sample_inputs/model.pt"
 # Members with fixed bytes; torch 2.13 writes these.
 FIXED = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little"}
 # Members that say nothing of the network.
-DIGITS = {".data/version": re.compile(rb"\d{1,4}\n?"), ".data/serialization_id": re.compile(rb"\d{1,60}")}
+DIGITS = {
+    ".data/version": re.compile(rb"\d{1,4}\n?"),
+    ".data/serialization_id": re.compile(rb"\d{1,60}"),
+}
+AUTHORS_NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 # Elements that a tensor repeats (stride 0) are not stored; this bounds what they unfold to.
 MOST_UNFOLDING = 8
 UNFOLDED_FOR_FREE = 64 * 1024 * 1024  # bytes
@@ -65,7 +71,7 @@ def save_program(program: torch.export.ExportedProgram) -> bytes:
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node"):
+                for key in AUTHORS_NOTES:
                     node.meta.pop(key, None)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -96,18 +102,30 @@ def load_program(
     members = read_members(io.BytesIO(archive), source)
     rebuilt = _rebuild(members, source, weights_are_blank)
     try:
-        program = torch.export.load(io.BytesIO(rebuilt))
+        with _quiet():
+            program = torch.export.load(io.BytesIO(rebuilt))
     except Exception as error:  # torch raises anything from KeyError to RuntimeError
         raise FileError(
-            f"{source}: torch.export cannot load this program ({_first_line(error)}); export it again"
+            f"{source}: torch.export cannot load this program ({_first_line(error)}); export it"
+            " again"
         ) from error
     program._guards_code = []  # strings for exec(); the inputs are ours, no guard is needed
     return program
 
 
 def run_module(program: torch.export.ExportedProgram) -> torch.nn.Module:
-    """The program as a callable module, guards off."""
-    return program.module(check_guards=False)
+    """Make a callable module of a program, without its guards.
+
+    Raises:
+        ModelError: if its parts do not fit each other.
+    """
+    try:
+        with _quiet():
+            return program.module(check_guards=False)
+    except Exception as error:  # torch raises anything from KeyError to SyntaxError
+        raise ModelError(
+            f"the exported program cannot be run ({_first_line(error)}); export it again"
+        ) from error
 
 
 def _rebuild(members: Mapping[str, bytes], source: str, weights_are_blank: bool) -> bytes:
@@ -116,10 +134,9 @@ def _rebuild(members: Mapping[str, bytes], source: str, weights_are_blank: bool)
     try:
         document = read_program(members[MODEL])
     except (BadJson, UnknownField) as error:
-        version = find_torch_version(members[MODEL])
-        writer = "another torch" if version is None else f"torch {version}"
+        by = _tell_writer(members)
         raise FileError(
-            f"{source}: {MODEL}: {error}; it was written by {writer}, and programs of torch 2.13 with"
+            f"{source}: {MODEL}: {error}; it was written by {by}, and programs of torch 2.13 with"
             " plain tensors are read: export it again"
         ) from None
     buffer = io.BytesIO()
@@ -155,14 +172,14 @@ def _check_names(members: Mapping[str, bytes], source: str) -> None:
     """Every member is one that torch.export.save writes, and none of those is missing."""
     if not any(name.startswith("models/") for name in members):
         raise FileError(
-            f"{source}: no exported program in it (no models/*.json); save it with torch.export.save"
+            f"{source}: no exported program in it (no models/*.json); save it with"
+            " torch.export.save"
         )
     version = members.get("archive_version")
     if version is not None and version != FIXED["archive_version"]:
-        written = find_torch_version(members.get(MODEL, b""))
-        by = "another torch" if written is None else f"torch {written}"
+        by = _tell_writer(members)
         raise FileError(
-            f"{source}: its layout is version {ascii(version[:20])}, written by {by}; programs of"
+            f"{source}: its layout is version {version[:20]!a}, written by {by}; programs of"
             " torch 2.13 are read (layout 0): export it again"
         )
     for name in (MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, *FIXED):
@@ -174,7 +191,7 @@ def _check_names(members: Mapping[str, bytes], source: str) -> None:
     for name, data in FIXED.items():
         if members[name] != data:
             raise FileError(
-                f"{source}: its part {name} is {ascii(members[name][:20])} where {data!r} is read;"
+                f"{source}: its part {name} is {members[name][:20]!a} where {data!r} is read;"
                 " export it again"
             )
     for name, data in members.items():
@@ -185,8 +202,8 @@ def _check_names(members: Mapping[str, bytes], source: str) -> None:
         if re.fullmatch(r"data/(weights/weight|constants/tensor)_\d{1,9}", name, re.ASCII):
             continue
         raise FileError(
-            f"{source}: its part {name[:80]!r} is none that torch.export.save writes for a network of"
-            " plain tensors (a pickled object, another layout or native code); export it again"
+            f"{source}: its part {name[:80]!a} is none that torch.export.save writes for a network"
+            " of plain tensors (a pickled object, another layout or native code); export it again"
         )
 
 
@@ -199,15 +216,15 @@ def _check_payloads(
         data = members.get(folder + payload.path)
         if data is None:
             raise FileError(
-                f"{source}: the tensor {name!r} lies in {payload.path}, which is missing; export it"
-                " again"
+                f"{source}: the tensor {name[:80]!a} lies in {payload.path}, which is missing;"
+                " export it again"
             )
         element = ELEMENT_BYTES[payload.dtype]
         fits = payload.bytes_needed <= len(data) and len(data) % element == 0
         if not fits or dtypes.setdefault(payload.path, payload.dtype) != payload.dtype:
             raise FileError(
-                f"{source}: the tensor {name!r} claims {payload.bytes_needed} bytes in elements of"
-                f" {element}, its part {payload.path} has {len(data)}; export it again"
+                f"{source}: the tensor {name[:80]!a} claims {payload.bytes_needed} bytes in elements"
+                f" of {element}, its part {payload.path} has {len(data)}; export it again"
             )
     prefix = re.compile(re.escape(folder) + r"[a-z]+_\d+", re.ASCII)
     for name in members:
@@ -220,14 +237,33 @@ def _check_unfolding(tensors: list[Payload], stored: int, source: str) -> None:
     unfolded = sum(tensor.bytes_unfolded for tensor in tensors)
     if unfolded > MOST_UNFOLDING * stored + UNFOLDED_FOR_FREE:
         raise FileError(
-            f"{source}: its tensors claim {unfolded} bytes, the file has {stored}; export contiguous"
-            " tensors"
+            f"{source}: its tensors claim {unfolded} bytes, the file has {stored}; export"
+            " contiguous tensors"
         )
+
+
+def _tell_writer(members: Mapping[str, bytes]) -> str:
+    version = find_torch_version(members.get(MODEL, b""))
+    return "another torch" if version is None else f"torch {version}"
 
 
 def _write_json(writer: Any, name: str, document: Any) -> None:
     data = json.dumps(document).encode()
     writer.write_record(name, data, len(data))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs the traceback of what it could not load; our error says it in a sentence."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

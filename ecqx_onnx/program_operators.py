@@ -1,4 +1,4 @@
-"""The operators that an exported program may call, by name: those of networks, none that touches files.
+"""The operators that an exported program may call: those of networks, none that touches files.
 
 A program names each operator as text, and torch looks that text up below `torch`, where
 `torch.hub.load` lives as well as `torch.ops.aten.relu`; even among ATen's operators are some that
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import torch
 
-ATEN = frozenset(
-    """
+_ATEN_NAMES = """
     __and__ __iand__ __ior__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d
     _adaptive_avg_pool3d _assert_async _assert_scalar _assert_tensor_metadata _cast_Byte
     _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short _cdist_forward
@@ -111,15 +110,14 @@ ATEN = frozenset(
     upsample_trilinear3d vander var var_mean vdot view view_as view_as_complex
     view_as_complex_copy view_as_real view_as_real_copy view_copy vsplit vstack where xlogy zero
     zeros zeros_like
-    """.split()
-)
-PRIMS = frozenset(
-    """
+"""
+ATEN = frozenset(_ATEN_NAMES.split())
+_PRIMS_NAMES = """
     abs acos acosh add asin asinh atan atanh broadcast_in_dim ceil convert_element_type cos cosh
     div eq erf exp floor ge gt le log lt mul ne neg pow remainder reshape round sin sinh sqrt
     squeeze sub sum tan tanh transpose var where
-    """.split()
-)
+"""
+PRIMS = frozenset(_PRIMS_NAMES.split())
 TORCHVISION = frozenset(("deform_conv2d", "nms", "roi_align", "roi_pool"))
 HIGHER_ORDER = frozenset(
     (
@@ -134,20 +132,19 @@ HIGHER_ORDER = frozenset(
     )
 )
 # Arithmetic on sizes, by the whole name.
-SCALAR = frozenset(
-    """
+_SCALAR_NAMES = """
     _operator.abs _operator.add _operator.and_ _operator.eq _operator.floordiv _operator.ge
     _operator.getitem _operator.gt _operator.le _operator.lt _operator.mod _operator.mul
     _operator.ne _operator.neg _operator.not_ _operator.or_ _operator.pos _operator.pow
     _operator.sub _operator.truediv math.ceil math.floor math.sqrt math.trunc torch._check
     torch._check_is_size torch.sym_float torch.sym_int torch.sym_ite torch.sym_max torch.sym_min
     torch.sym_not torch.sym_sqrt torch.sym_sum
-    """.split()
-)
+"""
+SCALAR = frozenset(_SCALAR_NAMES.split())
 
 
 def is_allowed_operator(target: str) -> bool:
-    """Whether a program may call `target`, as torch.export writes it: "torch.ops.aten.relu.default".
+    """Whether a program may call `target`, written as "torch.ops.aten.relu.default".
 
     The overload must be one that this torch has: any other attribute of an operator is refused.
     """

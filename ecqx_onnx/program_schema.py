@@ -14,6 +14,7 @@ What torch does not need for running (stack traces, sources, guards) is dropped.
 
 from __future__ import annotations
 
+import json
 import keyword
 import math
 import re
@@ -128,7 +129,7 @@ def read_payloads(data: bytes, prefix: str) -> tuple[dict[str, Any], dict[str, P
     for name, entry in rebuilt["config"].items():
         meta = entry["tensor_meta"]
         if not re.fullmatch(prefix + r"\d{1,9}", entry["path_name"], re.ASCII):
-            raise UnknownField(f"the bytes of {name!r} lie in {entry['path_name'][:80]!r}")
+            raise UnknownField(f"the bytes of {_show(name)} lie in {_show(entry['path_name'])}")
         payloads[name] = Payload(
             path=entry["path_name"],
             dtype=meta["dtype"],
@@ -226,8 +227,8 @@ def _module_name(value: Any) -> str:
 def _target(value: Any) -> str:
     if type(value) is not str or not is_allowed_operator(value):
         raise UnknownField(
-            f"calls {_show(value)}, which is no ATen operator of a network; only traced networks are"
-            " loaded"
+            f"calls {_show(value)}, which is no ATen operator of a network; only traced networks"
+            " are loaded"
         )
     return value
 
@@ -449,7 +450,7 @@ def _structure(value: Any) -> str:
         raise UnknownField(f"the structure is no JSON: {error}") from None
     if type(document) is not list or len(document) != 2 or document[0] != 1:
         raise UnknownField(f"{_show(value)} where a structure of version 1 should be")
-    return _print_json([1, _tree(document[1])])
+    return json.dumps([1, _tree(document[1])])
 
 
 def _tree(value: Any) -> dict[str, Any]:
@@ -465,7 +466,7 @@ def _tree(value: Any) -> dict[str, Any]:
         keys = _keys(context)
         if len(keys) != len(children):
             raise UnknownField(f"{len(keys)} keys for {len(children)} values")
-        rebuilt["context"] = _print_json(keys)
+        rebuilt["context"] = json.dumps(keys)
     elif context != "null":
         raise UnknownField(f"{_show(context)} at a tuple or list")
     return rebuilt
@@ -509,12 +510,6 @@ def _check_key(key: str) -> None:
         raise UnknownField(f"{_show(key)} is no key of a dict that we load")
 
 
-def _print_json(document: Any) -> str:
-    import json
-
-    return json.dumps(document)
-
-
 _CALL_SIGNATURE = _record(
     inputs=_list_of(_ARGUMENT),
     outputs=_list_of(_ARGUMENT),
@@ -537,8 +532,6 @@ def _calls(value: Any) -> list[dict[str, Any]]:
 
 def _check_keywords(in_spec: str) -> None:
     """The keyword arguments of the network become arguments in generated source."""
-    import json
-
     children = json.loads(in_spec)[1]["children_spec"]
     if len(children) == 2 and children[1]["type"] == "builtins.dict":
         for key in json.loads(children[1]["context"]):

@@ -1,7 +1,7 @@
-"""Size expressions of exported programs: text of a file -> a tree of arithmetic -> text written anew.
+"""Size expressions of exported programs: text of a file -> arithmetic -> text written anew.
 
 torch writes the size `2*s39` as "Mul(Integer(2), Symbol('s39', positive=True, integer=True))", and
-on loading it lets sympy evaluate that text as Python. Here it is parsed without evaluating anything,
+on loading it lets sympy evaluate that text as Python. Here it is parsed, nothing is evaluated,
 checked against the functions below, and printed again; torch sees only that print.
 
     expression = ["-"] integer | constant | function "(" argument {"," argument} ")"
@@ -32,9 +32,8 @@ ROUNDING = (
 SHIFTS = "LShift RShift"
 POWERS = "Pow PowByNatural FloatPow"
 FUNCTIONS = frozenset(f"Add Mul Max Min {COMPARISONS} {ROUNDING} {SHIFTS} {POWERS}".split())
-ASSUMPTIONS = frozenset(
-    ("positive", "negative", "nonnegative", "nonpositive", "nonzero", "zero", "integer", "real", "finite")
-)
+SIGNS = "positive negative nonnegative nonpositive nonzero zero"
+ASSUMPTIONS = frozenset(f"{SIGNS} integer real finite".split())
 
 
 class NotArithmetic(ValueError):  # noqa: N818 - says what the text is
