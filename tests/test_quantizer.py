@@ -406,7 +406,7 @@ def test_a_diverging_training_is_named():
         quantizer.step()
 
 
-def test_a_batch_that_is_missing_does_not_fit_or_is_not_finite_is_refused():
+def test_a_batch_that_is_missing_or_does_not_fit_is_refused_and_one_that_is_not_finite_is_left_out():
     quantizer = Quantizer(small_net())
     with pytest.raises(OptionError, match="needs the batch"):
         quantizer.step()
@@ -414,8 +414,10 @@ def test_a_batch_that_is_missing_does_not_fit_or_is_not_finite_is_refused():
     with pytest.raises(DataError, match="targets run from 3"):
         quantizer.step(x, torch.full_like(y, 3))
     x[0] = torch.nan
-    with pytest.raises(ModelError, match=r"the relevance of '.*' is nan"):
-        quantizer.step(x, y)
+    quantizer.step(x, y)
+    warnings = quantizer.report().warnings
+    assert any(warning.startswith("last.weight: its relevance was nan on a batch") for warning in warnings)
+    assert all(weight.relevance is None for weight in quantizer._weights)
 
 
 def test_a_relevance_that_is_zero_or_reaches_nothing_is_a_warning_in_the_report():

@@ -223,6 +223,128 @@ def test_without_the_sum_rule_relevance_would_double_at_a_residual_addition():
     assert float(found["first.weight"].sum()) > 2.5
 
 
+class Standardized(nn.Conv2d):
+    """Its weight is standardised in each forward pass: gradient times input through that sums to zero."""
+
+    def forward(self, x):
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.var((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return F.conv2d(x, w, self.bias)
+
+
+class WeightStandardized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = Standardized(3, 8, 3), Standardized(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))
+
+
+class OwnMatrix(nn.Module):
+    """A bare matrix between two layers; `use` says how it is multiplied."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.matrix, self.last = nn.Linear(6, 8), nn.Parameter(0.3 * torch.randn(8, 8)), nn.Linear(8, 3)
+        self.use = use
+
+    def forward(self, x):
+        return self.last(F.relu(self.use(F.relu(self.first(x)), self.matrix)))
+
+
+WAYS = {
+    "transposed": lambda x, w: x @ w.t(),
+    "scaled": lambda x, w: F.linear(x, w * 0.125),
+    "centered": lambda x, w: x @ (w - w.mean(0, keepdim=True)),
+    "normalized": lambda x, w: 10 * x @ F.normalize(w, dim=0),
+    "divided by its norm": lambda x, w: x @ (w / w.norm(dim=1, keepdim=True)).T,
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "grouped": lambda x, w: (x.reshape(-1, 2, 1, 4) @ w.reshape(2, 2, 4, 4).sum(1)).reshape(-1, 8),
+    "addmm": lambda x, w: torch.addmm(torch.zeros(8), x, w),
+    "functional weight_norm": lambda x, w: F.linear(x, torch._weight_norm(w, w.detach().norm(dim=1, keepdim=True), 0)),
+}
+
+
+class Difference(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b, self.last = (nn.Linear(6, n) for n in (6, 6, 6, 3))
+
+    def forward(self, x):
+        x = F.relu(self.first(1 - (x - 0.5) / 0.25))
+        a, b = self.a(x), self.b(x)
+        return self.last((a - b) * (a - b) + (1 - torch.sigmoid(a)) * b)
+
+
+class ConvLstm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gates, self.last = nn.Conv2d(2 + 4, 16, 3, padding=1), nn.Linear(4, 3)
+        self.gates.weight.data *= 4  # far from the stabiliser
+
+    def forward(self, x):
+        h = c = x.new_zeros(len(x), 4, *x.shape[3:])
+        for step in x.unbind(1):
+            i, f, o, g = self.gates(torch.cat([step, h], 1)).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return self.last(h.mean((2, 3)))
+
+
+WRITTEN = {
+    "WeightStandardized": (WeightStandardized, (3, 9, 9)),
+    "Difference": (Difference, (6,)),
+    "ConvLstm": (ConvLstm, (3, 2, 5, 5)),
+    **{name: (lambda use=use: OwnMatrix(use), (6,)) for name, use in WAYS.items()},
+}
+
+
+@pytest.mark.parametrize("name", list(WRITTEN))
+def test_relevance_is_conserved_down_to_the_input_of_models_that_compute_with_their_weights(name):
+    torch.manual_seed(3)
+    make, shape = WRITTEN[name]
+    model = make()
+    biases = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    for bias in biases:
+        bias.data.zero_()
+    # Flat, the first layer's rule, hands a convolution's share on to inputs that are zero, which the first state is
+    captured, composite = [], "epsilon_plus" if name == "ConvLstm" else "epsilon_plus_flat"
+    background = {n: p.detach() for n, p in model.named_parameters() if p.ndim >= 2}
+    relevances = Relevances(model, list(background), composite=composite, start="ones")
+    relevances.to_inputs = True
+    relevances.shadow.register_forward_pre_hook(lambda module, args: args[0].register_hook(captured.append) and None)
+    found = relevances(torch.randn(2, *shape), torch.tensor([1, 2]), background)
+    assert relevances.approximated == ()
+    assert float(captured[0].sum()) == pytest.approx(2.0, rel=0.01)
+    assert float(found["last.weight"].sum()) == pytest.approx(2.0, rel=0.01)
+    for weight in ("matrix", "first.weight", "second.weight"):
+        if weight in found:
+            assert float(found[weight].sum()) == pytest.approx(2.0, rel=0.01), weight
+
+
+def test_softmax_and_a_constant_divided_by_a_layer_are_told_since_relevance_is_not_conserved_there():
+    class Dividing(Gated):
+        def forward(self, x):
+            x = F.silu(self.first(x))
+            return self.last(2 / (1 + torch.softmax(self.gate(x), 1)))
+
+    torch.manual_seed(3)
+    _, relevances = relevances_of(Dividing(), torch.randn(2, 6), torch.tensor([1, 2]))
+    assert relevances.approximated == ("__rdiv__", "softmax")
+
+
+def test_a_layer_whose_own_forward_is_additive_in_its_weight_keeps_its_rule():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight * 2, self.bias)
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Doubling(6, 3))
+    _, relevances = relevances_of(model, torch.randn(2, 6), torch.tensor([1, 2]))
+    assert relevances.rules == {"0.weight": "Flat", "2.weight": "Epsilon"}
+
+
 @pytest.mark.parametrize("negative_inputs", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_our_z_plus_is_zennits(negative_inputs, bias):

@@ -9,6 +9,12 @@ and code that no tracer understands are all covered. There are four ways through
     epsilon    everything else: R_x = x ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂x. For an operator linear in x that is LRP-epsilon; a product
                shares R_z among its factors, and softmax comes out as in AttnLRP (arXiv 2402.05602). For a kernel that is
                neither (lstm, gru, attention) it is gradient times input, which need not conserve relevance: see `approximated`.
+
+A constant takes no relevance where it is added or subtracted: x + c, x - c and c - x pass R_z on to x.
+
+A weight that is computed from parameters, ŵ = f(w), is no input of the layer that multiplies it, so it takes no share from
+the layer's inputs. Its relevance goes on to the parameter of its shape, entry by entry; what scales or centers it (a mean, a
+norm, a gain) takes none, since gradient times input through a standardised weight would sum to zero.
 """
 
 from __future__ import annotations
@@ -36,6 +42,8 @@ def spellings(*names: str) -> frozenset[Callable]:
 
 
 ADDITIONS = spellings("add", "__add__", "__radd__")
+SUBTRACTIONS = spellings("sub", "subtract", "__sub__")
+REVERSED_SUBTRACTIONS = spellings("rsub", "__rsub__")
 
 PASSED = spellings(
     *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish", "hardsigmoid"),
@@ -55,17 +63,24 @@ ROUTED = spellings(
     *("pixel_unshuffle", "channel_shuffle", "size", "dim", "numel", "stride", "is_floating_point", "register_hook", "copy_"),
     *("__len__", "__iter__", "item", "tolist", "new_zeros", "new_ones", "zeros_like", "ones_like", "identity", "positive"),
 )
+ROUTED |= {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 
 PRODUCTS = spellings("mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "mm", "einsum", "baddbmm")
 
 LINEAR = PRODUCTS | spellings(
-    *("sub", "__sub__", "__rsub__", "neg", "__neg__", "div", "__truediv__", "true_divide", "linear", "mean", "sum", "embedding"),
+    *("neg", "negative", "__neg__", "div", "divide", "__truediv__", "true_divide", "linear", "mean", "sum", "embedding"),
     *("embedding_bag", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "cumsum"),
     *("adaptive_avg_pool3d", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    *("interpolate", "softmax", "addmm", "lerp"),
+    *("interpolate", "addmm", "lerp"),
 )
+LINEAR |= ADDITIONS | SUBTRACTIONS | REVERSED_SUBTRACTIONS
 
-NUMERATOR_ONLY = spellings("div", "__truediv__", "true_divide")  # a denominator is taken as a constant
+
+NUMERATOR_ONLY = spellings("div", "divide", "__truediv__", "true_divide")  # a denominator is taken as a constant
+
+ELEMENTWISE = PASSED | SUBTRACTIONS | NUMERATOR_ONLY | spellings("mul", "multiply", "__mul__", "__rmul__", "_weight_norm")
+ELEMENTWISE |= REVERSED_SUBTRACTIONS
+LOOKUPS = spellings("__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding", "embedding_bag")
 
 AUGMENTED = {f"__i{name}__": getattr(Tensor, f"__{name}__") for name in ("add", "sub", "mul", "truediv")}
 
@@ -81,6 +96,21 @@ class PassRelevance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *R: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return R[0], None
+
+
+class Source(torch.autograd.Function):
+    """A parameter w forward; backward R / stabilise(w), so that its gradient times w is its relevance."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        ctx.is_parameter = isinstance(w, torch.nn.Parameter)
+        ctx.save_for_backward(w)
+        return w.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *R: Tensor) -> Tensor:  # type: ignore[override]
+        (w,) = ctx.saved_tensors
+        return R[0] / stabilize(w) if ctx.is_parameter else R[0]
 
 
 class ShareByContribution(torch.autograd.Function):
@@ -115,22 +145,59 @@ class FunctionalRules(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         carriers = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
         name = getattr(func, "__name__", str(func))
-        if self.paused or not carriers or name in ("__get__", "__set__", "backward"):
+        if self.paused or not carriers or (name in ("__get__", "__set__", "backward") and func not in ROUTED):
             return func(*args, **kwargs)
         if name in AUGMENTED:  # Python rebinds the name, so the out-of-place operator says the same
             return self.__torch_function__(AUGMENTED[name], types, args, kwargs)
         if name.endswith("_") and not name.endswith("__") and func not in ROUTED and hasattr(Tensor, name[:-1]):
             return args[0].copy_(self.__torch_function__(getattr(Tensor, name[:-1]), types, args, kwargs))
         weights = [tensor for tensor in carriers if isinstance(tensor, torch.nn.Parameter)]
+        if func not in LOOKUPS and all(_is_weight(tensor) for tensor in carriers):
+            return _as_weight(self._weight(func, name, args, kwargs, carriers, weights))
+        return self._propagated(func, name, args, kwargs, carriers, weights)
+
+    def _propagated(self, func: Callable, name: str, args: Any, kwargs: Any, carriers: list[Tensor], weights: list) -> Any:
         if func in ROUTED and not weights:
             return func(*args, **kwargs)
         if func in ADDITIONS and not weights:
             return self._addition(func, args, kwargs, carriers)
+        if func in SUBTRACTIONS | REVERSED_SUBTRACTIONS and len(carriers) == 1 and not weights:
+            return self._subtraction(func, args, kwargs)
         if func in PASSED and carriers[0] is args[0]:
             kwargs.pop("inplace", None)
             in_place = any(arg is True for arg in args[1:])  # F.relu(x, True)
-            return PassRelevance.apply(args[0], lambda x: func(x.clone() if in_place else x, *args[1:], **kwargs))
+            x = Source.apply(args[0]) if weights else args[0]
+            return PassRelevance.apply(x, lambda x: func(x.clone() if in_place else x, *args[1:], **kwargs))
         return self._epsilon(func, name, args, kwargs, carriers)
+
+    def _weight(self, func: Callable, name: str, args: Any, kwargs: Any, carriers: list[Tensor], weights: list) -> Any:
+        """An operator all of whose carriers are weights: within f of ŵ = f(w)."""
+        if func not in ELEMENTWISE or not isinstance(args[0], Tensor):
+            return self._propagated(func, name, args, kwargs, carriers, weights)
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in carriers))
+        kept = {id(tensor) for tensor in carriers if tensor.shape == shape}
+        if not kept:
+            return self._propagated(func, name, args, kwargs, carriers, weights)
+        args, kwargs = (
+            mapped(value, lambda tensor: tensor if id(tensor) in kept else tensor.detach()) for value in (args, kwargs)
+        )
+        carriers = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        weights = [tensor for tensor in carriers if isinstance(tensor, torch.nn.Parameter)]
+        if len(carriers) == 1 and (func in SUBTRACTIONS | REVERSED_SUBTRACTIONS or name == "_weight_norm"):
+            changed = mapped(args, lambda tensor: Source.apply(tensor) if tensor is carriers[0] else tensor)
+            (x,) = [tensor for tensor in tensors_in(changed) if tensor.requires_grad]
+            return PassRelevance.apply(x, lambda inner: func(*mapped(changed, lambda t: inner if t is x else t), **kwargs))
+        return self._propagated(func, name, args, kwargs, carriers, weights)
+
+    def _subtraction(self, func: Callable, args: Any, kwargs: Any) -> Any:
+        """Of a constant, or from one: x - c gets the gradient 1, which is R; of c - x only the sign is in the way."""
+        a, b = args[0], args[1] if len(args) > 1 else kwargs["other"]
+        if func in REVERSED_SUBTRACTIONS:
+            a, b = b, a
+        alpha = kwargs.get("alpha", 1)
+        if isinstance(b, Tensor) and b.requires_grad:
+            return torch.add(PassRelevance.apply(b, lambda b: b * -alpha), a)
+        return torch.sub(a, b, alpha=alpha)
 
     def _addition(self, func: Callable, args: Any, kwargs: Any, carriers: list[Tensor]) -> Any:
         if len(carriers) < 2:
@@ -153,14 +220,21 @@ class FunctionalRules(TorchFunctionMode):
 
         result = func(*mapped(args, tap), **mapped(kwargs, tap))
         outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad and tensor.is_floating_point()]
-        if outputs and func not in LINEAR:
-            self.approximated.add(name)
-        share = 1 / max(1, len(taps)) if func in PRODUCTS else 1.0
+        told = name if func not in LINEAR and func not in ROUTED else None
+        sharing = [x for x, _ in taps if not _is_weight(x)] or taps
+        share = 1 / max(1, len(sharing)) if func in PRODUCTS else 1.0
+        # A gradient is None where no relevance arrives.
         for x, copy in taps if outputs else []:
-            copy.register_hook(lambda gradient, x=x.detach().clone(): gradient * x * share)
+            part = 1.0 if _is_weight(x) and len(sharing) < len(taps) else share
+            copy.register_hook(lambda g, x=x.detach().clone(), part=part: None if g is None else g * x * part)
         for z in outputs:
-            z.register_hook(lambda R, z=z.detach().clone(): R / stabilize(z))
+            z.register_hook(lambda R, z=z.detach().clone(): None if R is None else self._divided(R, z, told))
         return result
+
+    def _divided(self, R: Tensor, z: Tensor, told: str | None) -> Tensor:
+        if told is not None:
+            self.approximated.add(told)
+        return R / stabilize(z)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -185,3 +259,15 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether it is a parameter, or computed from parameters only."""
+    return isinstance(tensor, torch.nn.Parameter) or getattr(tensor, "is_computed_weight", False)
+
+
+def _as_weight(result: Any) -> Any:
+    for tensor in tensors_in(result):
+        if tensor.requires_grad:
+            tensor.is_computed_weight = True  # type: ignore[attr-defined]
+    return result

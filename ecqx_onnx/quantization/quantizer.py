@@ -20,9 +20,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from ecqx_onnx.errors import ModelError, OptionError
+from ecqx_onnx.parametrizations import find_parametrized
 from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.assignment import Assignment, assign
-from ecqx_onnx.quantization.distributed import assert_same_levels, sum_over_processes
+from ecqx_onnx.quantization.distributed import added_up, assert_same_levels, sum_over_processes
 from ecqx_onnx.quantization.entropy import size_factor
 from ecqx_onnx.quantization.grid import Grid, choose_grid, fit_step
 from ecqx_onnx.quantization.learned_step import StepOptimizer
@@ -56,17 +57,29 @@ class TensorReport:
 @dataclass(frozen=True)
 class Report:
     """What was quantised and how. left_float: (parameter, why). approximated: operators that relevance crossed by gradient times
-    input, having no rule of their own. unmatched: patterns of exclude and bits that no parameter's name matches."""
+    input, having no rule of their own. unmatched: patterns of exclude and bits that no parameter's name matches.
+    relevance_failures: (weight, why it has no relevance), or ("all weights", why): what failed falls back to plain ECQ.
+    parametrized: of left_float, what is computed into another weight in each forward pass."""
 
     tensors: tuple[TensorReport, ...]
     left_float: tuple[tuple[str, str], ...]
     approximated: tuple[str, ...]
     unmatched: tuple[str, ...] = ()
+    relevance_failures: tuple[tuple[str, str], ...] = ()
+    parametrized: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
         unused = tuple(f"{pattern} matches no parameter" for pattern in self.unmatched)
-        return unused + tuple(f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings)
+        quantised = {tensor.name for tensor in self.tensors}
+        failed = tuple(
+            f"no relevances, so plain ECQ for all weights: {why}" if what == "all weights" else f"{what}: {why}"
+            for what, why in self.relevance_failures
+            if what not in quantised
+        )
+        computed = {why: None for name, why in self.left_float if name in self.parametrized}  # one for g and v
+        single = tuple(f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings)
+        return unused + failed + tuple(computed) + single
 
 
 @dataclass(eq=False)
@@ -114,10 +127,10 @@ class Quantizer:
         self._largest = max(weight.background.numel() for weight in self._weights)
         self._relevances = None
         if self.options.relevance is not None:
-            from ecqx_onnx.quantization.relevance import Relevances  # zennit is loaded only by those who use it
+            from ecqx_onnx.quantization.relevance_guard import GuardedRelevances  # zennit is loaded only by those who use it
 
             names = [weight.name for weight in self._weights]
-            self._relevances = Relevances(module, names, composite=self.options.relevance, start=self.options.start)
+            self._relevances = GuardedRelevances(module, names, composite=self.options.relevance, start=self.options.start)
         self.activations: ActivationRounding | None = None
         if self.options.activations == "int8" and hasattr(model, "_orig_mod"):
             raise OptionError("activations='int8' cannot look into a compiled model: give the Quantizer the model itself")
@@ -161,26 +174,47 @@ class Quantizer:
             assert_same_levels([weight.levels for weight in self._weights])
 
     def observe(self, inputs: Any, target: Any = None) -> None:
-        """Take relevances on this batch into the moving average, without assigning."""
+        """Take relevances on this batch into the moving average, without assigning.
+
+        Where they cannot be taken, the weights fall back to plain ECQ and `report()` says why.
+        """
         if self._relevances is None:
             return
         found = self._relevances(inputs, target, {weight.name: weight.background for weight in self._weights})
+        self._agree_on_failure()
         found = sum_over_processes(found, self.background())
         magnitudes = {name: r.detach().abs_() for name, r in found.items()}
         largest = torch.stack([magnitude.amax() for magnitude in magnitudes.values()]).tolist() if magnitudes else []
         for (name, magnitude), peak in zip(magnitudes.items(), largest, strict=True):
             self._remember(name, magnitude, peak)
+        failures = dict(self._relevances.failures)
         for weight in self._weights:
-            if weight.name not in magnitudes:
+            if self._relevances.failure is not None:
+                weight.relevance = None
+            elif weight.name in failures:
+                weight.relevance = None
+                weight.warnings.add(f"{failures[weight.name]}: plain ECQ")
+            elif self._relevances.left_out is not None:
+                weight.warnings.add(f"a batch gave it no relevance: {self._relevances.left_out}")
+            elif weight.name not in magnitudes:
                 weight.warnings.add("no relevance reaches it: plain ECQ")
+
+    def _agree_on_failure(self) -> None:
+        """Relevances that failed in one process are given up in all: levels must stay the same."""
+        assert self._relevances is not None
+        failed = self._relevances.failure is not None
+        anywhere = added_up([float(failed)], self._weights[0].background.device)[0]
+        if anywhere and not failed:
+            self._relevances.give_up("they failed in another process")
 
     def _remember(self, name: str, magnitude: Tensor, peak: float) -> None:
         weight = next(weight for weight in self._weights if weight.name == name)
         if peak != peak or peak == float("inf"):
-            raise ModelError(
-                f"the relevance of '{name}' is {peak}: the model's outputs or this batch are not finite, or a layer divides by "
-                "zero; look at the batch, or use another composite or relevance=None"
+            weight.warnings.add(
+                f"its relevance was {peak} on a batch, which was left out: the model's outputs or this batch are not finite, or "
+                "a layer divides by zero"
             )
+            return
         if peak == 0:
             weight.warnings.add("its relevance was zero throughout a batch, which was left out")
             return
@@ -294,7 +328,10 @@ class Quantizer:
             )
         approximated = self._relevances.approximated if self._relevances is not None else ()
         names = [name for name, _ in _unwrapped(self.model).named_parameters()]
-        return Report(tuple(entries), self._left_float, approximated, self.options.unmatched(names))
+        failures = self._relevances.failures if self._relevances is not None else ()
+        sources = {source for entry in find_parametrized(_unwrapped(self.model)) for source in entry.sources}
+        parametrized = tuple(name for name, reason in self._left_float if name in sources and "excluded" not in reason)
+        return Report(tuple(entries), self._left_float, approximated, self.options.unmatched(names), failures, parametrized)
 
     # Leaving and coming back
 
@@ -314,6 +351,7 @@ class Quantizer:
         """Everything that a resumed run needs besides the model's and the optimizer's state."""
         return {
             "steps": self._steps,
+            "relevance_failure": None if self._relevances is None else self._relevances.failure,
             "entropy_scale": self.entropy_scale,
             "activations": {} if self.activations is None else self.activations.state(),
             "weights": {
@@ -334,6 +372,8 @@ class Quantizer:
         if set(state["weights"]) != {weight.name for weight in self._weights}:
             raise ModelError("the quantizer's state has other weights than this model: use the same model, bits and exclude")
         self._steps, self.entropy_scale = int(state["steps"]), float(state.get("entropy_scale", 1.0))
+        if self._relevances is not None and state.get("relevance_failure"):
+            self._relevances.give_up(str(state["relevance_failure"]))
         for weight in self._weights:
             saved, device = state["weights"][weight.name], weight.parameter.device
             if saved["background"].shape != weight.background.shape or saved["step"].shape != weight.step.shape:
@@ -376,13 +416,14 @@ def _choose_weights(model: nn.Module, recipe: Recipe) -> tuple[list[_Weight], tu
     chosen: list[_Weight] = []
     left: list[tuple[str, str]] = []
     seen: set[int] = set()
+    computed = {source: entry.advice for entry in find_parametrized(model) for source in entry.sources}
     for prefix, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{short}" if prefix else short
-            reason = _reason_to_leave(name, module, parameter, recipe)
+            reason = _reason_to_leave(name, module, parameter, recipe, computed.get(name))
             if reason:
                 left.append((name, reason))
             else:
@@ -393,10 +434,13 @@ def _choose_weights(model: nn.Module, recipe: Recipe) -> tuple[list[_Weight], tu
     return chosen, tuple(left)
 
 
-def _reason_to_leave(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe) -> str | None:
+def _reason_to_leave(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe, computed: str | None) -> str | None:
+    """computed: what to do about a parameter that a weight is computed from in each forward pass."""
     pattern = recipe.excluded_by(name)
     if pattern:
         return f"excluded by '{pattern}'"
+    if computed is not None:
+        return computed
     if parameter.ndim < 2:
         return "bias, norm or scalar"
     if not isinstance(module, QUANTISED):

@@ -11,7 +11,6 @@ zero would have no relevance and could never regrow. The user's modules are neve
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,14 +19,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ecqx_onnx.errors import DataError, ModelError, OptionError
+from ecqx_onnx.errors import DataError, InputError, ModelError, OptionError
+from ecqx_onnx.parametrizations import copy_module, effective_weight, find_parametrized, merge_parametrizations
 from ecqx_onnx.quantization.functional import FunctionalRules, ShareByContribution, stabilize
 from ecqx_onnx.quantization.zennit_import import import_zennit
-from ecqx_onnx.quantization.zplus import PositiveContributions
+from ecqx_onnx.quantization.zplus import PositiveContributions, run_with
 
 Start = str | Callable[[Any, Any], Any]
 STARTS = ("logit", "probability", "ones")
 RULED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+STOCK_FORWARDS = frozenset(kind.forward for kind in RULED)
 UNRULED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # their kernels are in functional.py
 
 
@@ -49,8 +50,9 @@ class Relevances:
 
     composite: a name, or a zennit Composite without canonizers. start: the relevance at the output: "logit", "probability" or
     "ones" of the true class, or a function (output, target) -> relevance, shaped as the output (or -> (tensor, its relevance) for
-    models that return several). After a call, `rules` says for each weight which rule its layer used, and `approximated` names
-    the operators that were passed by gradient times input.
+    models that return several). After a call, `rules` says for each weight which rule its layer used, `approximated` names the
+    operators that were passed by gradient times input, and `failures` says for each weight whose layer's rule failed why it has
+    no relevance.
     """
 
     def __init__(self, model: nn.Module, names: list[str], *, composite: Any, start: Start = "logit") -> None:
@@ -61,7 +63,9 @@ class Relevances:
 
         self.model, self.names, self.start = model, names, start
         self.rules: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
         self.shadow = _shadow_of(model)
+        self._failed: tuple[_Rule, Exception] | None = None  # the rule that has just failed
         for name, parameter in self.shadow.named_parameters():
             parameter.requires_grad_(name in names)
         self._sum = Sum()
@@ -87,11 +91,24 @@ class Relevances:
 
         inputs: the model's input, or a tuple / mapping of its arguments. background: name -> weights W.
         """
-        self._share_values(background)
+        while True:
+            self._share_values(background)
+            try:
+                return self._propagate(inputs, target, background)
+            except Exception:
+                if self._failed is None:
+                    raise
+                rule, error = self._failed
+                self._drop(rule, f"its layer's rule failed ({first_line(error)})")
+            finally:
+                for parameter in self.shadow.parameters():
+                    parameter.grad = None
+
+    def _propagate(self, inputs: Any, target: Any, background: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtype = next(iter(background.values())).dtype
         args, kwargs = _arguments(inputs, dtype)
         device = next(self.shadow.parameters()).device
-        self._functional.paused = 0
+        self._functional.paused, self._failed = 0, None
         self._set_input_bounds(args or tuple(kwargs.values()))
         with (
             torch.enable_grad(),
@@ -110,8 +127,18 @@ class Relevances:
             if name in background and parameter.grad is not None:
                 gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
                 found[name] = background[name].detach() * gradient
-            parameter.grad = None
         return found
+
+    def _drop(self, rule: _Rule, reason: str) -> None:
+        """Without this layer's rule: its weights get no relevance, and what crosses it goes by its operators' own."""
+        rule.detach()
+        names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
+        if not rule.weights:
+            self.failures[rule.name] = reason
+        for weight in rule.weights:
+            weight.requires_grad_(False)
+            self.rules.pop(names[id(weight)], None)
+            self.failures[names[id(weight)]] = reason
 
     @property
     def _recurrent(self) -> bool:
@@ -120,8 +147,12 @@ class Relevances:
     def _share_values(self, background: Mapping[str, Tensor]) -> None:
         """The shadow's parameters and buffers become views of the background's and the model's: nothing is copied."""
         values: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers()), **background}
+        computed = {entry.name: entry for entry in find_parametrized(self.model)}
         for name, tensor in (*self.shadow.named_parameters(), *self.shadow.named_buffers()):
-            tensor.data = values[name].data
+            if name in computed and name not in background:
+                tensor.data = effective_weight(self.model, computed[name])
+            else:
+                tensor.data = values[name].data
 
     def _set_input_bounds(self, inputs: tuple) -> None:
         x = next((x for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()), None)
@@ -143,7 +174,7 @@ class Relevances:
         from zennit.rules import Norm, ZPlus
 
         composite, self._composite = self._composite, None
-        order, plain = _running_order(self.shadow, args, kwargs)
+        order, unlike, plain = _running_order(self.shadow, args, kwargs)
         names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
         context: dict = {}
         matched = False
@@ -151,6 +182,9 @@ class Relevances:
             if isinstance(module, UNRULED):
                 if isinstance(composite, SpecialFirstLayerMapComposite):
                     context["first_layer_visited"] = True
+                continue
+            if module in unlike:  # its operators carry the relevance
+                matched = True
                 continue
             template = composite.module_map(context, name, module)
             if template is None:
@@ -162,7 +196,8 @@ class Relevances:
             for weight in weights:
                 self.rules[names[id(weight)]] = type(template).__name__
             matched = matched or bool(weights)
-            _Rule(self, module, PositiveContributions() if type(template) is ZPlus else template, weights)
+            template = PositiveContributions() if type(template) is ZPlus else template
+            _Rule(self, name, module, template, weights)
         if not matched and any(isinstance(module, RULED) for _, module in order):
             raise OptionError(
                 f"composite {type(composite).__name__} has no rule for any of the {len(self.names)} quantised layers: "
@@ -171,21 +206,51 @@ class Relevances:
         return plain
 
 
-def _running_order(shadow: nn.Module, args: tuple, kwargs: dict) -> tuple[list[tuple[str, nn.Module]], Any]:
-    """(modules by name, those that ran first in the order they ran; the output)."""
+def _running_order(shadow: nn.Module, args: tuple, kwargs: dict) -> tuple[list[tuple[str, nn.Module]], set[nn.Module], Any]:
+    """(modules by name, those that ran first in the order they ran; those that are no layer a rule can be for; the output)."""
     ran: dict[nn.Module, None] = {}
+    unlike: set[nn.Module] = set()
+
+    def compare(module: nn.Module, inputs: tuple, output: Any) -> None:
+        if module not in unlike and not _is_additive(module, inputs, output):
+            unlike.add(module)
+
+    own = [module for module in shadow.modules() if isinstance(module, RULED) and not _has_stock_forward(module)]
     handles = [module.register_forward_pre_hook(lambda module, _: ran.setdefault(module)) for module in shadow.modules()]
+    handles += [module.register_forward_hook(compare) for module in own]
     with torch.no_grad():
         output = shadow(*args, **kwargs)
     for handle in handles:
         handle.remove()
     names = {module: name for name, module in shadow.named_modules()}
-    return [(names[module], module) for module in (*ran, *(module for module in names if module not in ran))], output
+    order = [(names[module], module) for module in (*ran, *(module for module in names if module not in ran))]
+    return order, unlike, output
+
+
+def _has_stock_forward(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    kernels = {getattr(stock, "_conv_forward", None) for stock in RULED}
+    return kind.forward in STOCK_FORWARDS and getattr(kind, "_conv_forward", None) in kernels
+
+
+def _is_additive(module: nn.Module, inputs: tuple, output: Any) -> bool:
+    """Whether a forward of the user's own is that of its layer in its weight, z(w+) + z(w-) = z(w): what every rule builds on.
+
+    A standardised weight is not: gradient times input would then sum to zero.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(output, Tensor) or len(inputs) != 1 or not isinstance(weight, Tensor):
+        return False
+    try:
+        parts = run_with(module, weight.clamp(min=0), bias, *inputs) + run_with(module, weight.clamp(max=0), None, *inputs)
+    except Exception:  # the user's own code, which may want anything of its weight
+        return False
+    return torch.allclose(parts, output, rtol=1e-3, atol=1e-3 * float(output.abs().amax()) if output.numel() else 0.0)
 
 
 def _check_same(plain: Tensor, output: Any) -> None:
     """Out-of-place rules must not change what the model computes; looked at once, on the first batch."""
-    if not torch.allclose(plain, output, rtol=1e-3, atol=1e-4, equal_nan=True):
+    if not isinstance(output, Tensor) or not torch.allclose(plain, output, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ModelError(
             f"the model computes something else under relevance propagation (outputs differ by "
             f"{float((plain - output).abs().max()):.3g}): it probably relies on an in-place operation whose result it does "
@@ -196,11 +261,29 @@ def _check_same(plain: Tensor, output: Any) -> None:
 class _Rule:
     """Runs one module of the shadow under one zennit rule, with a fresh copy of the rule for each call of the module."""
 
-    def __init__(self, owner: Relevances, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
-        self.owner, self.template, self.weights = owner, template, weights
+    def __init__(self, owner: Relevances, name: str, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
+        self.owner, self.name, self.template, self.weights = owner, name or "additions", template, weights
         self.calls: list[Tensor] = []
-        module.register_forward_pre_hook(self.before, with_kwargs=True)
-        module.register_forward_hook(self.after)
+        self.handles = (
+            module.register_forward_pre_hook(self._noting(self.before), with_kwargs=True),
+            module.register_forward_hook(self._noting(self.after)),
+        )
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _noting(self, function: Callable) -> Callable:
+        """The function; where it fails, the owner is told which rule it was."""
+
+        def call(*args: Any) -> Any:
+            try:
+                return function(*args)
+            except Exception as error:
+                self.owner._failed = self, error
+                raise
+
+        return call
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if not args:
@@ -217,15 +300,19 @@ class _Rule:
         rule.forward(module, (args[0],), z)
         x = self.calls.pop()
         goes_on = self.owner.to_inputs or _weights_before(x)
+        if not goes_on:  # nothing before x is called, which would be handed None
+            x = x.detach().requires_grad_()
         # What is needed again must survive the model's in-place operations on it.
         again = self.weights or z.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
         output = [z.detach().clone() if again else z.detach()]
-        return _Propagate.apply(x, output, lambda R: self.backward(rule, module, args[0], z, R, goes_on))
+        backward = self._noting(lambda R: self.backward(rule, module, args[0], z, R, goes_on))
+        return _Propagate.apply(x, output, backward)
 
     def backward(self, rule: Any, module: nn.Module, x: Tensor, z: Tensor, R: Tensor, goes_on: bool) -> Tensor | None:
-        if z.requires_grad and self.weights:
+        weights = [weight for weight in self.weights if weight.requires_grad]
+        if z.requires_grad and weights:
             # r_w = w ⊙ ∂⟨z, R / stabilise(z)⟩/∂w: the gradient gathers in w.grad over calls and ties, w comes last
-            torch.autograd.backward(z, R / stabilize(z.detach()), inputs=self.weights)
+            torch.autograd.backward(z, R / stabilize(z.detach()), inputs=weights)
         return rule.backward(module, (x,), (R,))[0] if goes_on else None
 
 
@@ -268,6 +355,8 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
                 f"{tuple(getattr(output, 'shape', ()))}: they must be equal"
             )
         return output, R.detach().to(output.dtype)
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):  # as Hugging Face's models call them
+        output = output["logits"]
     if not isinstance(output, Tensor):
         raise ModelError(
             f"the model returns a {type(output).__name__}: give start=function(output, target) -> (tensor, its relevance)"
@@ -287,15 +376,32 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
     return output, true_class
 
 
+def first_line(error: Exception) -> str:
+    """What failed, in one line of at most some 300 characters; a sentence of ours as it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (lines or [""])[0][:300]
+    if isinstance(error, InputError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _described(target: Any) -> str:
     return f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
 
 
 def _shadow_of(model: nn.Module) -> nn.Module:
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise ModelError(
+            f"'{scripted[0] or type(model).__name__}' is TorchScript, which relevances cannot look into: give the module that it"
+            " was made from, or use relevance=None"
+        )
     try:
-        return copy.deepcopy(model).eval()
-    except (RuntimeError, TypeError) as error:
+        shadow = copy_module(model).eval()
+    except Exception as error:  # a copy runs any module's own code
         raise ModelError(f"the model cannot be copied, which relevances need ({error}): use relevance=None") from error
+    merge_parametrizations(shadow)  # rules are for layers that hold their weight
+    return shadow
 
 
 def _arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple, dict]:

@@ -32,21 +32,22 @@ class PositiveContributions:
         with torch.enable_grad():
             smallest = float(x.amin()) if x.numel() else 0.0
             positive = (x if smallest >= 0 else x.clamp(min=0)).detach().requires_grad_()
-            z = _run(module, weight.clamp(min=0), None if bias is None else bias.clamp(min=0), positive)
+            z = run_with(module, weight.clamp(min=0), None if bias is None else bias.clamp(min=0), positive)
             parts = [positive]
             if not smallest >= 0:
                 parts.append(x.clamp(max=0).requires_grad_())
-                z = z + _run(module, weight.clamp(max=0), None, parts[1])
+                z = z + run_with(module, weight.clamp(max=0), None, parts[1])
             gradients = torch.autograd.grad(z, parts, R / stabilize(z.detach()))
         shares = [gradient.mul_(part.detach()) for part, gradient in zip(parts, gradients, strict=True)]
         return (shares[0] if len(shares) == 1 else shares[0] + shares[1],)
 
 
-def _run(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def run_with(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """The layer's own forward with other parameters, past its hooks."""
     kept = dict(module._parameters)
     try:
         module._parameters.update({"weight": weight, "bias": bias})  # type: ignore[dict-item]
         return module.forward(x)
     finally:
+        module._parameters.clear()
         module._parameters.update(kept)
