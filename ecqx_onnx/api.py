@@ -442,11 +442,14 @@ def validate(
             raise OptionError(f"{against} is the file itself, which proves nothing; give what it was made from")
         if inputs is not None and data is not None:
             raise OptionError("--inputs and --data both say what to run on; give one of them")
-        split = _sides(None, data, factory=None, input_shape=None, trust_pickle=False, samples=samples)["split"]
+        sides, _ = _sides(
+            None, data, onnx_file=onnx_file, factory=None, input_shape=None, trust_pickle=False, samples=samples, names_from=against
+        )
         return validation.validate_against_original(
             onnx_file,
             against,
-            split=split,
+            split=sides["split"],
+            notes=sides["notes"],
             inputs=inputs,
             batch_size=batch_size,
             latency_runs=latency_runs,
@@ -454,9 +457,18 @@ def validate(
         )
     if inputs is not None:
         raise OptionError("--inputs are for a validation against an .onnx file; beside PyTorch give --data, or nothing")
+    sides, _ = _sides(
+        against,
+        data,
+        onnx_file=onnx_file,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        samples=samples,
+    )
     return validation.validate(
         onnx_file,
-        **_sides(against, data, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples),
+        **sides,
         batch_size=batch_size,
         latency_runs=latency_runs,
         progress=progress,
@@ -490,7 +502,15 @@ def validate_on(
     if is_onnx(against):
         raise OptionError(f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave --device out")
     found = [room.find_device(name) for name in devices]
-    sides = _sides(against, data, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples)
+    sides, _ = _sides(
+        against,
+        data,
+        onnx_file=onnx_file,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        samples=samples,
+    )
     reports, troubles = [], []
     for device in found:
         shown = None if progress is None else functools.partial(_on_device, progress, device.name)
@@ -518,28 +538,57 @@ def _sides(
     against: Source | None,
     data: Any,
     *,
+    onnx_file: str | Path,
     factory: str | None,
     input_shape: Sequence[int] | None,
     trust_pickle: bool,
     samples: int | None,
-) -> dict[str, Any]:
-    """What a file is compared with: the PyTorch side and the data, as validation takes them."""
+    names: Sequence[str] = (),
+    names_from: str | Path | None = None,
+) -> tuple[dict[str, Any], Any]:
+    """What a file is compared with: the PyTorch side and the data, as validation takes them; and the data set.
+
+    The data's classes get the numbers that the file's class names give them; where the file has no names, those of the
+    checkpoint, of the .onnx file `names_from`, or `names`.
+    """
     from ecqx_onnx.data import Dataset, Split, load_dataset
+    from ecqx_onnx.data.class_names import match_classes
 
     checkpoint = None
     if against is not None:
         checkpoint = as_checkpoint(against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, allow_float=True)
-    dataset = load_dataset(data) if isinstance(data, str) else data
+    dataset, notes = load_dataset(data) if isinstance(data, str) else data, ()
+    if isinstance(dataset, Dataset):
+        known, outputs = _class_names(onnx_file)
+        if not known and names_from is not None:
+            known = _class_names(names_from)[0]
+        if not known:
+            known = names or (() if checkpoint is None else checkpoint.labels)
+        dataset, notes = match_classes(dataset, known, outputs=outputs)
     split = dataset.test if isinstance(dataset, Dataset) else dataset
     if isinstance(split, Split) and samples is not None:
         split = split.take(samples)
-    return {
+    sides = {
         "reference": None if checkpoint is None else checkpoint.module(),
         "tensors": () if checkpoint is None else checkpoint.tensors,
         "float_reference": checkpoint is not None and not checkpoint.tensors,
         "float_model": None if checkpoint is None else functools.partial(_float_model, checkpoint),
         "split": split,
+        "notes": notes,
     }
+    return sides, dataset
+
+
+def _class_names(path: str | Path) -> tuple[tuple[str, ...], int | None]:
+    """What an .onnx file says of its classes: their names, empty if none, and how many scores its first output holds."""
+    from ecqx_onnx.onnx_file import read_onnx
+
+    file = read_onnx(path)
+    labels = file.metadata.get("labels")
+    names = tuple(map(str, labels)) if isinstance(labels, list) else ()
+    outputs = file.proto.graph.output
+    dims = outputs[0].type.tensor_type.shape.dim if outputs else ()
+    return names, dims[1].dim_value or None if len(dims) == 2 else None
 
 
 def deploy(
@@ -567,7 +616,16 @@ def deploy(
 
     platform = deployment.find_platform(to)
     dataset = load_dataset(data) if isinstance(data, str) else data
-    sides = _sides(against, dataset, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, samples=samples)
+    sides, dataset = _sides(
+        against,
+        dataset,
+        onnx_file=onnx_file,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        samples=samples,
+        names=labels,
+    )
     report = validation.validate(onnx_file, **sides, latency_runs=0, progress=progress)
     return deployment.deploy(
         onnx_file,
@@ -576,6 +634,7 @@ def deploy(
         report=report,
         reference=sides["reference"],
         split=sides["split"],
+        notes=sides["notes"],
         labels=labels,
         data_labels=dataset.labels if isinstance(dataset, Dataset) else (),
         data_name=dataset.name if isinstance(dataset, Dataset) else "the given data",

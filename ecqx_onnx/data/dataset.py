@@ -150,12 +150,18 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A labelled data set. labels: the classes' names, class i is labels[i]. train is None for pure test sets."""
+    """A labelled data set. labels: the classes' names, class i is labels[i]. train is None for pure test sets.
+
+    named: whether the names came with the data; else they are the numbers 0, 1, ... notes: what a user should know of the
+    data, one sentence each.
+    """
 
     name: str
     train: Split | None
     test: Split
     labels: tuple[str, ...]
+    named: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -221,7 +227,8 @@ class Dataset:
             )
         classes = 1 + max(int(split.y.max()) for split in ready.values())
         name = name.encode("utf-8", "backslashreplace").decode()  # a path that is not UTF-8
-        return cls(name, train, test, names or tuple(map(str, range(classes))))
+        labels = names or tuple(map(str, range(classes)))
+        return cls(name, train, test, labels, named=bool(names))
 
 
 def _split(

@@ -7,7 +7,7 @@ import os
 import struct
 import wave
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ WAVS = (".wav",)
 LARGEST_WAV = 2**32  # bytes, what the format can hold
 LARGEST_BATCH = 2**30  # bytes of raw samples
 TEST_FOLDERS = ("test", "val", "validation")
+NO_CLASSES = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")  # what systems leave in folders
 
 
 def load_folder(root: Path, *, preprocessing: Preprocessing | None) -> Dataset:
@@ -50,7 +51,33 @@ def load_folder(root: Path, *, preprocessing: Preprocessing | None) -> Dataset:
     make_source = partial(_wavs, first, preprocessing) if first.suffix.lower() in WAVS else partial(_images, first, preprocessing)
     sources: dict[str, Source] = {"x" + key: make_source(str(parts[key]), files) for key, (files, _) in listed.items()}
     arrays = {"y" + key: y for key, (_, y) in listed.items()} | {"labels": np.array(labels)}
-    return Dataset.from_sources(str(root), sources, arrays, preprocessing=preprocessing)
+    dataset = Dataset.from_sources(str(root), sources, arrays, preprocessing=preprocessing)
+    return replace(dataset, notes=tuple(_stray(parts) + _absences(labels, {key: y for key, (_, y) in listed.items()})))
+
+
+def _stray(parts: Mapping[str, Path]) -> list[str]:
+    """Sentences on folders that are no classes."""
+    found = [part / name for part in parts.values() for name in NO_CLASSES if (part / name).is_dir()]
+    return [f"the folder {folder} is no class and was left out" for folder in found]
+
+
+def _absences(labels: Sequence[str], classes: Mapping[str, np.ndarray]) -> list[str]:
+    """Sentences on classes without files: in all of the data, or in one of its two parts."""
+    present = {key: set(y.tolist()) for key, y in classes.items()}
+    somewhere = set().union(*present.values())
+    empty = [name for label, name in enumerate(labels) if label not in somewhere]
+    notes = [f"there is no image and no wav in {_classes(empty)}: remove what is no class"] if empty else []
+    for key, part in (("_train", "training"), ("_test", "test")):
+        if len(present) < 2:
+            break
+        absent = [labels[label] for label in sorted(somewhere - present[key])]
+        notes += [f"there are no {part} samples of {_classes(absent)}"] if absent else []
+    return notes
+
+
+def _classes(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ("class " if len(names) == 1 else "classes ") + ", ".join(f"'{name}'" for name in names[:5]) + more
 
 
 def _parts(root: Path) -> Mapping[str, Path]:
@@ -65,10 +92,14 @@ def _parts(root: Path) -> Mapping[str, Path]:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if entry.is_dir() and _may_be_class(entry.name))
     for name in names:
         check_text(name, f"the class folder {os.fsencode(name)!r} in {folder}")
     return names
+
+
+def _may_be_class(name: str) -> bool:
+    return not name.startswith(".") and name not in NO_CLASSES
 
 
 def _files(part: Path, labels: Sequence[str]) -> tuple[list[Path], np.ndarray]:

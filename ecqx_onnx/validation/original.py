@@ -6,7 +6,7 @@ For files of `pack`, behind which there is no PyTorch model, and for any two fil
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ def validate_against_original(
     original: Path | str,
     *,
     split: Split | None = None,
+    notes: Sequence[str] = (),
     inputs: Mapping[str, np.ndarray] | None = None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
@@ -56,7 +57,7 @@ def validate_against_original(
             raise DataError(f"{path}: {check.sentence}")
     found += same.checks
     if not same.samples:
-        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found), notes=tuple(notes))
     executed, before = executed_operators(file.path, same.first), Counter[str]()
     if any(map(checks.rounds_activations, executed)):
         before = executed_operators(source.path, same.original_first)
@@ -75,6 +76,7 @@ def validate_against_original(
         size=file.size,
         samples=same.samples,
         checks=tuple(found),
+        notes=tuple(notes),
         onnx_accuracy=same.accuracy,
         agreement=same.agreement.same if same.agreement else None,
         load_seconds=load_seconds(file.path),

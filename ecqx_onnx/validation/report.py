@@ -57,7 +57,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """samples: how many were compared. operators: executed type -> count.
+    """samples: how many were compared. operators: executed type -> count. notes: what a user should know, a sentence each.
 
     device: its name; None for the process that validates. peak_memory: bytes that loading the file and running a batch took
     on the device (of WebAssembly: the whole heap); None where nobody measured it.
@@ -77,6 +77,7 @@ class ValidationReport:
     operators: Mapping[str, int] = field(default_factory=dict)
     device: str | None = None
     peak_memory: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -96,7 +97,8 @@ class ValidationReport:
         numbers = Table(show_header=False)
         for name, value in _numbers(self):
             numbers.add_row(name, Text(value))
-        return Group(checks, numbers, _verdict(self))
+        notes = [Text(f"note: {note}", style="yellow") for note in self.notes]
+        return Group(checks, numbers, *notes, _verdict(self))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; sizes in bytes, times in seconds, shares in [0, 1]."""
@@ -119,6 +121,7 @@ class ValidationReport:
             "peak_memory_bytes": self.peak_memory,
             "operators": dict(sorted(self.operators.items())),
             "checks": [check.to_json() for check in self.checks],
+            "notes": list(self.notes),
         }
 
 

@@ -46,6 +46,7 @@ def validate(
     float_reference: bool = False,
     float_model: Callable[..., bytes | None] | None = None,
     split: Split | None = None,
+    notes: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     batch_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
@@ -68,7 +69,7 @@ def validate(
         plain = open_session(file.path, level="disabled")
     except CheckFailed as error:
         found.append(Check("load", False, None, None, str(error)))
-        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found), notes=tuple(notes))
     found.append(Check("load", True, None, None, f"{runtime_name()} loads it with all optimisations and with none"))
     inexact = checks.why_inexact(file, float_reference=float_reference)
 
@@ -85,7 +86,7 @@ def validate(
         if split is None:  # the shapes or values may be what it cannot take
             raise DataError(f"{path}: does not run on synthetic inputs, so give it real data: {error}") from error
         found.append(Check("run", False, None, None, str(error)))
-        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found), notes=tuple(notes))
     few = tuple(array[: fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
 
     found.append(
@@ -114,6 +115,7 @@ def validate(
         size=file.size,
         samples=comparison.samples,
         checks=tuple(found),
+        notes=tuple(notes),
         pytorch_accuracy=comparison.pytorch_accuracy,
         onnx_accuracy=comparison.onnx_accuracy,
         agreement=comparison.agreement.same if comparison.agreement else None,

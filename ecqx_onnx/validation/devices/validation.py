@@ -54,6 +54,7 @@ def validate_on(
     float_reference: bool = False,
     float_model: Callable[..., bytes | None] | None = None,
     split: Split | None = None,
+    notes: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     batch_size: int = 64,
     latency_runs: int = 50,
@@ -122,6 +123,7 @@ def validate_on(
         size=file.size,
         samples=comparison.samples,
         checks=tuple(found),
+        notes=tuple(notes),
         pytorch_accuracy=comparison.pytorch_accuracy,
         onnx_accuracy=comparison.onnx_accuracy,
         agreement=comparison.agreement.same if comparison.agreement else None,
@@ -172,7 +174,8 @@ class DeviceTable:
             for c in r.checks
             if c.name == "latency"
         ]
-        return Group(table, *failed, *slow)
+        notes = [Text(f"note: {note}", style="yellow") for note in dict.fromkeys(n for r in self.reports for n in r.notes)]
+        return Group(table, *notes, *failed, *slow)
 
     def to_json(self) -> list[dict[str, Any]]:
         """A report for each device; of one without result: device, ok, error."""
