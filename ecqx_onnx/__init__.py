@@ -2,13 +2,14 @@
 
     import ecqx_onnx
 
+    preprocessing = ecqx_onnx.Preprocessing("image", scale=255.0)  # what `loader` does to raw pixels
     quantizer = ecqx_onnx.Quantizer(model, bits=4, entropy_weight=0.1)
     for x, y in loader:
         optimizer.zero_grad()
         loss_function(model(x), y).backward()
         optimizer.step()
         quantizer.step(x, y)
-    ecqx_onnx.save(quantizer, "model.pt", example=x)
+    ecqx_onnx.save(quantizer, "model.pt", example=x, preprocessing=preprocessing)
     ecqx_onnx.convert("model.pt", "out.onnx")
     ecqx_onnx.validate("out.onnx", against="model.pt", data="data.npz")
 

@@ -26,6 +26,7 @@ from ecqx_onnx_converters.targets import check_name, find_target
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, is_program, load, load_plain
 from ecqx_onnx.checkpoint import save as save_checkpoint
+from ecqx_onnx.data import Dataset
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.export import Exported, export, float_graph
@@ -42,6 +43,7 @@ from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, doubt_accuracy
 
 Source = Any  # Quantizer | nn.Module | ExportedProgram | Checkpoint | path
 
@@ -138,13 +140,13 @@ def convert(
         opset=opset,
         integer=() if quantised is None else quantised.weights,
     )
-    metadata = {
-        "version": __version__,
-        "recipe": _without_defaults(checkpoint.recipe),
-        "preprocessing": {
-            key: value for key, value in json.loads(checkpoint.preprocessing.to_json()).items() if value is not None
-        },
-    }
+    metadata: dict[str, Any] = {"version": __version__, "recipe": _without_defaults(checkpoint.recipe)}
+    if checkpoint.preprocessing_known:
+        recorded = json.loads(checkpoint.preprocessing.to_json())
+        metadata["preprocessing"] = {key: value for key, value in recorded.items() if value is not None}
+        notes = (*notes, f"preprocessing that the file records: {checkpoint.preprocessing.describe()}")
+    else:
+        notes = (*notes, NO_PREPROCESSING)
     if checkpoint.labels != tuple(map(str, range(len(checkpoint.labels)))):
         metadata["labels"] = list(checkpoint.labels)
     if floats != "float32":
@@ -162,6 +164,10 @@ def _left(batchnorms: Sequence[BatchNorm]) -> tuple[str, ...]:
     return tuple(f"BatchNormalization '{entry.name}' stays: {entry.reason}" for entry in batchnorms if entry.weight is None)
 
 
+NO_PREPROCESSING = (
+    "the file records no preprocessing, as none is known: give `save` the one of the training (preprocessing=...), or FILE.py"
+    " a PREPROCESSING"
+)
 CALIBRATION_BATCH = 64
 RANGES_FROM = ("ranges of activations: calibrated on the data given", "ranges of activations: those that training ended with")
 
@@ -172,7 +178,7 @@ def _ranges(
     """Of the activations that are to be 8 bits: what they are on the calibration data, else what they were trained with. On data,
     channels are made equally large first, where that costs nothing."""
     from ecqx_onnx.calibration import METHODS, calibrate_ranges, channel_peaks
-    from ecqx_onnx.data import Dataset, load_dataset
+    from ecqx_onnx.data import load_dataset
 
     if activations != "int8":
         raise OptionError(f"there are no activations of type '{activations}'; choose float32 or int8")
@@ -188,7 +194,9 @@ def _ranges(
         return checkpoint, carried_ranges(graph, values, checkpoint.ranges)
     data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
-    split = split.with_preprocessing(checkpoint.preprocessing).take(samples)
+    if checkpoint.preprocessing_known:
+        split = split.with_preprocessing(checkpoint.preprocessing)
+    split = split.take(samples)
     if (value := split.only_value()) is not None:
         raise DataError(
             f"{split.source.name} holds nothing but the value {value:g} in the {len(split)} samples for calibration, which tells"
@@ -443,7 +451,14 @@ def validate(
         if inputs is not None and data is not None:
             raise OptionError("--inputs and --data both say what to run on; give one of them")
         sides, _ = _sides(
-            None, data, onnx_file=onnx_file, factory=None, input_shape=None, trust_pickle=False, samples=samples, names_from=against
+            None,
+            data,
+            onnx_file=onnx_file,
+            factory=None,
+            input_shape=None,
+            trust_pickle=False,
+            samples=samples,
+            names_from=against,
         )
         return validation.validate_against_original(
             onnx_file,
@@ -551,7 +566,7 @@ def _sides(
     The data's classes get the numbers that the file's class names give them; where the file has no names, those of the
     checkpoint, of the .onnx file `names_from`, or `names`.
     """
-    from ecqx_onnx.data import Dataset, Split, load_dataset
+    from ecqx_onnx.data import Split, load_dataset
     from ecqx_onnx.data.class_names import match_classes
 
     checkpoint = None
@@ -612,7 +627,7 @@ def deploy(
     labels: the classes' names, instead of those that the file (or else the data set) holds.
     """
     from ecqx_onnx import deployment, validation
-    from ecqx_onnx.data import Dataset, load_dataset
+    from ecqx_onnx.data import load_dataset
 
     platform = deployment.find_platform(to)
     dataset = load_dataset(data) if isinstance(data, str) else data
@@ -634,7 +649,6 @@ def deploy(
         report=report,
         reference=sides["reference"],
         split=sides["split"],
-        notes=sides["notes"],
         labels=labels,
         data_labels=dataset.labels if isinstance(dataset, Dataset) else (),
         data_name=dataset.name if isinstance(dataset, Dataset) else "the given data",
@@ -723,12 +737,7 @@ def quantize(
     torch.manual_seed(seed)
     loaded = load_factory(factory)
     dataset = load_dataset(data)
-    if mean or std:
-        dataset = dataset.normalized(mean or (0.0,), std or (1.0,))
-    elif loaded.preprocessing is not None:
-        dataset = dataset.with_preprocessing(loaded.preprocessing)
-    elif dataset.preprocessing.kind != "indices":
-        dataset = dataset.normalized()
+    dataset, told = _preprocessed(dataset, loaded, mean, std, factory=factory)
     if weights is not None:
         apply_state(loaded.model, load_state(weights), weights)
     _check_patterns(options, [name for name, _ in loaded.model.named_parameters()])
@@ -741,7 +750,13 @@ def quantize(
             f"{data}: a batch of shape {x.shape} does not go through {factory} ({reason}); give data of the shape that it takes"
         ) from error
     dataset.check_outputs(outputs)
-    before = accuracy(loaded.model, dataset.test) if weights is not None else None
+    confusion = None if weights is None else confuse(loaded.model, dataset.test)
+    before = None
+    if weights is not None:
+        before = accuracy(loaded.model, dataset.test) if confusion is None else confusion.right
+    told = (*dataset.notes, told, *doubt_accuracy(confusion, who="the float model"))
+    if weights is None:
+        told = (*told, "no --weights are given: the network starts from random values and is trained from scratch")
     state_file = out.with_name(out.name + ".training")
     shown = None if progress is None else training_progress(progress)
     with process_group():
@@ -769,9 +784,29 @@ def quantize(
         trained.quantizer.report(),
         checkpoint.tensors,
         dataset.name,
-        checkpoint.notes,
+        (*told, *checkpoint.notes),
         trained.quantizer.options.activations,
     )
+
+
+def _preprocessed(
+    dataset: Dataset, loaded: Loaded, mean: Sequence[float] | None, std: Sequence[float] | None, *, factory: str
+) -> tuple[Dataset, str]:
+    """(the data as the training takes them, a sentence that says how and who decided it)."""
+    if bool(mean) != bool(std):
+        given, missing = ("--mean", "--std") if mean else ("--std", "--mean")
+        neutral = "1" if mean else "0"
+        raise OptionError(f"{given} goes with {missing}: give both ({missing} {neutral} changes nothing)")
+    file = Path(factory.rpartition(":")[0]).name
+    where = f"the data's type decided; {file} has no PREPROCESSING"
+    if loaded.preprocessing is not None:
+        dataset, where = dataset.with_preprocessing(loaded.preprocessing), f"PREPROCESSING of {file}"
+    if mean and std:
+        dataset, where = dataset.normalized(mean, std), "mean and std as given, " + where
+    elif loaded.preprocessing is None and dataset.preprocessing.kind != "indices":
+        dataset = dataset.normalized()
+        where = f"mean and std estimated from the training samples of {dataset.name}; " + where
+    return dataset, f"preprocessing: {dataset.preprocessing.describe()} ({where})"
 
 
 def with_history(
@@ -843,6 +878,22 @@ def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Pr
     for x, y in split.batches(batch_size):
         right += int((model(torch.from_numpy(x).to(device)).argmax(1).cpu().numpy() == y).sum())
     return Proportion(right, len(split))
+
+
+@torch.no_grad()
+def confuse(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Confusion | None:
+    """Which class of the split the model takes for which; None for more classes than can be counted in pairs."""
+    with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only
+        model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found: Confusion | None = None
+    for x, y in split.batches(batch_size):
+        scores = model(torch.from_numpy(x).to(device))
+        if scores.ndim != 2 or scores.shape[1] > MOST_CLASSES:
+            return None
+        counted = Confusion.count(y, scores.argmax(1).cpu().numpy(), scores.shape[1])
+        found = counted if found is None else found + counted
+    return found
 
 
 def training_progress(progress: Callable[..., None]) -> Callable[[Any], None]:

@@ -46,6 +46,7 @@ class Checkpoint:
     recipe: how it was made, for people and for the ONNX metadata; preprocessing and labels travel with the model.
     insight: what a report shows of the training; None in checkpoints that were made without a Quantizer.
     ranges: (lowest, highest) of activations that were trained on 8 bits, by their names in the graph; else empty.
+    preprocessing_known: False where nobody said what happens to raw samples; `preprocessing` then changes nothing.
     """
 
     tensors: tuple[QuantTensor, ...]
@@ -60,6 +61,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     insight: Insight | None = None
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    preprocessing_known: bool = True
 
     def module(self) -> torch.nn.Module:
         """The PyTorch reference in evaluation mode: the traced network with the dequantised weights."""
@@ -134,6 +136,7 @@ def build(
         exported.notes,
         insight,
         dict(ranges or {}),
+        preprocessing is not None,
     )
 
 
@@ -167,6 +170,8 @@ def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> No
         "labels": list(checkpoint.labels),
         "notes": list(checkpoint.notes),
     }
+    if not checkpoint.preprocessing_known:
+        document["preprocessing_known"] = False
     if checkpoint.ranges:
         document["ranges"] = {name: list(bounds) for name, bounds in checkpoint.ranges.items()}
     if checkpoint.insight is not None:
@@ -296,6 +301,7 @@ def _read(document: Mapping[str, Any]) -> Checkpoint:
         notes=tuple(document["notes"]),
         insight=_insight_in(document.get("insight")),
         ranges=_ranges_in(document.get("ranges", {})),
+        preprocessing_known=bool(document.get("preprocessing_known", True)),
     )
 
 

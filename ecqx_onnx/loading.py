@@ -13,7 +13,7 @@ from ecqx_onnx.checkpoint import is_checkpoint, is_program, load_plain
 from ecqx_onnx.errors import FileError, ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.program import load_program
-from ecqx_onnx.user_code import is_function_spec, load_function
+from ecqx_onnx.user_code import is_function_spec, run_file
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys under which training scripts put the state dict
 
@@ -34,16 +34,37 @@ def load_factory(spec: str) -> Loaded:
     """
     if not is_function_spec(spec):
         raise OptionError(f"{spec!r} does not name a model; write FILE.py:FACTORY, for example models/lenet5.py:lenet5")
-    factory = load_function(spec)
+    file, _, name = spec.rpartition(":")
+    own = vars(run_file(file))
+    factory = own.get(name)
+    if not callable(factory):
+        raise FileError(f"{file} has no function '{name}': check the name in '{spec}'")
     try:
         model = factory()
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ModelError(f"{spec}() failed with {type(error).__name__}: {error}; it must work without arguments") from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{spec}() returned {type(model).__name__}, not a torch.nn.Module; return the network")
-    names = vars(inspect.getmodule(factory) or object) if inspect.isclass(factory) else getattr(factory, "__globals__", {})
-    shape = names.get("INPUT_SHAPE")
-    return Loaded(model, None if shape is None else tuple(int(length) for length in shape), names.get("PREPROCESSING"))
+    home = vars(inspect.getmodule(factory) or object) if inspect.isclass(factory) else getattr(factory, "__globals__", {})
+    names = {**home, **own}  # a factory that was imported from elsewhere: what stands beside the import comes first
+    return Loaded(model, _input_shape(names.get("INPUT_SHAPE"), file), _preprocessing(names.get("PREPROCESSING"), file))
+
+
+def _input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
+    if shape is None:
+        return None
+    lengths = shape if isinstance(shape, list | tuple | torch.Size) else (None,)
+    if not all(isinstance(length, int) and length > 0 for length in lengths):
+        raise ModelError(f"INPUT_SHAPE in {file} is {shape!r}: write the shape of one sample, such as (3, 32, 32)")
+    return tuple(lengths)
+
+
+def _preprocessing(found: Any, file: str) -> Preprocessing | None:
+    if found is not None and not isinstance(found, Preprocessing):
+        raise ModelError(
+            f"PREPROCESSING in {file} is {type(found).__name__}: write ecqx_onnx.Preprocessing('image', scale=255.0), say"
+        )
+    return found
 
 
 def load_state(path: str | Path) -> dict[str, torch.Tensor]:

@@ -120,6 +120,23 @@ class Preprocessing:
         """The same with this mean and standard deviation (each one value, or one per channel)."""
         return replace(self, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
+    def describe(self) -> str:
+        """What happens to raw samples, in words: "image, pixels / 255, minus 0.1307, divided by 0.3081"."""
+        words = [self.kind]
+        if self.image_shape is not None:
+            words.append("resized to " + "x".join(map(str, self.image_shape)))
+        if self.samples is not None:
+            words.append(f"{self.samples} samples")
+        if self.scale != 1:
+            words.append(f"values / {self.scale:g}")
+        if self.spectrum is not None:
+            words.append("MFCC" if self.spectrum.coefficients else "log-mel spectrum")
+        if self.mean:
+            words.append(f"minus {_shown(self.mean)}")
+        if self.std:
+            words.append(f"divided by {_shown(self.std)}")
+        return ", ".join(words) if len(words) > 1 else f"{self.kind}, values as they are"
+
     def to_json(self) -> str:
         """One line of JSON that `from_json` reads back to an equal value."""
         return json.dumps({"version": 1, **asdict(self)}, sort_keys=True)
@@ -172,6 +189,12 @@ def infer_preprocessing(dtype: np.dtype, sample_shape: tuple[int, ...], *, where
         f"{where} holds {found}, which says nothing certain: save images as uint8 [N, H, W, channels], "
         "audio as int16 [N, samples], features as float32"
     )
+
+
+def _shown(values: tuple[float, ...]) -> str:
+    more = ", ..." if len(values) > 4 else ""
+    listed = ", ".join(f"{value:.4g}" for value in values[:4]) + more
+    return listed if len(values) == 1 else f"({listed})"
 
 
 def _is_number(value: Any) -> bool:

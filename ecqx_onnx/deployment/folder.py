@@ -108,7 +108,6 @@ def deploy(
     report: ValidationReport,
     reference: torch.nn.Module | None = None,
     split: Split | None = None,
-    notes: Sequence[str] = (),
     labels: Sequence[str] = (),
     data_labels: Sequence[str] = (),
     data_name: str = "",
@@ -127,7 +126,7 @@ def deploy(
     if not report.ok:
         failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
         raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
-    maker = _Maker(file, platform, reference, split, _labels(file, labels, data_labels), data_name, report, tuple(notes))
+    maker = _Maker(file, platform, reference, split, _labels(file, labels, data_labels), data_name, report)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
@@ -196,13 +195,12 @@ class _Maker:
     labels: tuple[str, ...]
     data_name: str
     report: ValidationReport
-    known: tuple[str, ...]
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Everything into `folder`, which is empty. -> the values of `Deployed`, but folder and files."""
         session, plain = open_session(self.file.path), open_session(self.file.path, level="disabled")
         inputs, outputs = ([_described(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
-        notes = list(self.known)
+        notes = list(self.report.notes)
         preprocessing = stored_preprocessing(self.file)
         if preprocessing is None and self.split is not None:
             preprocessing = self.split.preprocessing

@@ -13,6 +13,7 @@ from ecqx_onnx.errors import DataError
 from ecqx_onnx.validation.bounds import Bound, bound, exact_outputs, reference_outputs
 from ecqx_onnx.validation.floats import RUNS, Shift
 from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
+from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, InputRange
 from ecqx_onnx.validation.sessions import fit, fixed_batch, run
 
 EXACT_SAMPLES = 256  # the first ones get a float64 result in any case, later batches where they look suspicious
@@ -49,6 +50,7 @@ class Comparison:
 
     first: the inputs of the first batch. differences: one per output; empty without a reference.
     agreement, pytorch_accuracy, onnx_accuracy: of the first output, if it is one of classes.
+    confusion: of the reference where there is one, else of the file; inputs: of the first input, if it is of floats.
     mismatch: a sentence where the two models' outputs cannot be paired; the pass ended there.
     """
 
@@ -59,6 +61,8 @@ class Comparison:
     pytorch_accuracy: Proportion | None = None
     onnx_accuracy: Proportion | None = None
     mismatch: str | None = None
+    confusion: Confusion | None = None
+    inputs: InputRange | None = None
 
 
 def compare(
@@ -75,6 +79,8 @@ def compare(
     size = fixed_batch(session)
     differences = _Differences(session, reference, shift)
     samples, first = 0, None
+    confusion: Confusion | None = None
+    reach: InputRange | None = None
     agreed, right, reference_right = Agreement(Proportion(0, 0), 0.0), Proportion(0, 0), Proportion(0, 0)
     for raw, labels in batches:
         count = len(raw[0]) if raw and raw[0].ndim else 1
@@ -82,6 +88,8 @@ def compare(
         first = first or inputs
         got = run(session, inputs)
         samples += count
+        seen = InputRange.of(inputs[0]) if inputs else None
+        reach = seen if reach is None or seen is None else reach.widen(seen)
         classes = bool(got) and is_classification(got[0])
         if classes and labels is not None:
             right += accuracy(got[0][:count], labels)
@@ -94,12 +102,33 @@ def compare(
                 agreed += agreement(wanted[0][:count], got[0][:count])
                 if labels is not None:
                     reference_right += accuracy(wanted[0][:count], labels)
+                    confusion = _counted(confusion, labels, wanted[0][:count])
+        elif classes and labels is not None:
+            confusion = _counted(confusion, labels, got[0][:count])
         if progress is not None:
             progress(samples)
     if first is None:
         raise DataError("the data set holds no sample: there is nothing to validate on")
     same = agreed if agreed.same else None
-    return Comparison(samples, first, tuple(differences.worst), same, reference_right or None, right or None)
+    return Comparison(
+        samples,
+        first,
+        tuple(differences.worst),
+        same,
+        reference_right or None,
+        right or None,
+        confusion=confusion,
+        inputs=reach,
+    )
+
+
+def _counted(before: Confusion | None, labels: np.ndarray, scores: np.ndarray) -> Confusion | None:
+    """scores: [N, C]. None where there are too many classes to count pairs of them."""
+    classes = scores.shape[1]
+    if classes > MOST_CLASSES:
+        return None
+    found = Confusion.count(labels, scores.argmax(1), classes)
+    return found if before is None else before + found
 
 
 class _Differences:

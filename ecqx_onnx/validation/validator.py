@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from ecqx_onnx_converters.reading import read_weights
@@ -22,6 +23,7 @@ from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.comparison import Batch, Comparison, compare
 from ecqx_onnx.validation.floats import shift_by_floats
 from ecqx_onnx.validation.latency import measure_latency
+from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
 from ecqx_onnx.validation.report import Check, Latency, ValidationReport
 from ecqx_onnx.validation.sessions import (
     executed_operators,
@@ -77,7 +79,9 @@ def validate(
     if split is None:
         batches: Iterator[Batch] = iter([(synthetic_inputs(session, batch=SYNTHETIC_BATCH), None)])
     else:
-        batches = preprocessed_batches(split, preprocessing or stored_preprocessing(file), fixed_batch(session) or batch_size)
+        preprocessing, told = chosen_preprocessing(file, split, preprocessing)
+        notes = (*notes, told)
+        batches = preprocessed_batches(split, preprocessing, fixed_batch(session) or batch_size)
     try:
         counted = None if progress is None else lambda done: progress(done, total)
         shift = None if reference is None else shift_by_floats(file, float_model)
@@ -115,7 +119,7 @@ def validate(
         size=file.size,
         samples=comparison.samples,
         checks=tuple(found),
-        notes=tuple(notes),
+        notes=(*notes, *doubts(file, comparison, split, has_reference=reference is not None)),
         pytorch_accuracy=comparison.pytorch_accuracy,
         onnx_accuracy=comparison.onnx_accuracy,
         agreement=comparison.agreement.same if comparison.agreement else None,
@@ -136,6 +140,45 @@ def stored_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
         return Preprocessing.from_json(stored if isinstance(stored, str) else json.dumps(stored))
     except FileError as error:
         raise FileError(f"{file.path}: {error}") from error
+
+
+def chosen_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | None) -> tuple[Preprocessing, str]:
+    """(what brings raw samples to the model, a sentence that says so and where it comes from)."""
+    stored = stored_preprocessing(file)
+    if given is not None:
+        return given, f"preprocessing: {given.describe()} (as given)"
+    if stored is not None:
+        return stored, f"preprocessing: {stored.describe()} (recorded in {file.path.name})"
+    own = split.preprocessing
+    return own, f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records none)"
+
+
+def doubts(file: OnnxFile, comparison: Comparison, split: Split | None, *, has_reference: bool) -> tuple[str, ...]:
+    """Sentences on what is probably wrong with the data, their labels or their preprocessing; none without data."""
+    if split is None:
+        return ()
+    range_doubts = doubt_range(comparison.inputs, calibrated_input_range(file))
+    recorded = stored_preprocessing(file) is not None
+    who = "PyTorch's model" if has_reference else "the model"
+    found = doubt_accuracy(comparison.confusion, who=who, inputs=comparison.inputs, recorded=recorded)
+    return (*range_doubts, *found)
+
+
+def calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
+    """Lowest and highest value of the first input that 8 bit activations can tell; None where it is not quantised."""
+    graph = file.proto.graph
+    if not graph.input:
+        return None
+    floats = {value.name: value for value in graph.initializer}
+    reading = [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == graph.input[0].name]
+    if not reading or len(reading[0].input) < 3 or not all(name in floats for name in reading[0].input[1:3]):
+        return None
+    scale, zero = (onnx.numpy_helper.to_array(floats[name]) for name in reading[0].input[1:3])
+    if scale.size != 1 or zero.dtype.kind not in "iu":
+        return None
+    limits = np.iinfo(zero.dtype)
+    step, place = float(scale.reshape(())), int(zero.reshape(()))
+    return step * (limits.min - place), step * (limits.max - place)
 
 
 def preprocessed_batches(split: Split, preprocessing: Preprocessing | None, size: int) -> Iterator[Batch]:

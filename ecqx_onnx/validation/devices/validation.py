@@ -32,8 +32,9 @@ from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_se
 from ecqx_onnx.validation.validator import (
     SYNTHETIC_BATCH,
     bounds_of,
+    chosen_preprocessing,
+    doubts,
     preprocessed_batches,
-    stored_preprocessing,
     twin_or_check,
     weights_checks,
     yardstick,
@@ -73,6 +74,9 @@ def validate_on(
         session = open_session(file.path, level="disabled")  # only for what inputs and outputs look like
     except CheckFailed as error:
         raise ModelError(f"{path}: its inputs and outputs cannot be told here: {error}") from None
+    if split is not None:
+        preprocessing, told = chosen_preprocessing(file, split, preprocessing)
+        notes = (*notes, told)
     inexact = checks.why_inexact(file, float_reference=float_reference)
     size = fixed_batch(session)
 
@@ -80,7 +84,7 @@ def validate_on(
         if split is None:
             yield synthetic_inputs(session, batch=SYNTHETIC_BATCH), None
         else:
-            yield from preprocessed_batches(split, preprocessing or stored_preprocessing(file), size or batch_size)
+            yield from preprocessed_batches(split, preprocessing, size or batch_size)
 
     def feeds() -> Iterator[Mapping[str, np.ndarray]]:
         names = [node.name for node in session.get_inputs()]
@@ -123,7 +127,7 @@ def validate_on(
         size=file.size,
         samples=comparison.samples,
         checks=tuple(found),
-        notes=tuple(notes),
+        notes=(*notes, *doubts(file, comparison, split, has_reference=reference is not None)),
         pytorch_accuracy=comparison.pytorch_accuracy,
         onnx_accuracy=comparison.onnx_accuracy,
         agreement=comparison.agreement.same if comparison.agreement else None,
