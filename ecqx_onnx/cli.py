@@ -1,6 +1,7 @@
 """Arguments -> one call of a room -> a table, or JSON with --json; errors -> one sentence and an exit status.
 
-Exit status: 0 all well; 1 a check failed; 2 bad input. Imports are inside the commands, so that --help is instant.
+Exit status: 0 all well; 1 a check failed; 2 bad input; 70 a defect of ours; 130, 128 + signal: stopped.
+Imports are inside the commands, so that --help is instant.
 """
 
 from __future__ import annotations
@@ -18,11 +19,20 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ecqx_onnx import quantize_options as q
-from ecqx_onnx.errors import CheckFailed, EcqxError, InputError, OptionError
+from ecqx_onnx.errors import CheckFailed, InputError, OptionError
+from ecqx_onnx.terminal import (
+    escape,
+    escaped,
+    guarded,
+    process_number,
+    stderr,
+    stdout,
+    strict_json,
+    write_what_cannot_be_encoded_as_escapes,
+)
 
 app = typer.Typer(
     name="ecqx-onnx",
@@ -37,47 +47,34 @@ app = typer.Typer(
 )
 device_app = typer.Typer(no_args_is_help=True, help="The devices that `validate --device` can use: which are ready, and setup.")
 app.add_typer(device_app, name="device")
-stdout = Console()
-stderr = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
+NOT_TO_TRAIN = ("recipe", "as_json", "quiet", "debug")  # parameters of the command alone
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")]
-
-
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A command whose own errors end in one sentence on stderr and their exit status."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            with _nothing_but_json() if kwargs.get("as_json") else contextlib.nullcontext():
-                function(*args, **kwargs)
-        except EcqxError as error:
-            process = f" of process {_process()}" if _process() else ""
-            stderr.print(f"error{process}:", str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(error.exit_status) from None
-        except KeyboardInterrupt:
-            stderr.print("stopped", style="red")
-            raise typer.Exit(130) from None
-
-    return run
-
-
-def _process() -> int:
-    """Which of torchrun's processes this is: the first one speaks for all. 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Registers a guarded command of `ecqx-onnx` itself."""
-    return app.command()(guarded(function))
+    return app.command()(guarded(_json_alone(function)))
+
+
+def _json_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that keeps stdout to the JSON, where that is asked for."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with _nothing_but_json() if kwargs.get("as_json") else contextlib.nullcontext():
+            function(*args, **kwargs)
+
+    return run
 
 
 def main() -> None:
     """Entry point of the ecqx-onnx command."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is cleaned up
+    write_what_cannot_be_encoded_as_escapes()
     app()
 
 
@@ -96,12 +93,13 @@ def _progress(silent: bool) -> Iterator[Callable[..., None] | None]:
     if silent or not stderr.is_terminal:  # in a log, a bar is nothing but an empty line
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    text_column = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(text_column, *columns, console=stderr, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int, text: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=text or None)
+            bar.update(task, completed=done, total=total, description=escape(text) or None)
 
         yield show
 
@@ -128,9 +126,9 @@ def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
     file = _json_file.get(sys.stdout)
     try:
         if as_json:
-            print(json.dumps(to_json(result), indent=2), file=file, flush=True)
+            print(json.dumps(strict_json(to_json(result)), indent=2, allow_nan=False), file=file, flush=True)
         elif not quiet:
-            stdout.print(as_table(result))
+            stdout.print(as_table(escaped(result)))
     except OSError as error:
         if error.errno == errno.EPIPE:  # `| head` has seen enough
             raise
@@ -196,17 +194,17 @@ def quantize(
     from ecqx_onnx import api
     from ecqx_onnx.quantization.training import emulates_bfloat16
 
-    options = {name: value for name, value in context.params.items() if name not in ("recipe", "as_json", "quiet")}
+    options = {name: value for name, value in context.params.items() if name not in NOT_TO_TRAIN}
     options |= {"bits": q.parse_bits(bits), "exclude": tuple(exclude or ())}
     options |= {"granularity": "channel" if options.pop("per_channel") else "tensor"}
     options |= {"relevance": None if relevance == "none" else relevance}
     options |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
-    quiet = quiet or _process() > 0
+    quiet = quiet or process_number() > 0
     if precision == "bfloat16" and not quiet and emulates_bfloat16(device):
         stderr.print("this processor emulates bfloat16, which takes longer than float32 does", style="yellow")
     with _progress(quiet or as_json) as progress:
         result = api.quantize(options.pop("model"), **options, progress=progress)
-    emit(result, as_json=as_json and _process() == 0, quiet=quiet)
+    emit(result, as_json=as_json and process_number() == 0, quiet=quiet)
 
 
 @command
@@ -549,6 +547,7 @@ def _emit_devices(table: Any, *, as_json: bool, quiet: bool) -> None:
 
 @device_app.command("setup")
 @guarded
+@_json_alone
 def device_setup(
     device: Annotated[str, typer.Argument(help="web, node or arm64.")],
     as_json: Json = False,
@@ -566,11 +565,12 @@ def device_setup(
     if as_json:
         print(json.dumps({"device": device, "ready": True, "folder": str(folder)}), file=_json_file.get())
     elif not quiet:
-        stdout.print(f"{device} is ready: {folder}", soft_wrap=True, highlight=False, markup=False)
+        stdout.print(escape(f"{device} is ready: {folder}"), soft_wrap=True, highlight=False)
 
 
 @device_app.command("list")
 @guarded
+@_json_alone
 def device_list(as_json: Json = False, quiet: Quiet = False) -> None:
     """Show the devices, which of them are ready on this machine, and what the others need.
 

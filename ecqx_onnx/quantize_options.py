@@ -13,8 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ecqx_onnx.errors import EcqxError, FileError, OptionError
+from ecqx_onnx.errors import FileError, OptionError
+from ecqx_onnx.reading import check_regular, read_bytes
+from ecqx_onnx.terminal import refusals
 
+LARGEST_JSON = 100_000  # bytes; ours have some hundreds
+LARGEST_TOML = 10_000  # bytes; tomllib takes time that grows with the square of a dotted key's length
+NOT_IN_RECIPES = {"recipe", "out", "resume", "force", "as_json", "quiet", "debug"}  # what one run does, not how
 NOT_REPLAYED = ("best_epoch", "trained")  # what a checkpoint tells beside the options
 
 
@@ -27,10 +32,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         found.pop("data", None)  # its name, not where it lies
         return {name: value for name, value in found.items() if name not in NOT_REPLAYED}
     try:
-        text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+        is_toml = path.suffix == ".toml"
+        text = read_bytes(path, most=LARGEST_TOML if is_toml else LARGEST_JSON).decode("utf-8")
+        found = tomllib.loads(text) if is_toml else json.loads(text)
+    except (FileError, ValueError, RecursionError) as error:
+        why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
         raise FileError(f"{path} is no recipe ({why}): give a .json or .toml file of options, or a checkpoint") from error
     if not isinstance(found, dict):
         raise FileError(f"{path} is no recipe, it holds a {type(found).__name__}: write options by name")
@@ -52,19 +58,30 @@ def _take_recipe(context: typer.Context, path: Path | None) -> Path | None:
     """What the recipe says becomes the default of every option that is not typed."""
     if path is None:
         return None
-    options = {parameter.name for parameter in context.command.params if parameter.param_type_name == "option"}
-    try:
-        found = read_recipe(path)
-    except EcqxError as error:
-        raise typer.BadParameter(str(error)) from error
+    with refusals(f"reading the recipe {path}"):
+        check_regular(path)
+        given = _typed(context, path, read_recipe(path))
+        context.default_map = {**(context.default_map or {}), **given}
+    return path
+
+
+def _typed(context: typer.Context, path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's values as options, each of the type that its option has. FileError naming the first that is not."""
+    options = {parameter.name: parameter for parameter in context.command.params if parameter.param_type_name == "option"}
     if "granularity" in found:
         found["per_channel"] = found.pop("granularity") == "channel"
-    unknown = sorted(found.keys() - options)
+    unknown = sorted(found.keys() - (options.keys() - NOT_IN_RECIPES))
     if unknown:
-        raise typer.BadParameter(f"{path} has '{unknown[0]}', which is no option of quantize")
-    given = {name: as_text(name, value) for name, value in found.items()}
-    context.default_map = {**(context.default_map or {}), **{name: value for name, value in given.items() if value is not None}}
-    return path
+        raise FileError(f"{path} has '{unknown[0]}', which is no option of quantize; remove it or correct its name")
+    texts = {name: as_text(name, value) for name, value in found.items()}
+    given = {name: value for name, value in texts.items() if value is not None}
+    for name, value in given.items():
+        try:
+            options[name].process_value(context, value)
+        except (typer.BadParameter, TypeError, ValueError, OverflowError, RecursionError) as error:
+            why = getattr(error, "message", None) or error
+            raise FileError(f"{path} has a value for '{name}' that cannot be used ({why}); correct it") from error
+    return given
 
 
 def parse_bits(text: str) -> int | dict[str, int]:

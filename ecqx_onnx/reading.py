@@ -55,7 +55,8 @@ def file_error(error: OSError) -> FileError:
     """
     name = error.filename if error.filename2 is None else error.filename2
     where = "" if name is None or isinstance(name, int) else f"'{os.fsdecode(name)}': "
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    reason = reason or type(error).__name__
     advice = ADVICE.get(error.errno or 0, "check the file and the disk that it lies on")
     return FileError(f"{where}the system says '{reason}'; {advice}")
 
@@ -93,7 +94,9 @@ def check_regular(path: Path | str) -> None:
         return
     kind = KINDS.get(stat.S_IFMT(mode))
     if kind is not None and not stat.S_ISDIR(mode):
-        raise FileError(f"'{path}' is {kind}, not a regular file; copy what it gives into a file first")
+        raise FileError(
+            f"'{path}' is {kind}, not a regular file; copy what it gives into a file first"
+        )
 
 
 def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
@@ -113,7 +116,9 @@ def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except ValueError as error:  # a name with a zero byte
-            raise FileError(f"{os.fspath(path)!r} can be no file's name ({error}); check the path") from error
+            raise FileError(
+                f"{os.fspath(path)!r} can be no file's name ({error}); check the path"
+            ) from error
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -135,5 +140,7 @@ def read_bytes(path: Path | str, *, most: int) -> bytes:
     with open_regular(path, most=most) as file, system_errors():
         content = file.read(most + 1)
     if len(content) > most:  # it grew since
-        raise FileError(f"'{path}' has more than {most} bytes, the most that are read; is it the right file?")
+        raise FileError(
+            f"'{path}' has more than {most} bytes, the most that are read; is it the right file?"
+        )
     return content
