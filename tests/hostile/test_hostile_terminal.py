@@ -100,7 +100,13 @@ def test_names_in_refusals_stay_on_their_line(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["[/x]", "[conv]"])
 def test_weights_whose_names_are_markup_are_converted_and_shown(tmp_path, name):
-    code = f"import torch\nINPUT_SHAPE = (40,)\ndef net():\n  n = torch.nn.Sequential()\n  n.add_module({name!r}, torch.nn.Linear(40, 30))\n  return n\n"
+    code = (
+        "import torch\nINPUT_SHAPE = (40,)\n"
+        "def net():\n"
+        "    network = torch.nn.Sequential()\n"
+        f"    network.add_module({name!r}, torch.nn.Linear(40, 30))\n"
+        "    return network\n"
+    )
     (tmp_path / "net.py").write_text(code)
     network = torch.nn.Sequential()
     network.add_module(name, torch.nn.Linear(40, 30))
