@@ -18,9 +18,10 @@ from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan
 from ecqx_onnx_converters.activations import carried_ranges, quantise_activations, with_pooling
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.equalisation import equalised, find_places
-from ecqx_onnx_converters.files import PROTOBUF_LIMIT, check_output
+from ecqx_onnx_converters.files import PROTOBUF_LIMIT
 from ecqx_onnx_converters.float16 import round_parameters, with_float16, with_half_steps
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
+from ecqx_onnx_converters.outputs import check_output
 from ecqx_onnx_converters.targets import check_name, find_target
 
 from ecqx_onnx import __version__
@@ -35,6 +36,7 @@ from ecqx_onnx.loading import Loaded, apply_state, load_factory, load_model, loa
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.quantizer import Report
+from ecqx_onnx.quantization.state_file import StateFile, state_path
 from ecqx_onnx.quantization.training import EpochRecord, Training
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import QuantTensor
@@ -757,7 +759,7 @@ def quantize(
     told = (*dataset.notes, told, *doubt_accuracy(confusion, who="the float model"))
     if weights is None:
         told = (*told, "no --weights are given: the network starts from random values and is trained from scratch")
-    state_file = out.with_name(out.name + ".training")
+    state_file = state_path(out)
     shown = None if progress is None else training_progress(progress)
     with process_group():
         trained = train(loaded.model, dataset, seed=seed, progress=shown, state_file=state_file, resume=resume, **options)
@@ -774,7 +776,7 @@ def quantize(
     checkpoint = with_history(checkpoint, trained, before=before, after=after, data=dataset.name)
     if first:
         save_checkpoint(checkpoint, out, force=force)
-        state_file.unlink(missing_ok=True)
+        StateFile(state_file).remove()
     return Quantized(
         out,
         before,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import onnxruntime
 from ecqx_onnx_converters.files import write_proto
 from ecqx_onnx_converters.graph import FloatGraph
+from ecqx_onnx_converters.outputs import temporary_folder
 from onnx import ModelProto, TensorProto, helper
 from onnx.shape_inference import infer_shapes
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -44,8 +44,8 @@ def calibrate_ranges(
         raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
     if not values:
         return {}
-    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder, _quiet():
-        calibrator = _calibrator(graph, values, method, Path(folder))
+    with temporary_folder() as folder, _quiet():
+        calibrator = _calibrator(graph, values, method, folder)
         session = calibrator.infer_session
         for batch in batches:
             calibrator.collect_data(_Reader([session.feed(batch)]))
@@ -83,8 +83,8 @@ def _session(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> Iterator[_
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder:
-        path = Path(folder) / "float.onnx"
+    with temporary_folder() as folder:
+        path = folder / "float.onnx"
         write_proto(proto, weights, path, external=sum(weight.nbytes for weight in weights.values()) > IN_ONE_FILE)
         try:
             yield _Watched(onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"]))

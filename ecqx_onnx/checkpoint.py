@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from ecqx_onnx_converters.files import replacing
 from ecqx_onnx_converters.graph import FloatGraph
 from ecqx_onnx_converters.matching import GraphWeight, Matching, Missing, match
+from ecqx_onnx_converters.outputs import replacing
 from google.protobuf.message import DecodeError
 
 from ecqx_onnx.errors import FileError, ModelError

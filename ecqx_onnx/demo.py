@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ecqx_onnx_converters.files import check_output
+from ecqx_onnx_converters.outputs import check_output
 from ecqx_onnx_converters.writer import WriteReport
 from rich.console import Group, RenderableType
 from rich.table import Table

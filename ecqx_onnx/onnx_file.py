@@ -76,7 +76,7 @@ def read_onnx(path: Path | str) -> OnnxFile:
     external = set()
     for where, tensor in named_tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
-            external.add(_external_file(path, where, tensor))
+            external.add(external_file(path, where, tensor))
         else:
             _check_size(path, where, tensor)
             _check_numbers(path, where, tensor)
@@ -162,7 +162,7 @@ def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
         raise FileError(f"{where} has index {wrong}, outside of its {size} values (shape {list(sparse.dims)})")
 
 
-def _external_file(path: Path, where: str, tensor: TensorProto) -> Path:
+def external_file(path: Path, where: str, tensor: TensorProto) -> Path:
     """The file that holds the tensor's data: beside the model, there, and long enough."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")

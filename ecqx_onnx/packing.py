@@ -6,7 +6,6 @@ the original. A model in which nothing gets smaller is copied as it is, with the
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 import onnx
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, build, make_plan, qonnx, unpacking, write
 from ecqx_onnx_converters.batchnorm import BatchNorm, fold_batchnorms
-from ecqx_onnx_converters.files import check_output, replacing
+from ecqx_onnx_converters.files import data_path, replacing_model
 from ecqx_onnx_converters.foreign import Foreign, find_quantised
 from ecqx_onnx_converters.matching import GraphWeight
 from ecqx_onnx_converters.opset_raising import raise_opset
 from ecqx_onnx_converters.opsets import lower_opset, why_not_opset
+from ecqx_onnx_converters.outputs import check_output
 from ecqx_onnx_converters.planning import Kept, Plan, check_forms
 from ecqx_onnx_converters.targets import Target, check_name, find_target
 from onnx import ModelProto
@@ -29,6 +29,7 @@ from rich.text import Text
 
 from ecqx_onnx import __version__
 from ecqx_onnx.errors import CheckFailed, OptionError
+from ecqx_onnx.model_copy import copy_model
 from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.validation.delivery import deliver
@@ -115,7 +116,7 @@ def pack(
     check_name(out, target)
     file = read_onnx(model)
     if file.metadata.get("tensors"):
-        return _pass_through(file, out, "its weights are stored by ecqx-onnx already", (), ())
+        return _pass_through(file, out, "its weights are stored by ecqx-onnx already", (), (), force=force)
     graph = FloatGraph.load(file.path)
     notes = _notes(file.proto)
     defined = qonnx.define(graph.proto)
@@ -126,15 +127,15 @@ def pack(
     plan, kept, batchnorms = _plan(raised or graph, options, fold_batchnorm=rewrite)
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
     if not plan.entries and defined is None:
-        return _pass_through(file, out, _why_nothing(kept), kept, notes)
+        return _pass_through(file, out, _why_nothing(kept), kept, notes, force=force)
     if folded:
         notes = (*notes, f"{len(folded)} BatchNormalization went into the scales of the weights before, up to rounding")
     if defined is not None:
         notes = (*notes, defined)
     elif (fault := _fault(file)) is not None:  # the writer would refuse it, too
-        return _pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes)
+        return _pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes, force=force)
     equivalence, reason, again = None, "", False
-    with replacing(out, force=force) as temporary:
+    with replacing_model(out, force=force, sources=_sources(file)) as temporary:
         written = write(plan, temporary, metadata={"version": __version__})
         if written.nbytes >= file.size and defined is None:
             reason = f"with its weights packed it would take {written.nbytes:,} bytes, no less than the {file.size:,} that it has"
@@ -149,7 +150,7 @@ def pack(
     if again:
         return pack(file.path, out, **options, inputs=inputs, rewrite=False, force=force)
     if reason:
-        return _pass_through(file, out, reason, kept, notes)
+        return _pass_through(file, out, reason, kept, notes, force=force)
     written = replace(written, path=out, kept=kept)
     return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
 
@@ -171,7 +172,7 @@ def unpack(
     out = Path(out)
     check_output(out, force=force, source=model)
     check_name(out, target)
-    read_onnx(model)
+    file = read_onnx(model)
     unpacked = unpacking.unpack(model)
     lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)
     graph, matching, kernels = unpacked.graph, unpacked.matching, unpacked.kernels
@@ -181,7 +182,7 @@ def unpack(
     plan = make_plan(graph, matching, **options, integer=kernels)
     if floats:
         plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
-    return deliver(plan, out, metadata=unpacked.metadata, force=force)
+    return deliver(plan, out, metadata=unpacked.metadata, force=force, sources=_sources(file))
 
 
 def _raised(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:
@@ -262,13 +263,19 @@ def _why_nothing(kept: tuple[Kept, ...]) -> str:
     return f"none of its {len(kept)} weights can be packed ({kept[0].name}: {kept[0].reason})"
 
 
-def _pass_through(file: OnnxFile, out: Path, reason: str, kept: tuple[Kept, ...], notes: tuple[str, ...]) -> PackReport:
-    """The same bytes, and its external data beside it under the names that it refers to."""
-    with replacing(out, force=True) as temporary:
-        shutil.copyfile(file.path, temporary)
-        for data in file.external:
-            copy = temporary.parent / data.relative_to(file.path.parent.resolve())
-            if out.parent.resolve() != file.path.parent.resolve():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(data, copy)
-    return PackReport(out, file.size, file.size, None, reason, kept, notes, None)
+def _sources(file: OnnxFile) -> tuple[Path, ...]:
+    """What must not be replaced by what is made of it."""
+    return (file.path, *file.external)
+
+
+def _pass_through(
+    file: OnnxFile, out: Path, reason: str, kept: tuple[Kept, ...], notes: tuple[str, ...], *, force: bool
+) -> PackReport:
+    """The same bytes; external data go to a file beside it that is named after `out`."""
+    if file.external:
+        check_output(data_path(out), force=force)
+        notes = (*notes, f"its external data are in {data_path(out).name}")
+    with replacing_model(out, force=force, sources=_sources(file)) as temporary:
+        copied = (temporary, *copy_model(file, temporary))
+        nbytes = sum(part.stat().st_size for part in copied)
+    return PackReport(out, file.size, nbytes, None, reason, kept, notes, None)

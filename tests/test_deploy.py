@@ -450,9 +450,9 @@ def test_external_data_travels_with_the_model(tmp_path):
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "w"))
     onnx.save(model, tmp_path / "outer.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
     api.deploy(tmp_path / "outer.onnx", tmp_path / "linux", to="linux")
-    assert [entry["file"] for entry in manifest_of(tmp_path / "linux")["external"]] == ["weights.bin"]
+    assert [entry["file"] for entry in manifest_of(tmp_path / "linux")["external"]] == ["model.onnx.data"]
     assert run_py(tmp_path / "linux").returncode == 0
-    change_byte(tmp_path / "linux" / "weights.bin")
+    change_byte(tmp_path / "linux" / "model.onnx.data")
     assert run_py(tmp_path / "linux").returncode == 1
 
 

@@ -6,10 +6,7 @@ Nothing is allocated on a file's word: sizes that a file declares are compared w
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.outputs import derive_path, replacing
 
 PROTOBUF_LIMIT = (1 << 31) - 1  # bytes of one serialized message
 INLINE = 1024  # bytes; smaller tensors stay in the .onnx even when the rest is external
@@ -95,45 +93,27 @@ def _bits(kind: int) -> int:
 
 def data_path(path: Path) -> Path:
     """Where the external data of the model at `path` lies."""
-    return path.with_name(path.name + ".data")
-
-
-def check_output(path: Path | str, *, force: bool, source: object = None) -> None:
-    """FileError if nothing may be written at `path`: a folder, a device, a file that is there (without `force`), the `source`, or
-    a place in no folder.
-
-    source: what is read, if that is a path.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder; name a file in it")
-    if path.exists() and not path.is_file():
-        raise FileError(f"{path}: is no regular file, so it is not replaced; choose another name")
-    if path.exists() and isinstance(source, str | Path) and Path(source).exists() and path.samefile(source):
-        raise FileError(f"{path}: is what is read: choose another name, so that it is not lost")
-    if path.exists() and not force:
-        raise FileError(f"{path}: exists already; use --force to replace it")
+    return derive_path(path, ".data")
 
 
 @contextmanager
-def replacing(path: Path, *, force: bool) -> Iterator[Path]:
-    """Gives a path in a fresh folder beside `path`; what was written there takes its final place when the block ends well,
-    and vanishes when it doesn't. FileError when something is in the way (see check_output) or the disk refuses."""
-    check_output(path, force=force)
+def replacing_model(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """As `outputs.replacing`, for an .onnx file and the external data beside it, which go and come together."""
+    data = data_path(path)
+    superseded = [data] if force and _refers_to(path, data.name) else []
+    with replacing(path, force=force, beside=[data], superseded=superseded, sources=sources) as temporary:
+        yield temporary
+
+
+def _refers_to(path: Path, location: str) -> bool:
+    """Whether an older model at `path` keeps tensors in the file of that name beside it."""
+    if path.is_symlink() or not path.is_file() or not path.with_name(location).is_file():
+        return False
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise FileError(f"cannot write '{path}': {error.strerror or error}; check the folder") from error
-    try:
-        yield folder / path.name
-        for written in sorted(folder.iterdir(), key=lambda part: part.name == path.name):  # the model itself last
-            os.replace(written, path.parent / written.name)
-    except OSError as error:
-        raise FileError(f"cannot write '{path}': {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        tensors = read_proto(path).graph.initializer
+    except FileError:
+        return False
+    return any(entry.value == location for tensor in tensors for entry in tensor.external_data)
 
 
 def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Path, *, external: bool) -> None:

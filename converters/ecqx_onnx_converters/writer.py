@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.compact import drop_defaults, shorten_integers, shorten_names
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
 from ecqx_onnx_converters.dequantization import Dequantization, as_integers, folded, function, integer, standard
-from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing, write_proto
+from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing_model, write_proto
 from ecqx_onnx_converters.fusion import FUSED, choose, composed, fuse, leave_turns_to_gemm, order, scaled
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.integer_nodes import FloatNode
@@ -25,6 +25,7 @@ from ecqx_onnx_converters.matching import Missing
 from ecqx_onnx_converters.metadata import FORMAT, METADATA_KEY, to_text
 from ecqx_onnx_converters.names import NameMaker
 from ecqx_onnx_converters.opsets import set_opset
+from ecqx_onnx_converters.outputs import check_output
 from ecqx_onnx_converters.planning import Entry, Kept, Plan
 from ecqx_onnx_converters.shapes import fix_batch
 from ecqx_onnx_converters.storage import DOMAIN
@@ -97,31 +98,27 @@ def write(
     force: bool = False,
     external_data: bool | None = None,
     accept: Callable[[Path], None] | None = None,
+    sources: Sequence[Path] = (),
 ) -> WriteReport:
     """Writes `path`, and `<path>.data` beside it when the tensors need more than one protobuf holds (or external_data=True).
 
     metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors. Same plan, same bytes.
     accept: raises if the written file, still in a temporary place, is not to take its name.
+    sources: files that are read, none of which is replaced.
     """
     path = Path(path)
     built = build(plan, metadata=metadata)
     if external_data is None:
         external_data = _tensor_bytes(built) > EXTERNAL_FROM
-    stale = not external_data and _refers_to_data(path)
-    with replacing(path, force=force) as temporary:
+    if external_data:
+        check_output(data_path(path), force=force)
+    with replacing_model(path, force=force, sources=sources) as temporary:
         write_proto(built.model, built.payloads, temporary, external=external_data)
         _check(temporary)
         if accept is not None:
             accept(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
-    if stale:  # the external data of the model that was replaced
-        data_path(path).unlink()
     return WriteReport(path, nbytes, plan.opset, plan.target.name, built.tensors, plan.kept, plan.missing)
-
-
-def _refers_to_data(path: Path) -> bool:
-    """Whether an older model at `path` keeps tensors in the data file beside it."""
-    return path.is_file() and data_path(path).is_file() and data_path(path).name.encode() in path.read_bytes()
 
 
 def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:

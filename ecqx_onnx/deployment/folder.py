@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ecqx_onnx_converters.outputs import check_name_and_folder, remove_leftovers, replacing_folder
 from ecqx_onnx_converters.reading import read_weights
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -34,6 +33,7 @@ from ecqx_onnx.deployment.golden import (
 )
 from ecqx_onnx.deployment.platforms import Platform, find_platform
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, OptionError
+from ecqx_onnx.model_copy import copy_model
 from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.spectrum import Spectrum
 from ecqx_onnx.validation import ValidationReport
@@ -127,18 +127,8 @@ def deploy(
         failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
         raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
     maker = _Maker(file, platform, reference, split, _labels(file, labels, data_labels), data_name, report)
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise FileError(f"cannot write '{folder}': {error.strerror or error}; check the folder above it") from error
-    try:
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's is its owner's alone, and web servers run as others
+    with replacing_folder(folder, check=lambda: _check_place(folder, force), force=force) as temporary:
         result = maker.write(temporary)
-        _rename(temporary, folder)
-    except OSError as error:
-        raise FileError(f"cannot write '{folder}': {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     files = tuple(
         (path.relative_to(folder).as_posix(), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
     )
@@ -146,16 +136,24 @@ def deploy(
 
 
 def _check_place(folder: Path, force: bool) -> None:
-    if not folder.parent.is_dir():
-        raise FileError(f"'{folder}': the folder {folder.parent} does not exist; create it first")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise FileError(f"'{folder}' is a file or a link, not a folder; choose another name")
-    if not folder.exists():
-        return
-    if not force:
-        raise FileError(f"'{folder}' exists already; choose another name or replace it with --force")
-    if any(folder.iterdir()) and not is_deployment(folder):
-        raise FileError(f"'{folder}' holds files that deploy did not write, so it is not replaced; choose another name")
+    """Refuses a place where no folder may be written; removes what killed processes left for it."""
+    try:
+        check_name_and_folder(folder)
+        remove_leftovers(folder)
+        if folder.is_symlink():
+            if not force:
+                raise FileError(f"'{folder}' is a link; choose another name, or replace the link with --force")
+            return
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"'{folder}' is a file, not a folder; choose another name")
+        if not folder.exists():
+            return
+        if not force:
+            raise FileError(f"'{folder}' exists already; choose another name or replace it with --force")
+        if any(folder.iterdir()) and not is_deployment(folder):
+            raise FileError(f"'{folder}' holds files that deploy did not write, so it is not replaced; choose another name")
+    except OSError as error:
+        raise FileError(f"cannot write '{folder}': {error.strerror or error}; choose another place") from error
 
 
 def is_deployment(folder: Path) -> bool:
@@ -163,27 +161,6 @@ def is_deployment(folder: Path) -> bool:
         return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _rename(new: Path, folder: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / "replaced")
-    try:
-        new.rename(folder)
-    except OSError:
-        (old / "replaced").rename(folder)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +211,7 @@ class _Maker:
         weights = read_weights(model)
         accuracy = self.report.onnx_accuracy if self.split is not None else None
         names = [entry["name"] for entry in inputs], [entry["name"] for entry in outputs]
+        external = copy_model(self.file, folder / MODEL)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -242,8 +220,8 @@ class _Maker:
             "platform": self.platform.name,
             "runtime": self.platform.runtime_for(self.file.proto),
             "made_with": self.report.runtime,
-            "model": {**_copied(self.file.path, folder, MODEL), "float32_bytes": None if twin is None else len(twin)},
-            "external": [_copied(path, folder, _beside(self.file.path, path)) for path in self.file.external],
+            "model": {**_copied(folder / MODEL), "float32_bytes": None if twin is None else len(twin)},
+            "external": [_copied(path) for path in external],
             "bits": _bits(weights),
             "inputs": inputs,
             "outputs": [
@@ -304,18 +282,11 @@ class _Maker:
                 shutil.copyfile(template, folder / template.name)
 
 
-def _copied(source: Path, folder: Path, name: str) -> dict[str, Any]:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, folder / name)
-    digest = hashlib.sha256()
-    with (folder / name).open("rb") as copy:
-        for block in iter(lambda: copy.read(1 << 20), b""):
-            digest.update(block)
-    return {"file": name, "sha256": digest.hexdigest(), "bytes": (folder / name).stat().st_size}
-
-
-def _beside(model: Path, external: Path) -> str:
-    return external.resolve().relative_to(model.parent.resolve()).as_posix()
+def _copied(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file that was copied into the folder."""
+    with path.open("rb") as copy:
+        digest = hashlib.file_digest(copy, "sha256").hexdigest()
+    return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
 
 
 def _stored(folder: Path, number: int, case: Case, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:

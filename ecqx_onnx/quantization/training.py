@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
 from ecqx_onnx.quantization.distributed import added_up, copy_from_first, process_group, processes, rank
 from ecqx_onnx.quantization.quantizer import Quantizer
 from ecqx_onnx.quantization.recipe import Recipe
+from ecqx_onnx.quantization.state_file import StateFile
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["float32", "bfloat16"]
@@ -116,6 +116,8 @@ def train(
     split = dataset.train
     if split is None or len(split) == 0:
         raise DataError("the data set has no training samples")
+    kept = None if state_file is None else StateFile(state_file)
+    state = None if kept is None else kept.load()  # without `resume`, too: it is going to be replaced
     with process_group() as local:
         where = _device(device, local)
         run = _Run(model.to(where), setup, options, where, augment, progress)
@@ -125,12 +127,12 @@ def train(
             run.assign_only(split)
             return Training(run.quantizer, (), 0, asdict(setup))
         rest, held_out = split.divide(validation, seed=seed) if validation else (split, None)
-        if resume and state_file is not None and Path(state_file).exists():
-            run.restore(_read_state(state_file))
+        if resume and state is not None:
+            run.restore(state)
         while len(run.history) < epochs:
             run.epoch(rest, held_out)
-            if state_file is not None and rank() == 0:
-                _write_state(run.state(), state_file)
+            if kept is not None and rank() == 0:
+                kept.save(run.state())
         return run.finish()
 
 
@@ -307,16 +309,23 @@ class _Run:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        setup = state["setup"]
+        if not isinstance(setup, Mapping):
+            raise FileError("the training state is damaged, its setup is no table: delete it to start anew")
         for key, value in self.described().items():
-            then = state["setup"].get(key, getattr(_Setup, key, None))
+            then = setup.get(key, getattr(_Setup, key, None))
             if key == "recipe" and isinstance(then, Mapping):  # an option that is newer than the state had its default
                 then = {**Recipe().to_json(), **then}
             if then != value:
                 raise OptionError(f"the run to resume had {key} {then}, this one has {value}: give the same, or start anew")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.quantizer.load_state_dict(state["quantizer"])
-        self.history, self.best = [EpochRecord(**record) for record in state["history"]], state["best"]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.quantizer.load_state_dict(state["quantizer"])
+            self.history, self.best = [EpochRecord(**record) for record in state["history"]], state["best"]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FileError(f"the training state does not fit this training ({reason}): delete it to start anew") from error
 
 
 def _device(wanted: str | torch.device | None, local: int) -> torch.device:
@@ -357,26 +366,3 @@ def _divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: floa
         wanted = F.log_softmax(teacher(x) / temperature, dim=1)
     found = F.log_softmax(output / temperature, dim=1)
     return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
-
-
-def _write_state(state: dict[str, Any], path: str | Path) -> None:
-    """Whole or not at all: written beside it, then moved."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save(state, partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise FileError(f"cannot write the training state '{path}' ({error}): free some space or choose another place") from error
-    finally:  # of an interrupt, too
-        partial.unlink(missing_ok=True)
-
-
-def _read_state(path: str | Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise FileError(f"cannot read the training state '{path}' ({error}): delete it to start anew") from error
-    if not isinstance(state, dict) or not {"setup", "model", "optimizer", "quantizer", "history", "best"} <= set(state):
-        raise FileError(f"'{path}' is no training state: delete it to start anew")
-    return state

@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.files import check_output, replacing
+from ecqx_onnx_converters.outputs import check_output, replacing
 from rich.text import Text
 
 from ecqx_onnx import __version__

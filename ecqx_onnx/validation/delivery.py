@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ from ecqx_onnx.validation import mobile
 from ecqx_onnx.validation.sessions import open_session
 
 
-def deliver(plan: Plan, path: Path | str, *, metadata: Mapping[str, Any], force: bool = False) -> WriteReport:
+def deliver(
+    plan: Plan, path: Path | str, *, metadata: Mapping[str, Any], force: bool = False, sources: Sequence[Path] = ()
+) -> WriteReport:
     """Nothing is left at `path` that this onnxruntime, which stands for the target's where that is another, does not load.
 
-    ModelError if it does not load or says something else there.
+    sources: files that are read, none of which is replaced. ModelError if it does not load or says something else there.
     """
     path, target = Path(path), plan.target
     if target.suffix == ".ort":
-        return mobile.write_ort(plan, path, metadata=metadata, force=force)
-    report = write(plan, path, metadata=metadata, force=force, accept=_must_load)
+        return mobile.write_ort(plan, path, metadata=metadata, force=force, sources=sources)
+    report = write(plan, path, metadata=metadata, force=force, accept=_must_load, sources=sources)
     if not target.accelerators:
         return report
     return replace(report, notes=mobile.accelerator_notes(path, target.accelerators))

@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import math
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx
 from ecqx_onnx_converters import Plan, WriteReport, write
-from ecqx_onnx_converters.files import replacing
+from ecqx_onnx_converters.outputs import check_output, derive_path, replacing, temporary_folder
 from ecqx_onnx_converters.writer import WrittenTensor
 
 from ecqx_onnx.errors import CheckFailed, ModelError
@@ -27,26 +27,34 @@ from ecqx_onnx.validation.checks import levels_check
 from ecqx_onnx.validation.sessions import RUNTIME_ERRORS, open_session, reason, run, synthetic_inputs
 
 SAMPLES = 4
+LONG_NAME = 200  # bytes
 OPERATORS = "required_operators_and_types.config"
 
 
-def write_ort(plan: Plan, path: Path, *, metadata: Mapping[str, Any], force: bool = False) -> WriteReport:
+def write_ort(
+    plan: Plan, path: Path, *, metadata: Mapping[str, Any], force: bool = False, sources: Sequence[Path] = ()
+) -> WriteReport:
     """`path`, and beside it <name>.required_operators_and_types.config, from which a minimal onnxruntime is built.
 
     ModelError, and no file, if the .ort file cannot be loaded back or says something else than the .onnx that it came from.
     """
-    with replacing(path, force=force) as temporary, tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder:
-        source = Path(folder) / path.with_suffix(".onnx").name
+    operators = derive_path(path.with_suffix(""), f".{OPERATORS}")
+    check_output(path, force=force)
+    check_output(operators, force=force)
+    with replacing(path, force=force, beside=[operators], sources=sources) as temporary, temporary_folder() as folder:
+        stem = path.stem if len(path.name.encode(errors="surrogateescape")) < LONG_NAME else "model"  # tools lengthen names
+        source = folder / f"{stem}.onnx"
         report = write(plan, source, metadata=metadata)
-        _convert(source, temporary.parent)
-        operators = temporary.with_suffix(f".{OPERATORS}")
-        lines = operators.read_text(encoding="utf-8").splitlines()
-        operators.write_text("".join(f"{line}\n" for line in lines if not line.startswith("#")), encoding="utf-8")  # paths
+        _convert(source, folder)
+        shutil.move(folder / f"{stem}.ort", temporary)
+        lines = (folder / f"{stem}.{OPERATORS}").read_text(encoding="utf-8").splitlines()
+        text = "".join(f"{line}\n" for line in lines if not line.startswith("#"))  # comments hold paths
+        temporary.with_name(operators.name).write_text(text, encoding="utf-8")
         _must_say_the_same(temporary, source, path.name)
         size = temporary.stat().st_size
     rows = tuple(_as_float(row) if row.dequantization == "folded" else row for row in report.tensors)
     inflated = ", ".join(row.name for row in rows if row.dequantization == "folded")
-    notes = [f"{path.with_suffix('').name}.{OPERATORS}: what a minimal build needs (build.py --include_ops_by_config)"]
+    notes = [f"{operators.name}: what a minimal build needs (build.py --include_ops_by_config)"]
     notes += [f"as float32 in the file, since DequantizeLinear cannot express them: {inflated}"] if inflated else []
     return replace(report, path=path, nbytes=size, tensors=rows, notes=tuple(notes))
 
@@ -99,8 +107,8 @@ def accelerator_notes(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
             model, fixed, "coreml_supported_mlprogram_ops.md"
         ),
     }
-    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder, _quiet():
-        optimised = Path(folder) / path.name
+    with temporary_folder() as folder, _quiet():
+        optimised = folder / "model.onnx"
         optimize_model(path, optimised, use_external_initializers=True)
         model: onnx.ModelProto = ModelProtoWithShapeInfo(optimised).model_with_shape_info
         found = {name: checkers[name](model, True) for name in accelerators}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ import numpy as np
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.32 would write files of events into the user's cache at its import
 import onnxruntime
+from ecqx_onnx_converters.outputs import temporary_folder
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from ecqx_onnx.errors import CheckFailed, DataError, ModelError
+from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
 
 Session = onnxruntime.InferenceSession
 Level = Literal["all", "disabled"]
@@ -154,8 +154,14 @@ def load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:
 
 def executed_operators(model: Path | bytes, inputs: Sequence[np.ndarray]) -> Counter[str]:
     """How often each operator type ran in one inference with all optimisations, from the runtime's own profile."""
-    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as folder:
-        session = open_session(model, threads=1, profile=Path(folder) / "profile")
+    with temporary_folder() as folder:
+        session = open_session(model, threads=1, profile=folder / "profile")
         run(session, inputs)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        profile = Path(session.end_profiling())
+        try:
+            events = json.loads(profile.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # onnxruntime does not tell that it could not write all of it
+            raise FileError(
+                f"cannot read the profile that onnxruntime wrote to '{profile}' ({error}); free some space there"
+            ) from error
     return Counter(event["args"]["op_name"] for event in events if event.get("cat") == "Node" and event["args"].get("op_name"))

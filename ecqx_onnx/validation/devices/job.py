@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ecqx_onnx.errors import FileError, ModelError
+from ecqx_onnx.model_copy import copy_model
 from ecqx_onnx.onnx_file import OnnxFile
 
 VERSION = 1
@@ -72,16 +72,13 @@ def write_job(
 ) -> Job:
     """folder: empty, exists. single: one sample, for latency and operators. twin: the float model to compare latency with."""
     (folder / "inputs").mkdir()
-    for source in (file.path, *file.external):
-        place = "model.onnx" if source == file.path else source.resolve().relative_to(file.path.parent.resolve())
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / place)
+    external = copy_model(file, folder / "model.onnx")
     if twin is not None:
         (folder / "twin.onnx").write_bytes(twin)
     job: dict[str, Any] = {
         "version": VERSION,
         "model": _described(folder, "model.onnx"),
-        "external": [str(path.resolve().relative_to(file.path.parent.resolve()).as_posix()) for path in file.external],
+        "external": [path.name for path in external],
         "twin": None if twin is None else _described(folder, "twin.onnx"),
         "batches": [_stored(folder, feed, f"{number:05d}") for number, feed in enumerate(batches)],
         "single": _stored(folder, single, "single"),

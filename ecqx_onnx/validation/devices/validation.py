@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from ecqx_onnx_converters.outputs import temporary_folder
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -97,8 +97,8 @@ def validate_on(
     model = file.with_data()
     twin = twin_or_check(model, found)
     serialised = yardstick(file, twin, float_model) if latency_runs else None
-    with tempfile.TemporaryDirectory(prefix="ecqx-onnx-") as temporary:
-        job = write_job(file, Path(temporary), feeds(), single, twin=serialised, latency_runs=latency_runs)
+    with temporary_folder() as temporary:
+        job = write_job(file, temporary, feeds(), single, twin=serialised, latency_runs=latency_runs)
         device.run(job, time_limit=time_limit, progress=progress)
         result = read_result(job, device.name)
         found.append(Check("load", True, None, None, f"{result.runtime} loads and runs it"))

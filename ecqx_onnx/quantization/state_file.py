@@ -1,0 +1,150 @@
+"""The state of a training <-> OUT.training, from which an interrupted run is resumed.
+
+The file lies under a name that anybody can guess, so it is opened without following links, and
+read, replaced or removed only if it is a state that this program wrote. Nothing in it is unpickled
+but tensors, numbers, strings, lists and dicts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import stat
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from ecqx_onnx_converters.outputs import derive_path, remove_leftovers, replacing
+
+from ecqx_onnx.errors import FileError
+
+FORMAT = "ecqx-onnx training state"
+VERSION = 1
+KEYS = {"setup", "model", "optimizer", "quantizer", "history", "best"}
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+
+
+def state_path(out: Path) -> Path:
+    """Where the state of the training that writes `out` lies."""
+    return derive_path(out, ".training")
+
+
+class StateFile:
+    """The state file of one training."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._known: tuple[int, ...] | None = (
+            None  # what we read or wrote last, told by its place on the disk
+        )
+
+    def load(self) -> dict[str, Any] | None:
+        """The state in the file; None if there is none.
+
+        Raises:
+            FileError: if something else is there: a link, a folder, a file damaged or not ours.
+        """
+        remove_leftovers(self.path)
+        if not os.path.lexists(self.path):
+            return None
+        try:
+            with _open(self.path) as file:
+                self._known = _identity(os.fstat(file.fileno()))
+                state = _read(self.path, file)
+        except OSError as error:
+            what = error.strerror or error
+            raise FileError(
+                f"cannot read the training state '{self.path}' ({what}): delete it to start anew"
+            ) from error
+        found = (
+            (state.get("format", FORMAT), state.get("version", VERSION))
+            if isinstance(state, dict)
+            else None
+        )
+        if found != (FORMAT, VERSION) or not set(state) >= KEYS:
+            raise FileError(
+                f"'{self.path}' is no training state of this ecqx-onnx: move it away,"
+                " or delete it to start anew"
+            )
+        return state
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replaces the state, whole or not at all. FileError if it cannot, or may not."""
+        self._refuse_others()
+        try:
+            with replacing(self.path, force=True) as temporary:
+                torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+            self._known = _identity(os.lstat(self.path))
+        except (OSError, RuntimeError, FileError) as error:
+            raise FileError(
+                f"cannot write the training state '{self.path}' ({error}):"
+                " free some space or choose another place"
+            ) from error
+
+    def remove(self) -> None:
+        """Removes the state, if there is one. FileError if something else is there."""
+        self._refuse_others()
+        self.path.unlink(missing_ok=True)
+
+    def _refuse_others(self) -> None:
+        try:
+            known = _identity(os.lstat(self.path))
+        except OSError:
+            return
+        if known != self._known:
+            self.load()
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _open(path: Path) -> BinaryIO:
+    """OSError for links and whatever is no regular file."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link, which is not followed")
+    # Without O_NONBLOCK, opening a pipe would wait for its writer.
+    flags = (
+        os.O_RDONLY
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_BINARY", 0)
+    )
+    file = os.fdopen(os.open(path, flags), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
+
+
+def _read(path: Path, file: BinaryIO) -> Any:
+    """What torch.load(weights_only=True) gives. FileError if it is damaged or lies of its size."""
+    try:
+        with zipfile.ZipFile(file) as members:
+            claimed = sum(member.file_size for member in members.infolist())
+            if claimed > os.fstat(file.fileno()).st_size:  # torch stores uncompressed
+                raise ValueError(f"its parts claim {claimed} bytes")
+            if (broken := members.testzip()) is not None:  # torch.load does not look at checksums
+                raise ValueError(f"its part '{broken}' does not have its checksum")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileError(
+            f"cannot read the training state '{path}' ({reason}): delete it to start anew"
+        ) from error
