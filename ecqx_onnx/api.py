@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+import onnx
 import torch
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan
 from ecqx_onnx_converters.activations import carried_ranges, quantise_activations, with_pooling
@@ -198,7 +199,7 @@ def _ranges(
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     if checkpoint.preprocessing_known:
         split = split.with_preprocessing(checkpoint.preprocessing)
-    split = split.take(samples)
+    split = split.fitted(_input_lengths(checkpoint.graph.proto)).take(samples)
     if (value := split.only_value()) is not None:
         raise DataError(
             f"{split.source.name} holds nothing but the value {value:g} in the {len(split)} samples for calibration, which tells"
@@ -213,6 +214,12 @@ def _ranges(
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
     ranges = calibrate_ranges(_with_floats(graph, matching), values, batches, method=method)
     return replace(checkpoint, graph=graph, matching=matching), ranges
+
+
+def _input_lengths(proto: onnx.ModelProto) -> list[int | None]:
+    """The shape of one sample of the first input; None for a free length."""
+    dims = proto.graph.input[0].type.tensor_type.shape.dim if proto.graph.input else ()
+    return [dim.dim_value or None for dim in dims[1:]]
 
 
 def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -739,6 +746,7 @@ def quantize(
     torch.manual_seed(seed)
     loaded = load_factory(factory)
     dataset = load_dataset(data)
+    dataset = _fitted(dataset, loaded)
     dataset, told = _preprocessed(dataset, loaded, mean, std, factory=factory)
     if weights is not None:
         apply_state(loaded.model, load_state(weights), weights)
@@ -789,6 +797,19 @@ def quantize(
         (*told, *checkpoint.notes),
         trained.quantizer.options.activations,
     )
+
+
+@torch.no_grad()
+def _fitted(dataset: Dataset, loaded: Loaded) -> Dataset:
+    """The data with the channels that the network takes: by INPUT_SHAPE, else by what it runs on."""
+    if loaded.input_shape is not None:
+        return dataset.fitted(loaded.input_shape)
+    for candidate in (dataset, *(dataset.fitted((channels, None, None)) for channels in (1, 3))):
+        x, _ = next(candidate.test.batches(2))
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            loaded.model.eval()(torch.from_numpy(x))
+            return candidate
+    return dataset
 
 
 def _preprocessed(

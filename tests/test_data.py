@@ -266,7 +266,9 @@ def test_images_of_many_sizes_and_formats_are_brought_to_one_shape(tmp_path):
     wide[:, 13:27] = 200  # the middle square, and what the filter reaches beyond it
     save_image(tmp_path / "test" / "a" / "wide.png", wide)
     save_image(tmp_path / "test" / "a" / "gray.bmp", np.full((7, 7), 200, np.uint8))
-    save_image(tmp_path / "test" / "a" / "alpha.png", np.full((9, 5, 4), 200, np.uint8))
+    opaque = np.full((9, 5, 4), 200, np.uint8)
+    opaque[..., 3] = 255
+    save_image(tmp_path / "test" / "a" / "alpha.png", opaque)
     dataset = load_dataset(str(tmp_path), preprocessing=Preprocessing("image", image_shape=(5, 5, 3)))
     ((x, _),) = dataset.test.batches(8)
     np.testing.assert_array_equal(x, np.full((3, 3, 5, 5), 200))

@@ -1,7 +1,7 @@
 """(data set as users have it: file, folder, name or function) -> Dataset that streams batches.
 
     digits.npz           x_train, y_train, x_test, y_test, or x and y (is_test says which are held out, else a fixed draw)
-    photos/              one folder of images per class, or of 16 bit wavs; folders train/ and test/ above them are honoured
+    photos/              one folder of images per class, or of wavs; folders train/ and test/ above them are honoured
     sklearn:digits       scikit-learn's handwritten digits: 1797 images of 8x8, no download
     loader.py:function   a function that returns such arrays in a dict, or a Dataset
 

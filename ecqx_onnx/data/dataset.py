@@ -33,7 +33,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """rows: int64 [N] -> raw samples [N, *sample_shape]."""
+        """rows: int64 [N] -> raw samples [N, *sample_shape].
+
+        A source of files may also have `adapted(preprocessing, channels)`, which reads them as these ask for.
+        """
         ...
 
 
@@ -127,9 +130,31 @@ class Split:
                 return None
         return values.pop() if values else None
 
-    def with_preprocessing(self, preprocessing: Preprocessing) -> Split:
-        preprocessing.check(self.source.dtype, self.source.sample_shape, where=self.source.name)
-        return replace(self, preprocessing=preprocessing)
+    def with_preprocessing(self, preprocessing: Preprocessing, *, channels: int | None = None) -> Split:
+        """The same samples, brought to the model in another way. channels: of the model's images, where they are known.
+
+        Files are read in the size, length and channels that this asks for. DataError if the samples do not fit.
+        """
+        adapted = getattr(self.source, "adapted", None)
+        source = self.source if adapted is None else adapted(preprocessing, channels)
+        preprocessing.check(source.dtype, source.sample_shape, where=source.name)
+        return replace(self, source=source, preprocessing=preprocessing)
+
+    def fitted(self, input_shape: Sequence[int | None]) -> Split:
+        """As a model takes them whose one sample has this shape, where the samples leave a choice; None: any length.
+
+        Gray or RGB images by the model's channels; float [H, W] with a channel before them, or uint8 ones without.
+        """
+        shape, kind = self.source.sample_shape, self.preprocessing.kind
+        if kind == "image" and len(input_shape) == 3 and input_shape[0] in (1, 3):
+            return self.with_preprocessing(self.preprocessing, channels=input_shape[0])
+        plain = not self.preprocessing.mean and not self.preprocessing.std
+        gray = isinstance(self.source, Arrays) and self.source.dtype.kind == "f" and len(shape) == 2
+        if kind == "array" and gray and len(input_shape) == 3 and input_shape[0] in (1, None):
+            return replace(self, source=replace(self.source, x=self.source.x[:, None]))
+        if kind == "image" and len(shape) == 2 and len(input_shape) == 2 and plain:
+            return self.with_preprocessing(replace(self.preprocessing, kind="array"))
+        return self
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, standard deviation) per channel before normalisation, as `Preprocessing.normalized` takes them."""
@@ -171,6 +196,11 @@ class Dataset:
         """The same samples, brought to the model in another way. DataError if they do not fit."""
         train = None if self.train is None else self.train.with_preprocessing(preprocessing)
         return replace(self, train=train, test=self.test.with_preprocessing(preprocessing))
+
+    def fitted(self, input_shape: Sequence[int | None]) -> Dataset:
+        """See `Split.fitted`."""
+        train = None if self.train is None else self.train.fitted(input_shape)
+        return replace(self, train=train, test=self.test.fitted(input_shape))
 
     def normalized(self, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Dataset:
         """With this mean and standard deviation; without arguments, those of the training split."""

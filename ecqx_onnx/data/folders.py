@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import struct
-import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,16 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from ecqx_onnx.data.dataset import Dataset, Source
-from ecqx_onnx.data.images import decode_image
+from ecqx_onnx.data.images import count_channels, decode_image
 from ecqx_onnx.data.text import check_text
+from ecqx_onnx.data.waves import read_wav
 from ecqx_onnx.errors import DataError, FileError
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.reading import open_regular
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 WAVS = (".wav",)
-LARGEST_WAV = 2**32  # bytes, what the format can hold
 LARGEST_BATCH = 2**30  # bytes of raw samples
+LOOKED_AT = 200  # files that tell whether a folder has colors
 TEST_FOLDERS = ("test", "val", "validation")
 NO_CLASSES = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")  # what systems leave in folders
 
@@ -138,6 +136,14 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
+    def adapted(self, preprocessing: Preprocessing, channels: int | None = None) -> ImageFiles:
+        """In the size that the preprocessing says, and with the channels of the model, where these are known."""
+        height, width, own = preprocessing.image_shape or self.sample_shape
+        if preprocessing.image_shape is None and len(preprocessing.mean) == 3:
+            own = 3
+        resize = self.resize or preprocessing.image_shape is not None
+        return replace(self, sample_shape=(height, width, channels or own), resize=resize)
+
     def read(self, rows: np.ndarray) -> np.ndarray:
         files = [self.files[row] for row in rows]
         _check_batch(self.name, len(files), self.sample_shape, 1)
@@ -145,13 +151,21 @@ class ImageFiles:
 
 
 def _images(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> ImageFiles:
-    shape = None if preprocessing is None else preprocessing.image_shape
-    return ImageFiles(name, files, shape or decode_image(first, shape=None, where=str(first)).shape, resize=shape is not None)
+    """As large as the first file, in color if any file is; or as the preprocessing says."""
+    height, width, channels = decode_image(first, shape=None, where=str(first)).shape
+    if channels == 1 and any(count_channels(file, where=str(file)) == 3 for file in _some(files)):
+        channels = 3
+    found = ImageFiles(name, files, (height, width, channels), resize=False)
+    return found if preprocessing is None else found.adapted(preprocessing)
+
+
+def _some(files: Sequence[Path]) -> Sequence[Path]:
+    return files[:: max(1, len(files) // LOOKED_AT)]
 
 
 @dataclass(frozen=True, eq=False)
 class WavFiles:
-    """16 bit mono wavs, cut or zero-padded at the end to sample_shape [T]. rate: Hz, the same for all."""
+    """Wavs as int16, cut or zero-padded at the end to sample_shape [T]. rate: Hz, the same for all."""
 
     name: str
     files: Sequence[Path]
@@ -161,6 +175,12 @@ class WavFiles:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def adapted(self, preprocessing: Preprocessing, channels: int | None = None) -> WavFiles:
+        """As long as the preprocessing says; a spectrum tells the rate."""
+        rate = self.rate if preprocessing.spectrum is None else preprocessing.spectrum.sample_rate
+        samples = preprocessing.samples or (rate if self.sample_shape == (self.rate,) else self.sample_shape[0])
+        return replace(self, sample_shape=(samples,), rate=rate)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         _check_batch(self.name, len(rows), self.sample_shape, 2)
@@ -175,24 +195,5 @@ class WavFiles:
 
 def _wavs(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> WavFiles:
     rate = read_wav(first, most=0)[0]
-    if preprocessing is not None and preprocessing.spectrum is not None:
-        rate = preprocessing.spectrum.sample_rate
-    samples = None if preprocessing is None else preprocessing.samples
-    return WavFiles(name, files, (samples or rate,), rate)
-
-
-def read_wav(path: Path, *, most: int) -> tuple[int, np.ndarray]:
-    """(sample rate in Hz, int16 [at most `most`]). DataError if the file is not a mono wav of 16 bit PCM."""
-    try:
-        with open_regular(path, most=LARGEST_WAV) as content, wave.open(content) as file:
-            if (file.getnchannels(), file.getsampwidth()) != (1, 2):
-                found = f"{file.getnchannels()} channels of {8 * file.getsampwidth()} bit"
-                raise DataError(f"{path} has {found}: convert it to one channel of 16 bit PCM")
-            rate, data = file.getframerate(), file.readframes(most)
-    except FileError as error:
-        raise DataError(f"{path} cannot be read as a wav: {error}") from error
-    except (wave.Error, EOFError, OSError, RuntimeError, ValueError, ArithmeticError, struct.error) as error:
-        raise DataError(f"{path} cannot be read as a wav ({error or 'it ends too early'}): repair or remove it") from error
-    if not 0 < rate <= 1_000_000:
-        raise DataError(f"{path} claims {rate} samples a second: repair or remove it")
-    return rate, np.frombuffer(data[: len(data) // 2 * 2], dtype="<i2").astype(np.int16)
+    found = WavFiles(name, files, (rate,), rate)
+    return found if preprocessing is None else found.adapted(preprocessing)

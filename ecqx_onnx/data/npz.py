@@ -13,8 +13,9 @@ from tokenize import TokenError  # numpy's reader lets it through
 
 import numpy as np
 
-from ecqx_onnx.data.images import decode_image
+from ecqx_onnx.data.images import count_channels, decode_image
 from ecqx_onnx.errors import DataError, FileError
+from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.reading import open_regular
 
 MOST_EXPANSION = 1032  # deflate's limit: no honest stream grows more
@@ -22,6 +23,7 @@ MOST_INFLATED = 2**29  # bytes of all arrays; a file may hold more only if it gr
 LARGE_EXPANSION = 100
 MOST_MEMBERS = 10_000
 MOST_DIMENSIONS = 32
+LOOKED_AT = 200  # images that tell whether there are colors
 HIGHEST_CHARACTER = 0x10FFFF
 DAMAGED = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
@@ -106,8 +108,11 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
 class Jpegs:
     """Images of one size whose files lie end to end in one array; decoded when first read, then kept in memory."""
 
-    def __init__(self, name: str, data: np.ndarray, offsets: np.ndarray) -> None:
-        """data: uint8 [bytes]. offsets: integers [n + 1], image i is data[offsets[i] : offsets[i + 1]]. DataError if they lie."""
+    def __init__(self, name: str, data: np.ndarray, offsets: np.ndarray, *, channels: int | None = None) -> None:
+        """data: uint8 [bytes]. offsets: integers [n + 1], image i is data[offsets[i] : offsets[i + 1]]. DataError if they lie.
+
+        channels: 1 or 3; None: 3 if any of those looked at has colors.
+        """
         if data.dtype != np.uint8 or data.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 2:
             raise DataError(f"{name} must be uint8 [bytes] with integer offsets [n + 1], one more than images: save it so")
         offsets = offsets.astype(np.int64)
@@ -116,13 +121,24 @@ class Jpegs:
         self.name = name
         self.dtype = np.dtype(np.uint8)
         self._data, self._offsets = data, offsets
-        first = self._decode(0, None)
-        self.sample_shape = first.shape
-        self._images = np.empty((len(self), *first.shape), np.uint8)
+        height, width, own = self._decode(0, None).shape
+        some = range(0, len(self), max(1, len(self) // LOOKED_AT))
+        if channels is None and own == 1 and any(count_channels(self._file(row), where=name) == 3 for row in some):
+            own = 3
+        self.sample_shape = (height, width, channels or own)
+        self._images = np.empty((len(self), *self.sample_shape), np.uint8)
         self._decoded = np.zeros(len(self), bool)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    def adapted(self, preprocessing: Preprocessing, channels: int | None = None) -> Jpegs:
+        """With the channels of the model, where these are known."""
+        if channels is None and len(preprocessing.mean) == 3:
+            channels = 3
+        if channels in (None, self.sample_shape[2]):
+            return self
+        return Jpegs(self.name, self._data, self._offsets, channels=channels)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         for row in rows[~self._decoded[rows]]:
@@ -131,5 +147,7 @@ class Jpegs:
         return self._images[rows]
 
     def _decode(self, row: int, shape: tuple[int, ...] | None) -> np.ndarray:
-        file = self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()
-        return decode_image(file, shape=shape, where=f"image {row} of {self.name}")
+        return decode_image(self._file(row), shape=shape, where=f"image {row} of {self.name}")
+
+    def _file(self, row: int) -> bytes:
+        return self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()

@@ -42,7 +42,7 @@ from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
 from ecqx_onnx.validation.metrics import Proportion
 from ecqx_onnx.validation.sessions import fixed_batch, open_session
 from ecqx_onnx.validation.twin import float_twin
-from ecqx_onnx.validation.validator import stored_preprocessing
+from ecqx_onnx.validation.validator import prepared, stored_preprocessing
 
 FORMAT = "ecqx-onnx deployment"
 VERSION = 1
@@ -178,24 +178,25 @@ class _Maker:
         session, plain = open_session(self.file.path), open_session(self.file.path, level="disabled")
         inputs, outputs = ([_described(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
         notes = list(self.report.notes)
-        preprocessing = stored_preprocessing(self.file)
-        if preprocessing is None and self.split is not None:
-            preprocessing = self.split.preprocessing
+        preprocessing, split = stored_preprocessing(self.file), self.split
+        if split is not None:
+            split, _ = prepared(self.file, split, None, session)
+            preprocessing = split.preprocessing
         if preprocessing is None:
             notes.append("the file records no preprocessing, so runners take only inputs that are ready for the model")
-        elif self.split is None and raw_maker(session, preprocessing) is None:
+        elif split is None and raw_maker(session, preprocessing) is None:
             notes.append("the file's preprocessing does not tell what one raw sample looks like; give --data to have it run")
             preprocessing = None
-        if self.split is None:
+        if split is None:
             notes.append("golden inputs are made up, and no accuracy is stated: give --data for real ones")
         if self.reference is None:
             notes.append("the tolerance is coarse: give --against for one that is derived from the PyTorch model")
-        cases = make_cases(session, preprocessing, self.split)
+        cases = make_cases(session, preprocessing, split)
         if not cases:
             raise DataError("the data set holds no sample: there is nothing to make golden outputs of")
         batches: Iterator[Sequence[np.ndarray]] = iter(())
-        if self.split is not None and preprocessing is not None:
-            batches = data_bound_batches(self.split, preprocessing, fixed_batch(session) or 64)
+        if split is not None and preprocessing is not None:
+            batches = data_bound_batches(split, preprocessing, fixed_batch(session) or 64)
         input_tolerance = preprocessing_tolerance(preprocessing, cases)
         found = tolerances(
             session,
@@ -209,7 +210,7 @@ class _Maker:
         model = self.file.with_data()
         twin = float_twin(model).serialize()
         weights = read_weights(model)
-        accuracy = self.report.onnx_accuracy if self.split is not None else None
+        accuracy = self.report.onnx_accuracy if split is not None else None
         names = [entry["name"] for entry in inputs], [entry["name"] for entry in outputs]
         external = copy_model(self.file, folder / MODEL)
         manifest: dict[str, Any] = {

@@ -20,7 +20,7 @@ from ecqx_onnx.validation.latency import measure_latency
 from ecqx_onnx.validation.report import Latency, ValidationReport
 from ecqx_onnx.validation.sessions import executed_operators, fixed_batch, load_seconds, open_session, runtime_name
 from ecqx_onnx.validation.validator import (
-    chosen_preprocessing,
+    prepared,
     preprocessed_batches,
     stored_preprocessing,
     twin_or_check,
@@ -46,15 +46,15 @@ def validate_against_original(
     file, source = read_onnx(path), read_onnx(original)
     found = [checks.format_check(file)]
     try:
-        size = fixed_batch(open_session(source.path)) or batch_size
+        session = open_session(source.path)
     except CheckFailed as error:
         raise ModelError(f"{original}: there is nothing to compare with: {error}") from error
-    preprocessing = None
+    batches = None
     if split is not None:
         named = source if stored_preprocessing(file) is None else file
-        preprocessing, told = chosen_preprocessing(named, split, None)
+        split, told = prepared(named, split, None, session)
         notes = (*notes, told)
-    batches = None if split is None else preprocessed_batches(split, preprocessing, size)
+        batches = preprocessed_batches(split, fixed_batch(session) or batch_size)
     counted = None if progress is None or split is None else lambda done: progress(done, len(split))
     same = compare_models(source.path, file.path, inputs=inputs, batches=batches, progress=counted)
     for check in same.checks:

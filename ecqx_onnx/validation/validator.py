@@ -26,6 +26,7 @@ from ecqx_onnx.validation.latency import measure_latency
 from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
 from ecqx_onnx.validation.report import Check, Latency, ValidationReport
 from ecqx_onnx.validation.sessions import (
+    Session,
     executed_operators,
     fixed_batch,
     load_seconds,
@@ -79,9 +80,9 @@ def validate(
     if split is None:
         batches: Iterator[Batch] = iter([(synthetic_inputs(session, batch=SYNTHETIC_BATCH), None)])
     else:
-        preprocessing, told = chosen_preprocessing(file, split, preprocessing)
+        split, told = prepared(file, split, preprocessing, session)
         notes = (*notes, told)
-        batches = preprocessed_batches(split, preprocessing, fixed_batch(session) or batch_size)
+        batches = preprocessed_batches(split, fixed_batch(session) or batch_size)
     try:
         counted = None if progress is None else lambda done: progress(done, total)
         shift = None if reference is None else shift_by_floats(file, float_model)
@@ -153,6 +154,17 @@ def chosen_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | No
     return own, f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records none)"
 
 
+def prepared(
+    file: OnnxFile, split: Split, given: Preprocessing | None, session: Session
+) -> tuple[Split, str]:
+    """(the samples as the model takes them, a sentence that says how they are preprocessed and who decided it)."""
+    preprocessing, told = chosen_preprocessing(file, split, given)
+    shape = session.get_inputs()[0].shape[1:] if session.get_inputs() else ()
+    lengths = [length if isinstance(length, int) else None for length in shape]
+    channels = lengths[0] if len(lengths) == 3 and preprocessing.kind == "image" and lengths[0] in (1, 3) else None
+    return split.with_preprocessing(preprocessing, channels=channels).fitted(lengths), told
+
+
 def doubts(file: OnnxFile, comparison: Comparison, split: Split | None, *, has_reference: bool) -> tuple[str, ...]:
     """Sentences on what is probably wrong with the data, their labels or their preprocessing; none without data."""
     if split is None:
@@ -181,8 +193,8 @@ def calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     return step * (limits.min - place), step * (limits.max - place)
 
 
-def preprocessed_batches(split: Split, preprocessing: Preprocessing | None, size: int) -> Iterator[Batch]:
-    for x, y in (split if preprocessing is None else split.with_preprocessing(preprocessing)).batches(size):
+def preprocessed_batches(split: Split, size: int) -> Iterator[Batch]:
+    for x, y in split.batches(size):
         yield (x,), y
 
 

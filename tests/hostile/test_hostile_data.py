@@ -299,11 +299,12 @@ def test_truncated_images(tmp_path, share):
     assert "bad.jpg" in refusal(tmp_path)
 
 
-def test_images_of_two_sizes_and_of_16_bit(tmp_path):
+def test_images_of_two_sizes_and_of_floats(tmp_path):
     save_image(tmp_path / "cat" / "1.png", np.zeros((4, 4), np.uint8))
     save_image(tmp_path / "cat" / "2.png", np.zeros((4, 5), np.uint8))
     assert "image_shape" in refusal(tmp_path)
-    save_image(tmp_path / "cat" / "2.png", np.zeros((4, 4), np.uint16))
+    (tmp_path / "cat" / "2.png").unlink()
+    save_image(tmp_path / "cat" / "2.tif", np.zeros((4, 4), np.float32))
     assert "pixel format" in refusal(tmp_path)
 
 
@@ -324,7 +325,7 @@ def wav_bytes(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"RIFF", b"\x00" * 99, wav_bytes()[:30], wav_bytes(channels=2), wav_bytes(bits=8), wav_bytes(bits=24),
+    [b"", b"RIFF", b"\x00" * 99, wav_bytes()[:30], wav_bytes(channels=65), wav_bytes(bits=12), wav_bytes(kind=6, bits=8),
      wav_bytes(channels=0), wav_bytes(bits=0), wav_bytes(kind=3), wav_bytes(rate=0), wav_bytes(rate=2**32 - 1),
      wav_bytes(rate=44100)],
 )  # fmt: skip

@@ -32,8 +32,8 @@ from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_se
 from ecqx_onnx.validation.validator import (
     SYNTHETIC_BATCH,
     bounds_of,
-    chosen_preprocessing,
     doubts,
+    prepared,
     preprocessed_batches,
     twin_or_check,
     weights_checks,
@@ -75,7 +75,7 @@ def validate_on(
     except CheckFailed as error:
         raise ModelError(f"{path}: its inputs and outputs cannot be told here: {error}") from None
     if split is not None:
-        preprocessing, told = chosen_preprocessing(file, split, preprocessing)
+        split, told = prepared(file, split, preprocessing, session)
         notes = (*notes, told)
     inexact = checks.why_inexact(file, float_reference=float_reference)
     size = fixed_batch(session)
@@ -84,7 +84,7 @@ def validate_on(
         if split is None:
             yield synthetic_inputs(session, batch=SYNTHETIC_BATCH), None
         else:
-            yield from preprocessed_batches(split, preprocessing, size or batch_size)
+            yield from preprocessed_batches(split, size or batch_size)
 
     def feeds() -> Iterator[Mapping[str, np.ndarray]]:
         names = [node.name for node in session.get_inputs()]

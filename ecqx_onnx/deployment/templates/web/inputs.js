@@ -4,11 +4,11 @@ import { fitImage } from './preprocessing.js';
 
 const LARGEST = 100e6; // pixels
 
-/** File -> {pixels, width, height}. Transparent places become white. */
+/** File -> {data, width, height} as people see it: turned as its EXIF data say, transparent places white. */
 export async function readImage(file) {
   let bitmap;
   try {
-    bitmap = await createImageBitmap(file, { imageOrientation: 'none', premultiplyAlpha: 'none', colorSpaceConversion: 'none' });
+    bitmap = await createImageBitmap(file, { imageOrientation: 'from-image', premultiplyAlpha: 'none', colorSpaceConversion: 'none' });
   } catch {
     throw new Error(`'${file.name}' is no image that this browser can read`);
   }
@@ -77,24 +77,52 @@ export async function readSound(file, manifest) {
   return raw;
 }
 
-/** The samples of a 16 bit mono WAV of the wanted rate, bit for bit; null for anything else. */
+const [PCM, FLOAT, EXTENSIBLE] = [1, 3, 0xfffe];
+const WIDTHS = { [PCM]: [8, 16, 24, 32], [FLOAT]: [32, 64] }; // bits
+
+/** The samples of a WAV of the wanted rate as the Python tool reads them, bit for bit; null for anything else. */
 function plainWav(buffer, rate) {
   const view = new DataView(buffer);
   const text = (at) => (at + 4 <= view.byteLength ? String.fromCharCode(...new Uint8Array(buffer, at, 4)) : '');
   if (text(0) !== 'RIFF' || text(8) !== 'WAVE') return null;
-  let fits = false;
+  let format = null;
   for (let at = 12; at + 8 <= view.byteLength; ) {
     const [name, size] = [text(at), view.getUint32(at + 4, true)];
     if (name === 'fmt ' && size >= 16 && at + 24 <= view.byteLength) {
-      fits = view.getUint16(at + 8, true) === 1 && view.getUint16(at + 10, true) === 1 && view.getUint16(at + 22, true) === 16;
-      fits &&= rate === null || view.getUint32(at + 12, true) === rate;
+      format = wavFormat(new DataView(buffer, at + 8, Math.min(size, view.byteLength - at - 8)));
     } else if (name === 'data') {
-      const count = Math.floor(Math.min(size, view.byteLength - at - 8) / 2);
-      return fits ? Int16Array.from({ length: count }, (_, i) => view.getInt16(at + 8 + 2 * i, true)) : null;
+      if (!format || (rate !== null && format.rate !== rate)) return null;
+      return wavSamples(new DataView(buffer, at + 8, Math.min(size, view.byteLength - at - 8)), format);
     }
     at += 8 + size + (size % 2);
   }
   return null;
+}
+
+/** null for what is neither PCM nor floats of a width that the Python tool reads. */
+function wavFormat(chunk) {
+  const word = (at) => chunk.getUint16(at, true);
+  const kind = word(0) === EXTENSIBLE && chunk.byteLength >= 26 ? word(24) : word(0);
+  const [channels, rate, block, bits] = [word(2), chunk.getUint32(4, true), word(12), word(14)];
+  const fits = WIDTHS[kind]?.includes(bits) && channels >= 1 && channels <= 64 && block === (channels * bits) / 8;
+  return fits ? { kind, channels, rate, block, bits } : null;
+}
+
+/** round(32768 · mean over channels), halves upwards, clipped: Int16Array. */
+function wavSamples(view, { kind, channels, block, bits }) {
+  const read = {
+    8: (at) => (view.getUint8(at) - 128) / 128,
+    16: (at) => view.getInt16(at, true) / 2 ** 15,
+    24: (at) => (view.getUint16(at, true) + view.getInt8(at + 2) * 65536) / 2 ** 23,
+    32: (at) => (kind === FLOAT ? view.getFloat32(at, true) : view.getInt32(at, true) / 2 ** 31),
+    64: (at) => view.getFloat64(at, true),
+  }[bits];
+  return Int16Array.from({ length: Math.floor(view.byteLength / block) }, (_, i) => {
+    let sum = 0;
+    for (let c = 0; c < channels; c++) sum += read(i * block + (c * bits) / 8);
+    if (!Number.isFinite(sum)) throw new Error('the sound holds NaN or infinity');
+    return Math.max(-32768, Math.min(32767, Math.floor((sum / channels) * 32768 + 0.5)));
+  });
 }
 
 async function decoded(file, bytes, rate) {
