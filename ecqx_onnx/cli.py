@@ -291,11 +291,12 @@ def convert(
 def validate(
     onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
     against: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="What it was made from: the checkpoint (or state dict, .pt2) that was converted, or the .onnx that was packed."
+            help="What it was made from: the checkpoint (or state dict, .pt2) that was converted, or the .onnx that was packed. "
+            "Without it and without --data: is the file whole?"
         ),
-    ],
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Labelled data for accuracy: as for quantize. Without it, random inputs are compared.")
     ] = None,
@@ -325,6 +326,8 @@ def validate(
     Example:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --data mnist.npz --device local --device web
 
     Of a packed file:  ecqx-onnx validate packed.onnx --against model-int8.onnx
+
+    Is a file whole, by its own checksums:  ecqx-onnx validate lenet5.onnx
     """
     from ecqx_onnx import api
 
@@ -346,23 +349,36 @@ def validate(
             )
         _emit_devices(table, as_json=as_json, quiet=quiet)
         return
-    from ecqx_onnx.validation.equivalence import load_inputs
+    if against is None and data is None:
+        report = _whole(onnx_file, inputs=inputs, factory=factory)
+    else:
+        from ecqx_onnx.validation.equivalence import load_inputs
 
-    with _progress(quiet or as_json) as progress:
-        report = api.validate(
-            onnx_file,
-            against=against,
-            data=data,
-            inputs=None if inputs is None else load_inputs(inputs),
-            factory=factory,
-            samples=samples,
-            batch_size=batch_size,
-            trust_pickle=trust_pickle,
-            progress=progress,
-        )
+        with _progress(quiet or as_json) as progress:
+            report = api.validate(
+                onnx_file,
+                against=against,
+                data=data,
+                inputs=None if inputs is None else load_inputs(inputs),
+                factory=factory,
+                samples=samples,
+                batch_size=batch_size,
+                trust_pickle=trust_pickle,
+                progress=progress,
+            )
     emit(report, as_json=as_json, quiet=quiet)
     if not report.ok:
         raise CheckFailed("; ".join(f"{check.name}: {check.sentence}" for check in report.failures))
+
+
+def _whole(onnx_file: Path, *, inputs: Path | None, factory: str | None) -> Any:
+    """The report on a file in itself."""
+    from ecqx_onnx.validation import check_file
+
+    if inputs is not None or factory is not None:
+        option = "--inputs" if factory is None else "--model"
+        raise OptionError(f"{option} says how to run what the file is compared with: say what that is with --against")
+    return check_file(onnx_file)
 
 
 @command

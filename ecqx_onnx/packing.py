@@ -155,6 +155,23 @@ def pack(
     return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
 
 
+def rewritten(file: OnnxFile) -> ModelProto | None:
+    """What `pack` makes of a model with its default options, in memory.
+
+    Args:
+        file: Someone else's model.
+
+    Returns:
+        The packed model with its data in it; None where nothing in it can be packed.
+    """
+    graph = FloatGraph.load(file.path)
+    qonnx.define(graph.proto)
+    raised = _raised(graph, find_target("onnxruntime"), None)
+    options: dict[str, Any] = {"storage": "auto", "dequantize": "auto", "target": "onnxruntime", "opset": None}
+    plan, _, _ = _plan(raised or graph, options, fold_batchnorm=True)
+    return build(plan).to_model() if plan.entries else None
+
+
 def unpack(
     model: str | Path,
     out: str | Path,

@@ -50,7 +50,8 @@ def checks(*arguments, code=0):
 
 def test_on_random_inputs_every_check_passes(files):
     report, found = checks(files / "packed.onnx", "--against", files / "original.onnx")
-    assert list(found) == ["format", "as written", "optimised", "operators", "weights", "top-1"]
+    names = ["format", "as written", "optimised", "operators", "contents", "weights", "parameters", "top-1"]
+    assert list(found) == names
     assert all(check["passed"] for check in found.values())
     assert "bit for bit, on 2 sets of random inputs" in found["as written"]["sentence"]
     assert "PyTorch" not in json.dumps(report["checks"])

@@ -199,6 +199,68 @@ def test_the_python_runner_fails_on_a_model_that_does_not_load(linux, tmp_path):
     assert "does not load" in done.stderr
 
 
+def flip_a_bit(path, position):
+    """Of a file that still loads, as most damaged models do."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def bias_position(path):
+    """Where in the file a float parameter lies."""
+    bias = next(t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.raw_data) > 8)
+    return path.read_bytes().index(bias.raw_data)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json", "one.npy")])
+def test_the_python_runner_loads_no_model_of_another_sha256(linux, tmp_path, arguments):
+    shutil.copytree(linux.folder, tmp_path / "copy")
+    model = tmp_path / "copy" / "model.onnx"
+    np.save(tmp_path / "copy" / "one.npy", raw_samples("grey", 1, seed=5)[0])
+    flip_a_bit(model, bias_position(model))
+    onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    done = run_py(tmp_path / "copy", *arguments)
+    assert done.returncode == 1
+    assert "model.onnx was changed: its sha256" in done.stderr
+    assert not done.stdout
+
+
+def test_the_page_loads_no_model_of_another_sha256(linux, tmp_path):
+    """The module that opens the model, in Node, with a runtime that says when it is asked to load."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    shutil.copytree(linux.folder, tmp_path / "copy")
+    (tmp_path / "copy" / "package.json").write_text('{"type": "module"}')
+    for name in ("model.js", "preprocessing.js"):
+        shutil.copyfile(TEMPLATES / "web" / name, tmp_path / "copy" / name)
+    (tmp_path / "copy" / "run.js").write_text(
+        "import fs from 'node:fs';\nimport { Model } from './model.js';\n"
+        "const read = async (name) => new Uint8Array(fs.readFileSync(name));\n"
+        "const create = async () => { console.log('loaded'); return {}; };\n"
+        "Model.open(read, { env: { wasm: {} }, InferenceSession: { create } }).catch((error) => console.log(error.message));\n"
+    )
+
+    def said():
+        command = ["node", "run.js"]
+        done = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.strip()
+
+    assert said() == "loaded"
+    model = tmp_path / "copy" / "model.onnx"
+    flip_a_bit(model, bias_position(model))
+    assert said().startswith("model.onnx was changed: its sha256")
+    model.write_bytes(model.read_bytes()[:-1])
+    assert "bytes, not" in said()
+
+
+@pytest.mark.parametrize("name", ["android/EcqxModel.kt", "ios/EcqxModel.swift"])
+def test_the_phones_runners_compare_the_sha256_before_they_make_a_session(name):
+    """Their compilers are seldom here: at least the order is seen."""
+    source = (TEMPLATES / name).read_text()
+    compared, made = source.index("was changed: its sha256"), source.index("session = ")
+    assert compared < made
+
+
 def test_the_python_runner_predicts_one_image(linux, tmp_path):
     from PIL import Image
 
@@ -286,10 +348,16 @@ def test_the_cpp_runner_tells_golden_outputs_from_others(grey, tmp_path):
     assert f"class {best}" in predicted.stdout.splitlines()[0]
     change_byte(folder / "golden" / "05.output0.bin")
     assert run(folder).returncode == 1
+    output = (folder / "golden" / "05.output0.bin").read_bytes()
     (folder / "golden" / "05.output0.bin").write_bytes(b"x")
     assert "does not hold its shape" in run(folder).stderr
+    (folder / "golden" / "05.output0.bin").write_bytes(output)
+    whole = (folder / "model.onnx").read_bytes()
+    flip_a_bit(folder / "model.onnx", whole.index(b"Identity") - 1)
+    assert "model.onnx was changed: its sha256" in run(folder).stderr
     (folder / "model.onnx").write_bytes(b"x")
     assert run(folder).returncode == 1
+    assert run(folder, "golden/00.input0.bin").returncode == 1
     # Of a model with preprocessing it reads every line; the stand-in then refuses the model.
     real = api.deploy(grey[1], tmp_path / "real", to="linux").folder
     assert "Identity only" in run(real).stderr

@@ -2,7 +2,7 @@
 
 The text is JSON, deflated without a header from DICTIONARY, in base 85: of a small network it is a third of the JSON. JSON as it
 is, which always begins with a brace, is read as well; up to format 4 that was what files had, with the list of tensors deflated
-by itself where that was shorter.
+by itself where that was shorter. Behind the deflated bytes lie four of a checksum (checksum.py), which older files lack.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 METADATA_KEY, FORMAT, READABLE = "ecqx_onnx", 5, (3, 4, 5)
-RAW, LONGEST = -15, 1 << 26  # deflate without a header; bytes of the JSON
+RAW = -15  # deflate without a header
+LONGEST = 1 << 22  # bytes of the JSON; a weight takes some 60
+DEEPEST = 16  # objects and lists inside each other; ours have 4
+CHECKSUM = 4  # bytes behind the deflated ones
 # What such JSON often holds, the most usual last. Part of the format: another one needs another number.
 DICTIONARY = b"".join(
     [
@@ -38,29 +41,115 @@ DICTIONARY = b"".join(
 )
 
 
-def to_text(content: Mapping[str, Any]) -> str:
-    """content: JSON-able."""
+def to_text(content: Mapping[str, Any], checksum: Callable[[int], int] | None = None) -> str:
+    """The text that stands in a file.
+
+    Args:
+        content: JSON-able.
+        checksum: Called with the CRC-32 of the deflated content, gives that of the whole model; None leaves it out.
+
+    Returns:
+        Base 85 text, without characters that XML or JSON would have to escape.
+    """
     packer = zlib.compressobj(9, wbits=RAW, memLevel=9, zdict=DICTIONARY)
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    return base64.b85encode(packer.compress(text) + packer.flush()).decode()
+    deflated = packer.compress(text) + packer.flush()
+    if checksum is not None:
+        deflated += checksum(zlib.crc32(deflated)).to_bytes(CHECKSUM, "big")
+    return base64.b85encode(deflated).decode()
+
+
+def stored_checksum(text: str) -> tuple[int, int] | None:
+    """What `to_text` wrote behind the content.
+
+    Args:
+        text: As for `from_text`.
+
+    Returns:
+        (CRC-32 of the deflated content, the model's checksum); None for a text without one, as older files have.
+
+    Raises:
+        ValueError: The text can't be read.
+    """
+    if text[:1] == "{":
+        return None
+    _, behind = _inflate(text, DICTIONARY)
+    if not behind:
+        return None
+    deflated = base64.b85decode(text)[:-CHECKSUM]
+    return zlib.crc32(deflated), int.from_bytes(behind, "big")
 
 
 def from_text(text: str) -> dict[str, Any]:
-    """The inverse of `to_text`, for every text of READABLE formats. ValueError or RecursionError for others."""
-    content = json.loads(text if text[:1] == "{" else _inflated(text, DICTIONARY))
+    """The inverse of `to_text`, for every text of READABLE formats.
+
+    Args:
+        text: What stands in a file, whoever wrote it.
+
+    Returns:
+        The JSON object: at most LONGEST bytes, DEEPEST deep, text that can be printed, fields of known names of known types.
+
+    Raises:
+        ValueError: The text is of another format, damaged, or beyond these limits.
+        RecursionError: It is nested too deeply even to be read.
+    """
+    content = _parse(text.encode() if text[:1] == "{" else _inflate(text, DICTIONARY)[0])
     if not isinstance(content, dict) or content.get("format") not in READABLE:
         raise ValueError(f"it isn't of format {FORMAT}")
     tensors = content.get("tensors")
     if isinstance(tensors, str):
-        tensors = json.loads(_inflated(tensors))
+        tensors = _parse(_inflate(tensors, b"")[0])
     if not isinstance(tensors, list):
         raise ValueError("its list of tensors is none")
+    for name, types in FIELDS.items():
+        if not isinstance(content.get(name), (*types, type(None))):
+            raise ValueError(f"its {name} is a {type(content[name]).__name__}")
+    labels = content.get("labels") or []
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError("one of its labels is no text")
     return content | {"tensors": tensors}
 
 
-def _inflated(text: str, dictionary: bytes = b"") -> bytes:
+# Field -> types that it may have; a field that isn't there is None.
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    "labels": (list,),
+    "recipe": (dict, str),
+    "preprocessing": (dict, str),
+    "activations": (dict, str),
+    "floats": (str,),
+    "storage": (str,),
+    "version": (str,),
+    "tool_version": (str,),
+}
+
+
+def _parse(text: bytes) -> Any:
+    """JSON within the limits. ValueError for anything else, also for halves of characters, which no terminal prints."""
+    if len(text) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST} bytes")
+    content = json.loads(text)
+    level = [content]
+    for _ in range(DEEPEST):
+        lists = [part for part in level if isinstance(part, list)]
+        level = [value for part in level if isinstance(part, dict) for value in part.values()]
+        level += [value for part in lists for value in part]
+        if not level:
+            break
+    else:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def _inflate(text: str, dictionary: bytes) -> tuple[bytes, bytes]:
+    """Base 85 of deflated bytes -> these, at most one more than LONGEST; and what lies behind them."""
     stretch = zlib.decompressobj(wbits=RAW, zdict=dictionary)
     try:
-        return stretch.decompress(base64.b85decode(text), LONGEST)
+        found = stretch.decompress(base64.b85decode(text), LONGEST + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
+    if not stretch.eof and len(found) <= LONGEST:
+        raise ValueError("it is cut short")
+    if len(stretch.unused_data) not in (0, CHECKSUM):
+        raise ValueError(f"{len(stretch.unused_data)} bytes follow it that are no checksum")
+    return found, stretch.unused_data

@@ -12,12 +12,13 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
+from ecqx_onnx_converters.checksum import model_checksum
 from ecqx_onnx_converters.dequantization import integers_of, meaning_of
 from ecqx_onnx_converters.files import external_bytes, read_proto
 from ecqx_onnx_converters.fusion import expanded
 from ecqx_onnx_converters.graph import clear_data, tensor_values
 from ecqx_onnx_converters.matching import GraphWeight
-from ecqx_onnx_converters.metadata import METADATA_KEY, from_text
+from ecqx_onnx_converters.metadata import METADATA_KEY, from_text, stored_checksum
 from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage.registry import STORAGES
 from ecqx_onnx_converters.writer import levels_crc
@@ -28,6 +29,7 @@ class StoredWeight:
     """One weight of a written file.
 
     weight: name and layout as in the float graph; `weight.dequantize()` is what the file's graph computes.
+    value: name that the weight's float value (or integers, where the graph reads these) has in the file's graph.
     nbytes: of the integers as stored, with their decoding.
     crc_ok: the levels have the checksum that the metadata states.
     """
@@ -35,13 +37,14 @@ class StoredWeight:
     weight: GraphWeight
     storage: str
     levels_name: str
+    value: str
     nbytes: int
     crc_ok: bool
 
 
 def read_metadata(model: ModelProto) -> dict[str, Any]:
     """What `write` put under METADATA_KEY; empty for a file of someone else's. FileError when it can't be read."""
-    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    text = _metadata_text(model)
     if text is None:
         return {}
     try:
@@ -51,6 +54,38 @@ def read_metadata(model: ModelProto) -> dict[str, Any]:
             f"the metadata '{METADATA_KEY}' of the ONNX file can't be read ({error}): it is damaged, or another version of"
             " ecqx-onnx wrote it; convert the model again"
         ) from error
+
+
+def is_as_written(source: ModelProto | Path | str) -> bool | None:
+    """Whether graph, parameters and metadata have the checksum that `write` put into the file.
+
+    Args:
+        source: A model with its data in it, or the path of a file whose external data lies beside it.
+
+    Returns:
+        None for a file that carries no such checksum: one of someone else's, or of an earlier version.
+
+    Raises:
+        FileError: The file can't be read.
+    """
+    model = source if isinstance(source, ModelProto) else read_proto(source)
+    folder = None if isinstance(source, ModelProto) else Path(source).parent
+    text = _metadata_text(model)
+    read_metadata(model)
+    stored = None if text is None else stored_checksum(text)
+    if stored is None:
+        return None
+
+    def content(tensor: TensorProto) -> bytes | None:
+        elsewhere = folder is not None and tensor.data_location == TensorProto.EXTERNAL
+        return external_bytes(tensor, folder) if elsewhere and folder is not None else None
+
+    start, wanted = stored
+    return model_checksum(model, content, start=start) == wanted
+
+
+def _metadata_text(model: ModelProto) -> str | None:
+    return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
 
 
 def read_records(metadata: Mapping[str, Any]) -> tuple[Record, ...]:
@@ -144,9 +179,8 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
     if order is not None:
         tensor, factor = tensor.transpose(order), factor if factor is None or factor.ndim == 0 else factor.transpose(order)
     weight = GraphWeight(record.name, tensor, record.sources, factor)
-    return StoredWeight(
-        weight, record.storage, record.levels, STORAGES[record.storage].stored_bytes(record.levels, contents), crc_ok
-    )
+    nbytes = STORAGES[record.storage].stored_bytes(record.levels, contents)
+    return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
 
 
 def _levels_of(record: Record, contents: Contents) -> str:
@@ -190,7 +224,8 @@ def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> St
     tensor = QuantTensor(record.name, levels, Scale(np.ones((), np.float32)))
     weight = GraphWeight(record.name, tensor, record.sources, integers=form)
     nbytes = STORAGES[record.storage].stored_bytes(record.levels, contents)
-    return StoredWeight(weight, record.storage, record.levels, nbytes, levels_crc(levels) == record.crc32)
+    crc_ok = levels_crc(levels) == record.crc32
+    return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
 
 
 def _dequantization(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:

@@ -18,7 +18,7 @@ from ecqx_onnx_converters.consumers import find_uses
 from ecqx_onnx_converters.files import read_proto
 from ecqx_onnx_converters.graph import FloatGraph, all_graphs, rename, value_names
 from ecqx_onnx_converters.matching import GraphWeight, Matching
-from ecqx_onnx_converters.reading import Record, StoredWeight, read_metadata, read_records, read_weights
+from ecqx_onnx_converters.reading import Record, StoredWeight, is_as_written, read_metadata, read_records, read_weights
 from ecqx_onnx_converters.storage import DOMAIN
 
 
@@ -56,6 +56,11 @@ def unpack(path: Path | str) -> Unpacked:
         raise FileError(
             f"'{path}' is damaged: the integers of weight '{damaged[0]}' don't have the checksum that they were written with"
             f" ({len(damaged)} of {len(stored)} weights); convert or pack the model again"
+        )
+    if is_as_written(path) is False:
+        raise FileError(
+            f"'{path}' is damaged, or some tool has changed it: its graph and parameters don't have the checksum that they were"
+            " written with; unpack it as it was written, and change it after that"
         )
     graph = FloatGraph.load(path)
     main = graph.proto.graph

@@ -11,13 +11,20 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.checksum import model_checksum
 from ecqx_onnx_converters.compact import drop_defaults, shorten_integers, shorten_names
 from ecqx_onnx_converters.consumers import apply_standard, find_uses
 from ecqx_onnx_converters.dequantization import Dequantization, as_integers, folded, function, integer, standard
-from ecqx_onnx_converters.files import PROTOBUF_LIMIT, data_path, replacing_model, write_proto
+from ecqx_onnx_converters.files import (
+    PROTOBUF_LIMIT,
+    data_path,
+    little_endian_bytes,
+    replacing_model,
+    write_proto,
+)
 from ecqx_onnx_converters.fusion import FUSED, choose, composed, fuse, leave_turns_to_gemm, order, scaled
 from ecqx_onnx_converters.graph import all_graphs, value_names
 from ecqx_onnx_converters.integer_nodes import FloatNode
@@ -150,7 +157,12 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": records}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
         del model.metadata_props[index]
-    model.metadata_props.add(key=METADATA_KEY, value=to_text(content))
+
+    def elsewhere(tensor: TensorProto) -> bytes | None:
+        return little_endian_bytes(payloads[tensor.name]) if tensor.name in payloads else None
+
+    text = to_text(content, lambda start: model_checksum(model, elsewhere, start=start))
+    model.metadata_props.add(key=METADATA_KEY, value=text)
     return Built(model, payloads, tensors)
 
 

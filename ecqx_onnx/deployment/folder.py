@@ -324,6 +324,7 @@ def _lines(manifest: dict[str, Any]) -> str:
     model, preprocessing = manifest["model"], manifest["preprocessing"] or {}
     rows: list[list[Any]] = [["# manifest.json in lines"]]
     rows.append(["model", model["file"], model["bytes"], model["float32_bytes"] or 0, model["sha256"]])
+    rows += [["external", entry["file"], entry["sha256"]] for entry in manifest["external"]]
     rows += [["input", entry["name"]] for entry in manifest["inputs"]]
     rows += [["output", entry["name"], repr(entry["tolerance"]), repr(entry["raw_tolerance"])] for entry in manifest["outputs"]]
     rows.append(["preprocessing_tolerance", repr(manifest["golden"]["preprocessing_tolerance"])])

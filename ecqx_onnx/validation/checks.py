@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 from ecqx_onnx_converters.graph import all_graphs
+from ecqx_onnx_converters.reading import is_as_written, read_metadata
 from onnxruntime import InferenceSession
 
 from ecqx_onnx.errors import CheckFailed
@@ -15,6 +16,7 @@ from ecqx_onnx.onnx_file import OnnxFile
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.comparison import Comparison, Difference
 from ecqx_onnx.validation.metrics import Agreement, Proportion, largest_difference
+from ecqx_onnx.validation.parameters import ParametersComparison
 from ecqx_onnx.validation.report import Check, Latency
 from ecqx_onnx.validation.sessions import run
 from ecqx_onnx.validation.weights import WeightsComparison
@@ -122,6 +124,48 @@ def weights_check(comparison: WeightsComparison, *, alone: bool = False) -> Chec
     if comparison.absent:
         sentence += f"; not in the graph: {', '.join(comparison.absent)}"
     return Check("weights", True, comparison.equal, comparison.total, sentence)
+
+
+def contents_check(model: onnx.ModelProto) -> Check | None:
+    """Whether all that a runtime reads of the file is as it was written, by the file's own checksum.
+
+    Args:
+        model: With its data in it.
+
+    Returns:
+        None for a file of someone else's. A file of an earlier version has no such checksum: that is no fault, and said.
+
+    Raises:
+        FileError: The file's metadata can't be read.
+    """
+    intact = is_as_written(model)
+    if intact is None and not read_metadata(model):
+        return None
+    if intact is None:
+        sentence = "the file has no checksum of its graph and float parameters, as files of earlier versions; convert it again"
+        return Check("contents", None, None, None, sentence)
+    if intact:
+        return Check("contents", True, None, None, "graph, parameters and metadata have the checksum that they were written with")
+    sentence = "graph, parameters or metadata don't have the file's own checksum: it is damaged, or some tool has changed it"
+    return Check("contents", False, None, None, sentence)
+
+
+def parameters_check(compared: ParametersComparison, *, reference: str) -> Check:
+    """What isn't quantised is what it was, bit for bit, or by the rule that the file states.
+
+    Args:
+        compared: What of it is in the file.
+        reference: Whose parameters these are, in words.
+
+    Returns:
+        A failed check that names the first tensor that isn't there, or one that passed.
+    """
+    if not compared.faults:
+        sentence = f"all {compared.total} parameters, weights dequantised, are those of {reference}, bit for bit"
+        return Check("parameters", True, compared.equal, compared.total, sentence)
+    more = f" (and {len(compared.faults) - 1} more)" if len(compared.faults) > 1 else ""
+    sentence = f"{compared.faults[0]}{more}: not what {reference} has"
+    return Check("parameters", False, compared.equal, compared.total, sentence)
 
 
 def why_inexact(file: OnnxFile, *, float_reference: bool) -> str | None:

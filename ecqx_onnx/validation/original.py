@@ -10,15 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
+from ecqx_onnx_converters.reading import read_weights
 
 from ecqx_onnx.data import Split
-from ecqx_onnx.errors import CheckFailed, DataError, ModelError
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
+from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.latency import measure_latency
-from ecqx_onnx.validation.report import Latency, ValidationReport
+from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
+from ecqx_onnx.validation.report import Check, Latency, ValidationReport
 from ecqx_onnx.validation.sessions import executed_operators, fixed_batch, load_seconds, open_session, runtime_name
+from ecqx_onnx.validation.twin import FloatTwin, float_twin
 from ecqx_onnx.validation.validator import (
     prepared,
     preprocessed_batches,
@@ -71,6 +75,8 @@ def validate_against_original(
     twin = twin_or_check(model, found)
     if twin is not None:
         found += weights_checks(model, twin, ())
+        check = _parameters(source, model, twin)
+        found += [] if check is None else [check]
     if same.agreement is not None:
         found.append(checks.classes_check(same.agreement, same.tie, reference="the original"))
     if same.accuracy is not None and same.original_accuracy is not None:
@@ -88,6 +94,30 @@ def validate_against_original(
         latency=_latency(source.path, file.path, same, latency_runs),
         operators=executed,
     )
+
+
+def _parameters(source: OnnxFile, model: onnx.ModelProto, twin: FloatTwin) -> Check | None:
+    """The original's float tensors are in the file: as they are, or as `pack` rewrites BatchNormalization and old opsets."""
+    try:
+        before = float_tensors(float_twin(source.with_data()).proto)
+        stored = read_weights(model)
+    except (CheckFailed, FileError):  # told by other checks
+        return None
+    found = float_tensors(twin.proto)
+    compared = compare_parameters(found, before, stored=stored)
+    if compared.faults and stored:
+        rewritten = _rewritten(source)
+        again = None if rewritten is None else compare_parameters(found, rewritten, stored=stored)
+        if again is not None and not again.faults:
+            return checks.parameters_check(again, reference="the original, as pack rewrites it")
+    return checks.parameters_check(compared, reference="the original")
+
+
+def _rewritten(source: OnnxFile) -> dict[str, np.ndarray] | None:
+    from ecqx_onnx.packing import rewritten  # here, since packing compares models by this room
+
+    model = rewritten(source)
+    return None if model is None else float_tensors(float_twin(model).proto)
 
 
 def _latency(original: Path, path: Path, same: Equivalence, runs: int) -> Latency | None:

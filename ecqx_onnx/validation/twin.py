@@ -27,10 +27,11 @@ PIECE = 2**28  # bytes of constants that are decoded in one session
 
 @dataclass(frozen=True, eq=False)
 class FloatTwin:
-    """proto: no node in it computes on constants alone. weights: its float32 initializers by name."""
+    """proto: no node in it computes on constants alone. weights: its float32 initializers by name; integers: those of int8."""
 
     proto: ModelProto
     weights: Mapping[str, np.ndarray]
+    integers: Mapping[str, np.ndarray]
 
     def serialize(self) -> bytes | None:
         """With its activations on floats, too. None if it is above protobuf's 2 GB."""
@@ -47,7 +48,9 @@ def float_twin(model: ModelProto) -> FloatTwin:
     _fold(proto.graph, proto, {})
     del proto.metadata_props[:]
     tensors = [tensor for graph in all_graphs(proto.graph) for tensor in graph.initializer]
-    return FloatTwin(proto, {t.name: numpy_helper.to_array(t) for t in tensors if t.data_type == TensorProto.FLOAT})
+    floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.FLOAT}
+    integers = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.INT8}
+    return FloatTwin(proto, floats, integers)
 
 
 def _fold(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:

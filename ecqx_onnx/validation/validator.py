@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from ecqx_onnx_converters.reading import read_weights
+from ecqx_onnx_converters.reading import read_metadata, read_weights
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
@@ -23,6 +23,7 @@ from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.comparison import Batch, Comparison, compare
 from ecqx_onnx.validation.floats import shift_by_floats
 from ecqx_onnx.validation.latency import measure_latency
+from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
 from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
 from ecqx_onnx.validation.report import Check, Latency, ValidationReport
 from ecqx_onnx.validation.sessions import (
@@ -104,7 +105,8 @@ def validate(
     model = file.with_data()
     twin = twin_or_check(model, found)
     if twin is not None:
-        found += weights_checks(model, twin, tensors)
+        origin = None if float_reference else float_model
+        found += weights_checks(model, twin, tensors, float_model=origin)
     if reference is not None:
         found.append(checks.difference_check(comparison, inexact=inexact))
     for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
@@ -205,14 +207,43 @@ def bounds_of(comparison: Comparison, outputs: Sequence) -> list[Bound]:
     return [bound(output, None) for output in outputs]
 
 
-def weights_checks(model: onnx.ModelProto, twin: FloatTwin, tensors: Sequence[QuantTensor]) -> list[Check]:
+def weights_checks(
+    model: onnx.ModelProto,
+    twin: FloatTwin,
+    tensors: Sequence[QuantTensor],
+    *,
+    float_model: Callable[..., bytes | None] | None = None,
+) -> list[Check]:
+    """What the file itself, and the model that it was made from, say of every tensor in it.
+
+    Args:
+        model: The file's, with its data in it.
+        twin: What the runtime makes of the model's constants.
+        tensors: The quantised weights of PyTorch's model; empty to check the file in itself.
+        float_model: Makes the ONNX model from before the quantisation, as for `validate`; None where there is none, or where it
+            isn't the one that the file was made from.
+
+    Returns:
+        One check of the checksum, one of the quantised weights, one of the float parameters; those that can be made.
+    """
     try:
+        found = [check] if (check := checks.contents_check(model)) is not None else []
         stored = read_weights(model)
     except FileError as error:  # the metadata promises weights that are not there as promised
         return [Check("weights", False, None, None, str(error))]
-    if not stored and not tensors:
-        return []
-    return [checks.weights_check(compare_weights(stored, twin.weights, tensors), alone=not tensors)]
+    if stored or tensors:
+        decoded = {**twin.integers, **twin.weights}
+        found.append(checks.weights_check(compare_weights(stored, decoded, tensors), alone=not tensors))
+    metadata = read_metadata(model)
+    if float_model is None or not metadata or metadata.get("activations"):  # integer kernels: scales wander into parameters
+        return found
+    serialized = float_model(floats=metadata.get("floats") or "float32")
+    if serialized is None:
+        return found
+    wanted = float_twin(onnx.load_model_from_string(serialized))
+    compared = compare_parameters(float_tensors(twin.proto), float_tensors(wanted.proto), stored=stored)
+    found.append(checks.parameters_check(compared, reference="PyTorch's model"))
+    return found
 
 
 def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:

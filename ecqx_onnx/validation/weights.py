@@ -31,16 +31,18 @@ def compare_weights(
 ) -> WeightsComparison:
     """stored: empty for a foreign file, whose float weights are compared as they are. tensors: empty to check the file in itself.
 
-    decoded: float32 by name, what the runtime computed from the stored integers.
+    decoded: by name in the file's graph, what the runtime computed from the stored integers: floats, and the integers of tables
+    of which it dequantises only the rows that are asked for.
     """
-    values = {name: weight for name, weight in decoded.items() if weight.ndim >= 2}
+    own = {name for item in stored for name in (item.value, item.levels_name)}
+    values = {name: weight for name, weight in decoded.items() if weight.ndim >= 2 and name not in own}
     values.update({item.weight.name: np.ascontiguousarray(item.weight.dequantize()) for item in stored})
     matching = match(values, tensors)
     matched = {weight.name: weight for weight in matching.found}
     faults: dict[str, str] = {}
     for item in stored:
         name = item.weight.name
-        fault = _stored_fault(item) or _decoding_fault(values[name], decoded.get(name))
+        fault = _stored_fault(item) or _decoding_fault(item, decoded)
         if fault is None and tensors:
             found = matched.get(name)
             fault = _other_values(values[name], name, tensors) if found is None else _rescaling_fault(item.weight, found)
@@ -60,9 +62,15 @@ def _stored_fault(item: StoredWeight) -> str | None:
     return None if item.crc_ok else "has other integers than the file's own checksum says: it was changed after it was written"
 
 
-def _decoding_fault(stored: np.ndarray, decoded: np.ndarray | None) -> str | None:
-    """decoded: None where only the needed rows are decoded at inference (embeddings); it may be laid out transposed."""
-    if decoded is None or _same(stored, decoded) or (stored.ndim == 2 and _same(stored.T, decoded)):
+def _decoding_fault(item: StoredWeight, decoded: Mapping[str, np.ndarray]) -> str | None:
+    """What the runtime computed lies under the weight's name in the graph, maybe transposed; else under that of its integers."""
+    if item.weight.integers is None and item.value in decoded:
+        wanted, found = np.ascontiguousarray(item.weight.dequantize()), decoded[item.value]
+    elif item.weight.integers is None and item.levels_name in decoded:
+        wanted, found = item.weight.tensor.levels, decoded[item.levels_name]
+    else:
+        return None
+    if _same(wanted, found) or (wanted.ndim == 2 and _same(wanted.T, found)):
         return None
     return "is decoded to other values by the runtime than its integers and scale stand for"
 

@@ -112,7 +112,8 @@ def validate_on(
     if result.operators is not None:
         found.append(checks.operators_check(file, Counter(result.operators)))
     if twin is not None:
-        found += weights_checks(model, twin, tensors)
+        origin = None if float_reference else float_model
+        found += weights_checks(model, twin, tensors, float_model=origin)
     if reference is not None:
         found.append(checks.difference_check(comparison, inexact=inexact))
     for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):

@@ -72,7 +72,10 @@ class EcqxModel(private val read: (String) -> ByteArray) : AutoCloseable {
             "golden_input" -> cases.last().inputs.add(row)
             "golden_output" -> cases.last().outputs.add(row)
         }
-        modelBytes = read(facts.getValue("model")[1])
+        val model = facts.getValue("model")
+        modelBytes = read(model[1])
+        // A runtime may load damaged weights without a word.
+        if (sha256(modelBytes) != model[4]) throw IllegalStateException("${model[1]} was changed: its sha256 is another; deploy it again")
         val start = System.nanoTime()
         val options = OrtSession.SessionOptions()
         options.setIntraOpNumThreads(1)

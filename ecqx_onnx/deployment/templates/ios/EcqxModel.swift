@@ -100,6 +100,10 @@ final class EcqxModel {
     init(folder: URL) throws {
         self.folder = folder
         manifest = try JSONDecoder().decode(Manifest.self, from: Data(contentsOf: folder.appendingPathComponent("manifest.json")))
+        let content = try Data(contentsOf: folder.appendingPathComponent(manifest.model.file))
+        guard Self.sha256(content) == manifest.model.sha256 else {  // a runtime may load damaged weights without a word
+            throw EcqxError(description: "\(manifest.model.file) was changed: its sha256 is another; deploy it again")
+        }
         environment = try ORTEnv(loggingLevel: .error)
         let options = try ORTSessionOptions()
         try options.setIntraOpNumThreads(1)

@@ -4,11 +4,13 @@
 //   ./run FILE          the prediction for one image (binary .pgm or .ppm of the model's size), or for a file of raw little-endian
 //                       values that are ready for the model
 //
-// It reads golden.txt, which says the same as manifest.json in lines of fields between tabs. Checksums are left to run.py.
+// It reads golden.txt, which says the same as manifest.json in lines of fields between tabs. The model's checksum is compared before
+// the model is loaded; those of the golden files are left to run.py.
 
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -56,8 +58,13 @@ struct Case {
   std::vector<Array> inputs, outputs;
 };
 
+struct Stored {
+  std::string file, sha256;
+};
+
 struct Deployment {
   std::string model;
+  std::vector<Stored> files;  // the model, and its data where they lie in other files
   long long bytes = 0, float32_bytes = 0;
   std::vector<std::string> inputs, labels;
   std::vector<Output> outputs;
@@ -75,6 +82,92 @@ Bytes ReadFile(const std::string& path) {
   if (!file) Fail(path + ": cannot be read");
   return Bytes(std::istreambuf_iterator<char>(file), {});
 }
+
+// SHA-256 of FIPS 180-4, as hexadecimal digits.
+class Sha256 {
+ public:
+  static std::string Of(Bytes data) {
+    const uint64_t bits = 8 * static_cast<uint64_t>(data.size());
+    data.push_back(static_cast<char>(0x80));
+    while (data.size() % 64 != 56) data.push_back(0);
+    for (int shift = 56; shift >= 0; shift -= 8) data.push_back(static_cast<char>(bits >> shift & 0xff));
+    Sha256 hash;
+    for (size_t begin = 0; begin < data.size(); begin += 64) hash.Block(reinterpret_cast<const unsigned char*>(data.data()) + begin);
+    std::string digits;
+    for (uint32_t word : hash.state_) {
+      for (int shift = 28; shift >= 0; shift -= 4) digits.push_back("0123456789abcdef"[word >> shift & 15]);
+    }
+    return digits;
+  }
+
+ private:
+  using Words = std::array<uint32_t, 64>;
+
+  // The first 32 bits of the fractional parts of the first primes' cube roots, and of the first eight primes' square roots.
+  Sha256() {
+    size_t count = 0;
+    for (int number = 2; count < 64; ++number) {
+      bool prime = true;
+      for (int divisor = 2; divisor * divisor <= number; ++divisor) prime = prime && number % divisor != 0;
+      if (!prime) continue;
+      if (count < 8) state_[count] = Fraction(number, 2);
+      constants_[count++] = Fraction(number, 3);
+    }
+  }
+
+  // floor(2^32 * number^(1 / degree)) mod 2^32, by bisection with whole numbers: root^degree <= number * 2^(32 degree).
+  static uint32_t Fraction(uint32_t number, int degree) {
+    uint64_t low = 0, high = uint64_t{1} << 37;
+    while (high - low > 1) {
+      const uint64_t middle = (low + high) / 2;
+      (AtMost(middle, degree, number) ? low : high) = middle;
+    }
+    return static_cast<uint32_t>(low);
+  }
+
+  static bool AtMost(uint64_t root, int degree, uint32_t number) {
+    std::array<uint64_t, 6> power{1};  // 32 bits each, the lowest first
+    for (int k = 0; k < degree; ++k) {
+      std::array<uint64_t, 6> next{};
+      for (size_t i = 0; i < 4; ++i) {
+        next[i] += power[i] * (root & 0xffffffff);
+        next[i + 1] += power[i] * (root >> 32);
+        next[i + 1] += next[i] >> 32;
+        next[i] &= 0xffffffff;
+      }
+      power = next;
+    }
+    const size_t place = static_cast<size_t>(degree);
+    for (size_t i = 5; i > place; --i) {
+      if (power[i] != 0) return false;
+    }
+    if (power[place] != number) return power[place] < number;
+    return std::all_of(power.begin(), power.begin() + degree, [](uint64_t word) { return word == 0; });
+  }
+
+  static uint32_t Turn(uint32_t word, int count) { return word >> count | word << (32 - count); }
+
+  void Block(const unsigned char* data) {
+    Words w{};
+    for (size_t t = 0; t < 16; ++t) {
+      for (size_t i = 0; i < 4; ++i) w[t] = w[t] << 8 | data[4 * t + i];
+    }
+    for (size_t t = 16; t < 64; ++t) {
+      const uint32_t a = w[t - 15], b = w[t - 2];
+      w[t] = w[t - 16] + (Turn(a, 7) ^ Turn(a, 18) ^ a >> 3) + w[t - 7] + (Turn(b, 17) ^ Turn(b, 19) ^ b >> 10);
+    }
+    std::array<uint32_t, 8> s = state_;
+    for (size_t t = 0; t < 64; ++t) {
+      const uint32_t one = s[7] + (Turn(s[4], 6) ^ Turn(s[4], 11) ^ Turn(s[4], 25)) + ((s[4] & s[5]) ^ (~s[4] & s[6])) + constants_[t] + w[t];
+      const uint32_t two = (Turn(s[0], 2) ^ Turn(s[0], 13) ^ Turn(s[0], 22)) + ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
+      s = {one + two, s[0], s[1], s[2], s[3] + one, s[4], s[5], s[6]};
+    }
+    for (size_t i = 0; i < 8; ++i) state_[i] += s[i];
+  }
+
+  std::array<uint32_t, 8> state_{};
+  Words constants_{};
+};
 
 std::vector<int64_t> ParseShape(const std::string& text) {
   std::vector<int64_t> shape;
@@ -104,6 +197,9 @@ Deployment ReadDeployment(const std::string& path) {
       d.model = fields.at(1);
       d.bytes = std::stoll(fields.at(2));
       d.float32_bytes = std::stoll(fields.at(3));
+      d.files.push_back({d.model, fields.at(4)});
+    } else if (key == "external") {
+      d.files.push_back({fields.at(1), fields.at(2)});
     } else if (key == "input") {
       d.inputs.push_back(fields.at(1));
     } else if (key == "output") {
@@ -292,6 +388,9 @@ int Predict(const Deployment& d, Model& model, const std::string& path) {
 int main(int count, char** arguments) {
   try {
     Deployment deployment = ReadDeployment("golden.txt");
+    for (const auto& [file, sha256] : deployment.files) {  // a runtime may load damaged weights without a word
+      if (Sha256::Of(ReadFile(file)) != sha256) Fail(file + " was changed: its sha256 is not golden.txt's; deploy it again");
+    }
     const auto start = std::chrono::steady_clock::now();
     Model model(deployment);
     const double load = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();

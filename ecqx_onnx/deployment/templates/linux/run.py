@@ -31,6 +31,9 @@ class Model:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
+        _, whole, sentence = self._check_file()
+        if not whole:  # a runtime may load damaged weights without a word
+            raise ValueError(f"{sentence}; deploy it again")
         start = time.perf_counter()
         path = str(folder / self.manifest["model"]["file"])
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -7,13 +7,23 @@ const ARRAYS = {
   float32: Float32Array, float64: Float64Array, int64: BigInt64Array, int32: Int32Array, int16: Int16Array, int8: Int8Array,
   uint64: BigUint64Array, uint32: Uint32Array, uint16: Uint16Array, uint8: Uint8Array, bool: Uint8Array, float16: Uint16Array,
 };
+
+/** The bytes of a file that the manifest names. Throws if they were changed: a runtime may load damaged weights without a word. */
+async function whole(read, { file, sha256, bytes }) {
+  const content = await read(file);
+  if (content.length !== bytes) throw new Error(`${file} has ${content.length} bytes, not ${bytes}: deploy it again`);
+  const found = await digest(content);
+  if (found !== null && found !== sha256) throw new Error(`${file} was changed: its sha256 is not the manifest's; deploy it again`);
+  return content;
+}
+
 const SHORTEST = 2; // milliseconds: browsers' clocks are coarse, so faster models run several times per measurement
 
 export class Model {
   static async open(read, ort) {
     const manifest = JSON.parse(new TextDecoder().decode(await read('manifest.json')));
-    const bytes = await read(manifest.model.file);
-    const externalData = await Promise.all(manifest.external.map(async ({ file }) => ({ path: file, data: await read(file) })));
+    const bytes = await whole(read, manifest.model);
+    const externalData = await Promise.all(manifest.external.map(async (entry) => ({ path: entry.file, data: await whole(read, entry) })));
     ort.env.wasm.numThreads = 1;
     ort.env.logLevel = 'error';
     const create = () => ort.InferenceSession.create(bytes, { executionProviders: ['wasm'], externalData });

@@ -1,0 +1,57 @@
+"""(.onnx file) -> ValidationReport: is this file whole? Nothing else is needed: no checkpoint, no data, no inference.
+
+A single flipped bit of packed weights often decodes to other weights without a word from the runtime. So every checksum in the
+file is computed anew, of the levels as this reader decodes them and as the runtime does, and of all else as it lies there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ecqx_onnx_converters.storage import DOMAIN
+
+from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.report import Check, ValidationReport
+from ecqx_onnx.validation.sessions import open_session, runtime_name
+from ecqx_onnx.validation.validator import twin_or_check, weights_checks
+
+
+def check_file(path: Path | str) -> ValidationReport:
+    """Asks a file all that can be asked of it alone.
+
+    Args:
+        path: Of the .onnx file, whoever wrote it; one of someone else's has no checksums, and the report says so.
+
+    Returns:
+        A report with the checks "format", "load", "contents" and "weights"; its `ok` says whether the file is whole.
+
+    Raises:
+        InputError: The file is missing, no ONNX model, or so damaged that it can't be read.
+    """
+    file = read_onnx(path)
+    found = [checks.format_check(file)]
+    try:
+        for level in ("all", "disabled"):
+            open_session(file.path, level=level)
+        sentence = f"{runtime_name()} loads it with all optimisations and with none"
+        found.append(Check("load", True, None, None, sentence))
+    except CheckFailed as error:
+        found.append(Check("load", False, None, None, str(error)))
+        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+    found += _contents(file)
+    return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+
+
+def _contents(file: OnnxFile) -> list[Check]:
+    if not file.metadata:
+        if any(function.domain == DOMAIN for function in file.proto.functions):
+            sentence = "the graph decodes weights as ecqx-onnx's files do, but has lost its metadata, and all checksums with it"
+            return [Check("contents", False, None, None, sentence)]
+        sentence = "the file was not written by ecqx-onnx and has no checksums: damage that still loads is not seen"
+        return [Check("contents", None, None, None, sentence)]
+    found: list[Check] = []
+    model = file.with_data()
+    twin = twin_or_check(model, found)
+    return found if twin is None else [*found, *weights_checks(model, twin, ())]
