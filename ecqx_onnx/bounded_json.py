@@ -12,17 +12,20 @@ class BadJson(ValueError):  # noqa: N818 - says what the text is
     """The bytes are no JSON that we read; the message says why, without naming the file."""
 
 
-def parse_json(data: bytes | str, *, most_bytes: int, most_items: int) -> Any:
+def parse_json(
+    data: bytes | str, *, most_bytes: int, most_items: int, with_nan: bool = False
+) -> Any:
     """Parse JSON within bounds that are checked before any object is built.
 
     Args:
         data: UTF-8, or text.
         most_bytes: the longest text that is looked at.
         most_items: bound of values, counted by brackets and commas (each costs some 60 bytes).
+        with_nan: NaN and infinities are read as well, which Python writes into its JSON.
 
     Returns:
-        dicts, lists, strings, numbers, booleans and None. No object has a key twice, no number is
-        NaN or infinite.
+        dicts, lists, strings, numbers, booleans and None. No object has a key twice; no number is
+        NaN or infinite unless asked for.
 
     Raises:
         BadJson: for anything else.
@@ -38,7 +41,9 @@ def parse_json(data: bytes | str, *, most_bytes: int, most_items: int) -> Any:
         raise BadJson(f"it has {items} items, more than {most_items}")
     try:
         document = json.loads(
-            text, object_pairs_hook=_object_without_doubles, parse_constant=_refuse_constant
+            text,
+            object_pairs_hook=_object_without_doubles,
+            parse_constant=float if with_nan else _refuse_constant,
         )
     except BadJson:
         raise
@@ -65,7 +70,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _is_deeper(document: Any, limit: int) -> bool:
-    level = [document]
+    level: list[Any] = [document]
     for _ in range(limit + 1):
         inner: list[Any] = []
         for item in level:

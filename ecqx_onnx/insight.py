@@ -7,16 +7,22 @@ correlation of |w| and R is over all entries.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+
+from ecqx_onnx.bounded_json import parse_json
 
 PAIRS = 400
 HIGHEST = np.float32(np.finfo(np.float16).max)
 MOST_PAIRS = 100_000  # of a file, over all weights: ours has PAIRS a weight
 MOST_EPOCHS = 100_000
+MOST_FIGURES = 100  # of one epoch
+MOST_BYTES = 64 * 1024 * 1024  # of the JSON; an epoch takes some 200
+MOST_ITEMS = 2_000_000
+LONGEST_TEXT = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,44 +116,124 @@ _REST = ("warnings", "approximated", "left_float", "history", "best_epoch", "bef
 
 
 def from_document(text: str, pairs: np.ndarray) -> Insight:
-    """The reverse. ValueError, TypeError or KeyError for what `to_document` does not write."""
-    document = json.loads(text)
+    """The reverse of `to_document`.
+
+    Args:
+        text: its JSON.
+        pairs: its array.
+
+    Raises:
+        ValueError: for what `to_document` does not write.
+    """
+    document = parse_json(text, most_bytes=MOST_BYTES, most_items=MOST_ITEMS, with_nan=True)
+    document = _fields(document, ("weights", *_REST))
     if pairs.dtype != np.float16 or pairs.ndim != 2 or len(pairs) != 3 or pairs.shape[1] > MOST_PAIRS:
         raise ValueError(f"the pairs of |w| and relevance are {pairs.dtype} {pairs.shape}")
     weights, at = [], 0
-    for entry in document["weights"]:
-        facts = _Facts(**entry)
-        magnitudes, relevances, levels = pairs[:, at : at + facts.count]
+    for entry in _items(document["weights"]):
+        facts = _read_facts(entry)
+        weights.append(_read_weight(facts, pairs[:, at : at + facts.count]))
         at += facts.count
-        if not np.isfinite(pairs[:, at - facts.count : at]).all() or np.abs(levels).max(initial=0) > 127:
-            raise ValueError(f"the pairs of {facts.name!r} are no finite numbers and levels")
-        found = relevances if facts.has_relevances else relevances[:0]
-        correlation = None if facts.correlation is None else float(facts.correlation)
-        weights.append(
-            WeightInsight(
-                str(facts.name), magnitudes, found, levels.astype(np.int8), correlation, str(facts.rule), float(facts.ecq_zeros)
-            )
-        )
-    if at != pairs.shape[1] or len(document["history"]) > MOST_EPOCHS:
+    if at != pairs.shape[1] or len(_items(document["history"])) > MOST_EPOCHS:
         raise ValueError("the pairs do not belong to the weights")
-    history = tuple({key: None if value is None else float(value) for key, value in row.items()} for row in document["history"])
+    best = document["best_epoch"]
     return Insight(
         tuple(weights),
-        tuple(map(str, document["warnings"])),
-        tuple(map(str, document["approximated"])),
-        tuple((str(name), str(reason)) for name, reason in document["left_float"]),
-        history,
-        None if document["best_epoch"] is None else int(document["best_epoch"]),
+        tuple(_text(warning) for warning in _items(document["warnings"])),
+        tuple(_text(name) for name in _items(document["approximated"])),
+        tuple(_read_reason(pair) for pair in _items(document["left_float"])),
+        tuple(_read_epoch(row) for row in _items(document["history"])),
+        None if best is None else _count(best),
         _counts(document["before"]),
         _counts(document["after"]),
-        str(document["data"]),
+        _text(document["data"]),
     )
+
+
+def _read_facts(entry: Any) -> _Facts:
+    entry = _fields(entry, [field.name for field in fields(_Facts)])
+    if type(entry["has_relevances"]) is not bool:
+        raise ValueError(f"has_relevances is {entry['has_relevances']!r:.40}")
+    correlation = entry["correlation"]
+    return _Facts(
+        name=_text(entry["name"]),
+        count=_count(entry["count"]),
+        has_relevances=entry["has_relevances"],
+        correlation=None if correlation is None else _number(correlation),
+        rule=_text(entry["rule"]),
+        ecq_zeros=_number(entry["ecq_zeros"]),
+    )
+
+
+def _read_weight(facts: _Facts, pairs: np.ndarray) -> WeightInsight:
+    if pairs.shape[1] != facts.count:
+        raise ValueError("the pairs do not belong to the weights")
+    magnitudes, relevances, levels = pairs
+    if not np.isfinite(pairs).all() or np.abs(levels).max(initial=0) > 127:
+        raise ValueError(f"the pairs of {facts.name!r} are no finite numbers and levels")
+    return WeightInsight(
+        facts.name,
+        magnitudes,
+        relevances if facts.has_relevances else relevances[:0],
+        levels.astype(np.int8),
+        facts.correlation,
+        facts.rule,
+        facts.ecq_zeros,
+    )
+
+
+def _read_reason(pair: Any) -> tuple[str, str]:
+    if len(_items(pair)) != 2:
+        raise ValueError("a weight that stays float has no reason")
+    return _text(pair[0]), _text(pair[1])
+
+
+def _read_epoch(row: Any) -> dict[str, float | None]:
+    """training.EpochRecord's numbers; what later versions add is read as well."""
+    if type(row) is not dict or len(row) > MOST_FIGURES:
+        raise ValueError("an epoch of the history is no object of some numbers")
+    return {_text(name): None if value is None else _number(value) for name, value in row.items()}
+
+
+def _fields(value: Any, names: Iterable[str]) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise ValueError(f"{type(value).__name__} where an object should be")
+    for name in names:
+        if name not in value:
+            raise ValueError(f"{name!r} is missing")
+    return value
+
+
+def _items(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise ValueError(f"{type(value).__name__} where a list should be")
+    return value
+
+
+def _text(value: Any) -> str:
+    """Control characters and lone surrogates become escapes: the text is for people."""
+    if type(value) is not str or len(value) > LONGEST_TEXT:
+        raise ValueError(f"{value!r:.40} is no text of at most {LONGEST_TEXT} characters")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in value)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or (type(value) is int and abs(value) >= 2**63):
+        raise ValueError(f"{value!r:.40} is no number")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
 
 
 def _counts(value: Any) -> dict[str, int] | None:
     if value is None:
         return None
-    hits, total = int(value["hits"]), int(value["total"])
+    value = _fields(value, ("hits", "total"))
+    hits, total = _count(value["hits"]), _count(value["total"])
     if not 0 <= hits <= total or total == 0:
         raise ValueError(f"{hits} of {total} is no accuracy")
     return {"hits": hits, "total": total}

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ecqx_onnx.checkpoint import is_checkpoint, is_program, load_plain
+from ecqx_onnx.checkpoint import is_checkpoint
 from ecqx_onnx.errors import FileError, ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.program import load_program
+from ecqx_onnx.torch_file import is_program, load_plain
 from ecqx_onnx.user_code import is_function_spec, run_file
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys under which training scripts put the state dict

@@ -19,6 +19,7 @@ from ecqx_onnx.spectrum import Spectrum
 
 KINDS = ("image", "waveform", "array", "indices")
 LONGEST_JSON = 100_000  # characters; ours has some hundreds
+MOST_SAMPLES = 2**24  # of one waveform: 17 minutes at 16 kHz
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Preprocessing:
             and self.image_shape[2] in (1, 3)
         ):
             raise OptionError(f"image_shape must be (height, width, channels) with 1 or 3 channels, not {self.image_shape!r}")
-        if self.samples is not None and not _is_count(self.samples, 2**31):
-            raise OptionError(f"samples must be a whole number above 0, not {self.samples!r}")
+        if self.samples is not None and not _is_count(self.samples, MOST_SAMPLES):
+            raise OptionError(f"samples must be a whole number from 1 to {MOST_SAMPLES}, not {self.samples!r}")
         if self.spectrum is not None and (not isinstance(self.spectrum, Spectrum) or self.kind != "waveform"):
             raise OptionError(f"a spectrum needs waveforms, and the kind is {self.kind!r}")
         if self.kind == "indices" and (self.scale != 1 or self.mean or self.std):
