@@ -19,7 +19,7 @@ from ecqx_onnx_converters.graph import FloatGraph
 from ecqx_onnx_converters.matching import Matching, match
 from ecqx_onnx_converters.outputs import replacing
 
-from ecqx_onnx.checkpoint_document import BadDocument, read_document
+from ecqx_onnx.checkpoint_document import BadDocument, printable, read_document
 from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx.export import Exported
 from ecqx_onnx.insight import Insight, to_document
@@ -222,7 +222,7 @@ def load(path: str | Path) -> Checkpoint:
     except BadDocument as error:
         raise FileError(f"{path}: is damaged or incomplete ({error}); save it again") from error
     except FileError as error:
-        raise FileError(f"{path}: {error}") from error
+        raise FileError(f"{path}: {printable(str(error))}") from error
     return Checkpoint(**vars(parts))
 
 

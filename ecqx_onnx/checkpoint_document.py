@@ -6,7 +6,7 @@ what is missing, of another type or out of bounds ends in a BadDocument that nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import onnx
 import torch
 from ecqx_onnx_converters.graph import FloatGraph, all_graphs
 from ecqx_onnx_converters.matching import GraphWeight, Matching, Missing
+from google.protobuf.message import Message
 
 from ecqx_onnx.bounded_json import BadJson, parse_json
 from ecqx_onnx.insight import Insight, from_document
@@ -199,6 +200,8 @@ def _read_range(value: Any) -> tuple[float, float]:
 def _tensor(value: Any, what: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise BadDocument(f"{what} is {type(value).__name__}, not a tensor")
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise BadDocument(f"{what} is no plain tensor in main memory")
     return value.detach().resolve_conj().resolve_neg()
 
 
@@ -293,6 +296,7 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
     data = _read_bytes(_entry(document, "graph"), "graph")
     try:
         proto = onnx.ModelProto.FromString(data)
+        _read_texts(proto)
     except Exception as error:  # protobuf's own classes, by its backend
         raise BadDocument("'graph' is no ONNX model") from error
     declared: dict[str, onnx.TensorProto] = {}
@@ -311,6 +315,18 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
     for name, tensor in _mapping(document, "graph_weights", _read_state_tensor).items():
         weights[name] = _read_weight(name, tensor, declared.get(name))
     return FloatGraph(proto, weights)
+
+
+def _read_texts(message: Message) -> None:
+    """UnicodeDecodeError if a text anywhere in the message is no UTF-8: reading it tells."""
+    for _, value in message.ListFields():
+        if isinstance(value, Message):
+            _read_texts(value)
+        elif value and isinstance(value, Sequence) and isinstance(value[0], Message):
+            for inner in value:
+                _read_texts(inner)
+        elif isinstance(value, Sequence):
+            list(value)
 
 
 def _read_weight(

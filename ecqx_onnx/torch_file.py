@@ -21,8 +21,8 @@ from ecqx_onnx.archive import check_layout
 from ecqx_onnx.errors import FileError
 
 MOST_PICKLE_BYTES = 32 * 1024 * 1024  # a state dict of 10 000 tensors takes about 1 MB
-MOST_OPCODES = 5_000_000
-MOST_VALUES = 1_000_000  # in the lists and dicts of a file
+MOST_OPCODES = 2_000_000
+MOST_VALUES = 500_000  # in the lists and dicts of a file
 MOST_DIMENSIONS = 16
 # What tensors may take once copied, as a multiple of the file: levels are stored once and used by
 # the weight and by its initializer; an expanded buffer repeats an element that is stored once.
@@ -33,10 +33,11 @@ LEGACY_PICKLES = 5  # magic number, version, system, object, storage keys: befor
 GLOBALS = re.compile(
     r"collections (OrderedDict|Counter)"
     r"|(__builtin__|builtins) set"
-    r"|torch\._utils (_rebuild_tensor|_rebuild_tensor_v2|_rebuild_parameter)"
+    r"|torch\._utils (_rebuild_tensor(_v2|_v3)?|_rebuild_parameter)"
     r"|torch(\.cuda)? (Byte|Char|Short|Int|Long|Half|Float|Double|BFloat16|Bool)Storage"
+    r"|torch(\.cuda)? Complex(Float|Double)Storage"
     r"|torch\.storage (Untyped|Typed)Storage"
-    r"|torch (u?int\d{1,2}|float\d{1,2}|bfloat16|bool|Size|device)"
+    r"|torch (u?int\d{1,2}|float\d{1,2}\w{0,12}|bfloat16|complex\d{2,3}|bool|Size|device)"
 )
 # Opcodes that make objects in other ways; torch's unpickler knows none of them.
 OBJECTS = frozenset(

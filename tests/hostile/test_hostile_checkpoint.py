@@ -1,10 +1,12 @@
 """Damaged, lying and malicious model files end in one sentence and exit status 2, through the real command line."""
 
+import contextlib
 import io
 import os
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ecqx_onnx import api, checkpoint
+from ecqx_onnx import api, checkpoint, torch_file
+from ecqx_onnx.checkpoint_document import BadDocument, read_document
 from ecqx_onnx.cli import app
+from ecqx_onnx.errors import FileError
 
 
 class Net(torch.nn.Module):
@@ -329,3 +333,242 @@ def test_a_file_without_permission_is_not_called_damaged(good, tmp_path, monkeyp
     refused(
         ["convert", good, tmp_path / "out.onnx"], "model.pt: may not be read; check its permissions", out=tmp_path / "out.onnx"
     )
+
+
+# Every entry of the document, exchanged
+
+
+NOT_PLAIN = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "on no device": lambda: torch.zeros(2, device="meta"),
+    "complex": lambda: torch.zeros(2, dtype=torch.complex64),
+    "of many dimensions": lambda: torch.zeros([1] * 40),
+    "repeated without end": lambda: torch.zeros(1).expand(2**40),
+    "repeated in two directions": lambda: torch.zeros(1, 1, dtype=torch.int8).expand(2**20, 2**22),
+}
+VALUES = (None, 1, 1.5, True, "text", b"bytes", [], {}, [1], {"a": 1}, (1, 2), torch.ones(2))
+
+
+def places_of(value, path=()):
+    """The path of every entry of a checkpoint's document."""
+    yield path
+    items = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, inner in items:
+        yield from places_of(inner, (*path, key))
+
+
+def exchanged(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = exchanged(value[path[0]], path[1:], new)
+    return copy
+
+
+def test_every_entry_exchanged_for_every_type_is_read_or_refused(good):
+    """No KeyError, AttributeError or TypeError, whatever stands where."""
+    document = document_of(good)
+    count = 0
+    for path in list(places_of(document))[1:]:
+        for value in (*VALUES, torch.zeros(1).expand(3), torch.zeros(2).to_sparse()):
+            evil = exchanged(document, path, value)
+            with contextlib.suppress(BadDocument, FileError):
+                read_document(evil)
+            count += 1
+    assert count > 400
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+@pytest.mark.parametrize("where", ["levels", "step", "state", "graph_weights", "program"])
+def test_tensors_that_are_no_plain_arrays_are_refused(good, tmp_path, kind, where):
+    tensor = NOT_PLAIN[kind]()
+
+    def change(document):
+        if where in ("levels", "step"):
+            for entry in first(document):
+                entry[where] = tensor
+        elif where == "program":
+            document["program"] = tensor
+        else:
+            name = next(iter(document[where]), "any")
+            document[where][name] = tensor
+
+    path = changed(good, tmp_path, change)
+    if kind == "complex" and where == "state":  # a network may have one; its program says
+        with pytest.raises(FileError, match="complex64"):
+            checkpoint.load(path).module()
+    else:
+        refused(["inspect", path], "changed.pt")
+
+
+NAMES = {
+    "a megabyte long": "x" * 1_000_000,
+    "empty": "",
+    "with a lone surrogate": "fc\ud800",
+    "with a newline": "fc\n1.weight",
+    "with an escape": "fc\x1b[31m",
+    "with a zero byte": "fc\0",
+    "written backwards": "fc\u202e.weight",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("where", ["name", "initializer", "state", "aliases", "ranges", "missing"])
+def test_names_of_another_kind_are_refused(good, tmp_path, kind, where):
+    name = NAMES[kind]
+
+    def change(document):
+        if where == "name":
+            document["tensors"][0]["name"] = name
+        elif where == "initializer":
+            document["placed"][0]["initializer"] = name
+        elif where == "missing":
+            document["missing"].append([name, "why"])
+        else:
+            value = {"state": torch.ones(1), "aliases": "fc1.weight", "ranges": [0.0, 1.0]}[where]
+            document.setdefault(where, {})[name] = value
+
+    refused(["inspect", changed(good, tmp_path, change)], "name")
+
+
+def test_names_as_long_as_real_ones_are_read(good, tmp_path):
+    name = "encoder.layers." + "very_long_module." * 50 + "weight"
+    path = changed(good, tmp_path, lambda d: d["tensors"][0].update(name=name))
+    assert checkpoint.load(path).tensors[0].name == name
+
+
+def test_labels_that_are_no_utf8_do_not_lose_the_training(good, tmp_path):
+    def change(document):
+        document.update(labels=["caf\udce9", "a\nb", "ok"], notes=["\x1b[31m"])
+
+    path, out = changed(good, tmp_path, change), tmp_path / "out.onnx"
+    assert checkpoint.load(path).labels == (r"caf\udce9", r"a\nb", "ok")
+    for command in (["convert", path, out], ["inspect", path], ["inspect", out]):
+        result = CliRunner().invoke(app, [str(part) for part in command])
+        assert result.exit_code == 0, result.output
+
+
+TEXTS = {
+    "a recipe of many items": (lambda d: d.update(recipe='{"a": [' + "{}," * 90_000 + "{}]}"), "items"),
+    "a recipe of many bytes": (lambda d: d.update(recipe='{"a": "' + "x" * 2**21 + '"}'), "recipe"),
+    "a deep recipe": (lambda d: d.update(recipe="[" * 40_000), "deep"),
+    "a recipe of depth 200": (lambda d: d.update(recipe='{"a":' * 200 + "1" + "}" * 200), "deep"),
+    "a recipe with a key twice": (lambda d: d.update(recipe='{"a": 1, "a": 2}'), "twice"),
+    "a recipe that is a list": (lambda d: d.update(recipe="[1]"), "recipe"),
+    "a recipe with a long number": (lambda d: d.update(recipe='{"a": ' + "9" * 9999 + "}"), "recipe"),
+    "a preprocessing of many bytes": (lambda d: d.update(preprocessing="[" * 10**6), "preprocessing"),
+    "samples of 16 GiB": (
+        lambda d: d.update(preprocessing='{"version": 1, "kind": "waveform", "samples": 2147483647}'),
+        "samples",
+    ),
+    "an insight of many items": (
+        lambda d: d.update(insight={"facts": "[" + "[]," * 3_000_000, "pairs": torch.zeros(3, 0)}),
+        "insight",
+    ),
+    "an insight without its pairs": (lambda d: d.update(insight={"facts": "{}"}), "pairs"),
+    "a note that is no text": (lambda d: d.update(notes=[1]), "notes"),
+    "a label of a megabyte": (lambda d: d.update(labels=["x" * 10**6]), "labels"),
+    "a million labels": (lambda d: d.update(labels=["x"] * 30_000), "values"),
+    "an alias of nothing": (lambda d: d.update(aliases={"a": "nowhere"}), "nowhere"),
+    "a weight twice": (lambda d: d["tensors"].append(d["tensors"][0]), "twice"),
+    "a version that is a tensor": (lambda d: d.update(version=torch.ones(2)), "version"),
+    "a version that is true": (lambda d: d.update(version=True), "version"),
+    "a weight that the graph lacks": (
+        lambda d: d["graph_weights"].update(nowhere=torch.ones(2, 2)),
+        "nowhere",
+    ),
+    "levels that one list refers to without end": (
+        lambda d: d.update(tensors=[d["tensors"][0]] * 30_000),
+        "values",
+    ),
+    "a thousand weights of the same stored bytes": (
+        lambda d: d.update(extra=[torch.zeros(40_000)] * 1000),
+        "claim",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", TEXTS)
+def test_documents_out_of_bounds_are_refused(good, tmp_path, monkeypatch, lie):
+    monkeypatch.setattr(torch_file, "MOST_VALUES", 20_000)  # the true bound takes seconds
+    change, why = TEXTS[lie]
+    refused(["inspect", changed(good, tmp_path, change)], why)
+
+
+def test_a_program_that_wants_another_weight_is_refused(good, tmp_path):
+    onnx_file = tmp_path / "out.onnx"
+    assert CliRunner().invoke(app, ["convert", str(good), str(onnx_file)]).exit_code == 0
+    path = changed(good, tmp_path, lambda d: d["state"].pop("fc1.bias"))
+    refused(["validate", onnx_file, "--against", path], "lacks 'fc1.bias'")
+    path = changed(good, tmp_path, lambda d: d["state"].update({"fc1.bias": torch.ones(8).double()}))
+    refused(["validate", onnx_file, "--against", path], "float64")
+
+
+# The file itself
+
+
+def rewritten(good, change):
+    """The archive with `change` applied to its list of (name, bytes)."""
+    with zipfile.ZipFile(good) as source:
+        members = [(name, source.read(name)) for name in source.namelist()]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as target, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of doubled names
+        for name, data in change(members):
+            target.writestr(name, data)
+    return buffer.getvalue()
+
+
+def with_pickle(opcodes):
+    return lambda members: [
+        (name, opcodes if name.endswith("/data.pkl") else data) for name, data in members
+    ]
+
+
+ARCHIVES = {
+    "a member twice": (lambda members: [*members, members[0]], "twice"),
+    "two folders": (lambda members: [*members, ("other/data.pkl", b"")], "folders"),
+    "a path upwards": (lambda members: [*members, ("archive/../x", b"")], "path|folders"),
+    "a buffer of a terabyte": (
+        with_pickle(b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R."),
+        "pickled",
+    ),
+    "a legacy tensor of a terabyte": (
+        with_pickle(b"\x80\x02ctorch\nFloatTensor\n\x8a\x06\0\0\0\0\0\x01\x85R."),
+        "pickled",
+    ),
+    "a name off the stack": (with_pickle(b"\x80\x04\x8c\x02os\x8c\x06system\x93."), "pickled"),
+    "an endless pickle": (with_pickle(b"\x80\x02" + b"N0" * 30_000 + b"N."), "values"),
+    "a pickle without an end": (with_pickle(b"\x80\x02N"), "damaged"),
+    "a pickle of nothing": (with_pickle(b""), "damaged"),
+    "a text of a terabyte": (with_pickle(b"\x80\x04\x8d\0\0\0\0\0\x01\0\0x."), "damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_archives_that_torch_does_not_write_are_refused(good, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(torch_file, "MOST_OPCODES", 20_000)  # the true bound takes seconds
+    change, why = ARCHIVES[kind]
+    path = tmp_path / "evil.pt"
+    path.write_bytes(rewritten(good, change))
+    with pytest.raises(FileError, match=why):
+        checkpoint.load(path)
+
+
+def test_bytes_around_the_archive_are_refused(good, tmp_path):
+    data = good.read_bytes()
+    for evil in (b"x" * 64 + data, data + b"x" * 64, data + data):
+        (tmp_path / "evil.pt").write_bytes(evil)
+        with pytest.raises(FileError):
+            checkpoint.load(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".pt", "a/" * 3000 + "x.pt", "x\0.pt", ""])
+def test_paths_that_no_file_can_have_are_refused(tmp_path, name):
+    for path in (name, f"{tmp_path}/{name}"):
+        with pytest.raises(FileError):
+            checkpoint.load(path)

@@ -1,16 +1,13 @@
 """Every part and every field of a .pt2 program, exchanged: torch never sees what the file says.
 
-Planted text holds PLANTED(...), planted pickles open a marker file. An audit hook watches what
-Python compiles, unpickles and opens while the program is loaded and put together.
+tests/watching.py sees what Python compiles, unpickles and opens meanwhile.
 """
 
-import contextlib
 import io
 import itertools
 import json
 import pickle
 import struct
-import sys
 import warnings
 import zipfile
 
@@ -21,51 +18,10 @@ from ecqx_onnx import program
 from ecqx_onnx.errors import EcqxError, FileError
 from ecqx_onnx.program import load_program, run_module, save_program
 from ecqx_onnx.size_expression import NotArithmetic, print_anew
+from tests.watching import CALL, Evil, nothing_runs, torch_pickle
 
-CALL = "__import__('builtins').PLANTED('x')"
 TEXTS = (CALL, f"x): {CALL}\n  def f(y", f'x"); {CALL}; ("', f"x');{CALL};('")
 VALUES = (*TEXTS, [CALL], {CALL: CALL}, None, 2**70, -1, 1.5, True)
-WATCHED: list[list[str]] = []
-
-
-def watch(event, arguments):
-    if not WATCHED:
-        return
-    if event == "pickle.find_class":
-        WATCHED[-1].append(f"unpickled {arguments}")
-    if event == "compile" and "PLANTED(" in str(arguments[0]):
-        WATCHED[-1].append(f"compiled {arguments[0]!r}")
-    if event in ("os.system", "subprocess.Popen", "ctypes.dlopen"):
-        WATCHED[-1].append(f"{event} {arguments}")
-    if event == "open" and "MARKER" in str(arguments[0]):
-        WATCHED[-1].append(f"opened {arguments[0]}")
-
-
-sys.addaudithook(watch)  # stays for good, and does nothing outside of `nothing_runs`
-
-
-@contextlib.contextmanager
-def nothing_runs():
-    seen = []
-    WATCHED.append(seen)
-    try:
-        yield
-    finally:
-        WATCHED.pop()
-    assert seen == []
-
-
-class Evil:
-    def __reduce__(self):
-        return (open, ("/tmp/MARKER", "w"))
-
-
-def evil_pickle():
-    buffer = io.BytesIO()
-    torch.save({"x": Evil()}, buffer)
-    return buffer.getvalue()
-
-
 class Net(torch.nn.Module):
     """A dynamic size, a parameter, a buffer, a constant, a keyword argument and a dict."""
 
@@ -126,7 +82,7 @@ def load_and_build(data):
 
 def test_the_watch_sees_a_planted_pickle_and_planted_source():
     with pytest.raises(AssertionError, match="unpickled"), nothing_runs():
-        torch.load(io.BytesIO(evil_pickle()), weights_only=False)["x"].close()
+        torch.load(io.BytesIO(torch_pickle()), weights_only=False)["state_dict"]["weight"].close()
     with pytest.raises(AssertionError, match="compiled"), nothing_runs():
         compile(f"lambda: {CALL}", "x", "eval")
 
@@ -140,7 +96,7 @@ def test_the_archive_as_torch_writes_it_is_read(original, archive, members):
     assert torch.equal(net(x, scale=torch.ones(2))["y"], expected["y"])
 
 
-@pytest.mark.parametrize("planted", [evil_pickle(), pickle.dumps(Evil(), 2), b"", b"PLANTED(1)"])
+@pytest.mark.parametrize("planted", [torch_pickle(), pickle.dumps(Evil(), 2), b"", b"PLANTED(1)"])
 def test_a_member_is_exchanged(members, planted):
     for name in members:
         accepted = load_and_build(pack({**members, name: planted}))
@@ -177,7 +133,7 @@ ADDED = (
 
 @pytest.mark.parametrize("name", ADDED)
 def test_a_member_is_added(members, name):
-    assert not load_and_build(pack({**members, name: evil_pickle()}))
+    assert not load_and_build(pack({**members, name: torch_pickle()}))
     assert not load_and_build(pack({**members, name: members["models/model.json"]}))
 
 
@@ -500,7 +456,7 @@ def test_bytes_in_front_of_and_behind_the_archive_are_refused(members):
 
 
 def test_two_directories_in_one_file_are_refused(members):
-    evil = pack({**members, "data/sample_inputs/model.pt": evil_pickle()})
+    evil = pack({**members, "data/sample_inputs/model.pt": torch_pickle()})
     refused(evil + pack(members))
 
 
@@ -570,7 +526,7 @@ def test_the_layout_of_old_torch_is_refused():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as target:
         target.writestr("serialized_exported_program.json", b"{}")
-        target.writestr("serialized_state_dict.pt", evil_pickle())
+        target.writestr("serialized_state_dict.pt", torch_pickle())
         target.writestr("version", b"8.2")
     refused(buffer.getvalue())
 
