@@ -142,7 +142,7 @@ def test_as_the_state_of_a_training(place, tmp_path, kind):
     out = tmp_path / "out.pt"
     (tmp_path / "out.pt.training").write_bytes(PLANTED[kind])
     train = ("quantize", f"{place}/net.py:net", "--data", place / "data.npz", "--out", out)
-    refused(*train, "--epochs", 1, "--resume", out=out, in_one_sentence=False)
+    refused(*train, "--epochs", 1, "--resume", out=out)
 
 
 @pytest.fixture(scope="module")
