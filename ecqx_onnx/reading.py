@@ -35,6 +35,8 @@ ADVICE = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENXIO: "it is no regular file; name another",
 }
+# Windows has no pipes in folders, and reads text unless told otherwise.
+FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -114,7 +116,7 @@ def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
     """
     with system_errors():
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = os.open(path, FLAGS)
         except ValueError as error:  # a name with a zero byte
             raise FileError(
                 f"{os.fspath(path)!r} can be no file's name ({error}); check the path"

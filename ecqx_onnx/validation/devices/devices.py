@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -11,13 +12,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ecqx_onnx.errors import InputError, OptionError
+from ecqx_onnx.errors import FileError, InputError, OptionError
+from ecqx_onnx.reading import system_errors
 from ecqx_onnx.validation.devices import setup
 from ecqx_onnx.validation.devices.browser import NAMES, RUNNERS, Browser
 from ecqx_onnx.validation.devices.job import Job
@@ -30,14 +32,20 @@ ADDRESS = re.compile(
 )
 
 
+RESULT_FILE = re.compile(r"(\./)?(result\.json|outputs/\w[\w.-]*)")
+
+
 class Device(Protocol):
     """Whatever can do a job: it leaves result.json and the output files in the job's folder, and nothing anywhere else."""
 
     @property
     def name(self) -> str: ...
 
-    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
-        """InputError if the device is absent, or its runner dies or is not done after time_limit seconds."""
+    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> Path | None:
+        """Where the results lie, if not in the job's folder.
+
+        InputError if the device is absent, or its runner dies or is not done after time_limit seconds.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,25 @@ class Ssh:
             supervise(self.name, command, time_limit=time_limit + 30, progress=progress, stdin=sent, stdout=received)
             received.seek(0)
             try:
-                with tarfile.open(fileobj=received) as archive:
-                    archive.extractall(job.folder, filter="data")
-            except tarfile.TarError as error:
+                _unpack_results(received, job.folder)
+            except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
                 raise InputError(f"{self.name}: what came back is no archive of results ({error})") from None
+
+
+def _unpack_results(received: IO[bytes], folder: Path) -> None:
+    """Only result.json and files of outputs/, none of which claims more than came back."""
+    room = received.seek(0, os.SEEK_END)
+    received.seek(0)
+    with tarfile.open(fileobj=received, mode="r:") as archive:  # nothing that is compressed
+        for member in archive:
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse() or not RESULT_FILE.fullmatch(member.name):
+                raise ValueError(f"it holds '{member.name}'")
+            room -= member.size
+            if room < 0:
+                raise ValueError(f"'{member.name}' claims more bytes than came")
+            archive.extract(member, folder, filter="data")
 
 
 @dataclass(frozen=True)
@@ -102,20 +125,31 @@ class Folder:
     def name(self) -> str:
         return f"folder:{self.path}"
 
-    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
-        if (self.path / "result.json").is_file():
-            shutil.copyfile(self.path / "result.json", job.folder / "result.json")
-            if (self.path / "outputs").is_dir():
-                shutil.copytree(self.path / "outputs", job.folder / "outputs", dirs_exist_ok=True)
-            return
-        if self.path.exists() and any(self.path.iterdir()) and not (self.path / "job.json").is_file():
-            raise OptionError(f"{self.path}: holds other things than a job; name a new folder")
-        shutil.copytree(job.folder, self.path, dirs_exist_ok=True)
-        shutil.copyfile(RUNNERS / "run.py", self.path / "run.py")
+    def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> Path | None:
+        if os.path.lexists(self.path / "result.json"):
+            return self.path  # read where they are: copies of endless files would fill the disk
+        with system_errors():
+            if self.path.exists() and any(self.path.iterdir()) and not (self.path / "job.json").is_file():
+                raise OptionError(f"{self.path}: holds other things than a job; name a new folder")
+            _copy_job(job.folder, self.path)
+            shutil.copyfile(RUNNERS / "run.py", self.path / "run.py")
         raise InputError(
             f"{self.name}: holds no result.json yet, so the job was written there; do it on the device "
             f"(`python3 run.py .` in that folder, or a runner of your own), bring the folder back, and repeat this command"
         )
+
+
+def _copy_job(source: Path, folder: Path) -> None:
+    """FileError for a link in the way: what is written stays in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        target = folder / path.relative_to(source)
+        if target.is_symlink():
+            raise FileError(f"'{target}' is a link, and a job is written into files of its own; name a new folder")
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            shutil.copyfile(path, target)
 
 
 def find_device(name: str) -> Device:

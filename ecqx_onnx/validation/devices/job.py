@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,10 +20,20 @@ import numpy as np
 from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx.model_copy import copy_model
 from ecqx_onnx.onnx_file import OnnxFile
+from ecqx_onnx.reading import open_regular, read_bytes
 
 VERSION = 1
 LATENCY_SECONDS = 10.0  # after which a runner stops measuring, however many runs it has done
-LARGEST_RESULT = 2**26  # bytes of result.json; a batch takes about 200
+LARGEST_RESULT = 2**24  # bytes of result.json; a batch takes about 200
+LARGEST_OUTPUT = 2**30  # bytes of one output of one batch
+MOST_DIMENSIONS = 32
+LONGEST_TEXT = 1000  # characters of a name, a path or a message
+MOST_OPERATORS = 10_000  # kinds
+LARGEST_COUNT = 2**53  # of runs, nodes, bytes
+OUTPUT_TYPES = (
+    "float16", "float32", "float64", "bool",
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+)  # fmt: skip
 Feed = Mapping[str, np.ndarray]
 
 
@@ -101,17 +113,36 @@ def _as_lines(job: Mapping[str, Any]) -> str:
     return "".join("\t".join(row) + "\n" for row in rows)
 
 
-def read_result(job: Job, device: str) -> Result:
-    """The runner's result, believed. FileError if it is missing, damaged or of another model or job; ModelError if the
-    runtime refused the model."""
-    path = job.folder / "result.json"
+def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
+    """Reads what a runner found; every field is checked before anything else sees it.
+
+    Args:
+        job: the job that was to be done.
+        device: its name, for messages.
+        folder: where result.json and the outputs lie, if not in the job's own folder.
+
+    Returns:
+        The result.
+
+    Raises:
+        FileError: if it is missing, damaged, larger than a runner writes, or of another model or job.
+        ModelError: if the runtime refused the model.
+    """
+    folder = job.folder if folder is None else folder
+    path = folder / "result.json"
     try:
-        if path.stat().st_size > LARGEST_RESULT:
-            raise FileError(f"{path}: has {path.stat().st_size} bytes, more than a runner writes; run the job again")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        status = os.lstat(path)
     except FileNotFoundError:
         raise FileError(f"{device}: the runner left no result.json; it was stopped or could not write to its folder") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise FileError(f"{path}: is no result of a runner ({error.strerror}); run the job again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path}: is no result of a runner but a link, a folder or a pipe; run the job again")
+    if status.st_size > LARGEST_RESULT:
+        raise FileError(f"{path}: has {status.st_size} bytes, more than a runner writes; run the job again")
+    try:
+        raw = json.loads(read_bytes(path, most=LARGEST_RESULT).decode("utf-8"))
+    except (FileError, ValueError, RecursionError) as error:
         raise FileError(f"{path}: is no result of a runner ({error}); run the job again") from None
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
         raise FileError(f"{path}: is no result of format version {VERSION}; use the runner that came with the job")
@@ -127,8 +158,8 @@ def read_result(job: Job, device: str) -> Result:
     if raw.get("error"):
         _refuse(device, raw)
     try:
-        return _result(job, raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _result(job, folder, raw)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FileError(f"{path}: is damaged ({type(error).__name__}: {error}); run the job again") from None
 
 
@@ -137,32 +168,71 @@ def _refuse(device: str, raw: Mapping[str, Any]) -> None:
 
     error = raw["error"] if isinstance(raw["error"], dict) else {"message": raw["error"]}
     does = "does not load the model" if error.get("stage") == "load" else "fails while running the model"
-    raise ModelError(f"{device}: {raw.get('runtime', 'the runtime')} {does}: {reason(Exception(error.get('message')))}")
+    runtime = str(raw.get("runtime", "the runtime"))[:LONGEST_TEXT]
+    message = str(error.get("message"))[:LONGEST_TEXT]
+    raise ModelError(f"{device}: {runtime} {does}: {reason(Exception(message))}")
 
 
-def _result(job: Job, raw: Mapping[str, Any]) -> Result:
-    plain = raw.get("plain")
-    if len(raw["batches"]) != job.batches:
-        raise ValueError(f"{len(raw['batches'])} batches of {job.batches}")
-    latency, operators = raw.get("latency"), raw.get("operators")
+def _result(job: Job, folder: Path, raw: Mapping[str, Any]) -> Result:
+    """ValueError or TypeError for a field that no runner writes so."""
+    plain, batches = raw.get("plain"), _list(raw["batches"], "batches")
+    if len(batches) != job.batches:
+        raise ValueError(f"{len(batches)} batches of {job.batches}")
     return Result(
-        folder=job.folder,
-        runtime=str(raw["runtime"]),
-        batches=tuple(tuple(dict(entry) for entry in batch) for batch in raw["batches"]),
-        plain=None if plain is None else tuple(_array(job.folder, entry, "an unoptimised output") for entry in plain),
-        operators=None if operators is None else {str(name): int(count) for name, count in operators.items()},
-        load_seconds=_float(raw.get("load_seconds")),
-        latency=None
-        if latency is None
-        else DeviceLatency(
-            float(latency["seconds"]), int(latency["runs"]), _float(latency.get("float_seconds")), _float(latency.get("ratio"))
-        ),
-        peak_memory=None if raw.get("peak_memory") is None else int(raw["peak_memory"]),
+        folder=folder,
+        runtime=_text(raw["runtime"], "runtime"),
+        batches=tuple(tuple(dict(entry) for entry in _list(batch, "a batch")) for batch in batches),
+        plain=None if plain is None else tuple(_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")),
+        operators=_operators(raw.get("operators")),
+        load_seconds=_seconds(raw.get("load_seconds"), "load_seconds"),
+        latency=_latency(raw.get("latency")),
+        peak_memory=None if raw.get("peak_memory") is None else _count(raw["peak_memory"], "peak_memory"),
     )
 
 
-def _float(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _operators(value: Any) -> dict[str, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > MOST_OPERATORS:
+        raise ValueError("operators is no object of counts")
+    return {_text(name, "an operator"): _count(count, "a count of operators") for name, count in value.items()}
+
+
+def _latency(value: Any) -> DeviceLatency | None:
+    if value is None:
+        return None
+    seconds, runs = _seconds(value["seconds"], "seconds"), _count(value["runs"], "runs")
+    if seconds is None:
+        raise ValueError("latency without seconds")
+    compared = (_seconds(value.get(name), name) for name in ("float_seconds", "ratio"))
+    return DeviceLatency(seconds, runs, *compared)
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{what} is no list")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise TypeError(f"{what} is no text of at most {LONGEST_TEXT} characters")
+    return value
+
+
+def _count(value: Any, what: str) -> int:
+    if type(value) not in (int, float) or not 0 <= value <= LARGEST_COUNT or value != int(value):
+        raise ValueError(f"{what} is no count")
+    return int(value)
+
+
+def _seconds(value: Any, what: str) -> float | None:
+    """A finite number of at least 0, or None."""
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value <= LARGEST_COUNT:
+        raise ValueError(f"{what} is no number of at least 0")
+    return float(value)
 
 
 def _described(folder: Path, name: str) -> dict[str, Any]:
@@ -181,21 +251,47 @@ def _stored(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
 
 
 def _array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
+    """An output as result.json describes it; its size and checksum are compared before it is read into memory."""
+    result = folder / "result.json"
     try:
-        name, shape, dtype = PurePosixPath(entry["file"]), tuple(map(int, entry["shape"])), np.dtype(entry["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{folder / 'result.json'}: {what} is not described as file, dtype and shape ({error})") from None
-    if name.is_absolute() or ".." in name.parts:
-        raise FileError(f"{folder / 'result.json'}: {what} points to '{name}', outside of the job's folder: refused")
+        text, shape = _text(entry["file"], "file"), tuple(_list(entry["shape"], "shape"))
+        kind = _text(entry["dtype"], "dtype")
+        if any(type(length) is not int for length in shape):
+            raise TypeError("a length is no integer")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FileError(f"{result}: {what} is not described as file, dtype and shape ({error})") from None
+    counts = list(shape)
+    if min(counts, default=0) < 0 or max(counts, default=0) > LARGEST_COUNT:
+        raise FileError(f"{result}: {what} claims the shape {str(counts)[:100]}, which is not one; run the job again")
+    if kind not in OUTPUT_TYPES or len(counts) > MOST_DIMENSIONS:
+        found = f"'{kind[:20]}' in {len(counts)} dimensions"
+        raise FileError(f"{result}: {what} is {found}, which is not described in docs/devices.md; run the job again")
+    name, dtype = PurePosixPath(text), np.dtype(kind)
+    if name.is_absolute() or ".." in name.parts or "\0" in text:
+        raise FileError(f"{result}: {what} points to '{name}', outside of the job's folder: refused")
+    claimed = math.prod(counts) * dtype.itemsize
+    if claimed >= LARGEST_OUTPUT:
+        raise FileError(f"{result}: {what} claims {claimed} bytes, which is not below {LARGEST_OUTPUT}: use a smaller batch size")
+    path = folder / name
     try:
-        data = (folder / name).read_bytes()
-    except OSError as error:
-        raise FileError(f"{folder / name}: {what} cannot be read ({error.strerror}); bring it back from the device too") from None
-    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-        raise FileError(f"{folder / name}: {what} was changed or cut short after the runner wrote it (sha256); run the job again")
-    if dtype.hasobject or min(shape, default=0) < 0 or len(data) != math.prod(shape) * dtype.itemsize:
-        raise FileError(f"{folder / name}: {what} holds {len(data)} bytes, which is not {dtype} of shape {list(shape)}")
-    return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # Python 3.11 says so of links that lead in a circle
+        raise FileError(f"{path}: {what} cannot be found behind its links; bring the file back from the device too") from None
+    if not inside:
+        raise FileError(f"{path}: {what} lies behind a link that leaves the results' folder: refused")
+    try:
+        file = open_regular(path)
+    except FileError as error:
+        raise FileError(f"{path}: {what} cannot be read ({error}); bring it back from the device too") from None
+    with file:
+        present = os.fstat(file.fileno()).st_size
+        fits = present == claimed
+        data = file.read(claimed) if fits else b""
+    if not fits and present <= LARGEST_OUTPUT and sha256(path) == entry.get("sha256"):
+        raise FileError(f"{path}: {what} holds {present} bytes, which is not {dtype} of shape {counts}")
+    if not fits or hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise FileError(f"{path}: {what} was changed or cut short after the runner wrote it (sha256); run the job again")
+    return np.frombuffer(data, dtype.newbyteorder("<")).reshape(counts).astype(dtype, copy=False)
 
 
 def sha256(path: Path) -> str:

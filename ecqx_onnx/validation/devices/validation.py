@@ -99,8 +99,8 @@ def validate_on(
     serialised = yardstick(file, twin, float_model) if latency_runs else None
     with temporary_folder() as temporary:
         job = write_job(file, temporary, feeds(), single, twin=serialised, latency_runs=latency_runs)
-        device.run(job, time_limit=time_limit, progress=progress)
-        result = read_result(job, device.name)
+        results = device.run(job, time_limit=time_limit, progress=progress)
+        result = read_result(job, device.name, folder=results)
         found.append(Check("load", True, None, None, f"{result.runtime} loads and runs it"))
         comparison = compare(_Replay(session, result.outputs()), reference, batches(), shift=shift)
         if result.plain is not None:
