@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from ecqx_onnx.errors import DataError, FileError, OptionError
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.spectrum import MOST_VALUES, Spectrum
 
 KINDS = ("image", "waveform", "array", "indices")
 LONGEST_JSON = 100_000  # characters; ours has some hundreds
+MOST_SAMPLES = 2**24  # of a waveform: 17 minutes at 16 kHz
+MOST_PIXELS = 2**24  # to which an image is brought
 MOST_SAMPLES = 2**24  # of one waveform: 17 minutes at 16 kHz
 
 
@@ -62,6 +64,7 @@ class Preprocessing:
             and len(self.image_shape) == 3
             and all(_is_count(length, 16_384) for length in self.image_shape)
             and self.image_shape[2] in (1, 3)
+            and self.image_shape[0] * self.image_shape[1] <= MOST_PIXELS
         ):
             raise OptionError(f"image_shape must be (height, width, channels) with 1 or 3 channels, not {self.image_shape!r}")
         if self.samples is not None and not _is_count(self.samples, MOST_SAMPLES):
@@ -115,6 +118,12 @@ class Preprocessing:
             raise DataError(
                 f"{where} holds waveforms of {sample_shape[0]} samples, less than a frame of {self.spectrum.frame_length}: "
                 "use longer ones or another spectrum"
+            )
+        if self.spectrum is not None and self.spectrum.values(sample_shape[0]) > MOST_VALUES:
+            raise DataError(
+                f"{where} holds waveforms of {sample_shape[0]} samples, of which the spectrum makes"
+                f" {self.spectrum.values(sample_shape[0])} values in frames that overlap, more than {MOST_VALUES}:"
+                " use shorter ones or a larger hop"
             )
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:

@@ -16,6 +16,8 @@ import numpy as np
 
 from ecqx_onnx.errors import OptionError
 
+MOST_VALUES = 2**24  # in all frames of one waveform, before the filters
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -72,11 +74,17 @@ class Spectrum:
         """How many whole frames a waveform of this many samples has; at least 0."""
         return max(0, 1 + (samples - self.frame_length) // self.hop)
 
+    def values(self, samples: int) -> int:
+        """How many values all frames of a waveform of this many samples hold, zero-padded as for the FFT."""
+        return self.frames(samples) * self.fft_length
+
     def apply(self, waveforms: np.ndarray) -> np.ndarray:
         """waveforms: float [N, T] in [-1, 1] -> float32 [N, frames, bands]. OptionError if T is shorter than one frame."""
         count = self.frames(waveforms.shape[1])
         if count < 1:
             raise OptionError(f"a waveform of {waveforms.shape[1]} samples is shorter than one frame of {self.frame_length}")
+        if len(waveforms) > 1 and len(waveforms) * self.values(waveforms.shape[1]) > MOST_VALUES:
+            return np.concatenate([self.apply(waveform) for waveform in waveforms[:, None]])
         starts = np.arange(count) * self.hop
         framed = waveforms[:, starts[:, None] + np.arange(self.frame_length)]  # [N, frames, frame_length]
         spectrum = np.fft.rfft(framed * _hann(self.frame_length), n=self.fft_length)
