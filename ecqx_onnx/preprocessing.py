@@ -21,7 +21,6 @@ KINDS = ("image", "waveform", "array", "indices")
 LONGEST_JSON = 100_000  # characters; ours has some hundreds
 MOST_SAMPLES = 2**24  # of a waveform: 17 minutes at 16 kHz
 MOST_PIXELS = 2**24  # to which an image is brought
-MOST_SAMPLES = 2**24  # of one waveform: 17 minutes at 16 kHz
 
 
 @dataclass(frozen=True)

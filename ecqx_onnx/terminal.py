@@ -192,7 +192,7 @@ def _unforeseen(doing: str, error: Exception, *, debug: bool) -> str:
     where = "" if debug else "--debug shows where; "
     return (
         f"{doing} failed in a way that nobody foresaw ({type(error).__name__}: {message});"
-        f" {where}please report it as CONTRIBUTING.md says; nothing was left behind"
+        f" {where}please report it as docs/security.md says; nothing was left behind"
     )
 
 

@@ -121,7 +121,6 @@ def test_a_pipe_is_not_waited_for(command, place, onnx):
     run(command, pipe, place / "out", onnx)
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("command", READ)
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_what_may_not_be_read_is_told(command, what, place, onnx):
@@ -130,6 +129,8 @@ def test_what_may_not_be_read_is_told(command, what, place, onnx):
     closed = file if what == "file" else file.parent
     closed.chmod(0)
     try:
+        if os.access(closed, os.R_OK):
+            pytest.skip("this user may read everything")
         assert "ermission" in run(command, file, place / "out", onnx)
     finally:
         closed.chmod(0o700)
