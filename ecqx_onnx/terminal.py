@@ -230,6 +230,9 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
     )
     parameters = [*signature.parameters.values(), option]
+    for parameter in parameters:
+        for about in getattr(parameter.annotation, "__metadata__", ()):
+            about.readable = False  # typer would show a file without permission in a box of usage
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
