@@ -16,6 +16,7 @@ import onnx
 import torch
 from ecqx_onnx_converters.graph import FloatGraph, all_graphs
 from ecqx_onnx_converters.matching import GraphWeight, Matching, Missing
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from ecqx_onnx.bounded_json import BadJson, parse_json
@@ -296,9 +297,9 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
     data = _read_bytes(_entry(document, "graph"), "graph")
     try:
         proto = onnx.ModelProto.FromString(data)
-        _read_texts(proto)
     except Exception as error:  # protobuf's own classes, by its backend
         raise BadDocument("'graph' is no ONNX model") from error
+    _read_texts(proto)
     declared: dict[str, onnx.TensorProto] = {}
     for graph in all_graphs(proto.graph):
         for initializer in graph.initializer:
@@ -318,15 +319,20 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
 
 
 def _read_texts(message: Message) -> None:
-    """UnicodeDecodeError if a text anywhere in the message is no UTF-8: reading it tells."""
-    for _, value in message.ListFields():
-        if isinstance(value, Message):
-            _read_texts(value)
-        elif value and isinstance(value, Sequence) and isinstance(value[0], Message):
-            for inner in value:
+    """Check that every text in the message is UTF-8: protobuf gives others as bytes."""
+    for field, value in message.ListFields():
+        values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for inner in values:
                 _read_texts(inner)
-        elif isinstance(value, Sequence):
-            list(value)
+        elif field.type == FieldDescriptor.TYPE_STRING and not _are_texts(value):
+            raise BadDocument(f"'graph' has a {field.name!r} that is no UTF-8")
+
+
+def _are_texts(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return isinstance(value, str)
+    return all(isinstance(item, str) for item in value)
 
 
 def _read_weight(

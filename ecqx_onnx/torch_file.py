@@ -1,8 +1,8 @@
 """Files that torch.save wrote -> tensors, numbers, texts, lists and dicts; nothing else is built.
 
 torch.load(weights_only=True) runs none of the author's code, but it builds whatever is asked for:
-buffers of any length, tensors that repeat one stored element a million million times. So the file is
-looked at first (the zip archive's layout, the pickle's opcodes), and the tensors after it.
+buffers of any length, tensors that repeat one stored element a million million times. So the file
+is looked at first (the zip archive's layout, the pickle's opcodes), and the tensors after it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from ecqx_onnx.archive import check_layout
 from ecqx_onnx.errors import FileError
+from ecqx_onnx.reading import open_regular
 
 MOST_PICKLE_BYTES = 32 * 1024 * 1024  # a state dict of 10 000 tensors takes about 1 MB
 MOST_OPCODES = 2_000_000
@@ -104,79 +105,96 @@ def load_plain(path: str | Path) -> Any:
             f"{path}: is a .pt2 program, where a checkpoint or state dict is needed;"
             " `ecqx-onnx convert` takes it without --model"
         )
+    with open_regular(path) as file:
+        return read_plain(file, str(path))
+
+
+def read_plain(file: BinaryIO, source: str) -> Any:
+    """The same from an open file.
+
+    Args:
+        file: seekable, at any place.
+        source: names the file in errors.
+
+    Raises:
+        FileError: if it holds anything but plain values.
+    """
+    length = file.seek(0, 2)
+    file.seek(0)
     try:
-        with path.open("rb") as file:
-            _look_at(file, path)
-        document = torch.load(path, map_location="cpu", weights_only=True)
+        _look_at(file, source)
+        file.seek(0)
+        document = torch.load(file, map_location="cpu", weights_only=True)
     except FileError:
         raise
     except PermissionError as error:
-        raise FileError(f"{path}: may not be read; check its permissions") from error
+        raise FileError(f"{source}: may not be read; check its permissions") from error
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "WeightsUnpickler" in str(error):
-            raise _pickled(path) from error
-        raise _damaged(path) from error
+            raise _pickled(source) from error
+        raise _damaged(source) from error
     except Exception as error:  # torch raises ten kinds on damaged files
-        raise _damaged(path) from error
-    _check_tensors(document, path, path.stat().st_size)
+        raise _damaged(source) from error
+    _check_tensors(document, source, length)
     return document
 
 
-def _look_at(file: BinaryIO, path: Path) -> None:
+def _look_at(file: BinaryIO, source: str) -> None:
     """The archive's layout and checksums, and what its pickle would build."""
     if not zipfile.is_zipfile(file):
         file.seek(0)
         for _ in range(LEGACY_PICKLES):
-            _check_pickle(file, path)
+            _check_pickle(file, source)
         return
     with zipfile.ZipFile(file) as members:
-        entries = check_layout(members, file, str(path))
+        entries = check_layout(members, file, source)
         if (broken := members.testzip()) is not None:  # torch.load doesn't look at checksums
             raise FileError(
-                f"{path}: is damaged: its part {broken[:80]!r} doesn't have its checksum; save it"
+                f"{source}: is damaged: its part {broken[:80]!r} doesn't have its checksum; save it"
                 " again"
             )
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise _damaged(path)
+            raise _damaged(source)
         if pickles[0].file_size > MOST_PICKLE_BYTES:
             raise FileError(
-                f"{path}: has {pickles[0].file_size} bytes beside its tensors, more than"
+                f"{source}: has {pickles[0].file_size} bytes beside its tensors, more than"
                 f" {MOST_PICKLE_BYTES}; save a state dict"
             )
         with members.open(pickles[0]) as stream:
-            _check_pickle(stream, path)
+            _check_pickle(stream, source)
 
 
-def _check_pickle(stream: Any, path: Path) -> None:
+def _check_pickle(stream: Any, source: str) -> None:
     """Read the opcodes of one pickle, and refuse those that make other objects."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MOST_OPCODES:
-            raise FileError(f"{path}: has more than {MOST_OPCODES} values; save a state dict")
-        is_other = opcode.name == "GLOBAL" and not GLOBALS.fullmatch(argument)
+            raise FileError(f"{source}: has more than {MOST_OPCODES} values; save a state dict")
+        is_other = opcode.name == "GLOBAL" and not GLOBALS.fullmatch(str(argument))
         if is_other or opcode.name in OBJECTS:
-            raise _pickled(path)
+            raise _pickled(source)
 
 
-def _check_tensors(document: Any, path: Path, stored: int) -> None:
+def _check_tensors(document: Any, source: str, stored: int) -> None:
     """Every tensor is dense, and all together stand for about as many bytes as are stored."""
     allowed = MOST_UNFOLDING * stored + UNFOLDED_FOR_FREE
     unfolded = 0
-    for tensor in _tensors_in(document, path):
+    for tensor in _tensors_in(document, source):
         is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_plain or tensor.is_quantized or tensor.ndim > MOST_DIMENSIONS:
             raise FileError(
-                f"{path}: holds a tensor that is no plain array in main memory; save dense tensors"
+                f"{source}: holds a tensor that is no plain array in main memory; save dense"
+                " tensors"
             )
         unfolded += tensor.numel() * tensor.element_size()
         if unfolded > allowed:
             raise FileError(
-                f"{path}: its tensors claim more than {allowed} bytes, the file has {stored};"
+                f"{source}: its tensors claim more than {allowed} bytes, the file has {stored};"
                 " save contiguous tensors"
             )
 
 
-def _tensors_in(document: Any, path: Path) -> Iterator[torch.Tensor]:
+def _tensors_in(document: Any, source: str) -> Iterator[torch.Tensor]:
     """Every tensor, as often as the document refers to it."""
     pending = [document]
     seen = 0
@@ -184,7 +202,7 @@ def _tensors_in(document: Any, path: Path) -> Iterator[torch.Tensor]:
         value = pending.pop()
         seen += 1
         if seen + len(pending) > MOST_VALUES:
-            raise FileError(f"{path}: has more than {MOST_VALUES} values; save a state dict")
+            raise FileError(f"{source}: has more than {MOST_VALUES} values; save a state dict")
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, dict):
@@ -193,15 +211,15 @@ def _tensors_in(document: Any, path: Path) -> Iterator[torch.Tensor]:
             pending.extend(value)
 
 
-def _pickled(path: Path) -> FileError:
+def _pickled(source: str) -> FileError:
     return FileError(
-        f"{path}: holds pickled Python objects, not only tensors (or is damaged); save a state dict,"
-        " or give `ecqx-onnx convert` --trust-pickle if you trust its author"
+        f"{source}: holds pickled Python objects, not only tensors (or is damaged); save a state"
+        " dict, or give `ecqx-onnx convert` --trust-pickle if you trust its author"
     )
 
 
-def _damaged(path: Path) -> FileError:
-    return FileError(f"{path}: is damaged or was not written by torch.save; save it again")
+def _damaged(source: str) -> FileError:
+    return FileError(f"{source}: is damaged or was not written by torch.save; save it again")
 
 
 def _reason(error: BaseException) -> str:

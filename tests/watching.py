@@ -23,7 +23,8 @@ class Evil:
 def torch_pickle(*, legacy=False):
     """What torch.save writes of a dict with an Evil in it."""
     buffer = io.BytesIO()
-    torch.save({"state_dict": {"weight": Evil()}}, buffer, _use_new_zipfile_serialization=not legacy)
+    document = {"state_dict": {"weight": Evil()}}
+    torch.save(document, buffer, _use_new_zipfile_serialization=not legacy)
     return buffer.getvalue()
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import stat
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,23 +18,11 @@ import torch
 from ecqx_onnx_converters.outputs import derive_path, remove_leftovers, replacing
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx.torch_file import read_plain
 
 FORMAT = "ecqx-onnx training state"
 VERSION = 1
 KEYS = {"setup", "model", "optimizer", "quantizer", "history", "best"}
-UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)
 
 
 def state_path(out: Path) -> Path:
@@ -133,18 +119,10 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _read(path: Path, file: BinaryIO) -> Any:
-    """What torch.load(weights_only=True) gives. FileError if it is damaged or lies of its size."""
+    """Tensors, numbers, strings, lists and dicts. FileError if it is damaged or lies."""
     try:
-        with zipfile.ZipFile(file) as members:
-            claimed = sum(member.file_size for member in members.infolist())
-            if claimed > os.fstat(file.fileno()).st_size:  # torch stores uncompressed
-                raise ValueError(f"its parts claim {claimed} bytes")
-            if (broken := members.testzip()) is not None:  # torch.load does not look at checksums
-                raise ValueError(f"its part '{broken}' does not have its checksum")
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return read_plain(file, str(path))
+    except FileError as error:
         raise FileError(
-            f"cannot read the training state '{path}' ({reason}): delete it to start anew"
+            f"cannot read the training state '{path}' ({error}): delete it to start anew"
         ) from error

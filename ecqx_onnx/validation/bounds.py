@@ -82,7 +82,7 @@ def reference_outputs(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) 
     with torch.no_grad(), evaluating(reference):
         try:
             return _arrays(reference(*_on(reference, arguments)))
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except Exception as error:  # the network is anybody's, and torch raises anything
             shapes = ", ".join(str(list(array.shape)) for array in inputs)
             message = " ".join(str(error).split())[:200]
             raise ModelError(f"the PyTorch model cannot run on the data (inputs of shape {shapes}): {message}") from None
@@ -100,7 +100,7 @@ def exact_outputs(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> t
     with torch.no_grad(), evaluating(reference), _Float64():
         try:
             outputs = torch.func.functional_call(reference, raised, tuple(_on(reference, arguments)))
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError):
+        except Exception:  # the network is anybody's, and torch raises anything
             return None
         arrays = _arrays(outputs)
     low = any(np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64 for array in arrays)
