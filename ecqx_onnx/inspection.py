@@ -17,7 +17,7 @@ from typing import Any
 import onnx
 from ecqx_onnx_converters.fusion import expanded
 from ecqx_onnx_converters.graph import all_graphs
-from ecqx_onnx_converters.reading import StoredWeight, read_records, read_weights
+from ecqx_onnx_converters.reading import StoredWeight, is_as_written, read_records, read_weights
 from ecqx_onnx_converters.storage import DOMAIN
 from onnx import TensorProto
 from rich.console import Group, RenderableType
@@ -169,6 +169,8 @@ def _onnx(file: OnnxFile) -> Inspection:
     wrong = [item.weight.name for item in stored if not item.crc_ok]
     if wrong:
         warnings.append(f"the levels of {', '.join(wrong)} do not have the metadata's checksum; the file was changed")
+    elif is_as_written(file.with_data()) is False:
+        warnings.append("graph, parameters or metadata do not have the file's own checksum; the file was changed")
     scales = scale_names(proto)
     return Inspection(
         file=str(file.path),

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from ecqx_onnx_converters.files import read_proto
 from ecqx_onnx_converters.graph import all_graphs
+from ecqx_onnx_converters.limits import may_have_size
 from ecqx_onnx_converters.reading import read_metadata
 from onnx import TensorProto, numpy_helper
 
@@ -28,6 +29,8 @@ SUB_BYTE_BITS: dict[int, int] = {
     TensorProto.INT2: 2,
     TensorProto.UINT2: 2,
 }
+MOST_DIMENSIONS = 16  # numpy has 64, runtimes fewer
+LONGEST_LOCATION = 255  # bytes of the name of a file of external data, folders included
 FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 TYPED_FIELDS: dict[int, str] = {
     TensorProto.FLOAT: "float_data",
@@ -66,7 +69,6 @@ def read_onnx(path: Path | str) -> OnnxFile:
     """FileError if the file is missing, damaged or lies about itself; ModelError if a weight is not a number."""
     path = Path(path)
     proto = read_proto(path)
-    _check_text(path, proto)
     if not proto.graph.output:
         raise FileError(f"{path}: holds a graph without outputs; the file is damaged or cut short")
     try:
@@ -75,13 +77,15 @@ def read_onnx(path: Path | str) -> OnnxFile:
         raise FileError(f"{path}: {error}") from error
     external = set()
     for where, tensor in named_tensors(proto):
+        _check_declaration(path, where, tensor)
         if tensor.data_location == TensorProto.EXTERNAL:
             external.add(external_file(path, where, tensor))
         else:
             _check_size(path, where, tensor)
             _check_numbers(path, where, tensor)
-    for sparse in proto.graph.sparse_initializer:
-        _check_sparse(path, sparse)
+    for graph in all_graphs(proto.graph):
+        for sparse in graph.sparse_initializer:
+            _check_sparse(path, sparse)
     return OnnxFile(path, proto, tuple(sorted(external)), metadata)
 
 
@@ -106,18 +110,6 @@ def stored_bytes(tensor: TensorProto) -> int:
     return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
-def _check_text(path: Path, message: Any) -> None:
-    """Protobuf hands over text that is not UTF-8 as bytes, on which runtimes stumble."""
-    for field, value in message.ListFields():
-        if field.message_type is None and field.cpp_type != field.CPPTYPE_STRING:
-            continue
-        for part in value if field.is_repeated else [value]:
-            if field.message_type is not None:
-                _check_text(path, part)
-            elif field.type == field.TYPE_STRING and not isinstance(part, str):
-                raise FileError(f"{path}: holds a name that is no text ({bytes(part)[:40]!r}); the file is damaged")
-
-
 def _constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
     for node in nodes:
         for attribute in node.attribute:
@@ -125,11 +117,17 @@ def _constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
                 yield f"attribute '{attribute.name}' of node '{node.name or node.op_type}'", attribute.t
 
 
-def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
+def _check_declaration(path: Path, where: str, tensor: TensorProto) -> None:
+    """Type and shape, before anything is reckoned with them."""
     if any(length < 0 for length in tensor.dims):
-        raise FileError(f"{path}: {where} has the shape {list(tensor.dims)}, and no length can be negative")
+        raise FileError(f"{path}: {where} has the shape {list(tensor.dims)[:9]}, and no length can be negative")
+    if len(tensor.dims) > MOST_DIMENSIONS:
+        raise FileError(f"{path}: {where} has {len(tensor.dims)} dimensions, more than {MOST_DIMENSIONS}; the file is damaged")
     if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
         raise FileError(f"{path}: {where} has data type {tensor.data_type}, which ONNX does not know")
+
+
+def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
     count = math.prod(tensor.dims)
     if tensor.data_type == TensorProto.STRING:
         found, needed, unit = len(tensor.string_data), count, "strings"
@@ -152,6 +150,10 @@ def _check_numbers(path: Path, where: str, tensor: TensorProto) -> None:
 
 def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
     where, size = f"{path}: sparse initializer '{sparse.values.name}'", math.prod(sparse.dims)
+    if min(sparse.dims, default=0) < 0 or len(sparse.dims) > MOST_DIMENSIONS:
+        raise FileError(f"{where} has the shape {list(sparse.dims)[:9]}, and no tensor can; the file is damaged")
+    if not may_have_size(size, math.prod(sparse.values.dims)):
+        raise FileError(f"{where} claims the shape {list(sparse.dims)} for {math.prod(sparse.values.dims)} values: damaged")
     if list(sparse.indices.dims) != list(sparse.values.dims):  # one linear index per value, the form that onnxruntime reads
         raise FileError(f"{where} has {list(sparse.values.dims)} values but {list(sparse.indices.dims)} indices")
     if sparse.indices.data_type != TensorProto.INT64:
@@ -166,16 +168,25 @@ def external_file(path: Path, where: str, tensor: TensorProto) -> Path:
     """The file that holds the tensor's data: beside the model, there, and long enough."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
+    if tensor.data_type == TensorProto.STRING:
+        raise FileError(f"{path}: {where} is text in external data, which ONNX does not have; the file is damaged")
+    if "\0" in location or len(location.encode()) > LONGEST_LOCATION:
+        raise FileError(f"{path}: {where} has external data at {location[:40]!r}, which no file can be called")
     try:
         offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(stored_bytes(tensor))))
     except ValueError:
         raise FileError(f"{path}: {where} has external data whose offset or length is not a number") from None
     folder = path.parent.resolve()
     outside = PureWindowsPath(location).is_absolute() or Path(location).is_absolute()
-    if not location or outside or folder not in (folder / location).resolve().parents:
+    try:
+        inside = folder in (folder / location).resolve().parents
+        there = inside and (folder / location).is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
+        raise FileError(f"{path}: {where} lies in '{location}', which cannot be opened ({error})") from error
+    if not location or outside or not inside:
         raise FileError(f"{path}: {where} points to external data at '{location}', outside of the model's folder: refused")
     file = folder / location
-    if not file.is_file():
+    if not there:
         raise FileError(f"{path}: {where} lies in '{location}', which is missing: keep that file beside the model")
     if offset < 0 or length != stored_bytes(tensor):
         raise FileError(

@@ -18,6 +18,7 @@ from ecqx_onnx.errors import DataError, FileError, OptionError
 from ecqx_onnx.spectrum import MOST_VALUES, Spectrum
 
 KINDS = ("image", "waveform", "array", "indices")
+MOST_CHANNELS = 8192  # with a mean and a standard deviation each
 LONGEST_JSON = 100_000  # characters; ours has some hundreds
 MOST_SAMPLES = 2**24  # of a waveform: 17 minutes at 16 kHz
 MOST_PIXELS = 2**24  # to which an image is brought
@@ -53,7 +54,9 @@ class Preprocessing:
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(map(_is_number, values)):
-                raise OptionError(f"a preprocessing's {name} must be a tuple of finite numbers, not {values!r}")
+                raise OptionError(f"a preprocessing's {name} must be a tuple of finite numbers, not {str(values)[:80]}")
+            if len(values) > MOST_CHANNELS:
+                raise OptionError(f"a preprocessing's {name} has {len(values)} values, more than {MOST_CHANNELS}")
         if not all(np.float32(value) > 0 for value in self.std):
             raise OptionError(f"a preprocessing's std must be above 0, not {self.std!r}")
         if self.mean and self.std and len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
@@ -67,7 +70,7 @@ class Preprocessing:
         ):
             raise OptionError(f"image_shape must be (height, width, channels) with 1 or 3 channels, not {self.image_shape!r}")
         if self.samples is not None and not _is_count(self.samples, MOST_SAMPLES):
-            raise OptionError(f"samples must be a whole number from 1 to {MOST_SAMPLES}, not {self.samples!r}")
+            raise OptionError(f"samples must be a whole number from 1 to {MOST_SAMPLES}, not {str(self.samples)[:40]}")
         if self.spectrum is not None and (not isinstance(self.spectrum, Spectrum) or self.kind != "waveform"):
             raise OptionError(f"a spectrum needs waveforms, and the kind is {self.kind!r}")
         if self.kind == "indices" and (self.scale != 1 or self.mean or self.std):

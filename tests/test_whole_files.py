@@ -266,6 +266,15 @@ def test_the_checksum_takes_five_bytes():
     assert len(to_text(content, lambda start: start)) - len(to_text(content)) == 5
 
 
+def test_inspect_warns_of_a_file_whose_parameters_were_changed(files, tmp_path):
+    model = onnx.load(files / "float32.onnx")
+    flipped(floats_of(model)[0], 0)
+    onnx.save(model, tmp_path / "flipped.onnx")
+    (warning,) = json.loads(run("inspect", tmp_path / "flipped.onnx", "--json").stdout)["warnings"]
+    assert "checksum" in warning
+    assert json.loads(run("inspect", files / "float32.onnx", "--json").stdout)["warnings"] == []
+
+
 def test_unpack_refuses_a_file_whose_parameters_were_changed(files, tmp_path):
     model = onnx.load(files / "float32.onnx")
     flipped(floats_of(model)[0], 0)

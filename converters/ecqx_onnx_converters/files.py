@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.limits import check_model
 from ecqx_onnx_converters.outputs import derive_path, replacing
 
 PROTOBUF_LIMIT = (1 << 31) - 1  # bytes of one serialized message
@@ -48,6 +49,7 @@ def read_proto(path: Path | str) -> ModelProto:
         ) from error
     if not model.HasField("graph") or not model.opset_import:
         raise FileError(f"'{path}' is not an ONNX model (it has no graph or imports no operators); it may be damaged or empty")
+    check_model(path, model)
     return model
 
 

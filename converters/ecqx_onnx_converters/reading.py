@@ -17,6 +17,7 @@ from ecqx_onnx_converters.dequantization import integers_of, meaning_of
 from ecqx_onnx_converters.files import external_bytes, read_proto
 from ecqx_onnx_converters.fusion import expanded
 from ecqx_onnx_converters.graph import clear_data, tensor_values
+from ecqx_onnx_converters.limits import LONGEST_NAME
 from ecqx_onnx_converters.matching import GraphWeight
 from ecqx_onnx_converters.metadata import METADATA_KEY, from_text, stored_checksum
 from ecqx_onnx_converters.storage import DOMAIN, Contents
@@ -138,8 +139,10 @@ class Record:
             levels, storage = "" if levels == 0 else levels, storage or usual
             texts = (name, storage, levels, value, *(sources or [name]))
             known = layout in (0, 1, 2) and rest[:1] != [""]
-            if not all(isinstance(text, str) for text in texts) or not isinstance(crc, int) or not known:
+            if not all(isinstance(text, str) for text in texts) or type(crc) is not int or not known:
                 raise ValueError("a name is no text, the checksum no number, or the layout unknown")
+            if max(map(len, texts)) > LONGEST_NAME:
+                raise ValueError(f"a name has more than {LONGEST_NAME} characters")
         except (TypeError, ValueError) as error:
             raise FileError(f"the metadata of the ONNX file describes a tensor wrongly ({error}); the file is damaged") from error
         parsed = cls(name, value, storage, levels, tuple(sources or [name]), layout == 1, layout == 2, crc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -26,7 +27,9 @@ LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
+MOST_VALUES = 1 << 27  # of an input that is made up
 RUNTIME_ERRORS = (
+    MemoryError,  # the runtime's bad_alloc
     state.EPFail,
     state.EngineError,
     state.Fail,
@@ -136,6 +139,10 @@ def synthetic_inputs(
         if dtype is None:
             raise ModelError(f"input '{node.name}' has type {node.type}, which validation cannot feed")
         shape = [n if isinstance(n, int) else batch if axis == 0 else free for axis, n in enumerate(node.shape)]
+        if math.prod(shape) > MOST_VALUES:
+            raise ModelError(
+                f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: give real ones"
+            )
         floats = np.issubdtype(dtype, np.floating)
         values = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
         arrays.append(values.astype(dtype))

@@ -12,6 +12,7 @@ import numpy as np
 from onnx import SparseTensorProto, TensorProto
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.limits import may_have_size
 from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored
 from ecqx_onnx_converters.targets import Target
 
@@ -37,6 +38,8 @@ def decode(name: str, contents: Contents) -> np.ndarray:
             f"sparse tensor '{name}' has dims {list(sparse.dims)}, {values.size} values and {len(sparse.indices.raw_data)} bytes"
             " of positions; the ONNX file is damaged"
         )
+    if not may_have_size(size, values.size):
+        raise FileError(f"sparse tensor '{name}' claims {size} weights for {values.size} values; the ONNX file is damaged")
     positions = np.frombuffer(sparse.indices.raw_data, "<i8")
     if values.size and (positions.min() < 0 or positions.max() >= size or (np.diff(positions) <= 0).any()):
         raise FileError(

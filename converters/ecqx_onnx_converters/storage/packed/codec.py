@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.limits import may_have_size
 from ecqx_onnx_converters.storage.packed import tree
 from ecqx_onnx_converters.storage.packed.units import (
     MAX_KINDS,
@@ -393,6 +394,8 @@ def place(entries: np.ndarray, advances: np.ndarray, values: np.ndarray, size: i
     fits = advances.dtype == values.dtype == np.int8 and advances.ndim == 1 and advances.shape == values.shape
     if not fits or int(entries.max(initial=0)) >= len(advances) or advances.max(initial=0) > 0:
         raise FileError("the tables of the packed weights have no such units; the ONNX file is damaged")
+    if not may_have_size(size, len(entries)):
+        raise FileError(f"{len(entries)} entries claim a packed tensor of {size} weights; the ONNX file is damaged")
     cursor = np.cumsum(advances.astype(np.int64)[entries])
     if len(cursor) and cursor[-1] < -size:
         raise FileError(f"the packed weights move past a tensor of {size}; the ONNX file is damaged")
