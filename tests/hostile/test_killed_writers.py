@@ -1,0 +1,52 @@
+"""Commands that are killed at any moment leave the old output whole, and nothing after the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ecqx_onnx_converters import outputs
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(outputs.fcntl is None, reason="POSIX only")
+COMMANDS = ["convert", "pack", "quantize", "deploy"]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'converters'}",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def killing(folder, command, moments, seed=0):
+    """What tests/killing.py tells."""
+    line = [sys.executable, "-m", "tests.killing", folder, command, moments, seed]
+    line = [str(part) for part in line]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["faults"] == []
+    return found
+
+
+def test_a_few_moments_of_a_kill(tmp_path):
+    assert killing(tmp_path, "pack", 6)["runs"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_fifty_random_moments_of_a_kill(command, tmp_path):
+    found = killing(tmp_path, command, 50, seed=1)
+    assert found["runs"] == 50
+    assert found["killed"] >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_kill_before_each_call_that_touches_the_output(command, tmp_path):
+    assert killing(tmp_path, command, "calls")["killed"] >= 20
