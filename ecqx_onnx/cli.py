@@ -73,7 +73,10 @@ def _json_alone(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> None:
     """Entry point of the ecqx-onnx command."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is cleaned up
+    for name in ("SIGTERM", "SIGHUP"):  # so that what was started is cleaned up
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     write_what_cannot_be_encoded_as_escapes()
     app()
 

@@ -1,11 +1,12 @@
 """Runs a command again and again, kills it (SIGKILL) at chosen moments, and tells what it left.
 
-    python -m tests.killing FOLDER COMMAND MOMENTS SEED
+    python -m tests.killing FOLDER COMMAND MOMENTS SEED [SIGNAL]
 
-COMMAND is convert, pack, quantize or deploy. Half of the runs replace an output (--force), half make
-a first one. MOMENTS is a number of random times, or 'calls' for each moment before a call that
-touches the output's folder. Prints a JSON document: how many runs there were, how many were killed,
-and a sentence for each fault. Processes are forked, so that nothing is imported again.
+COMMAND is convert, pack, quantize or deploy. Half of the runs replace an output (--force), half
+make a first one. MOMENTS is a number of random times, or 'calls' for each moment before a call that
+touches the output's folder. SIGNAL is SIGKILL, or one after which nothing may be left at once.
+Prints a JSON document: how many runs there were, how many were stopped, and a sentence for each
+fault. Processes are forked, so that nothing is imported again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def make_inputs(folder: Path) -> None:
     x, y = generator.normal(size=(120, 6)).astype(np.float32), generator.integers(0, 3, 120)
     np.savez(folder / "data.npz", x_train=x[:80], y_train=y[:80], x_test=x[80:], y_test=y[80:])
     (folder / "net.py").write_text(NET)
-    for command in (arguments(folder, "quantize", "model.pt"), ("convert", "model.pt", "model.onnx")):
+    for command in (
+        arguments(folder, "quantize", "model.pt"),
+        ("convert", "model.pt", "model.onnx"),
+    ):
         status, _ = run([*command, "--force"], folder)
         assert status == 0, (folder / "log").read_text()
     for number in (0, 1):
@@ -72,23 +76,25 @@ def arguments(folder: Path, command: str, out: str, *, other: bool = False) -> t
     return ("deploy", "model.onnx", out, "--to", "android" if other else "linux")
 
 
-def run(line, folder, *, after=None, before_call=None):
+def run(line, folder, *, after=None, by=signal.SIGKILL, before_call=None):
     """Runs a command in a process of its own. -> (exit status, seconds); -9 if it was killed.
 
-    after: kill it after so many seconds. before_call: kill it before so many calls for its output.
+    after: send it the signal `by` after so many seconds. before_call: kill it before so many calls
+    for its output.
     """
 
     def command(folder):
         if before_call is not None:
             kill_before(before_call, folder / "place")
-        from ecqx_onnx.cli import app
+        from ecqx_onnx.cli import main
 
-        app([str(part) for part in line])
+        sys.argv = ["ecqx-onnx", *map(str, line)]
+        main()
 
-    return run_function(command, folder, after=after)
+    return run_function(command, folder, after=after, by=by)
 
 
-def run_function(function, folder, *, after=None):
+def run_function(function, folder, *, after=None, by=signal.SIGKILL):
     start = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -110,13 +116,13 @@ def run_function(function, folder, *, after=None):
             os._exit(status)
     if after is not None:
         time.sleep(after)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, by)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), time.monotonic() - start
 
 
 def kill_before(number, place):
-    """From now on the process dies before its `number`th call that is about something in `place`."""
+    """The process dies before its `number`th call that is about something in `place`."""
     calls = iter(range(number))
 
     def watch(event, details):
@@ -152,7 +158,8 @@ def try_moment(folder, command, old, new, *, force, **moment):
     line = (*arguments(folder, command, f"{place}/{out}"), *(["--force"] if force else []))
     status, _ = run(line, folder, **moment)
     faults = []
-    if status not in (0, -9):
+    killed = moment.get("by", signal.SIGKILL) == signal.SIGKILL
+    if killed and status not in (0, -9):  # other signals may come before they are heeded
         faults.append(f"status {status} when it was to be killed: {(folder / 'log').read_text()}")
     seen = {name: content for name, content in contents(place).items() if is_output(name, out)}
     allowed = [old if force else {}, new]
@@ -160,6 +167,9 @@ def try_moment(folder, command, old, new, *, force, **moment):
         allowed.append({**allowed[0], f"{out}.data": new[f"{out}.data"]})
     if seen not in allowed:
         faults.append(f"after the kill: {sorted(seen)} is neither the old nor the new output")
+    hidden = [str(path) for path in place.rglob(".*")] + our_temporaries(folder)
+    if hidden and not killed:
+        faults.append(f"after the signal: {hidden}")
     again, _ = run(line, folder)
     if again != 0 and (force or "exists already" not in (folder / "log").read_text()):
         faults.append(f"status {again} of the next run: {(folder / 'log').read_text()}")
@@ -168,10 +178,14 @@ def try_moment(folder, command, old, new, *, force, **moment):
         faults.append(f"after the next run: {sorted(left)}, expected {sorted(new)}")
     if hidden := [str(path) for path in place.rglob(".*")]:
         faults.append(f"after the next run: {hidden}")
-    ours = [name for name in os.listdir(folder / "tmp") if "ecqx" in name]  # torch has a cache, too
-    if ours:
+    if ours := our_temporaries(folder):
         faults.append(f"temporaries after the next run: {ours}")
-    return status == -9, faults
+    return status != 0, faults
+
+
+def our_temporaries(folder):
+    """What lies in the system's place for temporaries, where torch has a cache, too."""
+    return [name for name in os.listdir(folder / "tmp") if "ecqx" in name]
 
 
 def is_output(name, out):
@@ -179,7 +193,9 @@ def is_output(name, out):
     return not name.startswith(".") and not name.endswith(".training")
 
 
-def try_moments(folder: Path, command: str, moments: str, seed: int) -> dict[str, object]:
+def try_moments(
+    folder: Path, command: str, moments: str, seed: int, by: signal.Signals = signal.SIGKILL
+) -> dict[str, object]:
     """See the module's first lines."""
     import ecqx_onnx.api
     import ecqx_onnx.cli
@@ -204,10 +220,9 @@ def try_moments(folder: Path, command: str, moments: str, seed: int) -> dict[str
     limit = 10_000 if moments == "calls" else int(moments)
     for number in range(limit):
         force = number % 2 == 0
+        moment = {"after": generator.uniform(0, 1.1 * seconds), "by": by}
         if moments == "calls":
             moment = {"before_call": number // 2}
-        else:
-            moment = {"after": generator.uniform(0, 1.1 * seconds)}
         was_killed, found = try_moment(folder, command, old, new, force=force, **moment)
         runs, killed = runs + 1, killed + was_killed
         faults += [f"{moment}, force {force}: {fault}" for fault in found]
@@ -217,5 +232,6 @@ def try_moments(folder: Path, command: str, moments: str, seed: int) -> dict[str
 
 
 if __name__ == "__main__":
-    folder, command, moments, seed = sys.argv[1:]
-    print(json.dumps(try_moments(Path(folder).resolve(), command, moments, int(seed))))
+    folder, command, moments, seed, *by = sys.argv[1:]
+    by = [signal.Signals[name] for name in by]
+    print(json.dumps(try_moments(Path(folder).resolve(), command, moments, int(seed), *by)))

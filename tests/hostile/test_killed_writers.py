@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,9 +21,9 @@ ENVIRONMENT = {
 }
 
 
-def killing(folder, command, moments, seed=0):
+def killing(folder, command, moments, seed=0, by="SIGKILL"):
     """What tests/killing.py tells."""
-    line = [sys.executable, "-m", "tests.killing", folder, command, moments, seed]
+    line = [sys.executable, "-m", "tests.killing", folder, command, moments, seed, by]
     line = [str(part) for part in line]
     result = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
@@ -50,3 +48,10 @@ def test_fifty_random_moments_of_a_kill(command, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_kill_before_each_call_that_touches_the_output(command, tmp_path):
     assert killing(tmp_path, command, "calls")["killed"] >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_leaves_nothing_at_once(command, by, tmp_path):
+    assert killing(tmp_path, command, 10, seed=2, by=by)["runs"] == 10
