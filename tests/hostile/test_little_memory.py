@@ -48,7 +48,8 @@ def run(*arguments):
 
 def ends_in_words(result):
     """Refused, in one sentence: no traceback, no defect of ours, no signal."""
-    assert result.returncode in (1, 2), (result.returncode, result.stderr[-2000:])
+    without_memory = result.returncode == 70 and "memory ran out" in result.stderr
+    assert result.returncode in (1, 2) or without_memory, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: "), result.stderr[-2000:]
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr[-2000:]
@@ -87,11 +88,27 @@ def large_data_beside(path):
 
 
 def large_inside(path):
-    """One matrix of 1.5 GB in the file itself."""
+    """One matrix of 1.6 GB in the file itself, which is made of holes: its bytes come last."""
     side = 20_000
     tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[side, side])
-    tensor.raw_data = bytes(4 * side * side)
-    path.write_bytes(graph_of(tensor).SerializeToString())
+    model = graph_of(tensor)
+    model.graph.ClearField("initializer")
+    # Protobuf: a field that comes again is merged, and a repeated one gets longer.
+    content = 4 * side * side
+    head = tensor.SerializeToString() + bytes([9 << 3 | 2]) + varint(content)  # raw_data
+    head = bytes([5 << 3 | 2]) + varint(len(head) + content) + head  # of the initializer
+    head = bytes([7 << 3 | 2]) + varint(len(head) + content) + head  # of the graph
+    path.write_bytes(model.SerializeToString() + head)
+    os.truncate(path, path.stat().st_size + content)
+
+
+def varint(number):
+    """Protobuf's: seven bits a byte, the lowest first."""
+    parts = []
+    while number >= 128:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
 
 
 def large_state(path):
