@@ -309,6 +309,9 @@ def validate(
     factory: Annotated[
         str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
     ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(help="With --model: shape of one input without the batch, where FILE.py has no INPUT_SHAPE.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[
@@ -344,6 +347,7 @@ def validate(
                 against=against,
                 data=data,
                 factory=factory,
+                input_shape=_shape(input_shape),
                 samples=samples,
                 batch_size=batch_size,
                 time_limit=time_limit,
@@ -364,6 +368,7 @@ def validate(
                 data=data,
                 inputs=None if inputs is None else load_inputs(inputs),
                 factory=factory,
+                input_shape=_shape(input_shape),
                 samples=samples,
                 batch_size=batch_size,
                 trust_pickle=trust_pickle,
@@ -485,6 +490,9 @@ def deploy(
     factory: Annotated[
         str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
     ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(help="With --model: shape of one input without the batch, where FILE.py has no INPUT_SHAPE.")
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="The classes' names with commas, instead of those in the file.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
     trust_pickle: TrustPickle = False,
@@ -506,6 +514,7 @@ def deploy(
             against=against,
             data=data,
             factory=factory,
+            input_shape=_shape(input_shape),
             samples=samples,
             labels=tuple(part.strip() for part in labels.split(",")) if labels else (),
             trust_pickle=trust_pickle,

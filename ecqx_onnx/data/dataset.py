@@ -301,13 +301,24 @@ def _held_out(name: str, split: Split, arrays: Mapping[str, np.ndarray]) -> tupl
 def _labels(where: str, y: np.ndarray, classes: int) -> np.ndarray:
     """int64 [n], each in [0, classes). DataError otherwise."""
     if y.dtype.kind not in "iu" or y.ndim != 1:
-        hint = "take the argmax of one-hot rows" if y.ndim == 2 else "save them as int64 [N]"
-        raise DataError(f"{where} is {y.dtype} {y.shape}, and labels must be integers, one for each sample: {hint}")
+        found = f"{where} is {y.dtype} {y.shape}"
+        raise DataError(f"{found}, and labels must be integers, one for each sample: {_label_hint(y)}")
     outside = np.nonzero((y < 0) | (y >= classes))[0]
     if len(outside):
         row = int(outside[0])
         raise DataError(f"{where} holds the label {int(y[row])} in row {row}: labels must lie between 0 and {classes - 1}")
     return y.astype(np.int64)
+
+
+def _label_hint(y: np.ndarray) -> str:
+    """What to do about labels that are no integers [N]."""
+    if y.dtype.kind == "U":
+        return "number the classes, and save their names as `labels`"
+    if y.dtype.kind == "f" and y.ndim and y.shape[0] == y.size and not np.array_equal(y, np.round(y)):
+        return "these are values of a regression, which has no classes; compare models on them with --inputs, without labels"
+    if y.ndim == 2 and y.shape[1] > 1:
+        return "take the argmax of one-hot rows"
+    return "save them as int64 [N]"
 
 
 def _class_names(name: str, labels: np.ndarray | None) -> tuple[str, ...]:

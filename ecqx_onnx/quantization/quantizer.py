@@ -27,7 +27,7 @@ from ecqx_onnx.quantization.distributed import added_up, assert_same_levels, sum
 from ecqx_onnx.quantization.entropy import size_factor
 from ecqx_onnx.quantization.grid import Grid, choose_grid, fit_step
 from ecqx_onnx.quantization.learned_step import StepOptimizer
-from ecqx_onnx.quantization.recipe import Recipe
+from ecqx_onnx.quantization.recipe import Recipe, make_recipe
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 QUANTISED: tuple[type[nn.Module], ...] = (
@@ -115,7 +115,7 @@ class Quantizer:
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        self.options = Recipe(**options)
+        self.options = make_recipe(options)
         self.model = model
         module = _unwrapped(model)
         self._weights, self._left_float = _choose_weights(module, self.options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -83,6 +84,8 @@ class Recipe:
         for bits in self.bits.values() if isinstance(self.bits, Mapping) else (self.bits,):
             if not (isinstance(bits, int) and 2 <= bits <= 8):
                 raise OptionError(f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8")
+        if self.relevance == "none":  # as on the command line
+            object.__setattr__(self, "relevance", None)
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", (self.exclude,))
 
@@ -117,3 +120,24 @@ class Recipe:
         if callable(self.start):
             values["start"] = getattr(self.start, "__name__", type(self.start).__name__)
         return values
+
+
+def make_recipe(options: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from options by name.
+
+    Args:
+        options: as the Quantizer takes them.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OptionError: for a name that no option has, with the nearest one; or a value that does not fit.
+    """
+    known = [entry.name for entry in fields(Recipe)]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise OptionError(f"the Quantizer has no option '{name}': {hint}")
+    return Recipe(**options)
