@@ -28,13 +28,15 @@ from ecqx_onnx_converters.targets import check_name, find_target
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint import Checkpoint, build, is_checkpoint, is_program, load, load_plain
 from ecqx_onnx.checkpoint import save as save_checkpoint
-from ecqx_onnx.data import Dataset
+from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.export import Exported, export, float_graph
+from ecqx_onnx.float_probe import FloatProbe, example_of
 from ecqx_onnx.insight import observe
 from ecqx_onnx.loading import Loaded, apply_state, load_factory, load_model, load_state
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.program import run_module
 from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.quantizer import Report
 from ecqx_onnx.quantization.state_file import StateFile, state_path
@@ -45,6 +47,7 @@ from ecqx_onnx.user_code import is_function_spec, load_function
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
+from ecqx_onnx.validation.float_distance import FloatBounds
 from ecqx_onnx.validation.metrics import Proportion
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, doubt_accuracy
 
@@ -90,6 +93,8 @@ def convert(
     calibration_method: str = "minmax",
     calibration_samples: int = 512,
     floats: str = "float32",
+    data: Any = None,
+    float_bounds: FloatBounds | None = None,
     force: bool = False,
 ) -> WriteReport:
     """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
@@ -99,6 +104,8 @@ def convert(
     activations: "float32", or "int8" for integer kernels; their ranges come from `calibration` (a data set as `load_dataset`
     takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy", or without it
     from the checkpoint of a training with activations="int8".
+    data, float_bounds: with bits, the result is compared with the float model on this data set (as `load_dataset` takes it, its
+    test split), else on random inputs, and the report warns beyond the bounds.
     floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate` knows that from the file.
     """
     if floats not in ("float32", "float16"):
@@ -107,8 +114,11 @@ def convert(
         raise OptionError(
             f"{'--entropy-weight' if entropy_weight else '--exclude'} goes with --bits, which quantises a float model"
         )
+    if not bits and (data is not None or float_bounds is not None):
+        raise OptionError("--data and bounds on the distance from the float model go with --bits; leave them out")
     check_output(out, force=force, source=model)
     check_name(out, target)
+    probe = FloatProbe(_test_split(data), float_bounds or FloatBounds()) if bits else None
     checkpoint = as_checkpoint(
         model,
         example=example,
@@ -118,7 +128,14 @@ def convert(
         bits=bits,
         entropy_weight=entropy_weight,
         exclude=exclude,
+        probe=probe,
     )
+    told: tuple[str, ...] = ()
+    if probe is not None:
+        check = probe.judge(checkpoint.module(), class_names=bool(checkpoint.labels))
+        told = (("warning: " if check.passed is False else "") + check.sentence,)
+        if probe.error is not None and math.isfinite(probe.error):
+            checkpoint = replace(checkpoint, recipe={**checkpoint.recipe, "float_error": float(f"{probe.error:.3g}")})
     graph, matching, batchnorms = fold_batchnorms(checkpoint.graph, checkpoint.matching)
     matching, steps = with_half_steps(matching) if floats == "float16" else (matching, 0)
     checkpoint, quantised = replace(checkpoint, graph=graph, matching=matching), None
@@ -129,7 +146,7 @@ def convert(
         graph, matching = quantised.graph, replace(matching, found=quantised.found)
     elif calibration is not None:
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
-    notes = _left(batchnorms)
+    notes = (*told, *_left(batchnorms))
     if floats == "float16":
         graph, halved = with_float16(graph, {weight.name for weight in matching.found})
         notes = (*notes, replace(halved, steps=steps).sentence)
@@ -246,9 +263,11 @@ def as_checkpoint(
     labels: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
     allow_float: bool = False,
+    probe: FloatProbe | None = None,
 ) -> Checkpoint:
     """Any of the sources that `convert` takes -> a Checkpoint in memory.
 
+    probe: sees the float model before it is quantised.
     allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
     """
     if isinstance(model, Checkpoint):
@@ -273,6 +292,9 @@ def as_checkpoint(
         _refuse_shape(input_shape)
         exported = Exported(loaded.model, float_graph(loaded.model), ())
         tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude, allow_float)
+        if probe is not None:
+            probe.see_weights(exported.program.state_dict, tensors)
+            probe.see_float(run_module(exported.program), example_of(exported.program), preprocessing)
         exported.program.state_dict.update(_written_back(exported.program.state_dict, tensors))
         exported = Exported(exported.program, float_graph(exported.program), ()) if bits else exported
     else:
@@ -284,6 +306,10 @@ def as_checkpoint(
             seen = observe(quantizer)
         else:
             tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude, allow_float)
+            if probe is not None:
+                probe.see_weights(module.state_dict(), tensors)
+                given = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
+                probe.see_float(module, given, preprocessing or loaded.preprocessing)
             with torch.no_grad():
                 module.load_state_dict(_written_back(module.state_dict(), tensors), strict=False)
         example = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
@@ -439,6 +465,7 @@ def validate(
     input_shape: Sequence[int] | None = None,
     trust_pickle: bool = False,
     samples: int | None = None,
+    float_bounds: FloatBounds | None = None,
     batch_size: int = 64,
     latency_runs: int = 50,
     progress: Callable[[int, int], None] | None = None,
@@ -448,7 +475,9 @@ def validate(
     against: what it was converted from (anything that `convert` takes), or the float model that was quantised: differences to
     that one are shown, and only the accuracy is judged. Or the path of the .onnx file that `pack` was given. data: a data set's
     name (see `load_dataset`), a Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples:
-    only so many of it. inputs: instead of data, against an .onnx file, one array for each of its inputs.
+    only so many of it.
+    float_bounds: how far a file of `convert(bits=...)` may lie from its float model.
+    inputs: instead of data, against an .onnx file, one array for each of its inputs.
     """
     from ecqx_onnx import validation
 
@@ -493,6 +522,7 @@ def validate(
     return validation.validate(
         onnx_file,
         **sides,
+        float_bounds=float_bounds,
         batch_size=batch_size,
         latency_runs=latency_runs,
         progress=progress,
@@ -509,6 +539,7 @@ def validate_on(
     input_shape: Sequence[int] | None = None,
     trust_pickle: bool = False,
     samples: int | None = None,
+    float_bounds: FloatBounds | None = None,
     batch_size: int = 64,
     latency_runs: int = 50,
     time_limit: float = TIME_LIMIT,
@@ -543,6 +574,7 @@ def validate_on(
                 device,
                 onnx_file,
                 **sides,
+                float_bounds=float_bounds,
                 batch_size=batch_size,
                 latency_runs=latency_runs,
                 time_limit=time_limit,
@@ -575,7 +607,7 @@ def _sides(
     The data's classes get the numbers that the file's class names give them; where the file has no names, those of the
     checkpoint, of the .onnx file `names_from`, or `names`.
     """
-    from ecqx_onnx.data import Split, load_dataset
+    from ecqx_onnx.data import load_dataset
     from ecqx_onnx.data.class_names import match_classes
 
     checkpoint = None
@@ -599,8 +631,17 @@ def _sides(
         "float_model": None if checkpoint is None else functools.partial(_float_model, checkpoint),
         "split": split,
         "notes": notes,
+        "class_names": checkpoint is not None and bool(checkpoint.labels),
     }
     return sides, dataset
+
+
+def _test_split(data: Any) -> Split | None:
+    """The test split of a data set, or of its name; None for None."""
+    from ecqx_onnx.data import load_dataset
+
+    dataset = load_dataset(str(data)) if isinstance(data, str | Path) else data
+    return dataset.test if isinstance(dataset, Dataset) else dataset
 
 
 def _class_names(path: str | Path) -> tuple[tuple[str, ...], int | None]:

@@ -53,6 +53,25 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 NOT_TO_TRAIN = ("recipe", "as_json", "quiet", "debug")  # parameters of the command alone
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(help="Quantised without training: per cent of samples that must keep the float model's class (95)."),
+]
+MaxError = Annotated[
+    float | None, typer.Option(help="Quantised without training: largest relative error of an output (0.1 if no class scores).")
+]
+MaxDrop = Annotated[
+    float | None, typer.Option(help="Quantised without training: points of accuracy that may be lost on --data.")
+]
+
+
+def _float_bounds(min_agreement: float | None, max_error: float | None, max_drop: float | None) -> Any:
+    """None where no bound is given."""
+    from ecqx_onnx.validation.float_distance import FloatBounds
+
+    if min_agreement is None and max_error is None and max_drop is None:
+        return None
+    return FloatBounds(min_agreement, max_error, max_drop)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -256,6 +275,12 @@ def convert(
         str,
         typer.Option(help="float32, or float16: steps per channel, biases, whatever stays float, rounded, in half the bytes."),
     ] = "float32",
+    data: Annotated[
+        str | None, typer.Option(help="With --bits: data on which the result is compared with the float model; else random.")
+    ] = None,
+    min_agreement: MinAgreement = None,
+    max_error: MaxError = None,
+    max_drop: MaxDrop = None,
     trust_pickle: TrustPickle = False,
     force: Force = False,
     as_json: Json = False,
@@ -284,6 +309,8 @@ def convert(
         calibration_method=calibration_method,
         calibration_samples=calibration_samples,
         floats=floats,
+        data=data,
+        float_bounds=_float_bounds(min_agreement, max_error, max_drop),
         trust_pickle=trust_pickle,
         force=force,
     )
@@ -321,6 +348,9 @@ def validate(
         ),
     ] = None,
     time_limit: Annotated[float, typer.Option(min=1.0, help="With --device: seconds until its runner is stopped.")] = 1800.0,
+    min_agreement: MinAgreement = None,
+    max_error: MaxError = None,
+    max_drop: MaxDrop = None,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -349,6 +379,7 @@ def validate(
                 factory=factory,
                 input_shape=_shape(input_shape),
                 samples=samples,
+                float_bounds=_float_bounds(min_agreement, max_error, max_drop),
                 batch_size=batch_size,
                 time_limit=time_limit,
                 trust_pickle=trust_pickle,
@@ -370,6 +401,7 @@ def validate(
                 factory=factory,
                 input_shape=_shape(input_shape),
                 samples=samples,
+                float_bounds=_float_bounds(min_agreement, max_error, max_drop),
                 batch_size=batch_size,
                 trust_pickle=trust_pickle,
                 progress=progress,

@@ -34,6 +34,7 @@ from ecqx_onnx.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.recognition import NotRecognised, recognise
 from ecqx_onnx.validation.delivery import deliver
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
+from ecqx_onnx.validation.float_distance import is_untrained, recipe_of
 
 RAISED_TO = (21, 18, 13)  # opsets that bring storages: INT4; packed; several weights in a byte
 RECORD = 40  # bytes of metadata that a stored weight takes, about
@@ -199,7 +200,13 @@ def unpack(
     plan = make_plan(graph, matching, **options, integer=kernels)
     if floats:
         plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
-    return deliver(plan, out, metadata=unpacked.metadata, force=force, sources=_sources(file))
+    report = deliver(plan, out, metadata=unpacked.metadata, force=force, sources=_sources(file))
+    if not is_untrained(unpacked.metadata):
+        return report
+    error = recipe_of(unpacked.metadata).get("float_error")
+    known = f", and lay {error:g} (relative error) from it then" if isinstance(error, int | float) else ""
+    told = f"its weights were quantised from a float model without training{known}; `validate --against` it tells how far"
+    return replace(report, notes=(*report.notes, told))
 
 
 def _raised(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:

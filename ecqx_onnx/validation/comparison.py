@@ -11,6 +11,7 @@ import torch
 
 from ecqx_onnx.errors import DataError
 from ecqx_onnx.validation.bounds import Bound, bound, exact_outputs, reference_outputs
+from ecqx_onnx.validation.float_distance import OutputDistance, add_distances, measure_output
 from ecqx_onnx.validation.floats import RUNS, Shift
 from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, InputRange
@@ -51,6 +52,7 @@ class Comparison:
     first: the inputs of the first batch. differences: one per output; empty without a reference.
     agreement, pytorch_accuracy, onnx_accuracy: of the first output, if it is one of classes.
     confusion: of the reference where there is one, else of the file; inputs: of the first input, if it is of floats.
+    distances: of each output to the reference's, relative to it; summed over the samples.
     mismatch: a sentence where the two models' outputs cannot be paired; the pass ended there.
     """
 
@@ -63,6 +65,7 @@ class Comparison:
     mismatch: str | None = None
     confusion: Confusion | None = None
     inputs: InputRange | None = None
+    distances: tuple[OutputDistance, ...] = ()
 
 
 def compare(
@@ -81,6 +84,7 @@ def compare(
     samples, first = 0, None
     confusion: Confusion | None = None
     reach: InputRange | None = None
+    distances: tuple[OutputDistance, ...] = ()
     agreed, right, reference_right = Agreement(Proportion(0, 0), 0.0), Proportion(0, 0), Proportion(0, 0)
     for raw, labels in batches:
         count = len(raw[0]) if raw and raw[0].ndim else 1
@@ -97,6 +101,9 @@ def compare(
             wanted = reference_outputs(reference, inputs)
             if [array.shape for array in wanted] != [array.shape for array in got]:
                 return Comparison(samples, first, onnx_accuracy=right or None, mismatch=_mismatch(got, wanted))
+            parts = zip(session.get_outputs(), got, wanted, strict=True)
+            apart = [measure_output(node.name, _first(mine, count), _first(exact, count)) for node, mine, exact in parts]
+            distances = add_distances(distances, apart)
             differences.judge(inputs, got, wanted, samples_before=samples - count)
             if classes:
                 agreed += agreement(wanted[0][:count], got[0][:count])
@@ -119,7 +126,13 @@ def compare(
         right or None,
         confusion=confusion,
         inputs=reach,
+        distances=distances,
     )
+
+
+def _first(array: np.ndarray, count: int) -> np.ndarray:
+    """Without what a fixed batch was filled up with."""
+    return array[:count] if array.ndim else array
 
 
 def _counted(before: Confusion | None, labels: np.ndarray, scores: np.ndarray) -> Confusion | None:

@@ -21,6 +21,13 @@ from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.comparison import Batch, Comparison, compare
+from ecqx_onnx.validation.float_distance import (
+    FloatBounds,
+    LayerError,
+    is_untrained,
+    judge_distance,
+    measure_weight,
+)
 from ecqx_onnx.validation.floats import shift_by_floats
 from ecqx_onnx.validation.latency import measure_latency
 from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
@@ -40,6 +47,7 @@ from ecqx_onnx.validation.twin import FloatTwin, float_twin
 from ecqx_onnx.validation.weights import compare_weights
 
 SYNTHETIC_BATCH = 4
+UNTRAINED_SETS = 8  # of random inputs, where the distance from a float model is measured
 
 
 def validate(
@@ -52,6 +60,8 @@ def validate(
     split: Split | None = None,
     notes: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
+    float_bounds: FloatBounds | None = None,
+    class_names: bool = False,
     batch_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
     latency_runs: int = 50,
@@ -62,6 +72,8 @@ def validate(
     float_reference: it is the float model from before the quantisation, so that differences are shown and not judged.
     float_model: makes the ONNX model from before any quantisation, with which the latency of integer kernels is compared;
         called with floats="float16", the same with its parameters rounded.
+    float_bounds: how far a file that was quantised without training may lie from its float model.
+    class_names: the reference has names for its classes, so that its first output, if [N, C], holds class scores.
     split: data with classes; without it, synthetic inputs are compared. preprocessing: by default what the file records.
     progress: called with (samples done, samples in all). latency_runs: pairs of measurements; 0 leaves latency out.
     InputError if the file or the data cannot be used.
@@ -77,9 +89,11 @@ def validate(
     found.append(Check("load", True, None, None, f"{runtime_name()} loads it with all optimisations and with none"))
     inexact = checks.why_inexact(file, float_reference=float_reference)
 
-    total = SYNTHETIC_BATCH if split is None else len(split)
+    untrained = float_reference and is_untrained(file.metadata)
+    seeds = range(UNTRAINED_SETS if untrained else 1)
+    total = len(seeds) * SYNTHETIC_BATCH if split is None else len(split)
     if split is None:
-        batches: Iterator[Batch] = iter([(synthetic_inputs(session, batch=SYNTHETIC_BATCH), None)])
+        batches: Iterator[Batch] = ((synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed), None) for seed in seeds)
     else:
         split, told = prepared(file, split, preprocessing, session)
         notes = (*notes, told)
@@ -109,6 +123,17 @@ def validate(
         found += weights_checks(model, twin, tensors, float_model=origin)
     if reference is not None:
         found.append(checks.difference_check(comparison, inexact=inexact))
+    if untrained and reference is not None and comparison.distances:
+        found.append(
+            float_check(
+                file,
+                comparison,
+                reference,
+                float_bounds or FloatBounds(),
+                scores=class_names or split is not None or bool(file.metadata.get("labels")),
+                data=None if split is None else split.source.name,
+            )
+        )
     for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
         if check is not None:
             found.append(check)
@@ -176,6 +201,45 @@ def doubts(file: OnnxFile, comparison: Comparison, split: Split | None, *, has_r
     who = "PyTorch's model" if has_reference else "the model"
     found = doubt_accuracy(comparison.confusion, who=who, inputs=comparison.inputs, recorded=recorded)
     return (*range_doubts, *found)
+
+
+def float_check(
+    file: OnnxFile,
+    comparison: Comparison,
+    reference: torch.nn.Module,
+    bounds: FloatBounds,
+    *,
+    scores: bool,
+    data: str | None,
+) -> Check:
+    """How far the file is from the float model that it was quantised from without training. data: None for random inputs."""
+    accuracies = None
+    if comparison.onnx_accuracy is not None and comparison.pytorch_accuracy is not None:
+        accuracies = (comparison.onnx_accuracy, comparison.pytorch_accuracy)
+    on = f"{comparison.samples} random inputs" if data is None else f"{comparison.samples} samples of {data}"
+    layers = weight_errors(file, reference)
+    return judge_distance(comparison.distances, bounds, on=on, scores=scores, layers=layers, accuracies=accuracies)
+
+
+def weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError]:
+    """Of the file's quantised weights that the float model has under their names and in their shapes."""
+    try:
+        stored = read_weights(file.with_data())
+    except FileError:  # which the check of the weights tells
+        return []
+    state = reference.state_dict()
+    found = []
+    for item in stored:
+        weight = item.weight
+        name = next((name for name in (*weight.sources, weight.name) if name in state), None)
+        exact = None if name is None else state[name].detach().cpu().float().numpy()
+        if name is None or exact is None:
+            continue
+        values = weight.dequantize()
+        values = values.T if values.shape != exact.shape and values.ndim == 2 else values
+        if values.shape == exact.shape:
+            found.append(measure_weight(name, values, exact, rescaled=True))
+    return found
 
 
 def calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:

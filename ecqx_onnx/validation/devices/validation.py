@@ -26,6 +26,7 @@ from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.comparison import Batch, compare, padded
 from ecqx_onnx.validation.devices.devices import Device, find_device
 from ecqx_onnx.validation.devices.job import Result, read_result, write_job
+from ecqx_onnx.validation.float_distance import FloatBounds, is_untrained
 from ecqx_onnx.validation.floats import shift_by_floats
 from ecqx_onnx.validation.report import Check, Latency, ValidationReport, show
 from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_session, synthetic_inputs
@@ -33,6 +34,7 @@ from ecqx_onnx.validation.validator import (
     SYNTHETIC_BATCH,
     bounds_of,
     doubts,
+    float_check,
     prepared,
     preprocessed_batches,
     twin_or_check,
@@ -57,6 +59,8 @@ def validate_on(
     split: Split | None = None,
     notes: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
+    float_bounds: FloatBounds | None = None,
+    class_names: bool = False,
     batch_size: int = 64,
     latency_runs: int = 50,
     time_limit: float = TIME_LIMIT,
@@ -116,6 +120,12 @@ def validate_on(
         found += weights_checks(model, twin, tensors, float_model=origin)
     if reference is not None:
         found.append(checks.difference_check(comparison, inexact=inexact))
+        if float_reference and is_untrained(file.metadata) and comparison.distances:
+            scores = class_names or split is not None or bool(file.metadata.get("labels"))
+            data = None if split is None else split.source.name
+            found.append(
+                float_check(file, comparison, reference, float_bounds or FloatBounds(), scores=scores, data=data)
+            )
     for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
         if check is not None:
             found.append(check)

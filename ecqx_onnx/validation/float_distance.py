@@ -1,0 +1,185 @@
+"""(outputs of a float model and of one quantised from it without training) -> how far apart, and is it too far?
+
+The relative error of an output is ||quantised - float|| / ||float||, over all samples. For class scores the share of samples
+that get the float model's class says more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ecqx_onnx.errors import OptionError
+from ecqx_onnx.validation.metrics import Proportion, is_classification
+from ecqx_onnx.validation.report import Check
+
+LEAST_AGREEMENT = 95.0  # per cent, of class scores
+LARGEST_ERROR = 0.1  # relative, of all other outputs
+SHOWN_LAYERS = 3
+SHOWN_OUTPUTS = 4
+NAME = "float model"
+
+
+@dataclass(frozen=True)
+class FloatBounds:
+    """How far an untrained result may lie from its float model; None: by default.
+
+    min_agreement: per cent of the samples that keep the float model's class. max_error: relative error of every output.
+    max_drop: points of accuracy, on labelled data.
+    """
+
+    min_agreement: float | None = None
+    max_error: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        share = self.min_agreement
+        if share is not None and 0 < share <= 1:
+            raise OptionError(f"--min-agreement {share:g} is in per cent: write {100 * share:g}")
+        if share is not None and not 0 <= share <= 100:
+            raise OptionError(f"--min-agreement {share:g} is no percentage: write a number from 0 to 100, such as 98")
+        if self.max_error is not None and not 0 <= self.max_error < math.inf:
+            raise OptionError(f"--max-error {self.max_error:g} is no relative error: write a number such as 0.1")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise OptionError(f"--max-drop {self.max_drop:g} is not in points of accuracy: write 0 to 100, such as 0.5")
+
+
+@dataclass(frozen=True)
+class OutputDistance:
+    """One output, summed over the samples so far.
+
+    squares: of the differences; float_squares: of the float model's values. same: samples with the float model's class, where
+    the output has the form of class scores [N, C].
+    """
+
+    name: str
+    squares: float
+    float_squares: float
+    same: Proportion
+
+    @property
+    def error(self) -> float:
+        """||quantised - float|| / ||float||; infinite where only one of them is no number or zero."""
+        if self.squares == 0:
+            return 0.0
+        return math.sqrt(self.squares / self.float_squares) if self.float_squares > 0 else math.inf
+
+    def __add__(self, other: OutputDistance) -> OutputDistance:
+        squares, float_squares = self.squares + other.squares, self.float_squares + other.float_squares
+        return OutputDistance(self.name, squares, float_squares, self.same + other.same)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """||quantised - float|| / ||float|| of one weight."""
+
+    name: str
+    error: float
+
+
+def measure_output(name: str, quantised: np.ndarray, exact: np.ndarray) -> OutputDistance:
+    """quantised, exact: the same output of both models, [N, ...]; exact is the float model's."""
+    a, b = quantised.astype(np.float64), exact.astype(np.float64)
+    if a.shape != b.shape:
+        return OutputDistance(name, math.inf, float(np.square(b).sum()), Proportion(0, 0))
+    both_infinite = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = np.where(both_infinite, 0.0, a - b)
+        squares = float(np.nan_to_num(np.square(difference), nan=math.inf).sum())
+        finite = b[np.isfinite(b)]
+    same = Proportion(0, 0)
+    if is_classification(exact):
+        same = Proportion(int(np.count_nonzero(quantised.argmax(1) == exact.argmax(1))), len(exact))
+    return OutputDistance(name, squares, float(np.square(finite).sum()), same)
+
+
+def add_distances(before: Sequence[OutputDistance], new: Sequence[OutputDistance]) -> tuple[OutputDistance, ...]:
+    """Of one batch more."""
+    if not before:
+        return tuple(new)
+    return tuple(a + b for a, b in zip(before, new, strict=True))
+
+
+def measure_weight(name: str, quantised: np.ndarray, exact: np.ndarray, *, rescaled: bool = False) -> LayerError:
+    """quantised, exact: the same weight. rescaled: the first carries a factor per output channel (axis 0), left out here."""
+    a, b = quantised.astype(np.float64), exact.astype(np.float64)
+    if rescaled:
+        axes = tuple(range(1, a.ndim))
+        power = np.square(a).sum(axes, keepdims=True)
+        a = a * (a * b).sum(axes, keepdims=True) / np.where(power > 0, power, 1)
+    norm = float(np.linalg.norm(b))
+    return LayerError(name, float(np.linalg.norm(a - b)) / norm if norm else 0.0)
+
+
+def judge_distance(
+    distances: Sequence[OutputDistance],
+    bounds: FloatBounds,
+    *,
+    on: str,
+    scores: bool,
+    layers: Sequence[LayerError] = (),
+    accuracies: tuple[Proportion, Proportion] | None = None,
+) -> Check:
+    """Say how far a model that was quantised without training is from its float model.
+
+    Args:
+        distances: of every output.
+        bounds: what is allowed.
+        on: what both were run on, in words: "256 samples of digits.npz", "32 random inputs".
+        scores: whether the first output holds class scores: it comes with labels, or with class names.
+        layers: errors of the weights; the worst are named.
+        accuracies: (the quantised model's, the float model's), where there are labels.
+
+    Returns:
+        A check that fails where a bound is crossed.
+    """
+    faults: list[str] = []
+    parts: list[str] = []
+    measured: float | None = None
+    limit: float | None = None
+    for place, distance in enumerate(distances):
+        classes = place == 0 and scores and bool(distance.same)
+        if classes:
+            share, least = 100 * distance.same.share, _or(bounds.min_agreement, LEAST_AGREEMENT)
+            measured, limit = share, least
+            parts.append(f"{share:.2f} % of its classes are the same, relative error {distance.error:.3g}")
+            if share < least:
+                faults.append(f"{least:g} % are wanted (--min-agreement)")
+        else:
+            parts.append(f"relative error {distance.error:.3g}" + (f" of '{distance.name}'" if len(distances) > 1 else ""))
+        allowed = bounds.max_error if classes else _or(bounds.max_error, LARGEST_ERROR)
+        if measured is None:
+            measured, limit = distance.error, allowed
+        if allowed is not None and not distance.error <= allowed:
+            faults.append(f"{distance.error:.3g} is more than {allowed:g} (--max-error)")
+    if accuracies is not None:
+        drop = 100 * (accuracies[1].share - accuracies[0].share)
+        parts.append(f"{drop:.2f} points of accuracy lost")
+        if bounds.max_drop is not None and drop > bounds.max_drop + 1e-9:
+            faults.append(f"{drop:.2f} points lost are more than {bounds.max_drop:g} (--max-drop)")
+    more = f" and {len(parts) - SHOWN_OUTPUTS} more" if len(parts) > SHOWN_OUTPUTS else ""
+    sentence = f"against the float model, on {on}: {'; '.join(parts[:SHOWN_OUTPUTS])}{more}"
+    worst = sorted(layers, key=lambda layer: layer.error, reverse=True)[:SHOWN_LAYERS]
+    if worst:
+        sentence += "; worst weights " + ", ".join(f"{layer.name} {layer.error:.2g}" for layer in worst)
+    if faults:
+        sentence += f": TOO FAR, {faults[0]}; quantise to more bits, --exclude the worst weights, or train with `quantize`"
+    return Check(NAME, not faults, measured, limit, sentence)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def recipe_of(metadata: Mapping[str, object]) -> Mapping[str, object]:
+    """How the file was made; empty in a foreign file."""
+    recipe = metadata.get("recipe")
+    return recipe if isinstance(recipe, Mapping) else {}
+
+
+def is_untrained(metadata: Mapping[str, object]) -> bool:
+    """Whether the weights were quantised by us and without training."""
+    return recipe_of(metadata).get("trained") is False
