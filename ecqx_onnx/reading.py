@@ -85,6 +85,19 @@ def with_file_errors(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+def check_name(path: Path | str) -> None:
+    """FileError for an .onnx file whose path is not UTF-8: onnx and onnxruntime cannot open it."""
+    if Path(path).suffix != ".onnx":
+        return
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise FileError(
+            f"'{path}' is not UTF-8, and ONNX's libraries open no other names; rename the file or folder"
+            " (or set a locale in UTF-8)"
+        ) from None
+
+
 def check_regular(path: Path | str) -> None:
     """FileError for a pipe, a device or a socket, which a reader would wait for or never finish.
 

@@ -17,14 +17,14 @@ import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ecqx_onnx.errors import EcqxError, FileError
-from ecqx_onnx.reading import check_regular, file_error
+from ecqx_onnx.reading import check_name, check_regular, file_error
 
 INTERRUPTED = 130  # 128 + SIGINT
 UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
@@ -45,6 +45,7 @@ INPUTS = (
     "calibration",
     "recipe",
 )
+OUTPUTS = ("out", "folder")
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "bad allocation", "unable to allocate")
 
 stdout = Console(markup=False, emoji=False)
@@ -218,8 +219,11 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         with refusals(_doing(name, kwargs), debug=debug):
+            for parameter in (*INPUTS, *OUTPUTS):
+                if isinstance(value := kwargs.get(parameter), str | Path):
+                    check_name(value)
             for parameter in INPUTS:
-                if isinstance(value := kwargs.get(parameter), str | os.PathLike):
+                if isinstance(value := kwargs.get(parameter), str | Path):
                     check_regular(value)
             function(*args, **kwargs)
 

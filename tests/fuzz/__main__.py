@@ -17,7 +17,7 @@ from types import ModuleType
 
 from tests.fuzz.worker import MEMORY_EACH, SECONDS_EACH, find_readers, input_path, kept_path
 
-START = 120.0  # seconds until a worker has its imports and seeds
+START = 300.0  # seconds until a worker has its imports and seeds
 KEPT = 30  # inputs kept of one reader; the same failure is kept once
 FOUND = Path(__file__).parent / "found"
 ROOT = Path(__file__).parents[2]
@@ -189,7 +189,8 @@ def _fail(
         return
     kept = FOUND / reader.NAME
     kept.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, kept / f"{seed}-{number}{file.suffix}")
+    if file.exists():  # else the worker died before its first input
+        shutil.copyfile(file, kept / f"{seed}-{number}{file.suffix}")
     note = kept / f"{seed}-{number}.txt"
     note.write_text(f"{where}\n\n{text}", encoding="utf-8", errors="backslashreplace")
 

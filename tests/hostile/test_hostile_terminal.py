@@ -215,6 +215,18 @@ def test_a_path_that_is_not_utf8_is_shown_and_its_json_is_read_by_everyone(tmp_p
     found["file"].encode("utf-8")
 
 
+@pytest.mark.parametrize(
+    "command", [("convert", CHECKPOINT, "{}"), ("inspect", "{}"), ("pack", "{}", "out.onnx")]
+)
+def test_an_onnx_file_whose_path_is_not_utf8_is_refused_before_work_is_done(tmp_path, command):
+    path = tmp_path / "caf\udce9.onnx"
+    result = CliRunner().invoke(app, [str(part).format(path) for part in command])
+    assert result.exit_code == 2
+    assert (
+        "caf\\udce9.onnx' is not UTF-8, and ONNX's libraries open no other names" in result.stderr
+    )
+
+
 def test_json_has_no_values_that_other_parsers_refuse(capsys):
     class Odd:
         def to_json(self):
