@@ -226,6 +226,7 @@ def try_moments(
         was_killed, found = try_moment(folder, command, old, new, force=force, **moment)
         runs, killed = runs + 1, killed + was_killed
         faults += [f"{moment}, force {force}: {fault}" for fault in found]
+        print(f"{runs} runs, {killed} stopped, {len(faults)} faults", file=sys.stderr)
         if moments == "calls" and not was_killed and not force:
             break
     return {"runs": runs, "killed": killed, "seconds": seconds, "faults": faults}

@@ -537,3 +537,13 @@ def test_deploy_makes_no_folder_of_what_is_none(small, tmp_path):
         for force in ((), ("--force",)):
             assert "is a file, not a folder" in refused("deploy", small / "model.onnx", tmp_path / name, "--to", "linux", *force)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_devices_runner_is_not_written_through_a_link(small, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "job.json").write_text("{}")
+    (tmp_path / "job" / "run.py").symlink_to(tmp_path / "precious")
+    command = ("validate", small / "model.onnx", "--against", small / "model.pt", "--device", f"folder:{tmp_path / 'job'}")
+    assert "is a link" in refused(*command)
+    assert (tmp_path / "precious").read_text() == "mine"

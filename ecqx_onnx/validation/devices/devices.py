@@ -131,6 +131,7 @@ class Folder:
         with system_errors():
             if self.path.exists() and any(self.path.iterdir()) and not (self.path / "job.json").is_file():
                 raise OptionError(f"{self.path}: holds other things than a job; name a new folder")
+            _refuse_link(self.path / "run.py")
             _copy_job(job.folder, self.path)
             shutil.copyfile(RUNNERS / "run.py", self.path / "run.py")
         raise InputError(
@@ -144,12 +145,16 @@ def _copy_job(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
         target = folder / path.relative_to(source)
-        if target.is_symlink():
-            raise FileError(f"'{target}' is a link, and a job is written into files of its own; name a new folder")
+        _refuse_link(target)
         if path.is_dir():
             target.mkdir(exist_ok=True)
         else:
             shutil.copyfile(path, target)
+
+
+def _refuse_link(target: Path) -> None:
+    if target.is_symlink():
+        raise FileError(f"'{target}' is a link, and a job is written into files of its own; name a new folder")
 
 
 def find_device(name: str) -> Device:
