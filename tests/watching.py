@@ -53,4 +53,4 @@ def nothing_runs():
         yield
     finally:
         _SEEN.pop()
-    assert seen == []
+    assert not seen, "; ".join(seen)
