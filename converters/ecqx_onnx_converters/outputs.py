@@ -405,6 +405,9 @@ def _make(folder: Path) -> int | None:
     """The lock of a fresh temporary folder; None if another process took it for a leftover."""
     try:
         os.mkdir(folder, 0o700)
+    except FileExistsError:
+        return None
+    try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
     except (FileExistsError, FileNotFoundError):
         if not folder.parent.is_dir():

@@ -172,6 +172,14 @@ def test_a_reader_that_has_seen_enough_is_no_error_of_files():
         raise PermissionError(errno.EACCES, "Permission denied", "x")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux only")
+def test_a_folder_in_which_nothing_can_be_made_is_told_and_not_tried_for_ever(onnx):
+    command = ["convert", str(CHECKPOINT), "/proc/out.onnx"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    assert "cannot write '/proc/out.onnx'" in result.stderr
+
+
 # The net
 
 
