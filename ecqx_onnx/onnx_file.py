@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.files import read_proto
-from ecqx_onnx_converters.graph import all_graphs
+from ecqx_onnx_converters.files import external_bytes, read_proto
+from ecqx_onnx_converters.graph import all_graphs, clear_data
 from ecqx_onnx_converters.limits import may_have_size
 from ecqx_onnx_converters.reading import read_metadata
 from onnx import TensorProto, numpy_helper
@@ -61,7 +61,11 @@ class OnnxFile:
             return self.proto
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        onnx.load_external_data_for_model(proto, str(self.path.parent))
+        for _, tensor in named_tensors(proto):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                content = external_bytes(tensor, self.path.parent)  # as long as the shape says, where no length is stated
+                clear_data(tensor)
+                tensor.raw_data = content
         return proto
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, defs
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, defs
 
 from ecqx_onnx.errors import FileError
 
+HIGHEST_OPSET = 1 << 20  # of any domain
 LONGEST_NAME = 4096  # bytes; exporters' names have some hundreds at most
 MOST_NODES = 200_000  # of the graph with every function call replaced by the function
 USUAL_CALL = 5  # depth of calls up to which a runtime's time grows with the nodes; beyond, with their square
@@ -42,9 +43,18 @@ def check_model(path: Path | str, model: ModelProto) -> None:
     """
     _check_text(path, model)
     _check_calls(path, model)
+    imports = [*model.opset_import, *(entry for function in model.functions for entry in function.opset_import)]
+    for entry in imports:
+        if not 0 <= entry.version <= HIGHEST_OPSET:
+            raise FileError(f"{path}: imports opset {entry.version} of '{entry.domain}', and there is none; the file is damaged")
     versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     for node in _nodes(model.graph.node):
         _check_node(path, node, versions)
+    for graph in [model.graph, *(graph for node in _nodes(model.graph.node) for a in node.attribute for graph in _graphs(a))]:
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type not in TensorProto.DataType.values():
+                kind = value.type.tensor_type.elem_type
+                raise FileError(f"{path}: value '{value.name}' has data type {kind}, which ONNX does not know")
     for function in model.functions:
         own = {entry.domain or "ai.onnx": entry.version for entry in function.opset_import}
         for node in _nodes(function.node):

@@ -32,7 +32,7 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
         return refusal
     try:
         converted = version_converter.convert_version(_bare(graph), opset)
-    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError) as error:  # it has no class of its own for refusals
+    except REFUSALS as error:
         return Refusal(f"onnx's version converter doesn't take it to opset {opset}: {' '.join(str(error).split())[:200]}")
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
@@ -45,6 +45,10 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
         scope.ClearField("value_info")
     set_opset(proto, opset)
     return FloatGraph(proto, graph.weights)
+
+
+# What onnx's version converter raises where it can't.
+REFUSALS = (RuntimeError, ValueError, onnx.shape_inference.InferenceError, version_converter.ConvertError)
 
 
 def _bare(graph: FloatGraph) -> ModelProto:

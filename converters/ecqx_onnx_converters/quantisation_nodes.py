@@ -61,8 +61,11 @@ def quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Const
     along = _along(node, x.values, scale.values)
     if isinstance(along, Refusal):
         return along
+    origin = _spread(zero, along)
+    if isinstance(origin, Refusal):
+        return origin
     with np.errstate(all="ignore"):
-        rounded = np.rint(x.values / along) + (0 if zero is None else _spread(zero.values, along))
+        rounded = np.rint(x.values / along) + origin
     if not np.isfinite(rounded).all():
         return Refusal("it has values, or scales, that aren't finite or are zero")
     return Constant(np.clip(rounded, *RANGES[kind]).astype(np.int32), kind, x.source, node)
@@ -72,6 +75,8 @@ def clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
     """None for floats, and where the integers come from no quantising node."""
     x, lowest, highest = _three(inputs)
     if x is None or x.maker is None:
+        return None
+    if any(bound is not None and bound.values.size != 1 for bound in (lowest, highest)):
         return None
     least, most = (bound.values.reshape(-1)[0] if bound is not None else None for bound in (lowest, highest))
     values = x.values if least is None and most is None else np.clip(x.values, least, most)
@@ -87,7 +92,10 @@ def dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Gri
     along = _along(node, integers.values, scale.values)
     if isinstance(along, Refusal):
         return along
-    return grid(integers.values - (0 if zero is None else _spread(zero.values, along)), along, integers.source)
+    origin = _spread(zero, along)
+    if isinstance(origin, Refusal):
+        return origin
+    return grid(integers.values - origin, along, integers.source)
 
 
 def grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refusal:
@@ -116,8 +124,15 @@ def _along(node: NodeProto, values: np.ndarray, scale: np.ndarray) -> np.ndarray
     return Refusal(f"it has a scale of shape {list(scale.shape)}, neither one nor one per index of an axis")
 
 
-def _spread(zero: np.ndarray, along: np.ndarray) -> np.ndarray:
-    return zero.reshape(()) if zero.size == 1 else zero.reshape(along.shape)
+def _spread(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:
+    """The zero point in the shape of the scale."""
+    if zero is None:
+        return np.zeros((), np.int32)
+    if zero.values.size == 1:
+        return zero.values.reshape(())
+    if zero.values.size != along.size:
+        return Refusal(f"it has {zero.values.size} zero points for {along.size} scales")
+    return zero.values.reshape(along.shape)
 
 
 RULES: Mapping[str, Rule] = {"QuantizeLinear": quantize_linear, "Clip": clip, "DequantizeLinear": dequantize_linear}

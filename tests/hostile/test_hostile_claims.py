@@ -19,6 +19,7 @@ from ecqx_onnx_converters.metadata import DICTIONARY, METADATA_KEY, from_text
 from onnx import AttributeProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import EcqxError, FileError, OptionError
+from ecqx_onnx.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from tests.fuzz.commands import run_command
 from tests.onnx_torch_pairs import edit, make_pair
@@ -267,6 +268,41 @@ def negative_opset(model: ModelProto) -> None:
     model.opset_import[0].version = -5
 
 
+def opset_beyond_an_int(model: ModelProto) -> None:
+    model.opset_import[0].version = 2**31
+
+
+def unknown_type_of_an_inner_value(model: ModelProto) -> None:
+    model.graph.value_info.add(name="h0").type.tensor_type.elem_type = 32767
+    last = np.ones(5, np.float32)
+    for name in ("scale", "shift", "mean", "variance"):
+        model.graph.initializer.append(numpy_helper.from_array(last, name))
+    model.graph.node[-1].output[0] = "before"
+    names = ["before", "scale", "shift", "mean", "variance"]
+    model.graph.node.append(helper.make_node("BatchNormalization", names, ["y"]))
+
+
+def zero_points_for_no_scales(model: ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((16, 8), np.int8), "zeros"))
+    next(node for node in model.graph.node if node.op_type == "DequantizeLinear").input.append("zeros")
+
+
+def bounds_that_are_empty(model: ModelProto) -> None:
+    """Of a Clip between QuantizeLinear and DequantizeLinear."""
+    node = next(node for node in model.graph.node if node.op_type == "DequantizeLinear")
+    values = {"floats": np.ones((16, 8), np.float32), "none": np.zeros(0, np.int8), "zero": np.int8(0)}
+    for name, value in values.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    model.graph.node.insert(0, helper.make_node("Clip", ["integers", "none", "none"], ["clipped"]))
+    model.graph.node.insert(0, helper.make_node("QuantizeLinear", ["floats", STEP, "zero"], ["integers"]))
+    node.input[0] = "clipped"
+
+
+def undefined_input_in_an_old_opset(model: ModelProto) -> None:
+    model.opset_import[0].version = 11
+    model.graph.node.append(helper.make_node("Relu", ["nowhere"], ["unread"]))
+
+
 def control_characters(model: ModelProto) -> None:
     name = "\x1b[31m\x07[/x]\r\n\u202e"
     edit(model, BIAS).name = name
@@ -311,6 +347,11 @@ GRAPHS = {
     "an attribute of another type": attribute_of_another_type,
     "opset 2^62": wild_opset,
     "a negative opset": negative_opset,
+    "opset 2^31": opset_beyond_an_int,
+    "a value of type 32767": unknown_type_of_an_inner_value,
+    "more zero points than scales": zero_points_for_no_scales,
+    "empty bounds": bounds_that_are_empty,
+    "an undefined input and an old opset": undefined_input_in_an_old_opset,
     "control characters in names": control_characters,
 }
 
@@ -401,6 +442,15 @@ def test_external_data_of_no_type_end_in_words(kind, tmp_path):
     edit(model, LEVELS).data_type = kind
     (tmp_path / "data.bin").write_bytes(bytes(128))
     end_in_words(saved(model, tmp_path))
+
+
+def test_external_data_without_a_length_are_as_long_as_their_shape_says(tmp_path):
+    model = foreign()
+    external(model)
+    del edit(model, LEVELS).external_data[2]
+    (tmp_path / "data.bin").write_bytes(bytes(1000))
+    assert json.loads(end_in_words(saved(model, tmp_path))[1])["ok"]
+    assert len(edit(read_onnx(tmp_path / "hostile.onnx").with_data(), LEVELS).raw_data) == 128
 
 
 # ---- metadata ----
