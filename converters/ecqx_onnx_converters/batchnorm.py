@@ -51,7 +51,12 @@ def fold_batchnorms(graph: FloatGraph, matching: Matching) -> tuple[FloatGraph, 
         return graph, matching, ()
     constants = _Constants(graph)
     weights = {weight.name: weight for weight in matching.found}
-    surgeon = gs.import_onnx(graph.proto)
+    try:
+        surgeon = gs.import_onnx(graph.proto)
+    except (KeyError, ValueError, TypeError) as error:  # an attribute of bytes that are no text, say
+        reason = f"the graph can't be edited ({error})"
+        nodes = [node for node in graph.proto.graph.node if node.op_type == "BatchNormalization" and node.output]
+        return graph, matching, tuple(BatchNorm(node.output[0], None, reason) for node in nodes)
     taken = value_names(graph.proto.graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     matmul = any(node.op_type == "MatMul" for node in graph.proto.graph.node)

@@ -163,7 +163,7 @@ def _check_node(path: Path | str, node: NodeProto, versions: dict[str, int]) -> 
         attribute = found.get(wanted.name)
         if attribute is None and wanted.required:
             raise FileError(f"{name} lacks the attribute '{wanted.name}'; the file is damaged")
-        if attribute is not None and not attribute.ref_attr_name and attribute.type != int(wanted.type):
+        if attribute is not None and not attribute.ref_attr_name and attribute.type != wanted.type.value:
             raise FileError(f"{name} has an attribute '{wanted.name}' of another type than its operator's; the file is damaged")
 
 

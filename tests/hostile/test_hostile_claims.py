@@ -303,6 +303,12 @@ def undefined_input_in_an_old_opset(model: ModelProto) -> None:
     model.graph.node.append(helper.make_node("Relu", ["nowhere"], ["unread"]))
 
 
+def attribute_that_is_no_text(model: ModelProto) -> None:
+    unknown_type_of_an_inner_value(model)
+    del model.graph.value_info[:]
+    model.graph.node[0].attribute.append(helper.make_attribute("note", b"\xff\xfe"))
+
+
 def control_characters(model: ModelProto) -> None:
     name = "\x1b[31m\x07[/x]\r\n\u202e"
     edit(model, BIAS).name = name
@@ -352,6 +358,7 @@ GRAPHS = {
     "more zero points than scales": zero_points_for_no_scales,
     "empty bounds": bounds_that_are_empty,
     "an undefined input and an old opset": undefined_input_in_an_old_opset,
+    "an attribute that is no text": attribute_that_is_no_text,
     "control characters in names": control_characters,
 }
 
