@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,6 +23,7 @@ from ecqx_onnx_converters.equalisation import equalised, find_places
 from ecqx_onnx_converters.files import PROTOBUF_LIMIT
 from ecqx_onnx_converters.float16 import round_parameters, with_float16, with_half_steps
 from ecqx_onnx_converters.integer_nodes import find_integer_nodes
+from ecqx_onnx_converters.matching import match
 from ecqx_onnx_converters.outputs import check_output
 from ecqx_onnx_converters.targets import check_name, find_target
 
@@ -31,7 +33,7 @@ from ecqx_onnx.checkpoint import save as save_checkpoint
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
-from ecqx_onnx.export import Exported, export, float_graph
+from ecqx_onnx.export import Exported, export, float_graph, notes_on, prepare, trace, trace_fixed
 from ecqx_onnx.float_probe import FloatProbe, example_of
 from ecqx_onnx.insight import observe
 from ecqx_onnx.loading import Loaded, apply_state, load_factory, load_model, load_state
@@ -50,7 +52,9 @@ from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.float_distance import FloatBounds
 from ecqx_onnx.validation.metrics import Proportion
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, doubt_accuracy
+from ecqx_onnx.weights import MATRIX_PRODUCTS, Weight, find_weights
 
+FOLDED_UP_TO = 8192  # entries: what torch's exporter computes while it exports
 Source = Any  # Quantizer | nn.Module | ExportedProgram | Checkpoint | path
 
 
@@ -83,6 +87,7 @@ def convert(
     trust_pickle: bool = False,
     bits: int | None = None,
     entropy_weight: float = 0.0,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     storage: str = "auto",
     dequantize: str = "auto",
@@ -100,7 +105,8 @@ def convert(
     """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
 
     bits: quantise a float model without training, so that errors cancel (see quantization/rounding.py), or with an entropy_weight
-    by entropy-constrained assignment. Without it a float model is refused.
+    by entropy-constrained assignment. Without it a float model is refused. Quantised is what a convolution, matrix product,
+    recurrent operator or token embedding multiplies, whatever `include` names besides, and never what `exclude` names.
     activations: "float32", or "int8" for integer kernels; their ranges come from `calibration` (a data set as `load_dataset`
     takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy", or without it
     from the checkpoint of a training with activations="int8".
@@ -110,10 +116,10 @@ def convert(
     """
     if floats not in ("float32", "float16"):
         raise OptionError(f"float parameters cannot be stored as '{floats}'; choose float32 or float16")
-    if not bits and (entropy_weight or exclude):
-        raise OptionError(
-            f"{'--entropy-weight' if entropy_weight else '--exclude'} goes with --bits, which quantises a float model"
-        )
+    given = {"--entropy-weight": entropy_weight, "--exclude": exclude, "--include": include}
+    without_bits = [option for option, value in given.items() if value]
+    if not bits and without_bits:
+        raise OptionError(f"{without_bits[0]} goes with --bits, which quantises a float model")
     if not bits and (data is not None or float_bounds is not None):
         raise OptionError("--data and bounds on the distance from the float model go with --bits; leave them out")
     check_output(out, force=force, source=model)
@@ -127,6 +133,7 @@ def convert(
         trust_pickle=trust_pickle,
         bits=bits,
         entropy_weight=entropy_weight,
+        include=include,
         exclude=exclude,
         probe=probe,
     )
@@ -146,7 +153,7 @@ def convert(
         graph, matching = quantised.graph, replace(matching, found=quantised.found)
     elif calibration is not None:
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
-    notes = (*told, *_left(batchnorms))
+    notes = (*checkpoint.notes, *told, *_left(batchnorms))
     if floats == "float16":
         graph, halved = with_float16(graph, {weight.name for weight in matching.found})
         notes = (*notes, replace(halved, steps=steps).sentence)
@@ -258,6 +265,7 @@ def as_checkpoint(
     trust_pickle: bool = False,
     bits: int | None = None,
     entropy_weight: float = 0.0,
+    include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] = (),
@@ -265,7 +273,7 @@ def as_checkpoint(
     allow_float: bool = False,
     probe: FloatProbe | None = None,
 ) -> Checkpoint:
-    """Any of the sources that `convert` takes -> a Checkpoint in memory.
+    """Any of the sources that `convert` takes -> a Checkpoint in memory. A model or program that is given is not changed.
 
     probe: sees the float model before it is quantised.
     allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
@@ -288,47 +296,87 @@ def as_checkpoint(
         loaded = Loaded(model)
     recipe, seen = dict(recipe or {}), None
     ranges: Mapping[str, tuple[float, float]] = {}
-    if isinstance(loaded.model, torch.export.ExportedProgram):
-        _refuse_shape(input_shape)
-        exported = Exported(loaded.model, float_graph(loaded.model), ())
-        tensors = _tensors_of(dict(exported.program.state_dict), bits, entropy_weight, exclude, allow_float)
-        if probe is not None:
-            probe.see_weights(exported.program.state_dict, tensors)
-            probe.see_float(run_module(exported.program), example_of(exported.program), preprocessing)
-        exported.program.state_dict.update(_written_back(exported.program.state_dict, tensors))
-        exported = Exported(exported.program, float_graph(exported.program), ()) if bits else exported
-    else:
-        quantizer, module = (loaded.model, loaded.model.model) if hasattr(loaded.model, "tensors") else (None, loaded.model)
-        if quantizer is not None:
-            _refuse_again(bits)
-            tensors = quantizer.tensors()
-            recipe = {**quantizer.recipe(), **recipe}
-            seen = observe(quantizer)
-        else:
-            tensors = _tensors_of(module.state_dict(keep_vars=True), bits, entropy_weight, exclude, allow_float)
-            if probe is not None:
-                probe.see_weights(module.state_dict(), tensors)
-                given = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
-                probe.see_float(module, given, preprocessing or loaded.preprocessing)
-            with torch.no_grad():
-                module.load_state_dict(_written_back(module.state_dict(), tensors), strict=False)
+    if hasattr(loaded.model, "tensors"):
+        quantizer = loaded.model
+        _refuse_again(bits)
+        tensors = quantizer.tensors()
+        recipe = {**quantizer.recipe(), **recipe}
+        seen = observe(quantizer)
         example = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
-        rounding = None if quantizer is None else quantizer.activations
+        rounding = quantizer.activations
         with contextlib.nullcontext() if rounding is None else rounding.on(attached=False):
-            exported = export(module, example)
+            exported = export(quantizer.model, example)
         if rounding is not None:
             ranges = _ranges_in_graph(rounding, exported, example)
+        return build(
+            _unfolded(exported, tensors),
+            tensors,
+            recipe=recipe,
+            preprocessing=preprocessing or loaded.preprocessing,
+            labels=tuple(labels),
+            insight=seen,
+            ranges=ranges,
+        )
+    if isinstance(loaded.model, torch.export.ExportedProgram):
+        _refuse_shape(input_shape)
+        module, program, notes = None, loaded.model, notes_on(loaded.model)
+    else:
+        example = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
+        module, notes = prepare(loaded.model)
+        program, more = trace(module, example)
+        notes = (*notes, *more)
     if bits:
         recipe |= {"bits": bits, "entropy_weight": entropy_weight, "trained": False}
-    return build(
-        exported,
-        tensors,
-        recipe=recipe,
-        preprocessing=preprocessing or loaded.preprocessing,
-        labels=tuple(labels),
-        insight=seen,
-        ranges=ranges,
-    )
+    chosen = _Chosen(bits, entropy_weight, tuple(include), tuple(exclude), allow_float)
+    for fixed in (False, True):
+        before = dict(program.state_dict)
+        tensors = _tensors_of(before, find_weights(program), chosen)
+        if probe is not None:
+            probe.see_weights(before, tensors)
+            if module is None:
+                probe.see_float(run_module(program), example_of(program), preprocessing)
+            elif not fixed:
+                probe.see_float(module, _as_float32(example), preprocessing or loaded.preprocessing)
+        program.state_dict.update(_written_back(before, tensors))  # the caller's program has its own again below
+        try:
+            exported = _unfolded(Exported(program, float_graph(program), notes), tensors)
+            return build(
+                exported,
+                tensors,
+                recipe=recipe,
+                preprocessing=preprocessing or loaded.preprocessing,
+                labels=tuple(labels),
+            )
+        except ModelError as error:
+            if fixed or module is None or example is None:
+                raise
+            failure = error
+        finally:
+            program.state_dict.update(before)
+        program, note = trace_fixed(module, example, failure)
+        notes = (*notes, note)
+    raise AssertionError  # the second pass returns or raises
+
+
+def _as_float32(example: Any) -> Any:
+    """The example for a model that was converted to float32."""
+    if isinstance(example, torch.Tensor):
+        return example.float() if example.is_floating_point() else example
+    return tuple(_as_float32(x) for x in example)
+
+
+def _unfolded(exported: Exported, tensors: Sequence[QuantTensor]) -> Exported:
+    """The same with a graph that computes with quantised weights itself, where the exporter had folded that into floats."""
+    absent = [t.name for t in tensors if t.size and t.size <= FOLDED_UP_TO and t.name not in exported.graph.weights]
+    if not absent:
+        return exported
+    missing = [entry.name for entry in match(exported.graph.weights, tensors).missing]
+    if not missing:
+        return exported
+    again = float_graph(exported.program, keep=missing)
+    if len(match(again.weights, tensors).missing) < len(missing):
+        return replace(exported, graph=again)
+    return exported
 
 
 def _refuse_again(bits: int | None, name: str = "") -> None:
@@ -367,37 +415,76 @@ def _is_checkpoint_file(path: str | Path) -> bool:
     return not is_program(path) and is_checkpoint(load_plain(path))
 
 
-def _tensors_of(
-    state: Mapping[str, torch.Tensor], bits: int | None, entropy_weight: float, exclude: Sequence[str], allow_float: bool
-) -> tuple[QuantTensor, ...]:
-    """The quantised weights of a state dict: recognised, or quantised here when `bits` says so. ModelError for a float model."""
-    from fnmatch import fnmatchcase
+@dataclass(frozen=True)
+class _Chosen:
+    """How a float model's weights become quantised: the options of `convert`."""
 
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in state):
-            raise OptionError(f"--exclude '{pattern}' matches no parameter; the first is '{next(iter(state), '')}'")
+    bits: int | None
+    entropy_weight: float
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    allow_float: bool
+
+    def check(self, names: Sequence[str]) -> None:
+        """OptionError for a pattern that matches nothing."""
+        for option, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise OptionError(f"--{option} '{pattern}' matches no parameter; the first is '{next(iter(names), '')}'")
+
+    def included(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.include)
+
+    def excluded(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+def _tensors_of(state: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], chosen: _Chosen) -> tuple[QuantTensor, ...]:
+    """The quantised weights of a state dict: recognised, or quantised here when `bits` says so. ModelError for a float model.
+
+    weights: what the network multiplies, see `find_weights`. With `bits` nothing else is looked at; without, whatever lies on few
+    values is recognised, since that loses nothing.
+    """
+    chosen.check(list(state))
+    multiplied = {state[name].data_ptr(): weight for name, weight in weights.items()}
     seen: set[int] = set()
     found: list[QuantTensor] = []
     refusals: list[NotRecognised] = []
+    unused: list[str] = []
     for name, value in state.items():
-        if not value.is_floating_point() or value.ndim < 2 or value.data_ptr() in seen:
+        if not value.is_floating_point() or value.ndim < 2 or not value.numel() or value.data_ptr() in seen:
+            continue
+        if chosen.excluded(name):
             continue
         seen.add(value.data_ptr())
-        weight = value.detach().cpu().float().numpy()
-        if not np.isfinite(weight).all():
+        weight = multiplied.get(value.data_ptr())
+        used = weight is not None or chosen.included(name)
+        if chosen.bits and not used:
+            unused.append(name)
+            continue
+        values = value.detach().cpu().float().numpy()
+        if not np.isfinite(values).all():
+            if not used:
+                continue
             raise ModelError(f"the weight {name!r} holds NaN or infinite values; train it again or repair it before converting")
-        result = recognise(name, weight)
-        if isinstance(result, NotRecognised) and bits and not any(fnmatchcase(name, pattern) for pattern in exclude):
-            result = _assigned(name, value.detach().cpu().float(), bits, entropy_weight)
+        result = recognise(name, values)
+        if isinstance(result, NotRecognised) and chosen.bits:
+            axis = weight.axis if weight is not None and weight.operator in MATRIX_PRODUCTS else 0
+            result = _assigned(name, value.detach().cpu().float(), chosen.bits, chosen.entropy_weight, axis=axis)
         if isinstance(result, QuantTensor):
             found.append(result)
         else:
             refusals.append(result)
-    if not found and not allow_float:
+    if not found and not chosen.allow_float:
+        if chosen.bits and unused:
+            raise ModelError(
+                f"no operator multiplies '{unused[0]}' or another parameter, so there is no weight to quantise; name what you"
+                " want quantised with --include"
+            )
+        if chosen.bits and chosen.exclude:
+            raise OptionError(f"--exclude {' '.join(chosen.exclude)} leaves no weight to quantise; exclude fewer")
         if not refusals:
             raise ModelError("the model has no weight of two or more dimensions, so there is nothing to quantise; give another")
-        if bits:
-            raise OptionError(f"--exclude {' '.join(exclude)} leaves no weight to quantise; exclude fewer")
         first = f" ({refusals[0].name}: {refusals[0].reason})"
         raise ModelError(
             f"the model's weights are float, none lies on few values{first}; "
@@ -406,7 +493,8 @@ def _tensors_of(
     return tuple(found)
 
 
-def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float) -> QuantTensor:
+def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float, *, axis: int = 0) -> QuantTensor:
+    """axis: of the output channels, which have a step each from 6 bits on."""
     from ecqx_onnx.quantization.assignment import assign
     from ecqx_onnx.quantization.grid import choose_grid, fit_step
     from ecqx_onnx.quantization.rounding import cancelling_levels
@@ -415,27 +503,35 @@ def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float)
     grid = choose_grid(weight, bits)
     # So many levels need neither the percentile rule's clipping, for which training would have to make up, nor one step for all
     # channels, which small ones pay for; and a step per channel is what BatchNorm leaves anyway.
-    if bits >= 6:
-        axis: int | None = 0
-        largest = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True)
+    channel: int | None = axis if bits >= 6 else None
+    if channel is not None:
+        others = tuple(place for place in range(weight.ndim) if place != axis)
+        largest = weight.abs().amax(others, keepdim=True)
         smallest = torch.finfo(torch.float32).tiny
         step = torch.where(largest > 0, (largest / max(grid.highest, -grid.lowest)).clamp(min=smallest), 1.0)
     else:
-        axis, step = None, fit_step(weight, grid)
+        step = fit_step(weight, grid)
     if entropy_weight:
-        levels = assign(weight, step, grid, axis=axis, strength=entropy_weight).levels
+        levels = assign(weight, step, grid, axis=channel, strength=entropy_weight).levels
     else:
         levels = cancelling_levels(weight, step, grid)
     return QuantTensor(name, levels.numpy(), Scale(step.numpy()))
 
 
 def _written_back(state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]) -> dict[str, torch.Tensor]:
-    """The state entries that hold quantised weights, with their dequantised values."""
+    """The state entries that hold quantised weights, with their dequantised values; tied entries stay one tensor."""
+    owners = {state[tensor.name].data_ptr(): tensor for tensor in tensors}
+    values: dict[str, torch.Tensor] = {}
     changed = {}
-    for tensor in tensors:
-        old = state[tensor.name]
-        value = torch.from_numpy(np.ascontiguousarray(tensor.dequantize())).to(old.dtype)
-        changed[tensor.name] = torch.nn.Parameter(value, requires_grad=False) if isinstance(old, torch.nn.Parameter) else value
+    for name, old in state.items():
+        tensor = owners.get(old.data_ptr()) if old.numel() else None
+        if tensor is None or tensor.shape != tuple(old.shape):
+            continue
+        if tensor.name not in values:
+            value = torch.from_numpy(np.ascontiguousarray(tensor.dequantize())).to(old.dtype)
+            is_parameter = isinstance(state[tensor.name], torch.nn.Parameter)
+            values[tensor.name] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+        changed[name] = values[tensor.name]
     return changed
 
 

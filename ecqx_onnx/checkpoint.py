@@ -133,7 +133,7 @@ def build(
             if name != owner:
                 aliases[name] = owner
     for name, value in state.items():  # one stored zero stands for a whole tensor of them
-        zero = torch.zeros((), dtype=value.dtype).expand(value.shape)
+        zero = torch.zeros((), dtype=value.dtype).expand(value.shape) if value.numel() else value.detach().clone()
         blank[name] = torch.nn.Parameter(zero, requires_grad=False) if isinstance(value, torch.nn.Parameter) else zero
     matching = match(exported.graph.weights, tensors)
     placed = {weight.name for weight in matching.found}

@@ -245,6 +245,7 @@ def convert(
         int | None, typer.Option(min=2, max=8, help="Quantise a float model to so many bits, without training.")
     ] = None,
     entropy_weight: Annotated[float, typer.Option(min=0.0, help="With --bits: how dear coding is against distance.")] = 0.0,
+    include: Annotated[list[str] | None, typer.Option(help="With --bits: pattern of more parameter names to quantise.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="With --bits: pattern of parameter names that stay float.")] = None,
     storage: Annotated[
         str, typer.Option(help="auto, dense, sparse or packed: how integers lie in the file. auto: fewest bytes.")
@@ -299,6 +300,7 @@ def convert(
         input_shape=_shape(input_shape),
         bits=bits,
         entropy_weight=entropy_weight,
+        include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         storage=storage,
         dequantize=dequantize,
