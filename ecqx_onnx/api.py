@@ -33,10 +33,11 @@ from ecqx_onnx.checkpoint import save as save_checkpoint
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.errors import DataError, FileError, InputError, ModelError, OptionError
-from ecqx_onnx.export import Exported, export, float_graph, notes_on, prepare, trace, trace_fixed
+from ecqx_onnx.export import Exported, export, float_graph, notes_on, prepare, trace, trace_fixed, written_buffers
 from ecqx_onnx.float_probe import FloatProbe, example_of
 from ecqx_onnx.insight import observe
 from ecqx_onnx.loading import Loaded, apply_state, load_factory, load_model, load_state
+from ecqx_onnx.parametrizations import copy_module
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.program import run_module
 from ecqx_onnx.quantization.activations import ActivationRounding
@@ -336,7 +337,8 @@ def as_checkpoint(
             if module is None:
                 probe.see_float(run_module(program), example_of(program), preprocessing)
             elif not fixed:
-                probe.see_float(module, _as_float32(example), preprocessing or loaded.preprocessing)
+                ran = copy_module(module) if written_buffers(program) else module  # the file holds buffers as they are now
+                probe.see_float(ran, _as_float32(example), preprocessing or loaded.preprocessing)
         program.state_dict.update(_written_back(before, tensors))  # the caller's program has its own again below
         try:
             exported = _unfolded(Exported(program, float_graph(program), notes), tensors)

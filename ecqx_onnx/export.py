@@ -176,7 +176,7 @@ def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     notes = [
         f"nothing reads the input '{name}': if the model should, it was traced with one tensor given twice" for name in unread
     ]
-    written = sorted(_written_buffers(program))
+    written = sorted(written_buffers(program))
     if written:
         names = ", ".join(written)
         notes.append(
@@ -185,7 +185,7 @@ def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _written_buffers(program: torch.export.ExportedProgram) -> set[str]:
+def written_buffers(program: torch.export.ExportedProgram) -> set[str]:
     """Names of the buffers that the program writes: declared, or by an operator that works in place on one or a view of it."""
     signature = program.graph_signature
     buffers = dict(signature.inputs_to_buffers)
