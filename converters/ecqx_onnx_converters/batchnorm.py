@@ -52,6 +52,9 @@ def fold_batchnorms(graph: FloatGraph, matching: Matching) -> tuple[FloatGraph, 
     constants = _Constants(graph)
     weights = {weight.name: weight for weight in matching.found}
     try:
+        ends = (*graph.proto.graph.input, *graph.proto.graph.output)
+        if untyped := [value.name for value in ends if not value.type.tensor_type.elem_type]:
+            raise ValueError(f"'{untyped[0]}' has no type")
         surgeon = gs.import_onnx(graph.proto)
     except (KeyError, ValueError, TypeError) as error:  # an attribute of bytes that are no text, say
         reason = f"the graph can't be edited ({error})"
