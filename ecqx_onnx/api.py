@@ -45,6 +45,7 @@ from ecqx_onnx.quantization.quantizer import Report
 from ecqx_onnx.quantization.state_file import StateFile, state_path
 from ecqx_onnx.quantization.training import EpochRecord, Training
 from ecqx_onnx.recognition import NotRecognised, recognise
+from ecqx_onnx.safetensors_file import is_safetensors
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.user_code import is_function_spec, load_function
 from ecqx_onnx.validation import ValidationReport
@@ -101,6 +102,7 @@ def convert(
     floats: str = "float32",
     data: Any = None,
     float_bounds: FloatBounds | None = None,
+    strict: bool = True,
     force: bool = False,
 ) -> WriteReport:
     """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
@@ -137,6 +139,7 @@ def convert(
         include=include,
         exclude=exclude,
         probe=probe,
+        strict=strict,
     )
     told: tuple[str, ...] = ()
     if probe is not None:
@@ -273,9 +276,11 @@ def as_checkpoint(
     recipe: Mapping[str, Any] | None = None,
     allow_float: bool = False,
     probe: FloatProbe | None = None,
+    strict: bool = True,
 ) -> Checkpoint:
     """Any of the sources that `convert` takes -> a Checkpoint in memory. A model or program that is given is not changed.
 
+    strict: False takes a state dict that lacks names of the model's, or has more; the notes tell.
     probe: sees the float model before it is quantised.
     allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
     """
@@ -288,11 +293,11 @@ def as_checkpoint(
             raise ModelError(
                 f"{model}: is Python code; give the file of its weights, and the code beside it: --model FILE.py:FACTORY"
             )
-        if factory is None and not trust_pickle and _is_checkpoint_file(model):
+        if factory is None and not trust_pickle and not is_safetensors(Path(model)) and _is_checkpoint_file(model):
             _refuse_again(bits, f"{model}: ")
             _refuse_shape(input_shape, f"{model}: ")
             return load(model)
-        loaded = load_model(model, factory=factory, trust_pickle=trust_pickle)
+        loaded = load_model(model, factory=factory, trust_pickle=trust_pickle, strict=strict)
     else:
         loaded = Loaded(model)
     recipe, seen = dict(recipe or {}), None
@@ -328,6 +333,7 @@ def as_checkpoint(
         notes = (*notes, *more)
     if bits:
         recipe |= {"bits": bits, "entropy_weight": entropy_weight, "trained": False}
+    notes = (*notes, *loaded.notes)
     chosen = _Chosen(bits, entropy_weight, tuple(include), tuple(exclude), allow_float)
     for fixed in (False, True):
         before = dict(program.state_dict)
@@ -564,6 +570,7 @@ def validate(
     trust_pickle: bool = False,
     samples: int | None = None,
     float_bounds: FloatBounds | None = None,
+    strict: bool = True,
     batch_size: int = 64,
     latency_runs: int = 50,
     progress: Callable[[int, int], None] | None = None,
@@ -615,6 +622,7 @@ def validate(
         factory=factory,
         input_shape=input_shape,
         trust_pickle=trust_pickle,
+        strict=strict,
         samples=samples,
     )
     return validation.validate(
@@ -638,6 +646,7 @@ def validate_on(
     trust_pickle: bool = False,
     samples: int | None = None,
     float_bounds: FloatBounds | None = None,
+    strict: bool = True,
     batch_size: int = 64,
     latency_runs: int = 50,
     time_limit: float = TIME_LIMIT,
@@ -662,6 +671,7 @@ def validate_on(
         factory=factory,
         input_shape=input_shape,
         trust_pickle=trust_pickle,
+        strict=strict,
         samples=samples,
     )
     reports, troubles = [], []
@@ -697,6 +707,7 @@ def _sides(
     input_shape: Sequence[int] | None,
     trust_pickle: bool,
     samples: int | None,
+    strict: bool = True,
     names: Sequence[str] = (),
     names_from: str | Path | None = None,
 ) -> tuple[dict[str, Any], Any]:
@@ -710,7 +721,14 @@ def _sides(
 
     checkpoint = None
     if against is not None:
-        checkpoint = as_checkpoint(against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, allow_float=True)
+        checkpoint = as_checkpoint(
+            against,
+            factory=factory,
+            input_shape=input_shape,
+            trust_pickle=trust_pickle,
+            strict=strict,
+            allow_float=True,
+        )
     dataset, notes = load_dataset(data) if isinstance(data, str) else data, ()
     if isinstance(dataset, Dataset):
         known, outputs = _class_names(onnx_file)
@@ -860,6 +878,7 @@ def quantize(
     std: Sequence[float] | None = None,
     resume: bool = False,
     force: bool = False,
+    strict: bool = True,
     progress: Callable[..., None] | None = None,
     seed: int = 0,
     **options: Any,
@@ -887,8 +906,9 @@ def quantize(
     dataset = load_dataset(data)
     dataset = _fitted(dataset, loaded)
     dataset, told = _preprocessed(dataset, loaded, mean, std, factory=factory)
+    state_notes: tuple[str, ...] = ()
     if weights is not None:
-        apply_state(loaded.model, load_state(weights), weights)
+        state_notes = apply_state(loaded.model, load_state(weights), weights, strict=strict)
     _check_patterns(options, [name for name, _ in loaded.model.named_parameters()])
     x, _ = next(dataset.test.batches(2))
     try:
@@ -903,7 +923,7 @@ def quantize(
     before = None
     if weights is not None:
         before = accuracy(loaded.model, dataset.test) if confusion is None else confusion.right
-    told = (*dataset.notes, told, *doubt_accuracy(confusion, who="the float model"))
+    told = (*state_notes, *dataset.notes, told, *doubt_accuracy(confusion, who="the float model"))
     if weights is None:
         told = (*told, "no --weights are given: the network starts from random values and is trained from scratch")
     state_file = state_path(out)

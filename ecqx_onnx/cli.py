@@ -53,6 +53,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 NOT_TO_TRAIN = ("recipe", "as_json", "quiet", "debug")  # parameters of the command alone
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")]
+Strict = Annotated[
+    bool, typer.Option("--strict/--no-strict", help="Refuse a state dict that lacks weights of the model's, or has others.")
+]
 MinAgreement = Annotated[
     float | None,
     typer.Option(help="Quantised without training: per cent of samples that must keep the float model's class (95)."),
@@ -200,6 +203,7 @@ def quantize(
     precision: q.Precision = "float32",
     device: q.Device = None,
     seed: q.Seed = 0,
+    strict: Strict = True,
     resume: q.Resume = False,
     force: Force = False,
     as_json: Json = False,
@@ -282,6 +286,7 @@ def convert(
     min_agreement: MinAgreement = None,
     max_error: MaxError = None,
     max_drop: MaxDrop = None,
+    strict: Strict = True,
     trust_pickle: TrustPickle = False,
     force: Force = False,
     as_json: Json = False,
@@ -313,6 +318,7 @@ def convert(
         floats=floats,
         data=data,
         float_bounds=_float_bounds(min_agreement, max_error, max_drop),
+        strict=strict,
         trust_pickle=trust_pickle,
         force=force,
     )
@@ -353,6 +359,7 @@ def validate(
     min_agreement: MinAgreement = None,
     max_error: MaxError = None,
     max_drop: MaxDrop = None,
+    strict: Strict = True,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -382,6 +389,7 @@ def validate(
                 input_shape=_shape(input_shape),
                 samples=samples,
                 float_bounds=_float_bounds(min_agreement, max_error, max_drop),
+                strict=strict,
                 batch_size=batch_size,
                 time_limit=time_limit,
                 trust_pickle=trust_pickle,
@@ -404,6 +412,7 @@ def validate(
                 input_shape=_shape(input_shape),
                 samples=samples,
                 float_bounds=_float_bounds(min_agreement, max_error, max_drop),
+                strict=strict,
                 batch_size=batch_size,
                 trust_pickle=trust_pickle,
                 progress=progress,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,26 @@ from ecqx_onnx.checkpoint import is_checkpoint
 from ecqx_onnx.errors import FileError, ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.program import load_program
+from ecqx_onnx.safetensors_file import is_safetensors, read_safetensors
 from ecqx_onnx.torch_file import is_program, load_plain
 from ecqx_onnx.user_code import is_function_spec, run_file
 
+COMPILED = "_orig_mod."  # what torch.compile puts before names
+DEEPEST = 4  # dicts around a state dict
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys under which training scripts put the state dict
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A network and what its file says about its input: the shape without the batch, and the preprocessing; None if nothing."""
+    """A network and what its file says about its input: the shape without the batch, and the preprocessing; None if nothing.
+
+    notes: what was done to the weights, a sentence each.
+    """
 
     model: Any  # nn.Module, ExportedProgram or Quantizer
     input_shape: tuple[int, ...] | None = None
     preprocessing: Preprocessing | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_factory(spec: str) -> Loaded:
@@ -69,14 +76,31 @@ def _preprocessing(found: Any, file: str) -> Preprocessing | None:
 
 
 def load_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """A state dict from a file: bare, or wrapped under a usual key; DataParallel's 'module.' prefix is dropped."""
-    document = load_plain(path)
-    return _state_of(document, path)
+    """A state dict from a file or a Hugging Face folder: bare, or wrapped in dicts of any name."""
+    if is_safetensors(Path(path)):
+        return read_safetensors(Path(path))
+    return _state_of(load_plain(path), path)
 
 
-def apply_state(model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> None:
-    """Load `state` into `model`, strictly. ModelError names what is missing, left over or of another shape."""
+def apply_state(
+    model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | Path, *, strict: bool = True
+) -> tuple[str, ...]:
+    """Load `state` into `model`.
+
+    Args:
+        model: is changed.
+        state: its keys may have a prefix that the model's lack ("model.", "module.", "_orig_mod.", any that all share).
+        source: what error messages call it.
+        strict: False leaves what is missing as the model has it, and leaves out what is too many.
+
+    Returns:
+        Sentences on what was stripped, and on what was missing or left out.
+
+    Raises:
+        ModelError: names what is missing, left over or of another shape.
+    """
     own = model.state_dict()
+    state, notes = _without_prefix(state, set(own))
     # BatchNorm's step counter plays no part in inference, and old checkpoints lack it.
     missing = sorted(name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked"))
     extra = sorted(state.keys() - own.keys())
@@ -85,26 +109,52 @@ def apply_state(model: torch.nn.Module, state: dict[str, torch.Tensor], source: 
         for n in own.keys() & state.keys()
         if own[n].shape != state[n].shape
     ]
-    if missing or extra or shapes:
-        parts = (
-            [f"lacks {_few(missing)}"] * bool(missing)
-            + [f"has {_few(extra)} too many"] * bool(extra)
-            + [f"shape of {_few(sorted(shapes))}"] * bool(shapes)
-        )
-        raise ModelError(f"{source}: does not fit the model: {'; '.join(parts)}; name the network that it was trained in")
+    parts = (
+        [f"lacks {_few(missing)}"] * bool(missing)
+        + [f"has {_few(extra)} too many"] * bool(extra)
+        + [f"shape of {_few(sorted(shapes))}"] * bool(shapes)
+    )
+    if shapes or (parts and strict) or len(missing) == len(own):
+        advice = "name the network that it was trained in"
+        if parts and not shapes and len(missing) < len(own):
+            advice += ", or add --no-strict if what is missing or too many plays no part"
+        raise ModelError(f"{source}: does not fit the model: {'; '.join(parts)}; {advice}")
+    if parts:
+        notes = (*notes, f"{Path(source).name} does not fit the model exactly and was taken all the same: {'; '.join(parts)}")
     model.load_state_dict(state, strict=False)
+    return notes
 
 
-def load_model(path: str | Path, *, factory: str | None = None, trust_pickle: bool = False) -> Loaded:
-    """A .pt2 program, a state dict with its factory, or a trusted pickled module."""
+def _without_prefix(
+    state: dict[str, torch.Tensor], wanted: set[str]
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """The state by the model's names, as far as prefixes stand between them."""
+    if any(COMPILED in name for name in state) and not any(COMPILED in name for name in wanted):
+        state = {name.replace(COMPILED, ""): value for name, value in state.items()}
+    stripped = ""
+    while state and not wanted & state.keys():
+        prefix = next(iter(state)).partition(".")[0] + "."
+        if not all(name.startswith(prefix) and name != prefix for name in state):
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        stripped += prefix
+    return state, (f"the prefix '{stripped}' that all weights had was left out",) if stripped else ()
+
+
+def load_model(
+    path: str | Path, *, factory: str | None = None, trust_pickle: bool = False, strict: bool = True
+) -> Loaded:
+    """A .pt2 program, a state dict with its factory, or a trusted pickled module. strict: see apply_state."""
     path = Path(path)
-    if is_program(path):
+    if is_safetensors(path) and factory is None:
+        raise ModelError(f"{path}: holds weights, which have no network in them; add --model FILE.py:FACTORY")
+    if not is_safetensors(path) and is_program(path):
         return Loaded(load_program(path.read_bytes(), str(path)))
     if factory is not None:
         loaded = load_factory(factory)
-        apply_state(loaded.model, load_state(path), path)
+        notes = apply_state(loaded.model, load_state(path), path, strict=strict)
         loaded.model.eval()
-        return loaded
+        return replace(loaded, notes=notes)
     if trust_pickle:
         try:
             model = torch.load(path, map_location="cpu", weights_only=False)
@@ -127,16 +177,25 @@ def _state_of(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
             f"{path}: is a checkpoint of ecqx-onnx, quantised already and with its network in it, where a float state dict"
             " is needed; leave --model out, or give the float weights"
         )
-    if isinstance(document, dict):
-        for key in WRAPPERS:
-            if isinstance(document.get(key), dict):
-                document = document[key]
-                break
-    if not isinstance(document, dict) or not document or not all(isinstance(v, torch.Tensor) for v in document.values()):
+    state = _innermost(document)
+    if state is None:
         raise ModelError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), FILE)")
-    if all(str(name).startswith("module.") for name in document):
-        document = {str(name).removeprefix("module."): value for name, value in document.items()}
-    return {str(name): value for name, value in document.items()}
+    return {str(name): value for name, value in state.items()}
+
+
+def _innermost(document: Any, depth: int = 0) -> dict[Any, torch.Tensor] | None:
+    """The state dict in nested dicts: under a usual key first, else under the one key that holds such; None if there is none."""
+    if not isinstance(document, dict) or not document or depth > DEEPEST:
+        return None
+    if all(isinstance(value, torch.Tensor) for value in document.values()):
+        return document
+    usual = [key for key in WRAPPERS if isinstance(document.get(key), dict)]
+    others = [key for key in document if key not in usual]
+    for keys in (usual, others):
+        found = [state for key in keys if (state := _innermost(document[key], depth + 1)) is not None]
+        if found and (keys is usual or len(found) == 1):
+            return found[0]
+    return None
 
 
 def _few(names: list[str]) -> str:

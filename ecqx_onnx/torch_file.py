@@ -19,6 +19,7 @@ import torch
 
 from ecqx_onnx.archive import check_layout
 from ecqx_onnx.errors import FileError
+from ecqx_onnx.foreign_files import advise_on_foreign
 from ecqx_onnx.reading import open_regular
 
 MOST_PICKLE_BYTES = 32 * 1024 * 1024  # a state dict of 10 000 tensors takes about 1 MB
@@ -67,6 +68,12 @@ def torch_file(path: str | Path) -> Path:
         )
     if not size:
         raise FileError(f"{path}: is empty; save it again")
+    try:
+        foreign = advise_on_foreign(path)
+    except OSError:  # told by those who read it
+        foreign = None
+    if foreign is not None:
+        raise FileError(f"{path}: {foreign}")
     return path
 
 
