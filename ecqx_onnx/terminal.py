@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ecqx_onnx.errors import EcqxError, FileError
+from ecqx_onnx.errors import EcqxError, FileError, InputError
 from ecqx_onnx.reading import check_name, check_regular, file_error
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -180,7 +180,7 @@ def refusals(doing: str, *, debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc(file=_EscapedFile())
         print_error(_unforeseen(doing, error, debug=debug))
-        status = UNFORESEEN
+        status = InputError.exit_status if _is_out_of_memory(error) else UNFORESEEN
     else:
         return
     raise typer.Exit(status) from None
@@ -188,13 +188,19 @@ def refusals(doing: str, *, debug: bool = False) -> Iterator[None]:
 
 def _unforeseen(doing: str, error: Exception, *, debug: bool) -> str:
     message = escape(str(error), most=300)
-    if isinstance(error, MemoryError) or any(words in message.lower() for words in NO_MEMORY):
+    if _is_out_of_memory(error):
         return f"memory ran out during {doing}; close other programs, or use a machine with more"
     where = "" if debug else "--debug shows where; "
     return (
         f"{doing} failed in a way that nobody foresaw ({type(error).__name__}: {message});"
         f" {where}please report it as docs/security.md says; nothing was left behind"
     )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine is too small for what was given: nothing that nobody foresaw."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in message for words in NO_MEMORY)
 
 
 class _EscapedFile:

@@ -219,7 +219,7 @@ def test_memory_that_runs_out_is_called_so(error, place, onnx, monkeypatch):
         raise error
 
     monkeypatch.setattr(inspection, "inspect", fail)
-    assert "memory ran out during inspect" in run("inspect", onnx, place / "out", onnx, code=70)
+    assert "memory ran out during inspect" in run("inspect", onnx, place / "out", onnx, code=2)
 
 
 def test_debug_shows_where_it_happened(onnx, monkeypatch):
