@@ -104,6 +104,12 @@ class MomentSum:
             for group in range(groups):
                 block[group] += other[group].T @ part[group]
 
+    def add_mean(self, vectors: np.ndarray) -> None:
+        """Their mean only, no second moments."""
+        total = vectors.sum(axis=1, dtype=np.float64)
+        self.total = total if self.total is None else self.total + total
+        self.count += vectors.shape[1]
+
     def finish(self) -> Moments:
         """The averages. ModelError where the activation was not finite."""
         assert self.total is not None

@@ -63,7 +63,7 @@ class Runner:
                 proto.graph.output.append(value)
         self._given = {value.name for value in proto.graph.input}
         rest = {name: array for name, array in graph.weights.items() if name not in self._own}
-        self._session = _load(proto, rest, threads)
+        self._session = load_session(proto, rest, threads)
         self._options = onnxruntime.RunOptions()
         # Values that nobody asked for in this call need not be computed.
         self._options.only_execute_path_to_fetches = True
@@ -88,10 +88,7 @@ class Runner:
         wanted = list(self.outputs if fetch is None else fetch)
         inside = [name for name in wanted if name not in feeds]
         everything = {**self._own, **(weights or {}), **feeds}
-        try:
-            results = self._session.run(inside, everything, self._options) if inside else []
-        except RUNTIME_ERRORS as error:
-            raise DataError(f"the float model does not run on the data: {reason(error)}") from None
+        results = run_session(self._session, inside, everything, self._options) if inside else []
         by_name = dict(zip(inside, results, strict=True))
         return [by_name[name] if name in by_name else feeds[name] for name in wanted]
 
@@ -111,9 +108,31 @@ def _make_inputs(proto: ModelProto, graph: FloatGraph, variable: set[str]) -> No
     proto.graph.ClearField("value_info")
 
 
-def _load(
+def run_session(
+    session: onnxruntime.InferenceSession,
+    names: Sequence[str],
+    feeds: Feeds,
+    options: onnxruntime.RunOptions | None = None,
+) -> list[np.ndarray]:
+    """Values of these names. DataError, in the runtime's words, where the inputs don't fit."""
+    try:
+        return list(session.run(list(names), dict(feeds), options))
+    except (*RUNTIME_ERRORS, ValueError, RuntimeError) as error:
+        raise DataError(f"the float model does not run on the data: {reason(error)}") from None
+
+
+def load_session(
     proto: ModelProto, weights: Mapping[str, np.ndarray], threads: int
 ) -> onnxruntime.InferenceSession:
+    """A session with all optimizations. The proto is used up.
+
+    Args:
+        proto: a model whose initializers named in `weights` hold no data.
+        weights: their values.
+        threads: within one operator.
+    Raises:
+        ModelError: onnxruntime does not load it.
+    """
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
     settings.intra_op_num_threads = threads
