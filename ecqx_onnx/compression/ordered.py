@@ -125,18 +125,29 @@ def round_weight(
     matrices, bias = layers.matrices(weight), layers.bias(weight)
     if after is None or before is None or after.count == 0:
         rounded = round_nearest(matrices, step)
+        if _is_uneven(weight, rounded):
+            rounded = round_nearest(matrices, rounded.steps.max())
         return RoundedWeight(rounded, {weight.name: weight.from_matrices(rounded.values)})
     used = after if bias is None else after.centered()
     target = None
     if cross is not None:
         target = corrected_target(matrices, used, cross, dampening=CORRECTION)
     rounded = round_with_feedback(matrices, step, used, target=target)
+    while _is_uneven(weight, rounded):
+        widest = rounded.steps.max()
+        rounded = round_with_feedback(matrices, widest, used, target=target)
     values = rounded.values
     changed = {weight.name: weight.from_matrices(values)}
     if bias is not None:
         fixed = corrected_bias(bias, matrices, values, before.mean, after.mean)
         changed[layers.biases[weight.name]] = fixed
     return RoundedWeight(rounded, changed)
+
+
+def _is_uneven(weight: Weight, rounded: Rounded) -> bool:
+    """Whether rows have different steps though the layout has no place for more than one."""
+    steps = rounded.steps
+    return weight.step_shape() == () and bool((steps != steps.reshape(-1)[0]).any())
 
 
 def round_in_order(
@@ -265,3 +276,13 @@ def _pair_moments(
         check_finite(str(key.product.value), parts[1])
         pairs[key] = _Pair(*(part.finish() for part in parts))
     return pairs
+
+
+def largest_live_bytes(layers: Layers, batches: Sequence[Feeds], *, threads: int = 1) -> int:
+    """Most bytes alive between two layers for these batches; the float network runs once."""
+    segments = Segments(layers.graph, batches, threads=threads)
+    largest = segments.live_bytes
+    for position in sorted(set(_find_readers(layers).values())):
+        segments.advance(position, {})
+        largest = max(largest, segments.live_bytes)
+    return largest

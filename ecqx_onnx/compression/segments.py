@@ -42,6 +42,11 @@ class Segments:
                 last[name] = index
         return last
 
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of all values that are alive here."""
+        return sum(value.nbytes for alive in self.live for value in alive.values())
+
     def advance(self, position: int, weights: Mapping[str, np.ndarray]) -> None:
         """Runs the nodes up to `position` with these values of changed weights."""
         if position <= self.position:

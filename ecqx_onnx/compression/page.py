@@ -1,0 +1,87 @@
+"""A result -> one HTML page that needs nothing else: the table, and the curve as a drawing."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ecqx_onnx.errors import FileError
+
+if TYPE_CHECKING:
+    from ecqx_onnx.compression.result import CompressResult
+
+WIDTH, HEIGHT, EDGE = 560, 260, 44
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; margin: 1em 0; }
+td, th { padding: .25em .8em; border-bottom: 1px solid #ccc; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+.missed { color: #b00; }
+"""
+
+
+def as_html(result: CompressResult, *, whole: bool = True) -> str:
+    """The page; without `whole` only its body, for a notebook."""
+    rows = "".join(_row(row) for row in result._rows())
+    head = "<tr><th></th><th>float</th><th>compressed</th></tr>"
+    misses = "".join(f'<p class="missed">missed: {escape(miss)}</p>' for miss in result.misses)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
+    points = "".join(_point_row(result, index) for index in range(len(result.points)))
+    columns = "<tr><th>bytes</th><th>bits a weight</th><th>error</th><th>agreement</th></tr>"
+    body = (
+        f"<h2>{escape(result._headline())}</h2>{misses}<table>{head}{rows}</table>"
+        f"<p>Wanted: {escape(result.bounds.words)}.</p>{_chart(result)}"
+        f"<table>{columns}{points}</table><ul>{notes}</ul><p>{escape(result.advice)}</p>"
+    )
+    if not whole:
+        return body
+    title = escape(f"compress {result.source}")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style><body>{body}</body></html>"
+    )
+
+
+def write_page(result: CompressResult, path: Path) -> None:
+    """FileError where it can't be written."""
+    try:
+        path.write_text(as_html(result), encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def _row(row: tuple[str, str, str]) -> str:
+    cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+    return f"<tr>{cells}</tr>"
+
+
+def _point_row(result: CompressResult, index: int) -> str:
+    point = result.points[index]
+    agreement = point.quality.agreement
+    share = "" if agreement is None else f"{100 * agreement.share:.2f} %"
+    cells = (f"{point.nbytes:,}", f"{point.bits_per_weight:.3f}", f"{point.quality.error:.4f}")
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in (*cells, share)) + "</tr>"
+
+
+def _chart(result: CompressResult) -> str:
+    """Bytes to the right, error upwards; the chosen point filled."""
+    points = sorted(result.points, key=lambda point: point.nbytes)
+    most = max(point.nbytes for point in points)
+    worst = max(max(point.quality.error for point in points), 1e-9)
+    marks, line = [], []
+    for point in points:
+        x = EDGE + (WIDTH - 2 * EDGE) * point.nbytes / most
+        y = HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * point.quality.error / worst
+        line.append(f"{x:.1f},{y:.1f}")
+        fill = "#06c" if point.bits == result.chosen.bits else "#fff"
+        marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="#06c"/>')
+    bottom = HEIGHT - EDGE
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img"'
+        f' aria-label="error against bytes"><path d="M{EDGE},{EDGE}V{bottom}H{WIDTH - EDGE}"'
+        f' fill="none" stroke="#888"/><polyline points="{" ".join(line)}" fill="none"'
+        f' stroke="#06c"/>{"".join(marks)}<text x="{WIDTH - EDGE}" y="{bottom + 18}"'
+        f' text-anchor="end" font-size="12">{most:,} bytes</text><text x="{EDGE}"'
+        f' y="{EDGE - 8}" font-size="12">error {worst:.3f}</text></svg>'
+    )
