@@ -27,6 +27,8 @@ _HOMES = {
     "convert": "ecqx_onnx.api",
     "validate": "ecqx_onnx.api",
     "deploy": "ecqx_onnx.api",
+    "compress": "ecqx_onnx.compression",
+    "CompressResult": "ecqx_onnx.compression",
     "inspect": "ecqx_onnx.inspection",
     "pack": "ecqx_onnx.packing",
     "unpack": "ecqx_onnx.packing",

@@ -672,5 +672,7 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in parts)
 
 
+from ecqx_onnx import cli_compress  # noqa: E402, F401 - registers its command
+
 if __name__ == "__main__":
     main()

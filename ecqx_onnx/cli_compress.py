@@ -19,10 +19,9 @@ from ecqx_onnx.cli import (
     _numbers,
     _shape,
     command,
-    stderr,
-    stdout,
 )
 from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.terminal import escape, escaped, stderr, stdout, strict_json
 
 SIZE, QUALITY, FILE = "Bounds of size", "Bounds of quality", "The file"
 
@@ -164,9 +163,10 @@ def compress(
     if report is not None:
         write_page(result, report)
     if as_json:
-        print(json.dumps(result.to_json(), indent=2), file=_json_file.get(), flush=True)
+        document = strict_json(result.to_json())
+        print(json.dumps(document, indent=2, allow_nan=False), file=_json_file.get(), flush=True)
     elif not quiet:
-        stdout.print(result.render())
+        stdout.print(escaped(result).render())
     if not result.ok:
         written = "the file was kept all the same" if result.path else "nothing was written"
         raise CheckFailed(f"{'; '.join(result.misses)}: {written}; {result.advice}")
@@ -177,6 +177,6 @@ def _speaker() -> Callable[[str], None]:
     start = time.monotonic()
 
     def say(text: str) -> Any:
-        stderr.print(f"{time.monotonic() - start:6.1f} s  {text}", style="dim", highlight=False)
+        stderr.print(f"{time.monotonic() - start:6.1f} s  {escape(text)}", highlight=False)
 
     return say

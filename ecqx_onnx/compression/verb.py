@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.files import check_output, data_path
+from ecqx_onnx_converters.files import replacing_model
+from ecqx_onnx_converters.outputs import check_output
 from ecqx_onnx_converters.planning import check_forms
 from ecqx_onnx_converters.targets import check_name, find_target
 
@@ -411,14 +412,15 @@ def _finish(
 ) -> CompressResult:
     """Writes the file to a place of its own, judges it, and gives it its name if it may have it."""
     say(f"verdict on {len(prepared.splits.verdict)} samples that nothing has seen")
-    with tempfile.TemporaryDirectory(prefix=".compress-", dir=out.parent or ".") as place:
-        draft = Path(place) / out.name
+    sources = (Path(str(model)),) if isinstance(model, str | Path) else ()
+    reference_place = tempfile.TemporaryDirectory(prefix="ecqx-onnx-")
+    with reference_place as place, replacing_model(out, force=force, sources=sources) as draft:
         if candidate.encoded.half:
             metadata = {**metadata, "floats": "float16"}
         report = write_file(candidate.encoded.plan, draft, metadata=metadata)
-        reference = Path(str(model)) if is_onnx_path(model) else Path(place) / "float.onnx"
+        reference = Path(str(model))
         if not is_onnx_path(model):
-            write_reference(prepared.model.graph, reference)
+            reference = write_reference(prepared.model.graph, Path(place) / "float.onnx")
         verdict = judge_file(
             reference,
             draft,
@@ -433,12 +435,13 @@ def _finish(
         misses = [f"on the search samples {miss}" for miss in search_misses]
         misses += [f"on the verdict samples {miss}" for miss in verdict_misses]
         written = not misses or keep_best
-        if written:
-            _take_name(draft, out)
-            if checkpoint is not None:
-                from ecqx_onnx.compression.checkpoints import save_checkpoint
+        if not written:
+            for part in list(draft.parent.iterdir()):
+                part.unlink()
+    if written and checkpoint is not None:
+        from ecqx_onnx.compression.checkpoints import save_checkpoint
 
-                save_checkpoint(prepared.model, candidate.model, checkpoint, force=force)
+        save_checkpoint(prepared.model, candidate.model, checkpoint, force=force)
     return CompressResult(
         path=out if written else None,
         source=prepared.model.source,
@@ -459,14 +462,6 @@ def _kept(prepared: _Prepared, kept: Any) -> Any:
     """With the reason why each tensor is no weight, instead of the planner's."""
     reasons = {passed.name: passed.reason for passed in prepared.passed}
     return tuple(replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in kept)
-
-
-def _take_name(draft: Path, out: Path) -> None:
-    """The file's data first, the file last."""
-    data = data_path(draft)
-    if data.exists():
-        data.replace(data_path(out))
-    draft.replace(out)
 
 
 def batch_of(samples: Samples, size: int) -> list[np.ndarray]:
