@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ecqx_onnx.compression.verb import compress
     from ecqx_onnx.compression.result import CompressResult
+    from ecqx_onnx.compression.verb import compress
 
 _HOMES = {"compress": "verb", "CompressResult": "result"}
 __all__ = ["CompressResult", "compress"]

@@ -18,7 +18,6 @@ from ecqx_onnx.compression.rounding import Rounded
 from ecqx_onnx.compression.weights import Weight
 from ecqx_onnx.tensors import QuantTensor, Scale
 
-
 EXACT = 1 << 30  # bytes of payloads up to which a file's size is counted to the byte
 
 
@@ -41,15 +40,15 @@ class Encoded:
     """A model that could be written.
 
     plan: for `deliver`. nbytes: of the whole file. coded_bytes: of the quantized weights with their
-    tables and steps. entries: how many weights these are. half: whether floats were stored as
-    float16; notes: what that did.
+    tables and steps. entries: how many weights these are. metadata: what the file
+    says of itself. notes: what float16 did.
     """
 
     plan: Plan
     nbytes: int
     coded_bytes: int
     entries: int
-    half: bool
+    metadata: Mapping[str, Any]
     notes: tuple[str, ...]
 
     @property
@@ -92,13 +91,14 @@ def encode(
         dequantize=options.dequantize,
         opset=options.opset,
     )
-    built = build(plan, metadata=metadata)
+    stated = {**metadata, "floats": "float16"} if half else dict(metadata)
+    built = build(plan, metadata=stated)
     nbytes = _file_bytes(built)
     # Functions that decode are part of what coded weights take; small against them, but counted.
     functions = sum(function.ByteSize() for function in built.model.functions)
     coded = functions + sum(row.nbytes for row in built.tensors)
     entries = sum(int(np.prod(row.shape)) for row in built.tensors)
-    return Encoded(plan, nbytes, coded, entries, half, notes)
+    return Encoded(plan, nbytes, coded, entries, stated, notes)
 
 
 def _file_bytes(built: Built) -> int:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from ecqx_onnx_converters.batchnorm import fold_batchnorms
 from ecqx_onnx_converters.graph import FloatGraph, all_graphs
 from ecqx_onnx_converters.matching import GraphWeight, Matching
 from ecqx_onnx_converters.opset_raising import raise_opset
 from ecqx_onnx_converters.opsets import why_not_opset
 from onnx import TensorProto
+from onnx.inliner import inline_local_functions
 
 from ecqx_onnx.compression.half import is_half, to_float32
 from ecqx_onnx.compression.weights import find_weights
@@ -29,9 +29,11 @@ from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 WANTED_OPSETS = (21, 18, 13)  # the first that can be had brings short integers, or packed ones
-INTEGERS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger")
-INTEGERS = (*INTEGERS, "ConvInteger", "MatMulNBits", "DynamicQuantizeMatMul", "QGemm", "Quant")
-INTEGERS = (*INTEGERS, "DynamicQuantizeLSTM", "QAttention", "GatherBlockQuantized")
+INTEGERS = (  # operators whose weights are integers already
+    "QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger",
+    "ConvInteger", "MatMulNBits", "DynamicQuantizeMatMul", "QGemm", "Quant",
+    "DynamicQuantizeLSTM", "QAttention", "GatherBlockQuantized",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,7 @@ def load_onnx(path: Path) -> FloatModel:
     graph = FloatGraph.load(path)
     notes: list[str] = []
     if graph.proto.functions:
-        inlined = onnx.inliner.inline_local_functions(graph.to_model())
+        inlined = inline_local_functions(graph.to_model())
         graph = FloatGraph.from_model(inlined)
     if is_half(graph):
         graph = to_float32(graph)
@@ -138,7 +140,7 @@ def fold_into_weights(graph: FloatGraph) -> tuple[FloatGraph, int]:
     ones = []
     for weight in weights:
         levels = np.ones(weight.shape, np.int8)
-        tensor = QuantTensor(weight.name, levels, Scale(np.float32(1.0).reshape(())))
+        tensor = QuantTensor(weight.name, levels, Scale(np.array(1.0, np.float32)))
         ones.append(GraphWeight(weight.name, tensor, (weight.name,)))
     folded, matching, batchnorms = fold_batchnorms(graph, Matching(tuple(ones), ()))
     inside = {entry.weight for entry in batchnorms if entry.weight is not None}

@@ -18,6 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ecqx_onnx.compression.points import Point
 from ecqx_onnx.compression.quality import OutputQuality, Quality
 from ecqx_onnx.errors import FileError
@@ -150,14 +152,11 @@ def _proportion(document: Any) -> Proportion | None:
 
 
 def hash_parts(*parts: Any) -> str:
-    """A hash of paths (their contents), arrays, and anything else by its text."""
+    """A hash of arrays and bytes by their contents, and of anything else by its text."""
     total = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Path) and part.is_file():
-            with open(part, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        elif hasattr(part, "tobytes"):
-            total.update(part.tobytes())
+        if isinstance(part, np.ndarray):
+            total.update(np.ascontiguousarray(part).tobytes())
         else:
-            total.update(repr(part).encode())
+            total.update(part if isinstance(part, bytes) else repr(part).encode())
     return total.hexdigest()

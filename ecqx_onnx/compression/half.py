@@ -6,8 +6,8 @@ Weights are compressed as float32: the file holds integers anyway, and a CPU com
 from __future__ import annotations
 
 import numpy as np
-from ecqx_onnx_converters.graph import FloatGraph, all_graphs, clear_data, fresh_name, rename, value_names
 from ecqx_onnx_converters.files import little_endian_bytes
+from ecqx_onnx_converters.graph import FloatGraph, all_graphs, clear_data, fresh_name, rename, value_names
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT

@@ -49,7 +49,7 @@ class RoundedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """What had to be done to weights, each with its name."""
-        found = []
+        found: list[str] = []
         for name, entry in self.rounded.items():
             found.extend(f"{name}: {note}" for note in entry.notes)
         return tuple(found)

@@ -17,12 +17,14 @@ from ecqx_onnx.validation.metrics import Proportion
 class OutputQuality:
     """One output of the model, over all samples.
 
-    error: ||y - y'|| / ||y||. cosine: mean over samples of the cosine of y and y', flattened.
+    error: ||y - y'|| / ||y||. uncertainty: standard error of that, as a share of it.
+    cosine: mean over samples of the cosine of y and y', flattened.
     worst_sample, worst_error: the sample that moved furthest, by its own relative error.
     """
 
     name: str
     error: float
+    uncertainty: float
     cosine: float
     worst_sample: int
     worst_error: float
@@ -48,6 +50,15 @@ class Quality:
         return max((output.error for output in self.outputs), default=0.0)
 
     @property
+    def uncertain_error(self) -> float:
+        """The same with what chance may have left out: two sets of samples of this size differ by
+        sqrt(2) standard errors."""
+        return max(
+            (output.error * (1 + 2**0.5 * output.uncertainty) for output in self.outputs),
+            default=0.0,
+        )
+
+    @property
     def drop(self) -> float | None:
         """Percentage points of accuracy lost, float minus file."""
         if self.accuracy is None or self.float_accuracy is None:
@@ -68,6 +79,7 @@ class QualitySum:
         self._classes = classes
         self._square = np.zeros(len(self._names))
         self._moved = np.zeros(len(self._names))
+        self._moved_square = np.zeros(len(self._names))
         self._cosine = np.zeros(len(self._names))
         self._worst = [(0, 0.0)] * len(self._names)
         self._samples = 0
@@ -116,6 +128,7 @@ class QualitySum:
         cosines = np.divide(dots, norms, out=(moved == 0).astype(np.float64), where=norms > 0)
         self._square[index] += square.sum()
         self._moved[index] += moved.sum()
+        self._moved_square[index] += (moved**2).sum()
         self._cosine[index] += cosines.mean() * size
         relative = np.sqrt(moved / np.maximum(square, np.finfo(np.float64).tiny))
         place = int(relative.argmax()) if relative.size else 0
@@ -130,7 +143,8 @@ class QualitySum:
             moved = float(self._moved[index])
             error = float(np.sqrt(moved / square)) if moved else 0.0
             cosine = float(self._cosine[index]) / max(1, self._samples)
-            outputs.append(OutputQuality(name, error, cosine, *self._worst[index]))
+            uncertainty = self._uncertainty(index)
+            outputs.append(OutputQuality(name, error, uncertainty, cosine, *self._worst[index]))
         return Quality(
             tuple(outputs),
             self._same if self._same else None,
@@ -138,3 +152,12 @@ class QualitySum:
             self._float_right if self._float_right else None,
             self._samples,
         )
+
+    def _uncertainty(self, index: int) -> float:
+        """Standard error of a root mean square, as a share: half of that of the mean square."""
+        count = self._samples
+        mean = float(self._moved[index]) / max(1, count)
+        if count < 2 or not mean > 0 or not np.isfinite(self._moved_square[index]):
+            return 0.0
+        variance = max(0.0, float(self._moved_square[index]) / count - mean**2)
+        return 0.5 * float(np.sqrt(variance / count)) / mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -170,19 +171,9 @@ class CompressResult:
         return as_html(self, whole=False)
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=_Nowhere())
+        console = Console(width=100, record=True, file=io.StringIO())
         console.print(self.render())
         return console.export_text()
-
-
-class _Nowhere:
-    """A file that keeps nothing; the console records by itself."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing waits."""
 
 
 def _quality_json(quality: Quality) -> dict[str, Any]:

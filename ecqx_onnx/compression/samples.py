@@ -188,9 +188,9 @@ def load_splits(
     eighth = max(1, len(drawn) // 8)
     if found.test is not None:
         quarter = max(1, len(drawn) // 4)
-        search, rest = np.sort(drawn[:quarter]), np.sort(drawn[quarter:])
-        verdict = found.test.take(samples)
-        splits = Splits(everything.pick(rest), everything.pick(search), verdict, found.labels)
+        search = everything.pick(np.sort(drawn[:quarter]))
+        statistics = everything.pick(np.sort(drawn[quarter:]))
+        splits = Splits(statistics, search, found.test.take(samples), found.labels)
     else:
         parts = (drawn[2 * eighth :], drawn[:eighth], drawn[eighth : 2 * eighth])
         rest, search, last = (everything.pick(np.sort(part)) for part in parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ecqx_onnx.compression.bounds import Bounds
 from ecqx_onnx.compression.points import Candidate, Point
@@ -21,7 +21,6 @@ START = 2.2
 CLOSE = 0.015  # share of bits within which a bracket is closed
 MOST_POINTS = 10
 ROOM = 0.985  # a size is used at least so far, if quality is to be had for it
-MARGIN = 0.97  # of an error's bound, so that other samples hold it as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +97,7 @@ def _best_within(dial: _Dial, bounds: Bounds, entries: int) -> Found:
         if smallest is None or candidate.point.nbytes < smallest.point.nbytes:
             smallest = candidate
         full = excess <= 0 and -excess <= (1 - ROOM) * max(candidate.point.bits_per_weight, 0.2)
-        if full or dial.spent or bits in (low, high) and _closed(low, high):
+        if full or dial.spent or (bits in (low, high) and _closed(low, high)):
             break
         # Nearly linear: go where the size is used up but for a thousandth.
         wish = bits - excess - 0.002 * bits
@@ -157,9 +156,8 @@ def _smallest(dial: _Dial, bounds: Bounds) -> Found:
 
 def _next_bits(bits: float, ratio: float, low: float, high: float) -> float:
     """Where the bound is expected to be met exactly: a bit more halves the error."""
-    if ratio <= 0 or not math.isfinite(ratio):
-        wish = (low + high) / 2
-    else:
+    wish = (low + high) / 2
+    if ratio > 0 and math.isfinite(ratio):
         wish = bits + min(1.5, max(-1.0, math.log2(ratio)))
     width = high - low
     if high == MOST_BITS and wish >= high:
@@ -176,7 +174,7 @@ def quality_ratio(quality: Quality, bounds: Bounds) -> float:
     1.0 a bound is missed."""
     used = [0.0]
     if bounds.max_error is not None:
-        used.append(quality.error / (MARGIN * bounds.max_error))
+        used.append(quality.uncertain_error / bounds.max_error)
     if bounds.min_agreement is not None and quality.agreement is not None:
         used.append(_share_used(_lost(quality.agreement), 1 - bounds.min_agreement / 100))
     if bounds.max_drop is not None and quality.drop is not None:
@@ -196,10 +194,10 @@ def _lost(same: Proportion) -> Proportion:
 
 
 def _share_used(lost: Proportion, allowed: float) -> float:
-    """The share lost and half a standard error, against what is allowed."""
+    """The share lost and a standard error, against what is allowed."""
     share = lost.share
     error = math.sqrt(share * (1 - share) / lost.total)
-    wanted = share + 0.5 * error
+    wanted = share + error
     if allowed <= 0:
         return 0.0 if lost.hits == 0 else math.inf
     return wanted / allowed
@@ -208,8 +206,3 @@ def _share_used(lost: Proportion, allowed: float) -> float:
 def finest_first(points: Sequence[Point]) -> tuple[Point, ...]:
     """For a table: by bytes, falling."""
     return tuple(sorted(points, key=lambda point: -point.nbytes))
-
-
-def with_bits(point: Point, bits: float) -> Point:
-    """The same point at another coordinate."""
-    return replace(point, bits=bits)

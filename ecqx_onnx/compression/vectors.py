@@ -85,7 +85,7 @@ def _windows(x: np.ndarray, window: Window, groups: int, limit: int, offset: int
     spacing = max(1, math.ceil(count / limit))
     chosen = np.arange(offset % spacing, count, spacing)
     where = np.unravel_index(chosen, (len(x), *places))
-    picked = views[where[0], :, *where[1:]]  # [count, C, *kernel]
+    picked = views[(where[0], slice(None), *where[1:])]  # type: ignore[arg-type]  # [count, C, *kernel]
     channels = x.shape[1] // groups
     flat = picked.reshape(len(chosen), groups, channels * math.prod(window.kernel))
     return flat.transpose(1, 0, 2)

@@ -152,10 +152,11 @@ def compress(
         threads=threads,
     )
     say(prepared.splits.sentence)
-    key = hash_parts(
-        __version__, Path(str(model)), Path(str(data)), bounds, options, seed, threads, samples,
-        tuple(include), tuple(exclude), output, class_axis, tuple(mean), tuple(std), factory,
+    chosen_options = (
+        __version__, bounds, options, seed, threads, samples, tuple(include), tuple(exclude),
+        output, class_axis, tuple(mean), tuple(std),
     )  # fmt: skip
+    key = _search_key(prepared, chosen_options)
     metadata = _metadata(prepared)
     with SearchFolder.at(out, key) as folder:
         maker = PointMaker(
@@ -181,13 +182,22 @@ def compress(
             found.points,
             out=out,
             model=model,
-            metadata=metadata,
             keep_best=keep_best,
             checkpoint=checkpoint,
             force=force,
             started=started,
             say=say,
         )
+
+
+def _search_key(prepared: _Prepared, options: tuple[Any, ...]) -> str:
+    """What a search depends on: the model, the samples that it is judged by, the options."""
+    arrays: list[Any] = [prepared.model.graph.proto.SerializeToString(deterministic=True)]
+    arrays += [prepared.model.graph.weights[name] for name in sorted(prepared.model.graph.weights)]
+    arrays.append(prepared.splits.statistics.rows)
+    for feeds in prepared.splits.search.feeds(prepared.batch):
+        arrays += [feeds[name] for name in sorted(feeds)]
+    return hash_parts(options, *arrays)
 
 
 def _silent(text: str) -> None:
@@ -403,7 +413,6 @@ def _finish(
     *,
     out: Path,
     model: Any,
-    metadata: dict[str, Any],
     keep_best: bool,
     checkpoint: str | Path | None,
     force: bool,
@@ -415,9 +424,8 @@ def _finish(
     sources = (Path(str(model)),) if isinstance(model, str | Path) else ()
     reference_place = tempfile.TemporaryDirectory(prefix="ecqx-onnx-")
     with reference_place as place, replacing_model(out, force=force, sources=sources) as draft:
-        if candidate.encoded.half:
-            metadata = {**metadata, "floats": "float16"}
-        report = write_file(candidate.encoded.plan, draft, metadata=metadata)
+        encoded = candidate.encoded
+        report = write_file(encoded.plan, draft, metadata=encoded.metadata)
         reference = Path(str(model))
         if not is_onnx_path(model):
             reference = write_reference(prepared.model.graph, Path(place) / "float.onnx")
