@@ -29,10 +29,11 @@ from train_fp32 import train as train_float
 
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
-from ecqx_onnx.loading import load_factory
-from ecqx_onnx.quantization import assignment, quantizer, train
-from ecqx_onnx.quantization.assignment import LEAST_RELEVANCE, critical_exponents
-from ecqx_onnx.quantization.relevance import Relevances
+from ecqx_onnx.quantization import quantizer, train
+from ecqx_onnx.quantization.levels import assignment
+from ecqx_onnx.quantization.levels.assignment import LEAST_RELEVANCE, critical_exponents
+from ecqx_onnx.quantization.relevance.relevance import Relevances
+from ecqx_onnx.sources.loading import load_factory
 from ecqx_onnx.tensors import Scale
 
 ROOT = Path(__file__).resolve().parents[1]

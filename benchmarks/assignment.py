@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from ecqx_onnx.quantization.assignment import Band, assign
-from ecqx_onnx.quantization.entropy import cluster_probabilities, information_content, largest_lambda
-from ecqx_onnx.quantization.grid import Grid, choose_grid, fit_step
+from ecqx_onnx.options.quantizer import Band
+from ecqx_onnx.quantization.levels.assignment import assign
+from ecqx_onnx.quantization.levels.entropy import cluster_probabilities, information_content, largest_lambda
+from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
 
 STRENGTH, BAND, RHO = 0.3, Band(0.02, 0.02), 2.0
 

@@ -13,8 +13,10 @@ import torch
 from curves import at
 from scipy import stats
 
-from ecqx_onnx import api, demo, demo_model
+from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
+from ecqx_onnx.demo import demo
+from ecqx_onnx.demo import model as demo_model
 from ecqx_onnx.quantization import train
 
 METHODS = {"ECQ": None, "ECQx": "epsilon_plus_flat"}

@@ -35,13 +35,13 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ecqx_onnx import api
+from ecqx_onnx.checkpoint.export import export
 from ecqx_onnx.data import Dataset, Split, load_dataset
-from ecqx_onnx.export import export
-from ecqx_onnx.loading import apply_state, load_factory, load_state
+from ecqx_onnx.inputs.user_code import load_function
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.quantization.zennit_import import import_zennit
-from ecqx_onnx.user_code import load_function
-from ecqx_onnx.validation.sessions import executed_operators
+from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
+from ecqx_onnx.runtime.sessions import executed_operators
+from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 512

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from ecqx_onnx_converters.storage.packed import encode_all, pack_all
-from ecqx_onnx_converters.storage.packed.codec import unpack
+from ecqx_onnx_converters.storage.packed.reference_decoder import unpack
 from ecqx_onnx_converters.targets import find_target
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
@@ -112,7 +112,7 @@ def payload_bytes(tensors: Tensors) -> int:
 
 
 def whole_files(sources: dict[str, Any]) -> None:
-    """sources: by name, what `api.convert` takes, and its example input (None for a checkpoint)."""
+    """sources: by name, what `convert.convert` takes, and its example input (None for a checkpoint)."""
     import tempfile
 
     from ecqx_onnx_converters import read_weights
@@ -138,7 +138,7 @@ def network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any
     """(the model with these levels as its weights, times 0.02, or with a checkpoint's; an example input)"""
     import torch
 
-    from ecqx_onnx.loading import apply_state, load_factory, load_state
+    from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
     torch.manual_seed(0)
     loaded = load_factory(str(MODELS / factory))

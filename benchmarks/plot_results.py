@@ -24,7 +24,7 @@ from results import ROOT, RUNS, TABLES, Results, half_width, written
 
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
-from ecqx_onnx.loading import load_model
+from ecqx_onnx.sources.loading import load_model
 
 ENTROPY_WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.8)
 

@@ -29,8 +29,8 @@ import ecqx_onnx
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.data.augmentation import crop_and_flip, shift_audio, shift_images
-from ecqx_onnx.loading import apply_state, load_factory, load_state
 from ecqx_onnx.quantization.training import emulates_bfloat16
+from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, DATA = ROOT / "runs", ROOT.parent / "shared" / "data"

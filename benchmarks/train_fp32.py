@@ -17,8 +17,8 @@ import torch
 
 from ecqx_onnx.data import Split, load_dataset
 from ecqx_onnx.data.augmentation import AUGMENTATIONS
-from ecqx_onnx.loading import apply_state, load_state
-from ecqx_onnx.user_code import load_function
+from ecqx_onnx.inputs.user_code import load_function
+from ecqx_onnx.sources.loading import apply_state, load_state
 
 
 def train(

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.nn.utils.parametrize import register_parametrization
 
 from ecqx_onnx.quantization import Quantizer
-from ecqx_onnx.quantization.grid import choose_grid, fit_step
+from ecqx_onnx.quantization.levels.grid import choose_grid, fit_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.resnet20 import resnet20

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import ecqx_onnx
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.data.augmentation import crop_and_flip
-from ecqx_onnx.loading import load_factory
-from ecqx_onnx.quantization.relevance import Relevances
+from ecqx_onnx.quantization.relevance.relevance import Relevances
+from ecqx_onnx.sources.loading import load_factory
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, DATA = f"{ROOT}/models/resnet20.py:resnet20", f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.preprocessing.spectrum import Spectrum
 
 INPUT_SHAPE = (1, 49, 40)
 LOG_MEL = Spectrum(8_000, frame_length=256, hop=160, fft_length=256, mel_bands=40)

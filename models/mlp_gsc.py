@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.preprocessing.spectrum import Spectrum
 
 INPUT_SHAPE = (1, 49, 10)
 MFCC = Spectrum(16_000, frame_length=640, hop=320, fft_length=1024, mel_bands=40, coefficients=10)

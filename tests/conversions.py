@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from ecqx_onnx_converters import FloatGraph, Matching, StoredWeight, WriteReport, make_plan, match, read_weights, write
 
-from ecqx_onnx.export import export
+from ecqx_onnx.checkpoint.export import export
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 
 # Both sums of float32 products scatter around the true value by about 2^-24 of the terms, and no sum here has more than 256.

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.activations import IntegerGraph, UInt8, quantise_activations, with_pooling
-from ecqx_onnx_converters.integer_nodes import find_integer_nodes
+from ecqx_onnx_converters.passes.activations import IntegerGraph, UInt8, quantise_activations, with_pooling
+from ecqx_onnx_converters.passes.integer_nodes import find_integer_nodes
 
-from ecqx_onnx.calibration import calibrate_ranges
+from ecqx_onnx.runtime.calibration import calibrate_ranges
+from ecqx_onnx.runtime.sessions import executed_operators
 from ecqx_onnx.tensors import QuantTensor
-from ecqx_onnx.validation.sessions import executed_operators
 from tests.conversions import float_graph, quantise, run
 
 

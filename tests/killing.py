@@ -129,8 +129,7 @@ def kill_before(number, place):
         if event.partition(".")[0] not in ("open", "os", "shutil", "fcntl", "ctypes"):
             return
         about = event in ("fcntl.flock", "ctypes.call_function") or any(
-            isinstance(part, str | bytes | Path) and os.fsencode(place) in os.fsencode(part)
-            for part in details
+            isinstance(part, str | bytes | Path) and os.fsencode(place) in os.fsencode(part) for part in details
         )
         if about and next(calls, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -193,13 +192,12 @@ def is_output(name, out):
     return not name.startswith(".") and not name.endswith(".training")
 
 
-def try_moments(
-    folder: Path, command: str, moments: str, seed: int, by: signal.Signals = signal.SIGKILL
-) -> dict[str, object]:
+def try_moments(folder: Path, command: str, moments: str, seed: int, by: signal.Signals = signal.SIGKILL) -> dict[str, object]:
     """See the module's first lines."""
+    import ecqx_onnx.packing
+
     import ecqx_onnx.api
     import ecqx_onnx.cli
-    import ecqx_onnx.packing
     import ecqx_onnx.quantization
     import ecqx_onnx.validation  # noqa: F401
 

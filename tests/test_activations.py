@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from ecqx_onnx_converters.activations import UInt8
+from ecqx_onnx_converters.passes.activations import UInt8
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
@@ -18,7 +18,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from ecqx_onnx.errors import ModelError
-from ecqx_onnx.validation.sessions import open_session, run
+from ecqx_onnx.runtime.sessions import open_session, run
 from tests.conversions import quantise
 from tests.integer_conversions import contract, convert_to_integers
 

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from ecqx_onnx.cli import app
-from ecqx_onnx.packing import pack
 from ecqx_onnx.validation import validate_against_original
+from ecqx_onnx.verbs.pack import pack
 from tests.test_packing import CASES
 
 SAMPLES = 100

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecqx_onnx.quantization import envelope
-from ecqx_onnx.quantization.assignment import Band, assign
-from ecqx_onnx.quantization.envelope import boundaries, cheapest
-from ecqx_onnx.quantization.grid import Grid
+from ecqx_onnx.options.quantizer import Band
+from ecqx_onnx.quantization.levels import envelope
+from ecqx_onnx.quantization.levels.assignment import assign
+from ecqx_onnx.quantization.levels.envelope import boundaries, cheapest
+from ecqx_onnx.quantization.levels.grid import Grid
 from tests.oracles import ecqx as oracle
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other

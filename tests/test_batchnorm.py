@@ -10,11 +10,13 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.batchnorm import fold_batchnorms
+from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ecqx_onnx import api, packing
+from ecqx_onnx import api
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
+from ecqx_onnx.validation import equivalence
+from ecqx_onnx.verbs import pack
 from tests.conversions import FLOAT32_SUMS, quantise, session
 
 FLOAT = TensorProto.FLOAT
@@ -262,7 +264,7 @@ def dequantized_convolution() -> ModelProto:
 def test_pack_folds_it_in_a_foreign_graph_within_rounding(tmp_path):
     original = dequantized_convolution()
     onnx.save(original, tmp_path / "original.onnx")
-    report = packing.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
+    report = pack.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
     assert "BatchNormalization" not in operators(onnx.load(tmp_path / "packed.onnx"))
     assert any("1 BatchNormalization" in note for note in report.notes)
     assert report.equivalence.ok
@@ -277,10 +279,10 @@ def test_pack_leaves_it_where_rounding_would_be_too_much(tmp_path, monkeypatch):
         compared.append(result.checks[0].measured)
         return replace(result, checks=(replace(result.checks[0], passed=compared[-1] == 0),))
 
-    real = packing.compare_models
-    monkeypatch.setattr(packing, "compare_models", strict)
+    real = equivalence.compare_models
+    monkeypatch.setattr(pack, "compare_models", strict)
     onnx.save(dequantized_convolution(), tmp_path / "original.onnx")
-    report = packing.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
+    report = pack.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
     assert "BatchNormalization" in operators(onnx.load(tmp_path / "packed.onnx"))
     assert compared[0] > 0 == compared[1]
     assert report.written is not None

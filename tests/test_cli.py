@@ -92,7 +92,7 @@ def test_plain_ecq_and_assignment_without_training_are_options(tmp_path):
 
 
 def test_a_float_state_dict_can_be_quantised_without_training_and_compared_with_itself(tmp_path):
-    from ecqx_onnx.demo_model import digits_cnn
+    from ecqx_onnx.demo.model import digits_cnn
 
     torch.manual_seed(0)
     torch.save(digits_cnn().state_dict(), tmp_path / "float.pt")
@@ -108,7 +108,7 @@ def test_a_float_state_dict_can_be_quantised_without_training_and_compared_with_
 
 
 def test_a_pt2_program_and_a_trusted_pickle_convert_as_well(tmp_path):
-    from ecqx_onnx.demo_model import INPUT_SHAPE, digits_cnn
+    from ecqx_onnx.demo.model import INPUT_SHAPE, digits_cnn
 
     torch.manual_seed(0)
     model = digits_cnn().eval()

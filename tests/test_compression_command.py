@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from ecqx_onnx.cli import app
-from ecqx_onnx.compression import compress
 from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
+from ecqx_onnx.verbs.compress import compress
 from tests.test_compression_parts import images, small_network
 
 
@@ -118,7 +118,7 @@ def test_the_command_ends_with_the_status_of_its_bounds(tmp_path, model, data):
 
 
 def test_an_interrupted_search_goes_on_from_its_points(tmp_path, model, data, monkeypatch):
-    from ecqx_onnx.compression.points import PointMaker
+    from ecqx_onnx.compression.search.points import PointMaker
 
     out, made = tmp_path / "small.onnx", []
     plain = PointMaker.make
@@ -192,9 +192,7 @@ def recurrent_network():
     generator = np.random.default_rng(0)
 
     def array(name, *shape):
-        return numpy_helper.from_array(
-            (generator.normal(size=shape) * 0.4).astype(np.float32), name
-        )
+        return numpy_helper.from_array((generator.normal(size=shape) * 0.4).astype(np.float32), name)
 
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["e"]),
@@ -285,7 +283,5 @@ def test_a_module_of_pytorch_is_compressed_too(tmp_path):
     torch.manual_seed(0)
     module = torch.nn.Linear(16, 8)
     x = torch.randn(96, 16)
-    result = compress(
-        module.eval(), tmp_path / "small.onnx", data=x.numpy(), example=x[:2], max_error=0.1
-    )
+    result = compress(module.eval(), tmp_path / "small.onnx", data=x.numpy(), example=x[:2], max_error=0.1)
     assert result.ok

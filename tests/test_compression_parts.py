@@ -3,19 +3,19 @@
 import numpy as np
 import onnx
 import pytest
-from ecqx_onnx_converters.graph import FloatGraph
+from ecqx_onnx_converters.graph.graph import FloatGraph
 from onnx import TensorProto, helper, numpy_helper
 
-from ecqx_onnx.compression.allocation import LADDER, allocate, dial_for_bits, measure_rate
-from ecqx_onnx.compression.biases import corrected_bias, with_biases
-from ecqx_onnx.compression.bounds import make_bounds, parse_bytes
-from ecqx_onnx.compression.moments import MomentKey, collect_moments, unique_keys
-from ecqx_onnx.compression.ordered import Layers, round_at_once, round_in_order
-from ecqx_onnx.compression.runner import Runner
-from ecqx_onnx.compression.segments import Segments
-from ecqx_onnx.compression.vectors import input_vectors
-from ecqx_onnx.compression.weights import Product, Window, find_weights
+from ecqx_onnx.compression.model.biases import corrected_bias, with_biases
+from ecqx_onnx.compression.model.weights import Product, Window, find_weights
+from ecqx_onnx.compression.rounding.moments import MomentKey, collect_moments, unique_keys
+from ecqx_onnx.compression.rounding.ordered import Layers, round_at_once, round_in_order
+from ecqx_onnx.compression.rounding.vectors import input_vectors
+from ecqx_onnx.compression.search.allocation import LADDER, allocate, dial_for_bits, measure_rate
+from ecqx_onnx.compression.search.bounds import make_bounds, parse_bytes
 from ecqx_onnx.errors import OptionError
+from ecqx_onnx.runtime.runner import Runner
+from ecqx_onnx.runtime.segments import Segments
 from tests.oracles.error_feedback import best_allocation, windows_by_hand
 
 

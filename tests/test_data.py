@@ -13,7 +13,7 @@ from ecqx_onnx.data.augmentation import crop_and_flip, shift_audio, shift_images
 from ecqx_onnx.data.dataset import Arrays, Split
 from ecqx_onnx.errors import DataError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.preprocessing.spectrum import Spectrum
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")

@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from ecqx_onnx_converters.metadata import METADATA_KEY
+from ecqx_onnx_converters.serialization.metadata import METADATA_KEY
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
@@ -29,9 +29,9 @@ from ecqx_onnx.data.images import decode_image
 from ecqx_onnx.deployment import PLATFORMS, find_platform
 from ecqx_onnx.deployment.platforms import TEMPLATES, oldest_runtime
 from ecqx_onnx.errors import CheckFailed, FileError, InputError, ModelError
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.preprocessing.spectrum import Spectrum
 from ecqx_onnx.validation import validate
 from ecqx_onnx.validation.devices import find_device, set_up
 from ecqx_onnx.validation.devices.browser import FLAGS

@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
+from ecqx_onnx.checkpoint import float_model
 from ecqx_onnx.cli import app
 from ecqx_onnx.validation.devices import setup
 from tests.test_devices import loopback  # noqa: F401 - a fixture
@@ -93,8 +94,8 @@ def test_one_device_gives_its_report(arguments):
 
 
 def test_integer_kernels_are_compared_with_the_float_model_and_judged_by_accuracy(files, tmp_path):
-    from ecqx_onnx.onnx_file import read_onnx
-    from ecqx_onnx.validation.validator import yardstick
+    from ecqx_onnx.inputs.onnx_file import read_onnx
+    from ecqx_onnx.validation.judgement import yardstick
 
     api.convert(files / "model.pt", tmp_path / "int8.onnx", activations="int8", calibration=str(files / "data.npz"))
     arguments = ["validate", tmp_path / "int8.onnx", "--against", files / "model.pt", "--data", files / "data.npz"]
@@ -103,7 +104,7 @@ def test_integer_kernels_are_compared_with_the_float_model_and_judged_by_accurac
     assert report["latency_ratio"] > 0
     wanted = yardstick(read_onnx(tmp_path / "int8.onnx"), None, lambda: b"the float model")
     assert wanted == b"the float model"
-    model = onnx.load_model_from_string(api._float_model(api.as_checkpoint(files / "model.pt")))
+    model = onnx.load_model_from_string(float_model._float_model(api.as_checkpoint(files / "model.pt")))
     assert {node.op_type for node in model.graph.node} == {"Conv", "Relu", "Reshape", "Gemm"}
 
 

@@ -18,7 +18,7 @@ import pytest
 from onnx import helper
 
 from ecqx_onnx.errors import FileError, InputError, ModelError, OptionError
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.validation import validate
 from ecqx_onnx.validation.devices import DeviceTable, find_device, set_up, setup, validate_on
 from ecqx_onnx.validation.devices.devices import Command, Folder, Ssh

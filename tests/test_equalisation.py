@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ecqx_onnx_converters.equalisation import equalised, find_places
+from ecqx_onnx_converters.passes.equalization import equalised, find_places
 from torch import nn
 
 from ecqx_onnx import api
-from ecqx_onnx.calibration import channel_peaks
+from ecqx_onnx.checkpoint import float_model
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.validation.sessions import open_session, run
+from ecqx_onnx.runtime.calibration import channel_peaks
+from ecqx_onnx.runtime.sessions import open_session, run
 
 
 class Separable(nn.Module):
@@ -62,12 +63,12 @@ def test_a_small_channel_keeps_its_precision(multiplier, tmp_path):
 
 
 def test_the_network_is_the_same_bit_for_bit():
-    from ecqx_onnx_converters.batchnorm import fold_batchnorms
+    from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 
     checkpoint, x, _ = prepared()
     graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
     places = find_places(graph, matching)
-    peaks = channel_peaks(api._with_floats(graph, matching), [place.value for place in places], [x.numpy()])
+    peaks = channel_peaks(float_model._with_floats(graph, matching), [place.value for place in places], [x.numpy()])
     changed, rescaled = equalised(graph, matching, places, peaks)
     assert len(places) == 1
     for before, after in zip(matching.found, rescaled.found, strict=True):
@@ -76,7 +77,7 @@ def test_the_network_is_the_same_bit_for_bit():
         assert ratio.max() >= 64 or ratio.min() <= 1 / 64
         np.testing.assert_array_equal(np.frexp(ratio)[0], 0.5)  # powers of two
     outputs = [
-        run(open_session(api._with_floats(*pair).to_model().SerializeToString()), (x.numpy(),))[0]
+        run(open_session(float_model._with_floats(*pair).to_model().SerializeToString()), (x.numpy(),))[0]
         for pair in ((graph, matching), (changed, rescaled))
     ]
     np.testing.assert_array_equal(*outputs)
@@ -91,7 +92,7 @@ def test_validation_finds_pytorchs_integers(tmp_path):
 
 @pytest.mark.parametrize("between", [F.relu6, lambda x: F.relu(x) + x, lambda x: F.max_pool2d(F.relu(x), 2)])
 def test_nothing_is_equalised_across_other_operators(between):
-    from ecqx_onnx_converters.batchnorm import fold_batchnorms
+    from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 
     checkpoint, _, _ = prepared(between=between)
     graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)

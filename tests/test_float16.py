@@ -7,8 +7,8 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph
-from ecqx_onnx_converters.float16 import FEWEST, round_parameters, rounded, with_float16
-from ecqx_onnx_converters.graph import NARROW
+from ecqx_onnx_converters.graph.graph import NARROW
+from ecqx_onnx_converters.passes.float16 import FEWEST, round_parameters, rounded, with_float16
 from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 

@@ -137,9 +137,7 @@ def test_an_embedding_is_judged_by_its_relative_error(encoder, tmp_path, bits, f
 
 def test_the_bounds_are_the_users_to_choose(encoder, tmp_path):
     converted(encoder, tmp_path / "out.onnx", bits=2)
-    report = ecqx_onnx.validate(
-        tmp_path / "out.onnx", **encoder, latency_runs=0, float_bounds=FloatBounds(max_error=5.0)
-    )
+    report = ecqx_onnx.validate(tmp_path / "out.onnx", **encoder, latency_runs=0, float_bounds=FloatBounds(max_error=5.0))
     assert report.ok, report.failures
 
 

@@ -13,8 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.packing import pack, unpack
 from ecqx_onnx.tensors import QuantTensor, Scale
+from ecqx_onnx.verbs.pack import pack, unpack
 from tests.conversions import session
 
 FOLDER = Path(__file__).parents[1].parent / "shared" / "data" / "onnx"

@@ -8,19 +8,19 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.fusion import FUSED, expanded
-from ecqx_onnx_converters.matching import GraphWeight, Matching
-from ecqx_onnx_converters.metadata import METADATA_KEY, from_text
+from ecqx_onnx_converters.dequantization.fused import FUSED, expanded
+from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
+from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text
 from ecqx_onnx_converters.storage import DOMAIN
-from ecqx_onnx_converters.storage.packed import codec
+from ecqx_onnx_converters.storage.packed import choices
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from ecqx_onnx import packing
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inspection import inspect
+from ecqx_onnx.runtime.sessions import open_session, run
 from ecqx_onnx.tensors import QuantTensor, Scale
-from ecqx_onnx.validation.sessions import open_session, run
+from ecqx_onnx.verbs import pack
 from tests.conversions import Conversion, assert_says_the_same, convert, float_graph, quantise
 from tests.onnx_graphs import model_of
 from tests.test_layers import Tied
@@ -65,7 +65,7 @@ def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
     assert functions(conversion.path) == {"D", "r", name}
     assert ("Transpose" in {node.op_type for node in onnx.load(conversion.path).graph.node}) == turned
     assert_says_the_same(conversion, model, IMAGES)
-    packing.unpack(conversion.path, tmp_path / "dense.onnx")
+    pack.unpack(conversion.path, tmp_path / "dense.onnx")
     dense = Conversion(tmp_path / "dense.onnx", conversion.report, conversion.matching, read_weights(tmp_path / "dense.onnx"))
     assert_says_the_same(dense, model, IMAGES)
     assert functions(dense.path) <= set(FUSED.values()) | {"Dequantize"}
@@ -119,7 +119,7 @@ def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tm
     (gemm,) = (node for node in nodes if node.op_type == "Gemm")
     assert any(attribute.name == "transB" for attribute in gemm.attribute) == shared
     assert_says_the_same(conversion, model, x)
-    packing.unpack(conversion.path, tmp_path / "dense.onnx")
+    pack.unpack(conversion.path, tmp_path / "dense.onnx")
     (weight,) = read_weights(tmp_path / "dense.onnx")
     levels = weight.weight.tensor.levels
     np.testing.assert_array_equal(levels if shared else levels.T, tensor.levels)
@@ -168,7 +168,7 @@ def test_what_only_some_could_have_none_has(tmp_path, monkeypatch):
     model = net()
     tensors = quantise(model)
     for options in ({"dequantize": "standard"}, {}):
-        monkeypatch.setattr(codec, "STAGED_FROM", 1 << 20 if options else 1)
+        monkeypatch.setattr(choices, "STAGED_FROM", 1 << 20 if options else 1)
         conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed", **options)
         assert "Levels" in calls(conversion.path)
         assert_says_the_same(conversion, model, IMAGES)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.opsets import why_not_opset
+from ecqx_onnx_converters.graph.opsets import why_not_opset
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError

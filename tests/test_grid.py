@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecqx_onnx.errors import OptionError
-from ecqx_onnx.quantization.entropy import cluster_probabilities, information_content, largest_lambda, size_factor
-from ecqx_onnx.quantization.grid import Grid, channel_rows, choose_grid, fit_step, from_channel_rows
+from ecqx_onnx.quantization.levels.entropy import cluster_probabilities, information_content, largest_lambda, size_factor
+from ecqx_onnx.quantization.levels.grid import Grid, channel_rows, choose_grid, fit_step, from_channel_rows
 from tests.oracles import ecqx as oracle
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other

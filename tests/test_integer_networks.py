@@ -15,14 +15,15 @@ from torch import nn
 
 from ecqx_onnx import api
 from ecqx_onnx.data import Dataset
-from ecqx_onnx.loading import load_factory
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.runtime.float_activations import without_quantisation
+from ecqx_onnx.runtime.latency import Latency
+from ecqx_onnx.runtime.sessions import executed_operators, open_session, run
+from ecqx_onnx.sources.loading import load_factory
 from ecqx_onnx.validation.checks import latency_check
 from ecqx_onnx.validation.devices import DeviceTable
-from ecqx_onnx.validation.float_activations import without_quantisation
-from ecqx_onnx.validation.report import Latency, ValidationReport
-from ecqx_onnx.validation.sessions import executed_operators, open_session, run
+from ecqx_onnx.validation.report import ValidationReport
 
 ROOT = Path(__file__).parents[1]
 FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Sum", "Mul", "Relu", "Clip", "DequantizeLinear"}
@@ -30,7 +31,7 @@ FLOAT_KERNELS |= {"MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "
 
 
 def mobilenet() -> nn.Module:
-    from ecqx_onnx.quantization.zennit_import import import_zennit
+    from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
 
     import_zennit()  # helps torchvision beside a CPU-only torch
     from torchvision.models import mobilenet_v2
@@ -169,7 +170,7 @@ def test_latency_is_held_against_a_float_model(small, tmp_path):
     path, dataset = small
     api.convert(path, tmp_path / "out.onnx", activations="int8", calibration=dataset)
     api.convert(path, tmp_path / "float.onnx")
-    from ecqx_onnx.validation.twin import float_twin
+    from ecqx_onnx.runtime.decoded_model import float_twin
 
     x, _ = next(dataset.test.batches(4))
     twin = float_twin(onnx.load(tmp_path / "out.onnx")).serialize()

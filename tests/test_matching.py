@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ecqx_onnx_converters.matching import BATCHNORM_ROUNDING, GraphWeight, match
+from ecqx_onnx_converters.matching.matching import BATCHNORM_ROUNDING, GraphWeight, match
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import ecqx_onnx
 from ecqx_onnx.errors import FileError, ModelError
-from ecqx_onnx.loading import apply_state, load_model, load_state
+from ecqx_onnx.sources.loading import apply_state, load_model, load_state
 
 CODE = """from torch import nn
 INPUT_SHAPE = (3,)

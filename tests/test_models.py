@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ecqx_onnx.data import load_dataset
-from ecqx_onnx.user_code import load_function
+from ecqx_onnx.inputs.user_code import load_function
 
 MODELS = Path(__file__).parents[1] / "models"
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

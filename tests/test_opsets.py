@@ -6,13 +6,13 @@ import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph
-from ecqx_onnx_converters.compact import drop_defaults
-from ecqx_onnx_converters.opset_raising import UNTRUSTED, raise_opset
-from ecqx_onnx_converters.opsets import CHANGED, lower_opset, why_not_opset
-from ecqx_onnx_converters.storage import Refusal
+from ecqx_onnx_converters.graph.opset_raising import UNTRUSTED, raise_opset
+from ecqx_onnx_converters.graph.opsets import CHANGED, lower_opset, why_not_opset
+from ecqx_onnx_converters.refusal import Refusal
+from ecqx_onnx_converters.serialization.compact import drop_defaults
 from onnx import ModelProto, TensorProto, defs, helper, numpy_helper, version_converter
 
-from ecqx_onnx.packing import pack
+from ecqx_onnx.verbs.pack import pack
 from tests.conversions import session
 
 FLOAT = TensorProto.FLOAT

@@ -10,8 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from ecqx_onnx_converters.storage import DOMAIN, Contents, Refusal, packed
-from ecqx_onnx_converters.storage.packed import codec, tree, units
+from ecqx_onnx_converters.refusal import Refusal
+from ecqx_onnx_converters.storage import DOMAIN, Contents
+from ecqx_onnx_converters.storage import packed as packed_module
+from ecqx_onnx_converters.storage.packed import bitstream, choices, huffman, reference_decoder
+from ecqx_onnx_converters.storage.packed import stream as stream_module
+from ecqx_onnx_converters.storage.packed import symbols as units
 from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,21 +40,26 @@ def small_net(seed=0):
 
 def pack(tensors, orders=None, form=None):
     """As one stream. orders: see codec.Part; form: by default the one that takes fewest bytes."""
-    top = codec.top_of(tensors)
+    top = stream_module.top_of(tensors)
     surveys = []
     for tensor, order in zip_longest(tensors, orders or []):
         order = order or tuple(range(tensor.ndim))
-        surveys.append(codec.Survey(tensor.shape, order, units.contextual(units.walk(tensor.transpose(order), top), top), top))
+        surveys.append(
+            stream_module.Survey(tensor.shape, order, units.contextual(units.walk(tensor.transpose(order), top), top), top)
+        )
     alphabets = units.choose_alphabets([units.tally(survey.said, top) for survey in surveys])
-    forms = [codec.Form.PLAIN, codec.Form.SIGNS][: len(alphabets)] if form is None else [form]
-    ways = [codec.lengthened([codec.Coding.of(made, alphabets[made is codec.Form.SIGNS], shortest=1)])[0] for made in forms]
+    forms = [stream_module.Form.PLAIN, stream_module.Form.SIGNS][: len(alphabets)] if form is None else [form]
+    ways = [
+        choices.lengthened([stream_module.Coding.of(made, alphabets[made is stream_module.Form.SIGNS], shortest=1)])[0]
+        for made in forms
+    ]
     how = min(ways, key=lambda way: way.nbytes)
-    return codec.write(surveys, how, tree.DIGIT * codec.best_calls(how.nbytes, 1), compact=False)
+    return bitstream.write(surveys, how, huffman.DIGIT * choices.best_calls(how.nbytes, 1), compact=False)
 
 
 def decoder_model(tensors, opset=18):
     """A model without inputs whose outputs are the tensors, packed."""
-    stored = packed.encode_all([(f"w{i}", tensor) for i, tensor in enumerate(tensors)], TARGET)
+    stored = packed_module.encode_all([(f"w{i}", tensor) for i, tensor in enumerate(tensors)], TARGET)
     outputs = [helper.make_tensor_value_info(f"w{i}", onnx.TensorProto.INT8, t.shape) for i, t in enumerate(tensors)]
     nodes, initializers = ([part for one in stored for part in getattr(one, kind)] for kind in ("nodes", "initializers"))
     graph = helper.make_graph(nodes, "g", [], outputs, initializers)
@@ -72,7 +81,7 @@ def run(model, *, optimised=True, keep=None):
 
 def read(model, count):
     contents = Contents.of(model)
-    return [packed.decode(f"w{i}", contents) for i in range(count)]
+    return [packed_module.decode(f"w{i}", contents) for i in range(count)]
 
 
 def assert_same(got, expected):
@@ -94,13 +103,13 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
     seed=st.integers(0, 99),
     signed=st.booleans(),
     turned=st.booleans(),
-    form=st.sampled_from([None, *codec.Form]),
+    form=st.sampled_from([None, *stream_module.Form]),
 )
 def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, signed, turned, form):
-    top = min(top, 37) if form is codec.Form.SIGNS else top
+    top = min(top, 37) if form is stream_module.Form.SIGNS else top
     tensors = [levels(shape, zeros=zeros, top=top, seed=seed + i, signed=signed) for i, shape in enumerate(shapes)]
     orders = [tuple(range(t.ndim))[::-1] for t in tensors] if turned else None
-    assert_same(codec.unpack(pack(tensors, orders, form)), tensors)
+    assert_same(reference_decoder.unpack(pack(tensors, orders, form)), tensors)
 
 
 @settings(deadline=None, max_examples=50)
@@ -121,7 +130,7 @@ def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, see
     assert np.array_equal(units.tally(said, top).reshape(-1), counts)
 
 
-@pytest.mark.parametrize("form", codec.Form)
+@pytest.mark.parametrize("form", stream_module.Form)
 def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
     """So that its last tensor's entries need not be cut off. Behind the last word are ones that end none."""
     for seed in range(20):
@@ -129,7 +138,7 @@ def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
         made = pack([levels((7, 5)), sparse], form=form)
         assert len(made.payload.T) > 20
         assert sum(part.entries for part in made.parts) == made.payload.size * made.slots
-        assert_same(codec.unpack(made), [levels((7, 5)), sparse])
+        assert_same(reference_decoder.unpack(made), [levels((7, 5)), sparse])
     few = pack([levels((7, 5))], form=form)
     assert few.parts[0].entries < few.payload.size * few.slots
 
@@ -137,17 +146,17 @@ def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
 def test_74_levels_and_runs_of_zeros_have_three_contexts():
     sparse = np.zeros((75, 300), np.int8)
     sparse[np.arange(75), 7] = np.arange(-37, 38)
-    assert_same(codec.unpack(pack([sparse], form=codec.Form.SIGNS)), [sparse])
+    assert_same(reference_decoder.unpack(pack([sparse], form=stream_module.Form.SIGNS)), [sparse])
 
 
-@pytest.mark.parametrize("form", [codec.Form.PLAIN, codec.Form.SIGNS])
+@pytest.mark.parametrize("form", [stream_module.Form.PLAIN, stream_module.Form.SIGNS])
 def test_a_stream_is_the_same_written_in_blocks(form, monkeypatch):
     tensors = [levels((50, 60), zeros=0.3), np.zeros((4, 5), np.int8), levels((700,), zeros=0.97, seed=1)]
     whole = pack(tensors, form=form)
     assert len(whole.payload.T) > 9
-    monkeypatch.setattr(codec, "BLOCK", 200)
+    monkeypatch.setattr(bitstream, "BLOCK", 200)
     parts = pack(tensors, form=form)
-    assert_same(codec.unpack(parts), tensors)
+    assert_same(reference_decoder.unpack(parts), tensors)
     assert np.array_equal(parts.payload, whole.payload)
     assert parts.parts == whole.parts
 
@@ -163,7 +172,7 @@ def test_a_stream_is_the_same_written_in_blocks(form, monkeypatch):
 def test_any_tensor_comes_back_from_onnxruntime(zeros, top, seed, shape, compact):
     tensor = levels(tuple(shape), zeros=zeros, top=top, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
+        patch.setattr(choices, "COMPACT_BELOW", LARGE if compact else 0)
         model = decoder_model([tensor])
     assert_same(run(model), [tensor])
 
@@ -204,7 +213,7 @@ CASES = {
 @pytest.mark.parametrize("optimised", [False, True])
 @pytest.mark.parametrize("compact", [False, True])
 def test_onnxruntime_decodes_what_numpy_decodes(name, optimised, compact, monkeypatch):
-    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
+    monkeypatch.setattr(choices, "COMPACT_BELOW", LARGE if compact else 0)
     model = decoder_model(CASES[name])
     assert {len(node.input) for node in model.graph.node if node.op_type == "D"} <= ({10, 11} if compact else {11, 12})
     onnx.checker.check_model(model, full_check=True)
@@ -216,7 +225,7 @@ def test_onnxruntime_decodes_what_numpy_decodes(name, optimised, compact, monkey
 @pytest.mark.parametrize("name", ["a net", "one weight", "no dimension", "two streams, one without signs"])
 def test_the_decoder_is_standard_onnx(name, compact, monkeypatch):
     """By onnx's own evaluator, which is stricter than onnxruntime."""
-    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
+    monkeypatch.setattr(choices, "COMPACT_BELOW", LARGE if compact else 0)
     assert_same(ReferenceEvaluator(decoder_model(CASES[name])).run(None, {}), CASES[name])
 
 
@@ -226,11 +235,11 @@ def test_a_tensor_whose_columns_are_alike_is_coded_by_columns():
 
 
 def streams_of(name):
-    return [(made.form, len(members)) for members, made in packed.pack_all(CASES[name])[0]]
+    return [(made.form, len(members)) for members, made in packed_module.pack_all(CASES[name])[0]]
 
 
 def test_levels_whose_signs_repeat_are_coded_by_context_and_unlike_tensors_apart():
-    signs, steady, plain = codec.Form.SIGNS, codec.Form.STEADY, codec.Form.PLAIN
+    signs, steady, plain = stream_module.Form.SIGNS, stream_module.Form.STEADY, stream_module.Form.PLAIN
     assert streams_of("signs alike") == [(signs, 2)]
     assert streams_of("two streams, one without signs") == [(signs, 2), (steady, 1)]
     assert streams_of("two streams") == [(signs, 1), (steady, 1)]
@@ -238,28 +247,28 @@ def test_levels_whose_signs_repeat_are_coded_by_context_and_unlike_tensors_apart
     assert pack(CASES["signs alike"], form=signs).nbytes < 0.95 * pack(CASES["signs alike"], form=plain).nbytes
 
 
-@pytest.mark.parametrize("threshold", [0, codec.COMPACT_BELOW])
+@pytest.mark.parametrize("threshold", [0, choices.COMPACT_BELOW])
 def test_no_decoder_node_is_left_after_loading(threshold, monkeypatch, tmp_path):
-    monkeypatch.setattr(codec, "COMPACT_BELOW", threshold)
+    monkeypatch.setattr(choices, "COMPACT_BELOW", threshold)
     run(decoder_model(small_net()), keep=tmp_path / "folded.onnx")
     assert not onnx.load(tmp_path / "folded.onnx").graph.node
 
 
 def test_a_small_file_has_a_decoder_of_fewer_bytes_a_large_one_of_less_memory(monkeypatch):
     sizes, decoded = {}, {}
-    for threshold in (0, codec.COMPACT_BELOW):
-        monkeypatch.setattr(codec, "COMPACT_BELOW", threshold)
+    for threshold in (0, choices.COMPACT_BELOW):
+        monkeypatch.setattr(choices, "COMPACT_BELOW", threshold)
         model = decoder_model(small_net())
         sizes[threshold] = model.ByteSize()
         inferred = onnx.shape_inference.infer_shapes(model)
         decoded[threshold] = next(v.type.tensor_type.elem_type for v in inferred.graph.value_info if v.name.endswith("_e"))
-    assert sizes[0] - sizes[codec.COMPACT_BELOW] > 100
+    assert sizes[0] - sizes[choices.COMPACT_BELOW] > 100
     assert list(decoded.values()) == [onnx.TensorProto.UINT8, onnx.TensorProto.INT32]
 
 
 @pytest.fixture
 def two_stages(monkeypatch):
-    monkeypatch.setattr(codec, "STAGED_FROM", 1)
+    monkeypatch.setattr(choices, "STAGED_FROM", 1)
 
 
 @pytest.mark.parametrize("optimised", [False, True])
@@ -275,7 +284,7 @@ def test_a_large_file_is_decoded_in_two_stages_and_folds_to_nothing_as_well(opti
 
 def test_the_second_stage_is_for_large_files():
     assert "Scan" not in {node.op_type for node in decoder_model(small_net()).graph.node}
-    assert "Scan" in {node.op_type for node in decoder_model([np.zeros(codec.STAGED_FROM, np.int8)]).graph.node}
+    assert "Scan" in {node.op_type for node in decoder_model([np.zeros(choices.STAGED_FROM, np.int8)]).graph.node}
 
 
 @pytest.mark.slow
@@ -301,7 +310,7 @@ def test_two_stages_need_less_memory_at_load(monkeypatch, tmp_path):
     """Peak of a fresh process, over its peak before: 20 layers of 0.2 M weights, each behind a Cast as `convert` puts it."""
     peaks = {}
     for name, threshold in (("one", 1 << 40), ("two", 1)):
-        monkeypatch.setattr(codec, "STAGED_FROM", threshold)
+        monkeypatch.setattr(choices, "STAGED_FROM", threshold)
         model = decoder_model([levels((200, 1000), zeros=0.8, seed=i) for i in range(20)])
         for i in range(20):
             model.graph.node.append(helper.make_node("Cast", [f"w{i}"], [f"f{i}"], to=onnx.TensorProto.FLOAT))
@@ -341,10 +350,10 @@ def test_the_same_levels_give_the_same_bytes():
 @pytest.mark.parametrize(
     ("name", "count", "slots", "form"),
     [
-        ("2", 40, 2, codec.Form.PLAIN),
-        ("4", 5, 4, codec.Form.PLAIN),
-        ("8", 1, 8, codec.Form.PLAIN),
-        ("signs", 10, 8, codec.Form.SIGNS),
+        ("2", 40, 2, stream_module.Form.PLAIN),
+        ("4", 5, 4, stream_module.Form.PLAIN),
+        ("8", 1, 8, stream_module.Form.PLAIN),
+        ("signs", 10, 8, stream_module.Form.SIGNS),
     ],
 )
 def test_golden_bytes_stand(name, count, slots, form):
@@ -361,9 +370,9 @@ def test_a_stream_written_by_hand_is_read():
     """Words 0: one down, value 1; 10: two down, value -1; 11: four zeros. From the last level on: 1 0 -1 0 0 0 0 1 0."""
     tree_bits = np.array([1, 0, 1, 1] + [1] * 4)
     payload = np.packbits([0, 1, 0, 1, 1, 0, 1, 1])[None]  # and one more run that no tensor has a share in
-    stream = codec.decode(payload, tree_bits, 8, None)
+    stream = reference_decoder.decode(payload, tree_bits, 8, None)
     assert stream.tolist() == [1, 0, 2, 0, 3, 1, 0, 3]
-    found = codec.place(stream[:6], np.array([0, -1, -2, -4], np.int8), np.array([0, 1, -1, 0], np.int8), 9)
+    found = reference_decoder.place(stream[:6], np.array([0, -1, -2, -4], np.int8), np.array([0, 1, -1, 0], np.int8), 9)
     assert found.tolist() == [0, 1, 0, 0, 0, 0, -1, 0, 1]
 
 
@@ -372,14 +381,14 @@ def test_a_stream_of_three_contexts_written_by_hand_is_read():
     behind a zero 0 says one down, -1, and 1 two down, 1."""
     tree_bits = np.array([0, 0, 0, 0, *[1] * 6, *[1] * 6])  # the root, its two children, two of the first, six leaves
     values = np.array([0, 0, 2, -1, 1, 1, -1] + [0] * 6, np.int8)  # behind negative, zero, positive; what fills up the tree
-    assert codec.next_nodes(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
+    assert reference_decoder.next_nodes(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
     payload = np.packbits([[0, 1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 1, 1]], axis=1).T  # each lane: the context, then words
-    stream = codec.decode(payload, tree_bits, 8, codec.next_nodes(values))
+    stream = reference_decoder.decode(payload, tree_bits, 8, reference_decoder.next_nodes(values))
     assert stream.tolist() == [0, 0, 5, 6, 2, 5, 5, 6, 0, 1, 4, 6, 2, 6, 2, 6]
     with pytest.raises(FileError, match="contexts"):
-        codec.decode(payload, tree_bits, 8, codec.next_nodes(values[:-1]))
+        reference_decoder.decode(payload, tree_bits, 8, reference_decoder.next_nodes(values[:-1]))
     with pytest.raises(FileError, match="contexts"):
-        codec.decode(payload, np.array([1, 0, 1, 1] + [1] * 4), 8, codec.next_nodes(np.ones(8, np.int8)))
+        reference_decoder.decode(payload, np.array([1, 0, 1, 1] + [1] * 4), 8, reference_decoder.next_nodes(np.ones(8, np.int8)))
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
@@ -394,15 +403,15 @@ def test_files_of_all_formats_are_read_and_the_last_is_written(version):
 
 def test_the_tree_lies_bit_by_bit():
     bits = np.array([1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1])
-    packed = codec.pack_tree(bits)
+    packed = bitstream.pack_tree(bits)
     assert [format(byte, "08b") for byte in packed] == ["11001011", "01011111"]  # what is at even places, and at odd ones
-    assert codec.unpack_tree(packed).tolist() == bits.tolist()
+    assert reference_decoder.unpack_tree(packed).tolist() == bits.tolist()
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=255), st.sampled_from([1, 2, 4]))
 def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, shortest):
-    code = tree.build([(np.arange(len(counts)), tree.word_lengths(np.array(counts), shortest, alone=True))])
+    code = huffman.build([(np.arange(len(counts)), huffman.word_lengths(np.array(counts), shortest, alone=True))])
     assert code.lengths.min() >= shortest
     assert sum(2.0**-length for length in code.lengths) == 1
     words = [format(word, f"0{length}b") for word, length in zip(code.codes, code.lengths, strict=True)]
@@ -414,13 +423,13 @@ def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, short
         assert bits < entropy + total + shortest * total * (max(counts) > total / 2**shortest)
 
 
-@pytest.mark.parametrize("form", [codec.Form.STEADY, codec.Form.SIGNS])
+@pytest.mark.parametrize("form", [stream_module.Form.STEADY, stream_module.Form.SIGNS])
 def test_each_context_has_a_prefix_code_of_its_own_below_the_path_to_it(form):
     none = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     parts = [none, (np.array([3, 4, 5]), np.array([5, 9, 1])), (np.array([0, 1]), np.array([4, 4]))][-len(form.value) :]
     paths = [path for _, path in form.value]
-    made = [(symbols, tree.word_lengths(counts, 2, alone=False)) for symbols, counts in parts]
-    code = tree.build(made, [len(path) for path in paths])
+    made = [(symbols, huffman.word_lengths(counts, 2, alone=False)) for symbols, counts in parts]
+    code = huffman.build(made, [len(path) for path in paths])
     words = [paths[t] + format(c, f"0{n}b") for t, c, n in zip(code.trees, code.codes, code.lengths, strict=True)]
     assert words == leaves_of(code.bits)
     for place, (symbols, _) in enumerate(parts):
@@ -454,14 +463,14 @@ def test_the_payload_is_near_the_entropy(zeros, top):
 
 @pytest.mark.parametrize("target", ["qdq", "onnxruntime-mobile"])
 def test_a_target_without_decoders_is_refused(target):
-    result = packed.encode(levels((9, 9)), "w", find_target(target))
+    result = packed_module.encode(levels((9, 9)), "w", find_target(target))
     assert isinstance(result, Refusal)
     assert target in result.reason
 
 
 def test_what_cannot_be_packed_is_refused_with_the_reason():
-    assert "0 weights" in packed.encode(np.zeros((0, 3), np.int8), "w", TARGET).reason
-    assert "levels up to 128" in packed.encode(np.array([5, -128], np.int8), "w", TARGET).reason
+    assert "0 weights" in packed_module.encode(np.zeros((0, 3), np.int8), "w", TARGET).reason
+    assert "levels up to 128" in packed_module.encode(np.array([5, -128], np.int8), "w", TARGET).reason
 
 
 def initializer(model, place):
@@ -473,7 +482,7 @@ def initializer(model, place):
 @pytest.mark.parametrize("name", ["a net", "two streams, one without signs"])
 def test_damaged_files_never_crash_and_never_pass_for_whole(name, compact, monkeypatch):
     """Each byte of each array changed or cut: an error, or other levels (which the CRC tells), or a byte that says nothing."""
-    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
+    monkeypatch.setattr(choices, "COMPACT_BELOW", LARGE if compact else 0)
     tensors = CASES[name]
     whole = decoder_model(tensors)
     generator = np.random.default_rng(0)
@@ -517,7 +526,7 @@ def test_lanes_that_the_decoder_cannot_read_are_refused():
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", ["a net", "signs alike"])
 def test_onnxruntime_survives_damaged_payloads(name, compact, monkeypatch):
-    monkeypatch.setattr(codec, "COMPACT_BELOW", LARGE if compact else 0)
+    monkeypatch.setattr(choices, "COMPACT_BELOW", LARGE if compact else 0)
     tensors = CASES[name]
     whole = decoder_model(tensors)
     generator = np.random.default_rng(1)
@@ -537,5 +546,5 @@ def test_onnxruntime_survives_damaged_payloads(name, compact, monkeypatch):
 
 def test_a_part_may_be_asked_for_alone():
     made = pack(small_net())
-    for part, tensor in zip(codec.unpack(dataclasses.replace(made, parts=made.parts[:2])), small_net(), strict=False):
+    for part, tensor in zip(reference_decoder.unpack(dataclasses.replace(made, parts=made.parts[:2])), small_net(), strict=False):
         assert np.array_equal(part, tensor)

@@ -13,16 +13,18 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import make_plan, match, read_weights, write
+from ecqx_onnx_converters.foreign import foreign
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from ecqx_onnx import packing
+from ecqx_onnx.checkpoint.export import export
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError
-from ecqx_onnx.export import export
-from ecqx_onnx.packing import pack, unpack
+from ecqx_onnx.recognition import packing_plan
+from ecqx_onnx.runtime.sessions import executed_operators, open_session, run
 from ecqx_onnx.validation.equivalence import compare_models
-from ecqx_onnx.validation.sessions import executed_operators, open_session, run
+from ecqx_onnx.verbs import pack as pack_module
+from ecqx_onnx.verbs.pack import pack, unpack
 from tests.conversions import quantise, session
 
 FLOAT = TensorProto.FLOAT
@@ -271,7 +273,7 @@ CASES: Mapping[str, Case] = {
 }  # fmt: skip
 
 
-def packed(case: Case, folder: Path, **options) -> tuple[Path, packing.PackReport]:
+def packed(case: Case, folder: Path, **options) -> tuple[Path, pack_module.PackReport]:
     onnx.save(case.model, folder / "original.onnx")
     onnx.checker.check_model(str(folder / "original.onnx"), full_check=True)
     return folder / "packed.onnx", pack(folder / "original.onnx", folder / "packed.onnx", **options)
@@ -440,7 +442,7 @@ def test_weights_of_branches_that_would_not_get_smaller_stay(tmp_path):
 
 @pytest.mark.parametrize("name", ["int8", "QLinearConv", "quantised activations"])
 def test_a_single_wrong_level_is_found_and_nothing_is_written(name, tmp_path, monkeypatch):
-    search = packing.find_quantised
+    search = foreign.find_quantised
 
     def wrong(*arguments, **options):
         found = search(*arguments, **options)
@@ -449,7 +451,7 @@ def test_a_single_wrong_level_is_found_and_nothing_is_written(name, tmp_path, mo
         levels.reshape(-1)[7] ^= 1
         return found
 
-    monkeypatch.setattr(packing, "find_quantised", wrong)
+    monkeypatch.setattr(packing_plan, "find_quantised", wrong)
     with pytest.raises(CheckFailed, match="not the original"):
         packed(CASES[name], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"original.onnx"}

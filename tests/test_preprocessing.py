@@ -7,7 +7,7 @@ import pytest
 
 from ecqx_onnx.errors import DataError, FileError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing, infer_preprocessing
-from ecqx_onnx.spectrum import Spectrum, mel_filters
+from ecqx_onnx.preprocessing.spectrum import Spectrum, mel_filters
 from tests.oracles.spectrum import log_mel_frame, mfcc_frame
 
 SPECTRUM = Spectrum(8000, frame_length=24, hop=10, fft_length=32, mel_bands=6, coefficients=0, high_hz=3900.0)

@@ -12,8 +12,8 @@ from torch import nn
 import ecqx_onnx
 from ecqx_onnx import api
 from ecqx_onnx.errors import ModelError, OptionError
-from ecqx_onnx.loading import load_factory
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.sources.loading import load_factory
 from ecqx_onnx.validation.plausibility import Confusion, InputRange, doubt_accuracy, doubt_range
 
 README = Path(__file__).parents[1] / "README.md"
@@ -146,9 +146,7 @@ def test_raw_pixels_into_integer_kernels_calibrated_on_0_to_1_are_told(digits, t
     flat = {"x": x.reshape(-1, 64).astype(np.float32), "y": y}
     np.savez(tmp_path / "small.npz", x=flat["x"] / 255, y=y)
     np.savez(tmp_path / "raw.npz", **flat)
-    ecqx_onnx.convert(
-        tmp_path / "model.pt", tmp_path / "out.onnx", activations="int8", calibration=str(tmp_path / "small.npz")
-    )
+    ecqx_onnx.convert(tmp_path / "model.pt", tmp_path / "out.onnx", activations="int8", calibration=str(tmp_path / "small.npz"))
     report = ecqx_onnx.validate(
         tmp_path / "out.onnx", against=tmp_path / "model.pt", data=str(tmp_path / "raw.npz"), latency_runs=0
     )
@@ -231,9 +229,7 @@ def test_quantize_says_that_the_float_model_is_no_better_than_guessing(digits_fi
 @pytest.mark.parametrize(("given", "missing"), [("mean", "--std"), ("std", "--mean")])
 def test_a_mean_without_a_standard_deviation_is_refused_and_the_reverse(digits_file, tmp_path, given, missing):
     with pytest.raises(OptionError, match=missing):
-        api.quantize(
-            factory_file(tmp_path), data=str(digits_file), out=tmp_path / "m.pt", **{given: (0.5,)}, **QUICK
-        )
+        api.quantize(factory_file(tmp_path), data=str(digits_file), out=tmp_path / "m.pt", **{given: (0.5,)}, **QUICK)
 
 
 def test_mean_and_std_replace_those_of_the_file_and_leave_its_scale(digits_file, tmp_path):

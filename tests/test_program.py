@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.program import load_program, run_module, save_program
+from ecqx_onnx.inputs.program.program import load_program, run_module, save_program
 
 
 class Net(torch.nn.Module):

@@ -15,8 +15,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from ecqx_onnx import api, quantize_options
-from ecqx_onnx.cli import app
+from ecqx_onnx import api
+from ecqx_onnx.cli import app, quantize_options
 from ecqx_onnx.quantization import Recipe, train
 
 ROOT = Path(__file__).parents[1]
@@ -197,7 +197,7 @@ def test_bad_options_are_one_sentence_exit_2_and_leave_nothing(place, typed, rea
 def test_the_file_keeps_only_the_options_that_were_chosen(place):
     run(place, "model.pt", "--bits", 4, "--keep", 0.2, "--epochs", 0)
     api.convert(place / "model.pt", place / "model.onnx")
-    from ecqx_onnx.onnx_file import read_onnx
+    from ecqx_onnx.inputs.onnx_file import read_onnx
 
     assert read_onnx(place / "model.onnx").metadata["recipe"] == {
         "bits": 4, "keep": 0.2, "epochs": 0, "data": "data.npz", "best_epoch": 0

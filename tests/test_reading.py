@@ -9,8 +9,8 @@ import zlib
 import numpy as np
 import pytest
 from ecqx_onnx_converters import FloatGraph, build, make_plan, match, read_weights
-from ecqx_onnx_converters.metadata import DICTIONARY, FORMAT, METADATA_KEY, from_text, to_text
-from ecqx_onnx_converters.reading import read_metadata
+from ecqx_onnx_converters.serialization.metadata import DICTIONARY, FORMAT, METADATA_KEY, from_text, to_text
+from ecqx_onnx_converters.serialization.reading import read_metadata
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError

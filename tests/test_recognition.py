@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ecqx_onnx.recognition import NotRecognised, recognise
+from ecqx_onnx.recognition.recognition import NotRecognised, recognise
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 
 

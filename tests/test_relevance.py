@@ -10,9 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ecqx_onnx.errors import DataError, ModelError, OptionError
-from ecqx_onnx.quantization.relevance import Relevances, start_relevance
-from ecqx_onnx.quantization.zennit_import import import_zennit
-from ecqx_onnx.quantization.zplus import PositiveContributions
+from ecqx_onnx.quantization.relevance.relevance import Relevances, start_relevance
+from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
+from ecqx_onnx.quantization.relevance.zplus import PositiveContributions
 from tests.oracles import lrp as oracle
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations
 
 from ecqx_onnx.errors import DataError, OptionError
-from ecqx_onnx.parametrizations import copy_module, effective_weight, find_parametrized, merge_parametrizations
 from ecqx_onnx.quantization import Quantizer
-from ecqx_onnx.quantization.functional import FunctionalRules
-from ecqx_onnx.quantization.relevance import Relevances, _Rule
+from ecqx_onnx.quantization.parametrizations import copy_module, effective_weight, find_parametrized, merge_parametrizations
+from ecqx_onnx.quantization.relevance.functional import FunctionalRules
+from ecqx_onnx.quantization.relevance.relevance import Relevances, _Rule
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from ecqx_onnx import Quantizer, api
 from ecqx_onnx.checkpoint import load, save
+from ecqx_onnx.checkpoint.insight import PAIRS, from_document, observe, to_document
 from ecqx_onnx.cli import app
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.insight import PAIRS, from_document, observe, to_document
 from ecqx_onnx.inspection import inspect
 from ecqx_onnx.quantization import train
 from ecqx_onnx.reporting import write_report

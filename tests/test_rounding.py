@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ecqx_onnx import api
-from ecqx_onnx.quantization.grid import Grid, choose_grid, fit_step
-from ecqx_onnx.quantization.rounding import cancelling_levels
+from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
+from ecqx_onnx.quantization.levels.rounding import cancelling_levels
 
 
 def errors(weight, step, grid):

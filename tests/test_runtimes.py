@@ -14,12 +14,13 @@ import torch
 from ecqx_onnx_converters.targets import find_target
 
 from ecqx_onnx import api
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.validation.devices.job import read_result, write_job
+from ecqx_onnx.verbs import quantize
 
 pytestmark = pytest.mark.slow
 
-RUNNER = Path(api.__file__).parent / "validation" / "devices" / "runners" / "run.py"
+RUNNER = Path(quantize.__file__).parent / "validation" / "devices" / "runners" / "run.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ecqx-onnx" / "runtimes"
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 # Oldest numpy that runs with each: onnxruntime before 1.19 was compiled against numpy 1.
@@ -128,9 +129,9 @@ def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
 def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
-    from ecqx_onnx_converters.storage.packed import codec
+    from ecqx_onnx_converters.storage.packed import choices
 
-    monkeypatch.setattr(codec, "STAGED_FROM", 1)
+    monkeypatch.setattr(choices, "STAGED_FROM", 1)
     test_a_file_says_the_same_in_every_runtime_of_its_target(
         environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
     )
@@ -141,11 +142,11 @@ def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, t
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
 def test_streams_of_several_contexts_fold_in_every_runtime(environment, compact, checkpoint, tmp_path, monkeypatch):
     """Which a network as small as this would not have of its own."""
-    from ecqx_onnx_converters.storage.packed import codec, streams
+    from ecqx_onnx_converters.storage.packed import choices, grouping
 
-    monkeypatch.setattr(streams, "CONTEXTS_BYTES", -(1 << 20))
-    monkeypatch.setattr(streams, "STREAM_BYTES", -(1 << 20))
-    monkeypatch.setattr(codec, "COMPACT_BELOW", 1 << 20 if compact else 0)
+    monkeypatch.setattr(grouping, "CONTEXTS_BYTES", -(1 << 20))
+    monkeypatch.setattr(grouping, "STREAM_BYTES", -(1 << 20))
+    monkeypatch.setattr(choices, "COMPACT_BELOW", 1 << 20 if compact else 0)
     test_a_file_says_the_same_in_every_runtime_of_its_target(
         environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
     )
@@ -196,7 +197,7 @@ def test_quantised_activations_run_on_integer_kernels_in_old_runtimes_too(enviro
     result = read_result(job, "this runtime")
     assert {"QLinearConv", "QGemm"} <= set(result.operators)
     assert not {"Conv", "FusedConv", "Gemm", "FusedGemm", "DequantizeLinear"} & set(result.operators)
-    from ecqx_onnx.validation.sessions import open_session, run
+    from ecqx_onnx.runtime.sessions import open_session, run
 
     expected = run(open_session(tmp_path / "net.onnx"), (x,))[0]
     # The same integers in every version; float32 rounds the scale of the last sums alone.

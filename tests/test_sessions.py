@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ecqx_onnx.errors import CheckFailed, DataError, ModelError
-from ecqx_onnx.validation.bounds import Bound, bound, exact_outputs, reference_outputs
-from ecqx_onnx.validation.sessions import executed_operators, fit, fixed_batch, open_session, run, synthetic_inputs
+from ecqx_onnx.runtime.sessions import executed_operators, fit, fixed_batch, open_session, run, synthetic_inputs
+from ecqx_onnx.validation.bounds import Bound, bound
+from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
 from tests.onnx_torch_pairs import make_pair
 
 

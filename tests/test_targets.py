@@ -18,8 +18,8 @@ from ecqx_onnx.cli import app
 from ecqx_onnx.data.dataset import Arrays, Split
 from ecqx_onnx.errors import EcqxError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.validation.devices import find_device
-from ecqx_onnx.validation.sessions import open_session
 
 FORMS = [("auto", "auto"), ("dense", "folded"), ("dense", "standard"), ("sparse", "folded"), ("packed", "folded")]
 
@@ -152,7 +152,7 @@ def test_an_ort_file_given_for_an_onnx_file_is_told_what_it_is(checkpoint, tmp_p
 
 
 def test_pack_refuses_ort_files_and_unpack_writes_them(checkpoint, tmp_path):
-    from ecqx_onnx.packing import pack, unpack
+    from ecqx_onnx.verbs.pack import pack, unpack
 
     api.convert(checkpoint, tmp_path / "out.onnx")
     with pytest.raises(OptionError, match=r"pack writes \.onnx files"):
@@ -178,24 +178,25 @@ def test_four_bit_integers_which_ort_files_cannot_hold_give_no_file(checkpoint, 
 
 def test_an_ort_file_that_does_not_load_back_is_not_written(checkpoint, tmp_path, monkeypatch):
     """The converter reports success for files that nobody can load."""
-    from ecqx_onnx.validation import mobile
+    from ecqx_onnx.delivery import ort_file
+    from ecqx_onnx.runtime import mobile_tools
 
-    real = mobile._convert
+    real = mobile_tools._convert
 
     def damaging(source, folder):
         real(source, folder)
         (folder / "out.ort").write_bytes((folder / "out.ort").read_bytes()[:200])
 
-    monkeypatch.setattr(mobile, "_convert", damaging)
+    monkeypatch.setattr(ort_file, "_convert", damaging)
     with pytest.raises(ModelError, match=r"out\.ort was not written: onnxruntime .* does not load it"):
         api.convert(checkpoint, tmp_path / "out.ort", target="onnxruntime-mobile")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_ort_file_that_says_something_else_is_not_written(checkpoint, tmp_path, monkeypatch):
-    from ecqx_onnx.validation import mobile
+    from ecqx_onnx.runtime import sessions
 
-    real = mobile.run
+    real = sessions.run
     counted = iter(range(10))
     monkeypatch.setattr("ecqx_onnx.validation.checks.run", lambda *a: tuple(y + 0.01 * next(counted) for y in real(*a)))
     with pytest.raises(ModelError, match="differ by"):
@@ -237,7 +238,7 @@ def test_generic_tools_get_standard_dequantizelinear(checkpoint, tmp_path):
 def test_a_file_that_onnxruntime_does_not_load_is_not_written(checkpoint, tmp_path, monkeypatch):
     able = dataclasses.replace(TARGETS["onnxruntime"], max_opset=28)  # no kernel of 1.32 has DequantizeLinear of opset 28
     monkeypatch.setitem(TARGETS, "onnxruntime", able)
-    monkeypatch.setattr("ecqx_onnx_converters.planning._needs", lambda entry: 28)
+    monkeypatch.setattr("ecqx_onnx_converters.planning.planner._needs", lambda entry: 28)
     with pytest.raises(EcqxError):
         api.convert(checkpoint, tmp_path / "out.onnx", dequantize="standard")
     assert not list(tmp_path.iterdir())

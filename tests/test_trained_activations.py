@@ -16,10 +16,10 @@ from ecqx_onnx import Quantizer, api
 from ecqx_onnx.checkpoint import load, save
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import FileError, OptionError
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.quantization import train
-from ecqx_onnx.validation.sessions import open_session, run
+from ecqx_onnx.runtime.sessions import open_session, run
 from tests.test_activations import CASES, IMAGE, Net, conv
 
 NORMED = {

@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 
 from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
-from ecqx_onnx.quantization import train
-from ecqx_onnx.quantization import training as module
+from ecqx_onnx.quantization import quantizer as quantizer_module
+from ecqx_onnx.quantization import train, training
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
@@ -127,12 +127,12 @@ def test_zeros_come_gradually_when_the_entropy_weight_is_ramped_up():
 def test_learned_steps_come_to_rest_with_the_weights(monkeypatch):
     seen = []
 
-    class Watched(module.Quantizer):
+    class Watched(quantizer_module.Quantizer):
         def step(self, *batch):
             super().step(*batch)
             seen.append([tensor.meaning.step.copy() for tensor in self.tensors()])
 
-    monkeypatch.setattr(module, "Quantizer", Watched)
+    monkeypatch.setattr(training, "Quantizer", Watched)
     train(net(), Blobs(), **options(), step="learned", step_rate=1e-2)
 
     def moved(before, after):
@@ -181,7 +181,7 @@ def test_an_interrupt_while_the_state_is_written_leaves_nothing(tmp_path, monkey
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.torch, "save", interrupted)
+    monkeypatch.setattr(training.torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s"))
     assert list(tmp_path.iterdir()) == []
@@ -189,7 +189,7 @@ def test_an_interrupt_while_the_state_is_written_leaves_nothing(tmp_path, monkey
 
 def test_the_best_epoch_by_validation_is_kept(monkeypatch):
     scores = iter([0.1, 0.9, 0.9, 0.3])
-    monkeypatch.setattr(module._Run, "accuracy", lambda self, split: next(scores))
+    monkeypatch.setattr(training._Run, "accuracy", lambda self, split: next(scores))
     model = net()
     result = train(model, Blobs(), **options())
     assert result.best_epoch == 3
@@ -335,12 +335,12 @@ def test_each_epoch_has_its_own_order():
 def test_relevances_are_taken_up_to_a_share_of_the_training(monkeypatch):
     taken, seen = [], []
 
-    class Watched(module.Quantizer):
+    class Watched(quantizer_module.Quantizer):
         def observe(self, *batch):
             taken.append(self._steps)
             super().observe(*batch)
 
-    monkeypatch.setattr(module, "Quantizer", Watched)
+    monkeypatch.setattr(training, "Quantizer", Watched)
     result = train(net(), Blobs(), **options(relevance_until=0.5, progress=seen.append), refresh_every=2)
     assert taken == list(range(0, len(seen) // 2, 2))
     assert result.setup["relevance_until"] == 0.5
@@ -358,8 +358,8 @@ def test_a_state_from_before_relevance_until_resumes_as_it_began(tmp_path):
 
 
 def test_whether_bfloat16_is_emulated_can_be_told(monkeypatch):
-    told = module.emulates_bfloat16("cpu")
+    told = training.emulates_bfloat16("cpu")
     assert told or torch.backends.cpu.get_cpu_capability() != "AVX2"
-    assert not module.emulates_bfloat16("meta")
+    assert not training.emulates_bfloat16("meta")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert module.emulates_bfloat16("cpu")
+    assert training.emulates_bfloat16("cpu")

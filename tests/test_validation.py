@@ -12,21 +12,20 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.metadata import from_text
-from ecqx_onnx_converters.writer import levels_crc
+from ecqx_onnx_converters.serialization.metadata import from_text, levels_crc
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from ecqx_onnx.data.dataset import Arrays, Split
 from ecqx_onnx.errors import DataError, FileError
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.runtime.decoded_model import float_twin
 from ecqx_onnx.validation import ValidationReport, validate
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.checks import accuracy_check, agreement_check, operators_check
 from ecqx_onnx.validation.comparison import Comparison, Difference
 from ecqx_onnx.validation.metrics import Agreement, Proportion
-from ecqx_onnx.validation.twin import float_twin
 from tests.onnx_torch_pairs import Pair, edit, make_pair
 
 
@@ -363,6 +362,6 @@ def test_quantised_activations_that_the_file_states_are_no_failure(tmp_path):
 def test_the_float_twin_is_decoded_in_pieces_with_the_same_result(monkeypatch):
     pair = make_pair()
     whole = float_twin(pair.model)
-    monkeypatch.setattr("ecqx_onnx.validation.twin.PIECE", 1)
+    monkeypatch.setattr("ecqx_onnx.runtime.decoded_model.PIECE", 1)
     pieces = float_twin(pair.model)
     assert pieces.proto == whole.proto

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations
 
 from ecqx_onnx import api
+from ecqx_onnx.checkpoint.export import prepare, trace
 from ecqx_onnx.errors import ModelError, OptionError
-from ecqx_onnx.export import prepare, trace
-from ecqx_onnx.weights import find_weights
+from ecqx_onnx.quantization.weights import find_weights
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

@@ -11,16 +11,18 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, build, make_plan, match, write
-from ecqx_onnx_converters.files import write_proto
-from ecqx_onnx_converters.metadata import METADATA_KEY, from_text, stored_checksum, to_text
-from ecqx_onnx_converters.reading import is_as_written
+from ecqx_onnx_converters.graph.files import write_proto
+from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text, stored_checksum, to_text
+from ecqx_onnx_converters.serialization.reading import is_as_written
 from onnx import ModelProto, TensorProto
 from typer.testing import CliRunner
 
-from ecqx_onnx import api, packing
+from ecqx_onnx import api
+from ecqx_onnx.checkpoint import checkpoint as checkpoint_module
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import EcqxError, FileError
 from ecqx_onnx.validation import check_file
+from ecqx_onnx.verbs import pack
 from tests.conversions import quantise
 from tests.onnx_torch_pairs import make_pair
 from tests.test_packing import CASES
@@ -58,7 +60,7 @@ def files(network, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     example = torch.zeros(2, 1, 8, 8)
     checkpoint = api.as_checkpoint(network, example=example, labels=[f"c{index}" for index in range(20)])
-    api.save_checkpoint(checkpoint, folder / "model.pt")
+    checkpoint_module.save(checkpoint, folder / "model.pt")
     for floats in ("float32", "float16"):
         api.convert(folder / "model.pt", folder / f"{floats}.onnx", floats=floats)
     return folder
@@ -83,7 +85,7 @@ def without_checksum(model: ModelProto) -> None:
 
 def with_right_checksum(model: ModelProto) -> None:
     """As a forger would write it, or a fault of the runtime's could look like."""
-    from ecqx_onnx_converters.checksum import model_checksum
+    from ecqx_onnx_converters.serialization.checksum import model_checksum
 
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     content = from_text(entry.value)
@@ -280,13 +282,13 @@ def test_unpack_refuses_a_file_whose_parameters_were_changed(files, tmp_path):
     flipped(floats_of(model)[0], 0)
     onnx.save(model, tmp_path / "flipped.onnx")
     with pytest.raises(FileError, match="checksum"):
-        packing.unpack(tmp_path / "flipped.onnx", tmp_path / "out.onnx")
+        pack.unpack(tmp_path / "flipped.onnx", tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
 
 def test_a_changed_bias_of_a_packed_file_is_found_beside_its_original(tmp_path):
     onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
-    packing.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
+    pack.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
     model = onnx.load(tmp_path / "packed.onnx")
     without_checksum(model)
     changed = floats_of(model)[-1]
@@ -299,7 +301,7 @@ def test_a_changed_bias_of_a_packed_file_is_found_beside_its_original(tmp_path):
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_style_that_pack_takes_has_its_parameters_in_the_packed_file(name, tmp_path):
     onnx.save(CASES[name].model, tmp_path / "original.onnx")
-    if packing.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx").written is None:
+    if pack.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx").written is None:
         pytest.skip("it is copied")
     result = CliRunner().invoke(
         app, ["validate", str(tmp_path / "packed.onnx"), "--against", str(tmp_path / "original.onnx"), "--json"]

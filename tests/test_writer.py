@@ -8,8 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph, Plan, build, make_plan, match, read_weights, write
-from ecqx_onnx_converters.metadata import from_text
-from ecqx_onnx_converters.writer import levels_crc
+from ecqx_onnx_converters.serialization.metadata import from_text, levels_crc
 from onnx import TensorProto, helper
 
 from ecqx_onnx.errors import FileError

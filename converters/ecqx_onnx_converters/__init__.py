@@ -9,12 +9,14 @@
 Numpy and ONNX only: no torch, no onnxruntime.
 """
 
-from ecqx_onnx_converters.graph import FloatGraph
-from ecqx_onnx_converters.matching import GraphWeight, Matching, match
-from ecqx_onnx_converters.planning import Plan, make_plan
-from ecqx_onnx_converters.reading import StoredWeight, read_weights
+from ecqx_onnx_converters.graph.graph import FloatGraph
+from ecqx_onnx_converters.matching.matching import GraphWeight, Matching, match
+from ecqx_onnx_converters.planning.plan import Plan
+from ecqx_onnx_converters.planning.planner import make_plan
+from ecqx_onnx_converters.serialization.reading import StoredWeight, read_weights
+from ecqx_onnx_converters.serialization.report import WriteReport
+from ecqx_onnx_converters.serialization.writer import build, write
 from ecqx_onnx_converters.targets import TARGETS, Target
-from ecqx_onnx_converters.writer import WriteReport, build, write
 
 __all__ = [
     "TARGETS",

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, build, make_plan
-from ecqx_onnx_converters.float16 import with_float16, with_half_steps
-from ecqx_onnx_converters.matching import GraphWeight
-from ecqx_onnx_converters.planning import Plan
-from ecqx_onnx_converters.writer import Built
+from ecqx_onnx_converters.matching.matching import GraphWeight
+from ecqx_onnx_converters.passes.float16 import with_float16, with_half_steps
+from ecqx_onnx_converters.planning.plan import Plan
+from ecqx_onnx_converters.serialization.writer import Built
 
-from ecqx_onnx.compression.ordered import Layers, RoundedModel
-from ecqx_onnx.compression.rounding import Rounded
-from ecqx_onnx.compression.weights import Weight
+from ecqx_onnx.compression.model.weights import Weight
+from ecqx_onnx.compression.rounding.ordered import Layers, RoundedModel
+from ecqx_onnx.compression.rounding.rounding import Rounded
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 EXACT = 1 << 30  # bytes of payloads up to which a file's size is counted to the byte

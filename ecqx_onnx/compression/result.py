@@ -13,10 +13,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ecqx_onnx.compression.bounds import Bounds
-from ecqx_onnx.compression.points import Point
-from ecqx_onnx.compression.quality import Quality
-from ecqx_onnx.compression.search import finest_first
+from ecqx_onnx.compression.search.bounds import Bounds
+from ecqx_onnx.compression.search.points import Point
+from ecqx_onnx.compression.search.quality import Quality
+from ecqx_onnx.compression.search.search import finest_first
 from ecqx_onnx.compression.verdict import Verdict
 from ecqx_onnx.validation.metrics import Proportion
 
@@ -85,10 +85,7 @@ class CompressResult:
             "latency_seconds": [self.verdict.before.latency, self.verdict.after.latency],
             "points": [_point_json(point) for point in self.points],
             "chosen": _point_json(self.chosen),
-            "float": [
-                {"name": kept.name, "shape": list(kept.shape), "reason": kept.reason}
-                for kept in self.report.kept
-            ],
+            "float": [{"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in self.report.kept],
             "notes": list(self.notes),
             "seconds": self.seconds,
         }

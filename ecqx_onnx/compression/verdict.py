@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ecqx_onnx_converters.files import write_proto
-from ecqx_onnx_converters.graph import FloatGraph
+from ecqx_onnx_converters.graph.files import write_proto
+from ecqx_onnx_converters.graph.graph import FloatGraph
 from onnx import ModelProto
 
-from ecqx_onnx.compression.quality import Quality, QualitySum
-from ecqx_onnx.compression.runner import IN_ONE_FILE, Feeds, run_session
-from ecqx_onnx.compression.samples import Samples
-from ecqx_onnx.validation.sessions import Session, open_session
+from ecqx_onnx.compression.search.quality import Quality, QualitySum
+from ecqx_onnx.compression.search.samples import Samples
+from ecqx_onnx.runtime.runner import IN_ONE_FILE, Feeds, run_session
+from ecqx_onnx.runtime.sessions import Session, open_session
 
 ROUNDS = 5  # of one input, for the latency; the least counts
 
@@ -71,9 +71,7 @@ def judge_file(
     assert first is not None
     size = len(next(iter(first.values())))
     costs = []
-    for session, load, nbytes in zip(
-        (before, after), (load_before, load_after), sizes, strict=True
-    ):
+    for session, load, nbytes in zip((before, after), (load_before, load_after), sizes, strict=True):
         costs.append(Cost(nbytes, load, _latency(session, names, first), size))
     return Verdict(total.finish(), costs[0], costs[1])
 

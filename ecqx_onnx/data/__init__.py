@@ -20,8 +20,8 @@ from ecqx_onnx.data.dataset import Augmentation, Dataset, Source, Split
 from ecqx_onnx.data.folders import load_folder
 from ecqx_onnx.data.npz import Jpegs, read_npz
 from ecqx_onnx.errors import DataError, FileError, InputError
-from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.user_code import is_function_spec, load_function
+from ecqx_onnx.inputs.user_code import is_function_spec, load_function
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 __all__ = ["Augmentation", "Dataset", "Source", "Split", "load_dataset"]
 

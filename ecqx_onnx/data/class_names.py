@@ -13,9 +13,7 @@ from ecqx_onnx.errors import DataError
 SHOWN = 8  # names in a message
 
 
-def match_classes(
-    dataset: Dataset, labels: Sequence[str], *, outputs: int | None = None
-) -> tuple[Dataset, tuple[str, ...]]:
+def match_classes(dataset: Dataset, labels: Sequence[str], *, outputs: int | None = None) -> tuple[Dataset, tuple[str, ...]]:
     """Number the classes of a data set as the model does.
 
     Args:

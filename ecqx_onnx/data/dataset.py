@@ -10,7 +10,7 @@ import numpy as np
 
 from ecqx_onnx.data.text import check_text
 from ecqx_onnx.errors import DataError, OptionError
-from ecqx_onnx.preprocessing import Preprocessing, infer_preprocessing
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing, infer_preprocessing
 
 MOST_CLASSES = 65_536
 

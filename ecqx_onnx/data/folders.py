@@ -16,7 +16,7 @@ from ecqx_onnx.data.images import count_channels, decode_image
 from ecqx_onnx.data.text import check_text
 from ecqx_onnx.data.waves import read_wav
 from ecqx_onnx.errors import DataError, FileError
-from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 WAVS = (".wav",)

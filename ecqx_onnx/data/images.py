@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ecqx_onnx.errors import DataError, FileError
-from ecqx_onnx.reading import open_regular
+from ecqx_onnx.inputs.reading import open_regular
 
 MOST_PIXELS = 64_000_000
 LARGEST_IMAGE = 2**28  # bytes of a file

@@ -15,8 +15,8 @@ import numpy as np
 
 from ecqx_onnx.data.images import count_channels, decode_image
 from ecqx_onnx.errors import DataError, FileError
-from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.reading import open_regular
+from ecqx_onnx.inputs.reading import open_regular
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 MOST_EXPANSION = 1032  # deflate's limit: no honest stream grows more
 MOST_INFLATED = 2**29  # bytes of all arrays; a file may hold more only if it grows less than LARGE_EXPANSION

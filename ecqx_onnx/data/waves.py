@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ecqx_onnx.errors import DataError, FileError
-from ecqx_onnx.reading import open_regular
+from ecqx_onnx.inputs.reading import open_regular
 
 LARGEST_WAV = 2**32  # bytes, what the format can hold
 SHORTEST = 36  # bytes behind the first eight: a format, and samples to come

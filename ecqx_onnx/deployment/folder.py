@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from ecqx_onnx_converters.outputs import check_name_and_folder, remove_leftovers, replacing_folder
-from ecqx_onnx_converters.reading import read_weights
+from ecqx_onnx_converters.graph.outputs import check_name_and_folder, remove_leftovers, replacing_folder
+from ecqx_onnx_converters.serialization.reading import read_weights
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,16 +33,17 @@ from ecqx_onnx.deployment.golden import (
 )
 from ecqx_onnx.deployment.platforms import Platform, find_platform
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, OptionError
-from ecqx_onnx.model_copy import copy_model
-from ecqx_onnx.onnx_file import OnnxFile, read_onnx
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.inputs.model_copy import copy_model
+from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.preprocessing.spectrum import Spectrum
+from ecqx_onnx.runtime.decoded_model import float_twin
+from ecqx_onnx.runtime.sessions import fixed_batch, open_session
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.checks import activations_quantised
 from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
+from ecqx_onnx.validation.judgement import stored_preprocessing
 from ecqx_onnx.validation.metrics import Proportion
-from ecqx_onnx.validation.sessions import fixed_batch, open_session
-from ecqx_onnx.validation.twin import float_twin
-from ecqx_onnx.validation.validator import prepared, stored_preprocessing
+from ecqx_onnx.validation.validator import prepared
 
 FORMAT = "ecqx-onnx deployment"
 VERSION = 1

@@ -18,11 +18,12 @@ import torch
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import DataError, InputError, ModelError
-from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.validation.bounds import Bound, bound, exact_outputs, reference_outputs
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
+from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, fit, fixed_batch, run, synthetic_inputs
+from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.comparison import padded
 from ecqx_onnx.validation.metrics import largest_difference
-from ecqx_onnx.validation.sessions import NUMPY_TYPES, Session, fit, fixed_batch, run, synthetic_inputs
+from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
 
 CASES = 8
 MOST_BYTES = 2**20  # of all golden inputs; one case is kept whatever its size

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from ecqx_onnx_converters.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import all_graphs
 from ecqx_onnx_converters.targets import INT2_TYPES, INT4_TYPES, OPSET_OF_TYPE, Target, find_target
 from onnx import TensorProto
 

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ecqx_onnx.quantization.functional import ADDITIONS, AUGMENTED, mapped, spellings
+from ecqx_onnx.quantization.operators import ADDITIONS, AUGMENTED, mapped, spellings
 
 LEVELS = 255
 MEMORY = 0.99  # share of the old in a range's moving average

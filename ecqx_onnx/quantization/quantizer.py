@@ -20,14 +20,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from ecqx_onnx.errors import ModelError, OptionError
-from ecqx_onnx.parametrizations import find_parametrized
+from ecqx_onnx.options.quantizer import Recipe, make_recipe
 from ecqx_onnx.quantization.activations import ActivationRounding
-from ecqx_onnx.quantization.assignment import Assignment, assign
 from ecqx_onnx.quantization.distributed import added_up, assert_same_levels, sum_over_processes
-from ecqx_onnx.quantization.entropy import size_factor
-from ecqx_onnx.quantization.grid import Grid, choose_grid, fit_step
-from ecqx_onnx.quantization.learned_step import StepOptimizer
-from ecqx_onnx.quantization.recipe import Recipe, make_recipe
+from ecqx_onnx.quantization.levels.assignment import Assignment, assign
+from ecqx_onnx.quantization.levels.entropy import size_factor
+from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
+from ecqx_onnx.quantization.levels.learned_step import StepOptimizer
+from ecqx_onnx.quantization.parametrizations import find_parametrized
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 QUANTISED: tuple[type[nn.Module], ...] = (
@@ -127,7 +127,7 @@ class Quantizer:
         self._largest = max(weight.background.numel() for weight in self._weights)
         self._relevances = None
         if self.options.relevance is not None:
-            from ecqx_onnx.quantization.relevance_guard import GuardedRelevances  # zennit is loaded only by those who use it
+            from ecqx_onnx.quantization.relevance.guard import GuardedRelevances  # zennit is loaded only by those who use it
 
             names = [weight.name for weight in self._weights]
             self._relevances = GuardedRelevances(module, names, composite=self.options.relevance, start=self.options.start)

@@ -10,13 +10,13 @@ from string import Template
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.outputs import check_output, replacing
+from ecqx_onnx_converters.graph.outputs import check_output, replacing
 from rich.text import Text
 
 from ecqx_onnx import __version__
-from ecqx_onnx.checkpoint import Checkpoint, load
-from ecqx_onnx.insight import Insight, WeightInsight
-from ecqx_onnx.inspection import InspectedTensor, inspect
+from ecqx_onnx.checkpoint.checkpoint import Checkpoint, load
+from ecqx_onnx.checkpoint.insight import Insight, WeightInsight
+from ecqx_onnx.inspection.inspection import InspectedTensor, inspect
 from ecqx_onnx.reporting.charts import curves, histogram, scatter
 from ecqx_onnx.tensors import QuantTensor, total_entropy_bytes
 from ecqx_onnx.validation.metrics import Proportion

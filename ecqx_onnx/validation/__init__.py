@@ -1,4 +1,4 @@
-"""Does the file still say the same? The only room that runs ONNX models.
+"""Does the file still say the same? Outputs of any runner become checks and a report.
 
 Names are imported when first used: sessions, metrics and delivery work without torch.
 """
@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ecqx_onnx.runtime.latency import Latency
+    from ecqx_onnx.validation.judgement import stored_preprocessing
     from ecqx_onnx.validation.original import validate_against_original
-    from ecqx_onnx.validation.report import Check, Latency, ValidationReport
-    from ecqx_onnx.validation.validator import stored_preprocessing, validate
+    from ecqx_onnx.validation.report import Check, ValidationReport
+    from ecqx_onnx.validation.validator import validate
     from ecqx_onnx.validation.whole import check_file
 
 _HOMES = {

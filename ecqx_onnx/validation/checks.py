@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.graph import all_graphs
-from ecqx_onnx_converters.reading import is_as_written, read_metadata
-from onnxruntime import InferenceSession
+from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.serialization.reading import is_as_written, read_metadata
 
 from ecqx_onnx.errors import CheckFailed
-from ecqx_onnx.onnx_file import OnnxFile
+from ecqx_onnx.inputs.onnx_file import OnnxFile
+from ecqx_onnx.runtime.latency import Latency
+from ecqx_onnx.runtime.sessions import Session, run
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.comparison import Comparison, Difference
 from ecqx_onnx.validation.metrics import Agreement, Proportion, largest_difference
 from ecqx_onnx.validation.parameters import ParametersComparison
-from ecqx_onnx.validation.report import Check, Latency
-from ecqx_onnx.validation.sessions import run
+from ecqx_onnx.validation.report import Check
 from ecqx_onnx.validation.weights import WeightsComparison
 
 # Operators that round activations to integers, and those that compute on such.
@@ -50,8 +50,8 @@ def opset(proto: onnx.ModelProto) -> int:
 
 
 def levels_check(
-    optimised: InferenceSession,
-    plain: InferenceSession,
+    optimised: Session,
+    plain: Session,
     inputs: Sequence[np.ndarray],
     bounds: list[Bound],
     *,

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime
 import torch
 
 from ecqx_onnx.errors import DataError
-from ecqx_onnx.validation.bounds import Bound, bound, exact_outputs, reference_outputs
+from ecqx_onnx.runtime.sessions import Session, fit, fixed_batch, run
+from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.float_distance import OutputDistance, add_distances, measure_output
 from ecqx_onnx.validation.floats import RUNS, Shift
 from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, InputRange
-from ecqx_onnx.validation.sessions import fit, fixed_batch, run
+from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
 
 EXACT_SAMPLES = 256  # the first ones get a float64 result in any case, later batches where they look suspicious
 
@@ -69,7 +69,7 @@ class Comparison:
 
 
 def compare(
-    session: onnxruntime.InferenceSession,
+    session: Session,
     reference: torch.nn.Module | None,
     batches: Iterable[Batch],
     *,
@@ -147,9 +147,7 @@ def _counted(before: Confusion | None, labels: np.ndarray, scores: np.ndarray) -
 class _Differences:
     """The worst difference of each output so far, and its bound, which grows with the data."""
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, reference: torch.nn.Module | None, shift: Shift | None = None
-    ) -> None:
+    def __init__(self, session: Session, reference: torch.nn.Module | None, shift: Shift | None = None) -> None:
         self.shift = shift
         self.names = [node.name for node in session.get_outputs()]
         self.reference = reference

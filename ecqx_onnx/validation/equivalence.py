@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from rich.console import RenderableType
 from rich.text import Text
 
 from ecqx_onnx.data.npz import read_npz
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
+from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, fit, fixed_batch, open_session, run, synthetic_inputs
 from ecqx_onnx.validation.bounds import bound
 from ecqx_onnx.validation.comparison import Batch, padded
 from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
 from ecqx_onnx.validation.report import Check
-from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_session, run, synthetic_inputs
 
 FREE_LENGTHS = (1, 2, 16, 64, 512)  # tried for an input's free dimensions until the original takes them
 SEEDS = 2
@@ -182,7 +181,7 @@ def load_inputs(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _given(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+def _given(session: Session, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     names = [node.name for node in session.get_inputs()]
     missing = [name for name in names if name not in inputs]
     if missing:
@@ -190,7 +189,7 @@ def _given(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarra
     return fit(session, [inputs[name] for name in names])
 
 
-def _fitted(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -> Iterator[Batch]:
+def _fitted(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
     """In the types that the model declares, before a batch is filled up."""
     for given, labels in batches:
         size = len(given[0])
@@ -198,7 +197,7 @@ def _fitted(session: onnxruntime.InferenceSession, batches: Iterable[Batch]) -> 
         yield tuple(array[:size] for array in whole), labels
 
 
-def _random(session: onnxruntime.InferenceSession) -> Iterator[Batch]:
+def _random(session: Session) -> Iterator[Batch]:
     """Sets of inputs that the model runs on; none if it takes none of those tried."""
     if any(node.type not in NUMPY_TYPES for node in session.get_inputs()):
         return

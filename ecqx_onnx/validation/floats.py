@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ecqx_onnx.validation.sessions import open_session, run
+from ecqx_onnx.runtime.sessions import open_session, run
 
 if TYPE_CHECKING:
-    from ecqx_onnx.onnx_file import OnnxFile
+    from ecqx_onnx.inputs.onnx_file import OnnxFile
 
 RUNS = 3  # float32 implementations in that sum
 Shift = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, ...]]

@@ -11,25 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.reading import read_weights
+from ecqx_onnx_converters.serialization.reading import read_weights
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
-from ecqx_onnx.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.runtime.decoded_model import FloatTwin, float_twin
+from ecqx_onnx.runtime.latency import Latency, measure_latency
+from ecqx_onnx.runtime.sessions import executed_operators, fixed_batch, load_seconds, open_session, runtime_name
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
-from ecqx_onnx.validation.latency import measure_latency
+from ecqx_onnx.validation.judgement import preprocessed_batches, stored_preprocessing, twin_or_check, weights_checks
 from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
-from ecqx_onnx.validation.report import Check, Latency, ValidationReport
-from ecqx_onnx.validation.sessions import executed_operators, fixed_batch, load_seconds, open_session, runtime_name
-from ecqx_onnx.validation.twin import FloatTwin, float_twin
-from ecqx_onnx.validation.validator import (
-    prepared,
-    preprocessed_batches,
-    stored_preprocessing,
-    twin_or_check,
-    weights_checks,
-)
+from ecqx_onnx.validation.report import Check, ValidationReport
+from ecqx_onnx.validation.validator import prepared
 
 
 def validate_against_original(
@@ -114,7 +109,7 @@ def _parameters(source: OnnxFile, model: onnx.ModelProto, twin: FloatTwin) -> Ch
 
 
 def _rewritten(source: OnnxFile) -> dict[str, np.ndarray] | None:
-    from ecqx_onnx.packing import rewritten  # here, since packing compares models by this room
+    from ecqx_onnx.recognition.packing_plan import rewritten  # here, since packing compares models by this room
 
     model = rewritten(source)
     return None if model is None else float_tensors(float_twin(model).proto)

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ecqx_onnx_converters.graph import all_graphs
-from ecqx_onnx_converters.reading import StoredWeight
+from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.serialization.reading import StoredWeight
 from onnx import ModelProto, TensorProto, numpy_helper
 
 FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}

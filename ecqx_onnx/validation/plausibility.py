@@ -141,4 +141,3 @@ def _permutation(confusion: Confusion) -> tuple[tuple[int, int], float] | None:
         return None
     first = int(moved[0])
     return (int(used[first]), int(answers[first])), share
-

@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ecqx_onnx.runtime.latency import FLOAT, Latency
 from ecqx_onnx.validation.metrics import Proportion
 
 Value = float | int | str | None
-FLOAT = "the float model"
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,6 @@ class Check:
             "limit": _finite(self.limit),
             "sentence": self.sentence,
         }
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Medians over interleaved runs of one sample on one thread, in seconds; ratio: median of the pairs' file / other model.
-
-    against: what the other model is.
-    """
-
-    seconds: float
-    other_seconds: float
-    ratio: float
-    runs: int
-    against: str = FLOAT
 
 
 @dataclass(frozen=True)

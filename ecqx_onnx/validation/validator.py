@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from ecqx_onnx_converters.reading import read_metadata, read_weights
+from ecqx_onnx_converters.serialization.reading import read_weights
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
-from ecqx_onnx.onnx_file import OnnxFile, read_onnx
-from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.tensors import QuantTensor
-from ecqx_onnx.validation import checks
-from ecqx_onnx.validation.bounds import Bound, bound
-from ecqx_onnx.validation.comparison import Batch, Comparison, compare
-from ecqx_onnx.validation.float_distance import (
-    FloatBounds,
-    LayerError,
-    is_untrained,
-    judge_distance,
-    measure_weight,
-)
-from ecqx_onnx.validation.floats import shift_by_floats
-from ecqx_onnx.validation.latency import measure_latency
-from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
-from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
-from ecqx_onnx.validation.report import Check, Latency, ValidationReport
-from ecqx_onnx.validation.sessions import (
+from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
+from ecqx_onnx.runtime.latency import Latency, measure_latency
+from ecqx_onnx.runtime.sessions import (
     Session,
     executed_operators,
     fixed_batch,
@@ -43,10 +26,29 @@ from ecqx_onnx.validation.sessions import (
     runtime_name,
     synthetic_inputs,
 )
-from ecqx_onnx.validation.twin import FloatTwin, float_twin
-from ecqx_onnx.validation.weights import compare_weights
+from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.comparison import Batch, Comparison, compare
+from ecqx_onnx.validation.float_distance import (
+    FloatBounds,
+    LayerError,
+    is_untrained,
+    judge_distance,
+    measure_weight,
+)
+from ecqx_onnx.validation.floats import shift_by_floats
+from ecqx_onnx.validation.judgement import (
+    SYNTHETIC_BATCH,
+    bounds_of,
+    preprocessed_batches,
+    stored_preprocessing,
+    twin_or_check,
+    weights_checks,
+    yardstick,
+)
+from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
+from ecqx_onnx.validation.report import Check, ValidationReport
 
-SYNTHETIC_BATCH = 4
 UNTRAINED_SETS = 8  # of random inputs, where the distance from a float model is measured
 
 
@@ -158,18 +160,6 @@ def validate(
     )
 
 
-def stored_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
-    """The preprocessing in the file's metadata; None in a foreign file. FileError if it is there and cannot be used."""
-    file = file if isinstance(file, OnnxFile) else read_onnx(file)
-    stored = file.metadata.get("preprocessing")
-    if stored is None:
-        return None
-    try:
-        return Preprocessing.from_json(stored if isinstance(stored, str) else json.dumps(stored))
-    except FileError as error:
-        raise FileError(f"{file.path}: {error}") from error
-
-
 def chosen_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | None) -> tuple[Preprocessing, str]:
     """(what brings raw samples to the model, a sentence that says so and where it comes from)."""
     stored = stored_preprocessing(file)
@@ -181,9 +171,7 @@ def chosen_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | No
     return own, f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records none)"
 
 
-def prepared(
-    file: OnnxFile, split: Split, given: Preprocessing | None, session: Session
-) -> tuple[Split, str]:
+def prepared(file: OnnxFile, split: Split, given: Preprocessing | None, session: Session) -> tuple[Split, str]:
     """(the samples as the model takes them, a sentence that says how they are preprocessed and who decided it)."""
     preprocessing, told = chosen_preprocessing(file, split, given)
     shape = session.get_inputs()[0].shape[1:] if session.get_inputs() else ()
@@ -257,72 +245,6 @@ def calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     limits = np.iinfo(zero.dtype)
     step, place = float(scale.reshape(())), int(zero.reshape(()))
     return step * (limits.min - place), step * (limits.max - place)
-
-
-def preprocessed_batches(split: Split, size: int) -> Iterator[Batch]:
-    for x, y in split.batches(size):
-        yield (x,), y
-
-
-def bounds_of(comparison: Comparison, outputs: Sequence) -> list[Bound]:
-    """How far two ways of computing each output may lie apart: the derived bound, or without a reference the coarse one."""
-    if comparison.differences:
-        return [replace(difference.bound, runs=1) for difference in comparison.differences]
-    return [bound(output, None) for output in outputs]
-
-
-def weights_checks(
-    model: onnx.ModelProto,
-    twin: FloatTwin,
-    tensors: Sequence[QuantTensor],
-    *,
-    float_model: Callable[..., bytes | None] | None = None,
-) -> list[Check]:
-    """What the file itself, and the model that it was made from, say of every tensor in it.
-
-    Args:
-        model: The file's, with its data in it.
-        twin: What the runtime makes of the model's constants.
-        tensors: The quantised weights of PyTorch's model; empty to check the file in itself.
-        float_model: Makes the ONNX model from before the quantisation, as for `validate`; None where there is none, or where it
-            isn't the one that the file was made from.
-
-    Returns:
-        One check of the checksum, one of the quantised weights, one of the float parameters; those that can be made.
-    """
-    try:
-        found = [check] if (check := checks.contents_check(model)) is not None else []
-        stored = read_weights(model)
-    except FileError as error:  # the metadata promises weights that are not there as promised
-        return [Check("weights", False, None, None, str(error))]
-    if stored or tensors:
-        decoded = {**twin.integers, **twin.weights}
-        found.append(checks.weights_check(compare_weights(stored, decoded, tensors), alone=not tensors))
-    metadata = read_metadata(model)
-    if float_model is None or not metadata or metadata.get("activations"):  # integer kernels: scales wander into parameters
-        return found
-    serialized = float_model(floats=metadata.get("floats") or "float32")
-    if serialized is None:
-        return found
-    wanted = float_twin(onnx.load_model_from_string(serialized))
-    compared = compare_parameters(float_tensors(twin.proto), float_tensors(wanted.proto), stored=stored)
-    found.append(checks.parameters_check(compared, reference="PyTorch's model"))
-    return found
-
-
-def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:
-    try:
-        return float_twin(model)
-    except CheckFailed as error:
-        found.append(Check("weights", False, None, None, f"the runtime cannot decode the weights: {error}"))
-        return None
-
-
-def yardstick(file: OnnxFile, twin: FloatTwin | None, float_model: Callable[..., bytes | None] | None) -> bytes | None:
-    """What latency is compared with: the file's float twin; for integer kernels the model before them, where it is known."""
-    if float_model is not None and checks.activations_quantised(file):
-        return float_model()
-    return None if twin is None else twin.serialize()
 
 
 def _latency(file: OnnxFile, yardstick: bytes | None, inputs: Sequence, runs: int) -> Latency | None:

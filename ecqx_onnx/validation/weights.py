@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ecqx_onnx_converters.matching import GraphWeight, match
-from ecqx_onnx_converters.reading import StoredWeight
+from ecqx_onnx_converters.matching.matching import GraphWeight, match
+from ecqx_onnx_converters.serialization.reading import StoredWeight
 
 from ecqx_onnx.tensors import QuantTensor
 

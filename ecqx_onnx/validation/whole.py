@@ -11,11 +11,11 @@ from pathlib import Path
 from ecqx_onnx_converters.storage import DOMAIN
 
 from ecqx_onnx.errors import CheckFailed
-from ecqx_onnx.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.runtime.sessions import open_session, runtime_name
 from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.judgement import twin_or_check, weights_checks
 from ecqx_onnx.validation.report import Check, ValidationReport
-from ecqx_onnx.validation.sessions import open_session, runtime_name
-from ecqx_onnx.validation.validator import twin_or_check, weights_checks
 
 
 def check_file(path: Path | str) -> ValidationReport:

@@ -9,12 +9,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
-from ecqx_onnx.calibration import calibrate_ranges
 from ecqx_onnx.cli import app
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import DataError, ModelError
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.validation.sessions import open_session, run
+from ecqx_onnx.runtime.calibration import calibrate_ranges
+from ecqx_onnx.runtime.sessions import open_session, run
 from tests.conversions import float_graph, quantise
 
 

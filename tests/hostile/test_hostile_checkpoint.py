@@ -15,10 +15,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ecqx_onnx import api, checkpoint, torch_file
-from ecqx_onnx.checkpoint_document import BadDocument, read_document
+from ecqx_onnx import api, checkpoint
+from ecqx_onnx.checkpoint.document import BadDocument, read_document
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import FileError
+from ecqx_onnx.inputs import torch_file
 
 
 class Net(torch.nn.Module):
@@ -524,9 +525,7 @@ def rewritten(good, change):
 
 
 def with_pickle(opcodes):
-    return lambda members: [
-        (name, opcodes if name.endswith("/data.pkl") else data) for name, data in members
-    ]
+    return lambda members: [(name, opcodes if name.endswith("/data.pkl") else data) for name, data in members]
 
 
 ARCHIVES = {

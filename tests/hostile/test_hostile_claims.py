@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph, make_plan, match, write
-from ecqx_onnx_converters.metadata import DICTIONARY, METADATA_KEY, from_text
+from ecqx_onnx_converters.serialization.metadata import DICTIONARY, METADATA_KEY, from_text
 from onnx import AttributeProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import EcqxError, FileError, OptionError
-from ecqx_onnx.onnx_file import read_onnx
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from tests.fuzz.commands import run_command
 from tests.onnx_torch_pairs import edit, make_pair

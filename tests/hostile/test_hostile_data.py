@@ -14,7 +14,7 @@ from PIL import Image
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.errors import DataError, FileError, InputError
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.preprocessing.spectrum import Spectrum
 from tests.test_data import save_image, save_wav
 
 X, Y = np.zeros((10, 3), np.float32), np.arange(10) % 3

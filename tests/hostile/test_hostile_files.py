@@ -14,7 +14,7 @@ from PIL import Image
 
 from ecqx_onnx.data import folders, load_dataset, npz
 from ecqx_onnx.errors import DataError, FileError, InputError
-from ecqx_onnx.reading import open_regular, read_bytes
+from ecqx_onnx.inputs.reading import open_regular, read_bytes
 from ecqx_onnx.validation.equivalence import load_inputs
 from tests.hostile.test_hostile_data import header, npy, read_all, save_members, wav_bytes
 from tests.test_data import save_image
@@ -30,9 +30,7 @@ def saved_as(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    "content", [POSTSCRIPT, DDS, saved_as("tga"), saved_as("pcx"), saved_as("ico"), saved_as("sgi")]
-)
+@pytest.mark.parametrize("content", [POSTSCRIPT, DDS, saved_as("tga"), saved_as("pcx"), saved_as("ico"), saved_as("sgi")])
 def test_only_named_formats_are_opened_whatever_a_file_is_called(tmp_path, content, monkeypatch):
     def start(*arguments: object, **options: object) -> None:
         raise AssertionError(f"a program was started: {arguments}")
@@ -121,9 +119,7 @@ def test_a_bomb_whose_headers_are_honest_is_not_inflated(tmp_path, monkeypatch):
 def test_more_arrays_than_anyone_saves_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(npz, "MOST_MEMBERS", 3)
     with pytest.raises(FileError, match="holds 4 arrays, more than 3"):
-        load_inputs(
-            save_members(tmp_path, **{name: npy(header((1,)), bytes(4)) for name in "abcd"})
-        )
+        load_inputs(save_members(tmp_path, **{name: npy(header((1,)), bytes(4)) for name in "abcd"}))
 
 
 def test_a_batch_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):

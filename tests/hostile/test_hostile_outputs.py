@@ -13,15 +13,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from ecqx_onnx_converters.outputs import replacing
+from ecqx_onnx_converters.graph.outputs import replacing
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.model_copy import copy_model
-from ecqx_onnx.onnx_file import read_onnx
-from ecqx_onnx.packing import pack
+from ecqx_onnx.inputs.model_copy import copy_model
+from ecqx_onnx.inputs.onnx_file import read_onnx
+from ecqx_onnx.verbs.pack import pack
 from tests.test_packing import CASES
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -178,7 +178,7 @@ def a_stranger(path, *locations, offset=0):
 
 
 def outcome(path):
-    from ecqx_onnx.validation.sessions import open_session, run
+    from ecqx_onnx.runtime.sessions import open_session, run
 
     return run(open_session(path), [np.zeros(2, np.float32)])[0].tolist()
 

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from ecqx_onnx import spectrum as spectrum_module
 from ecqx_onnx.errors import DataError, FileError
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.spectrum import Spectrum
+from ecqx_onnx.preprocessing import spectrum as spectrum_module
+from ecqx_onnx.preprocessing.spectrum import Spectrum
 
 MEL = Spectrum(8000, frame_length=256, hop=160, fft_length=256, mel_bands=40)
 

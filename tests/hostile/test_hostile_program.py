@@ -14,14 +14,16 @@ import zipfile
 import pytest
 import torch
 
-from ecqx_onnx import program
 from ecqx_onnx.errors import EcqxError, FileError
-from ecqx_onnx.program import load_program, run_module, save_program
-from ecqx_onnx.size_expression import NotArithmetic, print_anew
+from ecqx_onnx.inputs.program import program
+from ecqx_onnx.inputs.program.program import load_program, run_module, save_program
+from ecqx_onnx.inputs.program.size_expression import NotArithmetic, print_anew
 from tests.watching import CALL, Evil, nothing_runs, torch_pickle
 
 TEXTS = (CALL, f"x): {CALL}\n  def f(y", f'x"); {CALL}; ("', f"x');{CALL};('")
 VALUES = (*TEXTS, [CALL], {CALL: CALL}, None, 2**70, -1, 1.5, True)
+
+
 class Net(torch.nn.Module):
     """A dynamic size, a parameter, a buffer, a constant, a keyword argument and a dict."""
 
@@ -532,7 +534,7 @@ def test_the_layout_of_old_torch_is_refused():
 
 
 def test_json_that_would_fill_the_memory_is_refused(members, monkeypatch):
-    monkeypatch.setattr("ecqx_onnx.program_schema.MOST_JSON_ITEMS", 10_000)
+    monkeypatch.setattr("ecqx_onnx.inputs.program.schema.MOST_JSON_ITEMS", 10_000)
     refused(pack({**members, "models/model.json": b"[" + b"{}," * 20_000 + b"{}]"}), why="items")
     refused(pack({**members, "models/model.json": b"[" * 5_000}), why="deep")
     assert program.MOST_UNFOLDING >= 8

@@ -49,9 +49,7 @@ def test_honest_results_are_read_where_they_lie(results):
     assert report.runtime.startswith("onnxruntime")
 
 
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ufeff{}", "\0", "NaN"]
-)
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ufeff{}", "\0", "NaN"])
 def test_json_that_is_deep_or_none_is_refused(results, text):
     (results / "result.json").write_text(text, encoding="utf-8")
     with pytest.raises(FileError, match=r"result\.json"):
@@ -209,7 +207,7 @@ def test_an_archive_of_anything_else_is_refused(member, tmp_path):
 
 
 def test_outputs_of_every_type_that_a_graph_can_declare_have_a_name_here():
+    from ecqx_onnx.runtime.sessions import NUMPY_TYPES
     from ecqx_onnx.validation.devices.job import OUTPUT_TYPES
-    from ecqx_onnx.validation.sessions import NUMPY_TYPES
 
     assert {np.dtype(kind).name for kind in NUMPY_TYPES.values()} <= set(OUTPUT_TYPES)

@@ -21,9 +21,10 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
-from ecqx_onnx import cli, terminal
-from ecqx_onnx.cli import app, emit, main
-from ecqx_onnx.terminal import escape, escaped, strict_json
+from ecqx_onnx.cli import app, frame, main, terminal
+from ecqx_onnx.cli import terminal as terminal_module
+from ecqx_onnx.cli.frame import emit
+from ecqx_onnx.cli.terminal import escape, escaped, strict_json
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "lenet_300_100_mnist_2bit.pt"
 HOSTILE = {
@@ -52,15 +53,9 @@ def has_only_what_shows(text: str) -> bool:
 def model_named(path: Path, name: str) -> Path:
     """An .onnx file with a weight, a node, an input, an operator's domain and a producer of that name."""
     weight = numpy_helper.from_array(np.eye(40, dtype=np.float32), name)
-    x, y = (
-        helper.make_tensor_value_info(key, TensorProto.FLOAT, [1, 40]) for key in (name + "x", "y")
-    )
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", [name + "x", name], ["y"], name)], name, [x], [y], [weight]
-    )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10, producer_name=name
-    )
+    x, y = (helper.make_tensor_value_info(key, TensorProto.FLOAT, [1, 40]) for key in (name + "x", "y"))
+    graph = helper.make_graph([helper.make_node("MatMul", [name + "x", name], ["y"], name)], name, [x], [y], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10, producer_name=name)
     onnx.save(model, path)
     return path
 
@@ -184,9 +179,7 @@ def test_a_terminal_of_another_encoding_breaks_nothing(encoding, tmp_path, monke
     try:
         with pytest.raises(SystemExit) as ended:
             main()
-        monkeypatch.setattr(
-            sys, "argv", ["ecqx-onnx", "inspect", str(tmp_path / "none_\U0001f600.onnx")]
-        )
+        monkeypatch.setattr(sys, "argv", ["ecqx-onnx", "inspect", str(tmp_path / "none_\U0001f600.onnx")])
         with pytest.raises(SystemExit) as refused:
             main()
     finally:
@@ -215,16 +208,12 @@ def test_a_path_that_is_not_utf8_is_shown_and_its_json_is_read_by_everyone(tmp_p
     found["file"].encode("utf-8")
 
 
-@pytest.mark.parametrize(
-    "command", [("convert", CHECKPOINT, "{}"), ("inspect", "{}"), ("pack", "{}", "out.onnx")]
-)
+@pytest.mark.parametrize("command", [("convert", CHECKPOINT, "{}"), ("inspect", "{}"), ("pack", "{}", "out.onnx")])
 def test_an_onnx_file_whose_path_is_not_utf8_is_refused_before_work_is_done(tmp_path, command):
     path = tmp_path / "caf\udce9.onnx"
     result = CliRunner().invoke(app, [str(part).format(path) for part in command])
     assert result.exit_code == 2
-    assert (
-        "caf\\udce9.onnx' is not UTF-8, and ONNX's libraries open no other names" in result.stderr
-    )
+    assert "caf\\udce9.onnx' is not UTF-8, and ONNX's libraries open no other names" in result.stderr
 
 
 def test_json_has_no_values_that_other_parsers_refuse(capsys):
@@ -255,11 +244,9 @@ def test_json_has_no_values_that_other_parsers_refuse(capsys):
 
 def test_what_a_progress_bar_says_is_no_markup(monkeypatch):
     said = []
-    monkeypatch.setattr(type(cli.stderr), "is_terminal", property(lambda console: True))
-    monkeypatch.setattr(
-        Progress, "update", lambda bar, task, **fields: said.append(fields["description"])
-    )
-    with cli._progress(False) as show:
+    monkeypatch.setattr(type(terminal_module.stderr), "is_terminal", property(lambda console: True))
+    monkeypatch.setattr(Progress, "update", lambda bar, task, **fields: said.append(fields["description"]))
+    with frame._progress(False) as show:
         show(1, 2, "[/x] \x1b[31m\n")
         show(2, 2)
     assert said == ["[/x] \\x1b[31m\\n", None]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ecqx_onnx_converters import outputs
+from ecqx_onnx_converters.graph import outputs
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(outputs.fcntl is None, reason="POSIX only")

@@ -17,14 +17,8 @@ import numpy as np
 from google.protobuf.message import Message
 from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
+from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.targets import Target
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why something can't be had, in words for the report."""
-
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ import numpy as np
 from onnx import TensorProto
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored, radix
+from ecqx_onnx_converters.refusal import Refusal
+from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Stored, radix
 from ecqx_onnx_converters.targets import OPSET_OF_TYPE, Target
 
 # type -> (bits, lowest level, highest level), narrowest first. UINT8 is never needed: levels are int8.

@@ -12,8 +12,9 @@ import numpy as np
 from onnx import SparseTensorProto, TensorProto
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.limits import may_have_size
-from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Refusal, Stored
+from ecqx_onnx_converters.graph.limits import may_have_size
+from ecqx_onnx_converters.refusal import Refusal
+from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Stored
 from ecqx_onnx_converters.targets import Target
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ecqx_onnx.errors import FileError, InputError, OptionError
-from ecqx_onnx.reading import system_errors
+from ecqx_onnx.inputs.reading import system_errors
 from ecqx_onnx.validation.devices import setup
 from ecqx_onnx.validation.devices.browser import NAMES, RUNNERS, Browser
 from ecqx_onnx.validation.devices.job import Job

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from ecqx_onnx.errors import FileError, ModelError
-from ecqx_onnx.model_copy import copy_model
-from ecqx_onnx.onnx_file import OnnxFile
-from ecqx_onnx.reading import open_regular, read_bytes
+from ecqx_onnx.inputs.model_copy import copy_model
+from ecqx_onnx.inputs.onnx_file import OnnxFile
+from ecqx_onnx.inputs.reading import open_regular, read_bytes
 
 VERSION = 1
 LATENCY_SECONDS = 10.0  # after which a runner stops measuring, however many runs it has done
@@ -164,7 +164,7 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
 
 
 def _refuse(device: str, raw: Mapping[str, Any]) -> None:
-    from ecqx_onnx.validation.sessions import reason
+    from ecqx_onnx.runtime.sessions import reason
 
     error = raw["error"] if isinstance(raw["error"], dict) else {"message": raw["error"]}
     does = "does not load the model" if error.get("stage") == "load" else "fails while running the model"

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-from ecqx_onnx_converters.outputs import temporary_folder
+from ecqx_onnx_converters.graph.outputs import temporary_folder
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError
-from ecqx_onnx.onnx_file import read_onnx
-from ecqx_onnx.preprocessing import Preprocessing
+from ecqx_onnx.inputs.onnx_file import read_onnx
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
+from ecqx_onnx.runtime.latency import Latency
+from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, fit, fixed_batch, open_session, synthetic_inputs
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.comparison import Batch, compare, padded
@@ -28,19 +29,16 @@ from ecqx_onnx.validation.devices.devices import Device, find_device
 from ecqx_onnx.validation.devices.job import Result, read_result, write_job
 from ecqx_onnx.validation.float_distance import FloatBounds, is_untrained
 from ecqx_onnx.validation.floats import shift_by_floats
-from ecqx_onnx.validation.report import Check, Latency, ValidationReport, show
-from ecqx_onnx.validation.sessions import NUMPY_TYPES, fit, fixed_batch, open_session, synthetic_inputs
-from ecqx_onnx.validation.validator import (
+from ecqx_onnx.validation.judgement import (
     SYNTHETIC_BATCH,
     bounds_of,
-    doubts,
-    float_check,
-    prepared,
     preprocessed_batches,
     twin_or_check,
     weights_checks,
     yardstick,
 )
+from ecqx_onnx.validation.report import Check, ValidationReport, show
+from ecqx_onnx.validation.validator import doubts, float_check, prepared
 
 ROWS = (
     "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "x float", "memory",
@@ -123,9 +121,7 @@ def validate_on(
         if float_reference and is_untrained(file.metadata) and comparison.distances:
             scores = class_names or split is not None or bool(file.metadata.get("labels"))
             data = None if split is None else split.source.name
-            found.append(
-                float_check(file, comparison, reference, float_bounds or FloatBounds(), scores=scores, data=data)
-            )
+            found.append(float_check(file, comparison, reference, float_bounds or FloatBounds(), scores=scores, data=data))
     for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
         if check is not None:
             found.append(check)
@@ -224,7 +220,7 @@ def _latency(result: Result) -> Latency | None:
 class _Replay:
     """A session that ran elsewhere: each `run` gives the next batch of outputs, once they fit what the graph declares."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, outputs: Iterator[tuple[np.ndarray, ...]]) -> None:
+    def __init__(self, session: Session, outputs: Iterator[tuple[np.ndarray, ...]]) -> None:
         self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
         self.outputs = outputs
 

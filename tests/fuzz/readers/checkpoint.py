@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ecqx_onnx import api, checkpoint
-from ecqx_onnx.insight import Insight, WeightInsight
+from ecqx_onnx.checkpoint.insight import Insight, WeightInsight
 from ecqx_onnx.preprocessing import Preprocessing
 from tests.fuzz.commands import run_command
 from tests.fuzz.mutation import INTEGERS, mutate_bytes, mutate_json, mutate_value, mutate_zip

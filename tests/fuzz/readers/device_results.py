@@ -62,7 +62,7 @@ def read(path: Path) -> None:
         return
     (folder / "job.json").touch()
     report = validate_on(Folder(folder), make_model(), latency_runs=2)
-    from ecqx_onnx.tables import as_table, to_json
+    from ecqx_onnx.cli.tables import as_table, to_json
 
     as_table(report)
     to_json(report)

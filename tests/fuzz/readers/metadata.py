@@ -8,10 +8,10 @@ from pathlib import Path
 
 import onnx
 from ecqx_onnx_converters import read_weights
-from ecqx_onnx_converters.metadata import METADATA_KEY, from_text, to_text
+from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text, to_text
 
+from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.inspection import inspect
-from ecqx_onnx.onnx_file import read_onnx
 from ecqx_onnx.validation import stored_preprocessing
 from tests.fuzz import models
 from tests.fuzz.mutation import mutate_text, mutate_value

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ecqx_onnx.loading import load_model
-from ecqx_onnx.program import run_module, save_program
+from ecqx_onnx.inputs.program.program import run_module, save_program
+from ecqx_onnx.sources.loading import load_model
 from tests.fuzz.mutation import (
     STRINGS,
     mutate_bytes,
@@ -62,9 +62,7 @@ def make_seeds() -> list[bytes]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batch = torch.export.Dim("batch")
-        program = torch.export.export(
-            Net().eval(), (torch.randn(2, 6, 4),), dynamic_shapes=({0: batch},)
-        )
+        program = torch.export.export(Net().eval(), (torch.randn(2, 6, 4),), dynamic_shapes=({0: batch},))
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         return [buffer.getvalue(), save_program(program)]

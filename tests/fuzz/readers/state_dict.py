@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ecqx_onnx.loading import load_model
+from ecqx_onnx.sources.loading import load_model
 from tests.fuzz.mutation import mutate_bytes, mutate_zip
 from tests.fuzz.readers.checkpoint import mutate_document, save_document
 

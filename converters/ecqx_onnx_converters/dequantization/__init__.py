@@ -1,0 +1,1 @@
+"""Turn stored integers into the float weights that the graph computes with."""

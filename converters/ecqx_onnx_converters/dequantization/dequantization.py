@@ -1,0 +1,173 @@
+"""(integer tensor, what its levels stand for) -> nodes and constants that compute the float weight.
+
+`folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for a codebook; runtimes
+inline it and fold it while loading, so inference runs at float speed. `standard`: DequantizeLinear, which every tool knows and
+which onnxruntime recomputes at every inference. `integer`: the same in front of an integer kernel.
+`as_integers`: where the graph reads integers (QLinearConv, a foreign DequantizeLinear), these, by Cast or, with an offset, by
+one more function; both fold while loading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import Message
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ecqx_onnx.errors import FileError
+from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
+from ecqx_onnx_converters.graph.graph import NARROW
+from ecqx_onnx_converters.matching.matching import Integers
+from ecqx_onnx_converters.refusal import Refusal
+from ecqx_onnx_converters.storage import DOMAIN
+
+# Function name -> (inputs: levels, then constants; body). One letter a value: each is in every file. Codebook levels may be
+# negative: Gather counts negative indices from the end, as Codebook does.
+BODIES = {
+    "Dequantize": ("ls", (("Cast", "l", "a"), ("Mul", "as", "w"))),
+    "DequantizeHalf": ("ls", (("Cast", "l", "a"), ("Cast", "s", "b"), ("Mul", "ab", "w"))),  # steps in float16
+    "LookUp": ("lv", (("CastIndex", "l", "a"), ("Gather", "va", "w"))),
+    "LookUpScaled": ("lvf", (("CastIndex", "l", "a"), ("Gather", "va", "b"), ("Mul", "bf", "w"))),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantization:
+    """Constants and the one node that turns the integer tensor into the weight; `function` is the model-local function it calls.
+
+    form: "folded", "standard", "integer" (DequantizeLinear in front of an integer kernel) or "none" (the graph reads integers).
+    before: nodes in front of that node.
+    """
+
+    form: str
+    node: NodeProto
+    initializers: tuple[TensorProto, ...]
+    function: str | None = None
+    before: tuple[NodeProto, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        parts: list[Message] = [self.node, *self.before, *self.initializers]
+        return sum(part.ByteSize() for part in parts)
+
+
+def folded(tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None) -> Dequantization:
+    """`constant` names the step or the codebook; a factor's name is that with an f appended."""
+    if isinstance(tensor.meaning, Scale):
+        half = is_half(tensor.meaning.step)
+        inputs, step = [constant], tensor.meaning.step.astype(np.float16 if half else np.float32)
+        constants, name = [numpy_helper.from_array(step, constant)], "DequantizeHalf" if half else "Dequantize"
+    else:
+        inputs, constants = [constant], [numpy_helper.from_array(tensor.meaning.values.astype(np.float32), constant)]
+        name = "LookUp"
+        if factor is not None:
+            name, inputs = "LookUpScaled", [constant, constant + "f"]
+            constants.append(numpy_helper.from_array(factor.astype(np.float32), constant + "f"))
+    return Dequantization("folded", helper.make_node(name, [levels, *inputs], [output], domain=DOMAIN), tuple(constants), name)
+
+
+def is_half(steps: np.ndarray) -> bool:
+    """Whether they are several, and all of them float16 numbers: float16.py has rounded them, for a file of fewer bytes."""
+    with np.errstate(over="ignore"):
+        return steps.size > 1 and bool((steps.astype(np.float16) == steps).all())
+
+
+def standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) -> Dequantization | Refusal:
+    """DequantizeLinear: one step, or one per index along one axis."""
+    refusal = why_not_standard(tensor)
+    if refusal is not None:
+        return refusal
+    assert isinstance(tensor.meaning, Scale)  # narrowed by why_not_standard
+    axis = tensor.meaning.axis
+    step = numpy_helper.from_array(tensor.meaning.step.reshape(() if axis is None else (-1,)).astype(np.float32), constant)
+    node = helper.make_node("DequantizeLinear", [levels, constant], [output])
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", axis))
+    return Dequantization("standard", node, (step,))
+
+
+def integer(tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str) -> Dequantization | Refusal:
+    """DequantizeLinear in front of an integer kernel: of INT8, since onnxruntime fuses no narrower type (a Cast in front folds at
+    load), and with a zero point, without which QGemm fails at run time up to 1.27. Zero points of one shape have one name, so
+    that a file needs them once. `type`: of the levels."""
+    made = standard(tensor, levels=levels, output=output, constant=constant)
+    if isinstance(made, Refusal):
+        return made
+    dims = tuple(made.initializers[0].dims)
+    zero = numpy_helper.from_array(np.zeros(dims, np.int8), "ecqx.zero" + "".join(f".{length}" for length in dims))
+    made.node.input.append(zero.name)
+    cast = helper.make_node("Cast", [levels], [constant + "i"], to=TensorProto.INT8)
+    if type == TensorProto.INT8:
+        return Dequantization("integer", made.node, (*made.initializers, zero))
+    made.node.input[0] = cast.output[0]
+    return Dequantization("integer", made.node, (*made.initializers, zero), before=(cast,))
+
+
+def as_integers(form: Integers, *, levels: str, output: str, constant: str) -> Dequantization:
+    """level + form.offset as form.type. `constant` names the offset."""
+    if not form.offset:
+        return Dequantization("none", helper.make_node("Cast", [levels], [output], to=form.type), ())
+    node = helper.make_node("Offset", [levels, constant], [output], domain=DOMAIN, to=form.type)
+    return Dequantization("none", node, (numpy_helper.from_array(np.array(form.offset, np.int32), constant),), "Offset")
+
+
+def integers_of(node: NodeProto, offset: np.ndarray | None) -> Integers:
+    """The inverse of `as_integers`. offset: what the node's second input holds."""
+    to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
+    wanted = node.op_type == "Offset" and node.domain == DOMAIN and offset is not None and offset.size == 1
+    if to not in NARROW or not (wanted or (node.op_type == "Cast" and node.domain in ("", "ai.onnx"))):
+        raise FileError(f"the integers '{node.output[0]}' are made by {node.op_type} to type {to}; the ONNX file is damaged")
+    return Integers(to, int(offset.reshape(())) if wanted and offset is not None else 0)
+
+
+def why_not_standard(tensor: QuantTensor) -> Refusal | None:
+    if isinstance(tensor.meaning, Codebook):
+        return Refusal("a codebook isn't a uniform grid, which DequantizeLinear needs")
+    if sum(length > 1 for length in tensor.meaning.step.shape) > 1:
+        return Refusal(
+            f"the step, of shape {list(tensor.meaning.step.shape)}, varies along more than the one axis of DequantizeLinear"
+        )
+    return None
+
+
+def function(name: str, opset: int) -> FunctionProto:
+    """One of BODIES, or Offset, as a model-local function."""
+    if name == "Offset":
+        cast = helper.make_node("Cast", ["sum"], ["integers"])
+        cast.attribute.append(AttributeProto(name="to", ref_attr_name="to", type=AttributeProto.INT))
+        wide = helper.make_node("Cast", ["levels"], ["wide"], to=TensorProto.INT32)
+        nodes = [wide, helper.make_node("Add", ["wide", "offset"], ["sum"]), cast]
+        imports = [helper.make_opsetid("", opset)]
+        return helper.make_function(DOMAIN, name, ["levels", "offset"], ["integers"], nodes, imports, ["to"])
+    inputs, body = BODIES[name]
+    nodes = []
+    for operation, sources, result in body:
+        if operation.startswith("Cast"):
+            to = TensorProto.INT32 if operation == "CastIndex" else TensorProto.FLOAT
+            nodes.append(helper.make_node("Cast", [sources], [result], to=to))
+        else:
+            nodes.append(helper.make_node(operation, list(sources), [result]))
+    return helper.make_function(DOMAIN, name, list(inputs), ["w"], nodes, [helper.make_opsetid("", opset)])
+
+
+def meaning_of(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> tuple[Scale | Codebook, np.ndarray | None]:
+    """The inverse of `folded` and `standard`: (what the node's levels stand for, factor). rank: of the integer tensor."""
+    missing = [name for name in node.input[1 : 2 if node.op_type == "DequantizeLinear" else None] if name not in constants]
+    if missing or len(node.input) < 2:
+        raise FileError(
+            f"the dequantisation of '{node.input[0]}' reads '{missing[:1] or node.op_type}', not a constant; the file is damaged"
+        )
+    first = constants[node.input[1]]
+    if node.op_type == "DequantizeLinear":
+        if first.ndim == 0:
+            return Scale(first), None
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        if first.ndim != 1 or not -rank <= axis < rank:
+            raise FileError(f"the step of '{node.input[0]}' has shape {list(first.shape)} and axis {axis}; the file is damaged")
+        return Scale(first.reshape([-1 if dimension == axis % rank else 1 for dimension in range(rank)])), None
+    if node.op_type == "Mul":  # of an embedding's rows, whose columns may have steps of their own
+        return Scale(first.reshape((*(1,) * (rank - 1), -1)) if first.ndim else first), None
+    if node.op_type in ("Dequantize", "DequantizeHalf"):
+        return Scale(first), None
+    return Codebook(first), constants[node.input[2]] if node.op_type == "LookUpScaled" else None

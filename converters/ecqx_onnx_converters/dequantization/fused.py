@@ -1,0 +1,113 @@
+"""The decoder of a packed tensor and its dequantisation as one call: 33 bytes a weight less than two.
+
+Where every packed weight of a file can have it. One that is coded in another order of its axes has its Transpose behind the call,
+unless all that read it are Gemm, which can turn it themselves.
+Files that are decoded in two stages have their integers and floats apart, since that is what the stages are for.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import FunctionProto, GraphProto, NodeProto, helper
+
+from ecqx_onnx_converters.dequantization.dequantization import BODIES
+from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.uses import find_uses, set_attribute
+from ecqx_onnx_converters.storage import DOMAIN, Stored
+from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
+
+if TYPE_CHECKING:
+    pass
+
+# Function -> the dequantisation that it ends with. V is for one step a tensor, by which it multiplies the table of values.
+FUSED = {"V": "Dequantize", "W": "DequantizeHalf", "B": "LookUp", "F": "LookUpScaled"}
+
+
+def order(stored: Stored) -> tuple[int, ...] | None:
+    """The weight's axes in the order in which it is coded, where that isn't their own."""
+    turn = stored.nodes[-1]
+    return tuple(np.argsort(turn.attribute[0].ints).tolist()) if turn.op_type == "Transpose" else None
+
+
+def fuse(stored: Stored, name: str, dequantise: NodeProto) -> list[NodeProto]:
+    """The nodes that make the weight of what is stored. dequantise: of the levels in the order in which they are coded."""
+    nodes = list(stored.nodes)
+    turn = nodes.pop() if nodes[-1].op_type == "Transpose" else None
+    decode = nodes.pop()
+    output = dequantise.output[0] if turn is None else decode.output[0]
+    nodes.append(helper.make_node(name, [*decode.input, *dequantise.input[1:]], [output], domain=DOMAIN))
+    if turn is not None:
+        nodes.append(helper.make_node("Transpose", [output], dequantise.output))
+        nodes[-1].attribute.extend(turn.attribute)
+    return nodes
+
+
+def leave_turns_to_gemm(graph: GraphProto) -> set[str]:
+    """Removes, in place, the Transpose behind a fused call where Gemm alone reads it, whose transB says the same. -> The names of
+    these weights."""
+    calls = {node.output[0]: node for node in graph.node if node.domain == DOMAIN and node.op_type in FUSED}
+    uses, outputs = find_uses(graph), {value.name for scope in all_graphs(graph) for value in scope.output}
+    turned = set()
+    for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in calls]:
+        readers = uses.get(node.output[0], [])
+        gemm = all(use.node.op_type == "Gemm" and use.position == 1 for use in readers)
+        if list(node.attribute[0].ints) != [1, 0] or not gemm or node.output[0] in outputs:
+            continue
+        for use in readers:
+            set_attribute(use.node, "transB", 1 - use.attributes.get("transB", 0))
+        calls[node.input[0]].output[0] = node.output[0]
+        graph.node.remove(node)
+        turned.add(node.output[0])
+    return turned
+
+
+def expanded(node: NodeProto) -> list[NodeProto]:
+    """The inverse, for a node of any file: the two calls that a fused one stands for, itself otherwise."""
+    if node.domain != DOMAIN or node.op_type not in FUSED or not node.output:
+        return [node]
+    last = FUSED[node.op_type]
+    constants, levels = len(BODIES[last][0]) - 1, node.output[0] + ".levels"
+    return [
+        helper.make_node(TENSOR, node.input[:-constants], [levels], domain=DOMAIN),
+        helper.make_node(last, [levels, *node.input[-constants:]], node.output, domain=DOMAIN),
+    ]
+
+
+def scaled(levels: FunctionProto) -> FunctionProto:
+    """V, from the function Levels (entries, advances, values, shape): it adds floats instead, each to a zero, which is exact
+    for a positive step."""
+    values = levels.input[2]
+    step, floats, products = islice(_free_letters(levels), 3)
+    nodes = [helper.make_node("CastLike", [values, step], [floats]), helper.make_node("Mul", [floats, step], [products])]
+    for node in levels.node:
+        nodes.append(NodeProto())
+        nodes[-1].CopyFrom(node)
+        nodes[-1].input[:] = [products if value == values else value for value in node.input]
+        if node.op_type == "ConstantOfShape":
+            del nodes[-1].attribute[:]  # float32
+    return helper.make_function(DOMAIN, "V", [*levels.input, step], list(levels.output), nodes, list(levels.opset_import))
+
+
+def composed(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
+    """One function that does what the first does, and to its output what the second does."""
+    letters = _free_letters(first)
+    new = {second.input[0]: first.output[0]}
+    new |= {value: next(letters) for value in (*second.input[1:], *(made for node in second.node for made in node.output))}
+    nodes = list(first.node)
+    for node in second.node:
+        own = NodeProto()
+        own.CopyFrom(node)
+        own.input[:], own.output[:] = ([new[value] for value in values] for values in (node.input, node.output))
+        nodes.append(own)
+    inputs, outputs = [*first.input, *(new[value] for value in second.input[1:])], [new[value] for value in second.output]
+    return helper.make_function(DOMAIN, name, inputs, outputs, nodes, list(first.opset_import))
+
+
+def _free_letters(function: FunctionProto) -> Iterator[str]:
+    taken = {*function.input, *(value for node in function.node for value in node.output)}
+    return (letter for letter in string.ascii_letters if letter not in taken)

@@ -1,0 +1,132 @@
+"""(a weight's consumers) -> how a standard DequantizeLinear may feed them, and the edits of the graph that this takes.
+
+onnxruntime >= 1.25 turns DequantizeLinear + MatMul, and + Gemm with transB=0, into MatMulNBits with int8 activations: silently,
+with errors of percents. Conv and Gemm with transB=1 are left alone. A table that is dequantised before a Gather is dequantised
+whole at every inference, so the integers are gathered and then their rows dequantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from ecqx_onnx.tensors import QuantTensor, Scale
+from ecqx_onnx_converters.graph.names import NameMaker
+from ecqx_onnx_converters.graph.uses import Use, set_attribute
+from ecqx_onnx_converters.refusal import Refusal
+
+# Operator -> inputs at which a weight behind DequantizeLinear keeps its exact float arithmetic.
+PLAIN = {"Conv": (1,), "ConvTranspose": (1,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}
+
+
+@dataclass(frozen=True)
+class StandardForm:
+    """How DequantizeLinear feeds a weight's consumers.
+
+    transposed: the float value has the transpose of the weight's layout, [out, in], for Gemm with transB=1.
+    dense: some consumer reads the whole float value (false when only rows are gathered).
+    integer: the consumers are integer kernels, which the runtime fuses with DequantizeLinear of INT8 with a zero point.
+    """
+
+    transposed: bool
+    dense: bool
+    integer: bool = False
+
+
+def standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm | Refusal:
+    """tensor: the weight in the graph's layout, with one step or a step along one axis."""
+    kinds = [_kind(use) for use in uses]
+    for kind in kinds:
+        if isinstance(kind, Refusal):
+            return kind
+    axis = tensor.meaning.axis if isinstance(tensor.meaning, Scale) else None
+    if "gather" in kinds and axis == 0:
+        return Refusal("rows of an embedding with one step each would need their steps gathered, too")
+    if "gemm" in kinds and axis == 1 - (_output_axis(uses)):
+        return Refusal("the step varies along the inputs of a matrix product; onnxruntime is exact with a step along its outputs")
+    dense = {kind for kind in kinds if kind != "gather"}
+    layouts = {
+        kind == "gemm" and not _attribute(use, "transB") for kind, use in zip(kinds, uses, strict=True) if kind != "gather"
+    }
+    if len(layouts) > 1:
+        return Refusal("its consumers want it both as it is and transposed")
+    return StandardForm(transposed=layouts == {True}, dense=bool(dense))
+
+
+def _attribute(use: Use, name: str) -> int:
+    return next((attribute.i for attribute in use.node.attribute if attribute.name == name), 0)
+
+
+def _output_axis(uses: Sequence[Use]) -> int:
+    return 0 if any(use.node.op_type == "Gemm" and _attribute(use, "transB") for use in uses) else 1
+
+
+def _kind(use: Use) -> str | Refusal:
+    """ "plain", "gemm" or "gather"."""
+    operator, position = use.node.op_type, use.position
+    if use.node.domain in ("", "ai.onnx"):
+        if position in PLAIN.get(operator, ()):
+            return "plain"
+        if operator in ("Gemm", "MatMul") and position == 1:
+            return "gemm"
+        if operator == "Gather" and position == 0 and _attribute(use, "axis") == 0:
+            return "gather"
+    return Refusal(f"its consumer {operator} isn't known to keep float arithmetic behind DequantizeLinear")
+
+
+def apply_standard(
+    tensor: QuantTensor, uses: Sequence[Use], *, weight: str, levels: str, type: int, step: str, names: NameMaker
+) -> None:
+    """Edits the consumers in place. tensor: in the graph's layout. weight: the value that DequantizeLinear makes, [out, in] for
+    products; levels: the integers, of TensorProto type `type`; step: what dequantises them."""
+    for use in uses:
+        if use.node.op_type == "Gather":
+            _gather_integers(use, levels, type, step, names)
+        elif use.node.op_type == "Gemm":
+            set_attribute(use.node, "transB", 1)
+        elif use.node.op_type == "MatMul":
+            _gemm_for_matmul(use, weight, tensor.shape, names)
+
+
+def _gather_integers(use: Use, levels: str, type: int, step: str, names: NameMaker) -> None:
+    """Gather integers, then Cast and Mul on the rows. No DequantizeLinear: onnxruntime 1.24 to 1.26 carry it past a Reshape
+    with a QuantizeLinear in between, to uint8, and negative levels become zero. step: (), or [columns]."""
+    output, attributes = use.node.output[0], use.attributes
+    before = []
+    if type not in (TensorProto.INT8, TensorProto.UINT8):  # Gather takes no 4- and 2-bit types; this Cast folds at load
+        before.append(helper.make_node("Cast", [levels], [names("g")], to=TensorProto.INT8))
+        levels = before[0].output[0]
+    rows, floats = names("g"), names("g")
+    gather = helper.make_node("Gather", [levels, use.node.input[1]], [rows], **attributes)
+    cast = helper.make_node("Cast", [rows], [floats], to=TensorProto.FLOAT)
+    _replace(use, [*before, gather, cast, helper.make_node("Mul", [floats, step], [output])])
+
+
+def _gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameMaker) -> None:
+    """MatMul(x, W) -> Reshape(Gemm(Reshape(x, [-1, in]), weight, transB=1), [x.shape[:-1], out]); weight: [out, in]."""
+    inputs, outputs = shape
+    x, y = use.node.input[0], use.node.output[0]
+    flat, product, whole, leading, full = (names("m") for _ in range(5))
+    constants = {key: names("c") for key in ("flat", "start", "end", "out")}
+    values = {"flat": [-1, inputs], "start": [0], "end": [-1], "out": [outputs]}
+    use.scope.initializer.extend(numpy_helper.from_array(np.array(values[key], np.int64), constants[key]) for key in constants)
+    nodes = [
+        helper.make_node("Reshape", [x, constants["flat"]], [flat]),
+        helper.make_node("Gemm", [flat, weight], [product], transB=1),
+        helper.make_node("Shape", [x], [whole]),
+        helper.make_node("Slice", [whole, constants["start"], constants["end"]], [leading]),
+        helper.make_node("Concat", [leading, constants["out"]], [full], axis=0),
+        helper.make_node("Reshape", [product, full], [y]),
+    ]
+    _replace(use, nodes)
+
+
+def _replace(use: Use, nodes: Sequence[NodeProto]) -> None:
+    """Puts the nodes where the consumer was; its own message becomes the last of them, so that other Uses of it stay valid."""
+    position = next(index for index, node in enumerate(use.scope.node) if node is use.node or node == use.node)
+    use.node.CopyFrom(nodes[-1])
+    for offset, node in enumerate(nodes[:-1]):
+        use.scope.node.insert(position + offset, node)

@@ -1,0 +1,1 @@
+"""Read the quantized weights of models that other tools have written."""

@@ -1,0 +1,138 @@
+"""A quantising node and the constants that it reads -> the integers that it makes, or the levels and step of the float weight.
+
+    QuantizeLinear      integer = saturate(round(x / scale) + zero point), halves to even   [ONNX, operators 10 to 25]
+    Clip                integer = min(max(integer, lowest), highest)                        [on integers: QCDQ's narrow ranges]
+    DequantizeLinear    weight = (integer - zero point) · scale
+
+All in float32, as runtimes do it: the weight is theirs bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from ecqx_onnx_converters.refusal import Refusal
+from ecqx_onnx_converters.storage.dense import TYPES
+
+# TensorProto type -> (lowest, highest) integer.
+RANGES = {**{kind: (least, most) for kind, (_, least, most) in TYPES.items()}, TensorProto.UINT8: (0, 255)}
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """values: float32, or integers as int32. type: their TensorProto type. source: the initializer that they come from.
+
+    maker: the node that computes them; None for the initializer itself.
+    """
+
+    values: np.ndarray
+    type: int
+    source: str
+    maker: NodeProto | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A float weight: level · step. levels: int8; step: float32, positive, broadcasts against them. source: as in Constant."""
+
+    levels: np.ndarray
+    step: np.ndarray
+    source: str
+
+
+Rule = Callable[[NodeProto, Sequence[Constant | None]], "Constant | Grid | Refusal | None"]
+
+
+def attribute(node: NodeProto, name: str, default: int) -> int:
+    return next((int(entry.i) for entry in node.attribute if entry.name == name), default)
+
+
+def quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | Refusal:
+    x, scale, zero = _three(inputs)
+    if x is None or scale is None or x.type != TensorProto.FLOAT or scale.type != TensorProto.FLOAT:
+        return Refusal("it isn't quantised from float32 by a float32 scale")
+    kind = zero.type if zero is not None else attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    if kind not in RANGES:
+        return Refusal(f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can be packed")
+    along = _along(node, x.values, scale.values)
+    if isinstance(along, Refusal):
+        return along
+    origin = _spread(zero, along)
+    if isinstance(origin, Refusal):
+        return origin
+    with np.errstate(all="ignore"):
+        rounded = np.rint(x.values / along) + origin
+    if not np.isfinite(rounded).all():
+        return Refusal("it has values, or scales, that aren't finite or are zero")
+    return Constant(np.clip(rounded, *RANGES[kind]).astype(np.int32), kind, x.source, node)
+
+
+def clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
+    """None for floats, and where the integers come from no quantising node."""
+    x, lowest, highest = _three(inputs)
+    if x is None or x.maker is None:
+        return None
+    if any(bound is not None and bound.values.size != 1 for bound in (lowest, highest)):
+        return None
+    least, most = (bound.values.reshape(-1)[0] if bound is not None else None for bound in (lowest, highest))
+    values = x.values if least is None and most is None else np.clip(x.values, least, most)
+    return Constant(values.astype(np.int32), x.type, x.source, node)
+
+
+def dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+    integers, scale, zero = _three(inputs)
+    if integers is None or integers.type not in RANGES:
+        return Refusal("it has more than 8 bits")
+    if scale is None or scale.type != TensorProto.FLOAT or attribute(node, "output_dtype", 1) != TensorProto.FLOAT:
+        return Refusal("it isn't dequantised to float32")
+    along = _along(node, integers.values, scale.values)
+    if isinstance(along, Refusal):
+        return along
+    origin = _spread(zero, along)
+    if isinstance(origin, Refusal):
+        return origin
+    return grid(integers.values - origin, along, integers.source)
+
+
+def grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refusal:
+    """levels: any integers, not empty; step: float32."""
+    if not levels.size:
+        return Refusal("it is empty")
+    if levels.min() < -128 or levels.max() > 127:
+        return Refusal(f"its levels go from {int(levels.min())} to {int(levels.max())}, less the zero point, past int8")
+    if not ((step > 0) & np.isfinite(step)).all():
+        return Refusal("its scale isn't positive and finite")
+    return Grid(levels.astype(np.int8), step.reshape(()) if step.size == 1 else step, source)
+
+
+def _three(inputs: Sequence[Constant | None]) -> tuple[Constant | None, Constant | None, Constant | None]:
+    first, second, third = (*inputs, None, None, None)[:3]
+    return first, second, third
+
+
+def _along(node: NodeProto, values: np.ndarray, scale: np.ndarray) -> np.ndarray | Refusal:
+    """The scale in a shape that broadcasts against the values: one, or one per index of the node's axis."""
+    if scale.size == 1 and scale.ndim <= 1:
+        return scale.reshape(())
+    axis = attribute(node, "axis", 1)
+    if scale.ndim == 1 and -values.ndim <= axis < values.ndim and values.shape[axis] == scale.size:
+        return scale.reshape([-1 if dimension == axis % values.ndim else 1 for dimension in range(values.ndim)])
+    return Refusal(f"it has a scale of shape {list(scale.shape)}, neither one nor one per index of an axis")
+
+
+def _spread(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:
+    """The zero point in the shape of the scale."""
+    if zero is None:
+        return np.zeros((), np.int32)
+    if zero.values.size == 1:
+        return zero.values.reshape(())
+    if zero.values.size != along.size:
+        return Refusal(f"it has {zero.values.size} zero points for {along.size} scales")
+    return zero.values.reshape(along.shape)
+
+
+RULES: Mapping[str, Rule] = {"QuantizeLinear": quantize_linear, "Clip": clip, "DequantizeLinear": dequantize_linear}

@@ -1,0 +1,1 @@
+"""ONNX graphs: reading and writing files, names, opsets, who uses which value."""

@@ -1,0 +1,530 @@
+"""Where results are written: under a temporary name first, then moved, whole or not at all.
+
+What is being written lies in a folder of its own beside its place, whose name derives from the
+output's and ends in random digits:
+
+    .NAME.RANDOM.ecqx-onnx/
+        lock      locked while the process that writes lives
+        new/      what is written, under its final names
+        old/      what stood there before, until the output itself has taken its name
+        gone/     what belonged to the replaced output alone, and goes with it
+
+Files take their place by a hard link or a rename, companions first, the output last: with it the
+whole counts as written. Who finds such a folder unlocked (its process was killed) brings the move
+to an end, forward if the output itself is in place and back otherwise, and removes the folder. A
+file is told to be ours by its inode, so nothing else is ever taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecqx_onnx.errors import FileError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing tells whether a writer lives, so nothing is swept there
+    fcntl = None  # type: ignore[assignment]
+
+NAME_LIMIT = 255  # bytes of one name, on every file system in use
+SUFFIX = ".ecqx-onnx"
+RANDOM_BYTES = 6
+RANDOM_NAME = re.compile(rb"\.[0-9a-f]{12}\.ecqx-onnx")  # what follows the output's name in a temporary one
+TEMPORARY_NAME = "ecqx-onnx"  # of folders in the system's place for temporaries
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+# How file systems without hard links refuse one.
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
+NOT_EXCHANGED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
+ALIVE: set[Path] = set()  # temporary folders of this process; on some network file systems a lock does not tell itself
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+
+
+def derive_path(path: Path, suffix: str) -> Path:
+    """The path of a companion of `path`: its name and `suffix`.
+
+    Args:
+        path: the output.
+        suffix: ASCII, such as '.data'.
+
+    Returns:
+        A path in the same folder. A name that would get longer than NAME_LIMIT is cut, and a
+        checksum of it put in.
+    """
+    return path.with_name(os.fsdecode(_cut(os.fsencode(path.name), len(suffix)) + suffix.encode()))
+
+
+def _cut(name: bytes, room: int) -> bytes:
+    """`name` if `room` more bytes fit behind it; else its beginning and a checksum of it."""
+    if len(name) + room <= NAME_LIMIT:
+        return name
+    mark = b"~" + hashlib.sha256(name).hexdigest()[:12].encode()
+    beginning = name[: NAME_LIMIT - room - len(mark)]
+    return beginning.decode("utf-8", "ignore").encode() + mark
+
+
+def check_output(path: Path | str, *, force: bool, source: object = None) -> None:
+    """Refuses a place where nothing may be written; removes what killed processes left there.
+
+    Args:
+        path: the file to write.
+        force: whether a file, or a link, that is there may be replaced. A link is replaced itself,
+            never what it leads to.
+        source: what is read, if that is a path.
+
+    Raises:
+        FileError: for a folder, a device, a link that leads nowhere or a file that is there
+            (without `force`), the `source`, a place in no folder, and a name that no file can have.
+    """
+    path = Path(path)
+    try:
+        check_name_and_folder(path)
+        remove_leftovers(path)
+        if path.is_dir():
+            raise FileError(f"{path}: is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            raise FileError(f"{path}: is no regular file, so it is not replaced; choose another name")
+        if isinstance(source, str | Path) and _same(path, Path(source), follow=True):
+            raise FileError(f"{path}: is what is read: choose another name, so that it is not lost")
+        if path.is_symlink() and not path.exists() and not force:
+            raise FileError(f"{path}: is a link to {os.readlink(path)}, which does not exist; use --force to replace the link")
+        if path.exists() and not force:
+            raise FileError(f"{path}: exists already; use --force to replace it")
+    except OSError as error:
+        raise FileError(f"cannot write '{path}': {error.strerror or error}; choose another place") from error
+
+
+def check_name_and_folder(path: Path) -> None:
+    """Refuses a name that no file can have, and a place in no folder.
+
+    Raises:
+        FileError: for both of them.
+        OSError: if it cannot be told.
+    """
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r}: has a zero character in it, which no file name can have; choose another name")
+    if (length := len(os.fsencode(path.name))) > NAME_LIMIT:
+        raise FileError(f"{path}: a name can have {NAME_LIMIT} bytes, and this one has {length}; choose a shorter one")
+    try:
+        found = os.stat(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileError(f"{path}: the folder {path.parent} does not exist; create it first") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise FileError(f"{path}: {path.parent} is a file, not a folder; choose another place")
+
+
+@contextmanager
+def replacing(
+    path: Path,
+    *,
+    force: bool,
+    beside: Sequence[Path] = (),
+    superseded: Sequence[Path] = (),
+    sources: Sequence[Path] = (),
+) -> Iterator[Path]:
+    """Gives a path to write to; what is there takes its place if the block ends well, else vanishes.
+
+    A block that writes nothing at that path changes nothing.
+
+    Args:
+        path: the output.
+        force: whether files that are in the way may be replaced.
+        beside: companions in the same folder, which the block may write beside the path that it is
+            given, under their names.
+        superseded: files that belong to the replaced output alone; they go when the new one is
+            in place.
+        sources: files that are read; none of them is replaced, whatever `force` says.
+
+    Raises:
+        FileError: if something is in the way (see check_output), or the disk refuses. Then all is
+            as it was.
+    """
+    check_output(path, force=force)
+    for companion in beside:
+        if companion.parent != path.parent:
+            raise ValueError(f"{companion} does not lie beside {path}")
+    names = [companion.name for companion in beside] + [path.name]
+    with _in_words(path) as left, _temporary(path, left) as place:
+        yield place.new / path.name
+        written = [name for name in names if os.path.lexists(place.new / name)]
+        try:
+            place.commit(written, force, superseded, sources)
+        finally:
+            place.settle()
+
+
+@contextmanager
+def replacing_folder(folder: Path, *, check: Callable[[], None], force: bool) -> Iterator[Path]:
+    """Gives an empty folder, which takes its place when the block ends well, else vanishes.
+
+    Args:
+        folder: the output.
+        check: raises FileError if what is at `folder` may not be replaced; called before, and again
+            right before the move.
+        force: whether `folder` may exist.
+
+    Raises:
+        FileError: as `check` does, or if the disk refuses. Then all is as it was.
+    """
+    check()
+    with _in_words(folder) as left, _temporary(folder, left) as place:
+        new = place.new / folder.name
+        os.mkdir(new)
+        yield new
+        _flush(new)
+        check()
+        try:
+            if not force or not os.path.lexists(folder):
+                _rename_to_free(new, folder)
+            elif not _exchange(new, folder):
+                os.rename(folder, place.folder / "old" / folder.name)
+                _rename_to_free(new, folder)
+        except FileExistsError:
+            raise _taken(folder) from None
+        finally:
+            place.settle()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder in the system's place for temporaries; those of killed processes go first."""
+    path = Path(tempfile.gettempdir()) / TEMPORARY_NAME
+    remove_leftovers(path)
+    with _temporary(path, []) as place:
+        yield place.new
+
+
+def remove_leftovers(path: Path) -> None:
+    """Ends the moves that killed processes had begun for `path`, and removes their temporaries."""
+    if fcntl is None:
+        return
+    prefix = _prefix(path)
+    try:
+        names = [os.fsencode(entry) for entry in os.listdir(path.parent)]
+    except OSError:  # a folder may be written to and not listed
+        return
+    for name in names:
+        if name.startswith(prefix) and RANDOM_NAME.fullmatch(name, len(prefix)):
+            _remove_leftover(path, path.with_name(os.fsdecode(name)))
+
+
+def _prefix(path: Path) -> bytes:
+    """How names of temporaries for `path` begin."""
+    room = 2 * RANDOM_BYTES + 1 + len(SUFFIX)
+    return b"." + _cut(os.fsencode(path.name), room + 1)
+
+
+def _remove_leftover(path: Path, folder: Path) -> None:
+    """Ends the move in `folder` if its lock is free, and removes it."""
+    if folder in ALIVE:
+        return
+    with contextlib.suppress(OSError):
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return
+        try:
+            lock = os.open(folder / "lock", os.O_RDWR | NO_FOLLOW)
+        except FileNotFoundError:
+            os.rmdir(folder)  # killed before it was locked; if it is just being made, its process makes another
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _Place(path, folder, lock).settle()
+            _remove(folder)
+        finally:
+            os.close(lock)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A temporary folder whose lock this process holds."""
+
+    path: Path
+    folder: Path
+    lock: int
+
+    @property
+    def new(self) -> Path:
+        return self.folder / "new"
+
+    def commit(self, names: Sequence[str], force: bool, superseded: Sequence[Path], sources: Sequence[Path]) -> None:
+        """Moves the files `names` of new/ into place; the last one is the output itself."""
+        if self.path.name not in names:
+            return
+        for name in names:
+            final = self.path.with_name(name)
+            check_output(final, force=force)
+            if any(_same(final, source, follow=True) for source in sources):
+                raise FileError(f"{final}: is what is read: choose another name, so that it is not lost")
+            _flush(self.new / name)
+        without_links = self._mark_superseded(names, superseded, sources)
+        try:
+            for name in names:
+                self._place(name, force, alone=len(names) == 1)
+        except BaseException as error:
+            for name in names[:-1]:
+                if not os.path.lexists(self.new / name):  # it was moved, for want of hard links
+                    os.replace(self.path.with_name(name), self.new / name)
+            if isinstance(error, FileExistsError):
+                raise _taken(self.path.with_name(name)) from None
+            raise
+        for other in without_links:
+            other.unlink(missing_ok=True)
+        _flush_folder(self.path.parent)
+
+    def _mark_superseded(self, names: Sequence[str], superseded: Sequence[Path], sources: Sequence[Path]) -> list[Path]:
+        """Gives files that are to go a second name in gone/. -> those that can have none."""
+        without_links = []
+        for other in superseded:
+            kept = other.name in names or any(_same(other, source, follow=True) for source in sources)
+            if kept or other.is_symlink() or not other.is_file():
+                continue
+            try:
+                os.link(other, self.folder / "gone" / other.name)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                without_links.append(other)
+        return without_links
+
+    def _place(self, name: str, force: bool, *, alone: bool) -> None:
+        new, old, final = self.new / name, self.folder / "old" / name, self.path.with_name(name)
+        if not force:
+            _link_to_free(new, final)
+        elif alone:
+            os.replace(new, final)
+        else:
+            if os.path.lexists(final):
+                _keep(final, old)
+            _link_over(new, final, self.folder / "placed")
+
+    def settle(self) -> None:
+        """Ends a move: forward if the output has its name (or nothing was moved), else back."""
+        output = self.new / self.path.name
+        if not os.path.lexists(output) or _same(output, self.path):
+            for part in _entries(self.folder / "gone"):
+                if _same(part, self.path.with_name(part.name)):
+                    self.path.with_name(part.name).unlink()
+        else:
+            for part in _entries(self.new):
+                final, old = self.path.with_name(part.name), self.folder / "old" / part.name
+                if part.name == self.path.name or not _same(part, final):
+                    continue
+                if os.path.lexists(old):
+                    os.replace(old, final)
+                else:
+                    final.unlink()
+        for old in _entries(self.folder / "old"):
+            if not os.path.lexists(final := self.path.with_name(old.name)):
+                _rename_to_free(old, final)
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[list[Path]]:
+    """OSErrors become a FileError; gives a list to which what could not be removed is added."""
+    left: list[Path] = []
+    try:
+        yield left
+    except OSError as error:
+        what = f"'{left[0]}' is left and can be deleted" if left else "nothing was left behind"
+        raise FileError(f"cannot write '{path}': {error.strerror or error}; {what}") from error
+
+
+@contextmanager
+def _temporary(path: Path, left: list[Path]) -> Iterator[_Place]:
+    """A locked temporary folder for `path`, removed at the end, or added to `left` if it stays."""
+    folder: Path | None = None
+    lock: int | None = None
+    try:
+        while lock is None:
+            folder = path.with_name(os.fsdecode(_prefix(path)) + f".{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}")
+            ALIVE.add(folder)
+            lock = _make(folder)
+        assert folder is not None
+        yield _Place(path, folder, lock)
+    finally:
+        if folder is not None:
+            try:
+                _remove(folder)
+            except BaseException:  # a signal that came right now
+                _remove(folder)
+                raise
+            if os.path.lexists(folder):
+                left.append(folder)
+            ALIVE.discard(folder)
+        if lock is not None:
+            os.close(lock)
+
+
+def _make(folder: Path) -> int | None:
+    """The lock of a fresh temporary folder; None if another process took it for a leftover."""
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        return None
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o600)
+    except (FileExistsError, FileNotFoundError):
+        if not folder.parent.is_dir():
+            raise
+        return None
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                return None
+            except OSError:  # a file system without locks: there leftovers are not removed either
+                pass
+        for part in ("new", "old", "gone"):
+            os.mkdir(folder / part, 0o700)
+    except FileNotFoundError:
+        os.close(lock)
+        return None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove(folder: Path) -> None:
+    """Removes a temporary folder, the lock last: by it one can tell whose the rest is."""
+    for part in ("new", "old", "gone", "placed"):
+        if os.path.islink(folder / part) or os.path.isfile(folder / part):
+            with contextlib.suppress(OSError):
+                os.unlink(folder / part)
+        shutil.rmtree(folder / part, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a part of a temporary folder, which may not have been made yet."""
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
+
+
+def _same(one: Path, other: Path, *, follow: bool = False) -> bool:
+    """Whether both names are of one file; False where one is missing or no name."""
+    look = os.stat if follow else os.lstat
+    try:
+        return os.path.samestat(look(one), look(other))
+    except (OSError, ValueError):
+        return False
+
+
+def _taken(path: Path) -> FileError:
+    return FileError(f"{path}: exists already, another process has just written it; use --force to replace it")
+
+
+def _link_to_free(new: Path, final: Path) -> None:
+    """FileExistsError if there is something; of several processes one wins."""
+    try:
+        os.link(new, final)
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW))
+    try:
+        os.replace(new, final)
+    except BaseException:
+        os.unlink(final)
+        raise
+
+
+def _link_over(new: Path, final: Path, between: Path) -> None:
+    """Replaces `final` and leaves `new`, by which it can be told; without hard links it moves."""
+    try:
+        os.link(new, between)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.replace(new, final)
+    else:
+        os.replace(between, final)
+
+
+def _keep(final: Path, old: Path) -> None:
+    """A second name for what is to be replaced; links are kept as links."""
+    try:
+        os.link(final, old, follow_symlinks=False)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LINKS:
+            raise
+        os.rename(final, old)
+
+
+def _renameat2(one: Path, other: Path, flags: int) -> bool:
+    """Linux's rename with flags. False where it cannot be had; OSError as of a rename."""
+    if not sys.platform.startswith("linux"):
+        return False
+    call: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), flags) == 0:
+        return True
+    if (code := ctypes.get_errno()) in NOT_EXCHANGED:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Both change places at one instant; False where the system cannot do that."""
+    return _renameat2(one, other, RENAME_EXCHANGE)
+
+
+def _rename_to_free(one: Path, other: Path) -> None:
+    """FileExistsError if there is something; of several processes one wins."""
+    if _renameat2(one, other, RENAME_NOREPLACE):
+        return
+    if os.path.lexists(other):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(other))
+    try:
+        os.rename(one, other)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR, errno.EEXIST):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(other)) from error
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Brings to the disk what gets its name next: no empty files after a loss of power."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for part in path.iterdir():
+            _flush(part)
+        _flush_folder(path)
+        return
+    file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Names, too; where the system can do that."""
+    with contextlib.suppress(OSError):
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)

@@ -1,0 +1,1 @@
+"""A plan becomes an ONNX file, and a file becomes levels again."""

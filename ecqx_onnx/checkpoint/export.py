@@ -1,0 +1,311 @@
+"""A PyTorch module and one example input -> its exported program and its float ONNX graph. The one user of torch.onnx."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree
+from ecqx_onnx_converters.graph.graph import FloatGraph
+
+from ecqx_onnx.errors import ModelError
+from ecqx_onnx.quantization.parametrizations import copy_module, find_parametrized, merge_parametrizations
+
+BASE_OPSET = 18  # the lowest that torch's exporter writes; every target can read it, and the converter raises it at need
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A traced network, twice: as torch runs it, and as an ONNX float graph.
+
+    notes: sentences for the report (a batch size that had to be fixed, say).
+    """
+
+    program: torch.export.ExportedProgram
+    graph: FloatGraph
+    notes: tuple[str, ...]
+
+
+def export(model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor]) -> Exported:
+    """Trace `model` on `example` (a batch, or a tuple of the forward's arguments) with a free batch size.
+
+    ModelError when torch cannot trace the model. Where the batch size cannot be left free (the model reshapes with a
+    constant, say) it is fixed to the example's, and the notes say so.
+    """
+    program, notes = trace(model, example)
+    try:
+        return Exported(program, float_graph(program), notes)
+    except ModelError as error:
+        program, note = trace_fixed(model, example, error)
+        return Exported(program, float_graph(program), (*notes, note))
+
+
+def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """A copy of a float model as it is exported: no parametrizations, float32. The model itself is not changed.
+
+    Args:
+        model: the user's module.
+
+    Returns:
+        (the copy in evaluation mode, notes for the report).
+
+    Raises:
+        ModelError: the model needs a change before it can be exported and cannot be copied.
+    """
+    inner: torch.nn.Module = getattr(model, "_orig_mod", model)
+    parametrized = find_parametrized(inner)
+    types = {str(p.dtype).removeprefix("torch.") for p in inner.parameters() if p.is_floating_point()} - {"float32"}
+    try:
+        copy = copy_module(inner).eval()
+    except Exception as error:  # a copy runs any module's own code
+        if not parametrized and not types:
+            return inner, ()
+        raise ModelError(
+            f"the model cannot be copied ({_reason(error)}): call remove_parametrizations and .float() on it before"
+        ) from error
+    merge_parametrizations(copy)
+    notes = [f"{entry.kind} is merged into the weight '{entry.name}' that it computes" for entry in parametrized]
+    if types:
+        copy.float()
+        notes.append(f"parameters of {' and '.join(sorted(types))} are converted to float32")
+    return copy, tuple(notes)
+
+
+def trace(
+    model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor]
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """`model` in evaluation mode as a program with a free batch size where that can be, and notes for the report.
+
+    Args:
+        model: the module; its mode is as before afterwards.
+        example: a batch, or the forward's arguments; one tensor may stand for several of them.
+
+    Returns:
+        (the program, notes): a batch size that had to be fixed, inputs that nothing reads, buffers that forward writes.
+
+    Raises:
+        ModelError: torch cannot trace the model.
+    """
+    example = _separate(example, model)
+    was_training = model.training
+    model.eval()
+    try:
+        program, notes = _trace(model, example)
+        if set(map(str, program.graph_signature.user_outputs)) & set(map(str, program.graph_signature.user_inputs)):
+            with _copying_inputs_returned(model):
+                program, notes = _trace(model, example)
+    finally:
+        model.train(was_training)
+    return program, (*notes, *notes_on(program))
+
+
+@contextlib.contextmanager
+def _copying_inputs_returned(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, forward returns a copy of an input that it would return itself: in ONNX no input is an output."""
+    own, forward = vars(model).get("forward"), model.forward
+
+    @functools.wraps(forward)
+    def copying(*args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+
+        def separate(value: Any) -> Any:
+            return value.clone() if any(value is one for one in given) and isinstance(value, torch.Tensor) else value
+
+        return torch.utils._pytree.tree_map(separate, forward(*args, **kwargs))
+
+    model.forward = copying
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def trace_fixed(
+    model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor], error: Exception
+) -> tuple[torch.export.ExportedProgram, str]:
+    """The program for the example's own batch size, and the note that says so. The first error again if that fails too."""
+    example = _separate(example, model)
+    was_training = model.training
+    model.eval()
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(model, example)
+    except Exception:
+        raise error from None
+    finally:
+        model.train(was_training)
+    return program, f"the batch size is fixed to {_batch_of(example)}: with a free one, {error}"
+
+
+def _batch_of(example: tuple[torch.Tensor, ...]) -> int:
+    return next((int(x.shape[0]) for x in example if x.ndim), 1)
+
+
+def _separate(example: torch.Tensor | Sequence[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """Arguments that share no memory, which the tracer would take for one input; floats of the model's type."""
+    example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    wanted = next(iter(types)) if len(types) == 1 else None
+    separate = tuple(x.detach().clone() for x in example)
+    if wanted is None:
+        return separate
+    return tuple(x.to(wanted) if x.is_floating_point() else x for x in separate)
+
+
+def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """What a user should know of a program: inputs that nothing reads, buffers that it writes.
+
+    Args:
+        program: any exported program.
+
+    Returns:
+        One sentence for each; most programs have none.
+    """
+    signature = program.graph_signature
+    inputs = set(map(str, signature.user_inputs))
+    unread = [node.name for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs and not node.users]
+    notes = [
+        f"nothing reads the input '{name}': if the model should, it was traced with one tensor given twice" for name in unread
+    ]
+    written = sorted(written_buffers(program))
+    if written:
+        names = ", ".join(written)
+        notes.append(
+            f"forward writes the model's buffers ({names}): the file holds them as they are now, every run starts from there"
+        )
+    return tuple(notes)
+
+
+def written_buffers(program: torch.export.ExportedProgram) -> set[str]:
+    """Names of the buffers that the program writes: declared, or by an operator that works in place on one or a view of it."""
+    signature = program.graph_signature
+    buffers = dict(signature.inputs_to_buffers)
+    written = set(signature.buffers_to_mutate.values())
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        source = node.args[0] if node.args else None
+        while isinstance(source, torch.fx.Node) and source.op == "call_function":
+            source = source.args[0] if source.args else None
+        if isinstance(source, torch.fx.Node) and source.name in buffers:
+            written.add(buffers[source.name])
+    return written
+
+
+def float_graph(program: torch.export.ExportedProgram, *, keep: Collection[str] = ()) -> FloatGraph:
+    """The float ONNX graph of an exported program, inputs named as in the program.
+
+    Args:
+        program: as torch.export gives it.
+        keep: parameters that no constant folding may compute with, so that they stay in the graph under their names.
+
+    Returns:
+        The graph with its weights apart.
+
+    Raises:
+        ModelError: ONNX lacks an operator.
+    """
+    inputs = list(program.graph_signature.user_inputs)
+    outputs = _output_names(program)
+    with _quiet(), torch.no_grad():
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=BASE_OPSET,
+                input_names=[str(name) for name in inputs],
+                output_names=outputs,
+                external_data=False,
+                verbose=False,
+                optimize=not keep,
+            )
+            if keep and exported is not None:
+                _optimize_around(exported, keep)
+        except Exception as error:  # torch.onnx wraps anything in its own error classes, none of them public
+            raise ModelError(f"torch.onnx cannot export the model: {_reason(error)}") from error
+    assert exported is not None  # only the old exporter returns nothing
+    return FloatGraph.from_model(exported.model_proto)
+
+
+def _optimize_around(exported: torch.onnx.ONNXProgram, keep: Collection[str]) -> None:
+    """The exporter's own optimisation, with these initializers as graph inputs meanwhile: what is no constant is not folded."""
+    inputs, initializers = exported.model.graph.inputs, exported.model.graph.initializers
+    kept = [initializers[name] for name in keep if name in initializers]
+    inputs.extend(kept)
+    exported.optimize()
+    names = {value.name for value in kept}
+    inputs = exported.model.graph.inputs
+    for value in [value for value in inputs if value.name in names]:
+        inputs.remove(value)
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
+    """The keys of a dict that the model returns; "output" for a single tensor; None where the exporter is to choose."""
+    count = len(program.graph_signature.user_outputs)
+    spec = program.call_spec.out_spec
+    keys = list(spec.context) if spec is not None and spec.type is dict and isinstance(spec.context, list) else []
+    taken = {str(name) for name in program.graph_signature.user_inputs}
+    names = [str(key) for key in keys]
+    if len(names) == count and len(set(names)) == count and not taken & set(names):
+        return names
+    return ["output"] if count == 1 else None
+
+
+def _trace(model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    # A batch of one is taken for a constant by the tracer, so trace with two.
+    traced = tuple(torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in example)
+    batch = torch.export.Dim("batch")
+    with _quiet(), torch.no_grad():
+        try:
+            dynamic = tuple({0: batch} if x.ndim else None for x in traced)
+            return torch.export.export(model, traced, dynamic_shapes=_per_argument(model, dynamic)), ()
+        except Exception as error:
+            first = error
+        try:
+            reason = f"the model does not trace with a free one ({_reason(first)})"
+            note = f"the batch size is fixed to {_batch_of(example)}: {reason}"
+            return torch.export.export(model, example), (note,)
+        except Exception as error:
+            raise ModelError(f"torch.export cannot trace the model: {_reason(error)}") from error
+
+
+def _per_argument(model: torch.nn.Module, dynamic: tuple[dict | None, ...]) -> tuple:
+    """torch.export wants a starred argument's shapes in a tuple of their own."""
+    import inspect
+
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return (dynamic,) if kinds and kinds[0] is inspect.Parameter.VAR_POSITIONAL else dynamic
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's first line: torch wraps the useful sentence in several layers of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporters print progress and warn of their own internals; none of it is for our users."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The float model that is compressed: its graph, its weights, its biases."""

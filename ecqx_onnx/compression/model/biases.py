@@ -1,0 +1,135 @@
+"""Gives each weight a bias that can take up the mean error of its rounding.
+
+Rounding shifts the mean output of a layer by E m (E: the error, m: the mean input). A bias of the
+layer takes that back for nothing [Nagel et al. 2019, arXiv 1906.04721, section 4.2], so that only
+the deviations from the mean are left to error feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, fresh_name, tensor_values, value_names
+from ecqx_onnx_converters.graph.uses import Use, find_uses
+from onnx import ModelProto, TensorProto
+
+from ecqx_onnx.compression.model.weights import Weight
+
+
+def with_biases(graph: FloatGraph, weights: Sequence[Weight]) -> tuple[FloatGraph, Mapping[str, str]]:
+    """(graph, weight -> initializer [rows] that is its bias).
+
+    Conv and Gemm without a bias get one of zeros; a MatMul has one where an Add of a constant
+    follows. The biases lie in the new graph's `weights`; the graph given is not changed.
+    """
+    proto = ModelProto()
+    proto.CopyFrom(graph.proto)
+    arrays = dict(graph.weights)
+    uses = find_uses(proto.graph)
+    taken = value_names(proto.graph)
+    biases: dict[str, str] = {}
+    for weight in weights:
+        found = uses.get(weight.name, ())
+        if len(found) != 1 or found[0].scope is not proto.graph:
+            continue
+        name = _bias_of(weight, found[0], proto, arrays, uses, taken)
+        if name is not None:
+            biases[weight.name] = name
+    return FloatGraph(proto, arrays), biases
+
+
+def _bias_of(
+    weight: Weight,
+    use: Use,
+    proto: ModelProto,
+    arrays: dict[str, np.ndarray],
+    uses: Mapping[str, Sequence[Use]],
+    taken: set[str],
+) -> str | None:
+    """The weight's bias, with its values in `arrays` afterwards; None where there can't be one."""
+    node, rows = use.node, _rows(weight)
+    if node.op_type == "MatMul" and weight.kind == "matrix_transposed" and use.position == 1:
+        return _added_constant(node.output[0], rows, proto, arrays, uses)
+    plain_gemm = node.op_type == "Gemm" and use.position == 1 and _is_plain(use)
+    if node.op_type != "Conv" and not plain_gemm:
+        return None
+    if len(node.input) > 2 and node.input[2]:
+        return _own_vector(node.input[2], rows, proto, arrays, uses)
+    name = fresh_name(f"{weight.name}.bias", taken)
+    tensor = proto.graph.initializer.add(name=name, data_type=TensorProto.FLOAT)
+    tensor.dims.append(rows)
+    arrays[name] = np.zeros(rows, np.float32)
+    del node.input[2:]
+    node.input.append(name)
+    return name
+
+
+def _rows(weight: Weight) -> int:
+    return weight.shape[0] if weight.kind in ("conv", "matrix") else weight.shape[-1]
+
+
+def _is_plain(use: Use) -> bool:
+    attributes = use.attributes
+    return attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
+
+
+def _own_vector(
+    name: str,
+    rows: int,
+    proto: ModelProto,
+    arrays: dict[str, np.ndarray],
+    uses: Mapping[str, Sequence[Use]],
+) -> str | None:
+    """The initializer `name`, if it is a float32 vector of this length that one node reads."""
+    if len(uses.get(name, ())) != 1:
+        return None
+    for tensor in proto.graph.initializer:
+        if tensor.name == name:
+            if tensor.data_type != TensorProto.FLOAT or list(tensor.dims) != [rows]:
+                return None
+            if name not in arrays:
+                arrays[name] = tensor_values(tensor)
+                clear_data(tensor)
+            return name
+    return None
+
+
+def _added_constant(
+    output: str,
+    rows: int,
+    proto: ModelProto,
+    arrays: dict[str, np.ndarray],
+    uses: Mapping[str, Sequence[Use]],
+) -> str | None:
+    """The vector that the only reader of a product adds to it."""
+    readers = uses.get(output, ())
+    if len(readers) != 1 or readers[0].node.op_type != "Add":
+        return None
+    other = readers[0].node.input[1 - readers[0].position]
+    return _own_vector(other, rows, proto, arrays, uses)
+
+
+def corrected_bias(
+    bias: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    mean_before: np.ndarray,
+    mean_after: np.ndarray,
+) -> np.ndarray:
+    """b + W m - W' m': the layer's mean output is again what the float network's is.
+
+    Args:
+        bias: float32 [groups · rows].
+        before, after: float32 [groups, rows, columns], the weight as it was and as it is rounded.
+        mean_before, mean_after: float64 [groups or 1, columns], of the input in either network.
+    Returns:
+        float32, the bias's shape.
+    """
+    old = np.einsum("grc,gc->gr", before.astype(np.float64), _per_group(mean_before, before))
+    new = np.einsum("grc,gc->gr", after.astype(np.float64), _per_group(mean_after, after))
+    return (bias + (old - new).reshape(bias.shape)).astype(np.float32)
+
+
+def _per_group(mean: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(mean, (matrices.shape[0], matrices.shape[2]))

@@ -1,0 +1,1 @@
+"""Round weights so that output errors cancel: second moments and error feedback."""

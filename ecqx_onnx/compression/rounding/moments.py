@@ -1,0 +1,192 @@
+"""Second moments of what each weight multiplies, streamed batch by batch through onnxruntime.
+
+    H = E[(x - m)(x - m)ᵀ],  m = E[x]        where the layer's bias takes up the mean error
+    H = E[x xᵀ],             m = 0           where there is no bias to do that
+
+An error E in the weight W moves the layer's output by E x, whose mean square is tr(E H Eᵀ)
+[Frantar et al. 2023, arXiv 2210.17323]. A bias can be corrected by E m at no cost, which leaves the
+centered moments. Inputs longer than `LONGEST` have their moments in diagonal blocks, so that memory
+is bounded; the sums are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ecqx_onnx.compression.model.weights import Product, Weight
+from ecqx_onnx.compression.rounding.vectors import input_vectors
+from ecqx_onnx.errors import ModelError
+from ecqx_onnx.runtime.runner import Feeds, Runner
+
+LONGEST = 4096  # inputs of one block of H
+VECTORS_PER_INPUT = 32  # as many vectors as that times the length of x, or FEWEST_VECTORS
+FEWEST_VECTORS = 65_536
+BUDGET = 1 << 29  # bytes of moments that one pass over the data may hold
+
+
+@dataclass(frozen=True)
+class MomentKey:
+    """What moments depend on: weights with the same key (Q, K and V, say) share them."""
+
+    product: Product
+    groups: int
+
+    @classmethod
+    def of(cls, weight: Weight) -> MomentKey | None:
+        """The key of a weight's moments; None where nothing can be watched."""
+        product = weight.watched
+        if product is None or product.layout in ("unwatched", "rows"):
+            return None
+        groups = 1 if product.layout in ("sequence", "last", "first", "second_last") else 0
+        return cls(_shared(product), groups or weight.groups)
+
+
+def _shared(product: Product) -> Product:
+    """The product without what does not matter for its input's vectors."""
+    operator = "" if product.layout in ("last", "sequence") else product.operator
+    layout = "last" if product.layout == "sequence" else product.layout
+    return Product(operator, product.value, "", layout, product.main, product.window)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of one input.
+
+    blocks: float64 arrays [groups, k, k] on the diagonal, for inputs `starts[i]` to `starts[i] + k`.
+    mean: float64 [groups, n].
+    count: vectors that were seen.
+    """
+
+    blocks: tuple[np.ndarray, ...]
+    starts: tuple[int, ...]
+    mean: np.ndarray
+    count: int
+
+    @property
+    def length(self) -> int:
+        """Entries of x."""
+        return int(self.mean.shape[-1])
+
+    def centered(self) -> Moments:
+        """The same about the mean: E[x xᵀ] - m mᵀ."""
+        blocks = []
+        for start, block in zip(self.starts, self.blocks, strict=True):
+            part = self.mean[:, start : start + block.shape[-1]]
+            blocks.append(block - part[:, :, None] * part[:, None, :])
+        return Moments(tuple(blocks), self.starts, self.mean, self.count)
+
+
+class MomentSum:
+    """Adds up vectors of one input, or of two inputs x and x' of the same length: E[x' xᵀ]."""
+
+    def __init__(self) -> None:
+        self.blocks: list[np.ndarray] = []
+        self.starts: list[int] = []
+        self.total: np.ndarray | None = None
+        self.count = 0
+
+    def add(self, vectors: np.ndarray, others: np.ndarray | None = None) -> None:
+        """vectors, others: float32 [groups, count, n]. Rows of a block belong to `others`."""
+        groups, count, length = vectors.shape
+        if self.total is None:
+            self.total = np.zeros((groups, length))
+            self.starts = list(range(0, length, LONGEST))
+            sizes = [min(LONGEST, length - start) for start in self.starts]
+            self.blocks = [np.zeros((groups, size, size)) for size in sizes]
+        self.total += vectors.sum(axis=1, dtype=np.float64)
+        self.count += count
+        for start, block in zip(self.starts, self.blocks, strict=True):
+            part = vectors[:, :, start : start + block.shape[-1]]
+            other = part if others is None else others[:, :, start : start + block.shape[-1]]
+            for group in range(groups):
+                block[group] += other[group].T @ part[group]
+
+    def add_mean(self, vectors: np.ndarray) -> None:
+        """Their mean only, no second moments."""
+        total = vectors.sum(axis=1, dtype=np.float64)
+        self.total = total if self.total is None else self.total + total
+        self.count += vectors.shape[1]
+
+    def finish(self) -> Moments:
+        """The averages. ModelError where the activation was not finite."""
+        assert self.total is not None
+        count = max(1, self.count)
+        blocks = tuple(block / count for block in self.blocks)
+        return Moments(blocks, tuple(self.starts), self.total / count, self.count)
+
+
+def collect_moments(
+    runner: Runner,
+    weights: Sequence[Weight],
+    batches: Iterable[Feeds],
+    *,
+    samples: int,
+    changed: Mapping[str, np.ndarray] | None = None,
+) -> dict[MomentKey, Moments]:
+    """Moments of the inputs of `weights`, in one pass over the data.
+
+    Args:
+        runner: knows the values that the weights are multiplied with.
+        weights: whose inputs are wanted; those without an input to watch are passed over.
+        batches: the model's inputs, batch by batch.
+        samples: how many samples all batches hold, for an even choice of windows.
+        changed: values of weights that differ from the graph's own.
+    Returns:
+        Moments by key.
+    Raises:
+        ModelError: an activation holds NaN or infinity.
+    """
+    keys = unique_keys(weights)
+    sums = {key: MomentSum() for key in keys}
+    names = list(dict.fromkeys(key.product.value for key in keys if key.product.value))
+    for number, feeds in enumerate(batches):
+        found = dict(zip(names, runner.run(feeds, fetch=names, weights=changed), strict=True))
+        mask = padding_mask(feeds)
+        size = max(1, batch_size(feeds))
+        for key, total in sums.items():
+            activation = found[str(key.product.value)]
+            total.add(vectors_of(key, activation, number, size / samples, mask))
+    for key, total in sums.items():
+        check_finite(str(key.product.value), total)
+    return {key: total.finish() for key, total in sums.items() if total.total is not None}
+
+
+def unique_keys(weights: Sequence[Weight]) -> list[MomentKey]:
+    """The keys of the weights that have one, each once, in their order."""
+    keys = [MomentKey.of(weight) for weight in weights]
+    return list(dict.fromkeys(key for key in keys if key is not None))
+
+
+def vectors_of(key: MomentKey, activation: np.ndarray, number: int, share: float, mask: np.ndarray | None) -> np.ndarray:
+    """This batch's vectors for one key: `share` of as many as all samples should give."""
+    window = key.product.window
+    taps = int(np.prod(window.kernel)) if window is not None else 1
+    channels = activation.shape[1] if activation.ndim > 1 else 1
+    length = channels // key.groups * taps if window is not None else activation.shape[-1]
+    wanted = max(FEWEST_VECTORS, VECTORS_PER_INPUT * length)
+    limit = max(1, int(wanted * share))
+    return input_vectors(activation, key.product, groups=key.groups, limit=limit, offset=number, mask=mask)
+
+
+def check_finite(name: str, total: MomentSum) -> None:
+    """ModelError where sums hold NaN or infinity."""
+    if total.total is not None and not np.isfinite(total.total).all():
+        raise ModelError(f"activation '{name}' holds NaN or infinity on these data: mend the model or the data")
+
+
+def batch_size(feeds: Feeds) -> int:
+    """Samples in a batch: the first axis of its inputs."""
+    return max((len(array) for array in feeds.values() if array.ndim), default=1)
+
+
+def padding_mask(feeds: Feeds) -> np.ndarray | None:
+    """bool [N, T] from an integer or bool input called like "attention_mask"; None without one."""
+    for name, array in feeds.items():
+        if "mask" in name.lower() and array.ndim == 2 and array.dtype.kind in "iub":
+            mask = array != 0
+            if mask.any():
+                return mask
+    return None

@@ -1,0 +1,1 @@
+"""Turn one dial until the file keeps to its bounds: allocation, points, quality."""

@@ -1,0 +1,183 @@
+"""One point of the curve of bytes against quality, and how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ecqx_onnx.compression.encoding import Encoded, FileOptions, encode
+from ecqx_onnx.compression.rounding.moments import collect_moments, unique_keys
+from ecqx_onnx.compression.rounding.ordered import Layers, RoundedModel, largest_live_bytes, round_at_once, round_in_order
+from ecqx_onnx.compression.rounding.units import choose_unit
+from ecqx_onnx.compression.search.allocation import RateCurve, allocate, dial_for_bits, measure_rate
+from ecqx_onnx.compression.search.quality import Quality, QualitySum
+from ecqx_onnx.compression.search.samples import Samples
+from ecqx_onnx.compression.search.sensitivity import measure_sensitivity
+from ecqx_onnx.errors import DataError, ModelError
+from ecqx_onnx.runtime.runner import Feeds, Runner
+
+LIVE_BUDGET = 400 << 20  # bytes of values between two layers, in each of the two networks
+PROBED = 128  # samples for the sensitivities
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was reached at one setting of the dial.
+
+    bits: that were expected for all quantized weights, by the rate curves; the search's coordinate.
+    nbytes: of the whole file, from the real encoder. bits_per_weight: coded. quality: on the
+    samples of the search. steps: weight -> multiple of its deviation.
+    """
+
+    bits: float
+    nbytes: int
+    bits_per_weight: float
+    quality: Quality
+    steps: Mapping[str, float] = field(repr=False)
+
+    @property
+    def sentence(self) -> str:
+        """In words, for a progress line."""
+        parts = [f"{self.nbytes:,} bytes, {self.bits_per_weight:.2f} bits a weight"]
+        if self.quality.agreement is not None:
+            parts.append(f"agreement {100 * self.quality.agreement.share:.1f} %")
+        if self.quality.drop is not None:
+            parts.append(f"{self.quality.drop:+.2f} points lost")
+        parts.append(f"error {self.quality.error:.4f}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A point, and the model that it stands for."""
+
+    point: Point
+    model: RoundedModel
+    encoded: Encoded
+
+
+class PointMaker:
+    """Makes points of one model on one set of data: statistics once, then any number of points."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        statistics: Samples,
+        search: Samples,
+        *,
+        batch: int,
+        classes: tuple[int, int] | None,
+        options: FileOptions,
+        metadata: Mapping[str, Any],
+        threads: int,
+        say: Say,
+    ) -> None:
+        """
+        Args:
+            layers: the network.
+            statistics, search: samples that rounding learns from, and that points are judged by.
+            batch: samples in one run.
+            classes: (output, axis) of class scores, where there are any.
+            options, metadata: of the file.
+            threads: of onnxruntime.
+            say: told what is done.
+        """
+        self.layers = layers
+        self._options, self._metadata = options, metadata
+        self._threads, self._say = threads, say
+        self._classes = classes
+        values = [str(key.product.value) for key in unique_keys(layers.weights)]
+        variable = layers.variable
+        self._runner = Runner(layers.graph, variable=variable, values=values, threads=threads)
+        self.notes: list[str] = []
+        self._in_order = True
+        self._batches = self._choose_statistics(statistics, batch)
+        self._search = list(search.batches(batch))
+        self._expected = [self._runner.run(feeds) for feeds, _ in self._search]
+        self._learn()
+
+    def _choose_statistics(self, statistics: Samples, batch: int) -> list[Feeds]:
+        """All batches, or as many as leave room for the values between two layers."""
+        first = statistics.take(batch).feeds(batch)[:1]
+        try:
+            each = largest_live_bytes(self.layers, first, threads=self._threads) / batch
+        except (ModelError, DataError) as error:
+            self._in_order = False
+            self.notes.append(f"weights are rounded without regard to each other: {error}")
+            each = 0.0
+        most = int(LIVE_BUDGET / each) if each else len(statistics)
+        most = max(batch, most // batch * batch)
+        if most < len(statistics):
+            self.notes.append(f"{most} of {len(statistics)} samples are used for statistics, to bound memory")
+            statistics = statistics.take(most)
+        return statistics.feeds(batch)
+
+    def _learn(self) -> None:
+        """Units, rates, moments and sensitivities."""
+        layers = self.layers
+        self._units = {}
+        curves = []
+        for weight in layers.weights:
+            matrices = layers.matrices(weight)
+            self._units[weight.name] = choose_unit(weight, matrices)
+            curves.append(measure_rate(weight.name, matrices, self._units[weight.name]))
+        self._curves: tuple[RateCurve, ...] = tuple(curves)
+        self._say(f"statistics of {len(layers.weights)} weights")
+        samples = sum(len(next(iter(feeds.values()))) for feeds in self._batches)
+        self._moments = collect_moments(self._runner, layers.weights, self._batches, samples=samples)
+        self.slopes: dict[str, float] = {}
+
+    def measure(self, known: Mapping[str, float] | None = None) -> None:
+        """The sensitivities: measured, or as `known` from an earlier run."""
+        if known is not None and set(known) == {weight.name for weight in self.layers.weights}:
+            self.slopes = dict(known)
+            return
+        size = len(next(iter(self._batches[0].values())))
+        some = self._batches[: max(1, PROBED // max(1, size))]
+
+        def show(done: int, total: int) -> None:
+            if done % max(1, total // 10) == 0:
+                self._say(f"sensitivity of weight {done + 1} of {total}")
+
+        self.slopes = measure_sensitivity(self.layers, self._units, self._moments, self._runner, some, progress=show)
+
+    @property
+    def entries(self) -> int:
+        """Weights that are quantized."""
+        return sum(curve.size for curve in self._curves)
+
+    def steps_for(self, bits: float) -> dict[str, float]:
+        """Multiples of the units at which the curves expect so many bits for a weight."""
+        dial = dial_for_bits(self._curves, self.slopes, bits * self.entries)
+        return allocate(self._curves, self.slopes, dial)
+
+    def make(self, bits: float) -> Candidate:
+        """The point at `bits` expected bits for a weight."""
+        multiples = self.steps_for(bits)
+        steps = {name: self._units[name] * np.float32(multiple) for name, multiple in multiples.items()}
+        if self._in_order:
+            model = round_in_order(self.layers, steps, self._batches, threads=self._threads)
+        else:
+            model = round_at_once(self.layers, steps, self._moments)
+        encoded = encode(self.layers, model, self._options, metadata=self._metadata)
+        quality = self.judge(model)
+        point = Point(bits, encoded.nbytes, encoded.bits_per_weight, quality, multiples)
+        return Candidate(point, model, encoded)
+
+    def judge(self, model: RoundedModel) -> Quality:
+        """On the samples of the search."""
+        total = QualitySum(self._runner.outputs, classes=self._classes)
+        for (feeds, labels), expected in zip(self._search, self._expected, strict=True):
+            found = self._runner.run(feeds, weights=model.changed)
+            size = len(next(iter(feeds.values())))
+            total.add(expected, found, labels, size)
+        return total.finish()
+
+
+def total_samples(batches: Sequence[Feeds]) -> int:
+    """Samples in all batches."""
+    return sum(len(next(iter(feeds.values()))) for feeds in batches)

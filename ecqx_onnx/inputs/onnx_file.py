@@ -1,0 +1,204 @@
+"""A path -> the ONNX model in it, every tensor's size checked, or one sentence on what is wrong with the file.
+
+Nothing is loaded into a runtime before it has passed here: lying shapes, data cut short, paths that leave the model's folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import onnx
+from ecqx_onnx_converters.graph.files import external_bytes, read_proto
+from ecqx_onnx_converters.graph.graph import all_graphs, clear_data
+from ecqx_onnx_converters.graph.limits import may_have_size
+from ecqx_onnx_converters.serialization.reading import read_metadata
+from onnx import TensorProto, numpy_helper
+
+from ecqx_onnx.errors import FileError, ModelError
+
+# Sub-byte types pack several values into a byte; all others have numpy's itemsize.
+SUB_BYTE_BITS: dict[int, int] = {
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
+}
+MOST_DIMENSIONS = 16  # numpy has 64, runtimes fewer
+LONGEST_LOCATION = 255  # bytes of the name of a file of external data, folders included
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+TYPED_FIELDS: dict[int, str] = {
+    TensorProto.FLOAT: "float_data",
+    TensorProto.DOUBLE: "double_data",
+    TensorProto.INT64: "int64_data",
+    TensorProto.UINT32: "uint64_data",
+    TensorProto.UINT64: "uint64_data",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFile:
+    """proto: without the contents of external data. metadata: our JSON in it, empty for a foreign file."""
+
+    path: Path
+    proto: onnx.ModelProto
+    external: tuple[Path, ...]
+    metadata: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file and of its external data."""
+        return self.path.stat().st_size + sum(path.stat().st_size for path in self.external)
+
+    def with_data(self) -> onnx.ModelProto:
+        """The model with its external data read in."""
+        if not self.external:
+            return self.proto
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for _, tensor in named_tensors(proto):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                content = external_bytes(tensor, self.path.parent)  # as long as the shape says, where no length is stated
+                clear_data(tensor)
+                tensor.raw_data = content
+        return proto
+
+
+def read_onnx(path: Path | str) -> OnnxFile:
+    """FileError if the file is missing, damaged or lies about itself; ModelError if a weight is not a number."""
+    path = Path(path)
+    proto = read_proto(path)
+    if not proto.graph.output:
+        raise FileError(f"{path}: holds a graph without outputs; the file is damaged or cut short")
+    try:
+        metadata = read_metadata(proto)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from error
+    external = set()
+    for where, tensor in named_tensors(proto):
+        _check_declaration(path, where, tensor)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            external.add(external_file(path, where, tensor))
+        else:
+            _check_size(path, where, tensor)
+            _check_numbers(path, where, tensor)
+    for graph in all_graphs(proto.graph):
+        for sparse in graph.sparse_initializer:
+            _check_sparse(path, sparse)
+    return OnnxFile(path, proto, tuple(sorted(external)), metadata)
+
+
+def named_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
+    """(what it is in words, tensor) for every tensor stored in the model."""
+    for graph in all_graphs(proto.graph):
+        for tensor in graph.initializer:
+            yield f"initializer '{tensor.name}'", tensor
+        for sparse in graph.sparse_initializer:
+            yield f"the values of sparse initializer '{sparse.values.name}'", sparse.values
+            yield f"the indices of sparse initializer '{sparse.values.name}'", sparse.indices
+        yield from _constants(graph.node)
+    for function in proto.functions:
+        yield from _constants(function.node)
+
+
+def stored_bytes(tensor: TensorProto) -> int:
+    """Bytes that the tensor's shape and type ask for."""
+    count = math.prod(tensor.dims)
+    if tensor.data_type in SUB_BYTE_BITS:
+        return -(-count * SUB_BYTE_BITS[tensor.data_type] // 8)
+    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def _constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield f"attribute '{attribute.name}' of node '{node.name or node.op_type}'", attribute.t
+
+
+def _check_declaration(path: Path, where: str, tensor: TensorProto) -> None:
+    """Type and shape, before anything is reckoned with them."""
+    if any(length < 0 for length in tensor.dims):
+        raise FileError(f"{path}: {where} has the shape {list(tensor.dims)[:9]}, and no length can be negative")
+    if len(tensor.dims) > MOST_DIMENSIONS:
+        raise FileError(f"{path}: {where} has {len(tensor.dims)} dimensions, more than {MOST_DIMENSIONS}; the file is damaged")
+    if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
+        raise FileError(f"{path}: {where} has data type {tensor.data_type}, which ONNX does not know")
+
+
+def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
+    count = math.prod(tensor.dims)
+    if tensor.data_type == TensorProto.STRING:
+        found, needed, unit = len(tensor.string_data), count, "strings"
+    elif tensor.HasField("raw_data"):
+        found, needed, unit = len(tensor.raw_data), stored_bytes(tensor), "bytes"
+    else:
+        found = len(getattr(tensor, TYPED_FIELDS.get(tensor.data_type, "int32_data")))
+        needed = stored_bytes(tensor) if tensor.data_type in SUB_BYTE_BITS else count
+        unit = "values"
+    if found != needed:
+        raise FileError(f"{path}: {where} claims the shape {list(tensor.dims)}, {needed} {unit}, but the file holds {found}")
+
+
+def _check_numbers(path: Path, where: str, tensor: TensorProto) -> None:
+    if tensor.data_type in FLOATS:
+        bad = int(np.count_nonzero(np.isnan(numpy_helper.to_array(tensor).astype(np.float32, copy=False))))
+        if bad:
+            raise ModelError(f"{path}: {where} holds {bad} values that are no numbers (NaN): train or save the model again")
+
+
+def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
+    where, size = f"{path}: sparse initializer '{sparse.values.name}'", math.prod(sparse.dims)
+    if min(sparse.dims, default=0) < 0 or len(sparse.dims) > MOST_DIMENSIONS:
+        raise FileError(f"{where} has the shape {list(sparse.dims)[:9]}, and no tensor can; the file is damaged")
+    if not may_have_size(size, math.prod(sparse.values.dims)):
+        raise FileError(f"{where} claims the shape {list(sparse.dims)} for {math.prod(sparse.values.dims)} values: damaged")
+    if list(sparse.indices.dims) != list(sparse.values.dims):  # one linear index per value, the form that onnxruntime reads
+        raise FileError(f"{where} has {list(sparse.values.dims)} values but {list(sparse.indices.dims)} indices")
+    if sparse.indices.data_type != TensorProto.INT64:
+        raise FileError(f"{where} has indices of ONNX data type {sparse.indices.data_type}, INT64 is needed")
+    indices = numpy_helper.to_array(sparse.indices)
+    if indices.size and not 0 <= indices.min() <= indices.max() < size:
+        wrong = int(indices.min() if indices.min() < 0 else indices.max())
+        raise FileError(f"{where} has index {wrong}, outside of its {size} values (shape {list(sparse.dims)})")
+
+
+def external_file(path: Path, where: str, tensor: TensorProto) -> Path:
+    """The file that holds the tensor's data: beside the model, there, and long enough."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    if tensor.data_type == TensorProto.STRING:
+        raise FileError(f"{path}: {where} is text in external data, which ONNX does not have; the file is damaged")
+    if "\0" in location or len(location.encode()) > LONGEST_LOCATION:
+        raise FileError(f"{path}: {where} has external data at {location[:40]!r}, which no file can be called")
+    try:
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(stored_bytes(tensor))))
+    except ValueError:
+        raise FileError(f"{path}: {where} has external data whose offset or length is not a number") from None
+    folder = path.parent.resolve()
+    outside = PureWindowsPath(location).is_absolute() or Path(location).is_absolute()
+    try:
+        inside = folder in (folder / location).resolve().parents
+        there = inside and (folder / location).is_file()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
+        raise FileError(f"{path}: {where} lies in '{location}', which cannot be opened ({error})") from error
+    if not location or outside or not inside:
+        raise FileError(f"{path}: {where} points to external data at '{location}', outside of the model's folder: refused")
+    file = folder / location
+    if not there:
+        raise FileError(f"{path}: {where} lies in '{location}', which is missing: keep that file beside the model")
+    if offset < 0 or length != stored_bytes(tensor):
+        raise FileError(
+            f"{path}: {where} claims {length} bytes of external data at offset {offset}, but its shape {list(tensor.dims)} "
+            f"takes {stored_bytes(tensor)}"
+        )
+    if offset + length > file.stat().st_size:
+        raise FileError(
+            f"{path}: {where} needs bytes {offset} to {offset + length} of '{location}', which has only {file.stat().st_size}"
+        )
+    return file

@@ -1,0 +1,313 @@
+"""An .onnx file, or a checkpoint of ours -> what is in it: each weight's levels, and where every byte of the file goes.
+
+Runs no model and unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from ecqx_onnx_converters.dequantization.fused import expanded
+from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.serialization.reading import StoredWeight, is_as_written, read_records, read_weights
+from ecqx_onnx_converters.storage import DOMAIN
+from onnx import TensorProto
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ecqx_onnx.checkpoint.insight import Insight, to_document
+from ecqx_onnx.errors import FileError
+from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx, stored_bytes
+from ecqx_onnx.inspection.byte_parts import FLOATS, NARROW, byte_parts, scale_names
+from ecqx_onnx.tensors import QuantTensor
+
+SHOWN_FLOATS = 12  # rows of float weights in the tables; the JSON has all
+
+
+@dataclass(frozen=True)
+class InspectedTensor:
+    """One quantised weight. entropy: bits per weight; zeros: share in [0, 1]; nbytes: of its integers as they are stored."""
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    bits: int
+    zeros: float
+    entropy: float
+    storage: str
+    dequantization: str
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensor: QuantTensor, sources: tuple[str, ...], storage: str, dequantization: str, nbytes: int) -> InspectedTensor:
+        return cls(tensor.name, sources, tensor.shape, tensor.bits, tensor.zeros, tensor.entropy, storage, dequantization, nbytes)
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """A float tensor of two or more dimensions."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """kind: "ONNX model" or "checkpoint". facts: (what, value) in words. parts: what the file's bytes are for; sums to nbytes.
+
+    inflated: the metadata lists quantised weights that are float in the file. warnings: one sentence each.
+    """
+
+    file: str
+    kind: str
+    nbytes: int
+    facts: tuple[tuple[str, str], ...]
+    tensors: tuple[InspectedTensor, ...]
+    floats: tuple[FloatWeight, ...]
+    parts: Mapping[str, int]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    inflated: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; sizes in bytes, shares in [0, 1], entropy in bits per weight."""
+        return {
+            "file": self.file,
+            "kind": self.kind,
+            "bytes": self.nbytes,
+            "facts": dict(self.facts),
+            "tensors": [
+                {
+                    "name": row.name,
+                    "sources": list(row.sources),
+                    "shape": list(row.shape),
+                    "bits": row.bits,
+                    "zeros": row.zeros,
+                    "entropy": row.entropy,
+                    "storage": row.storage,
+                    "dequantization": row.dequantization,
+                    "bytes": row.nbytes,
+                }
+                for row in self.tensors
+            ],
+            "float": [{"name": row.name, "shape": list(row.shape), "bytes": row.nbytes} for row in self.floats],
+            "parts": dict(self.parts),
+            "recipe": dict(self.recipe),
+            "preprocessing": dict(self.preprocessing),
+            "labels": list(self.labels),
+            "inflated": self.inflated,
+            "warnings": list(self.warnings),
+        }
+
+    def render(self) -> RenderableType:
+        """As tables for a terminal."""
+        facts = Table(title=Text(f"{self.file}: {self.kind}, {self.nbytes:,} bytes"), title_justify="left", show_header=False)
+        rows = [*self.facts, ("recipe", _words(self.recipe)), ("preprocessing", _words(self.preprocessing))]
+        for name, value in [*rows, ("labels", ", ".join(self.labels))]:
+            if value:
+                facts.add_row(name, Text(value))
+        parts = Table("what the bytes are for", "bytes", "share")
+        for name, count in sorted(self.parts.items(), key=lambda item: -item[1]):
+            if count:
+                parts.add_row(name, f"{count:,}", f"{count / max(1, self.nbytes):.1%}")
+        tables: list[RenderableType] = [facts]
+        if self.tensors:
+            tables.append(self._weights())
+        for row in self.floats[:SHOWN_FLOATS]:
+            tables.append(Text(f"float: {row.name} {list(row.shape)}, {row.nbytes:,} bytes", style="dim"))
+        if len(self.floats) > SHOWN_FLOATS:
+            rest = self.floats[SHOWN_FLOATS:]
+            tables.append(Text(f"float: {len(rest)} more weights, {sum(row.nbytes for row in rest):,} bytes", style="dim"))
+        return Group(*tables, parts, *(Text(warning, style="yellow") for warning in self.warnings))
+
+    def _weights(self) -> Table:
+        table = Table()
+        for heading in ("weight", "shape", "bits", "zeros", "entropy", "stored", "storage", "bytes"):
+            table.add_column(heading, justify="left" if heading in ("weight", "storage") else "right", overflow="fold")
+        for row in self.tensors:
+            storage = f"{row.storage}, {row.dequantization}" if row.dequantization else row.storage
+            shape = "x".join(map(str, row.shape))
+            stored = f"{8 * row.nbytes / max(1, math.prod(row.shape)):.2f}"  # bits per weight, as is the entropy
+            numbers = (str(row.bits), f"{row.zeros:.1%}", f"{row.entropy:.2f}", stored, storage, f"{row.nbytes:,}")
+            table.add_row(", ".join(row.sources), shape, *numbers)
+        return table
+
+
+def inspect(path: Path | str) -> Inspection:
+    """FileError if it is neither, or damaged."""
+    path = Path(path)
+    if path.suffix in (".pt", ".pth") or zipfile.is_zipfile(path):
+        return _checkpoint(path)
+    return _onnx(read_onnx(path))
+
+
+def _onnx(file: OnnxFile) -> Inspection:
+    proto, graph = file.proto, file.proto.graph
+    warnings: list[str] = []
+    stored: tuple[StoredWeight, ...] = ()
+    inflated = False
+    try:
+        stored = read_weights(file.with_data())
+    except FileError as error:
+        warnings.append(str(error))
+        inflated = _is_inflated(file)
+    if inflated:
+        count = len(file.metadata["tensors"])
+        warnings.insert(0, f"INFLATED: the metadata lists {count} quantised weights, but some tool has turned them into floats")
+    wrong = [item.weight.name for item in stored if not item.crc_ok]
+    if wrong:
+        warnings.append(f"the levels of {', '.join(wrong)} do not have the metadata's checksum; the file was changed")
+    elif is_as_written(file.with_data()) is False:
+        warnings.append("graph, parameters or metadata do not have the file's own checksum; the file was changed")
+    scales = scale_names(proto)
+    return Inspection(
+        file=str(file.path),
+        kind="ONNX model",
+        nbytes=file.size,
+        facts=_facts(file),
+        tensors=tuple(_rows(stored, proto)),
+        floats=tuple(_floats(graph, scales)),
+        parts=byte_parts(file, scales),
+        recipe=_object(file.metadata.get("recipe")),
+        preprocessing=_object(file.metadata.get("preprocessing")),
+        labels=_labels(file.metadata.get("labels")),
+        inflated=inflated,
+        warnings=tuple(warnings),
+    )
+
+
+def _is_inflated(file: OnnxFile) -> bool:
+    """No listed weight has its integers in the file any more."""
+    graph = file.proto.graph
+    present = {tensor.name for tensor in graph.initializer if tensor.data_type in NARROW}
+    present |= {sparse.values.name for sparse in graph.sparse_initializer} | {name for node in graph.node for name in node.output}
+    listed = [record.levels or record.value for record in read_records(file.metadata)]
+    return bool(listed) and not any(name in present for name in listed)
+
+
+def _facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
+    proto = file.proto
+    initializers = {tensor.name for tensor in proto.graph.initializer}  # old files list these among the inputs, too
+    inputs = [value for value in proto.graph.input if value.name not in initializers]
+    operators = Counter(node.op_type for graph in all_graphs(proto.graph) for node in graph.node)
+    facts = [
+        ("opset", ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import)),
+        ("IR version", str(proto.ir_version)),
+        ("producer", f"{proto.producer_name} {proto.producer_version}".strip()),
+        ("inputs", "; ".join(map(_signature, inputs))),
+        ("outputs", "; ".join(map(_signature, proto.graph.output))),
+        ("nodes", ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))),
+        ("functions", ", ".join(function.name for function in proto.functions)),
+        ("external data", ", ".join(path.name for path in file.external)),
+        ("tool", str(file.metadata.get("tool_version", ""))),
+    ]
+    return tuple(fact for fact in facts if fact[1])
+
+
+def _signature(value: onnx.ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    if not tensor.elem_type:
+        return value.name
+    kind = TensorProto.DataType.Name(tensor.elem_type) if tensor.elem_type in TensorProto.DataType.values() else "?"
+    lengths = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
+    return f"{value.name} {kind.lower()}[{', '.join(lengths)}]"
+
+
+def _rows(stored: tuple[StoredWeight, ...], proto: onnx.ModelProto) -> Iterator[InspectedTensor]:
+    types = {tensor.name: TensorProto.DataType.Name(tensor.data_type) for tensor in proto.graph.initializer}
+    calls = [part for node in proto.graph.node for part in expanded(node) if part.domain == DOMAIN]
+    folded = {call.input[0] for call in calls if call.input}
+    seen: set[str] = set()
+    for item in stored:
+        storage = f"{item.storage} {types.get(item.levels_name, '')}".strip()
+        shared = item.levels_name in seen  # tied weights
+        seen.add(item.levels_name)
+        form = "folded" if item.levels_name in folded else "standard"
+        if item.weight.integers is not None:
+            form = "read as integers"
+        storage, nbytes = (f"{storage}, shared", 0) if shared else (storage, item.nbytes)
+        yield InspectedTensor.of(item.weight.tensor, item.weight.sources, storage, form, nbytes)
+
+
+def _floats(graph: onnx.GraphProto, scales: set[str]) -> Iterator[FloatWeight]:
+    for inner in all_graphs(graph):
+        for tensor in inner.initializer:
+            if tensor.data_type in FLOATS and len(tensor.dims) >= 2 and tensor.name not in scales:
+                yield FloatWeight(tensor.name, tuple(tensor.dims), stored_bytes(tensor))
+
+
+def _insight_parts(insight: Insight) -> tuple[bytes, bytes]:
+    text, pairs = to_document(insight)
+    return text.encode(), pairs.tobytes()
+
+
+def _checkpoint(path: Path) -> Inspection:
+    from ecqx_onnx.checkpoint.checkpoint import load  # here, since it loads torch, which .onnx files do not need
+
+    checkpoint = load(path)
+    nbytes = path.stat().st_size
+    parts = {
+        "quantised integers": sum(tensor.size for tensor in checkpoint.tensors),
+        "float parameters": sum(value.nbytes for value in checkpoint.state.values()),
+        "traced network": len(checkpoint.program),
+        "float ONNX graph": checkpoint.graph.proto.ByteSize() + sum(w.nbytes for w in checkpoint.graph.weights.values()),
+    }
+    if checkpoint.insight is not None:
+        parts["insight for the report"] = sum(map(len, _insight_parts(checkpoint.insight)))
+    parts["container"] = nbytes - sum(parts.values())
+    floats = [
+        FloatWeight(name, tuple(value.shape), value.nbytes)
+        for name, value in checkpoint.state.items()
+        if value.ndim >= 2 and value.is_floating_point()
+    ]
+    integers = sum(tensor.size for tensor in checkpoint.tensors)
+    rows = [InspectedTensor.of(tensor, (tensor.name,), "int8 levels", "", tensor.size) for tensor in checkpoint.tensors]
+    facts = (
+        ("quantised", f"{len(rows)} weights of {integers:,} integers, {len(checkpoint.matching.found)} placed in the ONNX graph"),
+        ("notes", "; ".join(checkpoint.notes)),
+        ("not in the graph", "; ".join(f"{entry.name}: {entry.reason}" for entry in checkpoint.matching.missing)),
+    )
+    return Inspection(
+        file=str(path),
+        kind="checkpoint",
+        nbytes=nbytes,
+        facts=tuple(fact for fact in facts if fact[1]),
+        tensors=tuple(rows),
+        floats=tuple(floats),
+        parts=parts,
+        recipe=_object(dict(checkpoint.recipe)),
+        preprocessing=_object(checkpoint.preprocessing.to_json()),
+        labels=tuple(checkpoint.labels),
+    )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object from the metadata, as such or as its text; empty if it is neither."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
+
+
+def _words(fields: Mapping[str, Any]) -> str:
+    """What is set, as `name value`."""
+    unset: tuple[Any, ...] = (None, [], "", {})
+    return ", ".join(f"{name} {value}" for name, value in fields.items() if name != "version" and value not in unset)

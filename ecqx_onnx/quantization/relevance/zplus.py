@@ -1,0 +1,53 @@
+"""LRP's z+ rule at half of zennit's price: (layer, x, R_z) -> R_x.
+
+    R_x = Σ_z (x·w)+ R_z / Σ (x·w)+        with (·)+ the positive part; a positive bias counts in the denominator
+
+zennit runs the layer on x+ with w+ and on x- with w-, each forward and backward. After a ReLU x- is zero, so here the second half
+is left out then: the same numbers. `relevance` puts this rule wherever a composite says zennit.rules.ZPlus.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ecqx_onnx.quantization.relevance.functional import stabilize
+
+
+class PositiveContributions:
+    """A rule with the interface of a zennit Hook, as far as `relevance` uses it."""
+
+    def copy(self) -> PositiveContributions:
+        return self
+
+    def forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Nothing to remember: backward is given the input again."""
+
+    def backward(self, module: Any, grad_input: tuple[Tensor, ...], grad_output: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (x,), (R,) = grad_input, grad_output
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        with torch.enable_grad():
+            smallest = float(x.amin()) if x.numel() else 0.0
+            positive = (x if smallest >= 0 else x.clamp(min=0)).detach().requires_grad_()
+            z = run_with(module, weight.clamp(min=0), None if bias is None else bias.clamp(min=0), positive)
+            parts = [positive]
+            if not smallest >= 0:
+                parts.append(x.clamp(max=0).requires_grad_())
+                z = z + run_with(module, weight.clamp(max=0), None, parts[1])
+            gradients = torch.autograd.grad(z, parts, R / stabilize(z.detach()))
+        shares = [gradient.mul_(part.detach()) for part, gradient in zip(parts, gradients, strict=True)]
+        return (shares[0] if len(shares) == 1 else shares[0] + shares[1],)
+
+
+def run_with(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """The layer's own forward with other parameters, past its hooks."""
+    kept = dict(module._parameters)
+    try:
+        module._parameters.update({"weight": weight, "bias": bias})  # type: ignore[dict-item]
+        return module.forward(x)
+    finally:
+        module._parameters.clear()
+        module._parameters.update(kept)

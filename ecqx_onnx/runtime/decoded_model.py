@@ -1,0 +1,152 @@
+"""A model whose graph decodes its weights -> its float twin: the same graph, every constant computed by the runtime itself.
+
+The twin is what a session holds after folding, as a plain float model. It serves twice: its initializers are what the
+runtime really decoded, to be compared with PyTorch's weights, and its latency is the yardstick for the file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from ecqx_onnx_converters.graph.graph import all_graphs, subgraphs
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.inputs.onnx_file import stored_bytes
+from ecqx_onnx.runtime.float_activations import without_quantisation
+from ecqx_onnx.runtime.sessions import open_session, run
+
+# Operators that give another result each time: never constant, whatever their inputs.
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
+SERIALISED_LIMIT = 2**31 - 2**24  # bytes of tensors: protobuf's 2 GB, less the graph around them
+PIECE = 2**28  # bytes of constants that are decoded in one session
+
+
+@dataclass(frozen=True, eq=False)
+class FloatTwin:
+    """proto: no node in it computes on constants alone. weights: its float32 initializers by name; integers: those of int8."""
+
+    proto: ModelProto
+    weights: Mapping[str, np.ndarray]
+    integers: Mapping[str, np.ndarray]
+
+    def serialize(self) -> bytes | None:
+        """With its activations on floats, too. None if it is above protobuf's 2 GB."""
+        tensors = (tensor for graph in all_graphs(self.proto.graph) for tensor in graph.initializer)
+        if sum(map(stored_bytes, tensors)) > SERIALISED_LIMIT:
+            return None
+        return without_quantisation(self.proto).SerializeToString()
+
+
+def float_twin(model: ModelProto) -> FloatTwin:
+    """model: with its data loaded; not changed. CheckFailed if the runtime cannot decode its constants."""
+    proto = ModelProto()
+    proto.CopyFrom(model)
+    _fold(proto.graph, proto, {})
+    del proto.metadata_props[:]
+    tensors = [tensor for graph in all_graphs(proto.graph) for tensor in graph.initializer]
+    floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.FLOAT}
+    integers = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.INT8}
+    return FloatTwin(proto, floats, integers)
+
+
+def _fold(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
+    """Replace the nodes of `graph` that depend on constants only by initializers with their results; then its inner graphs."""
+    inputs = {value.name for value in graph.input}  # an initializer that is an input too may be overridden: not constant
+    constants = dict(outer)
+    constants.update({tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs})
+    for sparse in graph.sparse_initializer:
+        constants[sparse.values.name] = _dense(sparse)
+    constant, rest = _split(graph, set(constants))
+    frontier = _read_by(rest, graph) & {name for node in constant for name in node.output}
+    computed = _evaluate(constant, sorted(frontier), constants, model)
+    del graph.node[:]
+    graph.node.extend(rest)
+    constants.update(computed)
+    used = _read_by(rest, graph) | inputs
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    kept += [constants[sparse.values.name] for sparse in graph.sparse_initializer if sparse.values.name in used]
+    kept += list(computed.values())
+    copies = [TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+    del graph.initializer[:]
+    del graph.sparse_initializer[:]
+    graph.initializer.extend(copies)
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _fold(inner, model, constants)
+
+
+def _split(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], list[NodeProto]]:
+    constant, rest, known = [], [], set(constants)
+    for node in graph.node:
+        fixed = all(not name or name in known for name in node.input) and node.op_type not in RANDOM
+        if fixed and not any(_reads_outside(inner) for inner in subgraphs(node)):
+            constant.append(node)
+            known.update(node.output)
+        else:
+            rest.append(node)
+    return constant, rest
+
+
+def _reads_outside(graph: GraphProto) -> bool:
+    made = {value.name for value in (*graph.input, *graph.initializer)} | {name for node in graph.node for name in node.output}
+    return not _read_by(list(graph.node), graph) - {""} <= made
+
+
+def _evaluate(
+    nodes: list[NodeProto], names: list[str], constants: Mapping[str, TensorProto], model: ModelProto
+) -> dict[str, TensorProto]:
+    """What the runtime computes for `names`, without optimisations: each operator exactly as written. A piece at a time."""
+    makers = {output: node for node in nodes for output in node.output}
+    results: dict[str, TensorProto] = {}
+    piece: list[str] = []
+    read: set[str] = set()
+    for name in names:
+        piece.append(name)
+        read |= _ancestors(name, makers)
+        if name == names[-1] or sum(stored_bytes(constants[n]) for n in read & constants.keys()) > PIECE:
+            used = [node for node in nodes if not read.isdisjoint(node.output)]
+            results.update(_run(used, piece, [constants[n] for n in sorted(read & constants.keys())], model))
+            piece, read = [], set()
+    return results
+
+
+def _ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
+    """The name and all that it is computed from."""
+    found, queue = set(), [name]
+    while queue:
+        current = queue.pop()
+        if current and current not in found:
+            found.add(current)
+            queue.extend(makers[current].input if current in makers else ())
+    return found
+
+
+def _run(nodes: list[NodeProto], names: list[str], constants: list[TensorProto], model: ModelProto) -> dict[str, TensorProto]:
+    if sum(map(stored_bytes, constants)) > SERIALISED_LIMIT:
+        raise CheckFailed(f"the constants behind '{names[-1]}' take more than 2 GB, more than a session can be given at once")
+    outputs = [onnx.ValueInfoProto(name=name) for name in names]
+    graph = onnx.helper.make_graph(nodes, "constants", [], outputs, constants)
+    part = onnx.helper.make_model(graph, functions=model.functions, opset_imports=model.opset_import, ir_version=model.ir_version)
+    results = run(open_session(part.SerializeToString(), level="disabled"), ())
+    return {name: numpy_helper.from_array(array, name) for name, array in zip(names, results, strict=True)}
+
+
+def _read_by(nodes: list[NodeProto], graph: GraphProto) -> set[str]:
+    """Names that the nodes, the graphs inside them, or the graph's outputs read."""
+    names = {value.name for value in graph.output}
+    for node in nodes:
+        names.update(node.input)
+        for inner in subgraphs(node):
+            names |= _read_by(list(inner.node), inner)
+    return names
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> TensorProto:
+    values = numpy_helper.to_array(sparse.values)
+    dense = np.zeros(int(np.prod(sparse.dims)), values.dtype)
+    dense[numpy_helper.to_array(sparse.indices)] = values
+    return numpy_helper.from_array(dense.reshape(tuple(sparse.dims)), sparse.values.name)

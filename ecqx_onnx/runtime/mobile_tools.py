@@ -1,0 +1,69 @@
+"""onnxruntime's own tools for phones: the .ort converter and the usability checker."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx
+from ecqx_onnx_converters.graph.outputs import temporary_folder
+
+from ecqx_onnx.errors import ModelError
+from ecqx_onnx.runtime.sessions import RUNTIME_ERRORS, reason
+
+
+def _convert(source: Path, folder: Path) -> None:
+    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+
+    with _quiet():
+        try:
+            convert_onnx_models_to_ort(
+                source, folder, [OptimizationStyle.Fixed], target_platform="arm", enable_type_reduction=True
+            )
+        except (*RUNTIME_ERRORS, KeyError, ValueError, RuntimeError) as error:  # KeyError: of a type that .ort files cannot have
+            what = f"its converter has no entry for {error}" if isinstance(error, KeyError) else reason(error)
+            raise ModelError(f"{source.stem}.ort was not written: onnxruntime does not convert it: {what}") from None
+
+
+def accelerator_notes(path: Path, accelerators: Sequence[str]) -> tuple[str, ...]:
+    """The verdict of onnxruntime's usability checker on the graph as accelerators meet it: weights folded, and in float."""
+    from onnxruntime.tools.mobile_helpers import usability_checker
+    from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
+
+    checkers = {
+        "NNAPI": usability_checker.check_nnapi_partitions,
+        "CoreML NeuralNetwork": lambda model, fixed: usability_checker.check_coreml_partitions(
+            model, fixed, "coreml_supported_neuralnetwork_ops.md"
+        ),
+        "CoreML MLProgram": lambda model, fixed: usability_checker.check_coreml_partitions(
+            model, fixed, "coreml_supported_mlprogram_ops.md"
+        ),
+    }
+    with temporary_folder() as folder, _quiet():
+        optimised = folder / "model.onnx"
+        optimize_model(path, optimised, use_external_initializers=True)
+        model: onnx.ModelProto = ModelProtoWithShapeInfo(optimised).model_with_shape_info
+        found = {name: checkers[name](model, True) for name in accelerators}
+    notes = []
+    for name, info in found.items():
+        share = f"{info.num_supported_nodes} of {info.num_nodes} nodes in {info.num_partitions} part(s)"
+        lacks = f"; it lacks {', '.join(sorted(info.unsupported_ops))}" if info.unsupported_ops else ""
+        notes.append(f"usability checker of onnxruntime: {name} {info.suitability().name}, {share}{lacks}")
+    return tuple(notes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """These tools tell their progress to print and to the root logger, and one leaves a file to the garbage collector."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,172 @@
+"""A model (path or bytes) -> sessions of onnxruntime: their outputs, their load time, and which operators really ran."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.32 would write files of events into the user's cache at its import
+import onnxruntime
+from ecqx_onnx_converters.graph.outputs import temporary_folder
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
+
+Session = onnxruntime.InferenceSession
+Level = Literal["all", "disabled"]
+LEVELS = {
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+MOST_VALUES = 1 << 27  # of an input that is made up
+RUNTIME_ERRORS = (
+    MemoryError,  # the runtime's bad_alloc
+    state.EPFail,
+    state.EngineError,
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.InvalidProtobuf,
+    state.NoSuchFile,
+    state.NotImplemented,
+    state.RuntimeException,
+)
+SOURCE_LOCATION = re.compile(r"\S+\.(?:h|cc|cpp):\d+ [^()]*\([^()]*\)(?: const)? ?")  # file, line and C++ signature
+PROVIDER = "CPUExecutionProvider"
+NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+def runtime_name() -> str:
+    return f"onnxruntime {onnxruntime.__version__}, {PROVIDER}"
+
+
+def open_session(
+    model: Path | bytes, *, level: Level = "all", threads: int = 0, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """CheckFailed, with the runtime's own reason, if it does not take the model. threads: 0 leaves the choice to the runtime."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # its messages reach us as exceptions; only fatal ones may go to stderr
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
+    except RUNTIME_ERRORS as error:
+        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} does not load it: {reason(error)}") from None
+
+
+def run(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Outputs in the graph's order. CheckFailed if the runtime fails on inputs that fit."""
+    names = [node.name for node in session.get_inputs()]
+    try:
+        outputs = session.run(None, dict(zip(names, inputs, strict=True)))
+    except RUNTIME_ERRORS as error:
+        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} fails while running it: {reason(error)}") from None
+    for node, output in zip(session.get_outputs(), outputs, strict=True):
+        if not isinstance(output, np.ndarray):
+            raise ModelError(f"output '{node.name}' is a {node.type}: only tensors can be compared")
+    return tuple(outputs)
+
+
+def reason(error: Exception) -> str:
+    """The runtime's message without its prefixes and line breaks, at most 300 characters."""
+    text = " ".join(str(error).split())
+    text = text.rsplit("[ONNXRuntimeError] : ", 1)[-1].split(" : ", 2)[-1]
+    text = SOURCE_LOCATION.sub("", text)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def fit(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The inputs in the types that the graph declares. DataError where count, shape or kind of number do not fit."""
+    nodes = session.get_inputs()
+    if len(nodes) != len(inputs):
+        names = ", ".join(node.name for node in nodes)
+        raise DataError(f"the model takes {len(nodes)} inputs ({names}), but the data set gives {len(inputs)}")
+    return tuple(_fit_one(node, array) for node, array in zip(nodes, inputs, strict=True))
+
+
+def _fit_one(node: onnxruntime.NodeArg, array: np.ndarray) -> np.ndarray:
+    dtype = NUMPY_TYPES.get(node.type)
+    if dtype is None:
+        raise ModelError(f"input '{node.name}' has type {node.type}, which validation cannot feed")
+    wanted = [length if isinstance(length, int) else None for length in node.shape]
+    fits = len(wanted) == array.ndim and all(w in (None, n) for w, n in zip(wanted, array.shape, strict=True))
+    if not fits:
+        raise DataError(
+            f"input '{node.name}' has shape {node.shape}, but the data set gives {list(array.shape)}; give data of that shape"
+        )
+    if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(dtype, np.floating):
+        raise DataError(f"input '{node.name}' takes {node.type}, but the data set gives {array.dtype}")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
+    """The batch size that the graph insists on; None if it takes any."""
+    lengths = {node.shape[0] for node in session.get_inputs() if node.shape and isinstance(node.shape[0], int)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def synthetic_inputs(
+    session: onnxruntime.InferenceSession, *, batch: int = 1, free: int = 1, seed: int = 0
+) -> tuple[np.ndarray, ...]:
+    """Normal floats, integers of 0 and 1, in the declared shapes; a free length is `batch` if it is the first, else `free`."""
+    generator = np.random.default_rng(seed)
+    arrays: list[np.ndarray] = []
+    for node in session.get_inputs():
+        dtype = NUMPY_TYPES.get(node.type)
+        if dtype is None:
+            raise ModelError(f"input '{node.name}' has type {node.type}, which validation cannot feed")
+        shape = [n if isinstance(n, int) else batch if axis == 0 else free for axis, n in enumerate(node.shape)]
+        if math.prod(shape) > MOST_VALUES:
+            raise ModelError(f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: give real ones")
+        floats = np.issubdtype(dtype, np.floating)
+        values = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
+        arrays.append(values.astype(dtype))
+    return tuple(arrays)
+
+
+def load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:
+    """Median time from file to ready session, one thread, all optimisations."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        open_session(model, threads=1)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def executed_operators(model: Path | bytes, inputs: Sequence[np.ndarray]) -> Counter[str]:
+    """How often each operator type ran in one inference with all optimisations, from the runtime's own profile."""
+    with temporary_folder() as folder:
+        session = open_session(model, threads=1, profile=folder / "profile")
+        run(session, inputs)
+        profile = Path(session.end_profiling())
+        try:
+            events = json.loads(profile.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # onnxruntime does not tell that it could not write all of it
+            raise FileError(
+                f"cannot read the profile that onnxruntime wrote to '{profile}' ({error}); free some space there"
+            ) from error
+    return Counter(event["args"]["op_name"] for event in events if event.get("cat") == "Node" and event["args"].get("op_name"))

@@ -1,0 +1,125 @@
+"""(float model, the same quantised without training) -> how far apart their outputs are; for `convert --bits`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ecqx_onnx.data import Split
+from ecqx_onnx.errors import InputError
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
+from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.validation.float_distance import (
+    FloatBounds,
+    LayerError,
+    OutputDistance,
+    add_distances,
+    judge_distance,
+    measure_output,
+    measure_weight,
+)
+from ecqx_onnx.validation.metrics import Proportion, accuracy, is_classification
+from ecqx_onnx.validation.pytorch_outputs import reference_outputs
+from ecqx_onnx.validation.report import Check
+
+MOST_SAMPLES = 256
+BATCH = 32
+RANDOM_SETS = 8
+FREE = 2
+
+
+class FloatProbe:
+    """Runs the float model before its weights are rounded, and the quantised one after, on the same inputs."""
+
+    def __init__(self, split: Split | None, bounds: FloatBounds) -> None:
+        """split: data to run on; None: random inputs, and that is said."""
+        self._split = None if split is None else split.take(MOST_SAMPLES)
+        self._bounds = bounds
+        self._layers: list[LayerError] = []
+        self._sets: list[tuple[tuple[np.ndarray, ...], np.ndarray | None]] = []
+        self._float: list[tuple[np.ndarray, ...]] = []
+        self.trouble: str | None = "there is no example input to run them on"
+        self.error: float | None = None  # the largest relative error of an output
+
+    def see_weights(self, state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]) -> None:
+        """state: the float model's, with the weights that `tensors` stand for still as they were."""
+        for tensor in tensors:
+            weight = state[tensor.name].detach().cpu().float().numpy()
+            self._layers.append(measure_weight(tensor.name, tensor.dequantize(), weight))
+
+    def see_float(self, model: torch.nn.Module, example: object, preprocessing: Preprocessing | None) -> None:
+        """example: as the model is traced with; tensors, in any nest."""
+        leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
+        if not leaves:
+            return
+        try:
+            self._sets = list(self._inputs(leaves, preprocessing))
+            self._float = [reference_outputs(model, inputs) for inputs, _ in self._sets]
+        except InputError as error:
+            self.trouble = str(error)
+            return
+        self.trouble = None
+
+    def judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
+        """model: the quantised one. class_names: whether its classes have names. The check has passed None if nothing ran."""
+        if self.trouble is None:
+            try:
+                return self._judge(model, class_names=class_names)
+            except InputError as error:
+                self.trouble = str(error)
+        return Check("float model", None, None, None, f"how far this is from the float model is not known: {self.trouble}")
+
+    def _judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
+        distances: tuple[OutputDistance, ...] = ()
+        right, float_right = Proportion(0, 0), Proportion(0, 0)
+        samples = 0
+        for (inputs, labels), exact in zip(self._sets, self._float, strict=True):
+            found = reference_outputs(model, inputs)
+            names = [str(place) for place in range(len(exact))]
+            pairs = zip(names, found, exact, strict=True)
+            distances = add_distances(distances, [measure_output(*pair) for pair in pairs])
+            samples += len(inputs[0]) if inputs[0].ndim else 1
+            if labels is not None and exact and is_classification(exact[0]):
+                right += accuracy(found[0], labels)
+                float_right += accuracy(exact[0], labels)
+        self.error = max((distance.error for distance in distances), default=None)
+        on = f"{samples} random inputs" if self._split is None else f"{samples} samples of {self._split.source.name}"
+        return judge_distance(
+            distances,
+            self._bounds,
+            on=on,
+            scores=class_names or bool(right),
+            layers=self._layers,
+            accuracies=(right, float_right) if right else None,
+        )
+
+    def _inputs(
+        self, leaves: Sequence[torch.Tensor], preprocessing: Preprocessing | None
+    ) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray | None]]:
+        if self._split is None:
+            for seed in range(RANDOM_SETS):
+                generator = np.random.default_rng(seed)
+                yield tuple(_random(leaf, generator) for leaf in leaves), None
+            return
+        split = self._split if preprocessing is None else self._split.with_preprocessing(preprocessing)
+        for x, y in split.fitted(tuple(leaves[0].shape[1:])).batches(BATCH):
+            yield (x,), y
+
+
+def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...]:
+    """Zeros as the program takes them; a free length is FREE."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    shapes = [[length if isinstance(length, int) else FREE for length in tensor.shape] for tensor in tensors]
+    return tuple(torch.zeros(shape, dtype=tensor.dtype) for tensor, shape in zip(tensors, shapes, strict=True))
+
+
+def _random(leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
+    """Normal floats, or integers of 0 and 1, as a validation without data takes them."""
+    shape = tuple(leaf.shape)
+    values = generator.standard_normal(shape) if leaf.is_floating_point() else generator.integers(0, 2, shape)
+    return torch.from_numpy(np.asarray(values)).to(leaf.dtype).numpy()

@@ -1,0 +1,104 @@
+"""What every validation shares, whoever ran the model: data, bounds, checks of the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+from ecqx_onnx_converters.serialization.reading import read_metadata, read_weights
+
+from ecqx_onnx.data import Split
+from ecqx_onnx.errors import CheckFailed, FileError
+from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
+from ecqx_onnx.runtime.decoded_model import FloatTwin, float_twin
+from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.bounds import Bound, bound
+from ecqx_onnx.validation.comparison import Batch, Comparison
+from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
+from ecqx_onnx.validation.report import Check
+from ecqx_onnx.validation.weights import compare_weights
+
+SYNTHETIC_BATCH = 4
+
+
+def stored_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
+    """The preprocessing in the file's metadata; None in a foreign file. FileError if it is there and cannot be used."""
+    file = file if isinstance(file, OnnxFile) else read_onnx(file)
+    stored = file.metadata.get("preprocessing")
+    if stored is None:
+        return None
+    try:
+        return Preprocessing.from_json(stored if isinstance(stored, str) else json.dumps(stored))
+    except FileError as error:
+        raise FileError(f"{file.path}: {error}") from error
+
+
+def preprocessed_batches(split: Split, size: int) -> Iterator[Batch]:
+    for x, y in split.batches(size):
+        yield (x,), y
+
+
+def bounds_of(comparison: Comparison, outputs: Sequence) -> list[Bound]:
+    """How far two ways of computing each output may lie apart: the derived bound, or without a reference the coarse one."""
+    if comparison.differences:
+        return [replace(difference.bound, runs=1) for difference in comparison.differences]
+    return [bound(output, None) for output in outputs]
+
+
+def weights_checks(
+    model: onnx.ModelProto,
+    twin: FloatTwin,
+    tensors: Sequence[QuantTensor],
+    *,
+    float_model: Callable[..., bytes | None] | None = None,
+) -> list[Check]:
+    """What the file itself, and the model that it was made from, say of every tensor in it.
+
+    Args:
+        model: The file's, with its data in it.
+        twin: What the runtime makes of the model's constants.
+        tensors: The quantised weights of PyTorch's model; empty to check the file in itself.
+        float_model: Makes the ONNX model from before the quantisation, as for `validate`; None where there is none, or where it
+            isn't the one that the file was made from.
+
+    Returns:
+        One check of the checksum, one of the quantised weights, one of the float parameters; those that can be made.
+    """
+    try:
+        found = [check] if (check := checks.contents_check(model)) is not None else []
+        stored = read_weights(model)
+    except FileError as error:  # the metadata promises weights that are not there as promised
+        return [Check("weights", False, None, None, str(error))]
+    if stored or tensors:
+        decoded = {**twin.integers, **twin.weights}
+        found.append(checks.weights_check(compare_weights(stored, decoded, tensors), alone=not tensors))
+    metadata = read_metadata(model)
+    if float_model is None or not metadata or metadata.get("activations"):  # integer kernels: scales wander into parameters
+        return found
+    serialized = float_model(floats=metadata.get("floats") or "float32")
+    if serialized is None:
+        return found
+    wanted = float_twin(onnx.load_model_from_string(serialized))
+    compared = compare_parameters(float_tensors(twin.proto), float_tensors(wanted.proto), stored=stored)
+    found.append(checks.parameters_check(compared, reference="PyTorch's model"))
+    return found
+
+
+def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:
+    try:
+        return float_twin(model)
+    except CheckFailed as error:
+        found.append(Check("weights", False, None, None, f"the runtime cannot decode the weights: {error}"))
+        return None
+
+
+def yardstick(file: OnnxFile, twin: FloatTwin | None, float_model: Callable[..., bytes | None] | None) -> bytes | None:
+    """What latency is compared with: the file's float twin; for integer kernels the model before them, where it is known."""
+    if float_model is not None and checks.activations_quantised(file):
+        return float_model()
+    return None if twin is None else twin.serialize()

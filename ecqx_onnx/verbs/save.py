@@ -1,0 +1,33 @@
+"""Write a quantized model as a self-contained checkpoint, model.pt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
+from ecqx_onnx.sources.to_checkpoint import Source, as_checkpoint
+
+
+def save(
+    source: Source,
+    path: str | Path,
+    *,
+    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] = (),
+    recipe: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Checkpoint:
+    """Write a Quantizer, or a module whose weights are already on few values, as a self-contained model.pt.
+
+    example: one batch of the model's input (or a tuple of the forward's arguments); only its shape and type matter.
+    """
+    checkpoint = as_checkpoint(source, example=example, preprocessing=preprocessing, labels=labels, recipe=recipe)
+    save_checkpoint(checkpoint, path, force=force)
+    return checkpoint
