@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ecqx_onnx_converters import FloatGraph, Matching
 from ecqx_onnx_converters.graph.files import PROTOBUF_LIMIT
 from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 from ecqx_onnx_converters.passes.float16 import round_parameters, with_half_steps
 
-from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+if TYPE_CHECKING:
+    from ecqx_onnx.checkpoint.checkpoint import Checkpoint
 
 
 def _float_model(checkpoint: Checkpoint, *, floats: str = "float32") -> bytes | None:

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from ecqx_onnx_converters.graph.outputs import check_name_and_folder, remove_leftovers, replacing_folder
 from ecqx_onnx_converters.serialization.reading import read_weights
 from rich.console import Group, RenderableType
@@ -44,6 +43,10 @@ from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
 from ecqx_onnx.validation.judgement import stored_preprocessing
 from ecqx_onnx.validation.metrics import Proportion
 from ecqx_onnx.validation.validator import prepared
+
+if TYPE_CHECKING:
+    import torch
+
 
 FORMAT = "ecqx-onnx deployment"
 VERSION = 1

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import DataError, InputError, ModelError
@@ -23,7 +22,10 @@ from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, fit, fixed_batch, r
 from ecqx_onnx.validation.bounds import Bound, bound
 from ecqx_onnx.validation.comparison import padded
 from ecqx_onnx.validation.metrics import largest_difference
-from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
+
+if TYPE_CHECKING:
+    import torch
+
 
 CASES = 8
 MOST_BYTES = 2**20  # of all golden inputs; one case is kept whatever its size
@@ -164,6 +166,8 @@ def tolerances(
 
 
 def _bounds(session: Session, reference: torch.nn.Module | None, inputs: Sequence[np.ndarray]) -> list[Bound]:
+    from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
+
     if reference is None:
         return [bound(output, None) for output in run(session, inputs)]
     wanted = reference_outputs(reference, inputs)

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ecqx_onnx_converters.graph.outputs import check_output, replacing
 from rich.text import Text
 
 from ecqx_onnx import __version__
-from ecqx_onnx.checkpoint.checkpoint import Checkpoint, load
 from ecqx_onnx.checkpoint.insight import Insight, WeightInsight
 from ecqx_onnx.inspection.inspection import InspectedTensor, inspect
 from ecqx_onnx.reporting.charts import curves, histogram, scatter
 from ecqx_onnx.tensors import QuantTensor, total_entropy_bytes
 from ecqx_onnx.validation.metrics import Proportion
+
+if TYPE_CHECKING:
+    from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+
 
 TEMPLATE = Path(__file__).parent / "page.html"
 RULE_OF_NOTHING = "none (plain ECQ)"
@@ -74,6 +77,8 @@ def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = 
 
 
 def page_of(path: Path) -> tuple[str, Checkpoint]:
+    from ecqx_onnx.checkpoint.checkpoint import load
+
     checkpoint = load(path)
     rows = {row.name: row for row in inspect(path).tensors}
     seen = {weight.name: weight for weight in checkpoint.insight.weights} if checkpoint.insight else {}

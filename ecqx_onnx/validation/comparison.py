@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ecqx_onnx.errors import DataError
 from ecqx_onnx.runtime.sessions import Session, fit, fixed_batch, run
@@ -15,7 +15,10 @@ from ecqx_onnx.validation.float_distance import OutputDistance, add_distances, m
 from ecqx_onnx.validation.floats import RUNS, Shift
 from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, InputRange
-from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
+
+if TYPE_CHECKING:
+    import torch
+
 
 EXACT_SAMPLES = 256  # the first ones get a float64 result in any case, later batches where they look suspicious
 
@@ -79,6 +82,9 @@ def compare(
     """shift: what the file's rounded parameters change in the outputs.
 
     DataError if there is no sample, or inputs or labels do not fit the graph; CheckFailed if the runtime fails."""
+
+    from ecqx_onnx.validation.pytorch_outputs import reference_outputs
+
     size = fixed_batch(session)
     differences = _Differences(session, reference, shift)
     samples, first = 0, None
@@ -167,6 +173,8 @@ class _Differences:
         between = [largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
         exact = None
         if self.has_exact and (samples_before < EXACT_SAMPLES or self._undecided(between)):
+            from ecqx_onnx.validation.pytorch_outputs import exact_outputs
+
             assert self.reference is not None
             exact = exact_outputs(self.reference, inputs)
             self.has_exact = exact is not None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.utils._pytree import tree_leaves
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import InputError
@@ -22,8 +21,11 @@ from ecqx_onnx.validation.float_distance import (
     measure_weight,
 )
 from ecqx_onnx.validation.metrics import Proportion, accuracy, is_classification
-from ecqx_onnx.validation.pytorch_outputs import reference_outputs
 from ecqx_onnx.validation.report import Check
+
+if TYPE_CHECKING:
+    import torch
+
 
 MOST_SAMPLES = 256
 BATCH = 32
@@ -52,6 +54,12 @@ class FloatProbe:
 
     def see_float(self, model: torch.nn.Module, example: object, preprocessing: Preprocessing | None) -> None:
         """example: as the model is traced with; tensors, in any nest."""
+
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        from ecqx_onnx.validation.pytorch_outputs import reference_outputs
+
         leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
         if not leaves:
             return
@@ -73,6 +81,8 @@ class FloatProbe:
         return Check("float model", None, None, None, f"how far this is from the float model is not known: {self.trouble}")
 
     def _judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
+        from ecqx_onnx.validation.pytorch_outputs import reference_outputs
+
         distances: tuple[OutputDistance, ...] = ()
         right, float_right = Proportion(0, 0), Proportion(0, 0)
         samples = 0
@@ -111,6 +121,9 @@ class FloatProbe:
 
 def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...]:
     """Zeros as the program takes them; a free length is FREE."""
+
+    import torch
+
     inputs = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
@@ -120,6 +133,9 @@ def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...
 
 def _random(leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
     """Normal floats, or integers of 0 and 1, as a validation without data takes them."""
+
+    import torch
+
     shape = tuple(leaf.shape)
     values = generator.standard_normal(shape) if leaf.is_floating_point() else generator.integers(0, 2, shape)
     return torch.from_numpy(np.asarray(values)).to(leaf.dtype).numpy()

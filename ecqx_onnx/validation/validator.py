@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import torch
 from ecqx_onnx_converters.serialization.reading import read_weights
 
 from ecqx_onnx.data import Split
@@ -48,6 +48,10 @@ from ecqx_onnx.validation.judgement import (
 )
 from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
 from ecqx_onnx.validation.report import Check, ValidationReport
+
+if TYPE_CHECKING:
+    import torch
+
 
 UNTRAINED_SETS = 8  # of random inputs, where the distance from a float model is measured
 

@@ -8,10 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
-import torch
 from ecqx_onnx_converters import WriteReport, make_plan
 from ecqx_onnx_converters.graph.outputs import check_output
 from ecqx_onnx_converters.passes.activations import carried_ranges, quantise_activations, with_pooling
@@ -22,14 +21,18 @@ from ecqx_onnx_converters.passes.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import check_name, find_target
 
 from ecqx_onnx import __version__
-from ecqx_onnx.checkpoint.checkpoint import Checkpoint
 from ecqx_onnx.checkpoint.float_model import _with_floats
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, OptionError
-from ecqx_onnx.sources.to_checkpoint import Source, as_checkpoint
 from ecqx_onnx.validation.float_distance import FloatBounds
 from ecqx_onnx.validation.float_probe import FloatProbe
+
+if TYPE_CHECKING:
+    import torch
+
+    from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+    from ecqx_onnx.sources.to_checkpoint import Source
 
 
 def convert(
@@ -70,6 +73,9 @@ def convert(
     test split), else on random inputs, and the report warns beyond the bounds.
     floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate` knows that from the file.
     """
+
+    from ecqx_onnx.sources.to_checkpoint import as_checkpoint
+
     if floats not in ("float32", "float16"):
         raise OptionError(f"float parameters cannot be stored as '{floats}'; choose float32 or float16")
     given = {"--entropy-weight": entropy_weight, "--exclude": exclude, "--include": include}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.deployment import Deployed
-from ecqx_onnx.sources.to_checkpoint import Source
 from ecqx_onnx.verbs.validate import _sides
+
+if TYPE_CHECKING:
+    from ecqx_onnx.sources.to_checkpoint import Source
 
 
 def deploy(

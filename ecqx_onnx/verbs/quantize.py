@@ -6,24 +6,24 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from ecqx_onnx_converters.graph.outputs import check_output
 
-from ecqx_onnx.checkpoint.checkpoint import Checkpoint
-from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import DataError, FileError, OptionError
 from ecqx_onnx.inputs.user_code import is_function_spec, load_function
-from ecqx_onnx.quantization.quantizer import Report
-from ecqx_onnx.quantization.state_file import StateFile, state_path
-from ecqx_onnx.quantization.training import EpochRecord, Training
-from ecqx_onnx.sources.loading import Loaded, apply_state, load_factory, load_state
-from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation.metrics import Proportion
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, doubt_accuracy
+
+if TYPE_CHECKING:
+    import torch
+
+    from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+    from ecqx_onnx.quantization.quantizer import Report
+    from ecqx_onnx.quantization.training import EpochRecord, Training
+    from ecqx_onnx.sources.loading import Loaded
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +74,15 @@ def quantize(
     relevance it is called and returns the composite). While training, OUT.training holds what `resume` needs. Under torchrun
     every process calls this, and the first one writes.
     """
+
+    import torch
+
     from ecqx_onnx.data import load_dataset
     from ecqx_onnx.quantization import train
     from ecqx_onnx.quantization.distributed import process_group, rank
+    from ecqx_onnx.quantization.state_file import state_path
+    from ecqx_onnx.sources.loading import load_factory
+    from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 
     out = Path(out)
     check_output(out, force=force, source=weights)
@@ -91,6 +97,8 @@ def quantize(
     dataset, told = _preprocessed(dataset, loaded, mean, std, factory=factory)
     state_notes: tuple[str, ...] = ()
     if weights is not None:
+        from ecqx_onnx.sources.loading import apply_state, load_state
+
         state_notes = apply_state(loaded.model, load_state(weights), weights, strict=strict)
     _check_patterns(options, [name for name, _ in loaded.model.named_parameters()])
     x, _ = next(dataset.test.batches(2))
@@ -125,6 +133,9 @@ def quantize(
     )
     checkpoint = with_history(checkpoint, trained, before=before, after=after, data=dataset.name)
     if first:
+        from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
+        from ecqx_onnx.quantization.state_file import StateFile
+
         save_checkpoint(checkpoint, out, force=force)
         StateFile(state_file).remove()
     return Quantized(
@@ -141,17 +152,20 @@ def quantize(
     )
 
 
-@torch.no_grad()
 def _fitted(dataset: Dataset, loaded: Loaded) -> Dataset:
     """The data with the channels that the network takes: by INPUT_SHAPE, else by what it runs on."""
-    if loaded.input_shape is not None:
-        return dataset.fitted(loaded.input_shape)
-    for candidate in (dataset, *(dataset.fitted((channels, None, None)) for channels in (1, 3))):
-        x, _ = next(candidate.test.batches(2))
-        with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-            loaded.model.eval()(torch.from_numpy(x))
-            return candidate
-    return dataset
+
+    import torch
+
+    with torch.no_grad():
+        if loaded.input_shape is not None:
+            return dataset.fitted(loaded.input_shape)
+        for candidate in (dataset, *(dataset.fitted((channels, None, None)) for channels in (1, 3))):
+            x, _ = next(candidate.test.batches(2))
+            with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+                loaded.model.eval()(torch.from_numpy(x))
+                return candidate
+        return dataset
 
 
 def _preprocessed(
@@ -235,6 +249,9 @@ def _check_patterns(options: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Proportion:
     """Share of the split that the model classifies right."""
+
+    import torch
+
     with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only
         model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -245,20 +262,23 @@ def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Pr
     return Proportion(right, len(split))
 
 
-@torch.no_grad()
 def confuse(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Confusion | None:
     """Which class of the split the model takes for which; None for more classes than can be counted in pairs."""
-    with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only
-        model.eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found: Confusion | None = None
-    for x, y in split.batches(batch_size):
-        scores = model(torch.from_numpy(x).to(device))
-        if scores.ndim != 2 or scores.shape[1] > MOST_CLASSES:
-            return None
-        counted = Confusion.count(y, scores.argmax(1).cpu().numpy(), scores.shape[1])
-        found = counted if found is None else found + counted
-    return found
+
+    import torch
+
+    with torch.no_grad():
+        with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only
+            model.eval()
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        found: Confusion | None = None
+        for x, y in split.batches(batch_size):
+            scores = model(torch.from_numpy(x).to(device))
+            if scores.ndim != 2 or scores.shape[1] > MOST_CLASSES:
+                return None
+            counted = Confusion.count(y, scores.argmax(1).cpu().numpy(), scores.shape[1])
+            found = counted if found is None else found + counted
+        return found
 
 
 def training_progress(progress: Callable[..., None]) -> Callable[[Any], None]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ecqx_onnx.checkpoint.checkpoint import Checkpoint
-from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
-from ecqx_onnx.sources.to_checkpoint import Source, as_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+    from ecqx_onnx.sources.to_checkpoint import Source
 
 
 def save(
@@ -28,6 +29,10 @@ def save(
 
     example: one batch of the model's input (or a tuple of the forward's arguments); only its shape and type matter.
     """
+
+    from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
+    from ecqx_onnx.sources.to_checkpoint import as_checkpoint
+
     checkpoint = as_checkpoint(source, example=example, preprocessing=preprocessing, labels=labels, recipe=recipe)
     save_checkpoint(checkpoint, path, force=force)
     return checkpoint

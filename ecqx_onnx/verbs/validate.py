@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from ecqx_onnx.checkpoint.float_model import _float_model
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.errors import InputError, OptionError
-from ecqx_onnx.sources.to_checkpoint import Source, as_checkpoint
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.float_distance import FloatBounds
+
+if TYPE_CHECKING:
+    from ecqx_onnx.sources.to_checkpoint import Source
 
 
 def is_onnx(source: Source | None) -> TypeGuard[str | Path]:
@@ -185,6 +187,8 @@ def _sides(
 
     checkpoint = None
     if against is not None:
+        from ecqx_onnx.sources.to_checkpoint import as_checkpoint
+
         checkpoint = as_checkpoint(
             against,
             factory=factory,

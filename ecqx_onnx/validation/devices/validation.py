@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from ecqx_onnx_converters.graph.outputs import temporary_folder
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -39,6 +38,10 @@ from ecqx_onnx.validation.judgement import (
 )
 from ecqx_onnx.validation.report import Check, ValidationReport, show
 from ecqx_onnx.validation.validator import doubts, float_check, prepared
+
+if TYPE_CHECKING:
+    import torch
+
 
 ROWS = (
     "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "x float", "memory",
