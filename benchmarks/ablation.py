@@ -31,7 +31,7 @@ from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.quantization import quantizer, train
 from ecqx_onnx.quantization.levels import assignment
-from ecqx_onnx.quantization.levels.assignment import LEAST_RELEVANCE, critical_exponents
+from ecqx_onnx.quantization.levels.assignment import LEAST_RELEVANCE, find_critical_exponents
 from ecqx_onnx.quantization.relevance.relevance import Relevances
 from ecqx_onnx.sources.loading import load_factory
 from ecqx_onnx.tensors import Scale
@@ -65,11 +65,11 @@ def changed(variant: str) -> Iterator[None]:
     """What no option of the package does, while a variant of this name trains."""
 
     def signed(weight: Any) -> torch.Tensor:
-        value = weight.quantised()
+        value = weight.quantized()
         return torch.where(value != 0, value, torch.ones_like(value)).to(weight.parameter.dtype)
 
     def keeps_only(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen) -> int:
-        zeros = critical_exponents(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen)
+        zeros = find_critical_exponents(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen)
         # Plain ECQ takes zero at ρ R^β = 1 or above, β <= ln ρ / -ln R: a weight whose critical exponent lies beyond stays.
         exponent[exponent > math.log(rho) / -R.clamp(LEAST_RELEVANCE, 1 - 1e-6).log()] = torch.inf
         return zeros

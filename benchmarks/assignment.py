@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ecqx_onnx.options.quantizer import Band
 from ecqx_onnx.quantization.levels.assignment import assign
-from ecqx_onnx.quantization.levels.entropy import cluster_probabilities, information_content, largest_lambda
+from ecqx_onnx.quantization.levels.entropy import compute_information, estimate_probabilities, find_largest_lambda
 from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
 
 STRENGTH, BAND, RHO = 0.3, Band(0.02, 0.02), 2.0
@@ -35,8 +35,8 @@ def straightforward(weight, relevance, step, grid: Grid, *, trials: int = 50):
     flat, levels = weight.reshape(-1), grid.levels(weight)
     distance = (flat[None] - (levels * step).to(weight.dtype)[:, None]).square()
     counts = torch.bincount(distance.argmin(0), minlength=len(levels))
-    information = information_content(cluster_probabilities(counts, grid))
-    scale = STRENGTH * largest_lambda(flat[None], step.double().reshape(1, 1), grid, information)
+    information = compute_information(estimate_probabilities(counts, grid))
+    scale = STRENGTH * find_largest_lambda(flat[None], step.double().reshape(1, 1), grid, information)
     cost = distance + (scale * information).to(weight.dtype)[:, None]
     zero = -grid.lowest
     s = float((cost.argmin(0) == zero).float().mean())

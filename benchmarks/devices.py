@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ecqx_onnx import api
-from ecqx_onnx.validation.devices.job import sha256
+from ecqx_onnx.validation.devices.job import compute_sha256
 from ecqx_onnx.validation.metrics import Proportion
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def measure(network: str, variant: str, devices: Sequence[str], data: Path, kept
     api.convert(checkpoint, out, factory=net.factory, force=True, **options)
     rows = []
     for device in devices:
-        place = kept / f"{network}-{variant}-{device}-{sha256(out)[:16]}.json"
+        place = kept / f"{network}-{variant}-{device}-{compute_sha256(out)[:16]}.json"
         before = json.loads(place.read_text()) if place.exists() and not fresh else None
         if before is None or again:
             sides = {"against": checkpoint, "factory": net.factory, "data": net.data.format(data=data)}

@@ -40,7 +40,7 @@ from ecqx_onnx.data import Dataset, Split, load_dataset
 from ecqx_onnx.inputs.user_code import load_function
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
-from ecqx_onnx.runtime.sessions import executed_operators
+from ecqx_onnx.runtime.sessions import count_executed_operators
 from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ class Case:
     name: str
     model: torch.nn.Module
     dataset: Dataset
-    labelled: bool
+    labeled: bool
 
 
 def main() -> None:
@@ -146,7 +146,7 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
     else:
         ours = api.as_checkpoint(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        names = NAMES if case.labelled else NAMES[:4]
+        names = NAMES if case.labeled else NAMES[:4]
         files = {name: Path(folder) / f"{index}.onnx" for index, name in enumerate(names)}
         if bits == 8:
             whole = export(case.model, example).graph
@@ -158,7 +158,7 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
         options = {"activations": "int8", "calibration": calibration, "calibration_samples": SAMPLES}
         report = api.convert(ours, files["ours, int8"], **options)
         static(files["float"], files["quantize_static"], calibration.take(SAMPLES), CalibrationMethod.MinMax)
-        if case.labelled:
+        if case.labeled:
             api.convert(ours, files["ours, int8, percentile"], calibration_method="percentile", **options)
             by = CalibrationMethod.Percentile
             static(files["float"], files["quantize_static, percentile"], calibration.take(SAMPLES), by)
@@ -167,9 +167,9 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
         said = {name: found.argmax(1) for name, found in scores.items()}
         hits = {name: share_right(found, case.dataset.test.y) for name, found in scores.items()}
         for (name, file), took in zip(files.items(), times, strict=True):
-            right = f"{100 * float(hits[name].mean()):.2f}" if case.labelled else "-"
+            right = f"{100 * float(hits[name].mean()):.2f}" if case.labeled else "-"
             same = f"{100 * float((said[name] == said['float']).mean()):.2f}"
-            ran = executed_operators(file, (x[:1],))
+            ran = count_executed_operators(file, (x[:1],))
             floats = (
                 ", ".join(f"{ran[kernel]} {kernel}" for kernel in FLOAT_KERNELS if ran[kernel]) if "float" not in name else ""
             )
@@ -178,7 +178,7 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
             noise = f"{moved:.1f}" if moved > FLOAT_ROUNDING else "-"
             cells = (f"{file.stat().st_size}", right, same, noise, f"{1e3 * took:.3f}", f"{took / times[0]:.2f}", floats or "-")
             print(f"| {network} | {name} | " + " | ".join(cells) + " |", flush=True)
-        for way in ("", ", percentile") if case.labelled else ():
+        for way in ("", ", percentile") if case.labeled else ():
             difference = 100 * (hits[f"ours, int8{way}"] - hits[f"quantize_static{way}"])  # sample by sample
             half = 1.96 * difference.std() / len(difference) ** 0.5
             cell = f"{difference.mean():+.2f} ± {half:.2f} points (95 %, paired)"

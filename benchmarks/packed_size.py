@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from ecqx_onnx_converters.storage.packed import encode_all, pack_all
-from ecqx_onnx_converters.storage.packed.reference_decoder import unpack
+from ecqx_onnx_converters.storage.packed.reference_decoder import unpack_stream
 from ecqx_onnx_converters.targets import find_target
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "checkpoints"
@@ -189,7 +189,7 @@ def main() -> None:
             spent.append(time.process_time() - begin)
         speed = sum(levels.size for levels in tensors) / 1e6 / min(spent)
         for members, packed in streams:
-            if any(not np.array_equal(a, tensors[i]) for a, i in zip(unpack(packed), members, strict=True)):
+            if any(not np.array_equal(a, tensors[i]) for a, i in zip(unpack_stream(packed), members, strict=True)):
                 sys.exit(f"{name}: the levels did not come back")
         payload = sum(packed.nbytes for _, packed in streams)
         stored = encode_all([(f"w{i}", levels) for i, levels in enumerate(tensors)], find_target("onnxruntime"))

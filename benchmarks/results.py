@@ -242,7 +242,7 @@ def float_weights(name: str, table: Results, seed: int) -> Path:
     return path
 
 
-def quantised_weights(name: str, row: str, seed: int) -> Path:
+def quantized_weights(name: str, row: str, seed: int) -> Path:
     """What another row ended with, as a state dict of floats."""
     checkpoint = ecqx_onnx.load(RUNS / f"{name}-{row}-{seed}.pt")
     path = RUNS / f"{name}-{row}-{seed}-weights.pt"
@@ -259,7 +259,7 @@ def run(name: str, table: Results, row: Row, seed: int) -> None:
     made = api.quantize(
         str(ROOT / table.model),
         data=row.data or table.data,
-        weights=quantised_weights(name, row.after, seed) if row.after else float_weights(name, table, seed),
+        weights=quantized_weights(name, row.after, seed) if row.after else float_weights(name, table, seed),
         out=checkpoint,
         seed=seed,
         force=True,

@@ -30,7 +30,7 @@ class Conversion:
         return run(self.path, inputs, level)
 
 
-def quantise(
+def quantize_model(
     model: torch.nn.Module, *, bits: int = 4, per_channel: bool = False, codebook: bool = False, seed: int = 0
 ) -> tuple[QuantTensor, ...]:
     """Puts every weight of two or more dimensions on levels, in place. per_channel: along dimension 0."""

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.passes.activations import IntegerGraph, UInt8, quantise_activations, with_pooling
+from ecqx_onnx_converters.passes.activations import IntegerGraph, UInt8, quantize_activations, replace_pooling
 from ecqx_onnx_converters.passes.integer_nodes import find_integer_nodes
 
 from ecqx_onnx.runtime.calibration import calibrate_ranges
-from ecqx_onnx.runtime.sessions import executed_operators
+from ecqx_onnx.runtime.sessions import count_executed_operators
 from ecqx_onnx.tensors import QuantTensor
-from tests.conversions import float_graph, quantise, run
+from tests.conversions import float_graph, quantize_model, run
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +59,15 @@ def convert_to_integers(
     **options: Any,
 ) -> IntegerConversion:
     """x: one batch, both example and calibration data. tensors: by default every weight on 4 bits."""
-    tensors = quantise(model) if tensors is None else tensors
-    graph = with_pooling(float_graph(model, [x]))
+    tensors = quantize_model(model) if tensors is None else tensors
+    graph = replace_pooling(float_graph(model, [x]))
     matching = match(graph.weights, tensors)
     placed = {weight.name: weight.dequantize() for weight in matching.found}
     whole = FloatGraph(graph.proto, {**graph.weights, **placed})
     ranges = calibrate_ranges(whole, find_integer_nodes(graph, matching.found).ranges, [x.numpy()], method=method)
-    integer = quantise_activations(graph, matching.found, ranges)
+    integer = quantize_activations(graph, matching.found, ranges)
     path = folder / "out.onnx"
     matching = replace(matching, found=integer.found)
     write(make_plan(integer.graph, matching, integer=integer.weights, **options), path, force=True)
     assert all(stored.crc_ok for stored in read_weights(path))
-    return IntegerConversion(path, integer, dict(ranges), executed_operators(path, (x.numpy(),)))
+    return IntegerConversion(path, integer, dict(ranges), count_executed_operators(path, (x.numpy(),)))

@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 
-def quantised(
+def quantized(
     name: str, shape: tuple[int, ...], *, most: int = 7, step: float | np.ndarray = 0.125, seed: int = 0
 ) -> QuantTensor:
     levels = np.random.default_rng(seed).integers(-most, most + 1, shape).astype(np.int8)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ecqx_onnx.errors import ModelError
 from ecqx_onnx.runtime.sessions import open_session, run
-from tests.conversions import quantise
+from tests.conversions import quantize_model
 from tests.integer_conversions import contract, convert_to_integers
 
 
@@ -152,7 +152,7 @@ def test_weights_keep_their_narrow_storage(bits, per_channel, tmp_path):
     torch.manual_seed(2)
     model = contract(Net(lambda x, a, b: b(F.relu(a(x)).mean((2, 3))), a=conv(), b=nn.Linear(8, 5)))
     x = torch.randn(IMAGE)
-    tensors = quantise(model, bits=bits, per_channel=per_channel)
+    tensors = quantize_model(model, bits=bits, per_channel=per_channel)
     conversion = convert_to_integers(model, x, tmp_path, tensors=tensors)
     assert conversion.executed["QLinearConv"] == conversion.executed["QGemm"] == 1
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_what_stays_float_says_why(tmp_path):
     torch.manual_seed(3)
     layers = {"a": conv(), "b": nn.ConvTranspose2d(8, 4, 3), "c": conv(4, 4), "d": conv(4, 4)}
     model = contract(Net(lambda x, a, b, c, d: d(c(b(a(x)))), **layers))
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     kept = tuple(tensor for tensor in tensors if tensor.name != "layers.c.weight")
     conversion = convert_to_integers(model, torch.randn(IMAGE), tmp_path, tensors=kept)
     reasons = {node.operator: node.reason for node in conversion.integer.stays}
@@ -175,7 +175,7 @@ def test_what_stays_float_says_why(tmp_path):
 def test_a_codebook_stays_float_and_says_why(tmp_path):
     torch.manual_seed(4)
     model = contract(Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16), b=nn.Linear(16, 5)))
-    tensors = (*quantise(model.layers["a"], codebook=True), *quantise(model.layers["b"]))
+    tensors = (*quantize_model(model.layers["a"], codebook=True), *quantize_model(model.layers["b"]))
     tensors = tuple(type(t)(f"layers.{'ab'[i]}.weight", t.levels, t.meaning) for i, t in enumerate(tensors))
     conversion = convert_to_integers(model, torch.randn(ROWS), tmp_path, tensors=tensors)
     assert [(node.operator, "codebook" in node.reason) for node in conversion.integer.stays] == [("Gemm", True), ("Relu", False)]
@@ -187,9 +187,9 @@ def test_a_float_convolution_between_integer_ones_keeps_its_float_weights(codebo
     torch.manual_seed(3)
     layers = {"a": conv(), "b": conv(8, 8), "c": conv(8, 4)}
     model = contract(Net(lambda x, a, b, c: c(F.relu(b(F.relu(a(x))))), **layers))
-    tensors = [tensor for tensor in quantise(model) if tensor.name != "layers.b.weight"]
+    tensors = [tensor for tensor in quantize_model(model) if tensor.name != "layers.b.weight"]
     if codebook:
-        (table,) = quantise(model.layers["b"], codebook=True)
+        (table,) = quantize_model(model.layers["b"], codebook=True)
         tensors.append(replace(table, name="layers.b.weight"))
     conversion = convert_to_integers(model, torch.randn(IMAGE), tmp_path, tensors=tensors)
     assert {node.operator for node in conversion.integer.stays} == {"Conv", "Relu"}
@@ -201,7 +201,7 @@ def test_a_model_without_integer_weights_is_refused(tmp_path):
     torch.manual_seed(4)
     model = contract(Net(lambda x, a: a(x), a=nn.Linear(12, 16)))
     with pytest.raises(ModelError, match=r"no node of the model can run on integers .*codebook"):
-        convert_to_integers(model, torch.randn(ROWS), tmp_path, tensors=quantise(model, codebook=True))
+        convert_to_integers(model, torch.randn(ROWS), tmp_path, tensors=quantize_model(model, codebook=True))
 
 
 def test_a_bias_beyond_int32_keeps_its_layer_float(tmp_path):

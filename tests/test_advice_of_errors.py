@@ -12,7 +12,7 @@ from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import DataError, OptionError
 
 
-def labelled(y):
+def labeled(y):
     return Dataset.from_arrays("a test", {"x": np.zeros((4, 3), np.float32), "y": np.array(y)})
 
 
@@ -28,14 +28,14 @@ def labelled(y):
 )
 def test_labels_of_another_kind_are_told_what_they_are(y, advice):
     with pytest.raises(DataError, match=advice):
-        labelled(y)
+        labeled(y)
 
 
 def test_a_misspelled_option_of_the_quantizer_is_named_with_the_right_one():
     with pytest.raises(OptionError, match="no option 'bit': did you mean bits"):
         ecqx_onnx.Quantizer(nn.Linear(3, 2), bit=4)
     with pytest.raises(OptionError, match="no option 'colour': there are bits"):
-        ecqx_onnx.Quantizer(nn.Linear(3, 2), colour=4)
+        ecqx_onnx.Quantizer(nn.Linear(3, 2), color=4)
 
 
 def test_relevance_none_means_in_python_what_it_means_on_the_command_line():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ecqx_onnx.options.quantizer import Band
 from ecqx_onnx.quantization.levels import envelope
 from ecqx_onnx.quantization.levels.assignment import assign
-from ecqx_onnx.quantization.levels.envelope import boundaries, cheapest
+from ecqx_onnx.quantization.levels.envelope import find_boundaries, find_cheapest
 from ecqx_onnx.quantization.levels.grid import Grid
 from tests.oracles import ecqx as oracle
 
@@ -37,7 +37,7 @@ def test_lower_envelope_is_brute_force_over_all_levels_bit_for_bit_ties_included
     costs = [abs(data.draw(dyadic(40, 4))) for _ in levels]
     expected = [oracle.brute_force_level(w, step, dict(zip(levels, costs, strict=True))) for w in weights]
     for dtype in (torch.float64, torch.float32):
-        index = cheapest(
+        index = find_cheapest(
             torch.tensor([weights], dtype=dtype),
             torch.tensor([[step]], dtype=torch.float64),
             torch.tensor(levels, dtype=torch.float64),
@@ -55,7 +55,7 @@ def test_lower_envelope_is_argmin_of_the_cost_table_on_ordinary_weights(bits, dt
     levels = SYMMETRIC[bits].levels(rows)
     cost = torch.rand(len(levels), generator=generator, dtype=torch.float64) * 0.2
     table = (rows.double()[None] - levels[:, None, None] * step).square() + cost[:, None, None]
-    assert torch.equal(cheapest(rows, step, levels, cost), table.argmin(0))
+    assert torch.equal(find_cheapest(rows, step, levels, cost), table.argmin(0))
 
 
 @settings(deadline=None, max_examples=60)
@@ -66,19 +66,19 @@ def test_looking_up_by_cells_is_counting_the_boundaries_below_each_weight(bits, 
     levels = Grid(bits, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1).levels(torch.zeros(1))
     step = torch.rand(channels, 1, generator=generator).double() + 0.01
     cost = torch.rand(len(levels), generator=generator, dtype=torch.float64).pow(4) * spread
-    bounds = boundaries(step, levels, cost, torch.float32)
+    bounds = find_boundaries(step, levels, cost, torch.float32)
     beside = [torch.nextafter(bounds, torch.full_like(bounds, side)) for side in (-torch.inf, torch.inf)]
     rows = torch.cat([torch.randn(channels, 50, generator=generator), bounds, *beside, 1e30 * bounds.sign()], 1)
     below = (rows[:, :, None] > bounds[:, None, :]).sum(-1)
-    assert torch.equal(cheapest(rows, step, levels, cost), below)
+    assert torch.equal(find_cheapest(rows, step, levels, cost), below)
 
 
 def test_blocks_cover_every_weight_once_in_order(monkeypatch):
     monkeypatch.setattr(envelope, "BLOCK", 7)
     for shape in ((1, 20), (1, 7), (3, 20), (9, 3), (4, 1), (1, 1), (2, 7)):
         rows = torch.arange(shape[0] * shape[1]).reshape(shape)
-        assert torch.equal(torch.cat([rows[block].reshape(-1) for block in envelope.blocks(rows)]), rows.reshape(-1))
-        assert all(rows[block].is_contiguous() and rows[block].numel() <= 7 for block in envelope.blocks(rows))
+        assert torch.equal(torch.cat([rows[block].reshape(-1) for block in envelope.split_into_blocks(rows)]), rows.reshape(-1))
+        assert all(rows[block].is_contiguous() and rows[block].numel() <= 7 for block in envelope.split_into_blocks(rows))
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
@@ -101,7 +101,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch, axis):
 def test_boundaries_of_levels_that_never_win_coincide():
     levels = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
     cost = torch.tensor([0.0, 100.0, 0.0], dtype=torch.float64)
-    found = boundaries(torch.tensor([[1.0]], dtype=torch.float64), levels, cost, torch.float64)
+    found = find_boundaries(torch.tensor([[1.0]], dtype=torch.float64), levels, cost, torch.float64)
     assert found.tolist() == [[0.0, 0.0]]
 
 
@@ -213,7 +213,7 @@ def test_boundaries_round_down_so_that_float32_decides_as_float64_does():
     for _ in range(20):
         step = torch.rand(1, 1, generator=generator).double() + 0.1
         cost = torch.rand(15, generator=generator, dtype=torch.float64) * 0.01
-        exact = boundaries(step, levels, cost, torch.float64)
-        below = boundaries(step, levels, cost, torch.float32)
+        exact = find_boundaries(step, levels, cost, torch.float64)
+        below = find_boundaries(step, levels, cost, torch.float32)
         assert bool((below.double() <= exact).all())
         assert bool((torch.nextafter(below, torch.full_like(below, torch.inf)).double() > exact).all())

@@ -17,7 +17,7 @@ from ecqx_onnx import api
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 from ecqx_onnx.validation import equivalence
 from ecqx_onnx.verbs import pack
-from tests.conversions import FLOAT32_SUMS, quantise, session
+from tests.conversions import FLOAT32_SUMS, quantize_model, session
 
 FLOAT = TensorProto.FLOAT
 
@@ -243,7 +243,7 @@ def test_convert_folds_what_the_exporter_left_and_validate_agrees(tmp_path):
         model.norm.running_var.uniform_(0.5, 2)
         model.norm.weight.uniform_(-1, 2)
         model.norm.bias.normal_()
-    quantise(model)
+    quantize_model(model)
     report = api.convert(model, tmp_path / "out.onnx", example=torch.zeros(2, 64))
     assert "BatchNormalization" not in operators(onnx.load(tmp_path / "out.onnx"))
     assert [row.rescaled for row in report.tensors] == [True, False]

@@ -32,7 +32,7 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def labelled(tmp_path, model):
+def labeled(tmp_path, model):
     x = images(96)
     scores = onnxruntime.InferenceSession(model).run(None, {"x": x})[0]
     path = tmp_path / "labelled.npz"
@@ -73,8 +73,8 @@ def test_without_a_bound_the_default_is_told(tmp_path, model, data):
     assert "default" in result.bounds.words
 
 
-def test_labels_make_agreement_and_lost_points(tmp_path, model, labelled):
-    result = compress(model, tmp_path / "small.onnx", data=labelled, max_drop=20)
+def test_labels_make_agreement_and_lost_points(tmp_path, model, labeled):
+    result = compress(model, tmp_path / "small.onnx", data=labeled, max_drop=20)
     assert result.verdict.quality.float_accuracy.share == 1.0
     assert result.verdict.quality.drop <= 20
 

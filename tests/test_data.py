@@ -107,9 +107,9 @@ def test_statistics_are_those_of_all_training_samples_per_channel():
     mean, std = dataset.training.statistics()
     np.testing.assert_allclose(mean, (x / 255).mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, (x / 255).std((0, 1, 2)), rtol=1e-6)
-    normalised = np.concatenate([batch for batch, _ in dataset.normalized().training.batches(64)])
-    np.testing.assert_allclose(normalised.mean((0, 2, 3)), 0, atol=1e-5)
-    np.testing.assert_allclose(normalised.std((0, 2, 3)), 1, atol=1e-5)
+    with_normalized = np.concatenate([batch for batch, _ in dataset.normalized().training.batches(64)])
+    np.testing.assert_allclose(with_normalized.mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(with_normalized.std((0, 2, 3)), 1, atol=1e-5)
 
 
 def test_a_constant_channel_is_not_divided_by_zero():

@@ -27,7 +27,7 @@ from ecqx_onnx.cli import app
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.data.images import decode_image
 from ecqx_onnx.deployment import PLATFORMS, find_platform
-from ecqx_onnx.deployment.platforms import TEMPLATES, oldest_runtime
+from ecqx_onnx.deployment.platforms import TEMPLATES, find_oldest_runtime
 from ecqx_onnx.errors import CheckFailed, FileError, InputError, ModelError
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
@@ -591,8 +591,8 @@ def test_every_platform_has_templates_that_say_what_was_not_tested(platform):
 
 def test_the_oldest_runtime_follows_from_opset_and_types(grey, tmp_path):
     foreign_file(tmp_path / "old.onnx", opset=17)
-    assert oldest_runtime(read_onnx(tmp_path / "old.onnx").proto) == "1.17"
-    assert oldest_runtime(read_onnx(grey[1]).proto) in ("1.17", "1.23")
+    assert find_oldest_runtime(read_onnx(tmp_path / "old.onnx").proto) == "1.17"
+    assert find_oldest_runtime(read_onnx(grey[1]).proto) in ("1.17", "1.23")
 
 
 def web_folder(grey, tmp_path):

@@ -11,7 +11,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 from tests.conversions import session
-from tests.onnx_graphs import model_of, product, quantised
+from tests.onnx_graphs import model_of, product, quantized
 
 X = np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32)
 
@@ -25,7 +25,7 @@ def outputs(model: ModelProto, level: int, **feeds: np.ndarray) -> np.ndarray:
     return session(model.SerializeToString(), level).run(None, feeds)[0]
 
 
-def optimised(model: ModelProto, folder) -> ModelProto:
+def optimized(model: ModelProto, folder) -> ModelProto:
     """What onnxruntime makes of the model when it loads it."""
     session(model.SerializeToString(), 99, optimized_model_filepath=str(folder / "optimised.onnx"))
     return onnx.load(folder / "optimised.onnx")
@@ -43,7 +43,7 @@ def identity(weight: QuantTensor) -> ModelProto:
     "step", [np.float32(0.1), np.linspace(0.1, 0.3, 6).reshape(6, 1), np.linspace(0.1, 0.3, 42).reshape(6, 7)]
 )
 def test_folded_scale_is_exact(most, step, level):
-    weight = quantised("w", (6, 7), most=most, step=step)
+    weight = quantized("w", (6, 7), most=most, step=step)
     np.testing.assert_array_equal(
         outputs(written(identity(weight), weight), level, x=np.array(0, np.float32)), weight.dequantize()
     )
@@ -62,14 +62,14 @@ def test_folded_codebook_is_exact_with_negative_levels_counting_from_the_end(low
 
 @pytest.mark.parametrize("most", [1, 7, 127])
 def test_folded_weights_leave_nothing_to_do_at_inference(most, tmp_path):
-    weight = quantised("w", (64, 32), most=most)
-    nodes = [node.op_type for node in optimised(written(product("MatMul", weight), weight), tmp_path).graph.node]
+    weight = quantized("w", (64, 32), most=most)
+    nodes = [node.op_type for node in optimized(written(product("MatMul", weight), weight), tmp_path).graph.node]
     assert nodes == ["MatMul"]
 
 
 def test_a_folded_codebook_leaves_nothing_to_do_at_inference(tmp_path):
-    weight = QuantTensor("w", quantised("w", (64, 32), most=1).levels, Codebook(np.array([0, 0.5, -0.3], np.float32)))
-    nodes = [node.op_type for node in optimised(written(product("MatMul", weight), weight), tmp_path).graph.node]
+    weight = QuantTensor("w", quantized("w", (64, 32), most=1).levels, Codebook(np.array([0, 0.5, -0.3], np.float32)))
+    nodes = [node.op_type for node in optimized(written(product("MatMul", weight), weight), tmp_path).graph.node]
     assert nodes == ["MatMul"]
 
 
@@ -77,9 +77,9 @@ def test_a_folded_codebook_leaves_nothing_to_do_at_inference(tmp_path):
 @pytest.mark.parametrize(("operator", "attributes"), [("MatMul", {}), ("Gemm", {"transB": 0}), ("Gemm", {"transB": 1})])
 def test_standard_products_keep_float_activations(operator, attributes, most, tmp_path):
     shape = (32, 64) if attributes.get("transB") else (64, 32)
-    weight = quantised("w", shape, most=most, step=2.0**-6)
+    weight = quantized("w", shape, most=most, step=2.0**-6)
     model = written(product(operator, weight, **attributes), weight, dequantize="standard")
-    executed = {node.op_type for node in optimised(model, tmp_path).graph.node}
+    executed = {node.op_type for node in optimized(model, tmp_path).graph.node}
     assert executed <= {"DequantizeLinear", "Gemm", "Reshape", "Shape", "Slice", "Concat"}
     expected = X.astype(np.float64) @ (weight.dequantize().T if attributes.get("transB") else weight.dequantize())
     for level in (0, 99):
@@ -87,7 +87,7 @@ def test_standard_products_keep_float_activations(operator, attributes, most, tm
 
 
 def test_a_matmul_of_any_rank_becomes_a_gemm_between_reshapes():
-    weight = quantised("w", (4, 3))
+    weight = quantized("w", (4, 3))
     inputs = {"x": (TensorProto.FLOAT, ["a", "b", "c", 4])}
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     model = model_of([node], {"w": weight.dequantize()}, inputs=inputs, output_shape=["a", "b", "c", 3])
@@ -100,7 +100,7 @@ def test_a_matmul_of_any_rank_becomes_a_gemm_between_reshapes():
 @pytest.mark.parametrize("step", [np.float32(0.1), np.linspace(0.1, 0.3, 8).reshape(1, 8)])
 @pytest.mark.parametrize("most", [1, 7, 127])
 def test_standard_embeddings_gather_integers_and_dequantise_rows(most, step, tmp_path):
-    weight = quantised("w", (20, 8), most=most, step=step)
+    weight = quantized("w", (20, 8), most=most, step=step)
     node = helper.make_node("Gather", ["w", "x"], ["y"])
     inputs = {"x": (TensorProto.INT64, ["n", "t"])}
     model = model_of([node], {"w": weight.dequantize()}, inputs=inputs, output_shape=["n", "t", 8])
@@ -108,7 +108,7 @@ def test_standard_embeddings_gather_integers_and_dequantise_rows(most, step, tmp
     tokens = np.random.default_rng(4).integers(0, 20, (3, 5))
     for level in (0, 99):
         np.testing.assert_array_equal(outputs(made, level, x=tokens), weight.dequantize()[tokens])
-    kinds = [node.op_type for node in optimised(made, tmp_path).graph.node]
+    kinds = [node.op_type for node in optimized(made, tmp_path).graph.node]
     assert kinds.index("Gather") < kinds.index("Mul")
     assert "DequantizeLinear" not in kinds
 
@@ -116,8 +116,8 @@ def test_standard_embeddings_gather_integers_and_dequantise_rows(most, step, tmp
 # Facts of the runtime that the forms rest on. When one of these turns red, the form can be simplified or must be changed.
 
 
-def _dequantised(operator: str, *, transposed: bool) -> ModelProto:
-    weight = quantised("w", (32, 64) if transposed else (64, 32))
+def _dequantized(operator: str, *, transposed: bool) -> ModelProto:
+    weight = quantized("w", (32, 64) if transposed else (64, 32))
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
         helper.make_node(operator, ["x", "w"], ["y"], **({"transB": 1} if transposed else {})),
@@ -133,19 +133,19 @@ def _dequantised(operator: str, *, transposed: bool) -> ModelProto:
 
 
 def test_fact_dequantizelinear_before_matmul_quantises_activations(tmp_path):
-    made = {node.op_type for node in optimised(_dequantised("MatMul", transposed=False), tmp_path).graph.node}
+    made = {node.op_type for node in optimized(_dequantized("MatMul", transposed=False), tmp_path).graph.node}
     if tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 25):
         assert "MatMulNBits" in made
 
 
 def test_fact_dequantizelinear_before_gemm_with_transb_stays_float(tmp_path):
-    made = {node.op_type for node in optimised(_dequantised("Gemm", transposed=True), tmp_path).graph.node}
+    made = {node.op_type for node in optimized(_dequantized("Gemm", transposed=True), tmp_path).graph.node}
     assert made == {"DequantizeLinear", "Gemm"}
 
 
 def test_scale_axis_other_than_the_first_is_written_for_transposed_convs():
     weight = QuantTensor(
-        "w", quantised("w", (3, 4, 2, 2)).levels, Scale(np.linspace(0.1, 0.2, 4).reshape(1, 4, 1, 1).astype(np.float32))
+        "w", quantized("w", (3, 4, 2, 2)).levels, Scale(np.linspace(0.1, 0.2, 4).reshape(1, 4, 1, 1).astype(np.float32))
     )
     node = helper.make_node("ConvTranspose", ["x", "w"], ["y"])
     inputs = {"x": (TensorProto.FLOAT, ["n", 3, 5, 5])}

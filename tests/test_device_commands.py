@@ -95,16 +95,16 @@ def test_one_device_gives_its_report(arguments):
 
 def test_integer_kernels_are_compared_with_the_float_model_and_judged_by_accuracy(files, tmp_path):
     from ecqx_onnx.inputs.onnx_file import read_onnx
-    from ecqx_onnx.validation.judgement import yardstick
+    from ecqx_onnx.validation.judgement import choose_latency_baseline
 
     api.convert(files / "model.pt", tmp_path / "int8.onnx", activations="int8", calibration=str(files / "data.npz"))
     arguments = ["validate", tmp_path / "int8.onnx", "--against", files / "model.pt", "--data", files / "data.npz"]
     report = json.loads(run(*arguments, "--device", "local", "--json").stdout)
     assert any(name.startswith("QLinear") for name in report["operators"])
     assert report["latency_ratio"] > 0
-    wanted = yardstick(read_onnx(tmp_path / "int8.onnx"), None, lambda: b"the float model")
+    wanted = choose_latency_baseline(read_onnx(tmp_path / "int8.onnx"), None, lambda: b"the float model")
     assert wanted == b"the float model"
-    model = onnx.load_model_from_string(float_model._float_model(api.as_checkpoint(files / "model.pt")))
+    model = onnx.load_model_from_string(float_model.make_float_model(api.as_checkpoint(files / "model.pt")))
     assert {node.op_type for node in model.graph.node} == {"Conv", "Relu", "Reshape", "Gemm"}
 
 
@@ -128,9 +128,9 @@ def test_a_wrong_output_of_one_device_exits_1_and_names_device_and_check(argumen
     values = np.fromfile(phone / "outputs" / "00000.0.bin", np.float32)
     values[0] += 1
     (phone / "outputs" / "00000.0.bin").write_bytes(values.tobytes())
-    from ecqx_onnx.validation.devices.job import sha256
+    from ecqx_onnx.validation.devices.job import compute_sha256
 
-    result["batches"][0][0]["sha256"] = sha256(phone / "outputs" / "00000.0.bin")
+    result["batches"][0][0]["sha256"] = compute_sha256(phone / "outputs" / "00000.0.bin")
     (phone / "result.json").write_text(json.dumps(result))
     failed = run(*arguments, "--device", "local", "--device", f"folder:{phone}", code=1)
     assert f"folder:{phone}: outputs: " in sentence(failed)

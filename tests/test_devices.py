@@ -141,10 +141,10 @@ def test_a_device_that_rounds_activations_fails(honest_results, tmp_path):
 
 
 def write(path: Path, values: np.ndarray) -> str:
-    from ecqx_onnx.validation.devices.job import sha256
+    from ecqx_onnx.validation.devices.job import compute_sha256
 
     path.write_bytes(values.tobytes())
-    return sha256(path)
+    return compute_sha256(path)
 
 
 def first_output(**changes):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ecqx_onnx_converters.passes.equalization import equalised, find_places
+from ecqx_onnx_converters.passes.equalization import equalize, find_places
 from torch import nn
 
 from ecqx_onnx import api
 from ecqx_onnx.checkpoint import float_model
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.runtime.calibration import channel_peaks
+from ecqx_onnx.runtime.calibration import measure_channel_peaks
 from ecqx_onnx.runtime.sessions import open_session, run
 
 
@@ -68,8 +68,10 @@ def test_the_network_is_the_same_bit_for_bit():
     checkpoint, x, _ = prepared()
     graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
     places = find_places(graph, matching)
-    peaks = channel_peaks(float_model._with_floats(graph, matching), [place.value for place in places], [x.numpy()])
-    changed, rescaled = equalised(graph, matching, places, peaks)
+    peaks = measure_channel_peaks(
+        float_model.restore_float_weights(graph, matching), [place.value for place in places], [x.numpy()]
+    )
+    changed, rescaled = equalize(graph, matching, places, peaks)
     assert len(places) == 1
     for before, after in zip(matching.found, rescaled.found, strict=True):
         np.testing.assert_array_equal(before.tensor.levels, after.tensor.levels)
@@ -77,7 +79,7 @@ def test_the_network_is_the_same_bit_for_bit():
         assert ratio.max() >= 64 or ratio.min() <= 1 / 64
         np.testing.assert_array_equal(np.frexp(ratio)[0], 0.5)  # powers of two
     outputs = [
-        run(open_session(float_model._with_floats(*pair).to_model().SerializeToString()), (x.numpy(),))[0]
+        run(open_session(float_model.restore_float_weights(*pair).to_model().SerializeToString()), (x.numpy(),))[0]
         for pair in ((graph, matching), (changed, rescaled))
     ]
     np.testing.assert_array_equal(*outputs)

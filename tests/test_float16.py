@@ -8,14 +8,14 @@ import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph
 from ecqx_onnx_converters.graph.graph import NARROW
-from ecqx_onnx_converters.passes.float16 import FEWEST, round_parameters, rounded, with_float16
+from ecqx_onnx_converters.passes.float16 import FEWEST, round_parameters, round_to_float16, store_float16
 from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import OptionError
-from tests.conversions import quantise, session
+from tests.conversions import quantize_model, session
 
 
 class Net(torch.nn.Module):
@@ -42,7 +42,7 @@ def model() -> torch.nn.Module:
         net.norm.weight.uniform_(0.5, 2)
         net.norm.bias.normal_()
     last = net.last.weight.detach().clone()
-    quantise(net)
+    quantize_model(net)
     with torch.no_grad():
         net.last.weight.copy_(last)
     return net
@@ -138,19 +138,19 @@ def test_validate_still_sees_a_fault_smaller_than_the_rounding(model, files, kin
 def test_a_parameter_that_float16_would_spoil_stays_float32():
     ordinary = np.linspace(-2, 2, FEWEST, dtype=np.float32)
     for linear in (False, True):
-        assert rounded(ordinary, linear=linear) is not None
-        assert rounded(ordinary[:-1], linear=linear) is None  # the Cast would take more than it saves
+        assert round_to_float16(ordinary, linear=linear) is not None
+        assert round_to_float16(ordinary[:-1], linear=linear) is None  # the Cast would take more than it saves
         for spoiler in (1e5, np.inf):  # past float16's largest
-            assert rounded(np.append(ordinary, np.float32(spoiler)), linear=linear) is None
-        assert rounded(np.full(FEWEST, 1e-6, np.float32), linear=linear) is None  # below the normal range, 3 % off
-    assert rounded(np.append(ordinary, np.float32(1e-6)), linear=True) is not None  # beside 2 it is nothing in a sum,
-    assert rounded(np.append(ordinary, np.float32(1e-6)), linear=False) is None  # but not under a root
+            assert round_to_float16(np.append(ordinary, np.float32(spoiler)), linear=linear) is None
+        assert round_to_float16(np.full(FEWEST, 1e-6, np.float32), linear=linear) is None  # below the normal range, 3 % off
+    assert round_to_float16(np.append(ordinary, np.float32(1e-6)), linear=True) is not None  # beside 2 it is nothing in a sum,
+    assert round_to_float16(np.append(ordinary, np.float32(1e-6)), linear=False) is None  # but not under a root
 
 
 def test_rounding_is_no_further_than_it_says():
     values = np.random.default_rng(0).standard_normal(10000).astype(np.float32)
     graph = FloatGraph.from_model(_one(values))
-    halved, report = with_float16(graph, ())
+    halved, report = store_float16(graph, ())
     back = numpy_helper.to_array(halved.to_model().graph.initializer[0]).astype(np.float32)
     np.testing.assert_array_equal(back, _values(round_parameters(graph, ())))
     assert np.abs(back - values).max() / np.abs(values).max() == pytest.approx(report.rounding)

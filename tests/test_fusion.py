@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.dequantization.fused import FUSED, expanded
+from ecqx_onnx_converters.dequantization.fused import FUSED, expand_call
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
 from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text
 from ecqx_onnx_converters.storage import DOMAIN
@@ -21,7 +21,7 @@ from ecqx_onnx.inspection import inspect
 from ecqx_onnx.runtime.sessions import open_session, run
 from ecqx_onnx.tensors import QuantTensor, Scale
 from ecqx_onnx.verbs import pack
-from tests.conversions import Conversion, assert_says_the_same, convert, float_graph, quantise
+from tests.conversions import Conversion, assert_says_the_same, convert, float_graph, quantize_model
 from tests.onnx_graphs import model_of
 from tests.test_layers import Tied
 
@@ -57,7 +57,7 @@ def functions(path):
 )
 def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
     model = net()
-    tensors = quantise(model, **options)
+    tensors = quantize_model(model, **options)
     if turned:
         few_columns(tensors, model)
     conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed")
@@ -78,7 +78,7 @@ def by_columns(tensor):
 
 
 def test_a_matrix_that_the_graph_gives_out_keeps_its_layout(tmp_path):
-    (tensor,) = quantise(torch.nn.Sequential(torch.nn.Linear(60, 80)), bits=3)
+    (tensor,) = quantize_model(torch.nn.Sequential(torch.nn.Linear(60, 80)), bits=3)
     by_columns(tensor)
     model = model_of(
         [helper.make_node("Gemm", ["x", "0.weight"], ["y"], transB=1)],
@@ -109,7 +109,7 @@ def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tm
 
     torch.manual_seed(0)
     model, x = Matrix().eval(), (torch.randn(5, 60),)
-    (tensor,) = quantise(model, **options)
+    (tensor,) = quantize_model(model, **options)
     by_columns(tensor)
     with torch.no_grad():
         model.layer.weight.copy_(torch.from_numpy(tensor.dequantize()))
@@ -129,7 +129,7 @@ def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tm
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_codebook_with_a_factor_has_a_call_of_its_own(turned, tmp_path):
     model = net()
-    tensors = quantise(model, codebook=True)
+    tensors = quantize_model(model, codebook=True)
     if turned:
         few_columns(tensors, model)
     graph = float_graph(model, IMAGES)
@@ -147,7 +147,7 @@ def test_a_codebook_with_a_factor_has_a_call_of_its_own(turned, tmp_path):
 
 def test_steps_in_float16_and_in_float32_share_a_call(tmp_path):
     model = net()
-    tensors = list(quantise(model, per_channel=True))
+    tensors = list(quantize_model(model, per_channel=True))
     halves = Scale(tensors[1].meaning.step.astype(np.float16).astype(np.float32))
     tensors[1] = type(tensors[1])(tensors[1].name, tensors[1].levels, halves)
     with torch.no_grad():
@@ -161,12 +161,12 @@ def test_steps_in_float16_and_in_float32_share_a_call(tmp_path):
 
 def test_what_only_some_could_have_none_has(tmp_path, monkeypatch):
     tied, tokens = Tied().eval(), (torch.randint(0, 20, (2, 5)),)
-    tensors = quantise(tied)
+    tensors = quantize_model(tied)
     conversion = convert(float_graph(tied, tokens), tensors, tmp_path, storage="packed", dequantize="folded")
     assert calls(conversion.path) == {"Levels", "Dequantize"}
     assert_says_the_same(conversion, tied, tokens)
     model = net()
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     for options in ({"dequantize": "standard"}, {}):
         monkeypatch.setattr(choices, "STAGED_FROM", 1 << 20 if options else 1)
         conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed", **options)
@@ -176,7 +176,7 @@ def test_what_only_some_could_have_none_has(tmp_path, monkeypatch):
 
 def test_a_file_whose_calls_are_gone_says_so(tmp_path):
     model = net()
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     path = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path
     proto = onnx.load(path)
     for node in [node for node in proto.graph.node if node.op_type == "V"]:
@@ -190,7 +190,7 @@ def test_a_file_whose_calls_are_gone_says_so(tmp_path):
 @pytest.mark.parametrize("change", ["inputs", "outputs", "turn", "no turn", "value"])
 def test_a_call_that_lies_is_refused(change, tmp_path):
     model = net()
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     few_columns(tensors, model)
     path = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path
     proto = onnx.load(path)
@@ -235,7 +235,7 @@ def test_one_call_is_standard_onnx_and_exact_whatever_the_step(tmp_path):
 @pytest.mark.parametrize("what", ["decoder's inputs", "split's inputs", "sizes", "shape", "turn", "text"])
 def test_whatever_keeps_a_weight_from_being_read_is_told(what, tmp_path):
     model = net()
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     few_columns(tensors, model)
     proto = onnx.load(convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed").path)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -262,4 +262,4 @@ def test_whatever_keeps_a_weight_from_being_read_is_told(what, tmp_path):
 
 def test_expanding_leaves_other_nodes_alone():
     for node in (helper.make_node("W", ["a"], ["b"]), helper.make_node("Relu", ["a"], ["b"])):
-        assert expanded(node) == [node]
+        assert expand_call(node) == [node]

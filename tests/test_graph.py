@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.graph.opsets import why_not_opset
+from ecqx_onnx_converters.graph.opsets import refuse_opset
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
 from tests.conversions import session
-from tests.onnx_graphs import model_of, product, quantised
+from tests.onnx_graphs import model_of, product, quantized
 
 FLOAT = TensorProto.FLOAT
 
@@ -36,7 +36,7 @@ def branches() -> ModelProto:
 
 def body(operator: str) -> ModelProto:
     """Three times h = h @ W + h, W lying inside the body of a Loop, or of a Scan over three unused slices."""
-    tensor = numpy_helper.from_array(quantised("w", (4, 4), step=0.0625).dequantize(), "w")
+    tensor = numpy_helper.from_array(quantized("w", (4, 4), step=0.0625).dequantize(), "w")
     steps = [helper.make_node("MatMul", ["h", "w"], ["p"]), helper.make_node("Add", ["p", "h"], ["g"])]
     value = partial(helper.make_tensor_value_info, elem_type=FLOAT, shape=["n", 4])
     flag = partial(helper.make_tensor_value_info, elem_type=TensorProto.BOOL, shape=[])
@@ -59,7 +59,7 @@ def body(operator: str) -> ModelProto:
 @pytest.mark.parametrize("form", ["folded", "standard"])
 @pytest.mark.parametrize("operator", ["Loop", "Scan"])
 def test_a_weight_inside_a_repeated_body_is_converted(operator, form, tmp_path):
-    model, weight = body(operator), quantised("w", (4, 4), step=0.0625)
+    model, weight = body(operator), quantized("w", (4, 4), step=0.0625)
     graph = FloatGraph.from_model(model)
     write(make_plan(graph, match(graph.weights, [weight]), dequantize=form), tmp_path / "out.onnx")
     np.testing.assert_array_equal(read_weights(tmp_path / "out.onnx")[0].weight.tensor.levels, weight.levels)
@@ -72,7 +72,7 @@ def test_a_weight_inside_a_repeated_body_is_converted(operator, form, tmp_path):
 
 
 def test_structure_and_data_are_apart_and_come_together_again():
-    weight = quantised("w", (3, 4))
+    weight = quantized("w", (3, 4))
     model = product("Gemm", weight, transB=1)
     graph = FloatGraph.from_model(model)
     assert not graph.proto.graph.initializer[0].raw_data
@@ -106,7 +106,7 @@ def test_a_branch_that_returns_its_weight_keeps_it():
 
 
 def test_exporter_metadata_is_stripped_and_the_users_stays():
-    model = product("Gemm", quantised("w", (3, 4)), transB=1)
+    model = product("Gemm", quantized("w", (3, 4)), transB=1)
     secret = "/home/someone/project/model.py"
     model.doc_string = model.graph.doc_string = secret
     for part in (model, model.graph, model.graph.node[0], model.graph.input[0], model.graph.initializer[0]):
@@ -124,7 +124,7 @@ def test_exporter_metadata_is_stripped_and_the_users_stays():
     [{"dims": [3, 5]}, {"dims": [1 << 40, 1 << 20]}, {"dims": [-3, -4]}, {"raw_data": b""}],
 )
 def test_a_tensor_that_lies_is_refused(changes):
-    model = product("Gemm", quantised("w", (3, 4)), transB=1)
+    model = product("Gemm", quantized("w", (3, 4)), transB=1)
     tensor = model.graph.initializer[0]
     tensor.CopyFrom(TensorProto(**({"name": "w", "dims": [3, 4], "data_type": FLOAT, "raw_data": bytes(48)} | changes)))
     with pytest.raises(FileError, match="'w' declares"):
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_model_is_refused(content, tmp_path):
 
 
 def test_a_truncated_model_is_refused(tmp_path):
-    data = product("Gemm", quantised("w", (30, 40)), transB=1).SerializeToString()
+    data = product("Gemm", quantized("w", (30, 40)), transB=1).SerializeToString()
     for length in range(1, len(data), 97):
         (tmp_path / "m.onnx").write_bytes(data[:length])
         with pytest.raises(FileError):
@@ -152,7 +152,7 @@ def test_an_absent_file_is_refused(tmp_path):
 
 
 def external(tmp_path, **entries: str) -> ModelProto:
-    model = product("Gemm", quantised("w", (3, 4)), transB=1)
+    model = product("Gemm", quantized("w", (3, 4)), transB=1)
     tensor = model.graph.initializer[0]
     (tmp_path / "w.bin").write_bytes(bytes(8) + tensor.raw_data)
     tensor.ClearField("raw_data")
@@ -165,7 +165,7 @@ def external(tmp_path, **entries: str) -> ModelProto:
 
 def test_external_data_is_read_from_beside_the_model(tmp_path):
     external(tmp_path)
-    np.testing.assert_array_equal(FloatGraph.load(tmp_path / "m.onnx").weights["w"], quantised("w", (3, 4)).dequantize())
+    np.testing.assert_array_equal(FloatGraph.load(tmp_path / "m.onnx").weights["w"], quantized("w", (3, 4)).dequantize())
 
 
 @pytest.mark.parametrize(
@@ -205,4 +205,4 @@ def test_external_data_without_a_path_is_refused(tmp_path):
 def test_an_opset_is_raised_only_where_every_operator_keeps_its_meaning(operator, attributes, old, new, same):
     node = helper.make_node(operator, ["x"], ["y"], **attributes)
     model = model_of([node], {}, inputs={"x": (FLOAT, [2, 2])}, output_shape=[2, 2], opset=old)
-    assert (why_not_opset(model, new) is None) == same
+    assert (refuse_opset(model, new) is None) == same

@@ -7,8 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecqx_onnx.errors import OptionError
-from ecqx_onnx.quantization.levels.entropy import cluster_probabilities, information_content, largest_lambda, size_factor
-from ecqx_onnx.quantization.levels.grid import Grid, channel_rows, choose_grid, fit_step, from_channel_rows
+from ecqx_onnx.quantization.levels.entropy import (
+    compute_information,
+    compute_size_factor,
+    estimate_probabilities,
+    find_largest_lambda,
+)
+from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step, from_channel_rows, to_channel_rows
 from tests.oracles import ecqx as oracle
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
@@ -90,7 +95,7 @@ def test_steps_are_positive_and_finite_whatever_the_weights(weight, bits):
 def test_channel_rows_come_back_as_they_were(shape, data):
     axis = data.draw(st.sampled_from([None, *range(len(shape))]))
     tensor = torch.arange(int(np.prod(shape))).reshape(shape)
-    assert torch.equal(from_channel_rows(channel_rows(tensor, axis), tensor.shape, axis), tensor)
+    assert torch.equal(from_channel_rows(to_channel_rows(tensor, axis), tensor.shape, axis), tensor)
 
 
 @settings(deadline=None, max_examples=50)
@@ -99,7 +104,7 @@ def test_cluster_probabilities_are_the_oracles(counts, floor):
     grid, levels = Grid(3, -3, 3), range(-3, 4)
     weights = [float(k) for k, count in zip(levels, counts, strict=True) for _ in range(count)]
     expected = oracle.probabilities(weights, [1.0] * len(weights), levels, floor)
-    found = cluster_probabilities(torch.tensor(counts), grid, zero_floor=floor)
+    found = estimate_probabilities(torch.tensor(counts), grid, zero_floor=floor)
     np.testing.assert_allclose(found.numpy(), list(expected.values()), rtol=1e-12)
 
 
@@ -110,11 +115,11 @@ def test_lambda_max_is_the_oracles():
         info = oracle.information(oracle.probabilities(candidate.tolist(), [0.5] * 200, range(-3, 4)))
         expected = oracle.lambda_max(candidate.tolist(), 0.5, range(-3, 4), info)
         information = torch.tensor(list(info.values()), dtype=torch.float64)
-        found = largest_lambda(candidate[None], torch.tensor([[0.5]], dtype=torch.float64), grid, information)
+        found = find_largest_lambda(candidate[None], torch.tensor([[0.5]], dtype=torch.float64), grid, information)
         assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_information_is_minus_log2_and_small_tensors_are_spared():
-    assert information_content(torch.tensor([0.5, 0.25, 0.125])).tolist() == [1, 2, 3]
-    assert size_factor(10, 10) == 1
-    assert size_factor(0, 10) == pytest.approx(0.05 / 1.05)
+    assert compute_information(torch.tensor([0.5, 0.25, 0.125])).tolist() == [1, 2, 3]
+    assert compute_size_factor(10, 10) == 1
+    assert compute_size_factor(0, 10) == pytest.approx(0.05 / 1.05)

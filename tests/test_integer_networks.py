@@ -17,11 +17,11 @@ from ecqx_onnx import api
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.runtime.float_activations import without_quantisation
+from ecqx_onnx.runtime.float_activations import remove_quantization
 from ecqx_onnx.runtime.latency import Latency
-from ecqx_onnx.runtime.sessions import executed_operators, open_session, run
+from ecqx_onnx.runtime.sessions import count_executed_operators, open_session, run
 from ecqx_onnx.sources.loading import load_factory
-from ecqx_onnx.validation.checks import latency_check
+from ecqx_onnx.validation.checks import check_latency
 from ecqx_onnx.validation.devices import DeviceTable
 from ecqx_onnx.validation.report import ValidationReport
 
@@ -71,7 +71,7 @@ def test_no_operator_of_the_reference_networks_runs_on_floats_without_a_reason(n
     checkpoint = api.as_checkpoint(model, example=torch.zeros(2, *NETWORKS[name][1]), bits=4)
     report = api.convert(checkpoint, tmp_path / "out.onnx", activations="int8", calibration=dataset)
     x, _ = next(dataset.test.batches(1))
-    executed = executed_operators(tmp_path / "out.onnx", (x,))
+    executed = count_executed_operators(tmp_path / "out.onnx", (x,))
     assert {operator: executed[operator] for operator in WANTED[name]} == WANTED[name]
     stated = {node.operator for node in report.stays if node.reason}
     assert FLOAT_KERNELS & set(executed) <= stated
@@ -116,7 +116,7 @@ def test_every_target_that_takes_integers_gets_the_same_ones(small, target, tmp_
     expected = run(open_session(tmp_path / "reference.onnx"), (x,))[0]
     np.testing.assert_allclose(run(open_session(out), (x,))[0], expected, rtol=1e-5, atol=1e-5)
     if out.suffix == ".onnx":
-        executed = executed_operators(out, (x,))
+        executed = count_executed_operators(out, (x,))
         assert executed["QLinearConv"] == 2
         assert executed["QLinearAdd"] == executed["QGemm"] == 1
         assert max(entry.version for entry in onnx.load(out).opset_import if not entry.domain) <= TARGETS[target].max_opset
@@ -158,8 +158,8 @@ def test_the_table_of_devices_says_where_integer_kernels_are_no_faster_but_an_em
     path, dataset = small
     api.convert(path, tmp_path / "int8.onnx", activations="int8", calibration=dataset)
     file, slow = read_onnx(tmp_path / "int8.onnx"), Latency(2e-3, 1e-3, 2.0, 50)
-    assert latency_check(file, slow, runtime="onnxruntime 1.23.2, aarch64, emulated") is None
-    check = latency_check(file, slow, runtime="onnxruntime-web 1.24.3")
+    assert check_latency(file, slow, runtime="onnxruntime 1.23.2, aarch64, emulated") is None
+    check = check_latency(file, slow, runtime="onnxruntime-web 1.24.3")
     report = ValidationReport("int8.onnx", "onnxruntime-web 1.24.3", 1, 1, (check,), latency=slow, device="web")
     console = Console(width=300, file=io.StringIO())
     console.print(DeviceTable((report,), ()).render())
@@ -170,19 +170,19 @@ def test_latency_is_held_against_a_float_model(small, tmp_path):
     path, dataset = small
     api.convert(path, tmp_path / "out.onnx", activations="int8", calibration=dataset)
     api.convert(path, tmp_path / "float.onnx")
-    from ecqx_onnx.runtime.decoded_model import float_twin
+    from ecqx_onnx.runtime.decoded_model import decode_model
 
     x, _ = next(dataset.test.batches(4))
-    twin = float_twin(onnx.load(tmp_path / "out.onnx")).serialize()
-    assert twin is not None
-    kernels, wanted = executed_operators(twin, (x,)), executed_operators(tmp_path / "float.onnx", (x,))
+    decoded = decode_model(onnx.load(tmp_path / "out.onnx")).serialize()
+    assert decoded is not None
+    kernels, wanted = count_executed_operators(decoded, (x,)), count_executed_operators(tmp_path / "float.onnx", (x,))
     assert not any(kernel.startswith("Q") or kernel == "DequantizeLinear" for kernel in kernels)
     assert kernels["Conv"] == wanted["Conv"]
 
 
 def test_a_float_model_is_its_own_float_twin():
     model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 18]> g (float[N] x) => (float[N] y) { y = Relu(x) }')
-    assert without_quantisation(model) is model
+    assert remove_quantization(model) is model
 
 
 def test_int8_with_a_weight_that_lost_its_integers_is_told(small, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ecqx_onnx.tensors import QuantTensor, Scale
-from tests.conversions import assert_says_the_same, convert, float_graph, quantise
+from tests.conversions import assert_says_the_same, convert, float_graph, quantize_model
 
 
 class First(nn.Module):
@@ -102,7 +102,7 @@ def _one_thread() -> None:
 def test_layer_says_the_same_in_onnxruntime(kind, tmp_path):
     make, shape = LAYERS[kind]
     model, inputs = make().eval(), (torch.randn(shape),)
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     graph = float_graph(model, inputs)
     other_batch = (torch.randn(5, *shape[1:]),)  # the batch size is free
     for form in ("folded", "standard"):
@@ -117,7 +117,7 @@ def test_layer_says_the_same_in_onnxruntime(kind, tmp_path):
 def test_layer_with_one_step_per_channel_says_the_same(kind, tmp_path):
     make, shape = LAYERS[kind]
     model, inputs = make().eval(), (torch.randn(shape),)
-    tensors = quantise(model, per_channel=True)
+    tensors = quantize_model(model, per_channel=True)
     for form in ("folded", "standard"):
         conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
         assert not conversion.report.missing
@@ -128,7 +128,7 @@ def test_layer_with_one_step_per_channel_says_the_same(kind, tmp_path):
 def test_layer_on_a_codebook_says_the_same(kind, tmp_path):
     make, shape = LAYERS[kind]
     model, inputs = make().eval(), (torch.randn(shape),)
-    tensors = quantise(model, codebook=True)
+    tensors = quantize_model(model, codebook=True)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path)
     assert not conversion.report.missing
     assert {tensor.storage for tensor in conversion.report.tensors} == {"dense INT2"}
@@ -138,7 +138,7 @@ def test_layer_on_a_codebook_says_the_same(kind, tmp_path):
 @pytest.mark.parametrize("form", ["folded", "standard"])
 def test_attention_between_two_sequences_says_the_same(form, tmp_path):
     model, inputs = CrossAttention().eval(), (torch.randn(2, 3, 8), torch.randn(2, 5, 8))
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert not conversion.report.missing
     assert_says_the_same(conversion, model, inputs)
@@ -148,7 +148,7 @@ def test_attention_between_two_sequences_says_the_same(form, tmp_path):
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_embedding_says_the_same(form, per_channel, tmp_path):
     model, inputs = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).eval(), (torch.randint(0, 20, (2, 5)),)
-    tensors = quantise(model, per_channel=per_channel)
+    tensors = quantize_model(model, per_channel=per_channel)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert_says_the_same(conversion, model, inputs)
     table = next(tensor for tensor in conversion.report.tensors if tensor.name == "0.weight")
@@ -158,7 +158,7 @@ def test_embedding_says_the_same(form, per_channel, tmp_path):
 @pytest.mark.parametrize("form", ["folded", "standard"])
 def test_tied_weights_are_stored_once(form, tmp_path):
     model, inputs = Tied().eval(), (torch.randint(0, 20, (2, 5)),)
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert_says_the_same(conversion, model, inputs)
     assert sorted(tensor.storage for tensor in conversion.report.tensors) == ["dense INT4", "dense INT4, shared"]
@@ -168,7 +168,7 @@ def test_tied_weights_are_stored_once(form, tmp_path):
 @pytest.mark.parametrize("form", ["folded", "standard"])
 def test_weights_of_branches_say_the_same(form, tmp_path):
     model, inputs = Branches().eval(), (torch.randn(2, 4),)
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert len(conversion.report.tensors) == 2
     assert_says_the_same(conversion, model, inputs)
@@ -182,7 +182,7 @@ def test_zero_channels_and_zero_tensors_say_the_same(form, tmp_path):
         model[0].weight[1:3] = 0
         model[3].weight.zero_()
     inputs = (torch.randn(2, 4, 6, 6),)
-    tensors = quantise(model)
+    tensors = quantize_model(model)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert not conversion.report.missing
     assert_says_the_same(conversion, model, inputs)
@@ -193,7 +193,7 @@ def test_zero_channels_and_zero_tensors_say_the_same(form, tmp_path):
 @pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-1.17", "qdq"])
 def test_every_bit_width_says_the_same_on_every_target(bits, target, tmp_path):
     model, inputs = nn.Linear(16, 12).eval(), (torch.randn(3, 16),)
-    tensors = quantise(model, bits=bits)
+    tensors = quantize_model(model, bits=bits)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, target=target)
     assert_says_the_same(conversion, model, inputs)
     np.testing.assert_array_equal(conversion.stored[0].weight.dequantize(), model.weight.detach().numpy())

@@ -30,85 +30,85 @@ def only(weights: dict[str, np.ndarray], *tensors: QuantTensor) -> GraphWeight:
 
 
 def test_a_kept_name_is_found_as_a_view_of_the_parameter():
-    quantised = tensor("fc.weight", (4, 6))
-    weight = only({"fc.weight": quantised.dequantize()}, quantised)
-    assert np.shares_memory(weight.tensor.levels, quantised.levels)
+    quantized = tensor("fc.weight", (4, 6))
+    weight = only({"fc.weight": quantized.dequantize()}, quantized)
+    assert np.shares_memory(weight.tensor.levels, quantized.levels)
     assert weight.sources == ("fc.weight",)
 
 
 def test_a_lost_name_is_found_by_value_as_a_transposed_view():
-    quantised = tensor("fc.weight", (4, 6), step=np.linspace(0.1, 0.2, 4).reshape(4, 1))
-    weight = only({"val_3": quantised.dequantize().T}, quantised)
-    assert np.shares_memory(weight.tensor.levels, quantised.levels)
+    quantized = tensor("fc.weight", (4, 6), step=np.linspace(0.1, 0.2, 4).reshape(4, 1))
+    weight = only({"val_3": quantized.dequantize().T}, quantized)
+    assert np.shares_memory(weight.tensor.levels, quantized.levels)
     assert weight.tensor.meaning.step.shape == (1, 4)
 
 
 def test_a_square_transposed_weight_under_its_own_name_is_found():
-    quantised = tensor("fc.weight", (5, 5))
-    weight = only({"fc.weight": quantised.dequantize().T.copy()}, quantised)
-    np.testing.assert_array_equal(weight.tensor.levels, quantised.levels.T)
+    quantized = tensor("fc.weight", (5, 5))
+    weight = only({"fc.weight": quantized.dequantize().T.copy()}, quantized)
+    np.testing.assert_array_equal(weight.tensor.levels, quantized.levels.T)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_factor_per_channel_goes_into_the_step(axis, per_channel):
     step = RNG.uniform(0.05, 0.2, (6, 1, 1, 1)).astype(np.float32) if per_channel and axis == 0 else np.float32(0.1)
-    quantised = tensor("conv.weight", (6, 5, 3, 3), step=step)
+    quantized = tensor("conv.weight", (6, 5, 3, 3), step=step)
     shape = [1, 1, 1, 1]
-    shape[axis] = quantised.shape[axis]
+    shape[axis] = quantized.shape[axis]
     factor = RNG.uniform(0.3, 3, shape).astype(np.float32)
-    weight = only({"conv.weight": quantised.dequantize() * factor}, quantised)
+    weight = only({"conv.weight": quantized.dequantize() * factor}, quantized)
     assert weight.rescaled
     assert weight.tensor.meaning.axis == axis
-    np.testing.assert_array_equal(weight.tensor.levels, quantised.levels)
+    np.testing.assert_array_equal(weight.tensor.levels, quantized.levels)
 
 
 def test_a_factor_per_group_and_channel_of_a_transposed_conv_is_found():
-    quantised = tensor("up.weight", (6, 4, 3, 3))
+    quantized = tensor("up.weight", (6, 4, 3, 3))
     factor = RNG.uniform(0.3, 3, (2, 1, 4, 1, 1)).astype(np.float32)
-    values = (quantised.dequantize().reshape(2, 3, 4, 3, 3) * factor).reshape(6, 4, 3, 3)
-    weight = only({"up.weight": values}, quantised)
-    np.testing.assert_array_equal(weight.tensor.levels, quantised.levels)
+    values = (quantized.dequantize().reshape(2, 3, 4, 3, 3) * factor).reshape(6, 4, 3, 3)
+    weight = only({"up.weight": values}, quantized)
+    np.testing.assert_array_equal(weight.tensor.levels, quantized.levels)
 
 
 def test_a_negative_factor_turns_the_levels_signs_and_keeps_the_step_positive():
-    quantised = tensor("conv.weight", (3, 4, 2))
+    quantized = tensor("conv.weight", (3, 4, 2))
     factor = np.array([1.5, -2.0, 0.7], np.float32).reshape(3, 1, 1)
-    weight = only({"conv.weight": quantised.dequantize() * factor}, quantised)
-    np.testing.assert_array_equal(weight.tensor.levels[1], -quantised.levels[1])
+    weight = only({"conv.weight": quantized.dequantize() * factor}, quantized)
+    np.testing.assert_array_equal(weight.tensor.levels[1], -quantized.levels[1])
     assert (weight.tensor.meaning.step > 0).all()
 
 
 def test_a_factor_of_zero_makes_the_channels_levels_zero():
-    quantised = tensor("conv.weight", (3, 4, 2))
+    quantized = tensor("conv.weight", (3, 4, 2))
     factor = np.array([1.5, 0.0, 0.7], np.float32).reshape(3, 1, 1)
-    weight = only({"conv.weight": quantised.dequantize() * factor}, quantised)
+    weight = only({"conv.weight": quantized.dequantize() * factor}, quantized)
     assert not weight.tensor.levels[1].any()
     assert (weight.tensor.meaning.step > 0).all()
 
 
 def test_a_channel_of_zeros_keeps_any_step():
-    quantised = tensor("conv.weight", (3, 4, 2))
-    quantised.levels[1] = 0
+    quantized = tensor("conv.weight", (3, 4, 2))
+    quantized.levels[1] = 0
     factor = np.array([1.5, 3.0, 0.7], np.float32).reshape(3, 1, 1)
-    weight = only({"conv.weight": quantised.dequantize() * factor}, quantised)
+    weight = only({"conv.weight": quantized.dequantize() * factor}, quantized)
     assert np.isfinite(weight.tensor.meaning.step).all()
 
 
 def test_a_codebook_times_a_factor_keeps_codebook_and_factor():
     levels = RNG.integers(-1, 2, (6, 5, 3, 3)).astype(np.int8)
-    quantised = QuantTensor("conv.weight", levels, Codebook(np.array([0, 0.3, -0.2], np.float32)))
+    quantized = QuantTensor("conv.weight", levels, Codebook(np.array([0, 0.3, -0.2], np.float32)))
     factor = RNG.uniform(-2, 2, (6, 1, 1, 1)).astype(np.float32)
-    weight = only({"conv.weight": quantised.dequantize() * factor}, quantised)
+    weight = only({"conv.weight": quantized.dequantize() * factor}, quantized)
     assert weight.factor.shape == (6, 1, 1, 1)
     np.testing.assert_array_equal(weight.tensor.levels, levels)
 
 
 def test_values_slightly_off_the_grid_are_not_taken_for_rounding():
-    quantised = tensor("conv.weight", (3, 4, 2))
-    values = quantised.dequantize() * np.float32(1.3)
+    quantized = tensor("conv.weight", (3, 4, 2))
+    values = quantized.dequantize() * np.float32(1.3)
     values[0, 0, 0] *= np.float32(1 + 8 * BATCHNORM_ROUNDING)
-    matching = match({"conv.weight": values}, [quantised])
+    matching = match({"conv.weight": values}, [quantized])
     assert not matching.found
     assert "other values" in matching.missing[0].reason
 
@@ -152,26 +152,26 @@ def test_tied_weights_are_found_in_both_places_and_the_alias_is_not_missing():
 
 
 def test_negative_zeros_equal_positive_ones():
-    quantised = tensor("fc.weight", (4, 6))
-    quantised.levels[0] = 0
-    values = quantised.dequantize()
+    quantized = tensor("fc.weight", (4, 6))
+    quantized.levels[0] = 0
+    values = quantized.dequantize()
     values[0] = -0.0
-    assert only({"val_1": values[::-1].copy()}, quantised).sources == ("fc.weight",)
+    assert only({"val_1": values[::-1].copy()}, quantized).sources == ("fc.weight",)
 
 
 def test_a_float_weight_and_an_absent_tensor_are_left_alone():
-    quantised = tensor("fc.weight", (4, 6))
-    matching = match({"other": RNG.normal(size=(4, 6)).astype(np.float32)}, [quantised])
+    quantized = tensor("fc.weight", (4, 6))
+    matching = match({"other": RNG.normal(size=(4, 6)).astype(np.float32)}, [quantized])
     assert not matching.found
     assert [missing.name for missing in matching.missing] == ["fc.weight"]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_not_found(bad):
-    quantised = tensor("conv.weight", (3, 4, 2))
-    values = quantised.dequantize()
+    quantized = tensor("conv.weight", (3, 4, 2))
+    values = quantized.dequantize()
     values[1, 1, 1] = bad
-    assert not match({"conv.weight": values}, [quantised]).found
+    assert not match({"conv.weight": values}, [quantized]).found
 
 
 def test_many_layers_of_one_shape_are_told_apart():

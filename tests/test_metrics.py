@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecqx_onnx.errors import DataError
-from ecqx_onnx.validation.metrics import Proportion, accuracy, agreement, is_classification, largest_difference
+from ecqx_onnx.validation.metrics import (
+    Proportion,
+    find_largest_difference,
+    is_classification,
+    measure_accuracy,
+    measure_agreement,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,27 +43,27 @@ def test_proportions_of_batches_add_up():
 
 def test_accuracy_counts_right_classes():
     scores = np.array([[0, 1], [2, 1], [0, 3]], np.float32)
-    assert accuracy(scores, np.array([1, 1, 1])) == Proportion(2, 3)
+    assert measure_accuracy(scores, np.array([1, 1, 1])) == Proportion(2, 3)
 
 
 @pytest.mark.parametrize("label", [-1, 2])
 def test_a_label_that_is_no_class_is_refused(label):
     with pytest.raises(DataError, match=f"label {label} is out of range"):
-        accuracy(np.zeros((1, 2), np.float32), np.array([label]))
+        measure_accuracy(np.zeros((1, 2), np.float32), np.array([label]))
 
 
 def test_the_margin_of_a_disagreement_is_the_first_models_lead():
     first = np.array([[1.0, 0.0], [0.50, 0.49], [0.0, 9.0]], np.float32)
     second = np.array([[2.0, 0.0], [0.49, 0.50], [0.0, 1.0]], np.float32)
-    found = agreement(first, second)
+    found = measure_agreement(first, second)
     assert found.same == Proportion(2, 3)
     assert found.margin == pytest.approx(0.01, abs=1e-6)
-    assert (found + agreement(first[:1], second[:1])).same == Proportion(3, 4)
+    assert (found + measure_agreement(first[:1], second[:1])).same == Proportion(3, 4)
 
 
 def test_a_disagreement_over_nan_is_never_a_tie():
     first, second = np.array([[np.nan, 1.0]], np.float32), np.array([[0.0, 1.0]], np.float32)
-    assert agreement(first, second).margin == math.inf
+    assert measure_agreement(first, second).margin == math.inf
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,7 @@ def test_a_disagreement_over_nan_is_never_a_tie():
     ],
 )
 def test_the_largest_difference_treats_what_is_no_number_with_care(first, second, expected):
-    assert largest_difference(np.array(first, np.float32), np.array(second, np.float32)) == expected
+    assert find_largest_difference(np.array(first, np.float32), np.array(second, np.float32)) == expected
 
 
 def test_scores_of_two_or_more_classes_are_a_classification():

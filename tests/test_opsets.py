@@ -7,7 +7,7 @@ import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph
 from ecqx_onnx_converters.graph.opset_raising import UNTRUSTED, raise_opset
-from ecqx_onnx_converters.graph.opsets import CHANGED, lower_opset, why_not_opset
+from ecqx_onnx_converters.graph.opsets import CHANGED, lower_opset, refuse_opset
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.serialization.compact import drop_defaults
 from onnx import ModelProto, TensorProto, defs, helper, numpy_helper, version_converter
@@ -79,7 +79,7 @@ def test_what_is_only_declared_anew_is_what_the_version_converter_leaves_as_it_i
         if model is None:  # a subgraph, a sequence
             continue
         asked += 1
-        declared = why_not_opset(model, version) is None
+        declared = refuse_opset(model, version) is None
         left = converter_leaves_it(model, version)
         if declared and not left:
             wrong.append((name, version))
@@ -97,8 +97,8 @@ def test_an_attribute_that_became_an_input_matters_only_where_a_node_states_it()
         graph = helper.make_graph([node], "graph", infos[:1], infos[1:])
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7)
 
-    assert why_not_opset(squeeze(), 13) is None
-    assert "Squeeze changes" in why_not_opset(squeeze(axes=[0]), 13).reason
+    assert refuse_opset(squeeze(), 13) is None
+    assert "Squeeze changes" in refuse_opset(squeeze(axes=[0]), 13).reason
 
 
 def old_graph(levels: np.ndarray) -> ModelProto:

@@ -1,4 +1,4 @@
-"""`replacing`: whole or not at all, one winner among writers, leftovers go with the next one."""
+"""`replace_on_success`: whole or not at all, one winner among writers, leftovers go with the next one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 from ecqx_onnx_converters.graph import outputs
-from ecqx_onnx_converters.graph.outputs import check_output, derive_path, replacing, replacing_folder, temporary_folder
+from ecqx_onnx_converters.graph.outputs import (
+    check_output,
+    derive_path,
+    open_temporary_folder,
+    replace_folder_on_success,
+    replace_on_success,
+)
 
 from ecqx_onnx.errors import FileError
 
@@ -24,7 +30,7 @@ def names(folder):
 
 
 def write_pair(path, content, *, force=True, **options):
-    with replacing(path, force=force, beside=[derive_path(path, ".data")], **options) as temporary:
+    with replace_on_success(path, force=force, beside=[derive_path(path, ".data")], **options) as temporary:
         temporary.with_name(path.name + ".data").write_text(f"{content} data")
         temporary.write_text(content)
 
@@ -112,7 +118,7 @@ def test_a_file_that_a_user_has_put_there_since_the_kill_is_left_alone(tmp_path)
 
 
 def test_a_live_writers_temporaries_stay(tmp_path):
-    with replacing(tmp_path / "out", force=False) as temporary:
+    with replace_on_success(tmp_path / "out", force=False) as temporary:
         temporary.write_text("first")
         result = in_another_process(tmp_path, "check_output(path, force=False)\nwrite_pair(path, 'second', force=False)")
         assert result.returncode == 0, result.stderr
@@ -211,7 +217,7 @@ def test_file_systems_without_hard_links_do_as_well(tmp_path, monkeypatch, force
         (tmp_path / "out").unlink()
     write_pair(tmp_path / "out", "new", force=force)
     assert contents(tmp_path) == NEW
-    with replacing(tmp_path / "out", force=True, superseded=[tmp_path / "out.data"]) as temporary:
+    with replace_on_success(tmp_path / "out", force=True, superseded=[tmp_path / "out.data"]) as temporary:
         temporary.write_text("alone")
     assert contents(tmp_path) == {"out": "alone"}
 
@@ -237,7 +243,7 @@ def test_what_cannot_be_removed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
 
     def write_on_a_full_disk():
-        with replacing(tmp_path / "out", force=False) as temporary:
+        with replace_on_success(tmp_path / "out", force=False) as temporary:
             temporary.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -253,7 +259,7 @@ def test_of_many_writers_at_once_one_wins_and_the_others_are_refused(tmp_path, f
 
     def write(number):
         try:
-            with replacing(tmp_path / "out", force=force) as temporary:
+            with replace_on_success(tmp_path / "out", force=force) as temporary:
                 temporary.write_text(f"{number}" * 1000)
                 barrier.wait()
             won.append(number)
@@ -273,7 +279,7 @@ def test_of_many_writers_at_once_one_wins_and_the_others_are_refused(tmp_path, f
 
 def test_of_two_folders_at_once_one_wins(tmp_path):
     def write(content, *, meanwhile=lambda: None):
-        with replacing_folder(tmp_path / "out", check=lambda: None, force=False) as folder:
+        with replace_folder_on_success(tmp_path / "out", check=lambda: None, force=False) as folder:
             (folder / "a").write_text(content)
             meanwhile()
 
@@ -288,14 +294,14 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
         monkeypatch.setattr(outputs, "_renameat2", lambda *_: False)
     for content in ("old", "new"):
-        with replacing_folder(tmp_path / "out", check=lambda: None, force=True) as folder:
+        with replace_folder_on_success(tmp_path / "out", check=lambda: None, force=True) as folder:
             (folder / content).write_text(content)
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["new"]
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "kept").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "kept")
-    with replacing_folder(tmp_path / "out", check=lambda: None, force=True) as folder:
+    with replace_folder_on_success(tmp_path / "out", check=lambda: None, force=True) as folder:
         (folder / "a").write_text("a")
     assert not (tmp_path / "out").is_symlink()
     assert names(tmp_path) == ["kept", "out"]
@@ -327,7 +333,7 @@ def test_no_source_is_replaced_by_a_companion(tmp_path):
 
 def test_a_file_that_nobody_declared_is_not_moved(tmp_path):
     (tmp_path / ".bashrc").write_text("mine")
-    with replacing(tmp_path / "out", force=True) as temporary:
+    with replace_on_success(tmp_path / "out", force=True) as temporary:
         temporary.write_text("new")
         temporary.with_name(".bashrc").write_text("evil")
     assert contents(tmp_path) == {"out": "new", ".bashrc": "mine"}
@@ -340,7 +346,7 @@ def test_names_of_every_length_have_temporaries_and_companions(tmp_path, length,
     path = tmp_path / (letter * (length // unit) + "n" * (length % unit))
     data = derive_path(path, ".data")
     assert len(os.fsencode(data.name)) <= 255
-    with replacing(path, force=False, beside=[data]) as temporary:
+    with replace_on_success(path, force=False, beside=[data]) as temporary:
         temporary.with_name(data.name).write_text("data")
         temporary.write_text("model")
     assert names(tmp_path) == sorted([path.name, data.name])
@@ -370,7 +376,7 @@ with temporary_folder() as folder:
 """
     assert in_another_process(tmp_path, line).returncode == -9
     assert len(names(tmp_path)) == 1
-    with temporary_folder() as folder:
+    with open_temporary_folder() as folder:
         assert len(names(tmp_path)) == 1
         assert list(folder.iterdir()) == []
     assert names(tmp_path) == []

@@ -40,21 +40,25 @@ def small_net(seed=0):
 
 def pack(tensors, orders=None, form=None):
     """As one stream. orders: see codec.Part; form: by default the one that takes fewest bytes."""
-    top = stream_module.top_of(tensors)
+    top = stream_module.find_top(tensors)
     surveys = []
     for tensor, order in zip_longest(tensors, orders or []):
         order = order or tuple(range(tensor.ndim))
         surveys.append(
-            stream_module.Survey(tensor.shape, order, units.contextual(units.walk(tensor.transpose(order), top), top), top)
+            stream_module.SymbolSequence(
+                tensor.shape, order, units.add_contexts(units.walk_levels(tensor.transpose(order), top), top), top
+            )
         )
-    alphabets = units.choose_alphabets([units.tally(survey.said, top) for survey in surveys])
-    forms = [stream_module.Form.PLAIN, stream_module.Form.SIGNS][: len(alphabets)] if form is None else [form]
+    alphabets = units.choose_alphabets([units.count_pairs_by_context(survey.encoded, top) for survey in surveys])
+    forms = [stream_module.ContextModel.PLAIN, stream_module.ContextModel.SIGNS][: len(alphabets)] if form is None else [form]
     ways = [
-        choices.lengthened([stream_module.Coding.of(made, alphabets[made is stream_module.Form.SIGNS], shortest=1)])[0]
+        choices.choose_min_codeword_length(
+            [stream_module.Coding.of(made, alphabets[made is stream_module.ContextModel.SIGNS], shortest=1)]
+        )[0]
         for made in forms
     ]
     how = min(ways, key=lambda way: way.nbytes)
-    return bitstream.write(surveys, how, huffman.DIGIT * choices.best_calls(how.nbytes, 1), compact=False)
+    return bitstream.write_stream(surveys, how, huffman.DIGIT * choices.choose_calls(how.nbytes, 1), compact=False)
 
 
 def decoder_model(tensors, opset=18):
@@ -67,12 +71,12 @@ def decoder_model(tensors, opset=18):
     return helper.make_model(graph, functions=list(stored[0].functions), opset_imports=imports, ir_version=8)
 
 
-def run(model, *, optimised=True, keep=None):
+def run(model, *, optimized=True, keep=None):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_BASIC if optimised else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_BASIC if optimized else level.ORT_DISABLE_ALL
     if keep:
         options.optimized_model_filepath = str(keep)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -103,13 +107,13 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
     seed=st.integers(0, 99),
     signed=st.booleans(),
     turned=st.booleans(),
-    form=st.sampled_from([None, *stream_module.Form]),
+    form=st.sampled_from([None, *stream_module.ContextModel]),
 )
 def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, signed, turned, form):
-    top = min(top, 37) if form is stream_module.Form.SIGNS else top
+    top = min(top, 37) if form is stream_module.ContextModel.SIGNS else top
     tensors = [levels(shape, zeros=zeros, top=top, seed=seed + i, signed=signed) for i, shape in enumerate(shapes)]
     orders = [tuple(range(t.ndim))[::-1] for t in tensors] if turned else None
-    assert_same(reference_decoder.unpack(pack(tensors, orders, form)), tensors)
+    assert_same(reference_decoder.unpack_stream(pack(tensors, orders, form)), tensors)
 
 
 @settings(deadline=None, max_examples=50)
@@ -124,13 +128,13 @@ def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, see
         if tensor[place]:
             expected.append(context * 128 * columns + (cursor - place - 1) * columns + int(tensor[place]) + top)
             context, cursor = int(tensor[place] > 0), place
-    said = units.contextual(units.walk(tensor, top), top)
+    said = units.add_contexts(units.walk_levels(tensor, top), top)
     assert said.tolist() == expected
     counts = np.bincount([*expected, *(pair + 128 * columns for pair in expected[:1])], minlength=3 * 128 * columns)
-    assert np.array_equal(units.tally(said, top).reshape(-1), counts)
+    assert np.array_equal(units.count_pairs_by_context(said, top).reshape(-1), counts)
 
 
-@pytest.mark.parametrize("form", stream_module.Form)
+@pytest.mark.parametrize("form", stream_module.ContextModel)
 def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
     """So that its last tensor's entries need not be cut off. Behind the last word are ones that end none."""
     for seed in range(20):
@@ -138,7 +142,7 @@ def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
         made = pack([levels((7, 5)), sparse], form=form)
         assert len(made.payload.T) > 20
         assert sum(part.entries for part in made.parts) == made.payload.size * made.slots
-        assert_same(reference_decoder.unpack(made), [levels((7, 5)), sparse])
+        assert_same(reference_decoder.unpack_stream(made), [levels((7, 5)), sparse])
     few = pack([levels((7, 5))], form=form)
     assert few.parts[0].entries < few.payload.size * few.slots
 
@@ -146,17 +150,17 @@ def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
 def test_74_levels_and_runs_of_zeros_have_three_contexts():
     sparse = np.zeros((75, 300), np.int8)
     sparse[np.arange(75), 7] = np.arange(-37, 38)
-    assert_same(reference_decoder.unpack(pack([sparse], form=stream_module.Form.SIGNS)), [sparse])
+    assert_same(reference_decoder.unpack_stream(pack([sparse], form=stream_module.ContextModel.SIGNS)), [sparse])
 
 
-@pytest.mark.parametrize("form", [stream_module.Form.PLAIN, stream_module.Form.SIGNS])
+@pytest.mark.parametrize("form", [stream_module.ContextModel.PLAIN, stream_module.ContextModel.SIGNS])
 def test_a_stream_is_the_same_written_in_blocks(form, monkeypatch):
     tensors = [levels((50, 60), zeros=0.3), np.zeros((4, 5), np.int8), levels((700,), zeros=0.97, seed=1)]
     whole = pack(tensors, form=form)
     assert len(whole.payload.T) > 9
     monkeypatch.setattr(bitstream, "BLOCK", 200)
     parts = pack(tensors, form=form)
-    assert_same(reference_decoder.unpack(parts), tensors)
+    assert_same(reference_decoder.unpack_stream(parts), tensors)
     assert np.array_equal(parts.payload, whole.payload)
     assert parts.parts == whole.parts
 
@@ -210,15 +214,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("optimised", [False, True])
+@pytest.mark.parametrize("optimized", [False, True])
 @pytest.mark.parametrize("compact", [False, True])
-def test_onnxruntime_decodes_what_numpy_decodes(name, optimised, compact, monkeypatch):
+def test_onnxruntime_decodes_what_numpy_decodes(name, optimized, compact, monkeypatch):
     monkeypatch.setattr(choices, "COMPACT_BELOW", LARGE if compact else 0)
     model = decoder_model(CASES[name])
     assert {len(node.input) for node in model.graph.node if node.op_type == "D"} <= ({10, 11} if compact else {11, 12})
     onnx.checker.check_model(model, full_check=True)
     assert_same(read(model, len(CASES[name])), CASES[name])
-    assert_same(run(model, optimised=optimised), CASES[name])
+    assert_same(run(model, optimized=optimized), CASES[name])
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -235,11 +239,11 @@ def test_a_tensor_whose_columns_are_alike_is_coded_by_columns():
 
 
 def streams_of(name):
-    return [(made.form, len(members)) for members, made in packed_module.pack_all(CASES[name])[0]]
+    return [(made.context_model, len(members)) for members, made in packed_module.pack_all(CASES[name])[0]]
 
 
 def test_levels_whose_signs_repeat_are_coded_by_context_and_unlike_tensors_apart():
-    signs, steady, plain = stream_module.Form.SIGNS, stream_module.Form.STEADY, stream_module.Form.PLAIN
+    signs, steady, plain = stream_module.ContextModel.SIGNS, stream_module.ContextModel.STEADY, stream_module.ContextModel.PLAIN
     assert streams_of("signs alike") == [(signs, 2)]
     assert streams_of("two streams, one without signs") == [(signs, 2), (steady, 1)]
     assert streams_of("two streams") == [(signs, 1), (steady, 1)]
@@ -271,14 +275,14 @@ def two_stages(monkeypatch):
     monkeypatch.setattr(choices, "STAGED_FROM", 1)
 
 
-@pytest.mark.parametrize("optimised", [False, True])
-def test_a_large_file_is_decoded_in_two_stages_and_folds_to_nothing_as_well(optimised, two_stages, tmp_path):
+@pytest.mark.parametrize("optimized", [False, True])
+def test_a_large_file_is_decoded_in_two_stages_and_folds_to_nothing_as_well(optimized, two_stages, tmp_path):
     model = decoder_model(small_net())
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node].count("Scan") == 1
     assert_same(read(model, 4), small_net())
-    assert_same(run(model, optimised=optimised, keep=tmp_path / "folded.onnx"), small_net())
-    if optimised:
+    assert_same(run(model, optimized=optimized, keep=tmp_path / "folded.onnx"), small_net())
+    if optimized:
         assert not onnx.load(tmp_path / "folded.onnx").graph.node
 
 
@@ -350,10 +354,10 @@ def test_the_same_levels_give_the_same_bytes():
 @pytest.mark.parametrize(
     ("name", "count", "slots", "form"),
     [
-        ("2", 40, 2, stream_module.Form.PLAIN),
-        ("4", 5, 4, stream_module.Form.PLAIN),
-        ("8", 1, 8, stream_module.Form.PLAIN),
-        ("signs", 10, 8, stream_module.Form.SIGNS),
+        ("2", 40, 2, stream_module.ContextModel.PLAIN),
+        ("4", 5, 4, stream_module.ContextModel.PLAIN),
+        ("8", 1, 8, stream_module.ContextModel.PLAIN),
+        ("signs", 10, 8, stream_module.ContextModel.SIGNS),
     ],
 )
 def test_golden_bytes_stand(name, count, slots, form):
@@ -372,7 +376,7 @@ def test_a_stream_written_by_hand_is_read():
     payload = np.packbits([0, 1, 0, 1, 1, 0, 1, 1])[None]  # and one more run that no tensor has a share in
     stream = reference_decoder.decode(payload, tree_bits, 8, None)
     assert stream.tolist() == [1, 0, 2, 0, 3, 1, 0, 3]
-    found = reference_decoder.place(stream[:6], np.array([0, -1, -2, -4], np.int8), np.array([0, 1, -1, 0], np.int8), 9)
+    found = reference_decoder.place_levels(stream[:6], np.array([0, -1, -2, -4], np.int8), np.array([0, 1, -1, 0], np.int8), 9)
     assert found.tolist() == [0, 1, 0, 0, 0, 0, -1, 0, 1]
 
 
@@ -381,14 +385,16 @@ def test_a_stream_of_three_contexts_written_by_hand_is_read():
     behind a zero 0 says one down, -1, and 1 two down, 1."""
     tree_bits = np.array([0, 0, 0, 0, *[1] * 6, *[1] * 6])  # the root, its two children, two of the first, six leaves
     values = np.array([0, 0, 2, -1, 1, 1, -1] + [0] * 6, np.int8)  # behind negative, zero, positive; what fills up the tree
-    assert reference_decoder.next_nodes(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
+    assert reference_decoder.find_next_nodes(values).tolist() == [3, 3, 4, 2, 4, 4, 2] + [3] * 6
     payload = np.packbits([[0, 1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 1, 1]], axis=1).T  # each lane: the context, then words
-    stream = reference_decoder.decode(payload, tree_bits, 8, reference_decoder.next_nodes(values))
+    stream = reference_decoder.decode(payload, tree_bits, 8, reference_decoder.find_next_nodes(values))
     assert stream.tolist() == [0, 0, 5, 6, 2, 5, 5, 6, 0, 1, 4, 6, 2, 6, 2, 6]
     with pytest.raises(FileError, match="contexts"):
-        reference_decoder.decode(payload, tree_bits, 8, reference_decoder.next_nodes(values[:-1]))
+        reference_decoder.decode(payload, tree_bits, 8, reference_decoder.find_next_nodes(values[:-1]))
     with pytest.raises(FileError, match="contexts"):
-        reference_decoder.decode(payload, np.array([1, 0, 1, 1] + [1] * 4), 8, reference_decoder.next_nodes(np.ones(8, np.int8)))
+        reference_decoder.decode(
+            payload, np.array([1, 0, 1, 1] + [1] * 4), 8, reference_decoder.find_next_nodes(np.ones(8, np.int8))
+        )
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
@@ -411,7 +417,9 @@ def test_the_tree_lies_bit_by_bit():
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=255), st.sampled_from([1, 2, 4]))
 def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, shortest):
-    code = huffman.build([(np.arange(len(counts)), huffman.word_lengths(np.array(counts), shortest, alone=True))])
+    code = huffman.build_code(
+        [(np.arange(len(counts)), huffman.compute_codeword_lengths(np.array(counts), shortest, alone=True))]
+    )
     assert code.lengths.min() >= shortest
     assert sum(2.0**-length for length in code.lengths) == 1
     words = [format(word, f"0{length}b") for word, length in zip(code.codes, code.lengths, strict=True)]
@@ -419,17 +427,17 @@ def test_the_tree_is_a_shortest_prefix_code_with_no_word_too_short(counts, short
     if len(counts) > 2**shortest:
         total = sum(counts)
         entropy = -sum(count * np.log2(count / total) for count in counts)
-        bits = sum(counts[symbol] * length for symbol, length in zip(code.symbols, code.lengths, strict=True) if symbol >= 0)
+        bits = sum(counts[symbol] * length for symbol, length in zip(code.symbol_ids, code.lengths, strict=True) if symbol >= 0)
         assert bits < entropy + total + shortest * total * (max(counts) > total / 2**shortest)
 
 
-@pytest.mark.parametrize("form", [stream_module.Form.STEADY, stream_module.Form.SIGNS])
+@pytest.mark.parametrize("form", [stream_module.ContextModel.STEADY, stream_module.ContextModel.SIGNS])
 def test_each_context_has_a_prefix_code_of_its_own_below_the_path_to_it(form):
     none = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     parts = [none, (np.array([3, 4, 5]), np.array([5, 9, 1])), (np.array([0, 1]), np.array([4, 4]))][-len(form.value) :]
     paths = [path for _, path in form.value]
-    made = [(symbols, huffman.word_lengths(counts, 2, alone=False)) for symbols, counts in parts]
-    code = huffman.build(made, [len(path) for path in paths])
+    made = [(symbols, huffman.compute_codeword_lengths(counts, 2, alone=False)) for symbols, counts in parts]
+    code = huffman.build_code(made, [len(path) for path in paths])
     words = [paths[t] + format(c, f"0{n}b") for t, c, n in zip(code.trees, code.codes, code.lengths, strict=True)]
     assert words == leaves_of(code.bits)
     for place, (symbols, _) in enumerate(parts):
@@ -437,7 +445,7 @@ def test_each_context_has_a_prefix_code_of_its_own_below_the_path_to_it(form):
         assert code.lengths[own].min() >= (2 if len(symbols) else 1)
         assert sum(2.0**-length for length in code.lengths[own]) == 1
         fillers = max(0, (4 if len(symbols) else 2) - len(symbols))
-        assert sorted(code.symbols[own].tolist()) == [-1] * fillers + symbols.tolist()
+        assert sorted(code.symbol_ids[own].tolist()) == [-1] * fillers + symbols.tolist()
 
 
 def leaves_of(bits):
@@ -546,5 +554,7 @@ def test_onnxruntime_survives_damaged_payloads(name, compact, monkeypatch):
 
 def test_a_part_may_be_asked_for_alone():
     made = pack(small_net())
-    for part, tensor in zip(reference_decoder.unpack(dataclasses.replace(made, parts=made.parts[:2])), small_net(), strict=False):
+    for part, tensor in zip(
+        reference_decoder.unpack_stream(dataclasses.replace(made, parts=made.parts[:2])), small_net(), strict=False
+    ):
         assert np.array_equal(part, tensor)

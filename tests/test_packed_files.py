@@ -15,7 +15,7 @@ from ecqx_onnx import api
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inspection import inspect
 from ecqx_onnx.verbs import pack
-from tests.conversions import assert_says_the_same, convert, float_graph, quantise, session
+from tests.conversions import assert_says_the_same, convert, float_graph, quantize_model, session
 
 INPUT = (torch.zeros(2, 3, 12, 12),)
 
@@ -35,7 +35,7 @@ class Net(torch.nn.Module):
 def made(channels, **options):
     torch.manual_seed(0)
     net = Net(channels).eval()
-    tensors = quantise(net, bits=3, **options)
+    tensors = quantize_model(net, bits=3, **options)
     return net, tensors, float_graph(net, INPUT)
 
 

@@ -21,11 +21,11 @@ from ecqx_onnx.checkpoint.export import export
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError
 from ecqx_onnx.recognition import packing_plan
-from ecqx_onnx.runtime.sessions import executed_operators, open_session, run
+from ecqx_onnx.runtime.sessions import count_executed_operators, open_session, run
 from ecqx_onnx.validation.equivalence import compare_models
 from ecqx_onnx.verbs import pack as pack_module
 from ecqx_onnx.verbs.pack import pack, unpack
-from tests.conversions import quantise, session
+from tests.conversions import quantize_model, session
 
 FLOAT = TensorProto.FLOAT
 rng = np.random.default_rng(0)
@@ -116,7 +116,7 @@ def matmul_behind_dequantize_linear() -> Case:
     return Case(model(nodes, tensors), LEVELS.T)
 
 
-def fake_quantised(*, clipped: bool, per_axis: bool = False) -> Case:
+def fake_quantized(*, clipped: bool, per_axis: bool = False) -> Case:
     """QuantizeLinear -> [Clip] -> DequantizeLinear of floats, a third of them on the edge between two levels."""
     steps = np.resize(STEPS, 128) if per_axis else STEPS[:1].reshape(())
     spread = steps[:, None] if per_axis else steps
@@ -137,7 +137,7 @@ def fake_quantised(*, clipped: bool, per_axis: bool = False) -> Case:
     return Case(model(nodes, tensors), np.clip(levels, -1, 1) if clipped else levels)
 
 
-def quantised_activations(*, fake: bool = False) -> Case:
+def quantized_activations(*, fake: bool = False) -> Case:
     """Conv between Q/DQ pairs: runtimes make QLinearConv of it, so the weight's DequantizeLinear must stay."""
     tensors = [
         initializer("s", np.float32(0.05)), initializer("z", np.uint8(128)), initializer("ws", np.float32(0.5)),
@@ -258,11 +258,11 @@ CASES: Mapping[str, Case] = {
     "blocks": blocked(),
     "float16": half(),
     "MatMul": matmul_behind_dequantize_linear(),
-    "QDQ of floats": fake_quantised(clipped=False),
-    "QCDQ": fake_quantised(clipped=True),
-    "QCDQ per axis": fake_quantised(clipped=True, per_axis=True),
-    "quantised activations": quantised_activations(),
-    "quantised activations, weight from floats": quantised_activations(fake=True),
+    "QDQ of floats": fake_quantized(clipped=False),
+    "QCDQ": fake_quantized(clipped=True),
+    "QCDQ per axis": fake_quantized(clipped=True, per_axis=True),
+    "quantised activations": quantized_activations(),
+    "quantised activations, weight from floats": quantized_activations(fake=True),
     **{name: integer_operator(name) for name in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm")},
     "Constant nodes": constants(),
     "If": branches(),
@@ -319,13 +319,13 @@ def test_a_packed_model_is_unpacked_to_what_it_was(name, tmp_path):
 def test_integer_kernels_are_kept_where_the_original_has_them(tmp_path):
     path, _ = packed(CASES["quantised activations"], tmp_path)
     x = [np.zeros((1, 64, 10), np.float32)]
-    assert executed_operators(tmp_path / "original.onnx", x)["QLinearConv"] == 1
-    assert executed_operators(path, x)["QLinearConv"] == 1
+    assert count_executed_operators(tmp_path / "original.onnx", x)["QLinearConv"] == 1
+    assert count_executed_operators(path, x)["QLinearConv"] == 1
 
 
 def test_a_matmul_behind_dequantize_linear_keeps_float_activations_once_packed(tmp_path):
     path, _ = packed(CASES["MatMul"], tmp_path)
-    executed = executed_operators(path, [np.zeros((1, 128), np.float32)])
+    executed = count_executed_operators(path, [np.zeros((1, 128), np.float32)])
     assert executed["MatMul"] == 1
     assert not executed["MatMulNBits"]
 
@@ -442,7 +442,7 @@ def test_weights_of_branches_that_would_not_get_smaller_stay(tmp_path):
 
 @pytest.mark.parametrize("name", ["int8", "QLinearConv", "quantised activations"])
 def test_a_single_wrong_level_is_found_and_nothing_is_written(name, tmp_path, monkeypatch):
-    search = foreign.find_quantised
+    search = foreign.find_quantized
 
     def wrong(*arguments, **options):
         found = search(*arguments, **options)
@@ -451,7 +451,7 @@ def test_a_single_wrong_level_is_found_and_nothing_is_written(name, tmp_path, mo
         levels.reshape(-1)[7] ^= 1
         return found
 
-    monkeypatch.setattr(packing_plan, "find_quantised", wrong)
+    monkeypatch.setattr(packing_plan, "find_quantized", wrong)
     with pytest.raises(CheckFailed, match="not the original"):
         packed(CASES[name], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"original.onnx"}
@@ -528,7 +528,7 @@ class Recurrent(torch.nn.Module):
 def test_embeddings_recurrent_and_tied_weights_are_unpacked(tmp_path):
     torch.manual_seed(0)
     network = Recurrent().eval()
-    tensors = quantise(network)
+    tensors = quantize_model(network)
     graph = export(network, (torch.zeros(2, 7, dtype=torch.int64),)).graph
     matching = match(graph.weights, tensors)
     for form in ("folded", "standard"):
@@ -544,7 +544,7 @@ def test_unpacking_keeps_integer_kernels(tmp_path):
     """A DequantizeLinear with a zero point feeds one, and stays as it is."""
     path, _ = packed(CASES["quantised activations"], tmp_path)
     unpack(path, tmp_path / "dense.onnx")
-    assert executed_operators(tmp_path / "dense.onnx", [np.zeros((1, 64, 10), np.float32)])["QLinearConv"] == 1
+    assert count_executed_operators(tmp_path / "dense.onnx", [np.zeros((1, 64, 10), np.float32)])["QLinearConv"] == 1
 
 
 CODED = ("int8 with zero points per axis", "QLinearConv", "uint8 around 250", "floats of a codebook", "If")

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from ecqx_onnx.errors import OptionError
 from ecqx_onnx.tensors import Codebook, QuantTensor
-from tests.onnx_graphs import model_of, product, quantised
+from tests.onnx_graphs import model_of, product, quantized
 
 
 def plan_of(model, *tensors: QuantTensor, **options) -> Plan:
@@ -19,7 +19,7 @@ def plan_of(model, *tensors: QuantTensor, **options) -> Plan:
 
 @pytest.mark.parametrize(("most", "label", "opset"), [(1, "dense INT2", 25), (7, "dense INT4", 21), (15, "dense INT8", 18)])
 def test_auto_takes_the_narrowest_type_and_the_lowest_opset_that_has_it(most, label, opset):
-    weight = quantised("w", (16, 16), most=most)
+    weight = quantized("w", (16, 16), most=most)
     plan = plan_of(product("Gemm", weight, transB=1), weight)
     assert plan.entries[0].stored.label == label
     assert plan.opset == opset
@@ -27,7 +27,7 @@ def test_auto_takes_the_narrowest_type_and_the_lowest_opset_that_has_it(most, la
 
 
 def test_auto_takes_sparse_when_few_levels_remain():
-    weight = quantised("w", (64, 64))
+    weight = quantized("w", (64, 64))
     weight.levels[1:] = 0
     weight.levels[0, 8:] = 0
     plan = plan_of(product("Gemm", weight, transB=1), weight)
@@ -36,25 +36,25 @@ def test_auto_takes_sparse_when_few_levels_remain():
 
 
 def test_old_runtimes_get_bytes_at_the_graphs_own_opset():
-    weight = quantised("w", (16, 16), most=1)
+    weight = quantized("w", (16, 16), most=1)
     plan = plan_of(product("Gemm", weight, transB=1), weight, target="onnxruntime-1.17")
     assert (plan.entries[0].stored.label, plan.opset) == ("dense, 5 in a byte", 18)
 
 
 def test_tools_that_want_plain_integers_get_no_decoder():
-    weight = quantised("w", (16, 16), most=1)
+    weight = quantized("w", (16, 16), most=1)
     plan = plan_of(product("Gemm", weight, transB=1), weight, target="qdq")
     assert (plan.entries[0].stored.label, plan.opset) == ("dense INT4", 21)
 
 
 def test_a_lower_opset_asked_for_is_kept():
-    weight = quantised("w", (16, 16), most=1)
+    weight = quantized("w", (16, 16), most=1)
     plan = plan_of(product("Gemm", weight, transB=1), weight, opset=21)
     assert (plan.entries[0].stored.label, plan.opset) == ("dense INT4", 21)
 
 
 def test_a_graph_that_would_change_its_meaning_keeps_its_opset():
-    weight = quantised("w", (4, 4))
+    weight = quantized("w", (4, 4))
     nodes = [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("ReduceMean", ["z"], ["y"], axes=[1])]
     inputs = {"x": (TensorProto.FLOAT, ["n", 4])}
     model = model_of(nodes, {"w": weight.dequantize()}, inputs=inputs, output_shape=["n", 1], opset=13)
@@ -74,13 +74,13 @@ def test_a_graph_that_would_change_its_meaning_keeps_its_opset():
     ],
 )
 def test_options_that_cannot_be_had_are_refused_with_what_to_do(options, words):
-    weight = quantised("w", (4, 4))
+    weight = quantized("w", (4, 4))
     with pytest.raises(OptionError, match=words):
         plan_of(product("Gemm", weight, transB=1), weight, **options)
 
 
 def test_a_codebook_falls_to_folded_and_says_why():
-    weight = QuantTensor("w", quantised("w", (4, 4), most=1).levels, Codebook(np.array([0, 0.5, -0.3], np.float32)))
+    weight = QuantTensor("w", quantized("w", (4, 4), most=1).levels, Codebook(np.array([0, 0.5, -0.3], np.float32)))
     plan = plan_of(product("Gemm", weight, transB=1), weight, dequantize="standard")
     assert plan.entries[0].dequantization == "folded"
     assert "codebook" in plan.entries[0].reason
@@ -88,33 +88,33 @@ def test_a_codebook_falls_to_folded_and_says_why():
 
 @pytest.mark.parametrize("operator", ["Gemm", "MatMul"])
 def test_a_step_along_the_inputs_of_a_product_falls_to_folded(operator):
-    weight = quantised("w", (3, 4), step=np.linspace(0.1, 0.2, 3).reshape(3, 1))
+    weight = quantized("w", (3, 4), step=np.linspace(0.1, 0.2, 3).reshape(3, 1))
     plan = plan_of(product(operator, weight), weight, dequantize="standard")
     assert plan.entries[0].dequantization == "folded"
     assert "along the inputs" in plan.entries[0].reason
 
 
 def test_an_unknown_consumer_falls_to_folded():
-    weight = quantised("w", (4, 4))
+    weight = quantized("w", (4, 4))
     plan = plan_of(product("Add", weight), weight, dequantize="standard")
     assert plan.entries[0].dequantization == "folded"
     assert "Add" in plan.entries[0].reason
 
 
 def test_standard_without_a_choice_is_the_qdq_targets_form():
-    weight = quantised("w", (4, 4))
+    weight = quantized("w", (4, 4))
     assert plan_of(product("Gemm", weight, transB=1), weight, target="qdq").entries[0].dequantization == "standard"
     assert plan_of(product("Gemm", weight, transB=1), weight).entries[0].dequantization == "folded"
 
 
 def test_a_weight_that_no_tensor_explains_is_kept_with_a_reason():
-    weight = quantised("w", (4, 4))
+    weight = quantized("w", (4, 4))
     plan = plan_of(product("Gemm", weight, transB=1))
     assert [(kept.name, kept.reason) for kept in plan.kept] == [("w", "no quantised tensor has its name or values")]
 
 
 def test_equal_weights_of_different_parameters_are_not_tied():
-    one, other = quantised("one", (4, 4)), quantised("other", (4, 4), seed=1)
+    one, other = quantized("one", (4, 4)), quantized("other", (4, 4), seed=1)
     nodes = [helper.make_node("MatMul", ["x", "one"], ["z"]), helper.make_node("MatMul", ["z", "other"], ["y"])]
     inputs = {"x": (TensorProto.FLOAT, ["n", 4])}
     weights = {"one": one.dequantize(), "other": other.dequantize()}

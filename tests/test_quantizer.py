@@ -290,10 +290,10 @@ def test_detach_keeps_the_levels_or_restores_the_background_and_leaves_no_trace(
         structure = [(name, type(module)) for name, module in model.named_modules()]
         original = {name: value.clone() for name, value in model.state_dict().items()}
         quantizer = Quantizer(model)
-        quantised = {name: value.clone() for name, value in model.state_dict().items()}
+        quantized = {name: value.clone() for name, value in model.state_dict().items()}
         assert quantizer.detach(restore=restore) is model
         assert [(name, type(module)) for name, module in model.named_modules()] == structure
-        expected = original if restore else quantised
+        expected = original if restore else quantized
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
         with pytest.raises(OptionError, match="detached"):
             quantizer.step(*batch())

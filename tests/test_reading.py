@@ -14,7 +14,7 @@ from ecqx_onnx_converters.serialization.reading import read_metadata
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
-from tests.onnx_graphs import model_of, product, quantised
+from tests.onnx_graphs import model_of, product, quantized
 from tests.test_writer import GOLDEN, mixed_plan
 
 
@@ -31,9 +31,9 @@ def test_packed_weights_of_the_format_before_are_read():
         np.testing.assert_array_equal(weight.weight.tensor.levels, entry.weight.tensor.levels)
 
 
-def initializer(model: ModelProto, *, dequantised: int, position: int) -> TensorProto:
+def initializer(model: ModelProto, *, dequantized: int, position: int) -> TensorProto:
     """What the dequantisation of the n-th weight reads at an input: 0 are the levels, 1 the step or codebook."""
-    name = model.graph.node[dequantised].input[position]
+    name = model.graph.node[dequantized].input[position]
     return next(tensor for tensor in model.graph.initializer if tensor.name == name)
 
 
@@ -51,7 +51,7 @@ def test_every_weight_comes_back_bit_for_bit(options):
 
 @pytest.mark.parametrize("step", [np.float32(0.1), np.linspace(0.1, 0.3, 8).reshape(1, 8)])
 def test_an_embedding_of_gathered_integers_comes_back(step):
-    table = quantised("w", (20, 8), step=step)
+    table = quantized("w", (20, 8), step=step)
     node = helper.make_node("Gather", ["w", "x"], ["y"])
     inputs = {"x": (TensorProto.INT64, ["n"])}
     graph = FloatGraph.from_model(model_of([node], {"w": table.dequantize()}, inputs=inputs, output_shape=["n", 8]))
@@ -60,13 +60,13 @@ def test_an_embedding_of_gathered_integers_comes_back(step):
 
 
 def test_a_file_of_someone_else_has_no_weights_of_ours():
-    assert read_weights(product("Gemm", quantised("w", (3, 4)), transB=1)) == ()
+    assert read_weights(product("Gemm", quantized("w", (3, 4)), transB=1)) == ()
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_flipped_bit_shows_in_the_checksum(index):
     model = written()
-    tensor = initializer(model, dequantised=index, position=0)
+    tensor = initializer(model, dequantized=index, position=0)
     tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
     assert [weight.crc_ok for weight in read_weights(model)] == [place != index for place in range(3)]
 
@@ -125,7 +125,7 @@ def test_metadata_that_is_no_metadata_is_refused(text):
 )
 def test_constants_that_do_not_fit_the_levels_are_refused(index, values):
     model = written()
-    tensor = initializer(model, dequantised=index, position=1)
+    tensor = initializer(model, dequantized=index, position=1)
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(FileError):
         read_weights(model)
@@ -133,7 +133,7 @@ def test_constants_that_do_not_fit_the_levels_are_refused(index, values):
 
 def test_a_file_that_a_simplifier_has_folded_is_recognised():
     model = written()
-    model.graph.initializer.remove(initializer(model, dequantised=1, position=0))
+    model.graph.initializer.remove(initializer(model, dequantized=1, position=0))
     with pytest.raises(FileError, match="simplify it before"):
         read_weights(model)
 

@@ -27,7 +27,7 @@ def save_wav(path: Path, seconds: float, seed: int = 0) -> None:
         file.writeframes(samples.tobytes())
 
 
-def quantise(name: str, data: Path, out: Path) -> dict:
+def quantize_model(name: str, data: Path, out: Path) -> dict:
     """One epoch with the recipe; what its checkpoint says it was made with."""
     model = f"{ROOT}/models/{name}.py:{name}"
     command = ["quantize", model, "--recipe", ROOT / f"models/{name}.toml", "--data", data, "--out", out]
@@ -81,7 +81,7 @@ def test_a_folder_that_holds_something_else_is_refused_with_the_reason(tmp_path)
 
 def test_mlp_gsc_learns_from_folders_of_wavs(speech_commands, tmp_path):
     arrange(speech_commands, tmp_path / "gsc12")
-    recipe = quantise("mlp_gsc", tmp_path / "gsc12", tmp_path / "model.pt")
+    recipe = quantize_model("mlp_gsc", tmp_path / "gsc12", tmp_path / "model.pt")
     assert (recipe["bits"], recipe["relevance"], recipe["augment"]) == (4, "epsilon_plus_flat", "shift_audio")
     converted = CliRunner().invoke(app, ["convert", str(tmp_path / "model.pt"), str(tmp_path / "out.onnx"), "--json"])
     assert converted.exit_code == 0, converted.stderr
@@ -97,5 +97,5 @@ def test_the_image_networks_learn_from_folders_of_images(tmp_path, name, size):
                 path = tmp_path / "photos" / split / label / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
-    recipe = quantise(name, tmp_path / "photos", tmp_path / "model.pt")
+    recipe = quantize_model(name, tmp_path / "photos", tmp_path / "model.pt")
     assert (recipe["bits"], recipe["relevance"], recipe["learning_rate"]) == (4, "epsilon_plus_flat", 1e-4)

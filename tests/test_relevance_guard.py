@@ -10,7 +10,12 @@ from torch.nn.utils import parametrizations
 
 from ecqx_onnx.errors import DataError, OptionError
 from ecqx_onnx.quantization import Quantizer
-from ecqx_onnx.quantization.parametrizations import copy_module, effective_weight, find_parametrized, merge_parametrizations
+from ecqx_onnx.quantization.parametrizations import (
+    compute_effective_weight,
+    copy_module,
+    find_parametrized,
+    merge_parametrizations,
+)
 from ecqx_onnx.quantization.relevance.functional import FunctionalRules
 from ecqx_onnx.quantization.relevance.relevance import Relevances, _Rule
 
@@ -126,7 +131,7 @@ def test_a_resumed_run_remembers_that_relevances_failed(monkeypatch):
 def test_a_failure_in_another_process_ends_the_relevances_here_too(monkeypatch):
     from ecqx_onnx.quantization import quantizer as room
 
-    monkeypatch.setattr(room, "added_up", lambda values, device: [1.0])
+    monkeypatch.setattr(room, "sum_numbers", lambda values, device: [1.0])
     assert train_steps(Net(), 1).report().relevance_failures == ((ALL, "they failed in another process"),)
 
 
@@ -283,7 +288,7 @@ def test_a_merged_parametrization_computes_the_same_and_the_original_does_not_ch
     assert isinstance(merged[0].weight, nn.Parameter)
     assert find_parametrized(merged) == ()
     assert list(merged.state_dict()) == ["0.bias", "0.weight"] or list(merged.state_dict()) == ["0.weight", "0.bias"]
-    torch.testing.assert_close(effective_weight(model.train(), find_parametrized(model)[0]), merged[0].weight.detach())
+    torch.testing.assert_close(compute_effective_weight(model.train(), find_parametrized(model)[0]), merged[0].weight.detach())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(model.eval()(x), expected)
 

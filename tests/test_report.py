@@ -22,7 +22,7 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx.inspection import inspect
 from ecqx_onnx.quantization import train
 from ecqx_onnx.reporting import write_report
-from ecqx_onnx.reporting.charts import curves, histogram, scatter
+from ecqx_onnx.reporting.charts import draw_curves, draw_histogram, draw_scatter
 from ecqx_onnx.validation.metrics import Proportion
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -119,7 +119,7 @@ def test_the_pairs_are_the_quantizers_own_and_the_correlation_is_numpys(trained)
 
 
 def test_the_scatter_draws_every_pair_where_it_belongs():
-    chart = scatter([0.0, 1.0, 2.0], [1e-9, 0.01, 1.0], [0, 3, -1])
+    chart = draw_scatter([0.0, 1.0, 2.0], [1e-9, 0.01, 1.0], [0, 3, -1])
     assert re.search(r'class="pruned" d="M46.0 176.0h0"', chart)
     assert re.search(r'class="kept" d="M188.0 93.0h0M330.0 10.0h0"', chart)
 
@@ -234,11 +234,11 @@ def test_damaged_insight_is_refused_in_one_sentence(damage, trained, tmp_path):
 
 
 def test_charts_of_nothing_and_of_one_value_are_charts():
-    assert histogram([], 0).startswith("<svg")
-    assert histogram([(0, 5)], 5).count("<rect") == 1
-    assert scatter([], [], []).startswith("<svg")
-    assert curves([("a", "first", [0.5])], best=1, percent=True).count("<circle") == 1
-    assert curves([("a", "first", [None, float("nan"), 2.0, 2.0])], best=None, percent=False).count("<circle") == 2
+    assert draw_histogram([], 0).startswith("<svg")
+    assert draw_histogram([(0, 5)], 5).count("<rect") == 1
+    assert draw_scatter([], [], []).startswith("<svg")
+    assert draw_curves([("a", "first", [0.5])], best=1, percent=True).count("<circle") == 1
+    assert draw_curves([("a", "first", [None, float("nan"), 2.0, 2.0])], best=None, percent=False).count("<circle") == 2
 
 
 def test_the_command_line_writes_the_page_and_refuses_in_one_sentence(trained, tmp_path):

@@ -11,12 +11,12 @@ from torch import nn
 
 from ecqx_onnx import api
 from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
-from ecqx_onnx.quantization.levels.rounding import cancelling_levels
+from ecqx_onnx.quantization.levels.rounding import round_to_cancel
 
 
 def errors(weight, step, grid):
     """In steps."""
-    return cancelling_levels(weight, step, grid).double() - weight.double() / step.double()
+    return round_to_cancel(weight, step, grid).double() - weight.double() / step.double()
 
 
 @given(st.integers(0, 2**16), st.integers(2, 8), st.sampled_from([(6, 5, 3, 3), (6, 1, 3, 3), (6, 30), (4, 7, 5)]), st.booleans())
@@ -31,17 +31,17 @@ def test_errors_add_up_to_half_a_step_at_most(seed, bits, shape, per_channel):
 
 def test_each_window_is_balanced_before_the_whole_output():
     weight = torch.full((1, 2, 1, 10), 0.3)  # nearest: all 0, and six steps too few
-    levels = cancelling_levels(weight, torch.ones(()), Grid(4, -7, 7))
+    levels = round_to_cancel(weight, torch.ones(()), Grid(4, -7, 7))
     assert levels.sum((2, 3)).tolist() == [[3, 3]]
 
 
 def test_the_second_nearest_level_goes_to_those_that_lose_least():
-    levels = cancelling_levels(torch.tensor([[0.1, 0.45, 0.2, 0.3]]), torch.ones(()), Grid(4, -7, 7))
+    levels = round_to_cancel(torch.tensor([[0.1, 0.45, 0.2, 0.3]]), torch.ones(()), Grid(4, -7, 7))
     assert levels.tolist() == [[0, 1, 0, 0]]
 
 
 def test_levels_stay_on_the_grid():
-    levels = cancelling_levels(torch.tensor([[0.4, 0.4, 0.4, 5.0]]), torch.ones(()), Grid(2, -1, 1))
+    levels = round_to_cancel(torch.tensor([[0.4, 0.4, 0.4, 5.0]]), torch.ones(()), Grid(2, -1, 1))
     assert levels.min() >= -1
     assert levels.max() <= 1
 
@@ -65,6 +65,6 @@ def test_outputs_move_less_than_with_the_nearest_levels(bits):
     grid = choose_grid(weight, bits)
     step = fit_step(weight, grid)
     nearest = (weight / step).round().clamp(grid.lowest, grid.highest) * step
-    cancelling = cancelling_levels(weight, step, grid) * step
+    cancelling = round_to_cancel(weight, step, grid) * step
     said, wanted = (F.conv2d(x, w) - F.conv2d(x, weight) for w in (cancelling, nearest))
     assert said.square().mean() < 0.3 * wanted.square().mean()

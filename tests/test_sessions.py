@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from ecqx_onnx.errors import CheckFailed, DataError, ModelError
-from ecqx_onnx.runtime.sessions import executed_operators, fit, fixed_batch, open_session, run, synthetic_inputs
-from ecqx_onnx.validation.bounds import Bound, bound
-from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
+from ecqx_onnx.runtime.sessions import (
+    count_executed_operators,
+    find_fixed_batch,
+    fit_inputs,
+    make_synthetic_inputs,
+    open_session,
+    run,
+)
+from ecqx_onnx.validation.bounds import Bound, derive_bound
+from ecqx_onnx.validation.pytorch_outputs import run_reference, run_reference_exactly
 from tests.onnx_torch_pairs import make_pair
 
 
@@ -43,10 +50,10 @@ def inputs_of(count=5):
 
 
 def test_float64_outputs_reach_through_hard_coded_dtypes(hard_coded):
-    exact = exact_outputs(hard_coded, inputs_of())
+    exact = run_reference_exactly(hard_coded, inputs_of())
     assert exact is not None
     assert exact[0].dtype == np.float64
-    rounding = np.abs(exact[0] - reference_outputs(hard_coded, inputs_of())[0]).max()
+    rounding = np.abs(exact[0] - run_reference(hard_coded, inputs_of())[0]).max()
     assert 0 < rounding < 1e-5
     assert hard_coded.head.weight.dtype == torch.float32
 
@@ -55,7 +62,7 @@ def test_float64_outputs_of_an_exported_program_are_those_of_its_module(hard_cod
     hard_coded = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
     program = torch.export.export(hard_coded, (torch.from_numpy(x),))
-    ours, theirs = exact_outputs(program.module(), (x,)), exact_outputs(hard_coded, (x,))
+    ours, theirs = run_reference_exactly(program.module(), (x,)), run_reference_exactly(hard_coded, (x,))
     assert np.abs(ours[0] - theirs[0]).max() < 1e-15
 
 
@@ -63,7 +70,7 @@ def test_the_float64_result_equals_a_model_made_in_float64():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.GELU(), torch.nn.Linear(40, 2)).eval()
     x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
-    exact = exact_outputs(model, (x,))[0]
+    exact = run_reference_exactly(model, (x,))[0]
     with torch.no_grad():
         oracle = model.double()(torch.from_numpy(x).double()).numpy()
     assert np.array_equal(exact, oracle)
@@ -73,7 +80,7 @@ def test_the_modules_flags_are_given_back():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()).train()
     model[0].eval()
     x = (np.ones((4, 2), np.float32),)
-    assert np.array_equal(reference_outputs(model, x)[0], reference_outputs(model, x)[0])  # no dropout
+    assert np.array_equal(run_reference(model, x)[0], run_reference(model, x)[0])  # no dropout
     assert [module.training for module in model] == [False, True]
 
 
@@ -85,34 +92,34 @@ def test_a_model_without_a_float64_form_falls_back_to_the_coarse_bound():
             return x * 2
 
     x = (np.ones((2, 2), np.float32),)
-    assert exact_outputs(OnlyFloat32(), x) is None
-    assert bound(reference_outputs(OnlyFloat32(), x)[0], None) == Bound(None, float(np.spacing(np.float32(2))))
+    assert run_reference_exactly(OnlyFloat32(), x) is None
+    assert derive_bound(run_reference(OnlyFloat32(), x)[0], None) == Bound(None, float(np.spacing(np.float32(2))))
 
 
 def test_the_bound_is_eight_roundings_and_four_ulps():
-    found = bound(np.array([1.0, 2.0], np.float32), np.array([1.0, 2.0 + 3e-7]))
+    found = derive_bound(np.array([1.0, 2.0], np.float32), np.array([1.0, 2.0 + 3e-7]))
     assert found.rounding == pytest.approx(3e-7)
     assert found.limit == pytest.approx(8 * 3e-7 + 4 * 2**-22)
 
 
 def test_outputs_that_are_no_floats_must_be_equal():
-    assert bound(np.array([1, 2]), None).limit == 0.0
+    assert derive_bound(np.array([1, 2]), None).limit == 0.0
 
 
 def test_pytorch_refusing_the_data_is_said_in_one_sentence():
     with pytest.raises(ModelError, match=r"cannot run on the data \(inputs of shape \[2, 3\]\)"):
-        reference_outputs(torch.nn.Linear(4, 4), (np.zeros((2, 3), np.float32),))
+        run_reference(torch.nn.Linear(4, 4), (np.zeros((2, 3), np.float32),))
 
 
 def test_executed_operators_come_from_the_runtimes_profile(tmp_path):
     path = make_pair(decoding="standard").save(tmp_path)
-    operators = executed_operators(path, (np.zeros((1, 8), np.float32),))
+    operators = count_executed_operators(path, (np.zeros((1, 8), np.float32),))
     assert operators["DequantizeLinear"] == 2
     assert list(tmp_path.iterdir()) == [path]  # the profile is gone
 
 
 def test_folded_weights_leave_no_decoding_operator(tmp_path):
-    operators = executed_operators(make_pair().save(tmp_path), (np.zeros((1, 8), np.float32),))
+    operators = count_executed_operators(make_pair().save(tmp_path), (np.zeros((1, 8), np.float32),))
     assert not {"Cast", "Mul", "DequantizeLinear"} & set(operators)
 
 
@@ -131,20 +138,20 @@ def test_the_runtimes_refusal_is_quoted():
 
 def test_inputs_are_brought_to_the_declared_type_or_refused(tmp_path):
     session = open_session(make_pair().save(tmp_path))
-    assert fit(session, [np.zeros((2, 8), np.float64)])[0].dtype == np.float32
+    assert fit_inputs(session, [np.zeros((2, 8), np.float64)])[0].dtype == np.float32
     with pytest.raises(DataError, match="shape"):
-        fit(session, [np.zeros((2, 8, 1), np.float32)])
+        fit_inputs(session, [np.zeros((2, 8, 1), np.float32)])
     with pytest.raises(DataError, match="takes 1 inputs"):
-        fit(session, [np.zeros((2, 8), np.float32)] * 2)
+        fit_inputs(session, [np.zeros((2, 8), np.float32)] * 2)
 
 
 def test_a_fixed_batch_is_told_from_a_free_one(tmp_path):
-    assert fixed_batch(open_session(make_pair().save(tmp_path))) is None
-    assert fixed_batch(open_session(make_pair(batch=3).save(tmp_path))) == 3
+    assert find_fixed_batch(open_session(make_pair().save(tmp_path))) is None
+    assert find_fixed_batch(open_session(make_pair(batch=3).save(tmp_path))) == 3
 
 
 def test_synthetic_inputs_have_the_declared_shapes_and_are_the_same_each_time(tmp_path):
     session = open_session(make_pair().save(tmp_path))
-    first, second = synthetic_inputs(session, batch=4), synthetic_inputs(session, batch=4)
+    first, second = make_synthetic_inputs(session, batch=4), make_synthetic_inputs(session, batch=4)
     assert first[0].shape == (4, 8)
     assert np.array_equal(first[0], second[0])

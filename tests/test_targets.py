@@ -181,13 +181,13 @@ def test_an_ort_file_that_does_not_load_back_is_not_written(checkpoint, tmp_path
     from ecqx_onnx.delivery import ort_file
     from ecqx_onnx.runtime import mobile_tools
 
-    real = mobile_tools._convert
+    real = mobile_tools.convert_to_ort
 
     def damaging(source, folder):
         real(source, folder)
         (folder / "out.ort").write_bytes((folder / "out.ort").read_bytes()[:200])
 
-    monkeypatch.setattr(ort_file, "_convert", damaging)
+    monkeypatch.setattr(ort_file, "convert_to_ort", damaging)
     with pytest.raises(ModelError, match=r"out\.ort was not written: onnxruntime .* does not load it"):
         api.convert(checkpoint, tmp_path / "out.ort", target="onnxruntime-mobile")
     assert not list(tmp_path.iterdir())
@@ -238,7 +238,7 @@ def test_generic_tools_get_standard_dequantizelinear(checkpoint, tmp_path):
 def test_a_file_that_onnxruntime_does_not_load_is_not_written(checkpoint, tmp_path, monkeypatch):
     able = dataclasses.replace(TARGETS["onnxruntime"], max_opset=28)  # no kernel of 1.32 has DequantizeLinear of opset 28
     monkeypatch.setitem(TARGETS, "onnxruntime", able)
-    monkeypatch.setattr("ecqx_onnx_converters.planning.planner._needs", lambda entry: 28)
+    monkeypatch.setattr("ecqx_onnx_converters.planning.planner.find_needed_opset", lambda entry: 28)
     with pytest.raises(EcqxError):
         api.convert(checkpoint, tmp_path / "out.onnx", dequantize="standard")
     assert not list(tmp_path.iterdir())

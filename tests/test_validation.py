@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.serialization.metadata import from_text, levels_crc
+from ecqx_onnx_converters.serialization.metadata import compute_levels_crc, from_text
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
@@ -20,10 +20,10 @@ from ecqx_onnx.data.dataset import Arrays, Split
 from ecqx_onnx.errors import DataError, FileError
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
-from ecqx_onnx.runtime.decoded_model import float_twin
+from ecqx_onnx.runtime.decoded_model import decode_model
 from ecqx_onnx.validation import ValidationReport, validate
 from ecqx_onnx.validation.bounds import Bound
-from ecqx_onnx.validation.checks import accuracy_check, agreement_check, operators_check
+from ecqx_onnx.validation.checks import check_accuracy, check_agreement, check_operators
 from ecqx_onnx.validation.comparison import Comparison, Difference
 from ecqx_onnx.validation.metrics import Agreement, Proportion
 from tests.onnx_torch_pairs import Pair, edit, make_pair
@@ -215,10 +215,10 @@ def test_the_report_is_json_and_a_table(tmp_path):
 
 def test_the_float_twin_holds_what_the_runtime_decoded_and_no_decoding_node():
     pair = make_pair()
-    twin = float_twin(pair.model)
-    assert [node.op_type for node in twin.proto.graph.node] == ["Gemm", "Relu", "Gemm"]
+    decoded = decode_model(pair.model)
+    assert [node.op_type for node in decoded.proto.graph.node] == ["Gemm", "Relu", "Gemm"]
     for tensor in pair.tensors:
-        assert np.array_equal(twin.weights[tensor.name], tensor.dequantize())
+        assert np.array_equal(decoded.weights[tensor.name], tensor.dequantize())
 
 
 def test_the_float_twin_decodes_inside_branches_too():
@@ -239,9 +239,9 @@ def test_the_float_twin_decodes_inside_branches_too():
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model)
-    twin = float_twin(model)
-    assert np.array_equal(twin.weights["w"], weight.astype(np.float32))
-    branch = next(attribute.g for attribute in twin.proto.graph.node[0].attribute if attribute.name == "then_branch")
+    decoded = decode_model(model)
+    assert np.array_equal(decoded.weights["w"], weight.astype(np.float32))
+    branch = next(attribute.g for attribute in decoded.proto.graph.node[0].attribute if attribute.name == "then_branch")
     assert [node.op_type for node in branch.node] == ["MatMul"]
 
 
@@ -266,7 +266,7 @@ def one_level_changed(path: Path, *, checksum_too: bool) -> None:
         entry = next(entry for entry in model.metadata_props if entry.key == "ecqx_onnx")
         metadata = from_text(entry.value)
         onnx.save(model, path)
-        metadata["tensors"][0][1] = levels_crc(read_weights(path)[0].weight.tensor.levels)
+        metadata["tensors"][0][1] = compute_levels_crc(read_weights(path)[0].weight.tensor.levels)
         entry.value = json.dumps(metadata)
     onnx.save(model, path)
 
@@ -339,29 +339,29 @@ def compared(*, margin: float, limit: float) -> Comparison:
 
 
 def test_another_class_is_forgiven_only_where_pytorchs_lead_is_rounding():
-    assert agreement_check(compared(margin=1.9e-6, limit=1e-6), inexact=None).passed is True
-    assert agreement_check(compared(margin=2.1e-6, limit=1e-6), inexact=None).passed is False
-    assert agreement_check(compared(margin=2.1e-6, limit=1e-6), inexact="activations are quantised").passed is None
+    assert check_agreement(compared(margin=1.9e-6, limit=1e-6), inexact=None).passed is True
+    assert check_agreement(compared(margin=2.1e-6, limit=1e-6), inexact=None).passed is False
+    assert check_agreement(compared(margin=2.1e-6, limit=1e-6), inexact="activations are quantised").passed is None
 
 
 def test_an_accuracy_below_pytorchs_interval_is_a_failure():
     for hits, passed in ((85, True), (70, False)):
         comparison = Comparison(100, (), pytorch_accuracy=Proportion(90, 100), onnx_accuracy=Proportion(hits, 100))
-        assert accuracy_check(comparison).passed is passed
+        assert check_accuracy(comparison).passed is passed
 
 
 def test_quantised_activations_that_the_file_states_are_no_failure(tmp_path):
     metadata = {"format": 3, "tensors": []}
     stated = read_onnx(make_pair(metadata=json.dumps({**metadata, "activations": "int8"})).save(tmp_path, "a.onnx"))
     silent = read_onnx(make_pair(metadata=json.dumps(metadata)).save(tmp_path, "b.onnx"))
-    assert operators_check(stated, Counter({"QLinearConv": 2})).passed is True
-    assert operators_check(silent, Counter({"QLinearConv": 2})).passed is False
-    assert operators_check(silent, Counter({"Conv": 2, "DequantizeLinear": 2})).passed is True
+    assert check_operators(stated, Counter({"QLinearConv": 2})).passed is True
+    assert check_operators(silent, Counter({"QLinearConv": 2})).passed is False
+    assert check_operators(silent, Counter({"Conv": 2, "DequantizeLinear": 2})).passed is True
 
 
 def test_the_float_twin_is_decoded_in_pieces_with_the_same_result(monkeypatch):
     pair = make_pair()
-    whole = float_twin(pair.model)
+    whole = decode_model(pair.model)
     monkeypatch.setattr("ecqx_onnx.runtime.decoded_model.PIECE", 1)
-    pieces = float_twin(pair.model)
+    pieces = decode_model(pair.model)
     assert pieces.proto == whole.proto

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, build, make_plan, match, write
 from ecqx_onnx_converters.graph.files import write_proto
-from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text, stored_checksum, to_text
+from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text, read_checksum, to_text
 from ecqx_onnx_converters.serialization.reading import is_as_written
 from onnx import ModelProto, TensorProto
 from typer.testing import CliRunner
@@ -23,7 +23,7 @@ from ecqx_onnx.cli import app
 from ecqx_onnx.errors import EcqxError, FileError
 from ecqx_onnx.validation import check_file
 from ecqx_onnx.verbs import pack
-from tests.conversions import quantise
+from tests.conversions import quantize_model
 from tests.onnx_torch_pairs import make_pair
 from tests.test_packing import CASES
 
@@ -51,7 +51,7 @@ def network() -> Network:
         for norm in (module.norm, module.after):
             for values in (norm.weight, norm.bias, norm.running_mean):
                 values.uniform_(0.5, 1.5)
-    quantise(module.eval(), bits=3)
+    quantize_model(module.eval(), bits=3)
     return module
 
 
@@ -85,11 +85,11 @@ def without_checksum(model: ModelProto) -> None:
 
 def with_right_checksum(model: ModelProto) -> None:
     """As a forger would write it, or a fault of the runtime's could look like."""
-    from ecqx_onnx_converters.serialization.checksum import model_checksum
+    from ecqx_onnx_converters.serialization.checksum import compute_checksum
 
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     content = from_text(entry.value)
-    entry.value = to_text(content, lambda start: model_checksum(model, lambda tensor: None, start=start))
+    entry.value = to_text(content, lambda start: compute_checksum(model, lambda tensor: None, start=start))
 
 
 def flipped(tensor: TensorProto, position: int, bit: int = 0) -> None:
@@ -169,7 +169,7 @@ def test_what_is_no_tensor_is_covered_by_the_checksum_as_well(files, tmp_path, d
     if damage == "attribute":
         next(node for node in model.graph.node if node.op_type == "Conv").attribute.add(name="group", i=1, type=2)
     elif damage == "label":
-        stored, content = stored_checksum(entry.value), from_text(entry.value)
+        stored, content = read_checksum(entry.value), from_text(entry.value)
         assert stored is not None
         content["labels"][3] = "dog"
         entry.value = to_text(content, lambda start: stored[1])

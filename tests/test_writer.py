@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph, Plan, build, make_plan, match, read_weights, write
-from ecqx_onnx_converters.serialization.metadata import from_text, levels_crc
+from ecqx_onnx_converters.serialization.metadata import compute_levels_crc, from_text
 from onnx import TensorProto, helper
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor
 from tests.conversions import session
-from tests.onnx_graphs import model_of, product, quantised
+from tests.onnx_graphs import model_of, product, quantized
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,14 +25,14 @@ def plan_of(model, *tensors: QuantTensor, **options) -> Plan:
 
 
 def small_plan(**options) -> Plan:
-    weight = quantised("w", (6, 8))
+    weight = quantized("w", (6, 8))
     return plan_of(product("Gemm", weight, transB=1), weight, **options)
 
 
 def mixed_plan(**options) -> Plan:
     """Every storage and every meaning: INT2 codebook -> INT4 -> sparse."""
-    ternary = QuantTensor("a", quantised("a", (8, 8), most=1).levels, Codebook(np.array([0, 0.5, -0.25], np.float32)))
-    four, sparse = quantised("b", (8, 8), step=np.linspace(0.1, 0.2, 8).reshape(1, 8)), quantised("c", (8, 64))
+    ternary = QuantTensor("a", quantized("a", (8, 8), most=1).levels, Codebook(np.array([0, 0.5, -0.25], np.float32)))
+    four, sparse = quantized("b", (8, 8), step=np.linspace(0.1, 0.2, 8).reshape(1, 8)), quantized("c", (8, 64))
     sparse.levels[:, 2:] = 0
     sparse.levels[1:] = 0
     nodes = [helper.make_node("MatMul", [x, w], [y]) for x, w, y in [("x", "a", "u"), ("u", "b", "v"), ("v", "c", "y")]]
@@ -89,7 +89,7 @@ def test_metadata_holds_recipe_and_tensors(tmp_path):
     content = from_text(entry.value)
     assert content["labels"] == ["ä", "b"]
     levels = small_plan().entries[0].weight.tensor.levels
-    assert content["tensors"][0][:2] == ["w", levels_crc(levels)]
+    assert content["tensors"][0][:2] == ["w", compute_levels_crc(levels)]
     assert content["storage"] == "dense"
 
 
@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(failing, tmp_path,
 
 
 def test_an_invalid_graph_is_not_written(tmp_path):
-    weight = quantised("w", (6, 8))
+    weight = quantized("w", (6, 8))
     model = product("Gemm", weight, transB=1)
     model.graph.node[0].input[0] = "nowhere"
     with pytest.raises(FileError, match="valid ONNX"):
@@ -132,7 +132,7 @@ def test_an_invalid_graph_is_not_written(tmp_path):
 
 
 def test_weights_that_old_exporters_list_as_inputs_are_inputs_no_more(tmp_path):
-    weight = quantised("w", (6, 8))
+    weight = quantized("w", (6, 8))
     model = product("Gemm", weight, transB=1, opset=9)
     model.ir_version = 3
     model.graph.node[0].input.append("b")
@@ -145,7 +145,7 @@ def test_weights_that_old_exporters_list_as_inputs_are_inputs_no_more(tmp_path):
 
 
 def test_external_data_lies_beside_the_model_and_loads(tmp_path):
-    weight, x = quantised("w", (64, 96)), np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
+    weight, x = quantized("w", (64, 96)), np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
     plan = plan_of(product("Gemm", weight, transB=1), weight)
     report = write(plan, tmp_path / "out.onnx", external_data=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
@@ -157,7 +157,7 @@ def test_external_data_lies_beside_the_model_and_loads(tmp_path):
 
 
 def test_replacing_a_model_takes_its_old_external_data_away(tmp_path):
-    weight = quantised("w", (64, 96))
+    weight = quantized("w", (64, 96))
     plan = plan_of(product("Gemm", weight, transB=1), weight)
     write(plan, tmp_path / "out.onnx", external_data=True)
     write(plan, tmp_path / "out.onnx", force=True)
@@ -166,7 +166,7 @@ def test_replacing_a_model_takes_its_old_external_data_away(tmp_path):
 
 def test_a_file_of_someone_else_beside_a_new_model_stays(tmp_path):
     (tmp_path / "out.onnx.data").write_bytes(b"mine")
-    weight = quantised("w", (64, 96))
+    weight = quantized("w", (64, 96))
     for _ in range(2):
         write(plan_of(product("Gemm", weight, transB=1), weight), tmp_path / "out.onnx", force=True)
     assert (tmp_path / "out.onnx.data").read_bytes() == b"mine"
@@ -176,7 +176,7 @@ def test_a_file_of_someone_else_beside_a_new_model_stays(tmp_path):
 def test_a_model_above_two_gigabytes_is_written_read_and_run(tmp_path):
     """Float weights of 2.4 GB stay float beside one quantised weight; nothing of it ever is one protobuf."""
     width, layers = 8192, 9  # 9 x 268 MB
-    weight = quantised("q", (width, 16))
+    weight = quantized("q", (width, 16))
     names = [f"w{i}" for i in range(layers)]
     nodes = [helper.make_node("MatMul", [f"h{i}" if i else "x", name], [f"h{i + 1}"]) for i, name in enumerate(names)]
     nodes.append(helper.make_node("MatMul", [f"h{layers}", "q"], ["y"]))
@@ -205,7 +205,7 @@ def test_inner_names_are_short_and_outer_ones_stay(tmp_path):
 
 
 def test_attributes_that_state_a_default_are_left_out():
-    weight = quantised("w", (2, 3, 3, 3))
+    weight = quantized("w", (2, 3, 3, 3))
     attributes = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0], "group": 1, "auto_pad": "NOTSET"}
     nodes = [helper.make_node("Conv", ["x", "w"], ["h"], **attributes), helper.make_node("LeakyRelu", ["h"], ["y"], alpha=0.2)]
     inputs = {"x": (TensorProto.FLOAT, ["n", 3, 5, 5])}

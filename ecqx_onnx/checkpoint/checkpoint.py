@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from ecqx_onnx_converters.graph.graph import FloatGraph
-from ecqx_onnx_converters.graph.outputs import replacing
+from ecqx_onnx_converters.graph.outputs import replace_on_success
 from ecqx_onnx_converters.matching.matching import Matching, match
 
-from ecqx_onnx.checkpoint.document import BadDocument, printable, read_document
+from ecqx_onnx.checkpoint.document import BadDocument, escape_text, read_document
 from ecqx_onnx.checkpoint.export import Exported
 from ecqx_onnx.checkpoint.insight import Insight, to_document
 from ecqx_onnx.errors import FileError, ModelError
@@ -153,7 +153,7 @@ def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> No
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "tensors": [{"name": t.name, "levels": levels[t.name], **_meaning_out(t.meaning)} for t in checkpoint.tensors],
+        "tensors": [{"name": t.name, "levels": levels[t.name], **write_meaning(t.meaning)} for t in checkpoint.tensors],
         "state": dict(checkpoint.state),
         "aliases": dict(checkpoint.aliases),
         "program": torch.frombuffer(bytearray(checkpoint.program), dtype=torch.uint8),
@@ -163,8 +163,8 @@ def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> No
             {
                 "initializer": w.name,
                 "name": w.tensor.name,
-                "levels": _shared(w.tensor.levels, levels),
-                **_meaning_out(w.tensor.meaning),
+                "levels": share_storage(w.tensor.levels, levels),
+                **write_meaning(w.tensor.meaning),
                 "sources": list(w.sources),
                 "rescaled": w.rescaled,
                 **({} if w.factor is None else {"factor": torch.from_numpy(np.array(w.factor, np.float32))}),
@@ -184,7 +184,7 @@ def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> No
     if checkpoint.insight is not None:
         text, pairs = to_document(checkpoint.insight)
         document["insight"] = {"facts": text, "pairs": torch.from_numpy(pairs)}
-    with replacing(Path(path), force=force) as temporary:
+    with replace_on_success(Path(path), force=force) as temporary:
         try:
             torch.save(document, temporary)
         except RuntimeError as error:  # a full disk reaches us as the archive writer's RuntimeError
@@ -208,7 +208,7 @@ def load(path: str | Path) -> Checkpoint:
     except BadDocument as error:
         raise FileError(f"{path}: is damaged or incomplete ({error}); save it again") from error
     except FileError as error:
-        raise FileError(f"{path}: {printable(str(error))}") from error
+        raise FileError(f"{path}: {escape_text(str(error))}") from error
     return Checkpoint(**vars(parts))
 
 
@@ -220,13 +220,13 @@ def is_checkpoint(document: Any) -> bool:
     return type(stated) is str and stated == FORMAT
 
 
-def _meaning_out(meaning: Scale | Codebook) -> dict[str, torch.Tensor]:
+def write_meaning(meaning: Scale | Codebook) -> dict[str, torch.Tensor]:
     if isinstance(meaning, Scale):
         return {"step": torch.from_numpy(np.array(meaning.step, np.float32))}
     return {"codebook": torch.from_numpy(np.array(meaning.values, np.float32))}
 
 
-def _shared(levels: np.ndarray, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def share_storage(levels: np.ndarray, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A tensor over the parameter's own storage where `levels` is a view of it, so that torch.save stores it once."""
     for tensor in parameters.values():
         offset = levels.__array_interface__["data"][0] - tensor.data_ptr()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from ecqx_onnx_converters.graph.graph import FloatGraph, all_graphs
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_graphs
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching, Missing
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -66,35 +66,35 @@ def read_document(document: Mapping[Any, Any]) -> Document:
         BadDocument: if an entry is missing, of another type, or out of bounds.
         FileError: if the preprocessing cannot be used.
     """
-    tensors = _list(document, "tensors", _read_tensor)
+    tensors = read_list(document, "tensors", _read_tensor)
     names = [tensor.name for tensor in tensors]
     if len(set(names)) != len(names):
         raise BadDocument("'tensors' names a weight twice")
-    state = _mapping(document, "state", _read_state_tensor)
-    aliases = _mapping(document, "aliases", _read_name)
+    state = read_mapping(document, "state", _read_state_tensor)
+    aliases = read_mapping(document, "aliases", _read_name)
     for alias, owner in aliases.items():
         if owner not in names:
             raise BadDocument(f"'aliases' takes {alias!r} from {owner!r}, which is no weight of it")
-    found = _list(document, "placed", _read_placed)
-    missing = _list(document, "missing", _read_missing)
+    found = read_list(document, "placed", _read_placed)
+    missing = read_list(document, "missing", _read_missing)
     return Document(
         tensors=tensors,
         state=state,
         aliases=aliases,
-        program=_read_bytes(_entry(document, "program"), "program"),
+        program=_read_bytes(take_entry(document, "program"), "program"),
         graph=_read_graph(document, found),
         matching=Matching(found, missing),
         recipe=_read_recipe(document),
-        preprocessing=Preprocessing.from_json(_text(document, "preprocessing", MOST_JSON_BYTES)),
-        labels=_list(document, "labels", _read_label),
-        notes=_list(document, "notes", _read_sentence),
+        preprocessing=Preprocessing.from_json(read_text(document, "preprocessing", MOST_JSON_BYTES)),
+        labels=read_list(document, "labels", _read_label),
+        notes=read_list(document, "notes", _read_sentence),
         insight=_read_insight(document),
         ranges=_read_ranges(document),
-        preprocessing_known=_flag(document.get("preprocessing_known", True)),
+        preprocessing_known=read_flag(document.get("preprocessing_known", True)),
     )
 
 
-def printable(text: str) -> str:
+def escape_text(text: str) -> str:
     """Text of a file for people: control characters and lone surrogates become escapes."""
     if text.isprintable():
         return text
@@ -104,7 +104,7 @@ def printable(text: str) -> str:
 # Plain entries
 
 
-def _entry(document: Any, key: str) -> Any:
+def take_entry(document: Any, key: str) -> Any:
     if not isinstance(document, dict):
         raise BadDocument(f"{type(document).__name__} where a dict with {key!r} should be")
     if key not in document:
@@ -112,43 +112,43 @@ def _entry(document: Any, key: str) -> Any:
     return document[key]
 
 
-def _text(document: Any, key: str, longest: int) -> str:
-    value = _entry(document, key)
+def read_text(document: Any, key: str, longest: int) -> str:
+    value = take_entry(document, key)
     if type(value) is not str or len(value) > longest:
         raise BadDocument(f"{key!r} is no text of at most {longest} characters")
     return value
 
 
-def _flag(value: Any) -> bool:
+def read_flag(value: Any) -> bool:
     if type(value) is not bool:
         raise BadDocument(f"{ascii(value)[:40]} where True or False should be")
     return value
 
 
-def _list(document: Any, key: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:
-    values = _entry(document, key)
+def read_list(document: Any, key: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:
+    values = take_entry(document, key)
     if not isinstance(values, list | tuple) or len(values) > MOST_ENTRIES:
         raise BadDocument(f"{key!r} is no list of at most {MOST_ENTRIES} entries")
     read_values = []
     for at, value in enumerate(values):
-        with _inside(f"{key!r} [{at}]"):
+        with name_place(f"{key!r} [{at}]"):
             read_values.append(read(value))
     return tuple(read_values)
 
 
-def _mapping(document: Any, key: str, read: Callable[[Any], Any], *, each: str = "") -> dict[str, Any]:
-    values = _entry(document, key)
+def read_mapping(document: Any, key: str, read: Callable[[Any], Any], *, each: str = "") -> dict[str, Any]:
+    values = take_entry(document, key)
     if not isinstance(values, dict) or len(values) > MOST_ENTRIES:
         raise BadDocument(f"{key!r} is no dict of at most {MOST_ENTRIES} entries")
     read_values = {}
     for name, value in values.items():
-        with _inside(f"{each or repr(key)} of {ascii(name)[:80]}"):
+        with name_place(f"{each or repr(key)} of {ascii(name)[:80]}"):
             read_values[_read_name(name)] = read(value)
     return read_values
 
 
 @contextmanager
-def _inside(place: str) -> Iterator[None]:
+def name_place(place: str) -> Iterator[None]:
     try:
         yield
     except BadDocument as error:
@@ -166,20 +166,20 @@ def _read_label(value: Any) -> str:
     """Class names come from folders: whatever they hold, the training is not lost."""
     if type(value) is not str or len(value) > LONGEST_TEXT:
         raise BadDocument(f"{ascii(value)[:80]} is no label")
-    return printable(value)
+    return escape_text(value)
 
 
 def _read_sentence(value: Any) -> str:
     if type(value) is not str or len(value) > LONGEST_TEXT:
         raise BadDocument(f"{ascii(value)[:80]} is no text of at most {LONGEST_TEXT} characters")
-    return printable(value)
+    return escape_text(value)
 
 
 def _read_ranges(document: Any) -> dict[str, tuple[float, float]]:
     """Of trained activations; older checkpoints have none."""
     if "ranges" not in document:
         return {}
-    return _mapping(document, "ranges", _read_range, each="the range")
+    return read_mapping(document, "ranges", _read_range, each="the range")
 
 
 def _read_range(value: Any) -> tuple[float, float]:
@@ -196,7 +196,7 @@ def _read_range(value: Any) -> tuple[float, float]:
 # Tensors
 
 
-def _tensor(value: Any, what: str) -> torch.Tensor:
+def take_tensor(value: Any, what: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise BadDocument(f"{what} is {type(value).__name__}, not a tensor")
     if value.layout != torch.strided or value.device.type != "cpu":
@@ -204,9 +204,9 @@ def _tensor(value: Any, what: str) -> torch.Tensor:
     return value.detach().resolve_conj().resolve_neg()
 
 
-def _array(value: Any, dtype: type, what: str) -> np.ndarray:
+def take_array(value: Any, dtype: type, what: str) -> np.ndarray:
     """The tensor as an array of exactly this type."""
-    tensor = _tensor(value, what)
+    tensor = take_tensor(value, what)
     wanted = torch.from_numpy(np.zeros(0, dtype)).dtype
     if tensor.dtype != wanted:
         found = str(tensor.dtype).removeprefix("torch.")
@@ -215,25 +215,25 @@ def _array(value: Any, dtype: type, what: str) -> np.ndarray:
 
 
 def _read_bytes(value: Any, what: str) -> bytes:
-    array = _array(value, np.uint8, repr(what))
+    array = take_array(value, np.uint8, repr(what))
     if array.ndim != 1:
         raise BadDocument(f"{what!r} has {array.ndim} dimensions, not one")
     return array.tobytes()
 
 
 def _read_state_tensor(value: Any) -> torch.Tensor:
-    return _tensor(value, "it")
+    return take_tensor(value, "it")
 
 
 def _read_tensor(entry: Any) -> QuantTensor:
     """Levels with a step or a codebook."""
-    name = _read_name(_entry(entry, "name"))
-    levels = _array(_entry(entry, "levels"), np.int8, f"the levels of {name!r}")
+    name = _read_name(take_entry(entry, "name"))
+    levels = take_array(take_entry(entry, "levels"), np.int8, f"the levels of {name!r}")
     if "step" in entry:
         return QuantTensor(name, levels, Scale(_read_step(entry["step"], levels, name)))
     if "codebook" not in entry:
         raise BadDocument(f"{name!r} has neither 'step' nor 'codebook'")
-    values = _array(entry["codebook"], np.float32, f"the codebook of {name!r}")
+    values = take_array(entry["codebook"], np.float32, f"the codebook of {name!r}")
     if values.ndim != 1 or not 1 <= values.size <= LARGEST_CODEBOOK:
         raise BadDocument(f"the codebook of {name!r} has shape {values.shape}, not [1 to {LARGEST_CODEBOOK}]")
     if not np.isfinite(values).all():
@@ -244,15 +244,15 @@ def _read_tensor(entry: Any) -> QuantTensor:
 
 
 def _read_step(value: Any, levels: np.ndarray, name: str) -> np.ndarray:
-    step = _array(value, np.float32, f"the step of {name!r}")
+    step = take_array(value, np.float32, f"the step of {name!r}")
     if not (np.isfinite(step).all() and (step > 0).all()):
         raise BadDocument(f"the step of {name!r} is not positive and finite")
-    if not _fits(step.shape, levels.shape) or step.ndim not in (0, levels.ndim):
+    if not can_broadcast(step.shape, levels.shape) or step.ndim not in (0, levels.ndim):
         raise BadDocument(f"the step of {name!r} has shape {step.shape}, its levels {levels.shape}")
     return step
 
 
-def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def can_broadcast(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether an array of `shape` broadcasts to `target` itself."""
     try:
         return np.broadcast_shapes(shape, target) == target
@@ -263,15 +263,15 @@ def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 def _read_placed(entry: Any) -> GraphWeight:
     """A quantized weight's place in the graph."""
     tensor = _read_tensor(entry)
-    initializer = _read_name(_entry(entry, "initializer"))
+    initializer = _read_name(take_entry(entry, "initializer"))
     factor = None
     if "factor" in entry:
-        factor = _array(entry["factor"], np.float32, f"the factor of {tensor.name!r}")
-        if not np.isfinite(factor).all() or not _fits(factor.shape, tensor.shape):
+        factor = take_array(entry["factor"], np.float32, f"the factor of {tensor.name!r}")
+        if not np.isfinite(factor).all() or not can_broadcast(factor.shape, tensor.shape):
             raise BadDocument(f"the factor of {tensor.name!r} is not finite or does not fit its levels")
-    with _inside("'rescaled'"):
-        rescaled = _flag(_entry(entry, "rescaled"))
-    sources = _list(entry, "sources", _read_name)
+    with name_place("'rescaled'"):
+        rescaled = read_flag(take_entry(entry, "rescaled"))
+    sources = read_list(entry, "sources", _read_name)
     return GraphWeight(initializer, tensor, sources, factor, rescaled)
 
 
@@ -286,14 +286,14 @@ def _read_missing(entry: Any) -> Missing:
 
 def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> FloatGraph:
     """The float graph, its weights' shapes and types as it declares them."""
-    data = _read_bytes(_entry(document, "graph"), "graph")
+    data = _read_bytes(take_entry(document, "graph"), "graph")
     try:
         proto = onnx.ModelProto.FromString(data)
     except Exception as error:  # protobuf's own classes, by its backend
         raise BadDocument("'graph' is no ONNX model") from error
     _read_texts(proto)
     declared: dict[str, onnx.TensorProto] = {}
-    for graph in all_graphs(proto.graph):
+    for graph in list_graphs(proto.graph):
         for initializer in graph.initializer:
             declared[initializer.name] = initializer
     for name in declared:
@@ -303,7 +303,7 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
         if shape != weight.tensor.shape:
             raise BadDocument(f"{weight.name!r} has shape {weight.tensor.shape}, its graph declares {shape}")
     weights = {}
-    for name, tensor in _mapping(document, "graph_weights", _read_state_tensor).items():
+    for name, tensor in read_mapping(document, "graph_weights", _read_state_tensor).items():
         weights[name] = _read_weight(name, tensor, declared.get(name))
     return FloatGraph(proto, weights)
 
@@ -347,34 +347,34 @@ def _read_weight(name: str, tensor: torch.Tensor, declared: onnx.TensorProto | N
 
 
 def _read_recipe(document: Mapping[Any, Any]) -> dict[str, Any]:
-    text = _text(document, "recipe", MOST_JSON_BYTES)
+    text = read_text(document, "recipe", MOST_JSON_BYTES)
     try:
         recipe = parse_json(text, most_bytes=MOST_JSON_BYTES, most_items=MOST_JSON_ITEMS, with_nan=True)
     except BadJson as error:
         raise BadDocument(f"'recipe' cannot be read: {error}") from None
     if not isinstance(recipe, dict):
         raise BadDocument(f"'recipe' is {type(recipe).__name__}, not an object")
-    return {printable(name): _printable_values(value) for name, value in recipe.items()}
+    return {escape_text(name): make_printable(value) for name, value in recipe.items()}
 
 
-def _printable_values(value: Any) -> Any:
+def make_printable(value: Any) -> Any:
     """JSON of at most parse_json's depth, its texts printable."""
     if isinstance(value, str):
-        return printable(value)
+        return escape_text(value)
     if isinstance(value, list):
-        return [_printable_values(item) for item in value]
+        return [make_printable(item) for item in value]
     if isinstance(value, dict):
-        return {printable(name): _printable_values(item) for name, item in value.items()}
+        return {escape_text(name): make_printable(item) for name, item in value.items()}
     return value
 
 
 def _read_insight(document: Mapping[Any, Any]) -> Insight | None:
     if document.get("insight") is None:
         return None
-    with _inside("'insight'"):
+    with name_place("'insight'"):
         entry = document["insight"]
-        pairs = _array(_entry(entry, "pairs"), np.float16, "'pairs'")
-        text = _text(entry, "facts", LONGEST_INSIGHT)
+        pairs = take_array(take_entry(entry, "pairs"), np.float16, "'pairs'")
+        text = read_text(entry, "facts", LONGEST_INSIGHT)
         try:
             return from_document(text, pairs)
         except ValueError as error:

@@ -41,10 +41,10 @@ def export(model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor
     """
     program, notes = trace(model, example)
     try:
-        return Exported(program, float_graph(program), notes)
+        return Exported(program, export_float_graph(program), notes)
     except ModelError as error:
         program, note = trace_fixed(model, example, error)
-        return Exported(program, float_graph(program), (*notes, note))
+        return Exported(program, export_float_graph(program), (*notes, note))
 
 
 def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
@@ -68,7 +68,7 @@ def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
         if not parametrized and not types:
             return inner, ()
         raise ModelError(
-            f"the model cannot be copied ({_reason(error)}): call remove_parametrizations and .float() on it before"
+            f"the model cannot be copied ({find_reason(error)}): call remove_parametrizations and .float() on it before"
         ) from error
     merge_parametrizations(copy)
     notes = [f"{entry.kind} is merged into the weight '{entry.name}' that it computes" for entry in parametrized]
@@ -97,10 +97,10 @@ def trace(
     was_training = model.training
     model.eval()
     try:
-        program, notes = _trace(model, example)
+        program, notes = trace_program(model, example)
         if set(map(str, program.graph_signature.user_outputs)) & set(map(str, program.graph_signature.user_inputs)):
             with _copying_inputs_returned(model):
-                program, notes = _trace(model, example)
+                program, notes = trace_program(model, example)
     finally:
         model.train(was_training)
     return program, (*notes, *notes_on(program))
@@ -137,7 +137,7 @@ def trace_fixed(
     was_training = model.training
     model.eval()
     try:
-        with _quiet(), torch.no_grad():
+        with silence_exporters(), torch.no_grad():
             program = torch.export.export(model, example)
     except Exception:
         raise error from None
@@ -202,7 +202,7 @@ def written_buffers(program: torch.export.ExportedProgram) -> set[str]:
     return written
 
 
-def float_graph(program: torch.export.ExportedProgram, *, keep: Collection[str] = ()) -> FloatGraph:
+def export_float_graph(program: torch.export.ExportedProgram, *, keep: Collection[str] = ()) -> FloatGraph:
     """The float ONNX graph of an exported program, inputs named as in the program.
 
     Args:
@@ -217,7 +217,7 @@ def float_graph(program: torch.export.ExportedProgram, *, keep: Collection[str] 
     """
     inputs = list(program.graph_signature.user_inputs)
     outputs = _output_names(program)
-    with _quiet(), torch.no_grad():
+    with silence_exporters(), torch.no_grad():
         try:
             exported = torch.onnx.export(
                 program,
@@ -232,7 +232,7 @@ def float_graph(program: torch.export.ExportedProgram, *, keep: Collection[str] 
             if keep and exported is not None:
                 _optimize_around(exported, keep)
         except Exception as error:  # torch.onnx wraps anything in its own error classes, none of them public
-            raise ModelError(f"torch.onnx cannot export the model: {_reason(error)}") from error
+            raise ModelError(f"torch.onnx cannot export the model: {find_reason(error)}") from error
     assert exported is not None  # only the old exporter returns nothing
     return FloatGraph.from_model(exported.model_proto)
 
@@ -261,25 +261,27 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
     return ["output"] if count == 1 else None
 
 
-def _trace(model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+def trace_program(
+    model: torch.nn.Module, example: tuple[torch.Tensor, ...]
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     # A batch of one is taken for a constant by the tracer, so trace with two.
     traced = tuple(torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in example)
     batch = torch.export.Dim("batch")
-    with _quiet(), torch.no_grad():
+    with silence_exporters(), torch.no_grad():
         try:
             dynamic = tuple({0: batch} if x.ndim else None for x in traced)
-            return torch.export.export(model, traced, dynamic_shapes=_per_argument(model, dynamic)), ()
+            return torch.export.export(model, traced, dynamic_shapes=group_shapes_by_argument(model, dynamic)), ()
         except Exception as error:
             first = error
         try:
-            reason = f"the model does not trace with a free one ({_reason(first)})"
+            reason = f"the model does not trace with a free one ({find_reason(first)})"
             note = f"the batch size is fixed to {_batch_of(example)}: {reason}"
             return torch.export.export(model, example), (note,)
         except Exception as error:
-            raise ModelError(f"torch.export cannot trace the model: {_reason(error)}") from error
+            raise ModelError(f"torch.export cannot trace the model: {find_reason(error)}") from error
 
 
-def _per_argument(model: torch.nn.Module, dynamic: tuple[dict | None, ...]) -> tuple:
+def group_shapes_by_argument(model: torch.nn.Module, dynamic: tuple[dict | None, ...]) -> tuple:
     """torch.export wants a starred argument's shapes in a tuple of their own."""
     import inspect
 
@@ -287,7 +289,7 @@ def _per_argument(model: torch.nn.Module, dynamic: tuple[dict | None, ...]) -> t
     return (dynamic,) if kinds and kinds[0] is inspect.Parameter.VAR_POSITIONAL else dynamic
 
 
-def _reason(error: BaseException) -> str:
+def find_reason(error: BaseException) -> str:
     """The innermost cause's first line: torch wraps the useful sentence in several layers of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -296,7 +298,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def silence_exporters() -> Iterator[None]:
     """torch's exporters print progress and warn of their own internals; none of it is for our users."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._export")]
     levels = [logger.level for logger in loggers]

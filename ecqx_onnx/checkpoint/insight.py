@@ -84,7 +84,7 @@ def observe(quantizer: Any) -> Insight:
                 np.minimum(magnitude[chosen], HIGHEST).astype(np.float16),
                 np.zeros(0, np.float16) if R is None else R[chosen].astype(np.float16),
                 tensor.levels.reshape(-1)[chosen].astype(np.int8),
-                None if R is None else _correlation(magnitude, R),
+                None if R is None else compute_correlation(magnitude, R),
                 row.rule,
                 row.ecq_zeros,
             )
@@ -92,7 +92,7 @@ def observe(quantizer: Any) -> Insight:
     return Insight(tuple(weights), report.warnings, tuple(report.approximated), tuple(report.left_float))
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+def compute_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     a, b = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean(dtype=np.float64)
     length = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((a * b).sum() / length) if length > 0 else None
@@ -126,41 +126,41 @@ def from_document(text: str, pairs: np.ndarray) -> Insight:
         ValueError: for what `to_document` does not write.
     """
     document = parse_json(text, most_bytes=MOST_BYTES, most_items=MOST_ITEMS, with_nan=True)
-    document = _fields(document, ("weights", *_REST))
+    document = read_fields(document, ("weights", *_REST))
     if pairs.dtype != np.float16 or pairs.ndim != 2 or len(pairs) != 3 or pairs.shape[1] > MOST_PAIRS:
         raise ValueError(f"the pairs of |w| and relevance are {pairs.dtype} {pairs.shape}")
     weights, at = [], 0
-    for entry in _items(document["weights"]):
+    for entry in read_items(document["weights"]):
         facts = _read_facts(entry)
         weights.append(_read_weight(facts, pairs[:, at : at + facts.count]))
         at += facts.count
-    if at != pairs.shape[1] or len(_items(document["history"])) > MOST_EPOCHS:
+    if at != pairs.shape[1] or len(read_items(document["history"])) > MOST_EPOCHS:
         raise ValueError("the pairs do not belong to the weights")
     best = document["best_epoch"]
     return Insight(
         tuple(weights),
-        tuple(_text(warning) for warning in _items(document["warnings"])),
-        tuple(_text(name) for name in _items(document["approximated"])),
-        tuple(_read_reason(pair) for pair in _items(document["left_float"])),
-        tuple(_read_epoch(row) for row in _items(document["history"])),
+        tuple(read_text(warning) for warning in read_items(document["warnings"])),
+        tuple(read_text(name) for name in read_items(document["approximated"])),
+        tuple(_read_reason(pair) for pair in read_items(document["left_float"])),
+        tuple(_read_epoch(row) for row in read_items(document["history"])),
         None if best is None else _count(best),
-        _counts(document["before"]),
-        _counts(document["after"]),
-        _text(document["data"]),
+        read_counts(document["before"]),
+        read_counts(document["after"]),
+        read_text(document["data"]),
     )
 
 
 def _read_facts(entry: Any) -> _Facts:
-    entry = _fields(entry, [field.name for field in fields(_Facts)])
+    entry = read_fields(entry, [field.name for field in fields(_Facts)])
     if type(entry["has_relevances"]) is not bool:
         raise ValueError(f"has_relevances is {entry['has_relevances']!r:.40}")
     correlation = entry["correlation"]
     return _Facts(
-        name=_text(entry["name"]),
+        name=read_text(entry["name"]),
         count=_count(entry["count"]),
         has_relevances=entry["has_relevances"],
         correlation=None if correlation is None else _number(correlation),
-        rule=_text(entry["rule"]),
+        rule=read_text(entry["rule"]),
         ecq_zeros=_number(entry["ecq_zeros"]),
     )
 
@@ -183,19 +183,19 @@ def _read_weight(facts: _Facts, pairs: np.ndarray) -> WeightInsight:
 
 
 def _read_reason(pair: Any) -> tuple[str, str]:
-    if len(_items(pair)) != 2:
+    if len(read_items(pair)) != 2:
         raise ValueError("a weight that stays float has no reason")
-    return _text(pair[0]), _text(pair[1])
+    return read_text(pair[0]), read_text(pair[1])
 
 
 def _read_epoch(row: Any) -> dict[str, float | None]:
     """training.EpochRecord's numbers; what later versions add is read as well."""
     if type(row) is not dict or len(row) > MOST_FIGURES:
         raise ValueError("an epoch of the history is no object of some numbers")
-    return {_text(name): None if value is None else _number(value) for name, value in row.items()}
+    return {read_text(name): None if value is None else _number(value) for name, value in row.items()}
 
 
-def _fields(value: Any, names: Iterable[str]) -> dict[str, Any]:
+def read_fields(value: Any, names: Iterable[str]) -> dict[str, Any]:
     if type(value) is not dict:
         raise ValueError(f"{type(value).__name__} where an object should be")
     for name in names:
@@ -204,13 +204,13 @@ def _fields(value: Any, names: Iterable[str]) -> dict[str, Any]:
     return value
 
 
-def _items(value: Any) -> list[Any]:
+def read_items(value: Any) -> list[Any]:
     if type(value) is not list:
         raise ValueError(f"{type(value).__name__} where a list should be")
     return value
 
 
-def _text(value: Any) -> str:
+def read_text(value: Any) -> str:
     """Control characters and lone surrogates become escapes: the text is for people."""
     if type(value) is not str or len(value) > LONGEST_TEXT:
         raise ValueError(f"{value!r:.40} is no text of at most {LONGEST_TEXT} characters")
@@ -229,10 +229,10 @@ def _count(value: Any) -> int:
     return value
 
 
-def _counts(value: Any) -> dict[str, int] | None:
+def read_counts(value: Any) -> dict[str, int] | None:
     if value is None:
         return None
-    value = _fields(value, ("hits", "total"))
+    value = read_fields(value, ("hits", "total"))
     hits, total = _count(value["hits"]), _count(value["total"])
     if not 0 <= hits <= total or total == 0:
         raise ValueError(f"{hits} of {total} is no accuracy")

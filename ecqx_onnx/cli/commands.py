@@ -20,17 +20,17 @@ from ecqx_onnx.cli.frame import (
     Json,
     Quiet,
     TrustPickle,
-    _json_alone,
     _json_file,
-    _progress,
     app,
-    command,
     device_app,
     emit,
+    refuse_json_and_output,
+    register_command,
+    show_progress,
 )
 from ecqx_onnx.cli.terminal import (
     escape,
-    guarded,
+    guard,
     process_number,
     stderr,
     stdout,
@@ -73,7 +73,7 @@ def main() -> None:
     app()
 
 
-@command
+@register_command
 def quantize(
     context: typer.Context,
     model: q.Model,
@@ -136,16 +136,16 @@ def quantize(
     options |= {"bits": q.parse_bits(bits), "exclude": tuple(exclude or ())}
     options |= {"granularity": "channel" if options.pop("per_channel") else "tensor"}
     options |= {"relevance": None if relevance == "none" else relevance}
-    options |= {"mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    options |= {"mean": parse_numbers(mean, "--mean"), "std": parse_numbers(std, "--std")}
     quiet = quiet or process_number() > 0
     if precision == "bfloat16" and not quiet and emulates_bfloat16(device):
         stderr.print("this processor emulates bfloat16, which takes longer than float32 does", style="yellow")
-    with _progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json) as progress:
         result = api.quantize(options.pop("model"), **options, progress=progress)
     emit(result, as_json=as_json and process_number() == 0, quiet=quiet)
 
 
-@command
+@register_command
 def convert(
     model: Annotated[
         Path, typer.Argument(help="A checkpoint of ours, a .pt2 program, a state dict (with --model), or a pickled module.")
@@ -214,7 +214,7 @@ def convert(
         model,
         out,
         factory=factory,
-        input_shape=_shape(input_shape),
+        input_shape=parse_shape(input_shape),
         bits=bits,
         entropy_weight=entropy_weight,
         include=tuple(include or ()),
@@ -237,7 +237,7 @@ def convert(
     emit(report, as_json=as_json, quiet=quiet)
 
 
-@command
+@register_command
 def validate(
     onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
     against: Annotated[
@@ -291,14 +291,14 @@ def validate(
     if device and inputs is not None:
         raise OptionError("--inputs are for a validation against an .onnx file, on this machine: leave --device out")
     if device:
-        with _progress(quiet or as_json) as progress:
+        with show_progress(quiet or as_json) as progress:
             table = api.validate_on(
                 device,
                 onnx_file,
                 against=against,
                 data=data,
                 factory=factory,
-                input_shape=_shape(input_shape),
+                input_shape=parse_shape(input_shape),
                 samples=samples,
                 float_bounds=_float_bounds(min_agreement, max_error, max_drop),
                 strict=strict,
@@ -310,18 +310,18 @@ def validate(
         _emit_devices(table, as_json=as_json, quiet=quiet)
         return
     if against is None and data is None:
-        report = _whole(onnx_file, inputs=inputs, factory=factory)
+        report = check_whole_file(onnx_file, inputs=inputs, factory=factory)
     else:
         from ecqx_onnx.validation.equivalence import load_inputs
 
-        with _progress(quiet or as_json) as progress:
+        with show_progress(quiet or as_json) as progress:
             report = api.validate(
                 onnx_file,
                 against=against,
                 data=data,
                 inputs=None if inputs is None else load_inputs(inputs),
                 factory=factory,
-                input_shape=_shape(input_shape),
+                input_shape=parse_shape(input_shape),
                 samples=samples,
                 float_bounds=_float_bounds(min_agreement, max_error, max_drop),
                 strict=strict,
@@ -334,7 +334,7 @@ def validate(
         raise CheckFailed("; ".join(f"{check.name}: {check.sentence}" for check in report.failures))
 
 
-def _whole(onnx_file: Path, *, inputs: Path | None, factory: str | None) -> Any:
+def check_whole_file(onnx_file: Path, *, inputs: Path | None, factory: str | None) -> Any:
     """The report on a file in itself."""
     from ecqx_onnx.validation import check_file
 
@@ -344,7 +344,7 @@ def _whole(onnx_file: Path, *, inputs: Path | None, factory: str | None) -> Any:
     return check_file(onnx_file)
 
 
-@command
+@register_command
 def inspect(
     file: Annotated[Path, typer.Argument(help="An .onnx file or a checkpoint of ours.")],
     as_json: Json = False,
@@ -359,7 +359,7 @@ def inspect(
     emit(look(file), as_json=as_json, quiet=quiet)
 
 
-@command
+@register_command
 def targets(as_json: Json = False, quiet: Quiet = False) -> None:
     """List the runtimes that `convert --target` writes for, and what the file of each can hold.
 
@@ -370,7 +370,7 @@ def targets(as_json: Json = False, quiet: Quiet = False) -> None:
     emit(TargetTable(), as_json=as_json, quiet=quiet)
 
 
-@command
+@register_command
 def pack(
     model: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Any model with quantised weights, whoever made it.")],
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
@@ -409,7 +409,7 @@ def pack(
     emit(report, as_json=as_json, quiet=quiet)
 
 
-@command
+@register_command
 def unpack(
     model: Annotated[Path, typer.Argument(metavar="PACKED.onnx", help="A file that convert or pack has written.")],
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
@@ -431,7 +431,7 @@ def unpack(
     emit(report, as_json=as_json, quiet=quiet)
 
 
-@command
+@register_command
 def deploy(
     onnx_file: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
@@ -461,7 +461,7 @@ def deploy(
     """
     from ecqx_onnx import api
 
-    with _progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json) as progress:
         result = api.deploy(
             onnx_file,
             folder,
@@ -469,7 +469,7 @@ def deploy(
             against=against,
             data=data,
             factory=factory,
-            input_shape=_shape(input_shape),
+            input_shape=parse_shape(input_shape),
             samples=samples,
             labels=tuple(part.strip() for part in labels.split(",")) if labels else (),
             trust_pickle=trust_pickle,
@@ -479,7 +479,7 @@ def deploy(
     emit(result, as_json=as_json, quiet=quiet)
 
 
-@command
+@register_command
 def report(
     model: Annotated[Path, typer.Argument(metavar="MODEL.pt", help="A checkpoint of ours.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
@@ -496,7 +496,7 @@ def report(
     emit(write_report(model, out, force=force), as_json=as_json, quiet=quiet)
 
 
-@command
+@register_command
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the checkpoint and the .onnx file go.")] = Path("demo"),
     force: Force = False,
@@ -509,7 +509,7 @@ def demo(
     """
     from ecqx_onnx.demo.demo import run_demo
 
-    with _progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json) as progress:
         result = run_demo(folder, force=force, progress=progress)
     emit(result, as_json=as_json, quiet=quiet)
     if not result.ok:
@@ -529,8 +529,8 @@ def _emit_devices(table: Any, *, as_json: bool, quiet: bool) -> None:
 
 
 @device_app.command("setup")
-@guarded
-@_json_alone
+@guard
+@refuse_json_and_output
 def device_setup(
     device: Annotated[str, typer.Argument(help="web, node or arm64.")],
     as_json: Json = False,
@@ -542,7 +542,7 @@ def device_setup(
     """
     from ecqx_onnx.validation.devices import find_device, set_up
 
-    with _progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json) as progress:
         folder = set_up(device, progress=progress)
     find_device(device)
     if as_json:
@@ -552,19 +552,19 @@ def device_setup(
 
 
 @device_app.command("list")
-@guarded
-@_json_alone
+@guard
+@refuse_json_and_output
 def device_list(as_json: Json = False, quiet: Quiet = False) -> None:
     """Show the devices, which of them are ready on this machine, and what the others need.
 
     Example:  ecqx-onnx device list
     """
-    from ecqx_onnx.validation.devices import readiness
+    from ecqx_onnx.validation.devices import check_readiness
 
-    emit(readiness(), as_json=as_json, quiet=quiet)
+    emit(check_readiness(), as_json=as_json, quiet=quiet)
 
 
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
@@ -575,7 +575,7 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         ) from None
 
 
-def _shape(text: str | None) -> tuple[int, ...] | None:
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.split(",")

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ecqx_onnx.cli.commands import _numbers, _shape
-from ecqx_onnx.cli.frame import Force, Json, Quiet, TrustPickle, _json_file, command
-from ecqx_onnx.cli.terminal import escape, escaped, stderr, stdout, strict_json
+from ecqx_onnx.cli.commands import parse_numbers, parse_shape
+from ecqx_onnx.cli.frame import Force, Json, Quiet, TrustPickle, _json_file, register_command
+from ecqx_onnx.cli.terminal import escape, escape_report, make_strict_json, stderr, stdout
 from ecqx_onnx.errors import CheckFailed
 
 SIZE, QUALITY, FILE = "Bounds of size", "Bounds of quality", "The file"
 
 
-@command
+@register_command
 def compress(
     model: Annotated[Path, typer.Argument(help="A float .onnx file, or a PyTorch model as convert takes it.")],
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
@@ -94,7 +94,7 @@ def compress(
         out,
         data=data,
         factory=factory,
-        input_shape=_shape(input_shape),
+        input_shape=parse_shape(input_shape),
         max_bytes=max_bytes,
         bits_per_weight=bits_per_weight,
         max_drop=max_drop,
@@ -104,8 +104,8 @@ def compress(
         class_axis=class_axis,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
-        mean=_numbers(mean, "--mean") or (),
-        std=_numbers(std, "--std") or (),
+        mean=parse_numbers(mean, "--mean") or (),
+        std=parse_numbers(std, "--std") or (),
         samples=samples,
         storage=storage,
         dequantize=dequantize,
@@ -123,10 +123,10 @@ def compress(
     if report is not None:
         write_page(result, report)
     if as_json:
-        document = strict_json(result.to_json())
+        document = make_strict_json(result.to_json())
         print(json.dumps(document, indent=2, allow_nan=False), file=_json_file.get(), flush=True)
     elif not quiet:
-        stdout.print(escaped(result).render())
+        stdout.print(escape_report(result).render())
     if not result.ok:
         written = "the file was kept all the same" if result.path else "nothing was written"
         raise CheckFailed(f"{'; '.join(result.misses)}: {written}; {result.advice}")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ecqx_onnx.cli.terminal import escape, escaped, guarded, stderr, stdout, strict_json
+from ecqx_onnx.cli.terminal import escape, escape_report, guard, make_strict_json, stderr, stdout
 
 app = typer.Typer(
     name="ecqx-onnx",
@@ -37,24 +37,24 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output f
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")]
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
+def register_command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Registers a guarded command of `ecqx-onnx` itself."""
-    return app.command()(guarded(_json_alone(function)))
+    return app.command()(guard(refuse_json_and_output(function)))
 
 
-def _json_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_json_and_output(function: Callable[..., Any]) -> Callable[..., Any]:
     """A command that keeps stdout to the JSON, where that is asked for."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        with _nothing_but_json() if kwargs.get("as_json") else contextlib.nullcontext():
+        with keep_stdout_for_json() if kwargs.get("as_json") else contextlib.nullcontext():
             function(*args, **kwargs)
 
     return run
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def print_version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         from ecqx_onnx import __version__
 
@@ -63,7 +63,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @contextlib.contextmanager
-def _progress(silent: bool) -> Iterator[Callable[..., None] | None]:
+def show_progress(silent: bool) -> Iterator[Callable[..., None] | None]:
     """A bar on stderr, fed with (done, total, text); None where nobody wants to see one."""
     if silent or not stderr.is_terminal:  # in a log, a bar is nothing but an empty line
         yield None
@@ -83,7 +83,7 @@ _json_file: ContextVar[TextIO] = ContextVar("_json_file")
 
 
 @contextlib.contextmanager
-def _nothing_but_json() -> Iterator[None]:
+def keep_stdout_for_json() -> Iterator[None]:
     """Whatever else prints, the user's own code for one, prints to stderr."""
     token = _json_file.set(sys.stdout)
     try:
@@ -101,9 +101,9 @@ def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
     file = _json_file.get(sys.stdout)
     try:
         if as_json:
-            print(json.dumps(strict_json(to_json(result)), indent=2, allow_nan=False), file=file, flush=True)
+            print(json.dumps(make_strict_json(to_json(result)), indent=2, allow_nan=False), file=file, flush=True)
         elif not quiet:
-            stdout.print(as_table(escaped(result)))
+            stdout.print(as_table(escape_report(result)))
     except OSError as error:
         if error.errno == errno.EPIPE:  # `| head` has seen enough
             raise

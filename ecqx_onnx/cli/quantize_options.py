@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ecqx_onnx.cli.recipe_file import _take_recipe
+from ecqx_onnx.cli.recipe_file import take_recipe
 from ecqx_onnx.errors import OptionError
 
 
@@ -29,9 +29,7 @@ DATA, LEVELS, RELEVANCE, TRAINING, OUTPUT = "Data", "Levels", "Relevance", "Trai
 Model = Annotated[str, typer.Argument(metavar="FILE.py:FACTORY", help="A function (or class) that returns the network.")]
 Recipe = Annotated[
     Path | None,
-    typer.Option(
-        is_eager=True, callback=_take_recipe, help="Options from a .json or .toml file, or from a checkpoint to repeat."
-    ),
+    typer.Option(is_eager=True, callback=take_recipe, help="Options from a .json or .toml file, or from a checkpoint to repeat."),
 ]
 
 Data = Annotated[

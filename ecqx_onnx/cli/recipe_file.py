@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from ecqx_onnx.cli.terminal import refusals
+from ecqx_onnx.cli.terminal import turn_errors_into_exit
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inputs.reading import check_regular, read_bytes
 
@@ -51,18 +51,18 @@ def as_text(name: str, value: Any) -> Any:
     return value
 
 
-def _take_recipe(context: typer.Context, path: Path | None) -> Path | None:
+def take_recipe(context: typer.Context, path: Path | None) -> Path | None:
     """What the recipe says becomes the default of every option that is not typed."""
     if path is None:
         return None
-    with refusals(f"reading the recipe {path}"):
+    with turn_errors_into_exit(f"reading the recipe {path}"):
         check_regular(path)
-        given = _typed(context, path, read_recipe(path))
+        given = convert_types(context, path, read_recipe(path))
         context.default_map = {**(context.default_map or {}), **given}
     return path
 
 
-def _typed(context: typer.Context, path: Path, found: dict[str, Any]) -> dict[str, Any]:
+def convert_types(context: typer.Context, path: Path, found: dict[str, Any]) -> dict[str, Any]:
     """The recipe's values as options, each of the type that its option has. FileError naming the first that is not."""
     options = {parameter.name: parameter for parameter in context.command.params if parameter.param_type_name == "option"}
     if "granularity" in found:

@@ -34,7 +34,7 @@ def _(report: WriteReport) -> RenderableType:
     for heading in ("weight", "shape", "bits", "zeros", "entropy", "storage", "bytes", "fewer than float"):
         table.add_column(heading, justify="left" if heading in ("weight", "storage") else "right", overflow="fold")
     for row in report.tensors:
-        floats = 4 * _count(row.shape)
+        floats = 4 * count_weights(row.shape)
         shape = "x".join(map(str, row.shape))
         name = ", ".join(row.sources) + (" (BatchNorm folded)" if row.rescaled else "")
         storage = f"{row.storage}, {row.dequantization}"
@@ -49,7 +49,7 @@ def _(report: WriteReport) -> RenderableType:
         lines.append(Text(f"on integers: {words}"))
     lines += [Text(f"on floats: {node.operator} {node.name}: {node.reason}", style="yellow") for node in report.stays]
     shapes = [*(row.shape for row in report.tensors), *(kept.shape for kept in report.kept)]
-    floats = sum(4 * _count(shape) for shape in shapes)
+    floats = sum(4 * count_weights(shape) for shape in shapes)
     lines.append(
         Text(
             f"{report.path}: {report.nbytes:,} bytes, its weights {floats:,} as float32 ({floats / max(1, report.nbytes):.1f}x); "
@@ -105,7 +105,7 @@ def _(shown: TargetTable) -> RenderableType:
         table.add_column(heading, overflow="fold", no_wrap=heading == "target")
     for target in shown.targets:
         sample = ", one sample at a time" if target.one_sample else ""
-        holds = f"{target.suffix}{sample}, opset up to {target.max_opset}; {_integers(target)}; {', '.join(_forms(target))}"
+        holds = f"{target.suffix}{sample}, opset up to {target.max_opset}; {list_types(target)}; {', '.join(list_forms(target))}"
         table.add_row(target.name, target.runs_on, holds)
     return table
 
@@ -119,20 +119,20 @@ def _(shown: TargetTable) -> Any:
             "file": target.suffix,
             "one_sample": target.one_sample,
             "max_opset": target.max_opset,
-            "integers": _integers(target).split(", "),
-            "forms": _forms(target),
+            "integers": list_types(target).split(", "),
+            "forms": list_forms(target),
             "accelerators": list(target.accelerators),
         }
         for target in shown.targets
     ]
 
 
-def _integers(target: Target) -> str:
+def list_types(target: Target) -> str:
     widths = ((INT8_TYPES, "INT8"), (INT4_TYPES, "INT4"), (INT2_TYPES, "INT2"))
     return ", ".join(name for types, name in widths if types <= target.dense_types)
 
 
-def _forms(target: Target) -> list[str]:
+def list_forms(target: Target) -> list[str]:
     """Storages and dequantisations; the default one first."""
     other = "folded" if target.dequantize == "standard" else "standard"
     forms = [target.dequantize] + ([] if target.only else [other])
@@ -181,7 +181,7 @@ def _(result: Quantized) -> Any:
     }
 
 
-def _count(shape: tuple[int, ...]) -> int:
+def count_weights(shape: tuple[int, ...]) -> int:
     count = 1
     for length in shape:
         count *= length

@@ -1,7 +1,7 @@
 """Text of strangers -> text that a terminal only shows; whatever ends a command -> one sentence and an exit status.
 
 Names in files may hold escape sequences, line breaks, or characters that turn the direction of writing.
-Reports and errors pass through `escaped` before they are laid out, and nothing is read as markup.
+Reports and errors pass through `escape_report` before they are laid out, and nothing is read as markup.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from ecqx_onnx.errors import EcqxError, FileError, InputError
-from ecqx_onnx.inputs.reading import check_name, check_regular, file_error
+from ecqx_onnx.inputs.reading import check_name, check_regular, make_file_error
 
 INTERRUPTED = 130  # 128 + SIGINT
 UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
@@ -72,11 +72,11 @@ def escape(text: str, *, most: int = LONGEST_CELL) -> str:
     if left_out > 0:
         text = text[:most]
     if not text.isprintable():
-        text = "".join(map(_visible, text))
+        text = "".join(map(show_character, text))
     return f"{text}… ({left_out} more characters)" if left_out > 0 else text
 
 
-def _visible(character: str) -> str:
+def show_character(character: str) -> str:
     if character in SHORT:
         return SHORT[character]
     if unicodedata.category(character) not in INVISIBLE:
@@ -87,7 +87,7 @@ def _visible(character: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def escaped(value: Any) -> Any:
+def escape_report(value: Any) -> Any:
     """Escapes every text in a report.
 
     Args:
@@ -102,23 +102,23 @@ def escaped(value: Any) -> Any:
         text = escape(str(value), most=sys.maxsize)
         return value if text == str(value) else type(value)(text)
     if isinstance(value, Mapping):
-        return {escaped(key): escaped(entry) for key, entry in value.items()}
+        return {escape_report(key): escape_report(entry) for key, entry in value.items()}
     if type(value) in (tuple, list, set, frozenset):
-        return type(value)(escaped(entry) for entry in value)
+        return type(value)(escape_report(entry) for entry in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _escaped_fields(value)
+        return escape_fields(value)
     return value
 
 
-def _escaped_fields(report: Any) -> Any:
+def escape_fields(report: Any) -> Any:
     changed = copy.copy(report)
     for field in dataclasses.fields(report):
         value = getattr(report, field.name)
-        object.__setattr__(changed, field.name, escaped(value))  # reports are frozen
+        object.__setattr__(changed, field.name, escape_report(value))  # reports are frozen
     return changed
 
 
-def strict_json(value: Any) -> Any:
+def make_strict_json(value: Any) -> Any:
     """Makes plain values that every JSON parser reads: no NaN, no infinity, no halves of surrogate pairs.
 
     Args:
@@ -132,9 +132,9 @@ def strict_json(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, Mapping):
-        return {strict_json(key) if isinstance(key, str) else key: strict_json(entry) for key, entry in value.items()}
+        return {make_strict_json(key) if isinstance(key, str) else key: make_strict_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [strict_json(entry) for entry in value]
+        return [make_strict_json(entry) for entry in value]
     return value
 
 
@@ -151,7 +151,7 @@ def process_number() -> int:
 
 
 @contextlib.contextmanager
-def refusals(doing: str, *, debug: bool = False) -> Iterator[None]:
+def turn_errors_into_exit(doing: str, *, debug: bool = False) -> Iterator[None]:
     """Ends the command with one sentence on stderr and an exit status, whatever is raised inside.
 
     Args:
@@ -169,19 +169,19 @@ def refusals(doing: str, *, debug: bool = False) -> Iterator[None]:
         stderr.print("stopped", style="red")
         status = INTERRUPTED
     except OSError as error:
-        print_error(str(file_error(error)))
+        print_error(str(make_file_error(error)))
         status = FileError.exit_status
     except Exception as error:  # the net: what arrives here is a defect of ours
         if debug:
             traceback.print_exc(file=_EscapedFile())
-        print_error(_unforeseen(doing, error, debug=debug))
+        print_error(describe_unforeseen(doing, error, debug=debug))
         status = InputError.exit_status if _is_out_of_memory(error) else UNFORESEEN
     else:
         return
     raise typer.Exit(status) from None
 
 
-def _unforeseen(doing: str, error: Exception, *, debug: bool) -> str:
+def describe_unforeseen(doing: str, error: Exception, *, debug: bool) -> str:
     message = escape(str(error), most=300)
     if _is_out_of_memory(error):
         return f"memory ran out during {doing}; close other programs, or use a machine with more"
@@ -206,20 +206,20 @@ class _EscapedFile:
         sys.stderr.write("\n".join(escape(line, most=LONGEST_SENTENCE) for line in lines))
 
 
-def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+def guard(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a command end in words, and gives it the option --debug.
 
     Args:
         function: the command, as typer takes it.
 
     Returns:
-        The same with one more parameter; see `refusals`.
+        The same with one more parameter; see `turn_errors_into_exit`.
     """
     name = function.__name__.replace("_", " ")
 
     @functools.wraps(function)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        with refusals(_doing(name, kwargs), debug=debug):
+        with turn_errors_into_exit(describe_command(name, kwargs), debug=debug):
             for parameter in (*INPUTS, *OUTPUTS):
                 if isinstance(value := kwargs.get(parameter), str | Path):
                     check_name(value)
@@ -239,7 +239,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _doing(name: str, arguments: Mapping[str, Any]) -> str:
+def describe_command(name: str, arguments: Mapping[str, Any]) -> str:
     """'inspect of model.onnx'"""
     given = (arguments[parameter] for parameter in INPUTS if arguments.get(parameter) is not None)
     first = next(given, None)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, build, make_plan
 from ecqx_onnx_converters.matching.matching import GraphWeight
-from ecqx_onnx_converters.passes.float16 import with_float16, with_half_steps
+from ecqx_onnx_converters.passes.float16 import store_float16, store_half_steps
 from ecqx_onnx_converters.planning.plan import Plan
 from ecqx_onnx_converters.serialization.writer import Built
 
@@ -79,8 +79,8 @@ def encode(
     notes: tuple[str, ...] = ()
     half = False
     if options.floats == "float16":
-        matching, steps = with_half_steps(matching)
-        graph, halved = with_float16(graph, {weight.name for weight in matching.found})
+        matching, steps = store_half_steps(matching)
+        graph, halved = store_float16(graph, {weight.name for weight in matching.found})
         half = bool(halved.names or steps)
         notes = (replace(halved, steps=steps).sentence,)
     plan = make_plan(

@@ -35,20 +35,20 @@ def load_dataset(spec: str, *, preprocessing: Preprocessing | None = None) -> Da
     FileError if a file is missing or damaged, DataError if its contents are no labelled data set.
     """
     if spec.startswith("sklearn:"):
-        return _sklearn(spec, preprocessing)
+        return load_sklearn(spec, preprocessing)
     if is_function_spec(spec):
-        return _from_function(spec, preprocessing)
+        return load_from_function(spec, preprocessing)
     path = Path(spec)
     if spec and os.path.isdir(path):  # unlike Path's, these take any text for an answer
         return load_folder(path, preprocessing=preprocessing)
     if path.suffix == ".npz":
-        return _npz(path, preprocessing)
+        return load_npz(path, preprocessing)
     if not spec or not os.path.exists(path):
         raise FileError(f"there is no data set '{spec}': give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
     raise FileError(f"{spec} is no data set that can be read: give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
 
 
-def _npz(path: Path, preprocessing: Preprocessing | None) -> Dataset:
+def load_npz(path: Path, preprocessing: Preprocessing | None) -> Dataset:
     arrays = read_npz(path, wanted={*_ARRAYS, *_JPEGS})
     if "jpeg_test" not in arrays:
         return Dataset.from_arrays(path.name, arrays, preprocessing=preprocessing)
@@ -61,7 +61,7 @@ def _npz(path: Path, preprocessing: Preprocessing | None) -> Dataset:
     return Dataset.from_sources(path.name, jpegs, arrays, preprocessing=preprocessing)
 
 
-def _sklearn(spec: str, preprocessing: Preprocessing | None) -> Dataset:
+def load_sklearn(spec: str, preprocessing: Preprocessing | None) -> Dataset:
     if spec != "sklearn:digits":
         raise DataError(f"'{spec}' is not known: sklearn:digits is")
     try:
@@ -73,7 +73,7 @@ def _sklearn(spec: str, preprocessing: Preprocessing | None) -> Dataset:
     return Dataset.from_arrays(spec, arrays, preprocessing=preprocessing or Preprocessing("image", scale=16.0))
 
 
-def _from_function(spec: str, preprocessing: Preprocessing | None) -> Dataset:
+def load_from_function(spec: str, preprocessing: Preprocessing | None) -> Dataset:
     function = load_function(spec)
     try:
         result = function()

@@ -247,9 +247,11 @@ class Dataset:
             if required not in sources and required not in arrays:
                 found = ", ".join(sorted({*sources, *arrays})) or "nothing"
                 raise DataError(f"{name} has no '{required}' (found: {found}): save x_train, y_train, x_test, y_test, or x and y")
-        names = _class_names(name, arrays.get("labels"))
-        ready = {key: _split(name, key, source, arrays, names, preprocessing) for key, source in sources.items()}
-        train, test = (ready.get("x_train"), ready["x_test"]) if "x_test" in ready else _held_out(name, ready["x"], arrays)
+        names = list_class_names(name, arrays.get("labels"))
+        ready = {key: make_split(name, key, source, arrays, names, preprocessing) for key, source in sources.items()}
+        train, test = (
+            (ready.get("x_train"), ready["x_test"]) if "x_test" in ready else hold_out_test_split(name, ready["x"], arrays)
+        )
         if train is not None and (train.source.dtype, train.source.sample_shape) != (test.source.dtype, test.source.sample_shape):
             raise DataError(
                 f"{name} holds training samples of {train.source.dtype} {train.source.sample_shape} and test samples of "
@@ -261,7 +263,7 @@ class Dataset:
         return cls(name, train, test, labels, named=bool(names))
 
 
-def _split(
+def make_split(
     name: str,
     key: str,
     source: Source,
@@ -273,7 +275,7 @@ def _split(
     y_key = "y" + key[1:]
     if y_key not in arrays:
         raise DataError(f"{name} has '{key}' and no '{y_key}': add the labels, one integer for each sample")
-    y = _labels(f"{y_key} in {name}", arrays[y_key], len(names) or MOST_CLASSES)
+    y = check_labels(f"{y_key} in {name}", arrays[y_key], len(names) or MOST_CLASSES)
     if len(y) != len(source):
         raise DataError(f"{name} has {len(source)} samples in '{key}' and {len(y)} labels in '{y_key}': make the lengths equal")
     if len(y) == 0:
@@ -284,7 +286,7 @@ def _split(
     return Split(source, np.arange(len(y)), y, preprocessing)
 
 
-def _held_out(name: str, split: Split, arrays: Mapping[str, np.ndarray]) -> tuple[Split | None, Split]:
+def hold_out_test_split(name: str, split: Split, arrays: Mapping[str, np.ndarray]) -> tuple[Split | None, Split]:
     """(train, test) of x and y."""
     if "is_test" not in arrays:
         return split.divide(0.2, seed=0) if len(split) > 1 else (None, split)
@@ -298,7 +300,7 @@ def _held_out(name: str, split: Split, arrays: Mapping[str, np.ndarray]) -> tupl
     return (None if is_test.all() else split._pick(np.nonzero(~is_test)[0])), split._pick(np.nonzero(is_test)[0])
 
 
-def _labels(where: str, y: np.ndarray, classes: int) -> np.ndarray:
+def check_labels(where: str, y: np.ndarray, classes: int) -> np.ndarray:
     """int64 [n], each in [0, classes). DataError otherwise."""
     if y.dtype.kind not in "iu" or y.ndim != 1:
         found = f"{where} is {y.dtype} {y.shape}"
@@ -321,7 +323,7 @@ def _label_hint(y: np.ndarray) -> str:
     return "save them as int64 [N]"
 
 
-def _class_names(name: str, labels: np.ndarray | None) -> tuple[str, ...]:
+def list_class_names(name: str, labels: np.ndarray | None) -> tuple[str, ...]:
     if labels is None:
         return ()
     if labels.dtype.kind != "U" or labels.ndim != 1 or not 0 < len(labels) <= MOST_CLASSES:

@@ -32,11 +32,11 @@ def load_folder(root: Path, *, preprocessing: Preprocessing | None) -> Dataset:
     root/train/CLASS and root/test/CLASS (or val, validation) are the splits where they exist; else 20 % are drawn for testing.
     """
     try:
-        parts = _parts(root)
-        labels = sorted({name for part in parts.values() for name in _subfolders(part)})
+        parts = find_train_and_test(root)
+        labels = sorted({name for part in parts.values() for name in list_subfolders(part)})
         if not labels:
             raise DataError(f"{root} has no subfolders: make one for each class and put its images or wavs there")
-        listed = {key: _files(part, labels) for key, part in parts.items()}
+        listed = {key: list_files_and_labels(part, labels) for key, part in parts.items()}
     except OSError as error:
         raise FileError(f"{root} cannot be listed ({error.strerror or error}): check its permissions") from error
 
@@ -46,61 +46,65 @@ def load_folder(root: Path, *, preprocessing: Preprocessing | None) -> Dataset:
     first = everything[0]
     if len({file.suffix.lower() in WAVS for file in everything}) > 1:
         raise DataError(f"{root} holds images and wavs, such as {first}: keep them in two data sets")
-    make_source = partial(_wavs, first, preprocessing) if first.suffix.lower() in WAVS else partial(_images, first, preprocessing)
+    make_source = (
+        partial(open_wavs, first, preprocessing) if first.suffix.lower() in WAVS else partial(open_images, first, preprocessing)
+    )
     sources: dict[str, Source] = {"x" + key: make_source(str(parts[key]), files) for key, (files, _) in listed.items()}
     arrays = {"y" + key: y for key, (_, y) in listed.items()} | {"labels": np.array(labels)}
     dataset = Dataset.from_sources(str(root), sources, arrays, preprocessing=preprocessing)
-    return replace(dataset, notes=tuple(_stray(parts) + _absences(labels, {key: y for key, (_, y) in listed.items()})))
+    return replace(
+        dataset, notes=tuple(find_stray_folders(parts) + find_absences(labels, {key: y for key, (_, y) in listed.items()}))
+    )
 
 
-def _stray(parts: Mapping[str, Path]) -> list[str]:
+def find_stray_folders(parts: Mapping[str, Path]) -> list[str]:
     """Sentences on folders that are no classes."""
     found = [part / name for part in parts.values() for name in NO_CLASSES if (part / name).is_dir()]
     return [f"the folder {folder} is no class and was left out" for folder in found]
 
 
-def _absences(labels: Sequence[str], classes: Mapping[str, np.ndarray]) -> list[str]:
+def find_absences(labels: Sequence[str], classes: Mapping[str, np.ndarray]) -> list[str]:
     """Sentences on classes without files: in all of the data, or in one of its two parts."""
     present = {key: set(y.tolist()) for key, y in classes.items()}
     somewhere = set().union(*present.values())
     empty = [name for label, name in enumerate(labels) if label not in somewhere]
-    notes = [f"there is no image and no wav in {_classes(empty)}: remove what is no class"] if empty else []
+    notes = [f"there is no image and no wav in {show_classes(empty)}: remove what is no class"] if empty else []
     for key, part in (("_train", "training"), ("_test", "test")):
         if len(present) < 2:
             break
         absent = [labels[label] for label in sorted(somewhere - present[key])]
-        notes += [f"there are no {part} samples of {_classes(absent)}"] if absent else []
+        notes += [f"there are no {part} samples of {show_classes(absent)}"] if absent else []
     return notes
 
 
-def _classes(names: Sequence[str]) -> str:
+def show_classes(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ("class " if len(names) == 1 else "classes ") + ", ".join(f"'{name}'" for name in names[:5]) + more
 
 
-def _parts(root: Path) -> Mapping[str, Path]:
+def find_train_and_test(root: Path) -> Mapping[str, Path]:
     """'_train' and '_test', or '' for a root without such folders (or whose folders of these names are classes)."""
-    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir() and _subfolders(root / name)), None)
+    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir() and list_subfolders(root / name)), None)
     if test is None:
-        if (root / "train").is_dir() and _subfolders(root / "train"):
+        if (root / "train").is_dir() and list_subfolders(root / "train"):
             raise DataError(f"{root} has train/ and no test/ or val/: add one with the same classes, or name {root}/train")
         return {"": root}
     return {"_train": root / "train", "_test": test} if (root / "train").is_dir() else {"_test": test}
 
 
-def _subfolders(folder: Path) -> list[str]:
+def list_subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and _may_be_class(entry.name))
+        names = sorted(entry.name for entry in entries if entry.is_dir() and can_be_class(entry.name))
     for name in names:
         check_text(name, f"the class folder {os.fsencode(name)!r} in {folder}")
     return names
 
 
-def _may_be_class(name: str) -> bool:
+def can_be_class(name: str) -> bool:
     return not name.startswith(".") and name not in NO_CLASSES
 
 
-def _files(part: Path, labels: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+def list_files_and_labels(part: Path, labels: Sequence[str]) -> tuple[list[Path], np.ndarray]:
     """The images and wavs below part/CLASS and the class of each, in a fixed drawn order."""
     found = [
         (path, label)
@@ -150,16 +154,16 @@ class ImageFiles:
         return np.stack([decode_image(file, shape=self.sample_shape, where=str(file), resize=self.resize) for file in files])
 
 
-def _images(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> ImageFiles:
+def open_images(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> ImageFiles:
     """As large as the first file, in color if any file is; or as the preprocessing says."""
     height, width, channels = decode_image(first, shape=None, where=str(first)).shape
-    if channels == 1 and any(count_channels(file, where=str(file)) == 3 for file in _some(files)):
+    if channels == 1 and any(count_channels(file, where=str(file)) == 3 for file in take_some(files)):
         channels = 3
     found = ImageFiles(name, files, (height, width, channels), resize=False)
     return found if preprocessing is None else found.adapted(preprocessing)
 
 
-def _some(files: Sequence[Path]) -> Sequence[Path]:
+def take_some(files: Sequence[Path]) -> Sequence[Path]:
     return files[:: max(1, len(files) // LOOKED_AT)]
 
 
@@ -193,7 +197,7 @@ class WavFiles:
         return waves
 
 
-def _wavs(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> WavFiles:
+def open_wavs(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> WavFiles:
     rate = read_wav(first, most=0)[0]
     found = WavFiles(name, files, (rate,), rate)
     return found if preprocessing is None else found.adapted(preprocessing)

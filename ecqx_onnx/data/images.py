@@ -27,7 +27,7 @@ _DAMAGED = (
 )  # fmt: skip
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _GRAY = ("1", "L", "LA", "I", *_SIXTEEN_BITS)
-_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_COLOR = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112  # the tag in EXIF
 # How the stored picture becomes the one that was taken (CIPA DC-008, Exif 2.3, table 6).
 _TURNS = {
@@ -56,9 +56,9 @@ def decode_image(file: Path | bytes, *, shape: tuple[int, ...] | None, where: st
     Raises:
         DataError: if it is no image that can be read, too large, or of another size.
     """
-    with _opened(file, where) as image:
+    with open_image(file, where) as image:
         channels = shape[2] if shape else _own_channels(image)
-        pixels = _turned(_opaque(image, where), image).convert("L" if channels == 1 else "RGB")
+        pixels = turn_upright(make_opaque(image, where), image).convert("L" if channels == 1 else "RGB")
     if shape and (pixels.height, pixels.width) != tuple(shape[:2]):
         if not resize:
             raise DataError(
@@ -71,12 +71,12 @@ def decode_image(file: Path | bytes, *, shape: tuple[int, ...] | None, where: st
 
 def count_channels(file: Path | bytes, *, where: str) -> int:
     """1 for a gray image, 3 for others; the pixels are not decoded. DataError if it is no image that can be read."""
-    with _opened(file, where) as image:
+    with open_image(file, where) as image:
         return _own_channels(image)
 
 
 @contextmanager
-def _opened(file: Path | bytes, where: str) -> Iterator[Image.Image]:
+def open_image(file: Path | bytes, where: str) -> Iterator[Image.Image]:
     try:
         # Pillow warns about odd metadata, and about large images, which are refused here.
         with (
@@ -86,7 +86,7 @@ def _opened(file: Path | bytes, where: str) -> Iterator[Image.Image]:
         ):
             if image.width * image.height > MOST_PIXELS:
                 raise DataError(f"{where} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}: make it smaller")
-            if image.mode not in _GRAY + _COLOUR or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+            if image.mode not in _GRAY + _COLOR or (image.mode == "I" and image.format not in ("PNG", "PPM")):
                 raise DataError(f"{where} has the pixel format {image.mode}: save it with 8 or 16 bit gray or RGB pixels")
             yield image
     except FileError as error:
@@ -99,7 +99,7 @@ def _own_channels(image: Image.Image) -> int:
     return 1 if image.mode in _GRAY else 3
 
 
-def _opaque(image: Image.Image, where: str) -> Image.Image:
+def make_opaque(image: Image.Image, where: str) -> Image.Image:
     """The image in gray or RGB, laid over white where it lets light through.
 
     out = round(c·a / 255) + 255 - a, for color c and opacity a of 0 to 255: what a canvas that was white shows.
@@ -119,7 +119,7 @@ def _opaque(image: Image.Image, where: str) -> Image.Image:
     return Image.fromarray(over_white.astype(np.uint8))
 
 
-def _turned(pixels: Image.Image, image: Image.Image) -> Image.Image:
+def turn_upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     """pixels: those of the image as stored. In JPEG and PNG files, as browsers do, and by EXIF data alone, not XMP."""
     stored = image.info.get("exif")
     if image.format not in ("JPEG", "PNG") or not isinstance(stored, bytes):

@@ -59,7 +59,7 @@ def read_wav(path: Path, *, most: int) -> tuple[int, np.ndarray]:
         raise DataError(f"{path} cannot be read as a wav: {error}") from error
     except (OSError, struct.error, EOFError) as error:
         raise DataError(f"{path} cannot be read as a wav ({str(error) or 'it ends too early'}): repair or remove it") from error
-    return found.rate, _as_int16(_values(data, found), path)
+    return found.rate, _as_int16(read_values(data, found), path)
 
 
 def _find_data(file: BinaryIO, path: Path, most: int) -> tuple[Format, bytes]:
@@ -72,11 +72,11 @@ def _find_data(file: BinaryIO, path: Path, most: int) -> tuple[Format, bytes]:
         raise DataError(f"{path} cannot be read as a wav (it does not begin with RIFF and WAVE): repair or remove it")
     found: Format | None = None
     while True:
-        name, size = struct.unpack("<4sI", _exactly(file, 8))
+        name, size = struct.unpack("<4sI", read_exactly(file, 8))
         if name == b"data":
             break
         if name == b"fmt ":
-            found = _format(_exactly(file, min(size, 40)), path)
+            found = _format(read_exactly(file, min(size, 40)), path)
             size -= min(size, 40)
         file.seek(size + size % 2, 1)
     if found is None:
@@ -85,7 +85,7 @@ def _find_data(file: BinaryIO, path: Path, most: int) -> tuple[Format, bytes]:
     return found, data[: len(data) // found.block * found.block]
 
 
-def _exactly(file: BinaryIO, count: int) -> bytes:
+def read_exactly(file: BinaryIO, count: int) -> bytes:
     data = file.read(count)
     if len(data) < count:
         raise EOFError
@@ -106,7 +106,7 @@ def _format(chunk: bytes, path: Path) -> Format:
     return Format(kind, channels, rate, bits)
 
 
-def _values(data: bytes, found: Format) -> np.ndarray:
+def read_values(data: bytes, found: Format) -> np.ndarray:
     """float64 [n, channels]; 1.0 is full scale."""
     if found.kind == FLOAT:
         values = np.frombuffer(data, f"<f{found.bits // 8}").astype(np.float64)

@@ -25,13 +25,13 @@ def deliver(
     path, target = Path(path), plan.target
     if target.suffix == ".ort":
         return ort_file.write_ort(plan, path, metadata=metadata, force=force, sources=sources)
-    report = write(plan, path, metadata=metadata, force=force, accept=_must_load, sources=sources)
+    report = write(plan, path, metadata=metadata, force=force, accept=require_loading, sources=sources)
     if not target.accelerators:
         return report
-    return replace(report, notes=mobile_tools.accelerator_notes(path, target.accelerators))
+    return replace(report, notes=mobile_tools.note_accelerators(path, target.accelerators))
 
 
-def _must_load(path: Path) -> None:
+def require_loading(path: Path) -> None:
     try:
         open_session(path)
     except CheckFailed as error:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ecqx_onnx_converters import Plan, WriteReport, write
-from ecqx_onnx_converters.graph.outputs import check_output, derive_path, replacing, temporary_folder
+from ecqx_onnx_converters.graph.outputs import check_output, derive_path, open_temporary_folder, replace_on_success
 from ecqx_onnx_converters.serialization.report import WrittenTensor
 
 from ecqx_onnx.errors import CheckFailed, ModelError
-from ecqx_onnx.runtime.mobile_tools import _convert
-from ecqx_onnx.runtime.sessions import open_session, run, synthetic_inputs
-from ecqx_onnx.validation.bounds import bound
-from ecqx_onnx.validation.checks import levels_check
+from ecqx_onnx.runtime.mobile_tools import convert_to_ort
+from ecqx_onnx.runtime.sessions import make_synthetic_inputs, open_session, run
+from ecqx_onnx.validation.bounds import derive_bound
+from ecqx_onnx.validation.checks import check_optimization
 
 SAMPLES = 4
 LONG_NAME = 200  # bytes
@@ -37,38 +37,41 @@ def write_ort(
     operators = derive_path(path.with_suffix(""), f".{OPERATORS}")
     check_output(path, force=force)
     check_output(operators, force=force)
-    with replacing(path, force=force, beside=[operators], sources=sources) as temporary, temporary_folder() as folder:
+    with (
+        replace_on_success(path, force=force, beside=[operators], sources=sources) as temporary,
+        open_temporary_folder() as folder,
+    ):
         stem = path.stem if len(path.name.encode(errors="surrogateescape")) < LONG_NAME else "model"  # tools lengthen names
         source = folder / f"{stem}.onnx"
         report = write(plan, source, metadata=metadata)
-        _convert(source, folder)
+        convert_to_ort(source, folder)
         shutil.move(folder / f"{stem}.ort", temporary)
         lines = (folder / f"{stem}.{OPERATORS}").read_text(encoding="utf-8").splitlines()
         text = "".join(f"{line}\n" for line in lines if not line.startswith("#"))  # comments hold paths
         temporary.with_name(operators.name).write_text(text, encoding="utf-8")
-        _must_say_the_same(temporary, source, path.name)
+        require_equal_outputs(temporary, source, path.name)
         size = temporary.stat().st_size
-    rows = tuple(_as_float(row) if row.dequantization == "folded" else row for row in report.tensors)
+    rows = tuple(mark_as_float(row) if row.dequantization == "folded" else row for row in report.tensors)
     inflated = ", ".join(row.name for row in rows if row.dequantization == "folded")
     notes = [f"{operators.name}: what a minimal build needs (build.py --include_ops_by_config)"]
     notes += [f"as float32 in the file, since DequantizeLinear cannot express them: {inflated}"] if inflated else []
     return replace(report, path=path, nbytes=size, tensors=rows, notes=tuple(notes))
 
 
-def _as_float(row: WrittenTensor) -> WrittenTensor:
+def mark_as_float(row: WrittenTensor) -> WrittenTensor:
     """The converter folds what folds."""
     return replace(row, storage="float32", nbytes=4 * math.prod(row.shape))
 
 
-def _must_say_the_same(written: Path, source: Path, name: str) -> None:
+def require_equal_outputs(written: Path, source: Path, name: str) -> None:
     """Loaded back from what the disk holds; the converter reports success for files that do not load."""
     try:
         loaded, wanted = open_session(written), open_session(source)
-        inputs = synthetic_inputs(wanted, batch=SAMPLES)
-        bounds = [bound(output, None) for output in run(wanted, inputs)]
+        inputs = make_synthetic_inputs(wanted, batch=SAMPLES)
+        bounds = [derive_bound(output, None) for output in run(wanted, inputs)]
     except CheckFailed as error:
         raise ModelError(f"{name} was not written: {error}") from None
-    check = levels_check(loaded, wanted, inputs, bounds)
+    check = check_optimization(loaded, wanted, inputs, bounds)
     if not check.passed:
         raise ModelError(
             f"{name} was not written: its outputs differ by {check.measured} from those of the same model as .onnx; "

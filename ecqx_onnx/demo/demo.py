@@ -86,7 +86,7 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
     model = demo_model.digits_cnn()
     train_float(model, dataset, progress)
     float_accuracy = api.accuracy(model, dataset.test)
-    float_bytes = len(_float_onnx(model))
+    float_bytes = len(export_float_onnx(model))
 
     from ecqx_onnx.quantization import train
 
@@ -124,5 +124,5 @@ def train_float(model: torch.nn.Module, dataset: Dataset, progress: Callable[...
             progress(epoch + 1, FLOAT_EPOCHS, "training the float network")
 
 
-def _float_onnx(model: torch.nn.Module) -> bytes:
+def export_float_onnx(model: torch.nn.Module) -> bytes:
     return export(model, torch.zeros(2, *demo_model.INPUT_SHAPE)).graph.to_model().SerializeToString()

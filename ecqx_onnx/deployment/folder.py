@@ -12,7 +12,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.outputs import check_name_and_folder, remove_leftovers, replacing_folder
+from ecqx_onnx_converters.graph.outputs import check_name_and_folder, remove_leftovers, replace_folder_on_success
 from ecqx_onnx_converters.serialization.reading import read_weights
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -23,26 +23,26 @@ from ecqx_onnx.data import Split
 from ecqx_onnx.deployment.golden import (
     Case,
     Tolerance,
-    data_bound_batches,
-    element_type,
+    choose_raw_maker,
+    compute_preprocessing_tolerance,
+    compute_tolerances,
+    draw_bound_batches,
+    find_element_type,
     make_cases,
-    preprocessing_tolerance,
-    raw_maker,
-    tolerances,
 )
 from ecqx_onnx.deployment.platforms import Platform, find_platform
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, OptionError
 from ecqx_onnx.inputs.model_copy import copy_model
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.preprocessing.spectrum import Spectrum
-from ecqx_onnx.runtime.decoded_model import float_twin
-from ecqx_onnx.runtime.sessions import fixed_batch, open_session
+from ecqx_onnx.runtime.decoded_model import decode_model
+from ecqx_onnx.runtime.sessions import find_fixed_batch, open_session
 from ecqx_onnx.validation import ValidationReport
-from ecqx_onnx.validation.checks import activations_quantised
+from ecqx_onnx.validation.checks import has_quantized_activations
 from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
-from ecqx_onnx.validation.judgement import stored_preprocessing
+from ecqx_onnx.validation.judgement import read_preprocessing
 from ecqx_onnx.validation.metrics import Proportion
-from ecqx_onnx.validation.validator import prepared
+from ecqx_onnx.validation.validator import prepare_samples
 
 if TYPE_CHECKING:
     import torch
@@ -124,14 +124,14 @@ def deploy(
     """
     platform = find_platform(platform) if isinstance(platform, str) else platform
     folder = Path(folder)
-    _check_place(folder, force)
+    check_place(folder, force)
     file = read_onnx(onnx_file)
     platform.check(file.proto, file.path)
     if not report.ok:
         failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
         raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
-    maker = _Maker(file, platform, reference, split, _labels(file, labels, data_labels), data_name, report)
-    with replacing_folder(folder, check=lambda: _check_place(folder, force), force=force) as temporary:
+    maker = _Maker(file, platform, reference, split, choose_labels(file, labels, data_labels), data_name, report)
+    with replace_folder_on_success(folder, check=lambda: check_place(folder, force), force=force) as temporary:
         result = maker.write(temporary)
     files = tuple(
         (path.relative_to(folder).as_posix(), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
@@ -139,7 +139,7 @@ def deploy(
     return Deployed(folder=folder, files=files, **result)
 
 
-def _check_place(folder: Path, force: bool) -> None:
+def check_place(folder: Path, force: bool) -> None:
     """Refuses a place where no folder may be written; removes what killed processes left for it."""
     try:
         check_name_and_folder(folder)
@@ -180,15 +180,15 @@ class _Maker:
     def write(self, folder: Path) -> dict[str, Any]:
         """Everything into `folder`, which is empty. -> the values of `Deployed`, but folder and files."""
         session, plain = open_session(self.file.path), open_session(self.file.path, level="disabled")
-        inputs, outputs = ([_described(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
+        inputs, outputs = ([describe_node(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
         notes = list(self.report.notes)
-        preprocessing, split = stored_preprocessing(self.file), self.split
+        preprocessing, split = read_preprocessing(self.file), self.split
         if split is not None:
-            split, _ = prepared(self.file, split, None, session)
+            split, _ = prepare_samples(self.file, split, None, session)
             preprocessing = split.preprocessing
         if preprocessing is None:
             notes.append("the file records no preprocessing, so runners take only inputs that are ready for the model")
-        elif split is None and raw_maker(session, preprocessing) is None:
+        elif split is None and choose_raw_maker(session, preprocessing) is None:
             notes.append("the file's preprocessing does not tell what one raw sample looks like; give --data to have it run")
             preprocessing = None
         if split is None:
@@ -200,19 +200,19 @@ class _Maker:
             raise DataError("the data set holds no sample: there is nothing to make golden outputs of")
         batches: Iterator[Sequence[np.ndarray]] = iter(())
         if split is not None and preprocessing is not None:
-            batches = data_bound_batches(split, preprocessing, fixed_batch(session) or 64)
-        input_tolerance = preprocessing_tolerance(preprocessing, cases)
-        found = tolerances(
+            batches = draw_bound_batches(split, preprocessing, find_fixed_batch(session) or 64)
+        input_tolerance = compute_preprocessing_tolerance(preprocessing, cases)
+        found = compute_tolerances(
             session,
             plain,
             cases,
             reference=self.reference,
             batches=batches,
-            quantised=activations_quantised(self.file),
+            quantized=has_quantized_activations(self.file),
             input_tolerance=input_tolerance,
         )
         model = self.file.with_data()
-        twin = float_twin(model).serialize()
+        twin = decode_model(model).serialize()
         weights = read_weights(model)
         accuracy = self.report.onnx_accuracy if split is not None else None
         names = [entry["name"] for entry in inputs], [entry["name"] for entry in outputs]
@@ -225,9 +225,9 @@ class _Maker:
             "platform": self.platform.name,
             "runtime": self.platform.runtime_for(self.file.proto),
             "made_with": self.report.runtime,
-            "model": {**_copied(folder / MODEL), "float32_bytes": None if twin is None else len(twin)},
-            "external": [_copied(path) for path in external],
-            "bits": _bits(weights),
+            "model": {**copy_file(folder / MODEL), "float32_bytes": None if twin is None else len(twin)},
+            "external": [copy_file(path) for path in external],
+            "bits": find_widest_bits(weights),
             "inputs": inputs,
             "outputs": [
                 {**output, "tolerance": tolerance.value, "raw_tolerance": tolerance.raw, "tolerance_from": tolerance.how}
@@ -239,13 +239,13 @@ class _Maker:
             "accuracy": None if accuracy is None else {**accuracy.to_json(), "data": self.data_name},
             "golden": {
                 "preprocessing_tolerance": input_tolerance,
-                "cases": [_stored(folder, number, case, *names) for number, case in enumerate(cases)],
+                "cases": [store_case(folder, number, case, *names) for number, case in enumerate(cases)],
             },
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         self._copy_templates(folder, manifest, notes)
         if self.platform.name in ("linux", "android"):
-            (folder / "golden.txt").write_text(_lines(manifest), encoding="utf-8")
+            (folder / "golden.txt").write_text(format_manifest_lines(manifest), encoding="utf-8")
         if self.platform.name == "web":
             (folder / "runtime").mkdir()
             for name in WEB_FILES:
@@ -264,10 +264,10 @@ class _Maker:
         accuracy = "was not measured (no data was given)"
         if found := manifest["accuracy"]:
             interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}, 95 % interval"
-            accuracy = f"{100 * found['share']:.2f} % ({interval}, {found['total']} samples of {_quoted(found['data'])})"
-        tolerances = [f"- {_quoted(o['name'])}: {o['tolerance']:.3g}, {o['tolerance_from']}" for o in manifest["outputs"]]
+            accuracy = f"{100 * found['share']:.2f} % ({interval}, {found['total']} samples of {quote_markdown(found['data'])})"
+        tolerances = [f"- {quote_markdown(o['name'])}: {o['tolerance']:.3g}, {o['tolerance_from']}" for o in manifest["outputs"]]
         values = {
-            "name": _quoted(manifest["name"]),
+            "name": quote_markdown(manifest["name"]),
             "tool": manifest["tool"],
             "runtime": manifest["runtime"],
             "least": manifest["runtime"].split()[1],
@@ -287,29 +287,29 @@ class _Maker:
                 shutil.copyfile(template, folder / template.name)
 
 
-def _copied(path: Path) -> dict[str, Any]:
+def copy_file(path: Path) -> dict[str, Any]:
     """What the manifest says of a file that was copied into the folder."""
     with path.open("rb") as copy:
         digest = hashlib.file_digest(copy, "sha256").hexdigest()
     return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
 
 
-def _stored(folder: Path, number: int, case: Case, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:
+def store_case(folder: Path, number: int, case: Case, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:
     """The case's arrays as raw little-endian files, and what the manifest says of them."""
     stem = f"golden/{number:02d}"
 
     def arrays(kind: str, names: Sequence[str], values: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        return [_array(folder, f"{stem}.{kind}{i}.bin", names[i], value) for i, value in enumerate(values)]
+        return [store_array(folder, f"{stem}.{kind}{i}.bin", names[i], value) for i, value in enumerate(values)]
 
     return {
-        "raw": None if case.raw is None else _array(folder, f"{stem}.raw.bin", "raw", case.raw),
+        "raw": None if case.raw is None else store_array(folder, f"{stem}.raw.bin", "raw", case.raw),
         "inputs": arrays("input", inputs, case.inputs),
         "outputs": arrays("output", outputs, case.outputs),
         "labels": list(case.labels),
     }
 
 
-def _array(folder: Path, file: str, name: str, array: np.ndarray) -> dict[str, Any]:
+def store_array(folder: Path, file: str, name: str, array: np.ndarray) -> dict[str, Any]:
     data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_bytes(data)
@@ -317,13 +317,13 @@ def _array(folder: Path, file: str, name: str, array: np.ndarray) -> dict[str, A
     return {"name": name, "file": file, "dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
 
 
-def _described(node: Any) -> dict[str, Any]:
+def describe_node(node: Any) -> dict[str, Any]:
     """An input or output of the graph; null is a free length."""
     shape = [length if isinstance(length, int) else None for length in node.shape]
-    return {"name": node.name, "dtype": element_type(node), "shape": shape}
+    return {"name": node.name, "dtype": find_element_type(node), "shape": shape}
 
 
-def _lines(manifest: dict[str, Any]) -> str:
+def format_manifest_lines(manifest: dict[str, Any]) -> str:
     """What a runner without a JSON parser needs of the manifest: fields between tabs."""
     model, preprocessing = manifest["model"], manifest["preprocessing"] or {}
     rows: list[list[Any]] = [["# manifest.json in lines"]]
@@ -353,7 +353,7 @@ def _lines(manifest: dict[str, Any]) -> str:
     return "".join("\t".join(" ".join(str(field).split()) for field in row) + "\n" for row in rows)
 
 
-def _labels(file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]) -> tuple[str, ...]:
+def choose_labels(file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]) -> tuple[str, ...]:
     outputs = [value.type.tensor_type.shape.dim for value in file.proto.graph.output]
     if labels and len(outputs[0]) == 2 and (classes := outputs[0][1].dim_value) not in (0, len(labels)):
         raise OptionError(f"--labels names {len(labels)} classes, and the model tells {classes} apart; give one name for each")
@@ -361,11 +361,11 @@ def _labels(file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]) -
     return tuple(labels) or (tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else tuple(data_labels))
 
 
-def _bits(weights: Sequence[Any]) -> int | None:
+def find_widest_bits(weights: Sequence[Any]) -> int | None:
     """The widest of the quantised weights; None where there are none of ours."""
     return max((stored.weight.tensor.bits for stored in weights), default=None)
 
 
-def _quoted(text: str) -> str:
+def quote_markdown(text: str) -> str:
     """As Markdown code, whatever it holds."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"

@@ -18,10 +18,10 @@ import numpy as np
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import DataError, InputError, ModelError
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
-from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, fit, fixed_batch, run, synthetic_inputs
-from ecqx_onnx.validation.bounds import Bound, bound
-from ecqx_onnx.validation.comparison import padded
-from ecqx_onnx.validation.metrics import largest_difference
+from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, find_fixed_batch, fit_inputs, make_synthetic_inputs, run
+from ecqx_onnx.validation.bounds import Bound, derive_bound
+from ecqx_onnx.validation.comparison import pad_batch
+from ecqx_onnx.validation.metrics import find_largest_difference
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def make_cases(session: Session, preprocessing: Preprocessing | None, split: Spl
     """Up to CASES samples, from the split or synthetic. InputError if the graph takes nothing that can be made up."""
     cases: list[Case] = []
     spent = 0
-    for raw, inputs, labels in _samples(session, preprocessing, split):
+    for raw, inputs, labels in draw_samples(session, preprocessing, split):
         spent += sum(array.nbytes for array in (*inputs, *([] if raw is None else [raw])))
         if cases and spent > MOST_BYTES:
             break
@@ -68,43 +68,43 @@ def make_cases(session: Session, preprocessing: Preprocessing | None, split: Spl
     return tuple(cases)
 
 
-def _samples(
+def draw_samples(
     session: Session, preprocessing: Preprocessing | None, split: Split | None
 ) -> Iterator[tuple[np.ndarray | None, tuple[np.ndarray, ...], tuple[int, ...]]]:
-    size = fixed_batch(session) or 1
+    size = find_fixed_batch(session) or 1
     if split is not None and preprocessing is not None:
         for row, label in zip(split.take(CASES).rows, split.take(CASES).y, strict=True):
-            raw = padded(split.source.read(np.array([row])), size)
-            yield raw, fit(session, (preprocessing.apply(raw),)), (int(label),) * len(raw)
+            raw = pad_batch(split.source.read(np.array([row])), size)
+            yield raw, fit_inputs(session, (preprocessing.apply(raw),)), (int(label),) * len(raw)
         return
-    make = None if preprocessing is None else raw_maker(session, preprocessing)
+    make = None if preprocessing is None else choose_raw_maker(session, preprocessing)
     for number in range(CASES):
         if make is None or preprocessing is None:
-            yield None, synthetic_inputs(session, batch=size, seed=number), ()
+            yield None, make_synthetic_inputs(session, batch=size, seed=number), ()
             continue
         raw = np.stack([make(np.random.default_rng([number, i])) for i in range(size)])
-        yield raw, fit(session, (preprocessing.apply(raw),)), ()
+        yield raw, fit_inputs(session, (preprocessing.apply(raw),)), ()
 
 
-def raw_maker(session: Session, preprocessing: Preprocessing) -> Callable[[np.random.Generator], np.ndarray] | None:
+def choose_raw_maker(session: Session, preprocessing: Preprocessing) -> Callable[[np.random.Generator], np.ndarray] | None:
     """A function that makes up one raw sample; None where the graph's shape does not tell what a raw sample looks like."""
     nodes = session.get_inputs()
     shape = nodes[0].shape[1:]
     if len(nodes) != 1 or not shape or not all(isinstance(length, int) for length in shape):
         return None
-    make = _maker(preprocessing, tuple(shape))
+    make = choose_maker(preprocessing, tuple(shape))
     try:
         if make is not None:
-            fit(
+            fit_inputs(
                 session,
-                (preprocessing.apply(np.repeat(make(np.random.default_rng(0))[None], fixed_batch(session) or 1, axis=0)),),
+                (preprocessing.apply(np.repeat(make(np.random.default_rng(0))[None], find_fixed_batch(session) or 1, axis=0)),),
             )
     except (InputError, ValueError):  # recorded for another input than this graph's
         return None
     return make
 
 
-def _maker(preprocessing: Preprocessing, shape: tuple[int, ...]) -> Callable[[np.random.Generator], np.ndarray] | None:
+def choose_maker(preprocessing: Preprocessing, shape: tuple[int, ...]) -> Callable[[np.random.Generator], np.ndarray] | None:
     levels = int(min(255, preprocessing.scale)) if preprocessing.scale > 1 else 255
     if preprocessing.kind == "image" and len(shape) == 3:
         pixels = shape[1:] if shape[0] == 1 else (*shape[1:], shape[0])
@@ -124,7 +124,7 @@ def _maker(preprocessing: Preprocessing, shape: tuple[int, ...]) -> Callable[[np
     return None
 
 
-def preprocessing_tolerance(preprocessing: Preprocessing | None, cases: Sequence[Case]) -> float:
+def compute_preprocessing_tolerance(preprocessing: Preprocessing | None, cases: Sequence[Case]) -> float:
     """How far another language's input may lie from ours: nowhere, but for spectra, where float32 rounding may differ."""
     if preprocessing is None or preprocessing.spectrum is None:
         return 0.0
@@ -132,32 +132,32 @@ def preprocessing_tolerance(preprocessing: Preprocessing | None, cases: Sequence
     return SPECTRUM_ULPS * float(np.spacing(np.float32(highest)))
 
 
-def tolerances(
+def compute_tolerances(
     session: Session,
     plain: Session,
     cases: Sequence[Case],
     *,
     reference: torch.nn.Module | None,
     batches: Iterator[Sequence[np.ndarray]],
-    quantised: bool,
+    quantized: bool,
     input_tolerance: float,
 ) -> tuple[Tolerance, ...]:
     """One per output. plain: the same file without optimisations. batches: model inputs, some of the data, besides the cases."""
     bounds: list[Bound] = []
     levels = [0.0] * len(session.get_outputs())
     for inputs in (*(case.inputs for case in cases), *batches):
-        for i, found in enumerate(_bounds(session, reference, inputs)):
+        for i, found in enumerate(compute_bounds(session, reference, inputs)):
             if i == len(bounds):
                 bounds.append(found)
             bounds[i] = bounds[i].widen(found)
-        if quantised:
+        if quantized:
             both = zip(run(session, inputs), run(plain, inputs), strict=True)
-            levels = [max(level, largest_difference(a, b)) for level, (a, b) in zip(levels, both, strict=True)]
-    swings = _swings(session, cases, input_tolerance)
+            levels = [max(level, find_largest_difference(a, b)) for level, (a, b) in zip(levels, both, strict=True)]
+    swings = measure_swings(session, cases, input_tolerance)
     found_all = []
     for one, level, swing in zip(bounds, levels, swings, strict=True):
         value, how = 2 * one.limit, f"2 x ({one.formula})"
-        if quantised:
+        if quantized:
             value, how = value + level, f"{how} + {level:.2e} between integer kernels and the graph as written"
         if not math.isfinite(value):
             raise ModelError("two optimisation levels of onnxruntime give outputs of other shapes: which is right?")
@@ -165,21 +165,21 @@ def tolerances(
     return tuple(found_all)
 
 
-def _bounds(session: Session, reference: torch.nn.Module | None, inputs: Sequence[np.ndarray]) -> list[Bound]:
-    from ecqx_onnx.validation.pytorch_outputs import exact_outputs, reference_outputs
+def compute_bounds(session: Session, reference: torch.nn.Module | None, inputs: Sequence[np.ndarray]) -> list[Bound]:
+    from ecqx_onnx.validation.pytorch_outputs import run_reference, run_reference_exactly
 
     if reference is None:
-        return [bound(output, None) for output in run(session, inputs)]
-    wanted = reference_outputs(reference, inputs)
-    exact = exact_outputs(reference, inputs)
+        return [derive_bound(output, None) for output in run(session, inputs)]
+    wanted = run_reference(reference, inputs)
+    exact = run_reference_exactly(reference, inputs)
     if len(wanted) != len(session.get_outputs()):
         raise ModelError(
             f"PyTorch's model gives {len(wanted)} outputs and the file {len(session.get_outputs())}: give its own model"
         )
-    return [bound(output, None if exact is None else exact[i]) for i, output in enumerate(wanted)]
+    return [derive_bound(output, None if exact is None else exact[i]) for i, output in enumerate(wanted)]
 
 
-def _swings(session: Session, cases: Sequence[Case], tolerance: float) -> list[float]:
+def measure_swings(session: Session, cases: Sequence[Case], tolerance: float) -> list[float]:
     """How far outputs may move when each input value moves by the tolerance: 4 times the most of some random draws."""
     most = [0.0] * len(session.get_outputs())
     if tolerance == 0:
@@ -189,22 +189,22 @@ def _swings(session: Session, cases: Sequence[Case], tolerance: float) -> list[f
         for _ in range(4):
             moved = [a + (tolerance * generator.choice([-1, 1], a.shape)).astype(a.dtype) for a in case.inputs]
             both = zip(run(session, moved), case.outputs, strict=True)
-            most = [max(old, largest_difference(a, b)) for old, (a, b) in zip(most, both, strict=True)]
+            most = [max(old, find_largest_difference(a, b)) for old, (a, b) in zip(most, both, strict=True)]
     return [4 * swing for swing in most]
 
 
-def element_type(node: Any) -> str:
+def find_element_type(node: Any) -> str:
     """numpy's name of an input's or output's type. ModelError for types that runners cannot be given."""
     if node.type not in NUMPY_TYPES:
         raise ModelError(f"'{node.name}' has type {node.type}, for which no golden values can be made")
     return np.dtype(NUMPY_TYPES[node.type]).name
 
 
-def data_bound_batches(split: Split, preprocessing: Preprocessing, size: int) -> Iterator[Sequence[np.ndarray]]:
+def draw_bound_batches(split: Split, preprocessing: Preprocessing, size: int) -> Iterator[Sequence[np.ndarray]]:
     """Model inputs of up to BOUND_SAMPLES samples."""
     taken = split.with_preprocessing(preprocessing).take(BOUND_SAMPLES)
     try:
         for x, _ in taken.batches(size):
-            yield (padded(x, size),)
+            yield (pad_batch(x, size),)
     except DataError:  # NaN in a sample, say: validation has told
         return

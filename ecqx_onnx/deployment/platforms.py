@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import list_graphs
 from ecqx_onnx_converters.targets import INT2_TYPES, INT4_TYPES, OPSET_OF_TYPE, Target, find_target
 from onnx import TensorProto
 
@@ -34,15 +34,15 @@ class Platform:
         return tuple(sorted(path for path in (TEMPLATES / self.name).iterdir() if path.is_file()))
 
     def runtime_for(self, proto: onnx.ModelProto) -> str:
-        return self.runtime.format(least=oldest_runtime(proto))
+        return self.runtime.format(least=find_oldest_runtime(proto))
 
     def check(self, proto: onnx.ModelProto, where: Path) -> None:
         """ModelError, with the reason, if the platform's runtime cannot load the file."""
-        reason = next(_refusals(proto, find_target(self.target)), None)
+        reason = next(list_refusals(proto, find_target(self.target)), None)
         if (
             reason is None
             and not self.external
-            and any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(proto))
+            and any(tensor.data_location == TensorProto.EXTERNAL for tensor in list_tensors(proto))
         ):
             reason = "its weights lie in a second file, and the runner loads one"
         if reason is not None:
@@ -66,35 +66,35 @@ def find_platform(name: str) -> Platform:
     return PLATFORMS[name]
 
 
-def oldest_runtime(proto: onnx.ModelProto) -> str:
+def find_oldest_runtime(proto: onnx.ModelProto) -> str:
     """The first onnxruntime, "1.24", that has the opset and the types of the file."""
-    kinds = {tensor.data_type for tensor in _tensors(proto)}
-    needed = [FIRST_WITH_OPSET[min(max(FIRST_WITH_OPSET), max(min(FIRST_WITH_OPSET), opset_of(proto)))]]
+    kinds = {tensor.data_type for tensor in list_tensors(proto)}
+    needed = [FIRST_WITH_OPSET[min(max(FIRST_WITH_OPSET), max(min(FIRST_WITH_OPSET), find_opset(proto)))]]
     needed += [FIRST_WITH_INT2] if kinds & INT2_TYPES else []
     needed += [FIRST_WITH_INT4] if kinds & INT4_TYPES else []
     return max(needed, key=lambda version: tuple(map(int, version.split("."))))
 
 
-def opset_of(proto: onnx.ModelProto) -> int:
+def find_opset(proto: onnx.ModelProto) -> int:
     return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
-def _refusals(proto: onnx.ModelProto, target: Target) -> Iterator[str]:
-    opset = opset_of(proto)
+def list_refusals(proto: onnx.ModelProto, target: Target) -> Iterator[str]:
+    opset = find_opset(proto)
     if opset > target.max_opset:
         yield f"it is of opset {opset}, and the runtime has kernels up to {target.max_opset}"
     if proto.ir_version > (highest := target.ir_version(target.max_opset)):
         yield f"its ONNX format is of version {proto.ir_version}, and the runtime reads up to {highest}"
-    for tensor in _tensors(proto):
+    for tensor in list_tensors(proto):
         if tensor.data_type in OPSET_OF_TYPE and tensor.data_type not in target.dense_types:
             yield f"'{tensor.name}' holds {TensorProto.DataType.Name(tensor.data_type)}, which the runtime does not load"
-    for graph in all_graphs(proto.graph):
+    for graph in list_graphs(proto.graph):
         for sparse in graph.sparse_initializer:
             if not target.sparse:
                 yield f"'{sparse.values.name}' is a sparse initializer, which the runtime does not load"
 
 
-def _tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
-    for graph in all_graphs(proto.graph):
+def list_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
+    for graph in list_graphs(proto.graph):
         yield from graph.initializer
         yield from (sparse.values for sparse in graph.sparse_initializer)

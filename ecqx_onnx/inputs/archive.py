@@ -75,7 +75,7 @@ def check_layout(archive: zipfile.ZipFile, file: BinaryIO, source: str) -> list[
         raise FileError(f"{source}: its parts lie in {len(folders)} folders, torch writes one; save it again")
     end = 0
     for entry in entries:
-        problem = _problem(entry)
+        problem = find_problem(entry)
         if entry.header_offset < end:
             problem = "overlaps another part"
         if problem is not None:
@@ -102,7 +102,7 @@ def _check_ends(
         raise FileError(f"{source}: has bytes in front of its parts; save it again with torch")
 
 
-def _problem(entry: zipfile.ZipInfo) -> str | None:
+def find_problem(entry: zipfile.ZipInfo) -> str | None:
     """What is wrong with a member by its entry in the directory; None if nothing."""
     name = entry.filename
     parts = name.split("/")

@@ -40,7 +40,7 @@ def parse_json(data: bytes | str, *, most_bytes: int, most_items: int, with_nan:
     try:
         document = json.loads(
             text,
-            object_pairs_hook=_object_without_doubles,
+            object_pairs_hook=refuse_double_keys,
             parse_constant=float if with_nan else _refuse_constant,
         )
     except BadJson:
@@ -54,7 +54,7 @@ def parse_json(data: bytes | str, *, most_bytes: int, most_items: int, with_nan:
     return document
 
 
-def _object_without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

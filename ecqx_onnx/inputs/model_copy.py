@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ecqx_onnx_converters.graph.files import ALIGNMENT, data_path
+from ecqx_onnx_converters.graph.files import ALIGNMENT, find_data_path
 from onnx import ModelProto, TensorProto
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.inputs.onnx_file import OnnxFile, external_file, stored_bytes
+from ecqx_onnx.inputs.onnx_file import OnnxFile, count_stored_bytes, find_external_file
 
 BLOCK = 1 << 20  # bytes that are copied at once
 
@@ -48,28 +48,30 @@ def copy_model(file: OnnxFile, path: Path) -> tuple[Path, ...]:
     """
     proto = ModelProto()
     proto.CopyFrom(file.proto)
-    found = [(tensor, external_file(file.path, f"tensor '{tensor.name}'", tensor)) for tensor in external_tensors(proto)]
+    found = [
+        (tensor, find_external_file(file.path, f"tensor '{tensor.name}'", tensor)) for tensor in list_external_tensors(proto)
+    ]
     if not found:
         shutil.copyfile(file.path, path)
         return ()
     needed: dict[Path, list[tuple[int, int]]] = defaultdict(list)
     for tensor, source in found:
-        start = _offset(tensor)
-        needed[source].append((start, start + stored_bytes(tensor)))
-    data = data_path(path)
+        start = read_offset(tensor)
+        needed[source].append((start, start + count_stored_bytes(tensor)))
+    data = find_data_path(path)
     pieces = {}
     with open(data, "xb") as out:
         for source, ranges in needed.items():
             pieces[source] = _copy_ranges(source, ranges, out)
     for tensor, source in found:
-        _point_to(tensor, data.name, pieces[source])
+        set_location(tensor, data.name, pieces[source])
     copied = proto.SerializeToString(deterministic=True)
     with open(path, "xb") as out:
         out.write(copied)
     return (data,)
 
 
-def external_tensors(message: Any) -> Iterator[TensorProto]:
+def list_external_tensors(message: Any) -> Iterator[TensorProto]:
     """Every tensor in the model, wherever it stands, whose data lie in another file."""
     if isinstance(message, TensorProto):
         if message.data_location == TensorProto.EXTERNAL:
@@ -79,10 +81,10 @@ def external_tensors(message: Any) -> Iterator[TensorProto]:
         if field.message_type is None or field.message_type.full_name == "onnx.StringStringEntryProto":
             continue
         for part in value if field.is_repeated else [value]:
-            yield from external_tensors(part)
+            yield from list_external_tensors(part)
 
 
-def _offset(tensor: TensorProto) -> int:
+def read_offset(tensor: TensorProto) -> int:
     return int({entry.key: entry.value for entry in tensor.external_data}.get("offset", "0"))
 
 
@@ -94,7 +96,7 @@ def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO)
     pieces = []
     try:
         with open(source, "rb") as file:
-            for start, stop in _united(ranges):
+            for start, stop in unite_ranges(ranges):
                 place = out.tell() + (start - out.tell()) % ALIGNMENT
                 out.write(bytes(place - out.tell()))
                 file.seek(start)
@@ -111,7 +113,7 @@ def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO)
     return pieces
 
 
-def _united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def unite_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Overlapping ranges, and those less than a page apart, as one."""
     united: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
@@ -122,14 +124,14 @@ def _united(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return united
 
 
-def _point_to(tensor: TensorProto, location: str, pieces: list[_Piece]) -> None:
-    start = _offset(tensor)
-    piece = next(piece for piece in pieces if piece.start <= start and start + stored_bytes(tensor) <= piece.stop)
+def set_location(tensor: TensorProto, location: str, pieces: list[_Piece]) -> None:
+    start = read_offset(tensor)
+    piece = next(piece for piece in pieces if piece.start <= start and start + count_stored_bytes(tensor) <= piece.stop)
     entries = {entry.key: entry.value for entry in tensor.external_data}
     entries |= {
         "location": location,
         "offset": str(piece.place + start - piece.start),
-        "length": str(stored_bytes(tensor)),
+        "length": str(count_stored_bytes(tensor)),
     }
     tensor.ClearField("external_data")
     for key, value in entries.items():

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.graph.files import external_bytes, read_proto
-from ecqx_onnx_converters.graph.graph import all_graphs, clear_data
+from ecqx_onnx_converters.graph.files import read_external_bytes, read_proto
+from ecqx_onnx_converters.graph.graph import clear_data, list_graphs
 from ecqx_onnx_converters.graph.limits import may_have_size
 from ecqx_onnx_converters.serialization.reading import read_metadata
 from onnx import TensorProto, numpy_helper
@@ -61,9 +61,9 @@ class OnnxFile:
             return self.proto
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        for _, tensor in named_tensors(proto):
+        for _, tensor in list_named_tensors(proto):
             if tensor.data_location == TensorProto.EXTERNAL:
-                content = external_bytes(tensor, self.path.parent)  # as long as the shape says, where no length is stated
+                content = read_external_bytes(tensor, self.path.parent)  # as long as the shape says, where no length is stated
                 clear_data(tensor)
                 tensor.raw_data = content
         return proto
@@ -80,33 +80,33 @@ def read_onnx(path: Path | str) -> OnnxFile:
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     external = set()
-    for where, tensor in named_tensors(proto):
+    for where, tensor in list_named_tensors(proto):
         _check_declaration(path, where, tensor)
         if tensor.data_location == TensorProto.EXTERNAL:
-            external.add(external_file(path, where, tensor))
+            external.add(find_external_file(path, where, tensor))
         else:
             _check_size(path, where, tensor)
             _check_numbers(path, where, tensor)
-    for graph in all_graphs(proto.graph):
+    for graph in list_graphs(proto.graph):
         for sparse in graph.sparse_initializer:
             _check_sparse(path, sparse)
     return OnnxFile(path, proto, tuple(sorted(external)), metadata)
 
 
-def named_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
+def list_named_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
     """(what it is in words, tensor) for every tensor stored in the model."""
-    for graph in all_graphs(proto.graph):
+    for graph in list_graphs(proto.graph):
         for tensor in graph.initializer:
             yield f"initializer '{tensor.name}'", tensor
         for sparse in graph.sparse_initializer:
             yield f"the values of sparse initializer '{sparse.values.name}'", sparse.values
             yield f"the indices of sparse initializer '{sparse.values.name}'", sparse.indices
-        yield from _constants(graph.node)
+        yield from list_constants(graph.node)
     for function in proto.functions:
-        yield from _constants(function.node)
+        yield from list_constants(function.node)
 
 
-def stored_bytes(tensor: TensorProto) -> int:
+def count_stored_bytes(tensor: TensorProto) -> int:
     """Bytes that the tensor's shape and type ask for."""
     count = math.prod(tensor.dims)
     if tensor.data_type in SUB_BYTE_BITS:
@@ -114,7 +114,7 @@ def stored_bytes(tensor: TensorProto) -> int:
     return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
-def _constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
+def list_constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
@@ -136,10 +136,10 @@ def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
     if tensor.data_type == TensorProto.STRING:
         found, needed, unit = len(tensor.string_data), count, "strings"
     elif tensor.HasField("raw_data"):
-        found, needed, unit = len(tensor.raw_data), stored_bytes(tensor), "bytes"
+        found, needed, unit = len(tensor.raw_data), count_stored_bytes(tensor), "bytes"
     else:
         found = len(getattr(tensor, TYPED_FIELDS.get(tensor.data_type, "int32_data")))
-        needed = stored_bytes(tensor) if tensor.data_type in SUB_BYTE_BITS else count
+        needed = count_stored_bytes(tensor) if tensor.data_type in SUB_BYTE_BITS else count
         unit = "values"
     if found != needed:
         raise FileError(f"{path}: {where} claims the shape {list(tensor.dims)}, {needed} {unit}, but the file holds {found}")
@@ -168,7 +168,7 @@ def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
         raise FileError(f"{where} has index {wrong}, outside of its {size} values (shape {list(sparse.dims)})")
 
 
-def external_file(path: Path, where: str, tensor: TensorProto) -> Path:
+def find_external_file(path: Path, where: str, tensor: TensorProto) -> Path:
     """The file that holds the tensor's data: beside the model, there, and long enough."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
@@ -177,7 +177,7 @@ def external_file(path: Path, where: str, tensor: TensorProto) -> Path:
     if "\0" in location or len(location.encode()) > LONGEST_LOCATION:
         raise FileError(f"{path}: {where} has external data at {location[:40]!r}, which no file can be called")
     try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(stored_bytes(tensor))))
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(count_stored_bytes(tensor))))
     except ValueError:
         raise FileError(f"{path}: {where} has external data whose offset or length is not a number") from None
     folder = path.parent.resolve()
@@ -192,10 +192,10 @@ def external_file(path: Path, where: str, tensor: TensorProto) -> Path:
     file = folder / location
     if not there:
         raise FileError(f"{path}: {where} lies in '{location}', which is missing: keep that file beside the model")
-    if offset < 0 or length != stored_bytes(tensor):
+    if offset < 0 or length != count_stored_bytes(tensor):
         raise FileError(
             f"{path}: {where} claims {length} bytes of external data at offset {offset}, but its shape {list(tensor.dims)} "
-            f"takes {stored_bytes(tensor)}"
+            f"takes {count_stored_bytes(tensor)}"
         )
     if offset + length > file.stat().st_size:
         raise FileError(

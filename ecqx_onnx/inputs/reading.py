@@ -46,7 +46,7 @@ KINDS = {
 }
 
 
-def file_error(error: OSError) -> FileError:
+def make_file_error(error: OSError) -> FileError:
     """The same as a sentence: which file, what the system says, what to do.
 
     Args:
@@ -64,14 +64,14 @@ def file_error(error: OSError) -> FileError:
 
 
 @contextlib.contextmanager
-def system_errors() -> Iterator[None]:
+def turn_system_errors() -> Iterator[None]:
     """Whatever the operating system refuses inside is raised as a FileError."""
     try:
         yield
     except BrokenPipeError:  # who reads our output has seen enough: no matter of files
         raise
     except OSError as error:
-        raise file_error(error) from error
+        raise make_file_error(error) from error
 
 
 def with_file_errors(function: Function) -> Function:
@@ -79,7 +79,7 @@ def with_file_errors(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> object:
-        with system_errors():
+        with turn_system_errors():
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -125,7 +125,7 @@ def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
     Raises:
         FileError: if it is no regular file, is larger than `most`, or cannot be opened.
     """
-    with system_errors():
+    with turn_system_errors():
         try:
             descriptor = os.open(path, FLAGS)
         except ValueError as error:  # a name with a zero byte
@@ -145,7 +145,7 @@ def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
 
 def read_bytes(path: Path | str, *, most: int) -> bytes:
     """What a regular file holds. FileError if it is none, or has more than `most` bytes."""
-    with open_regular(path, most=most) as file, system_errors():
+    with open_regular(path, most=most) as file, turn_system_errors():
         content = file.read(most + 1)
     if len(content) > most:  # it grew since
         raise FileError(f"'{path}' has more than {most} bytes, the most that are read; is it the right file?")

@@ -45,7 +45,7 @@ GLOBALS = re.compile(
 OBJECTS = frozenset(("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"))
 
 
-def torch_file(path: str | Path) -> Path:
+def find_torch_file(path: str | Path) -> Path:
     """The path of a file that torch may have written.
 
     Raises:
@@ -58,7 +58,7 @@ def torch_file(path: str | Path) -> Path:
             raise FileError(f"{path}: {what}")
         size = path.stat().st_size
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise FileError(f"{path}: cannot be opened ({_reason(error)}); check its name") from error
+        raise FileError(f"{path}: cannot be opened ({find_reason(error)}); check its name") from error
     if path.suffix.lower() == ".onnx":
         raise FileError(
             f"{path}: is an .onnx file where a PyTorch model is needed; `ecqx-onnx pack` stores the"
@@ -81,7 +81,7 @@ def is_program(path: str | Path) -> bool:
     Raises:
         FileError: if there is no such file, or it cannot be read.
     """
-    path = torch_file(path)
+    path = find_torch_file(path)
     try:
         if not zipfile.is_zipfile(path):
             return False
@@ -90,7 +90,7 @@ def is_program(path: str | Path) -> bool:
     except PermissionError as error:
         raise FileError(f"{path}: may not be read; check its permissions") from error
     except Exception as error:  # zipfile raises six kinds on damaged archives
-        raise FileError(f"{path}: is damaged ({_reason(error)}); save it again") from error
+        raise FileError(f"{path}: is damaged ({find_reason(error)}); save it again") from error
     return any(name.endswith("archive_format") or "/models/" in name for name in names)
 
 
@@ -135,10 +135,10 @@ def read_plain(file: BinaryIO, source: str) -> Any:
         raise FileError(f"{source}: may not be read; check its permissions") from error
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "WeightsUnpickler" in str(error):
-            raise _pickled(source) from error
-        raise _damaged(source) from error
+            raise make_pickled_error(source) from error
+        raise make_damaged_error(source) from error
     except Exception as error:  # torch raises ten kinds on damaged files
-        raise _damaged(source) from error
+        raise make_damaged_error(source) from error
     _check_tensors(document, source, length)
     return document
 
@@ -156,7 +156,7 @@ def _look_at(file: BinaryIO, source: str) -> None:
             raise FileError(f"{source}: is damaged: its part {broken[:80]!r} doesn't have its checksum; save it again")
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise _damaged(source)
+            raise make_damaged_error(source)
         if pickles[0].file_size > MOST_PICKLE_BYTES:
             raise FileError(
                 f"{source}: has {pickles[0].file_size} bytes beside its tensors, more than {MOST_PICKLE_BYTES}; save a state dict"
@@ -172,14 +172,14 @@ def _check_pickle(stream: Any, source: str) -> None:
             raise FileError(f"{source}: has more than {MOST_OPCODES} values; save a state dict")
         is_other = opcode.name == "GLOBAL" and not GLOBALS.fullmatch(str(argument))
         if is_other or opcode.name in OBJECTS:
-            raise _pickled(source)
+            raise make_pickled_error(source)
 
 
 def _check_tensors(document: Any, source: str, stored: int) -> None:
     """Every tensor is dense, and all together stand for about as many bytes as are stored."""
     allowed = MOST_UNFOLDING * stored + UNFOLDED_FOR_FREE
     unfolded = 0
-    for tensor in _tensors_in(document, source):
+    for tensor in list_tensors(document, source):
         is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_plain or tensor.is_quantized or tensor.ndim > MOST_DIMENSIONS:
             raise FileError(f"{source}: holds a tensor that is no plain array in main memory; save dense tensors")
@@ -190,7 +190,7 @@ def _check_tensors(document: Any, source: str, stored: int) -> None:
             )
 
 
-def _tensors_in(document: Any, source: str) -> Iterator[torch.Tensor]:
+def list_tensors(document: Any, source: str) -> Iterator[torch.Tensor]:
     """Every tensor, as often as the document refers to it."""
     pending = [document]
     seen = 0
@@ -207,18 +207,18 @@ def _tensors_in(document: Any, source: str) -> Iterator[torch.Tensor]:
             pending.extend(value)
 
 
-def _pickled(source: str) -> FileError:
+def make_pickled_error(source: str) -> FileError:
     return FileError(
         f"{source}: holds pickled Python objects, not only tensors (or is damaged); save a state"
         " dict, or give `ecqx-onnx convert` --trust-pickle if you trust its author"
     )
 
 
-def _damaged(source: str) -> FileError:
+def make_damaged_error(source: str) -> FileError:
     return FileError(f"{source}: is damaged or was not written by torch.save; save it again")
 
 
-def _reason(error: BaseException) -> str:
+def find_reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -5,31 +5,31 @@ from __future__ import annotations
 from collections import Counter
 
 import onnx
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import list_graphs
 from ecqx_onnx_converters.storage import DOMAIN
 from onnx import TensorProto
 
-from ecqx_onnx.inputs.onnx_file import OnnxFile, stored_bytes
+from ecqx_onnx.inputs.onnx_file import OnnxFile, count_stored_bytes
 
 NARROW = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2}
 FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
-def scale_names(proto: onnx.ModelProto) -> set[str]:
+def list_scale_names(proto: onnx.ModelProto) -> set[str]:
     """Names of the steps, codebooks and factors: what dequantising nodes read beside the levels."""
-    nodes = (node for graph in all_graphs(proto.graph) for node in graph.node)
+    nodes = (node for graph in list_graphs(proto.graph) for node in graph.node)
     return {name for node in nodes if node.domain == DOMAIN or node.op_type == "DequantizeLinear" for name in node.input[1:]}
 
 
-def byte_parts(file: OnnxFile, scales: set[str]) -> dict[str, int]:
+def count_byte_parts(file: OnnxFile, scales: set[str]) -> dict[str, int]:
     """Bytes by purpose; what is left of the file is the graph's structure (nodes, dims, tags; padding of external data)."""
     parts: Counter[str] = Counter()
-    for graph in all_graphs(file.proto.graph):
+    for graph in list_graphs(file.proto.graph):
         for tensor in graph.initializer:
-            parts[_purpose(tensor, scales)] += _data_bytes(tensor)
+            parts[name_purpose(tensor, scales)] += count_data_bytes(tensor)
             parts["names"] += len(tensor.name.encode())
         for sparse in graph.sparse_initializer:
-            parts["quantised integers"] += _data_bytes(sparse.values) + _data_bytes(sparse.indices)
+            parts["quantised integers"] += count_data_bytes(sparse.values) + count_data_bytes(sparse.indices)
             parts["names"] += len(sparse.values.name.encode())
         for value in (*graph.input, *graph.output, *graph.value_info):
             parts["names"] += len(value.name.encode())
@@ -37,14 +37,14 @@ def byte_parts(file: OnnxFile, scales: set[str]) -> dict[str, int]:
             parts["names"] += sum(len(name.encode()) for name in (node.name, *node.input, *node.output))
             for attribute in node.attribute:
                 if attribute.HasField("t"):
-                    parts[_purpose(attribute.t, scales)] += _data_bytes(attribute.t)
+                    parts[name_purpose(attribute.t, scales)] += count_data_bytes(attribute.t)
     parts["functions"] = sum(function.ByteSize() for function in file.proto.functions)
     parts["metadata"] = sum(entry.ByteSize() for entry in file.proto.metadata_props)
     parts["graph structure"] = file.size - sum(parts.values())
     return dict(parts)
 
 
-def _purpose(tensor: TensorProto, scales: set[str]) -> str:
+def name_purpose(tensor: TensorProto, scales: set[str]) -> str:
     if tensor.data_type in NARROW:
         return "quantised integers"
     if tensor.data_type in FLOATS:
@@ -52,10 +52,10 @@ def _purpose(tensor: TensorProto, scales: set[str]) -> str:
     return "other constants"
 
 
-def _data_bytes(tensor: TensorProto) -> int:
+def count_data_bytes(tensor: TensorProto) -> int:
     """Bytes of the values alone, in the file or beside it."""
     if tensor.data_location == TensorProto.EXTERNAL:
-        return stored_bytes(tensor)
+        return count_stored_bytes(tensor)
     if tensor.HasField("raw_data"):
         return len(tensor.raw_data)
     bare = TensorProto()

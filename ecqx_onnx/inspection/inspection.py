@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from ecqx_onnx_converters.dequantization.fused import expanded
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.dequantization.fused import expand_call
+from ecqx_onnx_converters.graph.graph import list_graphs
 from ecqx_onnx_converters.serialization.reading import StoredWeight, is_as_written, read_records, read_weights
 from ecqx_onnx_converters.storage import DOMAIN
 from onnx import TensorProto
@@ -26,8 +26,8 @@ from rich.text import Text
 
 from ecqx_onnx.checkpoint.insight import Insight, to_document
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx, stored_bytes
-from ecqx_onnx.inspection.byte_parts import FLOATS, NARROW, byte_parts, scale_names
+from ecqx_onnx.inputs.onnx_file import OnnxFile, count_stored_bytes, read_onnx
+from ecqx_onnx.inspection.byte_parts import FLOATS, NARROW, count_byte_parts, list_scale_names
 from ecqx_onnx.tensors import QuantTensor
 
 SHOWN_FLOATS = 12  # rows of float weights in the tables; the JSON has all
@@ -114,7 +114,7 @@ class Inspection:
     def render(self) -> RenderableType:
         """As tables for a terminal."""
         facts = Table(title=Text(f"{self.file}: {self.kind}, {self.nbytes:,} bytes"), title_justify="left", show_header=False)
-        rows = [*self.facts, ("recipe", _words(self.recipe)), ("preprocessing", _words(self.preprocessing))]
+        rows = [*self.facts, ("recipe", format_fields(self.recipe)), ("preprocessing", format_fields(self.preprocessing))]
         for name, value in [*rows, ("labels", ", ".join(self.labels))]:
             if value:
                 facts.add_row(name, Text(value))
@@ -149,11 +149,11 @@ def inspect(path: Path | str) -> Inspection:
     """FileError if it is neither, or damaged."""
     path = Path(path)
     if path.suffix in (".pt", ".pth") or zipfile.is_zipfile(path):
-        return _checkpoint(path)
-    return _onnx(read_onnx(path))
+        return inspect_checkpoint(path)
+    return inspect_onnx(read_onnx(path))
 
 
-def _onnx(file: OnnxFile) -> Inspection:
+def inspect_onnx(file: OnnxFile) -> Inspection:
     proto, graph = file.proto, file.proto.graph
     warnings: list[str] = []
     stored: tuple[StoredWeight, ...] = ()
@@ -171,18 +171,18 @@ def _onnx(file: OnnxFile) -> Inspection:
         warnings.append(f"the levels of {', '.join(wrong)} do not have the metadata's checksum; the file was changed")
     elif is_as_written(file.with_data()) is False:
         warnings.append("graph, parameters or metadata do not have the file's own checksum; the file was changed")
-    scales = scale_names(proto)
+    scales = list_scale_names(proto)
     return Inspection(
         file=str(file.path),
         kind="ONNX model",
         nbytes=file.size,
-        facts=_facts(file),
-        tensors=tuple(_rows(stored, proto)),
-        floats=tuple(_floats(graph, scales)),
-        parts=byte_parts(file, scales),
-        recipe=_object(file.metadata.get("recipe")),
-        preprocessing=_object(file.metadata.get("preprocessing")),
-        labels=_labels(file.metadata.get("labels")),
+        facts=list_facts(file),
+        tensors=tuple(list_rows(stored, proto)),
+        floats=tuple(list_float_weights(graph, scales)),
+        parts=count_byte_parts(file, scales),
+        recipe=read_json_object(file.metadata.get("recipe")),
+        preprocessing=read_json_object(file.metadata.get("preprocessing")),
+        labels=read_labels(file.metadata.get("labels")),
         inflated=inflated,
         warnings=tuple(warnings),
     )
@@ -197,17 +197,17 @@ def _is_inflated(file: OnnxFile) -> bool:
     return bool(listed) and not any(name in present for name in listed)
 
 
-def _facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
+def list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
     proto = file.proto
     initializers = {tensor.name for tensor in proto.graph.initializer}  # old files list these among the inputs, too
     inputs = [value for value in proto.graph.input if value.name not in initializers]
-    operators = Counter(node.op_type for graph in all_graphs(proto.graph) for node in graph.node)
+    operators = Counter(node.op_type for graph in list_graphs(proto.graph) for node in graph.node)
     facts = [
         ("opset", ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import)),
         ("IR version", str(proto.ir_version)),
         ("producer", f"{proto.producer_name} {proto.producer_version}".strip()),
-        ("inputs", "; ".join(map(_signature, inputs))),
-        ("outputs", "; ".join(map(_signature, proto.graph.output))),
+        ("inputs", "; ".join(map(describe_signature, inputs))),
+        ("outputs", "; ".join(map(describe_signature, proto.graph.output))),
         ("nodes", ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))),
         ("functions", ", ".join(function.name for function in proto.functions)),
         ("external data", ", ".join(path.name for path in file.external)),
@@ -216,7 +216,7 @@ def _facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
     return tuple(fact for fact in facts if fact[1])
 
 
-def _signature(value: onnx.ValueInfoProto) -> str:
+def describe_signature(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
         return value.name
@@ -225,9 +225,9 @@ def _signature(value: onnx.ValueInfoProto) -> str:
     return f"{value.name} {kind.lower()}[{', '.join(lengths)}]"
 
 
-def _rows(stored: tuple[StoredWeight, ...], proto: onnx.ModelProto) -> Iterator[InspectedTensor]:
+def list_rows(stored: tuple[StoredWeight, ...], proto: onnx.ModelProto) -> Iterator[InspectedTensor]:
     types = {tensor.name: TensorProto.DataType.Name(tensor.data_type) for tensor in proto.graph.initializer}
-    calls = [part for node in proto.graph.node for part in expanded(node) if part.domain == DOMAIN]
+    calls = [part for node in proto.graph.node for part in expand_call(node) if part.domain == DOMAIN]
     folded = {call.input[0] for call in calls if call.input}
     seen: set[str] = set()
     for item in stored:
@@ -241,19 +241,19 @@ def _rows(stored: tuple[StoredWeight, ...], proto: onnx.ModelProto) -> Iterator[
         yield InspectedTensor.of(item.weight.tensor, item.weight.sources, storage, form, nbytes)
 
 
-def _floats(graph: onnx.GraphProto, scales: set[str]) -> Iterator[FloatWeight]:
-    for inner in all_graphs(graph):
+def list_float_weights(graph: onnx.GraphProto, scales: set[str]) -> Iterator[FloatWeight]:
+    for inner in list_graphs(graph):
         for tensor in inner.initializer:
             if tensor.data_type in FLOATS and len(tensor.dims) >= 2 and tensor.name not in scales:
-                yield FloatWeight(tensor.name, tuple(tensor.dims), stored_bytes(tensor))
+                yield FloatWeight(tensor.name, tuple(tensor.dims), count_stored_bytes(tensor))
 
 
-def _insight_parts(insight: Insight) -> tuple[bytes, bytes]:
+def split_insight_bytes(insight: Insight) -> tuple[bytes, bytes]:
     text, pairs = to_document(insight)
     return text.encode(), pairs.tobytes()
 
 
-def _checkpoint(path: Path) -> Inspection:
+def inspect_checkpoint(path: Path) -> Inspection:
     from ecqx_onnx.checkpoint.checkpoint import load  # here, since it loads torch, which .onnx files do not need
 
     checkpoint = load(path)
@@ -265,7 +265,7 @@ def _checkpoint(path: Path) -> Inspection:
         "float ONNX graph": checkpoint.graph.proto.ByteSize() + sum(w.nbytes for w in checkpoint.graph.weights.values()),
     }
     if checkpoint.insight is not None:
-        parts["insight for the report"] = sum(map(len, _insight_parts(checkpoint.insight)))
+        parts["insight for the report"] = sum(map(len, split_insight_bytes(checkpoint.insight)))
     parts["container"] = nbytes - sum(parts.values())
     floats = [
         FloatWeight(name, tuple(value.shape), value.nbytes)
@@ -287,13 +287,13 @@ def _checkpoint(path: Path) -> Inspection:
         tensors=tuple(rows),
         floats=tuple(floats),
         parts=parts,
-        recipe=_object(dict(checkpoint.recipe)),
-        preprocessing=_object(checkpoint.preprocessing.to_json()),
+        recipe=read_json_object(dict(checkpoint.recipe)),
+        preprocessing=read_json_object(checkpoint.preprocessing.to_json()),
         labels=tuple(checkpoint.labels),
     )
 
 
-def _object(value: Any) -> dict[str, Any]:
+def read_json_object(value: Any) -> dict[str, Any]:
     """A JSON object from the metadata, as such or as its text; empty if it is neither."""
     if isinstance(value, str):
         try:
@@ -303,11 +303,11 @@ def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _labels(value: Any) -> tuple[str, ...]:
+def read_labels(value: Any) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
-def _words(fields: Mapping[str, Any]) -> str:
+def format_fields(fields: Mapping[str, Any]) -> str:
     """What is set, as `name value`."""
     unset: tuple[Any, ...] = (None, [], "", {})
     return ", ".join(f"{name} {value}" for name, value in fields.items() if name != "version" and value not in unset)

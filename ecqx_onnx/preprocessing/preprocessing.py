@@ -144,9 +144,9 @@ class Preprocessing:
         if self.spectrum is not None:
             words.append("MFCC" if self.spectrum.coefficients else "log-mel spectrum")
         if self.mean:
-            words.append(f"minus {_shown(self.mean)}")
+            words.append(f"minus {show_value(self.mean)}")
         if self.std:
-            words.append(f"divided by {_shown(self.std)}")
+            words.append(f"divided by {show_value(self.std)}")
         return ", ".join(words) if len(words) > 1 else f"{self.kind}, values as they are"
 
     def to_json(self) -> str:
@@ -157,7 +157,7 @@ class Preprocessing:
     def from_json(cls, text: str) -> Preprocessing:
         """The reverse of `to_json`. FileError with one sentence for anything else."""
         try:
-            fields = _json_object(text)
+            fields = parse_json_object(text)
             if fields.pop("version", None) != 1:
                 raise OptionError("it is not of version 1, the one this tool reads")
             if isinstance(spectrum := fields.pop("spectrum", None), dict):
@@ -203,7 +203,7 @@ def infer_preprocessing(dtype: np.dtype, sample_shape: tuple[int, ...], *, where
     )
 
 
-def _shown(values: tuple[float, ...]) -> str:
+def show_value(values: tuple[float, ...]) -> str:
     more = ", ..." if len(values) > 4 else ""
     listed = ", ".join(f"{value:.4g}" for value in values[:4]) + more
     return listed if len(values) == 1 else f"({listed})"
@@ -218,7 +218,7 @@ def _is_count(value: Any, highest: int) -> bool:
     return type(value) is int and 1 <= value <= highest
 
 
-def _json_object(text: str) -> Any:
+def parse_json_object(text: str) -> Any:
     if len(text) > LONGEST_JSON:
         raise ValueError(f"it has {len(text)} characters, more than {LONGEST_JSON}")
     fields = json.loads(text)

@@ -87,34 +87,34 @@ class Spectrum:
             return np.concatenate([self.apply(waveform) for waveform in waveforms[:, None]])
         starts = np.arange(count) * self.hop
         framed = waveforms[:, starts[:, None] + np.arange(self.frame_length)]  # [N, frames, frame_length]
-        spectrum = np.fft.rfft(framed * _hann(self.frame_length), n=self.fft_length)
-        energies = (spectrum.real**2 + spectrum.imag**2) @ mel_filters(self).T
+        spectrum = np.fft.rfft(framed * make_hann_window(self.frame_length), n=self.fft_length)
+        energies = (spectrum.real**2 + spectrum.imag**2) @ make_mel_filters(self).T
         values = np.log(energies + self.floor)
         if self.coefficients:
-            values = values @ _dct(self.mel_bands)[: self.coefficients].T
+            values = values @ make_dct_matrix(self.mel_bands)[: self.coefficients].T
         return values.astype(np.float32)
 
 
-def _mel(hertz: np.ndarray | float) -> np.ndarray | float:
+def convert_to_mel(hertz: np.ndarray | float) -> np.ndarray | float:
     return 2595.0 * np.log10(1.0 + np.asarray(hertz) / 700.0)
 
 
 @lru_cache(maxsize=8)
-def mel_filters(spectrum: Spectrum) -> np.ndarray:
+def make_mel_filters(spectrum: Spectrum) -> np.ndarray:
     """float64 [mel_bands, fft_length // 2 + 1]: triangles whose corners are evenly spaced in mel, linear in Hz, of height 1."""
-    corners = np.linspace(_mel(spectrum.low_hz), _mel(spectrum.high_hz), spectrum.mel_bands + 2)
+    corners = np.linspace(convert_to_mel(spectrum.low_hz), convert_to_mel(spectrum.high_hz), spectrum.mel_bands + 2)
     left, centre, right = (700.0 * (10.0 ** (corners[i : i + spectrum.mel_bands, None] / 2595.0) - 1.0) for i in range(3))
     bins = np.arange(spectrum.fft_length // 2 + 1) * (spectrum.sample_rate / spectrum.fft_length)
     return np.maximum(0.0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))
 
 
 @lru_cache(maxsize=8)
-def _hann(length: int) -> np.ndarray:
+def make_hann_window(length: int) -> np.ndarray:
     return 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(length) / length)
 
 
 @lru_cache(maxsize=8)
-def _dct(bands: int) -> np.ndarray:
+def make_dct_matrix(bands: int) -> np.ndarray:
     """Orthonormal DCT-II, [bands, bands]: row i is sqrt(2/M) cos(pi i (j + 1/2) / M), row 0 divided by sqrt(2)."""
     rows, columns = np.arange(bands)[:, None], np.arange(bands)[None, :]
     matrix = math.sqrt(2.0 / bands) * np.cos(np.pi * rows * (columns + 0.5) / bands)

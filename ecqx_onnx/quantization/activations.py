@@ -5,7 +5,8 @@ The forward runs inside a torch function mode, which sees each operator as it is
 rounded first. Convolution, BatchNorm and Relu are one kernel with one output, so nothing is rounded between them; the last
 product's sums stay float. Inside recurrent layers and attention, whose kernels are one operator here, nothing is rounded.
 
-    x̂ = s (clip(round(x / s) + z, 0, 255) - z),   s = (high - low) / 255,   z = round(-low / s)      [Jacob et al. 2018, sec. 3.1]
+    x̂ = s (clip(round(x / s) + z, 0, 255) - z),   s = (high - low) / 255,   z = round(-low / s)      [Jacob et al. 2018, sec.
+    3.1]
 
 The gradient passes straight through inside [low, high] and is zero outside. Ranges are moving averages of each batch's extremes.
 """
@@ -22,30 +23,30 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ecqx_onnx.quantization.operators import ADDITIONS, AUGMENTED, mapped, spellings
+from ecqx_onnx.quantization.operators import ADDITIONS, AUGMENTED, list_spellings, map_tensors
 
 LEVELS = 255
 MEMORY = 0.99  # share of the old in a range's moving average
 
-CONVOLUTIONS = spellings("conv1d", "conv2d", "conv3d")
-LINEAR = spellings("linear")
-MATRIX_PRODUCTS = spellings("matmul", "__matmul__", "bmm", "mm")
-PAIRS = ADDITIONS | spellings("mul", "multiply", "__mul__", "__rmul__")
-NORMS = spellings("batch_norm")
-MEANS = spellings("mean")
-UNARY = spellings(
+CONVOLUTIONS = list_spellings("conv1d", "conv2d", "conv3d")
+LINEAR = list_spellings("linear")
+MATRIX_PRODUCTS = list_spellings("matmul", "__matmul__", "bmm", "mm")
+PAIRS = ADDITIONS | list_spellings("mul", "multiply", "__mul__", "__rmul__")
+NORMS = list_spellings("batch_norm")
+MEANS = list_spellings("mean")
+UNARY = list_spellings(
     *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("leaky_relu", "sigmoid"),
 )
-JOINS = spellings("cat", "concat")
-CLIPS = spellings("relu", "relu_", "relu6", "hardtanh", "clamp", "clip")
-DROPOUTS = spellings("dropout", "dropout1d", "dropout2d", "dropout3d")
-MOVES = spellings(
+JOINS = list_spellings("cat", "concat")
+CLIPS = list_spellings("relu", "relu_", "relu6", "hardtanh", "clamp", "clip")
+DROPOUTS = list_spellings("dropout", "dropout1d", "dropout2d", "dropout3d")
+MOVES = list_spellings(
     *("max_pool1d", "max_pool2d", "max_pool3d", "reshape", "view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
     *("transpose", "permute", "movedim", "swapaxes", "__getitem__", "narrow", "select", "pad", "expand", "expand_as"),
     *("contiguous", "clone"),
 )
-LOOKS = spellings(
+LOOKS = list_spellings(
     *("size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "register_hook", "__len__", "item", "tolist")
 )
 
@@ -139,7 +140,7 @@ class ActivationRounding:
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         mode = self._modes.pop()
         mode.__exit__(None, None, None)
-        return mapped(output, mode.floats) if output is not None else None
+        return map_tensors(output, mode.floats) if output is not None else None
 
     def observe(self, place: str, value: Tensor) -> None:
         """Take the value's extremes into the place's range, in training mode."""
@@ -154,11 +155,11 @@ class ActivationRounding:
         """x̂; the value itself where the place has no range yet."""
         if place not in self.ranges or self.seen is not None:
             return value
-        scale, zero_point = uint8(self.ranges[place].to(value.device))
+        scale, zero_point = choose_uint8_grid(self.ranges[place].to(value.device))
         return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, LEVELS).to(value.dtype)
 
 
-def uint8(range: Tensor) -> tuple[Tensor, Tensor]:
+def choose_uint8_grid(range: Tensor) -> tuple[Tensor, Tensor]:
     """(scale float32, zero point int32) for values in the range [2], widened to hold zero; as the converter computes them."""
     low, high = range[0].double().clamp(max=0), range[1].double().clamp(min=0)
     scale = ((high - low) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny).float()
@@ -205,13 +206,13 @@ class _Mode(TorchFunctionMode):
         """An operator whose first argument is what an integer kernel makes."""
         if func in NORMS and made.product:
             return self._make(func(*args, **kwargs), sums=made.sums)
-        if func in UNARY or (func in MEANS and _over_pixels(args, kwargs)):
+        if func in UNARY or (func in MEANS and is_over_pixels(args, kwargs)):
             return self._make(func(self.read(args[0], self._counted(name)), *args[1:], **kwargs))
         if name == "silu":  # x sigmoid(x) in the exported graph
             return self._pair(torch.mul, "mul", (args[0], self._next(made, torch.sigmoid, "sigmoid", args[:1], {})), {})
         if func in CLIPS:
             args = (args[0] if made.kernel is None else made.kernel, *args[1:])
-            if not _keeps_zero(args[1:], kwargs):  # a range always holds zero, so such a clip is no end of one
+            if not keeps_zero(args[1:], kwargs):  # a range always holds zero, so such a clip is no end of one
                 args = (self.read(args[0], self._counted(name)), *args[1:])
             return self._make(func(*args, **kwargs))
         if func in DROPOUTS:  # it scales what it keeps, so x̂ comes first
@@ -298,7 +299,9 @@ class _Mode(TorchFunctionMode):
         if not made or "alpha" in kwargs:
             return self._float_operator(func, args, kwargs)
         constants = [not isinstance(x, Tensor) or isinstance(x, nn.Parameter) for x in both]
-        read = [_constant(x) if fixed else self.read(x, self._counted(name)) for x, fixed in zip(both, constants, strict=True)]
+        read = [
+            round_constant(x) if fixed else self.read(x, self._counted(name)) for x, fixed in zip(both, constants, strict=True)
+        ]
         if any(constants) and made[0].sums:
             return self._make(func(*both), sums=True, kernel=self._make(func(*read)))
         return self._make(func(*read))
@@ -310,18 +313,18 @@ class _Mode(TorchFunctionMode):
         return self._make(func([self.read(x, self._counted("cat")) for x in parts], *args[1:], **kwargs))
 
     def _float_operator(self, func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
-        return func(*mapped(args, self.floats), **mapped(kwargs, self.floats))
+        return func(*map_tensors(args, self.floats), **map_tensors(kwargs, self.floats))
 
 
-def _constant(value: Any) -> Any:
+def round_constant(value: Any) -> Any:
     """A parameter beside an activation is rounded to 8 bits of its own, by its extremes."""
     if not isinstance(value, Tensor):
         return value
-    scale, zero_point = uint8(torch.stack(torch.aminmax(value.detach().float())))
+    scale, zero_point = choose_uint8_grid(torch.stack(torch.aminmax(value.detach().float())))
     return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, LEVELS).to(value.dtype)
 
 
-def _keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
+def keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a clip leaves zero as it is. bounds: a clamp's or hardtanh's positional ones; True where they are tensors."""
     named = dict(zip(("min", "max"), bounds, strict=False)) | {key[:3]: value for key, value in kwargs.items()}
     low, high = named.get("min"), named.get("max")
@@ -330,7 +333,7 @@ def _keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
     )
 
 
-def _over_pixels(args: Any, kwargs: Mapping[str, Any]) -> bool:
+def is_over_pixels(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a mean is over all dimensions behind the channels."""
     rank, axes = args[0].ndim, args[1] if len(args) > 1 else kwargs.get("dim")
     axes = (axes,) if isinstance(axes, int) else axes

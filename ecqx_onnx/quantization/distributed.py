@@ -17,22 +17,22 @@ from torch import Tensor
 from ecqx_onnx.errors import ModelError
 
 
-def processes() -> int:
+def count_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
-    return dist.get_rank() if processes() > 1 else 0
+def find_rank() -> int:
+    return dist.get_rank() if count_processes() > 1 else 0
 
 
 @contextmanager
-def process_group() -> Iterator[int]:
+def open_process_group() -> Iterator[int]:
     """Join the processes that torchrun started, if nobody has done so yet; gives this process's number on its machine."""
     joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if joins:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield int(os.environ.get("LOCAL_RANK", 0)) if processes() > 1 else 0
+        yield int(os.environ.get("LOCAL_RANK", 0)) if count_processes() > 1 else 0
     finally:
         if joins:
             dist.destroy_process_group()
@@ -40,14 +40,14 @@ def process_group() -> Iterator[int]:
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
     """Every process gets the first one's values."""
-    if processes() > 1:
+    if count_processes() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
-def added_up(values: Sequence[float], device: torch.device) -> list[float]:
+def sum_numbers(values: Sequence[float], device: torch.device) -> list[float]:
     """Each number summed over the processes."""
-    if processes() == 1:
+    if count_processes() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -56,7 +56,7 @@ def added_up(values: Sequence[float], device: torch.device) -> list[float]:
 
 def sum_over_processes(found: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add up each tensor over the processes. shapes: every name that some process may have, in one order for all."""
-    if processes() == 1:
+    if count_processes() == 1:
         return dict(found)
     reached = torch.tensor([float(name in found) for name in shapes], device=next(iter(shapes.values())).device)
     dist.all_reduce(reached)
@@ -70,7 +70,7 @@ def sum_over_processes(found: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
 
 def assert_same_levels(levels: Sequence[Tensor]) -> None:
     """ModelError if the processes have drifted apart."""
-    if processes() == 1:
+    if count_processes() == 1:
         return
     digest = hashlib.sha256()
     for tensor in levels:
@@ -81,6 +81,6 @@ def assert_same_levels(levels: Sequence[Tensor]) -> None:
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     if not torch.equal(lowest, highest):
         raise ModelError(
-            f"process {rank()} holds other levels than another one: every process must start from the same weights and "
+            f"process {find_rank()} holds other levels than another one: every process must start from the same weights and "
             "average its gradients (DistributedDataParallel does both)"
         )

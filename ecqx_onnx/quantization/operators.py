@@ -10,32 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def spellings(*names: str) -> frozenset[Callable]:
+def list_spellings(*names: str) -> frozenset[Callable]:
     """Every spelling of these operators: torch.x, torch.nn.functional.x and Tensor.x."""
     homes = (torch, F, Tensor)
     return frozenset(getattr(home, name) for home in homes for name in names if hasattr(home, name))
 
 
-ADDITIONS = spellings("add", "__add__", "__radd__")
+ADDITIONS = list_spellings("add", "__add__", "__radd__")
 
 AUGMENTED = {f"__i{name}__": getattr(Tensor, f"__{name}__") for name in ("add", "sub", "mul", "truediv")}
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def find_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         return []
-    return [tensor for item in value for tensor in tensors_in(item)]
+    return [tensor for item in value for tensor in find_tensors(item)]
 
 
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: mapped(item, function) for key, item in value.items()}
+        return {key: map_tensors(item, function) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(mapped(item, function) for item in value)
+        return type(value)(map_tensors(item, function) for item in value)
     return value

@@ -67,10 +67,10 @@ def find_parametrized(model: nn.Module) -> tuple[Parametrized, ...]:
     Returns:
         One entry for each such weight; empty for most models.
     """
-    return tuple(entry for layer, module in model.named_modules() for entry in _of_module(layer, module))
+    return tuple(entry for layer, module in model.named_modules() for entry in find_in_module(layer, module))
 
 
-def _of_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
+def find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
     prefix = f"{layer}." if layer else ""
     if parametrize.is_parametrized(module):
         parametrizations: Any = module.parametrizations
@@ -88,7 +88,7 @@ def _of_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
 
 
 @torch.no_grad()
-def effective_weight(model: nn.Module, entry: Parametrized) -> Tensor:
+def compute_effective_weight(model: nn.Module, entry: Parametrized) -> Tensor:
     """The weight as the module would compute it in evaluation; nothing of the model changes.
 
     Args:
@@ -173,19 +173,19 @@ def copy_module(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in module.__dict__.values():
-            for tensor in _computed_tensors(value):
+            for tensor in find_computed_tensors(value):
                 memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(model, memo)
 
 
-def _computed_tensors(value: Any) -> Iterator[Tensor]:
+def find_computed_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with a graph behind them, which copy.deepcopy refuses, in an attribute or its lists and dicts."""
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _computed_tensors(item)
+            yield from find_computed_tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _computed_tensors(item)
+            yield from find_computed_tensors(item)

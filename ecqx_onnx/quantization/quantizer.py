@@ -22,15 +22,15 @@ from torch import Tensor
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.options.quantizer import Recipe, make_recipe
 from ecqx_onnx.quantization.activations import ActivationRounding
-from ecqx_onnx.quantization.distributed import added_up, assert_same_levels, sum_over_processes
+from ecqx_onnx.quantization.distributed import assert_same_levels, sum_numbers, sum_over_processes
 from ecqx_onnx.quantization.levels.assignment import Assignment, assign
-from ecqx_onnx.quantization.levels.entropy import size_factor
+from ecqx_onnx.quantization.levels.entropy import compute_size_factor
 from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
 from ecqx_onnx.quantization.levels.learned_step import StepOptimizer
 from ecqx_onnx.quantization.parametrizations import find_parametrized
 from ecqx_onnx.tensors import QuantTensor, Scale
 
-QUANTISED: tuple[type[nn.Module], ...] = (
+QUANTIZED: tuple[type[nn.Module], ...] = (
     *(nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
 )
@@ -71,11 +71,11 @@ class Report:
     @property
     def warnings(self) -> tuple[str, ...]:
         unused = tuple(f"{pattern} matches no parameter" for pattern in self.unmatched)
-        quantised = {tensor.name for tensor in self.tensors}
+        quantized = {tensor.name for tensor in self.tensors}
         failed = tuple(
             f"no relevances, so plain ECQ for all weights: {why}" if what == "all weights" else f"{what}: {why}"
             for what, why in self.relevance_failures
-            if what not in quantised
+            if what not in quantized
         )
         computed = {why: None for name, why in self.left_float if name in self.parametrized}  # one for g and v
         single = tuple(f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings)
@@ -98,13 +98,13 @@ class _Weight:
     last: Assignment | None = None
     warnings: set[str] = field(default_factory=set)
 
-    def quantised(self) -> Tensor:
+    def quantized(self) -> Tensor:
         """kΔ in float32, exactly as QuantTensor.dequantize computes it."""
         return self.levels.float() * self.step
 
     def gradient_factor(self) -> Tensor:
         """|kΔ|, and 1 for k = 0: what gradient="absolute" multiplies the gradient with."""
-        magnitude = self.quantised().abs_()
+        magnitude = self.quantized().abs_()
         return torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)).to(self.parameter.dtype)
 
 
@@ -117,7 +117,7 @@ class Quantizer:
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self.options = make_recipe(options)
         self.model = model
-        module = _unwrapped(model)
+        module = unwrap_model(model)
         self._weights, self._left_float = _choose_weights(module, self.options)
         # A schedule may change these between steps: γ and step_rate are multiplied by them.
         self.entropy_scale, self.step_rate_scale = 1.0, 1.0
@@ -167,7 +167,7 @@ class Quantizer:
         if self._relevances is not None and refresh and not self.relevances_rest:
             if inputs is None:
                 raise OptionError("quantizer.step() needs the batch, step(x, y), to take relevances; or use relevance=None")
-            self.observe(*_first((inputs, target), self.options.relevance_samples))
+            self.observe(*take_first((inputs, target), self.options.relevance_samples))
         self._steps += 1
         self.assign()
         if refresh:
@@ -203,7 +203,7 @@ class Quantizer:
         """Relevances that failed in one process are given up in all: levels must stay the same."""
         assert self._relevances is not None
         failed = self._relevances.failure is not None
-        anywhere = added_up([float(failed)], self._weights[0].background.device)[0]
+        anywhere = sum_numbers([float(failed)], self._weights[0].background.device)[0]
         if anywhere and not failed:
             self._relevances.give_up("they failed in another process")
 
@@ -234,14 +234,14 @@ class Quantizer:
                 weight.step,
                 weight.grid,
                 axis=weight.axis,
-                strength=gamma * size_factor(weight.background.numel(), self._largest) ** exponent,
+                strength=gamma * compute_size_factor(weight.background.numel(), self._largest) ** exponent,
                 relevance=None if R is None else R / R.amax(),
                 band=self.options.band,
                 rho=self.options.rho,
                 zero_floor=self.options.zero_floor,
             )
             weight.levels = weight.last.levels
-            weight.parameter.copy_(weight.quantised())
+            weight.parameter.copy_(weight.quantized())
 
     def _absorb(self) -> None:
         """W += (parameter - kΔ): the optimizer's update was computed at kΔ and is applied to W."""
@@ -255,7 +255,7 @@ class Quantizer:
                 weight.relevance = None if weight.relevance is None else weight.relevance.to(device)
                 if weight.learner is not None:
                     weight.learner.to(device)
-            weight.background += weight.parameter - weight.quantised()
+            weight.background += weight.parameter - weight.quantized()
         sums = torch.stack([weight.background.sum() for weight in self._weights])
         if not bool(sums.isfinite().all()):
             broken = next(w.name for w, total in zip(self._weights, sums.tolist(), strict=True) if total - total != 0)
@@ -327,9 +327,9 @@ class Quantizer:
                 )
             )
         approximated = self._relevances.approximated if self._relevances is not None else ()
-        names = [name for name, _ in _unwrapped(self.model).named_parameters()]
+        names = [name for name, _ in unwrap_model(self.model).named_parameters()]
         failures = self._relevances.failures if self._relevances is not None else ()
-        sources = {source for entry in find_parametrized(_unwrapped(self.model)) for source in entry.sources}
+        sources = {source for entry in find_parametrized(unwrap_model(self.model)) for source in entry.sources}
         parametrized = tuple(name for name, reason in self._left_float if name in sources and "excluded" not in reason)
         return Report(tuple(entries), self._left_float, approximated, self.options.unmatched(names), failures, parametrized)
 
@@ -389,18 +389,18 @@ class Quantizer:
         self.assign()
 
 
-def _first(value: Any, samples: int | None) -> Any:
+def take_first(value: Any, samples: int | None) -> Any:
     """The first samples of each tensor in a batch."""
     if samples is None:
         return value
     if isinstance(value, Tensor):
         return value[:samples]
     if isinstance(value, Mapping):
-        return {key: _first(item, samples) for key, item in value.items()}
-    return type(value)(_first(item, samples) for item in value) if isinstance(value, (tuple, list)) else value
+        return {key: take_first(item, samples) for key, item in value.items()}
+    return type(value)(take_first(item, samples) for item in value) if isinstance(value, (tuple, list)) else value
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The user's module inside torch.compile's and DistributedDataParallel's wrappers: names are those of its state dict."""
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -423,18 +423,20 @@ def _choose_weights(model: nn.Module, recipe: Recipe) -> tuple[list[_Weight], tu
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{short}" if prefix else short
-            reason = _reason_to_leave(name, module, parameter, recipe, computed.get(name))
+            reason = find_reason_to_leave(name, module, parameter, recipe, computed.get(name))
             if reason:
                 left.append((name, reason))
             else:
-                chosen.append(_attach(name, module, parameter, recipe))
+                chosen.append(attach_hook(name, module, parameter, recipe))
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left[:3])
         raise ModelError(f"the model has no weight that can be quantised ({why or 'it has no parameters'})")
     return chosen, tuple(left)
 
 
-def _reason_to_leave(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe, computed: str | None) -> str | None:
+def find_reason_to_leave(
+    name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe, computed: str | None
+) -> str | None:
     """computed: what to do about a parameter that a weight is computed from in each forward pass."""
     pattern = recipe.excluded_by(name)
     if pattern:
@@ -443,7 +445,7 @@ def _reason_to_leave(name: str, module: nn.Module, parameter: nn.Parameter, reci
         return computed
     if parameter.ndim < 2:
         return "bias, norm or scalar"
-    if not isinstance(module, QUANTISED):
+    if not isinstance(module, QUANTIZED):
         return f"parameter of {type(module).__name__}, which is no layer with a known weight"
     if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
         return "an embedding with max_norm rescales its weight in every forward pass"
@@ -454,7 +456,7 @@ def _reason_to_leave(name: str, module: nn.Module, parameter: nn.Parameter, reci
     return None
 
 
-def _attach(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe) -> _Weight:
+def attach_hook(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe) -> _Weight:
     if parameter.dtype not in (torch.float32, torch.float64):
         raise ModelError(
             f"the weight '{name}' is {parameter.dtype}, which cannot hold kΔ exactly: keep the model in float32 "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from ecqx_onnx_converters.graph.outputs import derive_path, remove_leftovers, replacing
+from ecqx_onnx_converters.graph.outputs import derive_path, remove_leftovers, replace_on_success
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inputs.torch_file import read_plain
@@ -48,7 +48,7 @@ class StateFile:
             return None
         try:
             with _open(self.path) as file:
-                self._known = _identity(os.fstat(file.fileno()))
+                self._known = identify_file(os.fstat(file.fileno()))
                 state = _read(self.path, file)
         except OSError as error:
             what = error.strerror or error
@@ -62,9 +62,9 @@ class StateFile:
         """Replaces the state, whole or not at all. FileError if it cannot, or may not."""
         self._refuse_others()
         try:
-            with replacing(self.path, force=True) as temporary:
+            with replace_on_success(self.path, force=True) as temporary:
                 torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
-            self._known = _identity(os.lstat(self.path))
+            self._known = identify_file(os.lstat(self.path))
         except (OSError, RuntimeError, FileError) as error:
             raise FileError(
                 f"cannot write the training state '{self.path}' ({error}): free some space or choose another place"
@@ -77,14 +77,14 @@ class StateFile:
 
     def _refuse_others(self) -> None:
         try:
-            known = _identity(os.lstat(self.path))
+            known = identify_file(os.lstat(self.path))
         except OSError:
             return
         if known != self._known:
             self.load()
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
+def identify_file(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
 from ecqx_onnx.options.quantizer import Recipe
 from ecqx_onnx.options.training import Precision, Schedule, _Setup
-from ecqx_onnx.quantization.distributed import added_up, copy_from_first, process_group, processes, rank
+from ecqx_onnx.quantization.distributed import copy_from_first, count_processes, find_rank, open_process_group, sum_numbers
 from ecqx_onnx.quantization.quantizer import Quantizer
 from ecqx_onnx.quantization.state_file import StateFile
 
@@ -117,8 +117,8 @@ def train(
         raise DataError("the data set has no training samples")
     kept = None if state_file is None else StateFile(state_file)
     state = None if kept is None else kept.load()  # without `resume`, too: it is going to be replaced
-    with process_group() as local:
-        where = _device(device, local)
+    with open_process_group() as local:
+        where = choose_device(device, local)
         run = _Run(model.to(where), setup, options, where, augment, progress)
         if epochs == 0:
             if run.quantizer.activations is not None:
@@ -130,7 +130,7 @@ def train(
             run.restore(state)
         while len(run.history) < epochs:
             run.epoch(rest, held_out)
-            if kept is not None and rank() == 0:
+            if kept is not None and find_rank() == 0:
                 kept.save(run.state())
         return run.finish()
 
@@ -156,7 +156,7 @@ class _Run:
             self.quantizer.assign()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
         # Averages the gradients over the processes; with one process the model itself.
-        self.parallel = nn.parallel.DistributedDataParallel(model) if processes() > 1 and setup.epochs else model
+        self.parallel = nn.parallel.DistributedDataParallel(model) if count_processes() > 1 and setup.epochs else model
         self.history: list[EpochRecord] = []
         self.best: dict[str, Any] | None = None
 
@@ -178,9 +178,9 @@ class _Run:
         seen = correct = 0
         total = bits = 0.0
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence([setup.seed, epoch, rank()]).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence([setup.seed, epoch, find_rank()]).generate_state(1)[0]))
             for step, (x, y) in enumerate(self.batches(split, epoch)):
-                if len(y) < processes():
+                if len(y) < count_processes():
                     continue  # a last batch with too few samples to go round
                 done = (epoch - 1 + step / steps) / setup.epochs
                 for group in self.optimizer.param_groups:
@@ -193,14 +193,14 @@ class _Run:
                 seen, correct, total = seen + count, correct + hits, total + loss * count
                 if not math.isfinite(total):
                     raise ModelError(f"the loss is {total} in epoch {epoch}, step {step + 1}: lower the learning rate")
-                if self.progress is not None and rank() == 0:
+                if self.progress is not None and find_rank() == 0:
                     bits = self.quantizer.bits_per_weight if step % ENTROPY_EVERY == 0 else bits
                     zeros = self.quantizer.zeros
                     self.progress(Progress(epoch, setup.epochs, step + 1, steps, total / seen, correct / seen, zeros, bits))
         copy_from_first(self.model.buffers())  # BatchNorm's statistics are each process's own, as are ranges
         if self.quantizer.activations is not None:
             copy_from_first(self.quantizer.activations.ranges.values())
-        seen_by_all, correct_by_all, total_by_all = added_up([seen, correct, total], self.device)
+        seen_by_all, correct_by_all, total_by_all = sum_numbers([seen, correct, total], self.device)
         score = self.accuracy(held_out) if held_out is not None else None
         loss, accuracy = total_by_all / seen_by_all, correct_by_all / seen_by_all
         self.history.append(EpochRecord(epoch, loss, accuracy, score, self.quantizer.zeros, self.quantizer.bits_per_weight))
@@ -212,17 +212,17 @@ class _Run:
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int, int]:
         """(mean loss, correct ones, samples) of this process's share of the batch."""
-        share = processes() / len(y)
-        x, y = x[rank() :: processes()], y[rank() :: processes()]
+        share = count_processes() / len(y)
+        x, y = x[find_rank() :: count_processes()], y[find_rank() :: count_processes()]
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.precision == "bfloat16"):
             output = self.parallel(x)
-            loss = _loss(output, y)
+            loss = compute_loss(output, y)
             if self.teacher is not None:
-                wanted = _divergence(output, self.teacher, x, self.setup.temperature)
+                wanted = compute_divergence(output, self.teacher, x, self.setup.temperature)
                 loss = (1 - self.setup.distillation) * loss + self.setup.distillation * wanted
         # Shares may differ by one sample: weighted so that the mean over processes is the mean over the batch.
-        (loss * (len(y) * share)).backward() if processes() > 1 else loss.backward()
+        (loss * (len(y) * share)).backward() if count_processes() > 1 else loss.backward()
         self.optimizer.step()
         self.quantizer.step(x, y)
         return float(loss.detach()), int((output.argmax(1) == y).sum()), len(y)
@@ -279,7 +279,7 @@ class _Run:
             raise FileError(f"the training state does not fit this training ({reason}): delete it to start anew") from error
 
 
-def _device(wanted: str | torch.device | None, local: int) -> torch.device:
+def choose_device(wanted: str | torch.device | None, local: int) -> torch.device:
     """The device to train on; OptionError if it cannot be had."""
     if wanted is None:
         return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
@@ -294,12 +294,12 @@ def _device(wanted: str | torch.device | None, local: int) -> torch.device:
 
 def emulates_bfloat16(device: str | torch.device | None) -> bool:
     """Whether products in bfloat16 take longer than in float32 there, for want of instructions: ten times with AVX2 alone."""
-    if _device(device, 0).type != "cpu":
+    if choose_device(device, 0).type != "cpu":
         return False
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _loss(output: Any, target: Tensor) -> Tensor:
+def compute_loss(output: Any, target: Tensor) -> Tensor:
     """Cross entropy. DataError if the targets do not fit the output."""
     try:
         return F.cross_entropy(output, target)
@@ -311,7 +311,7 @@ def _loss(output: Any, target: Tensor) -> Tensor:
         ) from error
 
 
-def _divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: float) -> Tensor:
+def compute_divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: float) -> Tensor:
     """Hinton's distillation: T² · KL(teacher || student) at temperature T (arXiv 1503.02531)."""
     with torch.no_grad():
         wanted = F.log_softmax(teacher(x) / temperature, dim=1)

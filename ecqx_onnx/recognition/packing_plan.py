@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from ecqx_onnx_converters import FloatGraph, Matching, build, make_plan
 from ecqx_onnx_converters.foreign import qonnx
-from ecqx_onnx_converters.foreign.foreign import Foreign, find_quantised
+from ecqx_onnx_converters.foreign.foreign import Foreign, find_quantized
 from ecqx_onnx_converters.graph.opset_raising import raise_opset
-from ecqx_onnx_converters.graph.opsets import why_not_opset
+from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight
 from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.planning.plan import Kept, Plan
@@ -18,13 +18,13 @@ from ecqx_onnx_converters.targets import Target, find_target
 from onnx import ModelProto
 
 from ecqx_onnx.inputs.onnx_file import OnnxFile
-from ecqx_onnx.recognition.recognition import NotRecognised, recognise
+from ecqx_onnx.recognition.recognition import NotRecognized, recognize
 
 RAISED_TO = (21, 18, 13)  # opsets that bring storages: INT4; packed; several weights in a byte
 RECORD = 40  # bytes of metadata that a stored weight takes, about
 
 
-def rewritten(file: OnnxFile) -> ModelProto | None:
+def rewrite_model(file: OnnxFile) -> ModelProto | None:
     """What `pack` makes of a model with its default options, in memory.
 
     Args:
@@ -34,17 +34,17 @@ def rewritten(file: OnnxFile) -> ModelProto | None:
         The packed model with its data in it; None where nothing in it can be packed.
     """
     graph = FloatGraph.load(file.path)
-    qonnx.define(graph.proto)
-    raised = _raised(graph, find_target("onnxruntime"), None)
+    qonnx.define_operators(graph.proto)
+    raised = raise_graph(graph, find_target("onnxruntime"), None)
     options: dict[str, Any] = {"storage": "auto", "dequantize": "auto", "target": "onnxruntime", "opset": None}
-    plan, _, _ = _plan(raised or graph, options, fold_batchnorm=True)
+    plan, _, _ = plan_packing(raised or graph, options, fold_batchnorm=True)
     return build(plan).to_model() if plan.entries else None
 
 
-def _raised(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:
+def raise_graph(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:
     """The graph in an opset that has more storages; None where it is in one, or can just be declared so, or can't be raised."""
     for wanted in (step for step in RAISED_TO if graph.opset < step <= min(target.max_opset, opset or target.max_opset)):
-        if why_not_opset(graph.proto, wanted) is None:
+        if refuse_opset(graph.proto, wanted) is None:
             return None
         raised = raise_opset(graph, wanted)
         if isinstance(raised, FloatGraph):
@@ -52,38 +52,38 @@ def _raised(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph 
     return None
 
 
-def _plan(
+def plan_packing(
     graph: FloatGraph, options: Mapping[str, Any], *, fold_batchnorm: bool
 ) -> tuple[Plan, tuple[Kept, ...], tuple[BatchNorm, ...]]:
     """The plan of all weights that get smaller, and those that don't, or can't be had, with the reason."""
     leave: dict[str, Kept] = {}
-    unrecognised: dict[str, NotRecognised] = {}
-    recognised: dict[str, GraphWeight] = {}
+    unrecognized: dict[str, NotRecognized] = {}
+    recognized: dict[str, GraphWeight] = {}
     for name, values in graph.weights.items():
         if values.dtype == np.float32 and values.ndim >= 2:
-            result = recognise(name, values)
-            if isinstance(result, NotRecognised):
-                unrecognised[name] = result
+            result = recognize(name, values)
+            if isinstance(result, NotRecognized):
+                unrecognized[name] = result
             else:
-                recognised[name] = GraphWeight(name, result, (name,))
+                recognized[name] = GraphWeight(name, result, (name,))
     batchnorms: tuple[BatchNorm, ...] = ()
     while True:
-        foreign = find_quantised(graph, leave=leave)
-        there = [recognised[name] for name in foreign.graph.weights if name in recognised and name not in leave]
+        foreign = find_quantized(graph, leave=leave)
+        there = [recognized[name] for name in foreign.graph.weights if name in recognized and name not in leave]
         folded, matching = foreign.graph, Matching((*foreign.weights, *there), ())
         if fold_batchnorm:
             folded, matching, batchnorms = fold_batchnorms(folded, matching)
         plan = make_plan(folded, matching, **options)
-        useless = _useless(plan, foreign)
+        useless = list_useless(plan, foreign)
         if not useless:
             break
         leave |= {kept.name: kept for kept in useless}
-    floats = [Kept(kept.name, kept.shape, unrecognised[kept.name].reason) for kept in plan.kept if kept.name in unrecognised]
+    floats = [Kept(kept.name, kept.shape, unrecognized[kept.name].reason) for kept in plan.kept if kept.name in unrecognized]
     refused = [Kept(name, (), reason) for name, reason in foreign.refused.items()]
     return plan, (*leave.values(), *refused, *floats), batchnorms
 
 
-def _useless(plan: Plan, foreign: Foreign) -> list[Kept]:
+def list_useless(plan: Plan, foreign: Foreign) -> list[Kept]:
     """Weights that the plan can't store, or stores in no fewer bytes than they had."""
     found = {entry.weight.name for entry in plan.entries} | {weight.name for weight in foreign.weights}
     useless = [kept for kept in plan.kept if kept.name in found]

@@ -20,40 +20,40 @@ SAMPLE = 4096  # entries looked at before the whole tensor is
 
 
 @dataclass(frozen=True)
-class NotRecognised:
+class NotRecognized:
     """Why a tensor stays float."""
 
     name: str
     reason: str
 
 
-def recognise(name: str, weight: np.ndarray) -> QuantTensor | NotRecognised:
+def recognize(name: str, weight: np.ndarray) -> QuantTensor | NotRecognized:
     """weight: float32, any shape. Exact, or the reason why not; a result always takes fewer bytes than the floats."""
     if weight.ndim < 2:
-        return NotRecognised(name, "a vector (bias or normalisation): stays float")
+        return NotRecognized(name, "a vector (bias or normalisation): stays float")
     if weight.size == 0 or not np.isfinite(weight).all():
-        return NotRecognised(name, "it is empty" if weight.size == 0 else "it holds NaN or infinite values")
-    found = _per_tensor(weight)
+        return NotRecognized(name, "it is empty" if weight.size == 0 else "it holds NaN or infinite values")
+    found = fit_one_step(weight)
     if found is None:
-        found = next((f for axis in (0, 1) if (f := _per_channel(weight, axis)) is not None), None)
+        found = next((f for axis in (0, 1) if (f := fit_channel_steps(weight, axis)) is not None), None)
     if found is None:
-        return NotRecognised(
+        return NotRecognized(
             name, f"its {weight.size} entries lie on more than {MAX_CODEBOOK} values and on no uniform grid per channel"
         )
     tensor = QuantTensor(name, *found)
     table = tensor.meaning.step.size if isinstance(tensor.meaning, Scale) else tensor.meaning.values.size
     if tensor.size * tensor.bits + 32 * table >= 24 * tensor.size:
-        return NotRecognised(name, f"{table} scales or values for {tensor.size} entries would save next to nothing")
+        return NotRecognized(name, f"{table} scales or values for {tensor.size} entries would save next to nothing")
     return tensor
 
 
-def _per_tensor(weight: np.ndarray) -> tuple[np.ndarray, Scale | Codebook] | None:
+def fit_one_step(weight: np.ndarray) -> tuple[np.ndarray, Scale | Codebook] | None:
     if np.unique(weight.reshape(-1)[:SAMPLE]).size > MAX_CODEBOOK:
         return None
     values, index = np.unique(weight + np.float32(0), return_inverse=True)  # -0.0 and 0.0 are one value
     if values.size > MAX_CODEBOOK:
         return None
-    grid = _grid(values[None, :])
+    grid = fit_grid(values[None, :])
     if grid is not None and (np.abs(grid[0]).max() <= SMALL_LEVEL or values.size > SMALL_CODEBOOK):
         levels, step = grid
         return levels[0][index].reshape(weight.shape), Scale(step.reshape(()))
@@ -66,11 +66,11 @@ def _per_tensor(weight: np.ndarray) -> tuple[np.ndarray, Scale | Codebook] | Non
     return levels, Codebook(np.roll(values, -zero).astype(np.float32))
 
 
-def _per_channel(weight: np.ndarray, axis: int) -> tuple[np.ndarray, Scale] | None:
+def fit_channel_steps(weight: np.ndarray, axis: int) -> tuple[np.ndarray, Scale] | None:
     rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
     if np.unique(rows[np.argmax(np.abs(rows).max(axis=1))]).size > MAX_CODEBOOK:
         return None
-    grid = _grid(rows)
+    grid = fit_grid(rows)
     if grid is None:
         return None
     levels, step = grid
@@ -80,7 +80,7 @@ def _per_channel(weight: np.ndarray, axis: int) -> tuple[np.ndarray, Scale] | No
     return np.moveaxis(levels.reshape(moved), 0, axis), Scale(step.reshape(shape))
 
 
-def _grid(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def fit_grid(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """(levels int8 [C, n], step float32 [C]) with float32(level)*step == rows bit for bit, the fewest levels each; or None."""
     peak = np.abs(rows).max(axis=1).astype(np.float32)
     levels = np.zeros(rows.shape, np.int8)

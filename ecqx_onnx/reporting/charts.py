@@ -10,12 +10,12 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34  # pixels around the plotted area
 LOWEST_RELEVANCE = 1e-4  # below, points lie on the axis
 
 
-def histogram(counts: Sequence[tuple[int, int]], total: int, *, width: int = 340, height: int = 210) -> str:
+def draw_histogram(counts: Sequence[tuple[int, int]], total: int, *, width: int = 340, height: int = 210) -> str:
     """counts: (level, how many weights have it), levels rising. Bars are shares of all; the zero level stands out."""
     inner, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
     highest = max((count for _, count in counts), default=1) / max(1, total)
     slot = inner / max(1, len(counts))
-    parts = [_grid(_ticks(highest), highest, inner, tall, lambda share: f"{100 * share:g} %")]
+    parts = [draw_grid(choose_ticks(highest), highest, inner, tall, lambda share: f"{100 * share:g} %")]
     every = math.ceil(len(counts) * 18 / inner)
     for i, (level, count) in enumerate(counts):
         share = count / max(1, total)
@@ -26,12 +26,12 @@ def histogram(counts: Sequence[tuple[int, int]], total: int, *, width: int = 340
         place = f'x="{x:.1f}" y="{y:.1f}" width="{slot * 0.76:.1f}" height="{size:.1f}"'
         parts.append(f'<rect class="{kind}" {place}><title>{words}</title></rect>')
         if i % every == 0 or level == 0:
-            parts.append(_text(LEFT + (i + 0.5) * slot, height - BOTTOM + 15, str(level).replace("-", "−"), "middle"))
-    parts.append(_text(LEFT + inner / 2, height - 3, "level", "middle"))
-    return _svg(width, height, parts, "share of the weights on each level")
+            parts.append(draw_text(LEFT + (i + 0.5) * slot, height - BOTTOM + 15, str(level).replace("-", "−"), "middle"))
+    parts.append(draw_text(LEFT + inner / 2, height - 3, "level", "middle"))
+    return wrap_svg(width, height, parts, "share of the weights on each level")
 
 
-def scatter(
+def draw_scatter(
     magnitudes: Sequence[float], relevances: Sequence[float], levels: Sequence[int], *, width: int = 340, height: int = 210
 ) -> str:
     """|w| to the right, relevance upwards on a logarithmic axis; weights on the zero level are hollow grey, others filled."""
@@ -50,14 +50,14 @@ def scatter(
         power = "" if exponent == 0 else f'0<tspan dy="-4" font-size="8">−{-exponent}</tspan>'
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{inner}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{least}1{power}</text>')
-    for value in _ticks(most):
-        parts.append(_text(LEFT + inner * value / most, height - BOTTOM + 15, f"{value:.3g}", "middle"))
-    parts.append(_text(LEFT + inner / 2, height - 3, "magnitude |w|", "middle"))
+    for value in choose_ticks(most):
+        parts.append(draw_text(LEFT + inner * value / most, height - BOTTOM + 15, f"{value:.3g}", "middle"))
+    parts.append(draw_text(LEFT + inner / 2, height - 3, "magnitude |w|", "middle"))
     parts += [f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in points.items() if path]
-    return _svg(width, height, parts, "relevance against magnitude")
+    return wrap_svg(width, height, parts, "relevance against magnitude")
 
 
-def curves(
+def draw_curves(
     series: Sequence[tuple[str, str, Sequence[float | None]]],
     *,
     best: int | None,
@@ -74,7 +74,7 @@ def curves(
     low, high = low - room, high + room
     if percent:
         low, high = max(0.0, low), min(1.0, high)
-    ticks = [value for value in _ticks(high, low) if low <= value <= high]
+    ticks = [value for value in choose_ticks(high, low) if low <= value <= high]
 
     def x(epoch: int) -> float:
         return LEFT + inner * ((epoch - 1) / (epochs - 1) if epochs > 1 else 0.5)
@@ -85,12 +85,12 @@ def curves(
     parts = []
     for tick in ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}h{inner}"/>')
-        parts.append(_text(LEFT - 6, y(tick) + 4, f"{100 * tick:.4g} %" if percent else f"{tick:.3g}", "end"))
+        parts.append(draw_text(LEFT - 6, y(tick) + 4, f"{100 * tick:.4g} %" if percent else f"{tick:.3g}", "end"))
     every = max(1, math.ceil(epochs / 10))
     for epoch in range(1, epochs + 1):
         if epoch % every == 0 or epoch == 1:
-            parts.append(_text(x(epoch), height - BOTTOM + 15, str(epoch), "middle"))
-    parts.append(_text(LEFT + inner / 2, height - 3, "epoch", "middle"))
+            parts.append(draw_text(x(epoch), height - BOTTOM + 15, str(epoch), "middle"))
+    parts.append(draw_text(LEFT + inner / 2, height - 3, "epoch", "middle"))
     if best:
         parts.append(f'<path class="best" d="M{x(best):.1f} {TOP}v{tall}"><title>best epoch: {best}</title></path>')
     for name, kind, line in series:
@@ -101,18 +101,18 @@ def curves(
             shown = f"{100 * value:.2f} %" if percent else f"{value:.4g}"
             words = f"{escape(name)}, epoch {i + 1}: {shown}"
             parts.append(f'<circle class="dot {kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"><title>{words}</title></circle>')
-    return _svg(width, height, parts, ", ".join(name for name, _, _ in series) + " by epoch")
+    return wrap_svg(width, height, parts, ", ".join(name for name, _, _ in series) + " by epoch")
 
 
-def _grid(ticks: Sequence[float], highest: float, inner: float, tall: float, show: Callable[[float], str]) -> str:
+def draw_grid(ticks: Sequence[float], highest: float, inner: float, tall: float, show: Callable[[float], str]) -> str:
     lines = []
     for tick in ticks:
         y = TOP + tall * (1 - tick / highest) if highest else TOP + tall
-        lines.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{inner:.0f}"/>' + _text(LEFT - 6, y + 4, show(tick), "end"))
+        lines.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{inner:.0f}"/>' + draw_text(LEFT - 6, y + 4, show(tick), "end"))
     return "".join(lines)
 
 
-def _ticks(high: float, low: float = 0.0) -> list[float]:
+def choose_ticks(high: float, low: float = 0.0) -> list[float]:
     """Three to six round numbers from low to high."""
     span = high - low
     if not (span > 0 and math.isfinite(span)):
@@ -123,9 +123,9 @@ def _ticks(high: float, low: float = 0.0) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def draw_text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(width: int, height: int, parts: Sequence[str], words: str) -> str:
+def wrap_svg(width: int, height: int, parts: Sequence[str], words: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(words)}">{"".join(parts)}</svg>'

@@ -10,13 +10,13 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.outputs import check_output, replacing
+from ecqx_onnx_converters.graph.outputs import check_output, replace_on_success
 from rich.text import Text
 
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint.insight import Insight, WeightInsight
 from ecqx_onnx.inspection.inspection import InspectedTensor, inspect
-from ecqx_onnx.reporting.charts import curves, histogram, scatter
+from ecqx_onnx.reporting.charts import draw_curves, draw_histogram, draw_scatter
 from ecqx_onnx.tensors import QuantTensor, total_entropy_bytes
 from ecqx_onnx.validation.metrics import Proportion
 
@@ -67,8 +67,8 @@ def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = 
     """FileError if the checkpoint is none, or the page is in the way or cannot be written."""
     out = Path(out)
     check_output(out, force=force, source=checkpoint_file)
-    page, checkpoint = page_of(Path(checkpoint_file))
-    with replacing(out, force=force) as temporary:
+    page, checkpoint = render_page(Path(checkpoint_file))
+    with replace_on_success(out, force=force) as temporary:
         temporary.write_text(page, encoding="utf-8")
     insight = checkpoint.insight
     found = sum(bool(len(weight.relevances)) for weight in insight.weights) if insight else 0
@@ -76,7 +76,7 @@ def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = 
     return Written(out, len(page.encode()), len(checkpoint.tensors), found, epochs)
 
 
-def page_of(path: Path) -> tuple[str, Checkpoint]:
+def render_page(path: Path) -> tuple[str, Checkpoint]:
     from ecqx_onnx.checkpoint.checkpoint import load
 
     checkpoint = load(path)
@@ -86,30 +86,30 @@ def page_of(path: Path) -> tuple[str, Checkpoint]:
     some = any(len(weight.relevances) for weight in seen.values())
     values = {
         "title": escape(path.stem),
-        "subtitle": escape(_subtitle(checkpoint)),
-        "facts": "".join(_fact(*fact) for fact in _facts(checkpoint)),
-        "warnings": _warnings(checkpoint),
-        "curves": _curves(insight) if insight and insight.history else "",
-        "table": _table(checkpoint.tensors, rows, seen),
-        "kept_float": _kept_float(checkpoint),
+        "subtitle": escape(render_subtitle(checkpoint)),
+        "facts": "".join(render_fact(*fact) for fact in list_facts(checkpoint)),
+        "warnings": render_warnings(checkpoint),
+        "curves": render_curves(insight) if insight and insight.history else "",
+        "table": render_table(checkpoint.tensors, rows, seen),
+        "kept_float": render_kept_float(checkpoint),
         "explanation": f"<p>{EXPLAINED if some else NO_RELEVANCES}</p>",
-        "layers": "\n".join(_layer(tensor, rows[tensor.name], seen.get(tensor.name)) for tensor in checkpoint.tensors),
+        "layers": "\n".join(render_layer(tensor, rows[tensor.name], seen.get(tensor.name)) for tensor in checkpoint.tensors),
         "recipe": "".join(
-            f"<tr><td>{escape(str(k))}</td><td class='left'>{escape(str(v))}</td></tr>" for k, v in _recipe(checkpoint)
+            f"<tr><td>{escape(str(k))}</td><td class='left'>{escape(str(v))}</td></tr>" for k, v in list_recipe(checkpoint)
         ),
         "footer": escape(f"{path.name}, {path.stat().st_size:,} bytes, read by ecqx-onnx {__version__}"),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values), checkpoint
 
 
-def _subtitle(checkpoint: Checkpoint) -> str:
+def render_subtitle(checkpoint: Checkpoint) -> str:
     weights = sum(tensor.size for tensor in checkpoint.tensors)
     data = checkpoint.insight.data if checkpoint.insight else ""
     data = data or str(checkpoint.recipe.get("data", ""))
     return f"{len(checkpoint.tensors)} quantised weight tensors, {weights:,} weights" + (f", trained on {data}" if data else "")
 
 
-def _facts(checkpoint: Checkpoint) -> Iterable[tuple[str, str, str]]:
+def list_facts(checkpoint: Checkpoint) -> Iterable[tuple[str, str, str]]:
     """(what, value, note)"""
     tensors = checkpoint.tensors
     size = max(1, sum(tensor.size for tensor in tensors))
@@ -132,11 +132,11 @@ def _facts(checkpoint: Checkpoint) -> Iterable[tuple[str, str, str]]:
         yield "Accuracy", f"{100 * after.share:.2f} %", note
 
 
-def _fact(what: str, value: str, note: str) -> str:
+def render_fact(what: str, value: str, note: str) -> str:
     return f'<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd><dd class="note">{escape(note)}</dd></div>'
 
 
-def _warnings(checkpoint: Checkpoint) -> str:
+def render_warnings(checkpoint: Checkpoint) -> str:
     insight = checkpoint.insight
     found = [*(insight.warnings if insight else ()), *checkpoint.notes]
     found += [f"{entry.name} is not in the ONNX graph: {entry.reason}" for entry in checkpoint.matching.missing]
@@ -148,7 +148,7 @@ def _warnings(checkpoint: Checkpoint) -> str:
     return f'<section class="warning"><h2>Warnings</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in found)}</ul></section>'
 
 
-def _curves(insight: Insight) -> str:
+def render_curves(insight: Insight) -> str:
     def line(name: str) -> list[float | None]:
         return [row.get(name) for row in insight.history]
 
@@ -161,19 +161,19 @@ def _curves(insight: Insight) -> str:
         keys = '<span class="key first"></span>validation split, which chooses the epoch' + keys
     marked = f"; the dotted line is epoch {best}, whose weights these are" if best else ""
     figures = (
-        (curves(accuracy, best=best, percent=True), f"Accuracy. {keys}{marked}"),
-        (curves([("zeros", "first", line("zeros"))], best=best, percent=True), "Share of zeros"),
+        (draw_curves(accuracy, best=best, percent=True), f"Accuracy. {keys}{marked}"),
+        (draw_curves([("zeros", "first", line("zeros"))], best=best, percent=True), "Share of zeros"),
         (
-            curves([("entropy", "first", line("bits_per_weight"))], best=best, percent=False),
+            draw_curves([("entropy", "first", line("bits_per_weight"))], best=best, percent=False),
             "Entropy of the levels, bits a weight",
         ),
-        (curves([("loss", "first", line("loss"))], best=best, percent=False), "Training loss"),
+        (draw_curves([("loss", "first", line("loss"))], best=best, percent=False), "Training loss"),
     )
     shown = "".join(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for chart, caption in figures)
     return f'<section><h2>Training</h2><div class="pair">{shown}</div></section>'
 
 
-def _table(tensors: Sequence[QuantTensor], rows: Mapping[str, InspectedTensor], seen: Mapping[str, WeightInsight]) -> str:
+def render_table(tensors: Sequence[QuantTensor], rows: Mapping[str, InspectedTensor], seen: Mapping[str, WeightInsight]) -> str:
     names = ("weight", "shape", "weights", "bits", "zeros", "plain ECQ's", "entropy", "correlation", "relevance by")
     headings = [f'<th class="{"left" if name in ("weight", "relevance by") else ""}">{name}</th>' for name in names]
     cells = ["<thead><tr>", *headings, "</tr></thead><tbody>"]
@@ -193,7 +193,7 @@ def _table(tensors: Sequence[QuantTensor], rows: Mapping[str, InspectedTensor], 
     return "".join([*cells, "</tbody>"])
 
 
-def _kept_float(checkpoint: Checkpoint) -> str:
+def render_kept_float(checkpoint: Checkpoint) -> str:
     left = [
         (name, reason)
         for name, reason in (checkpoint.insight.left_float if checkpoint.insight else ())
@@ -205,14 +205,16 @@ def _kept_float(checkpoint: Checkpoint) -> str:
     return f'<p class="note">{escape(words)}.</p>' if count else ""
 
 
-def _layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight | None) -> str:
+def render_layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight | None) -> str:
     levels, counts = np.unique(tensor.levels, return_counts=True)
     found = dict(zip(levels.tolist(), counts.tolist(), strict=True))
     low, high = tensor.range
     bars = [(level, found.get(level, 0)) for level in range(low, high + 1)]
-    figures = [(histogram(bars, tensor.size), 'Levels. <span class="key grey"></span>zero <span class="key first"></span>others')]
+    figures = [
+        (draw_histogram(bars, tensor.size), 'Levels. <span class="key grey"></span>zero <span class="key first"></span>others')
+    ]
     if seen is not None and len(seen.relevances):
-        points = scatter(seen.magnitudes.tolist(), seen.relevances.tolist(), seen.levels.tolist())
+        points = draw_scatter(seen.magnitudes.tolist(), seen.relevances.tolist(), seen.levels.tolist())
         of = (
             f"{len(seen.magnitudes):,} of {tensor.size:,} weights"
             if len(seen.magnitudes) < tensor.size
@@ -226,7 +228,7 @@ def _layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight | None
     return f'<section><h3>{escape(row.name)}</h3><p class="note">{note}</p><div class="pair">{shown}</div></section>'
 
 
-def _recipe(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
+def list_recipe(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
     yield from sorted(checkpoint.recipe.items())
     if checkpoint.labels:
         yield "labels", ", ".join(checkpoint.labels[:50]) + (" …" if len(checkpoint.labels) > 50 else "")

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 from ecqx_onnx_converters.graph.files import write_proto
 from ecqx_onnx_converters.graph.graph import FloatGraph
-from ecqx_onnx_converters.graph.outputs import temporary_folder
+from ecqx_onnx_converters.graph.outputs import open_temporary_folder
 from onnx import ModelProto, TensorProto, helper
 from onnx.shape_inference import infer_shapes
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -44,8 +44,8 @@ def calibrate_ranges(
         raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
     if not values:
         return {}
-    with temporary_folder() as folder, _quiet():
-        calibrator = _calibrator(graph, values, method, folder)
+    with open_temporary_folder() as folder, silence_calibrators():
+        calibrator = make_calibrator(graph, values, method, folder)
         session = calibrator.infer_session
         for batch in batches:
             calibrator.collect_data(_Reader([session.feed(batch)]))
@@ -57,17 +57,17 @@ def calibrate_ranges(
             raise ModelError(
                 f"calibration by '{method}' fails on this model ({error}); use --calibration-method minmax"
             ) from error
-        return {name: _bounds(name, found[name]) for name in values}
+        return {name: read_bounds(name, found[name]) for name in values}
 
 
-def channel_peaks(graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray]) -> Mapping[str, np.ndarray]:
+def measure_channel_peaks(graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray]) -> Mapping[str, np.ndarray]:
     """value [N, C, ...] -> float32 [C]: the largest magnitude of each of its channels over the batches. {} without data."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     known = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(_declared(name) for name in values if name not in known)
+    proto.graph.output.extend(declare_value(name) for name in values if name not in known)
     peaks: dict[str, np.ndarray] = {}
-    with _session(proto, graph.weights) as session:
+    with open_watched_session(proto, graph.weights) as session:
         names = [node.name for node in session.get_outputs()]
         for batch in batches if values else ():
             found = dict(zip(names, session.run(None, session.feed(batch)), strict=True))
@@ -78,21 +78,21 @@ def channel_peaks(graph: FloatGraph, values: Sequence[str], batches: Iterable[np
 
 
 @contextlib.contextmanager
-def _session(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> Iterator[_Watched]:
+def open_watched_session(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> Iterator[_Watched]:
     """Runs the model as it is written."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with temporary_folder() as folder:
+    with open_temporary_folder() as folder:
         path = folder / "float.onnx"
         write_proto(proto, weights, path, external=sum(weight.nbytes for weight in weights.values()) > IN_ONE_FILE)
         try:
             yield _Watched(onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"]))
         except RUNTIME_ERRORS as error:
-            raise ModelError(f"onnxruntime does not run the float model: {_reason(error)}") from error
+            raise ModelError(f"onnxruntime does not run the float model: {find_reason(error)}") from error
 
 
-def ranges_by_value(
+def find_ranges_by_value(
     graph: FloatGraph,
     inputs: Sequence[np.ndarray],
     seen: Mapping[str, np.ndarray],
@@ -103,10 +103,10 @@ def ranges_by_value(
     seen: place -> its value in PyTorch; ranges: place -> its range. Gives the range of each value's name in the graph. Several
     names may have one place's value: a Reshape changes nothing of it, a Relu nothing of what is positive. A place may have none.
     """
-    known = {place: _signature(value) for place, value in seen.items()}
+    known = {place: compute_signature(value) for place, value in seen.items()}
     found: dict[str, tuple[float, float]] = {}
-    for name, value in _every_value(graph, inputs):
-        mine = _signature(value)
+    for name, value in run_every_value(graph, inputs):
+        mine = compute_signature(value)
         for place, wanted in known.items():
             if mine[0] == wanted[0] and np.allclose(mine[1:], wanted[1:], rtol=1e-3, atol=1e-4 * wanted[1]):
                 found[name] = ranges[place]
@@ -114,7 +114,7 @@ def ranges_by_value(
     return found
 
 
-def _signature(value: np.ndarray) -> tuple[float, ...]:
+def compute_signature(value: np.ndarray) -> tuple[float, ...]:
     """(entries, largest magnitude, lowest, highest, mean, root mean square): what a Reshape or Transpose leaves as it is."""
     x = value.astype(np.float64).reshape(-1)
     if not x.size:
@@ -122,31 +122,31 @@ def _signature(value: np.ndarray) -> tuple[float, ...]:
     return float(x.size), float(np.abs(x).max()), float(x.min()), float(x.max()), float(x.mean()), float(np.sqrt((x * x).mean()))
 
 
-def _every_value(graph: FloatGraph, inputs: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def run_every_value(graph: FloatGraph, inputs: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Each float32 value of the graph outside its inner graphs, for these inputs."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     known = {value.name for value in proto.graph.output}
     kinds = {value.name: value.type.tensor_type.elem_type for value in infer_shapes(proto).graph.value_info}
     made = [name for node in proto.graph.node for name in node.output if name and kinds.get(name) == TensorProto.FLOAT]
-    proto.graph.output.extend(_declared(name) for name in made if name not in known)
+    proto.graph.output.extend(declare_value(name) for name in made if name not in known)
     stored = {tensor.name for tensor in proto.graph.initializer}
     names = [value.name for value in proto.graph.input if value.name not in stored]
     feeds = dict(zip(names, inputs, strict=True))
-    with _session(proto, graph.weights) as session:
+    with open_watched_session(proto, graph.weights) as session:
         outputs = session.run(None, feeds)
     yield from feeds.items()
     yield from ((node.name, value) for node, value in zip(session.get_outputs(), outputs, strict=True))
 
 
-def _bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
+def read_bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
     low, high = (float(np.min(bound)) for bound in data.range_value)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ModelError(f"activation '{name}' ranges from {low} to {high} on the calibration data: mend the model or the data")
     return low, high
 
 
-def _calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: Path) -> Any:
+def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: Path) -> Any:
     """One that looks at `values` only; a sum of each is an output besides, since sums of NaN are NaN while extremes skip it."""
     kinds = {
         "minmax": (calibrate.MinMaxCalibrater, {}),
@@ -157,7 +157,7 @@ def _calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: P
 
     class Chosen(base):  # type: ignore[misc, valid-type]
         def select_tensors_to_calibrate(self, model: ModelProto) -> tuple[list[str], dict[str, Any]]:
-            return list(values), {name: _declared(name) for name in values}
+            return list(values), {name: declare_value(name) for name in values}
 
         def create_inference_session(self) -> None:
             settings = onnxruntime.SessionOptions()
@@ -171,7 +171,7 @@ def _calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: P
     known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
     for index in reversed([i for i, value in enumerate(proto.graph.value_info) if value.name in values]):
         del proto.graph.value_info[index]
-    proto.graph.value_info.extend(_declared(name) for name in values if name not in known)
+    proto.graph.value_info.extend(declare_value(name) for name in values if name not in known)
     for name in values:
         proto.graph.node.append(helper.make_node("ReduceSum", [name], [name + SUM], keepdims=0))
         proto.graph.output.append(helper.make_tensor_value_info(name + SUM, TensorProto.FLOAT, []))
@@ -184,7 +184,7 @@ def _calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: P
         calibrator.create_inference_session()
     except RUNTIME_ERRORS as error:
         raise ModelError(
-            f"onnxruntime does not load the float model, so that nothing can be calibrated: {_reason(error)}"
+            f"onnxruntime does not load the float model, so that nothing can be calibrated: {find_reason(error)}"
         ) from error
     return calibrator
 
@@ -195,11 +195,11 @@ SUM = "/sum"
 RUNTIME_ERRORS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
 
 
-def _reason(error: Exception) -> str:
+def find_reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _declared(name: str) -> Any:
+def declare_value(name: str) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
 
@@ -231,7 +231,7 @@ class _Watched:
         try:
             outputs = self.session.run(names, inputs)
         except RUNTIME_ERRORS as error:
-            raise DataError(f"the model does not run on the calibration data: {_reason(error)}") from error
+            raise DataError(f"the model does not run on the calibration data: {find_reason(error)}") from error
         for node, value in zip(self.session.get_outputs(), outputs, strict=True):
             if node.name.endswith(SUM) and not np.isfinite(value).all():
                 name = node.name.removesuffix(SUM)
@@ -251,7 +251,7 @@ class _Reader(calibrate.CalibrationDataReader):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def silence_calibrators() -> Iterator[None]:
     """The calibrators print their progress and warn of what is caught above."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

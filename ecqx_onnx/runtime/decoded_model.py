@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.graph.graph import all_graphs, subgraphs
+from ecqx_onnx_converters.graph.graph import list_graphs, list_subgraphs
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ecqx_onnx.errors import CheckFailed
-from ecqx_onnx.inputs.onnx_file import stored_bytes
-from ecqx_onnx.runtime.float_activations import without_quantisation
+from ecqx_onnx.inputs.onnx_file import count_stored_bytes
+from ecqx_onnx.runtime.float_activations import remove_quantization
 from ecqx_onnx.runtime.sessions import open_session, run
 
 # Operators that give another result each time: never constant, whatever their inputs.
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
-SERIALISED_LIMIT = 2**31 - 2**24  # bytes of tensors: protobuf's 2 GB, less the graph around them
+SERIALIZED_LIMIT = 2**31 - 2**24  # bytes of tensors: protobuf's 2 GB, less the graph around them
 PIECE = 2**28  # bytes of constants that are decoded in one session
 
 
 @dataclass(frozen=True, eq=False)
-class FloatTwin:
+class DecodedModel:
     """proto: no node in it computes on constants alone. weights: its float32 initializers by name; integers: those of int8."""
 
     proto: ModelProto
@@ -35,38 +35,38 @@ class FloatTwin:
 
     def serialize(self) -> bytes | None:
         """With its activations on floats, too. None if it is above protobuf's 2 GB."""
-        tensors = (tensor for graph in all_graphs(self.proto.graph) for tensor in graph.initializer)
-        if sum(map(stored_bytes, tensors)) > SERIALISED_LIMIT:
+        tensors = (tensor for graph in list_graphs(self.proto.graph) for tensor in graph.initializer)
+        if sum(map(count_stored_bytes, tensors)) > SERIALIZED_LIMIT:
             return None
-        return without_quantisation(self.proto).SerializeToString()
+        return remove_quantization(self.proto).SerializeToString()
 
 
-def float_twin(model: ModelProto) -> FloatTwin:
+def decode_model(model: ModelProto) -> DecodedModel:
     """model: with its data loaded; not changed. CheckFailed if the runtime cannot decode its constants."""
     proto = ModelProto()
     proto.CopyFrom(model)
-    _fold(proto.graph, proto, {})
+    fold_constants(proto.graph, proto, {})
     del proto.metadata_props[:]
-    tensors = [tensor for graph in all_graphs(proto.graph) for tensor in graph.initializer]
+    tensors = [tensor for graph in list_graphs(proto.graph) for tensor in graph.initializer]
     floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.FLOAT}
     integers = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.INT8}
-    return FloatTwin(proto, floats, integers)
+    return DecodedModel(proto, floats, integers)
 
 
-def _fold(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
+def fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
     """Replace the nodes of `graph` that depend on constants only by initializers with their results; then its inner graphs."""
     inputs = {value.name for value in graph.input}  # an initializer that is an input too may be overridden: not constant
     constants = dict(outer)
     constants.update({tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs})
     for sparse in graph.sparse_initializer:
-        constants[sparse.values.name] = _dense(sparse)
-    constant, rest = _split(graph, set(constants))
-    frontier = _read_by(rest, graph) & {name for node in constant for name in node.output}
+        constants[sparse.values.name] = make_dense(sparse)
+    constant, rest = split_graph(graph, set(constants))
+    frontier = find_readers(rest, graph) & {name for node in constant for name in node.output}
     computed = _evaluate(constant, sorted(frontier), constants, model)
     del graph.node[:]
     graph.node.extend(rest)
     constants.update(computed)
-    used = _read_by(rest, graph) | inputs
+    used = find_readers(rest, graph) | inputs
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     kept += [constants[sparse.values.name] for sparse in graph.sparse_initializer if sparse.values.name in used]
     kept += list(computed.values())
@@ -75,15 +75,15 @@ def _fold(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]
     del graph.sparse_initializer[:]
     graph.initializer.extend(copies)
     for node in graph.node:
-        for inner in subgraphs(node):
-            _fold(inner, model, constants)
+        for inner in list_subgraphs(node):
+            fold_constants(inner, model, constants)
 
 
-def _split(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], list[NodeProto]]:
+def split_graph(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], list[NodeProto]]:
     constant, rest, known = [], [], set(constants)
     for node in graph.node:
         fixed = all(not name or name in known for name in node.input) and node.op_type not in RANDOM
-        if fixed and not any(_reads_outside(inner) for inner in subgraphs(node)):
+        if fixed and not any(reads_outside(inner) for inner in list_subgraphs(node)):
             constant.append(node)
             known.update(node.output)
         else:
@@ -91,9 +91,9 @@ def _split(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], lis
     return constant, rest
 
 
-def _reads_outside(graph: GraphProto) -> bool:
+def reads_outside(graph: GraphProto) -> bool:
     made = {value.name for value in (*graph.input, *graph.initializer)} | {name for node in graph.node for name in node.output}
-    return not _read_by(list(graph.node), graph) - {""} <= made
+    return not find_readers(list(graph.node), graph) - {""} <= made
 
 
 def _evaluate(
@@ -106,15 +106,15 @@ def _evaluate(
     read: set[str] = set()
     for name in names:
         piece.append(name)
-        read |= _ancestors(name, makers)
-        if name == names[-1] or sum(stored_bytes(constants[n]) for n in read & constants.keys()) > PIECE:
+        read |= find_ancestors(name, makers)
+        if name == names[-1] or sum(count_stored_bytes(constants[n]) for n in read & constants.keys()) > PIECE:
             used = [node for node in nodes if not read.isdisjoint(node.output)]
-            results.update(_run(used, piece, [constants[n] for n in sorted(read & constants.keys())], model))
+            results.update(run_piece(used, piece, [constants[n] for n in sorted(read & constants.keys())], model))
             piece, read = [], set()
     return results
 
 
-def _ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
+def find_ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
     """The name and all that it is computed from."""
     found, queue = set(), [name]
     while queue:
@@ -125,8 +125,10 @@ def _ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
     return found
 
 
-def _run(nodes: list[NodeProto], names: list[str], constants: list[TensorProto], model: ModelProto) -> dict[str, TensorProto]:
-    if sum(map(stored_bytes, constants)) > SERIALISED_LIMIT:
+def run_piece(
+    nodes: list[NodeProto], names: list[str], constants: list[TensorProto], model: ModelProto
+) -> dict[str, TensorProto]:
+    if sum(map(count_stored_bytes, constants)) > SERIALIZED_LIMIT:
         raise CheckFailed(f"the constants behind '{names[-1]}' take more than 2 GB, more than a session can be given at once")
     outputs = [onnx.ValueInfoProto(name=name) for name in names]
     graph = onnx.helper.make_graph(nodes, "constants", [], outputs, constants)
@@ -135,17 +137,17 @@ def _run(nodes: list[NodeProto], names: list[str], constants: list[TensorProto],
     return {name: numpy_helper.from_array(array, name) for name, array in zip(names, results, strict=True)}
 
 
-def _read_by(nodes: list[NodeProto], graph: GraphProto) -> set[str]:
+def find_readers(nodes: list[NodeProto], graph: GraphProto) -> set[str]:
     """Names that the nodes, the graphs inside them, or the graph's outputs read."""
     names = {value.name for value in graph.output}
     for node in nodes:
         names.update(node.input)
-        for inner in subgraphs(node):
-            names |= _read_by(list(inner.node), inner)
+        for inner in list_subgraphs(node):
+            names |= find_readers(list(inner.node), inner)
     return names
 
 
-def _dense(sparse: onnx.SparseTensorProto) -> TensorProto:
+def make_dense(sparse: onnx.SparseTensorProto) -> TensorProto:
     values = numpy_helper.to_array(sparse.values)
     dense = np.zeros(int(np.prod(sparse.dims)), values.dtype)
     dense[numpy_helper.to_array(sparse.indices)] = values

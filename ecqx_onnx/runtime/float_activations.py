@@ -10,7 +10,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 
-def without_quantisation(model: ModelProto) -> ModelProto:
+def remove_quantization(model: ModelProto) -> ModelProto:
     """A copy; `model` itself where nothing in it is quantised. Weights must be floats already, as in a FloatTwin."""
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return model
@@ -30,11 +30,11 @@ def without_quantisation(model: ModelProto) -> ModelProto:
     copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
-    _constants_to_floats(proto, copies)
+    convert_constants_to_floats(proto, copies)
     return proto
 
 
-def _constants_to_floats(proto: ModelProto, nodes: list[NodeProto]) -> None:
+def convert_constants_to_floats(proto: ModelProto, nodes: list[NodeProto]) -> None:
     """The bytes that remain are padding values and bounds of Clip; the time that they take does not depend on their values."""
     read = {name for node in nodes for name in node.input}
     tensors = list(proto.graph.initializer)

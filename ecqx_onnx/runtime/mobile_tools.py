@@ -10,26 +10,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
-from ecqx_onnx_converters.graph.outputs import temporary_folder
+from ecqx_onnx_converters.graph.outputs import open_temporary_folder
 
 from ecqx_onnx.errors import ModelError
-from ecqx_onnx.runtime.sessions import RUNTIME_ERRORS, reason
+from ecqx_onnx.runtime.sessions import RUNTIME_ERRORS, shorten_reason
 
 
-def _convert(source: Path, folder: Path) -> None:
+def convert_to_ort(source: Path, folder: Path) -> None:
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
-    with _quiet():
+    with silence_tools():
         try:
             convert_onnx_models_to_ort(
                 source, folder, [OptimizationStyle.Fixed], target_platform="arm", enable_type_reduction=True
             )
         except (*RUNTIME_ERRORS, KeyError, ValueError, RuntimeError) as error:  # KeyError: of a type that .ort files cannot have
-            what = f"its converter has no entry for {error}" if isinstance(error, KeyError) else reason(error)
+            what = f"its converter has no entry for {error}" if isinstance(error, KeyError) else shorten_reason(error)
             raise ModelError(f"{source.stem}.ort was not written: onnxruntime does not convert it: {what}") from None
 
 
-def accelerator_notes(path: Path, accelerators: Sequence[str]) -> tuple[str, ...]:
+def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...]:
     """The verdict of onnxruntime's usability checker on the graph as accelerators meet it: weights folded, and in float."""
     from onnxruntime.tools.mobile_helpers import usability_checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
@@ -43,10 +43,10 @@ def accelerator_notes(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
             model, fixed, "coreml_supported_mlprogram_ops.md"
         ),
     }
-    with temporary_folder() as folder, _quiet():
-        optimised = folder / "model.onnx"
-        optimize_model(path, optimised, use_external_initializers=True)
-        model: onnx.ModelProto = ModelProtoWithShapeInfo(optimised).model_with_shape_info
+    with open_temporary_folder() as folder, silence_tools():
+        optimized = folder / "model.onnx"
+        optimize_model(path, optimized, use_external_initializers=True)
+        model: onnx.ModelProto = ModelProtoWithShapeInfo(optimized).model_with_shape_info
         found = {name: checkers[name](model, True) for name in accelerators}
     notes = []
     for name, info in found.items():
@@ -57,7 +57,7 @@ def accelerator_notes(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def silence_tools() -> Iterator[None]:
     """These tools tell their progress to print and to the root logger, and one leaves a file to the garbage collector."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

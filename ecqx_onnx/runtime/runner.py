@@ -19,7 +19,7 @@ from ecqx_onnx_converters.graph.graph import FloatGraph
 from onnx import ModelProto, TensorProto, helper
 
 from ecqx_onnx.errors import DataError, ModelError
-from ecqx_onnx.runtime.sessions import PROVIDER, RUNTIME_ERRORS, reason
+from ecqx_onnx.runtime.sessions import PROVIDER, RUNTIME_ERRORS, shorten_reason
 
 IN_ONE_FILE = 2**30  # bytes of weights; larger models keep them beside the file
 Feeds = Mapping[str, np.ndarray]
@@ -118,7 +118,7 @@ def run_session(
     try:
         return list(session.run(list(names), dict(feeds), options))
     except (*RUNTIME_ERRORS, ValueError, RuntimeError) as error:
-        raise DataError(f"the float model does not run on the data: {reason(error)}") from None
+        raise DataError(f"the float model does not run on the data: {shorten_reason(error)}") from None
 
 
 def load_session(proto: ModelProto, weights: Mapping[str, np.ndarray], threads: int) -> onnxruntime.InferenceSession:
@@ -143,4 +143,4 @@ def load_session(proto: ModelProto, weights: Mapping[str, np.ndarray], threads: 
         try:
             return onnxruntime.InferenceSession(str(path), settings, providers=[PROVIDER])
         except RUNTIME_ERRORS as error:
-            raise ModelError(f"onnxruntime does not load the float model: {reason(error)}") from None
+            raise ModelError(f"onnxruntime does not load the float model: {shorten_reason(error)}") from None

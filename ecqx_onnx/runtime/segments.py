@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import FloatGraph, all_graphs, subgraphs
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_graphs, list_subgraphs
 from onnx import ModelProto, NodeProto, helper
 
 from ecqx_onnx.errors import ModelError
@@ -106,8 +106,8 @@ class Segments:
 def read_names(node: NodeProto) -> Iterator[str]:
     """Names that a node reads, those that its subgraphs read from outside among them."""
     yield from (name for name in node.input if name)
-    for inner in subgraphs(node):
-        for scope in all_graphs(inner):
+    for inner in list_subgraphs(node):
+        for scope in list_graphs(inner):
             yield from (value.name for value in scope.output)
             for each in scope.node:
                 yield from (name for name in each.input if name)

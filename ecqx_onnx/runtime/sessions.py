@@ -16,7 +16,7 @@ import numpy as np
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.32 would write files of events into the user's cache at its import
 import onnxruntime
-from ecqx_onnx_converters.graph.outputs import temporary_folder
+from ecqx_onnx_converters.graph.outputs import open_temporary_folder
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
@@ -55,7 +55,7 @@ NUMPY_TYPES = {
 }
 
 
-def runtime_name() -> str:
+def describe_runtime() -> str:
     return f"onnxruntime {onnxruntime.__version__}, {PROVIDER}"
 
 
@@ -74,7 +74,7 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
     except RUNTIME_ERRORS as error:
-        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} does not load it: {reason(error)}") from None
+        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} does not load it: {shorten_reason(error)}") from None
 
 
 def run(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -83,14 +83,14 @@ def run(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> 
     try:
         outputs = session.run(None, dict(zip(names, inputs, strict=True)))
     except RUNTIME_ERRORS as error:
-        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} fails while running it: {reason(error)}") from None
+        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} fails while running it: {shorten_reason(error)}") from None
     for node, output in zip(session.get_outputs(), outputs, strict=True):
         if not isinstance(output, np.ndarray):
             raise ModelError(f"output '{node.name}' is a {node.type}: only tensors can be compared")
     return tuple(outputs)
 
 
-def reason(error: Exception) -> str:
+def shorten_reason(error: Exception) -> str:
     """The runtime's message without its prefixes and line breaks, at most 300 characters."""
     text = " ".join(str(error).split())
     text = text.rsplit("[ONNXRuntimeError] : ", 1)[-1].split(" : ", 2)[-1]
@@ -98,7 +98,7 @@ def reason(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def fit(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def fit_inputs(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """The inputs in the types that the graph declares. DataError where count, shape or kind of number do not fit."""
     nodes = session.get_inputs()
     if len(nodes) != len(inputs):
@@ -122,13 +122,13 @@ def _fit_one(node: onnxruntime.NodeArg, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=dtype)
 
 
-def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
+def find_fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
     """The batch size that the graph insists on; None if it takes any."""
     lengths = {node.shape[0] for node in session.get_inputs() if node.shape and isinstance(node.shape[0], int)}
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def synthetic_inputs(
+def make_synthetic_inputs(
     session: onnxruntime.InferenceSession, *, batch: int = 1, free: int = 1, seed: int = 0
 ) -> tuple[np.ndarray, ...]:
     """Normal floats, integers of 0 and 1, in the declared shapes; a free length is `batch` if it is the first, else `free`."""
@@ -147,7 +147,7 @@ def synthetic_inputs(
     return tuple(arrays)
 
 
-def load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:
+def measure_load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:
     """Median time from file to ready session, one thread, all optimisations."""
     times = []
     for _ in range(repeats):
@@ -157,9 +157,9 @@ def load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:
     return float(np.median(times))
 
 
-def executed_operators(model: Path | bytes, inputs: Sequence[np.ndarray]) -> Counter[str]:
+def count_executed_operators(model: Path | bytes, inputs: Sequence[np.ndarray]) -> Counter[str]:
     """How often each operator type ran in one inference with all optimisations, from the runtime's own profile."""
-    with temporary_folder() as folder:
+    with open_temporary_folder() as folder:
         session = open_session(model, threads=1, profile=folder / "profile")
         run(session, inputs)
         profile = Path(session.end_profiling())

@@ -55,10 +55,10 @@ def load_factory(spec: str) -> Loaded:
         raise ModelError(f"{spec}() returned {type(model).__name__}, not a torch.nn.Module; return the network")
     home = vars(inspect.getmodule(factory) or object) if inspect.isclass(factory) else getattr(factory, "__globals__", {})
     names = {**home, **own}  # a factory that was imported from elsewhere: what stands beside the import comes first
-    return Loaded(model, _input_shape(names.get("INPUT_SHAPE"), file), _preprocessing(names.get("PREPROCESSING"), file))
+    return Loaded(model, read_input_shape(names.get("INPUT_SHAPE"), file), read_preprocessing(names.get("PREPROCESSING"), file))
 
 
-def _input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
+def read_input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
     if shape is None:
         return None
     lengths = shape if isinstance(shape, list | tuple | torch.Size) else (None,)
@@ -67,7 +67,7 @@ def _input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
     return tuple(lengths)
 
 
-def _preprocessing(found: Any, file: str) -> Preprocessing | None:
+def read_preprocessing(found: Any, file: str) -> Preprocessing | None:
     if found is not None and not isinstance(found, Preprocessing):
         raise ModelError(
             f"PREPROCESSING in {file} is {type(found).__name__}: write ecqx_onnx.Preprocessing('image', scale=255.0), say"
@@ -79,7 +79,7 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
     """A state dict from a file or a Hugging Face folder: bare, or wrapped in dicts of any name."""
     if is_safetensors(Path(path)):
         return read_safetensors(Path(path))
-    return _state_of(load_plain(path), path)
+    return find_state(load_plain(path), path)
 
 
 def apply_state(
@@ -110,9 +110,9 @@ def apply_state(
         if own[n].shape != state[n].shape
     ]
     parts = (
-        [f"lacks {_few(missing)}"] * bool(missing)
-        + [f"has {_few(extra)} too many"] * bool(extra)
-        + [f"shape of {_few(sorted(shapes))}"] * bool(shapes)
+        [f"lacks {show_few(missing)}"] * bool(missing)
+        + [f"has {show_few(extra)} too many"] * bool(extra)
+        + [f"shape of {show_few(sorted(shapes))}"] * bool(shapes)
     )
     if shapes or (parts and strict) or len(missing) == len(own):
         advice = "name the network that it was trained in"
@@ -163,11 +163,11 @@ def load_model(path: str | Path, *, factory: str | None = None, trust_pickle: bo
     else:
         document = load_plain(path)  # says it better when the file is damaged or a pickle
         if not is_checkpoint(document):
-            _state_of(document, path)
+            find_state(document, path)
     raise ModelError(f"{path}: is a state dict, which has no network in it; add --model FILE.py:FACTORY")
 
 
-def _state_of(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
+def find_state(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
     if is_checkpoint(document):
         raise ModelError(
             f"{path}: is a checkpoint of ecqx-onnx, quantised already and with its network in it, where a float state dict"
@@ -194,5 +194,5 @@ def _innermost(document: Any, depth: int = 0) -> dict[Any, torch.Tensor] | None:
     return None
 
 
-def _few(names: list[str]) -> str:
+def show_few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

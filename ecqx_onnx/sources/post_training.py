@@ -11,7 +11,7 @@ import torch
 
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.quantization.weights import MATRIX_PRODUCTS, Weight
-from ecqx_onnx.recognition.recognition import NotRecognised, recognise
+from ecqx_onnx.recognition.recognition import NotRecognized, recognize
 from ecqx_onnx.tensors import QuantTensor
 
 
@@ -39,7 +39,9 @@ class _Chosen:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
-def _tensors_of(state: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], chosen: _Chosen) -> tuple[QuantTensor, ...]:
+def find_quantized_tensors(
+    state: Mapping[str, torch.Tensor], weights: Mapping[str, Weight], chosen: _Chosen
+) -> tuple[QuantTensor, ...]:
     """The quantised weights of a state dict: recognised, or quantised here when `bits` says so. ModelError for a float model.
 
     weights: what the network multiplies, see `find_weights`. With `bits` nothing else is looked at; without, whatever lies on few
@@ -49,7 +51,7 @@ def _tensors_of(state: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]
     multiplied = {state[name].data_ptr(): weight for name, weight in weights.items()}
     seen: set[int] = set()
     found: list[QuantTensor] = []
-    refusals: list[NotRecognised] = []
+    refusals: list[NotRecognized] = []
     unused: list[str] = []
     for name, value in state.items():
         if not value.is_floating_point() or value.ndim < 2 or not value.numel() or value.data_ptr() in seen:
@@ -67,10 +69,10 @@ def _tensors_of(state: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]
             if not used:
                 continue
             raise ModelError(f"the weight {name!r} holds NaN or infinite values; train it again or repair it before converting")
-        result = recognise(name, values)
-        if isinstance(result, NotRecognised) and chosen.bits:
+        result = recognize(name, values)
+        if isinstance(result, NotRecognized) and chosen.bits:
             axis = weight.axis if weight is not None and weight.operator in MATRIX_PRODUCTS else 0
-            result = _assigned(name, value.detach().cpu().float(), chosen.bits, chosen.entropy_weight, axis=axis)
+            result = quantize_weight(name, value.detach().cpu().float(), chosen.bits, chosen.entropy_weight, axis=axis)
         if isinstance(result, QuantTensor):
             found.append(result)
         else:
@@ -93,11 +95,11 @@ def _tensors_of(state: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]
     return tuple(found)
 
 
-def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float, *, axis: int = 0) -> QuantTensor:
+def quantize_weight(name: str, weight: torch.Tensor, bits: int, entropy_weight: float, *, axis: int = 0) -> QuantTensor:
     """axis: of the output channels, which have a step each from 6 bits on."""
     from ecqx_onnx.quantization.levels.assignment import assign
     from ecqx_onnx.quantization.levels.grid import choose_grid, fit_step
-    from ecqx_onnx.quantization.levels.rounding import cancelling_levels
+    from ecqx_onnx.quantization.levels.rounding import round_to_cancel
     from ecqx_onnx.tensors import Scale
 
     grid = choose_grid(weight, bits)
@@ -114,5 +116,5 @@ def _assigned(name: str, weight: torch.Tensor, bits: int, entropy_weight: float,
     if entropy_weight:
         levels = assign(weight, step, grid, axis=channel, strength=entropy_weight).levels
     else:
-        levels = cancelling_levels(weight, step, grid)
+        levels = round_to_cancel(weight, step, grid)
     return QuantTensor(name, levels.numpy(), Scale(step.numpy()))

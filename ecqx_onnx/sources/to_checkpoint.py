@@ -14,7 +14,16 @@ import torch
 from ecqx_onnx_converters.matching.matching import match
 
 from ecqx_onnx.checkpoint.checkpoint import Checkpoint, build, is_checkpoint, load
-from ecqx_onnx.checkpoint.export import Exported, export, float_graph, notes_on, prepare, trace, trace_fixed, written_buffers
+from ecqx_onnx.checkpoint.export import (
+    Exported,
+    export,
+    export_float_graph,
+    notes_on,
+    prepare,
+    trace,
+    trace_fixed,
+    written_buffers,
+)
 from ecqx_onnx.checkpoint.insight import observe
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.inputs.program.program import run_module
@@ -26,7 +35,7 @@ from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.parametrizations import copy_module
 from ecqx_onnx.quantization.weights import find_weights
 from ecqx_onnx.sources.loading import Loaded, load_model
-from ecqx_onnx.sources.post_training import _Chosen, _tensors_of
+from ecqx_onnx.sources.post_training import _Chosen, find_quantized_tensors
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation.float_probe import FloatProbe, example_of
 
@@ -59,17 +68,17 @@ def as_checkpoint(
     allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
     """
     if isinstance(model, Checkpoint):
-        _refuse_again(bits)
-        _refuse_shape(input_shape)
+        refuse_second_quantization(bits)
+        refuse_shape(input_shape)
         return model
     if isinstance(model, str | Path):
         if is_function_spec(str(model)) or Path(model).suffix == ".py":
             raise ModelError(
                 f"{model}: is Python code; give the file of its weights, and the code beside it: --model FILE.py:FACTORY"
             )
-        if factory is None and not trust_pickle and not is_safetensors(Path(model)) and _is_checkpoint_file(model):
-            _refuse_again(bits, f"{model}: ")
-            _refuse_shape(input_shape, f"{model}: ")
+        if factory is None and not trust_pickle and not is_safetensors(Path(model)) and is_checkpoint_file(model):
+            refuse_second_quantization(bits, f"{model}: ")
+            refuse_shape(input_shape, f"{model}: ")
             return load(model)
         loaded = load_model(model, factory=factory, trust_pickle=trust_pickle, strict=strict)
     else:
@@ -78,16 +87,16 @@ def as_checkpoint(
     ranges: Mapping[str, tuple[float, float]] = {}
     if hasattr(loaded.model, "tensors"):
         quantizer = loaded.model
-        _refuse_again(bits)
+        refuse_second_quantization(bits)
         tensors = quantizer.tensors()
         recipe = {**quantizer.recipe(), **recipe}
         seen = observe(quantizer)
-        example = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
+        example = make_example(example, input_shape or loaded.input_shape, loaded.preprocessing)
         rounding = quantizer.activations
         with contextlib.nullcontext() if rounding is None else rounding.on(attached=False):
             exported = export(quantizer.model, example)
         if rounding is not None:
-            ranges = _ranges_in_graph(rounding, exported, example)
+            ranges = find_ranges_in_graph(rounding, exported, example)
         return build(
             _unfolded(exported, tensors),
             tensors,
@@ -98,10 +107,10 @@ def as_checkpoint(
             ranges=ranges,
         )
     if isinstance(loaded.model, torch.export.ExportedProgram):
-        _refuse_shape(input_shape)
+        refuse_shape(input_shape)
         module, program, notes = None, loaded.model, notes_on(loaded.model)
     else:
-        example = _example(example, input_shape or loaded.input_shape, loaded.preprocessing)
+        example = make_example(example, input_shape or loaded.input_shape, loaded.preprocessing)
         module, notes = prepare(loaded.model)
         program, more = trace(module, example)
         notes = (*notes, *more)
@@ -111,7 +120,7 @@ def as_checkpoint(
     chosen = _Chosen(bits, entropy_weight, tuple(include), tuple(exclude), allow_float)
     for fixed in (False, True):
         before = dict(program.state_dict)
-        tensors = _tensors_of(before, find_weights(program), chosen)
+        tensors = find_quantized_tensors(before, find_weights(program), chosen)
         if probe is not None:
             probe.see_weights(before, tensors)
             if module is None:
@@ -119,9 +128,9 @@ def as_checkpoint(
             elif not fixed:
                 ran = copy_module(module) if written_buffers(program) else module  # the file holds buffers as they are now
                 probe.see_float(ran, _as_float32(example), preprocessing or loaded.preprocessing)
-        program.state_dict.update(_written_back(before, tensors))  # the caller's program has its own again below
+        program.state_dict.update(write_back(before, tensors))  # the caller's program has its own again below
         try:
-            exported = _unfolded(Exported(program, float_graph(program), notes), tensors)
+            exported = _unfolded(Exported(program, export_float_graph(program), notes), tensors)
             return build(
                 exported,
                 tensors,
@@ -155,29 +164,29 @@ def _unfolded(exported: Exported, tensors: Sequence[QuantTensor]) -> Exported:
     missing = [entry.name for entry in match(exported.graph.weights, tensors).missing]
     if not missing:
         return exported
-    again = float_graph(exported.program, keep=missing)
+    again = export_float_graph(exported.program, keep=missing)
     if len(match(again.weights, tensors).missing) < len(missing):
         return replace(exported, graph=again)
     return exported
 
 
-def _refuse_again(bits: int | None, name: str = "") -> None:
+def refuse_second_quantization(bits: int | None, name: str = "") -> None:
     if bits:
         raise OptionError(
             f"{name}the weights are quantised already, which --bits {bits} can't do again; leave it out, or give the float model"
         )
 
 
-def _refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
+def refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
     if input_shape:
         raise OptionError(f"{name}the model says itself what shape it takes; leave --input-shape out")
 
 
-def _ranges_in_graph(
+def find_ranges_in_graph(
     rounding: ActivationRounding, exported: Exported, example: torch.Tensor | Sequence[torch.Tensor]
 ) -> Mapping[str, tuple[float, float]]:
     """The ranges that a training ended with, by the names of their values in the graph."""
-    from ecqx_onnx.runtime.calibration import ranges_by_value
+    from ecqx_onnx.runtime.calibration import find_ranges_by_value
 
     example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
     generator = torch.Generator().manual_seed(0)
@@ -185,14 +194,14 @@ def _ranges_in_graph(
     device = next(rounding.module.parameters()).device
     seen = rounding.values(*(x.to(device) for x in probe))
     arrays = {place: value.float().cpu().numpy() for place, value in seen.items()}
-    return ranges_by_value(exported.graph, [x.numpy() for x in probe], arrays, rounding.bounds())
+    return find_ranges_by_value(exported.graph, [x.numpy() for x in probe], arrays, rounding.bounds())
 
 
-def _is_checkpoint_file(path: str | Path) -> bool:
+def is_checkpoint_file(path: str | Path) -> bool:
     return not is_program(path) and is_checkpoint(load_plain(path))
 
 
-def _written_back(state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]) -> dict[str, torch.Tensor]:
+def write_back(state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]) -> dict[str, torch.Tensor]:
     """The state entries that hold quantised weights, with their dequantised values; tied entries stay one tensor."""
     owners = {state[tensor.name].data_ptr(): tensor for tensor in tensors}
     values: dict[str, torch.Tensor] = {}
@@ -209,7 +218,7 @@ def _written_back(state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTens
     return changed
 
 
-def _example(
+def make_example(
     example: torch.Tensor | Sequence[torch.Tensor] | None, shape: Sequence[int] | None, preprocessing: Preprocessing | None
 ) -> torch.Tensor | Sequence[torch.Tensor]:
     if example is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ecqx_onnx.runtime.latency import Latency
-    from ecqx_onnx.validation.judgement import stored_preprocessing
+    from ecqx_onnx.validation.judgement import read_preprocessing
     from ecqx_onnx.validation.original import validate_against_original
     from ecqx_onnx.validation.report import Check, ValidationReport
     from ecqx_onnx.validation.validator import validate
@@ -28,7 +28,7 @@ __all__ = [
     "Latency",
     "ValidationReport",
     "check_file",
-    "stored_preprocessing",
+    "read_preprocessing",
     "validate",
     "validate_against_original",
 ]

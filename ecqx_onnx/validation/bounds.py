@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecqx_onnx.validation.metrics import largest_difference
+from ecqx_onnx.validation.metrics import find_largest_difference
 
 ORDER_FACTOR = 8.0  # other order of summation (4) and spread of maxima (2), see above
 FINAL_ULPS = 4.0
@@ -58,11 +58,11 @@ class Bound:
         return Bound(max(self.rounding or 0.0, other.rounding or 0.0) if known else None, max(self.ulp, other.ulp), self.runs)
 
 
-def bound(output: np.ndarray, exact: np.ndarray | None, *, runs: int = 1) -> Bound:
+def derive_bound(output: np.ndarray, exact: np.ndarray | None, *, runs: int = 1) -> Bound:
     """output: y32, PyTorch's; exact: y64, or None. Outputs that are no floats must be equal: their bound is 0."""
     if not np.issubdtype(output.dtype, np.floating):
         return Bound(0.0, 0.0)
     # Without a measured rounding, values of order one inside the network are all that can be assumed.
     finite = np.abs(output[np.isfinite(output)])
     ulp = float(np.spacing(finite.max(initial=1.0 if exact is None else 0.0).astype(output.dtype)))
-    return Bound(None if exact is None else largest_difference(output, exact), ulp, runs)
+    return Bound(None if exact is None else find_largest_difference(output, exact), ulp, runs)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import list_graphs
 from ecqx_onnx_converters.serialization.reading import is_as_written, read_metadata
 
 from ecqx_onnx.errors import CheckFailed
@@ -16,13 +16,13 @@ from ecqx_onnx.runtime.latency import Latency
 from ecqx_onnx.runtime.sessions import Session, run
 from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.comparison import Comparison, Difference
-from ecqx_onnx.validation.metrics import Agreement, Proportion, largest_difference
+from ecqx_onnx.validation.metrics import Agreement, Proportion, find_largest_difference
 from ecqx_onnx.validation.parameters import ParametersComparison
 from ecqx_onnx.validation.report import Check
 from ecqx_onnx.validation.weights import WeightsComparison
 
 # Operators that round activations to integers, and those that compute on such.
-QUANTISING = {
+QUANTIZING = {
     "MatMulNBits",
     "QuantizeLinear",
     "DynamicQuantizeLinear",
@@ -34,48 +34,50 @@ QUANTISING = {
 }
 
 
-def format_check(file: OnnxFile) -> Check:
+def check_format(file: OnnxFile) -> Check:
     """onnx's own checker, with full shape inference where it knows all that is in the file."""
     sparse = bool(file.proto.graph.sparse_initializer)  # onnx's strict shape inference rejects these
     try:
         onnx.checker.check_model(str(file.path), full_check=not sparse)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        return Check("format", False, None, None, f"onnx's checker rejects the file: {_one_line(error)}")
+        return Check("format", False, None, None, f"onnx's checker rejects the file: {join_lines(error)}")
     without = ", without shape inference, which rejects sparse initializers" if sparse else ""
-    return Check("format", True, None, None, f"onnx's checker accepts the file (opset {opset(file.proto)}{without})")
+    return Check("format", True, None, None, f"onnx's checker accepts the file (opset {find_opset(file.proto)}{without})")
 
 
-def opset(proto: onnx.ModelProto) -> int:
+def find_opset(proto: onnx.ModelProto) -> int:
     return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
 
-def levels_check(
-    optimised: Session,
+def check_optimization(
+    optimized: Session,
     plain: Session,
     inputs: Sequence[np.ndarray],
     bounds: list[Bound],
     *,
-    quantised: bool = False,
+    quantized: bool = False,
 ) -> Check:
     """The same inputs through a session with all optimisations and one with none. bounds: one per output.
 
     quantised: activations are, on purpose: where sums differ by a rounding, an activation may fall on the next integer.
     """
     try:
-        outputs = list(zip(run(optimised, inputs), run(plain, inputs), bounds, strict=True))
+        outputs = list(zip(run(optimized, inputs), run(plain, inputs), bounds, strict=True))
     except CheckFailed as error:
         return Check("optimisation", False, None, None, str(error))
-    if quantised:
-        measured = max(largest_difference(a, b) for a, b, _ in outputs)
+    if quantized:
+        measured = max(find_largest_difference(a, b) for a, b, _ in outputs)
         sentence = "largest difference between integer kernels and the same graph in floats; no bound, by rounding activations"
         return Check("optimisation", None, measured, None, sentence)
-    measured, limit = max(((largest_difference(a, b), bound.limit) for a, b, bound in outputs), key=lambda pair: _excess(*pair))
+    measured, limit = max(
+        ((find_largest_difference(a, b), bound.limit) for a, b, bound in outputs), key=lambda pair: compute_excess(*pair)
+    )
     says = "agree" if measured <= limit else "do NOT agree: an optimisation of the runtime changes the result"
     sentence = f"outputs with all optimisations and with none {says} (largest difference)"
     return Check("optimisation", measured <= limit, measured, limit, sentence)
 
 
-def operators_check(file: OnnxFile, executed: Counter[str], *, original: Counter[str] | None = None) -> Check:
+def check_operators(file: OnnxFile, executed: Counter[str], *, original: Counter[str] | None = None) -> Check:
     """Red if the runtime rounded activations that the file does not say are quantised; beside an original, if that one's are not.
 
     original: what the original executes.
@@ -87,7 +89,7 @@ def operators_check(file: OnnxFile, executed: Counter[str], *, original: Counter
         return Check("operators", True, 0, 0, f"{total} operators were executed, none of which quantises activations")
     if original is not None and any(map(rounds_activations, original)):
         return Check("operators", True, sum(found.values()), None, f"activations are quantised, as in the original: {words}")
-    if original is None and activations_quantised(file):
+    if original is None and has_quantized_activations(file):
         return Check("operators", True, sum(found.values()), None, f"activations are quantised, as the file says: {words}")
     asks = "the file does not ask for" if original is None else "the original does not do"
     sentence = f"the runtime SILENTLY QUANTISED ACTIVATIONS: it executed {words}, which {asks}"
@@ -95,17 +97,17 @@ def operators_check(file: OnnxFile, executed: Counter[str], *, original: Counter
 
 
 def rounds_activations(operator: str) -> bool:
-    return operator in QUANTISING or operator.startswith("QLinear") or operator.endswith("Integer")
+    return operator in QUANTIZING or operator.startswith("QLinear") or operator.endswith("Integer")
 
 
-def activations_quantised(file: OnnxFile) -> bool:
+def has_quantized_activations(file: OnnxFile) -> bool:
     """Whether the file itself says so: in our metadata, or, for a foreign file, by such operators in its graph."""
     if file.metadata:
         return bool(file.metadata.get("activations"))
-    return any(rounds_activations(node.op_type) for graph in all_graphs(file.proto.graph) for node in graph.node)
+    return any(rounds_activations(node.op_type) for graph in list_graphs(file.proto.graph) for node in graph.node)
 
 
-def weights_check(comparison: WeightsComparison, *, alone: bool = False) -> Check:
+def check_weights(comparison: WeightsComparison, *, alone: bool = False) -> Check:
     """The stored integers dequantise to PyTorch's values bit for bit, and the runtime decodes them so.
 
     alone: the file was checked in itself, without PyTorch's values.
@@ -126,7 +128,7 @@ def weights_check(comparison: WeightsComparison, *, alone: bool = False) -> Chec
     return Check("weights", True, comparison.equal, comparison.total, sentence)
 
 
-def contents_check(model: onnx.ModelProto) -> Check | None:
+def check_contents(model: onnx.ModelProto) -> Check | None:
     """Whether all that a runtime reads of the file is as it was written, by the file's own checksum.
 
     Args:
@@ -150,7 +152,7 @@ def contents_check(model: onnx.ModelProto) -> Check | None:
     return Check("contents", False, None, None, sentence)
 
 
-def parameters_check(compared: ParametersComparison, *, reference: str) -> Check:
+def check_parameters(compared: ParametersComparison, *, reference: str) -> Check:
     """What isn't quantised is what it was, bit for bit, or by the rule that the file states.
 
     Args:
@@ -168,35 +170,37 @@ def parameters_check(compared: ParametersComparison, *, reference: str) -> Check
     return Check("parameters", False, compared.equal, compared.total, sentence)
 
 
-def why_inexact(file: OnnxFile, *, float_reference: bool) -> str | None:
+def explain_inexactness(file: OnnxFile, *, float_reference: bool) -> str | None:
     """Why outputs may differ from PyTorch's by more than rounding, on purpose; None where they may not."""
     if float_reference:
         return "the PyTorch model is float and the file's weights are quantised"
-    return "activations are quantised" if activations_quantised(file) else None
+    return "activations are quantised" if has_quantized_activations(file) else None
 
 
-def difference_check(comparison: Comparison, *, inexact: str | None) -> Check:
+def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
     """inexact: see why_inexact."""
     if comparison.mismatch:
         return Check("outputs", False, None, None, comparison.mismatch)
-    worst = max(comparison.differences, key=lambda d: _excess(d.measured, d.bound.limit))
+    worst = max(comparison.differences, key=lambda d: compute_excess(d.measured, d.bound.limit))
     where = f"output '{worst.output}', " if len(comparison.differences) > 1 else ""
     if inexact:
         sentence = f"{where}largest difference to PyTorch; no bound, because {inexact}"
         return Check("outputs", None, worst.measured, None, sentence)
-    return Check("outputs", worst.within, worst.measured, worst.bound.limit, f"{where}{_says(worst, comparison.samples)}")
+    return Check(
+        "outputs", worst.within, worst.measured, worst.bound.limit, f"{where}{describe_difference(worst, comparison.samples)}"
+    )
 
 
-def agreement_check(comparison: Comparison, *, inexact: str | None) -> Check | None:
+def check_agreement(comparison: Comparison, *, inexact: str | None) -> Check | None:
     """classes_check beside PyTorch; inexact: see why_inexact."""
     if comparison.agreement is None:
         return None
     # Both classes' scores may each move by the bound, and by what rounded parameters change.
     tie = 2 * (comparison.differences[0].bound.limit + comparison.differences[0].moved)
-    return classes_check(comparison.agreement, tie, reference="PyTorch", inexact=inexact)
+    return check_classes(comparison.agreement, tie, reference="PyTorch", inexact=inexact)
 
 
-def classes_check(agreement: Agreement, tie: float, *, reference: str, inexact: str | None = None) -> Check:
+def check_classes(agreement: Agreement, tie: float, *, reference: str, inexact: str | None = None) -> Check:
     """Every input gets the class that the reference gives, except where the reference's own lead is no more than rounding.
 
     tie: such a lead. inexact: see why_inexact.
@@ -216,29 +220,29 @@ def classes_check(agreement: Agreement, tie: float, *, reference: str, inexact: 
     return Check("top-1", False, share, 100, sentence)
 
 
-def accuracy_check(comparison: Comparison) -> Check | None:
+def check_accuracy(comparison: Comparison) -> Check | None:
     """chance_check beside PyTorch, if there are labels."""
     if comparison.onnx_accuracy is None:
         return None
     if comparison.pytorch_accuracy is None:
         sentence = f"{comparison.onnx_accuracy} on {comparison.samples} samples, nothing to compare with"
         return Check("accuracy", None, 100 * comparison.onnx_accuracy.share, None, sentence)
-    return chance_check(comparison.onnx_accuracy, comparison.pytorch_accuracy, reference="PyTorch")
+    return check_chance(comparison.onnx_accuracy, comparison.pytorch_accuracy, reference="PyTorch")
 
 
-def chance_check(file: Proportion, other: Proportion, *, reference: str) -> Check:
+def check_chance(file: Proportion, other: Proportion, *, reference: str) -> Check:
     """The file is not less accurate than the reference may be by chance, on the same data."""
     measured, lowest = 100 * file.share, 100 * other.interval[0]
     sentence = f"the file {file}, {reference} {other}, per cent with 95 % interval"
     return Check("accuracy", measured >= lowest, measured, lowest, sentence)
 
 
-def latency_check(file: OnnxFile, latency: Latency | None, *, runtime: str) -> Check | None:
+def check_latency(file: OnnxFile, latency: Latency | None, *, runtime: str) -> Check | None:
     """Where integer kernels were measured to be no faster than floats: what to do. No file fails by that.
 
     runtime: its name; an emulator's times say nothing of the processor that it stands for.
     """
-    if latency is None or latency.ratio < 1 or not activations_quantised(file) or "emulated" in runtime:
+    if latency is None or latency.ratio < 1 or not has_quantized_activations(file) or "emulated" in runtime:
         return None
     sentence = (
         f"integer kernels took {latency.ratio:.2f} x the float model's time for one sample here, so they save none: unless"
@@ -247,18 +251,18 @@ def latency_check(file: OnnxFile, latency: Latency | None, *, runtime: str) -> C
     return Check("latency", None, latency.ratio, None, sentence)
 
 
-def _says(difference: Difference, samples: int) -> str:
+def describe_difference(difference: Difference, samples: int) -> str:
     verb = "lies within" if difference.within else "EXCEEDS"
     rounded = f"; float16 parameters move outputs by {difference.moved:.2e}, left out of it" if difference.moved else ""
     return f"the largest difference over {samples} samples {verb} the bound {difference.bound.formula}{rounded}"
 
 
-def _excess(measured: float, limit: float) -> float:
+def compute_excess(measured: float, limit: float) -> float:
     if measured <= limit:
         return measured / limit if limit else 0.0
     return float(np.inf) if not limit else measured / limit
 
 
-def _one_line(error: Exception) -> str:
+def join_lines(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ecqx_onnx.errors import DataError
-from ecqx_onnx.runtime.sessions import Session, fit, fixed_batch, run
-from ecqx_onnx.validation.bounds import Bound, bound
+from ecqx_onnx.runtime.sessions import Session, find_fixed_batch, fit_inputs, run
+from ecqx_onnx.validation.bounds import Bound, derive_bound
 from ecqx_onnx.validation.float_distance import OutputDistance, add_distances, measure_output
 from ecqx_onnx.validation.floats import RUNS, Shift
-from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
+from ecqx_onnx.validation.metrics import (
+    Agreement,
+    Proportion,
+    find_largest_difference,
+    is_classification,
+    measure_accuracy,
+    measure_agreement,
+)
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, InputRange
 
 if TYPE_CHECKING:
@@ -83,9 +90,9 @@ def compare(
 
     DataError if there is no sample, or inputs or labels do not fit the graph; CheckFailed if the runtime fails."""
 
-    from ecqx_onnx.validation.pytorch_outputs import reference_outputs
+    from ecqx_onnx.validation.pytorch_outputs import run_reference
 
-    size = fixed_batch(session)
+    size = find_fixed_batch(session)
     differences = _Differences(session, reference, shift)
     samples, first = 0, None
     confusion: Confusion | None = None
@@ -94,7 +101,7 @@ def compare(
     agreed, right, reference_right = Agreement(Proportion(0, 0), 0.0), Proportion(0, 0), Proportion(0, 0)
     for raw, labels in batches:
         count = len(raw[0]) if raw and raw[0].ndim else 1
-        inputs = fit(session, [padded(array, size) for array in raw])
+        inputs = fit_inputs(session, [pad_batch(array, size) for array in raw])
         first = first or inputs
         got = run(session, inputs)
         samples += count
@@ -102,22 +109,22 @@ def compare(
         reach = seen if reach is None or seen is None else reach.widen(seen)
         classes = bool(got) and is_classification(got[0])
         if classes and labels is not None:
-            right += accuracy(got[0][:count], labels)
+            right += measure_accuracy(got[0][:count], labels)
         if reference is not None:
-            wanted = reference_outputs(reference, inputs)
+            wanted = run_reference(reference, inputs)
             if [array.shape for array in wanted] != [array.shape for array in got]:
-                return Comparison(samples, first, onnx_accuracy=right or None, mismatch=_mismatch(got, wanted))
+                return Comparison(samples, first, onnx_accuracy=right or None, mismatch=describe_mismatch(got, wanted))
             parts = zip(session.get_outputs(), got, wanted, strict=True)
             apart = [measure_output(node.name, _first(mine, count), _first(exact, count)) for node, mine, exact in parts]
             distances = add_distances(distances, apart)
             differences.judge(inputs, got, wanted, samples_before=samples - count)
             if classes:
-                agreed += agreement(wanted[0][:count], got[0][:count])
+                agreed += measure_agreement(wanted[0][:count], got[0][:count])
                 if labels is not None:
-                    reference_right += accuracy(wanted[0][:count], labels)
-                    confusion = _counted(confusion, labels, wanted[0][:count])
+                    reference_right += measure_accuracy(wanted[0][:count], labels)
+                    confusion = count_confusion(confusion, labels, wanted[0][:count])
         elif classes and labels is not None:
-            confusion = _counted(confusion, labels, got[0][:count])
+            confusion = count_confusion(confusion, labels, got[0][:count])
         if progress is not None:
             progress(samples)
     if first is None:
@@ -141,7 +148,7 @@ def _first(array: np.ndarray, count: int) -> np.ndarray:
     return array[:count] if array.ndim else array
 
 
-def _counted(before: Confusion | None, labels: np.ndarray, scores: np.ndarray) -> Confusion | None:
+def count_confusion(before: Confusion | None, labels: np.ndarray, scores: np.ndarray) -> Confusion | None:
     """scores: [N, C]. None where there are too many classes to count pairs of them."""
     classes = scores.shape[1]
     if classes > MOST_CLASSES:
@@ -164,23 +171,23 @@ class _Differences:
         self, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], *, samples_before: int
     ) -> None:
         """Against the float64 result for the first samples, and later wherever PyTorch's own is not close enough."""
-        to_pytorch = [largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
+        to_pytorch = [find_largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
         moved = [0.0] * len(got)
         if self.shift is not None:
             shifts = self.shift(inputs)
             moved = [float(np.abs(change).max(initial=0.0)) for change in shifts]
             got = [output - change for output, change in zip(got, shifts, strict=True)]
-        between = [largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
+        between = [find_largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
         exact = None
         if self.has_exact and (samples_before < EXACT_SAMPLES or self._undecided(between)):
-            from ecqx_onnx.validation.pytorch_outputs import exact_outputs
+            from ecqx_onnx.validation.pytorch_outputs import run_reference_exactly
 
             assert self.reference is not None
-            exact = exact_outputs(self.reference, inputs)
+            exact = run_reference_exactly(self.reference, inputs)
             self.has_exact = exact is not None
         for i, name in enumerate(self.names):
-            measured = between[i] if exact is None else largest_difference(got[i], exact[i])
-            limit = bound(wanted[i], None if exact is None else exact[i], runs=1 if self.shift is None else RUNS)
+            measured = between[i] if exact is None else find_largest_difference(got[i], exact[i])
+            limit = derive_bound(wanted[i], None if exact is None else exact[i], runs=1 if self.shift is None else RUNS)
             if i == len(self.worst):
                 self.worst.append(Difference(name, measured, to_pytorch[i], limit, moved[i]))
                 continue
@@ -195,12 +202,12 @@ class _Differences:
         return far and all(before.within for before in self.worst)
 
 
-def padded(array: np.ndarray, size: int | None) -> np.ndarray:
+def pad_batch(array: np.ndarray, size: int | None) -> np.ndarray:
     """Filled up with its last sample to the batch that the graph insists on."""
     missing = 0 if size is None or array.ndim == 0 else size - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing > 0 else array
 
 
-def _mismatch(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
+def describe_mismatch(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
     shapes = " and ".join(str([list(array.shape) for array in arrays]) for arrays in (got, wanted))
     return f"its outputs have other shapes than PyTorch's: {shapes}"

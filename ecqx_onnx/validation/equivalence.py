@@ -18,10 +18,25 @@ from rich.text import Text
 
 from ecqx_onnx.data.npz import read_npz
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
-from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, fit, fixed_batch, open_session, run, synthetic_inputs
-from ecqx_onnx.validation.bounds import bound
-from ecqx_onnx.validation.comparison import Batch, padded
-from ecqx_onnx.validation.metrics import Agreement, Proportion, accuracy, agreement, is_classification, largest_difference
+from ecqx_onnx.runtime.sessions import (
+    NUMPY_TYPES,
+    Session,
+    find_fixed_batch,
+    fit_inputs,
+    make_synthetic_inputs,
+    open_session,
+    run,
+)
+from ecqx_onnx.validation.bounds import derive_bound
+from ecqx_onnx.validation.comparison import Batch, pad_batch
+from ecqx_onnx.validation.metrics import (
+    Agreement,
+    Proportion,
+    find_largest_difference,
+    is_classification,
+    measure_accuracy,
+    measure_agreement,
+)
 from ecqx_onnx.validation.report import Check
 
 FREE_LENGTHS = (1, 2, 16, 64, 512)  # tried for an input's free dimensions until the original takes them
@@ -72,11 +87,11 @@ def compare_models(
     progress: called with the number of samples done so far. DataError if the inputs don't fit.
     """
     try:
-        written, optimised = (open_session(first, level=level) for level in ("disabled", "all"))
+        written, optimized = (open_session(first, level=level) for level in ("disabled", "all"))
     except CheckFailed as error:
-        return _without(second, str(error))
+        return run_without(second, str(error))
     try:
-        other, other_optimised = (open_session(second, level=level) for level in ("disabled", "all"))
+        other, other_optimized = (open_session(second, level=level) for level in ("disabled", "all"))
     except CheckFailed as error:
         return Equivalence((Check("load", False, None, None, str(error)),), 0)
     names = [node.name for node in written.get_inputs()]
@@ -84,37 +99,40 @@ def compare_models(
     if unknown := [name for name in there if name not in names]:
         sentence = f"it takes an input '{unknown[0]}', which the original has not ({', '.join(names)})"
         return Equivalence((Check("inputs", False, None, None, sentence),), 0)
-    sets: Iterable[Batch] = _random(written)
+    sets: Iterable[Batch] = draw_random_inputs(written)
     if batches is not None:
-        sets = _fitted(written, batches)
+        sets = fit_batches(written, batches)
     elif inputs is not None:
-        sets = [(_given(written, inputs), None)]
+        sets = [(take_given_inputs(written, inputs), None)]
     exact, worst = True, [(0.0, 0.0), (0.0, 0.0)]
     count, samples, outputs = 0, 0, 0
     shown: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] = ((), ())
     same, tie, right, original_right = Agreement(Proportion(0, 0), 0.0), 0.0, Proportion(0, 0), Proportion(0, 0)
     for given, labels in sets:
-        values = tuple(padded(array, fixed_batch(written)) for array in given)
+        values = tuple(pad_batch(array, find_fixed_batch(written)) for array in given)
         kept = tuple(values[names.index(name)] for name in there)
         try:
-            references = [run(written, values), run(optimised, values)]
-            results = [run(other, kept), run(other_optimised, kept)]
+            references = [run(written, values), run(optimized, values)]
+            results = [run(other, kept), run(other_optimized, kept)]
         except CheckFailed as error:
             return Equivalence((Check("run", False, None, None, str(error)),), 0)
-        if (mismatch := _mismatch(references[0], results[0])) is not None:
+        if (mismatch := find_mismatch(references[0], results[0])) is not None:
             return Equivalence((Check("outputs", False, None, None, mismatch),), 0)
         size = len(given[0]) if given and given[0].ndim else 1
         shown = shown if count else (kept, values)
         count, samples, outputs = count + 1, samples + size, len(references[0])
-        exact = exact and all(_equal(a, b) for a, b in zip(references[0], results[0], strict=True))
-        worst[0] = max(_worst(references[0], results[0]), worst[0], key=_excess)
-        nearest = min(references, key=lambda reference: _excess(_worst(reference, results[1])))
-        worst[1] = max(_worst(nearest, results[1]), worst[1], key=_excess)
+        exact = exact and all(are_equal(a, b) for a, b in zip(references[0], results[0], strict=True))
+        worst[0] = max(find_worst(references[0], results[0]), worst[0], key=compute_excess)
+        nearest = min(references, key=lambda reference: compute_excess(find_worst(reference, results[1])))
+        worst[1] = max(find_worst(nearest, results[1]), worst[1], key=compute_excess)
         if outputs and is_classification(nearest[0]):
             mine, original = results[1][0][:size], nearest[0][:size]
-            same, tie = same + agreement(original, mine), max(tie, 2 * bound(original, None).limit)
+            same, tie = same + measure_agreement(original, mine), max(tie, 2 * derive_bound(original, None).limit)
             if labels is not None:
-                right, original_right = right + accuracy(mine, labels), original_right + accuracy(original, labels)
+                right, original_right = (
+                    right + measure_accuracy(mine, labels),
+                    original_right + measure_accuracy(original, labels),
+                )
         if progress is not None:
             progress(samples)
     if not count and (inputs is not None or batches is not None):
@@ -125,18 +143,18 @@ def compare_models(
         return Equivalence((Check("outputs", None, None, None, f"not compared: {why}"),), 0)
     what = f"{count} set{'s' if count > 1 else ''} of {'given' if inputs is not None else 'random'} inputs"
     what = what if batches is None else f"{samples} samples of the data"
-    checks = tuple(_verdicts(exact, worst, outputs, what))
+    checks = tuple(judge_outputs(exact, worst, outputs, what))
     found = same if same.same else None
     return Equivalence(checks, count, samples, *shown, found, tie, right or None, original_right or None)
 
 
-def _mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str | None:
+def find_mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str | None:
     """A sentence where the outputs cannot be paired."""
     shapes = [str([list(array.shape) for array in arrays]) for arrays in (results, references)]
     return None if shapes[0] == shapes[1] else f"its outputs have other shapes than the original's: {' and '.join(shapes)}"
 
 
-def _verdicts(exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str) -> Iterator[Check]:
+def judge_outputs(exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str) -> Iterator[Check]:
     (plain, limit), (fast, fast_limit) = worst
     says = "are equal bit for bit" if exact else "differ within rounding" if plain <= limit else "DIFFER"
     yield Check("as written", plain <= limit, plain, limit, f"all {outputs} outputs {says}, on {what}, without optimisations")
@@ -145,7 +163,7 @@ def _verdicts(exact: bool, worst: Sequence[tuple[float, float]], outputs: int, w
     yield Check("optimised", fast <= fast_limit, fast, fast_limit, sentence)
 
 
-def _without(second: Path, why: str) -> Equivalence:
+def run_without(second: Path, why: str) -> Equivalence:
     """The original can't be run: at least the second can."""
     try:
         for level in ("disabled", "all"):
@@ -153,7 +171,7 @@ def _without(second: Path, why: str) -> Equivalence:
     except CheckFailed:
         sentence = f"onnxruntime can run neither model, so they can't be compared; the original: {why}"
         return Equivalence((Check("load", False, None, None, sentence),), 0)
-    ran = any(True for _ in _random(session))
+    ran = any(True for _ in draw_random_inputs(session))
     sentence = (
         f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there is nothing to compare with"
     )
@@ -181,29 +199,29 @@ def load_inputs(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _given(session: Session, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+def take_given_inputs(session: Session, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     names = [node.name for node in session.get_inputs()]
     missing = [name for name in names if name not in inputs]
     if missing:
         raise DataError(f"the model's input '{missing[0]}' is not among those given ({', '.join(inputs)})")
-    return fit(session, [inputs[name] for name in names])
+    return fit_inputs(session, [inputs[name] for name in names])
 
 
-def _fitted(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
+def fit_batches(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
     """In the types that the model declares, before a batch is filled up."""
     for given, labels in batches:
         size = len(given[0])
-        whole = fit(session, [padded(array, fixed_batch(session)) for array in given])
+        whole = fit_inputs(session, [pad_batch(array, find_fixed_batch(session)) for array in given])
         yield tuple(array[:size] for array in whole), labels
 
 
-def _random(session: Session) -> Iterator[Batch]:
+def draw_random_inputs(session: Session) -> Iterator[Batch]:
     """Sets of inputs that the model runs on; none if it takes none of those tried."""
     if any(node.type not in NUMPY_TYPES for node in session.get_inputs()):
         return
     for length in FREE_LENGTHS:
         for seed in range(SEEDS):
-            values = synthetic_inputs(session, batch=2, free=length, seed=seed)
+            values = make_synthetic_inputs(session, batch=2, free=length, seed=seed)
             try:
                 run(session, values)
             except CheckFailed:
@@ -213,19 +231,19 @@ def _random(session: Session) -> Iterator[Batch]:
                 return
 
 
-def _worst(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
+def find_worst(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
     """(largest difference, its limit) of the output that is nearest to its limit, or furthest past it."""
     pairs = [
-        (largest_difference(result, reference), bound(reference, None).limit)
+        (find_largest_difference(result, reference), derive_bound(reference, None).limit)
         for reference, result in zip(references, results, strict=True)
     ]
-    return max(pairs, key=_excess, default=(0.0, 0.0))
+    return max(pairs, key=compute_excess, default=(0.0, 0.0))
 
 
-def _excess(pair: tuple[float, float]) -> float:
+def compute_excess(pair: tuple[float, float]) -> float:
     measured, limit = pair
     return measured / limit if limit else (float("inf") if measured else 0.0)
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+def are_equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))

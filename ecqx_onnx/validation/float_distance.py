@@ -80,9 +80,9 @@ class LayerError:
     error: float
 
 
-def measure_output(name: str, quantised: np.ndarray, exact: np.ndarray) -> OutputDistance:
+def measure_output(name: str, quantized: np.ndarray, exact: np.ndarray) -> OutputDistance:
     """quantised, exact: the same output of both models, [N, ...]; exact is the float model's."""
-    a, b = quantised.astype(np.float64), exact.astype(np.float64)
+    a, b = quantized.astype(np.float64), exact.astype(np.float64)
     if a.shape != b.shape:
         return OutputDistance(name, math.inf, float(np.square(b).sum()), Proportion(0, 0))
     both_infinite = (a == b) | (np.isnan(a) & np.isnan(b))
@@ -92,7 +92,7 @@ def measure_output(name: str, quantised: np.ndarray, exact: np.ndarray) -> Outpu
         finite = b[np.isfinite(b)]
     same = Proportion(0, 0)
     if is_classification(exact):
-        same = Proportion(int(np.count_nonzero(quantised.argmax(1) == exact.argmax(1))), len(exact))
+        same = Proportion(int(np.count_nonzero(quantized.argmax(1) == exact.argmax(1))), len(exact))
     return OutputDistance(name, squares, float(np.square(finite).sum()), same)
 
 
@@ -103,9 +103,9 @@ def add_distances(before: Sequence[OutputDistance], new: Sequence[OutputDistance
     return tuple(a + b for a, b in zip(before, new, strict=True))
 
 
-def measure_weight(name: str, quantised: np.ndarray, exact: np.ndarray, *, rescaled: bool = False) -> LayerError:
+def measure_weight(name: str, quantized: np.ndarray, exact: np.ndarray, *, rescaled: bool = False) -> LayerError:
     """quantised, exact: the same weight. rescaled: the first carries a factor per output channel (axis 0), left out here."""
-    a, b = quantised.astype(np.float64), exact.astype(np.float64)
+    a, b = quantized.astype(np.float64), exact.astype(np.float64)
     if rescaled:
         axes = tuple(range(1, a.ndim))
         power = np.square(a).sum(axes, keepdims=True)

@@ -20,7 +20,7 @@ from ecqx_onnx.validation.float_distance import (
     measure_output,
     measure_weight,
 )
-from ecqx_onnx.validation.metrics import Proportion, accuracy, is_classification
+from ecqx_onnx.validation.metrics import Proportion, is_classification, measure_accuracy
 from ecqx_onnx.validation.report import Check
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ class FloatProbe:
         import torch
         from torch.utils._pytree import tree_leaves
 
-        from ecqx_onnx.validation.pytorch_outputs import reference_outputs
+        from ecqx_onnx.validation.pytorch_outputs import run_reference
 
         leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
         if not leaves:
             return
         try:
             self._sets = list(self._inputs(leaves, preprocessing))
-            self._float = [reference_outputs(model, inputs) for inputs, _ in self._sets]
+            self._float = [run_reference(model, inputs) for inputs, _ in self._sets]
         except InputError as error:
             self.trouble = str(error)
             return
@@ -81,20 +81,20 @@ class FloatProbe:
         return Check("float model", None, None, None, f"how far this is from the float model is not known: {self.trouble}")
 
     def _judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
-        from ecqx_onnx.validation.pytorch_outputs import reference_outputs
+        from ecqx_onnx.validation.pytorch_outputs import run_reference
 
         distances: tuple[OutputDistance, ...] = ()
         right, float_right = Proportion(0, 0), Proportion(0, 0)
         samples = 0
         for (inputs, labels), exact in zip(self._sets, self._float, strict=True):
-            found = reference_outputs(model, inputs)
+            found = run_reference(model, inputs)
             names = [str(place) for place in range(len(exact))]
             pairs = zip(names, found, exact, strict=True)
             distances = add_distances(distances, [measure_output(*pair) for pair in pairs])
             samples += len(inputs[0]) if inputs[0].ndim else 1
             if labels is not None and exact and is_classification(exact[0]):
-                right += accuracy(found[0], labels)
-                float_right += accuracy(exact[0], labels)
+                right += measure_accuracy(found[0], labels)
+                float_right += measure_accuracy(exact[0], labels)
         self.error = max((distance.error for distance in distances), default=None)
         on = f"{samples} random inputs" if self._split is None else f"{samples} samples of {self._split.source.name}"
         return judge_distance(

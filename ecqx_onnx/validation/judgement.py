@@ -14,19 +14,19 @@ from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, FileError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
-from ecqx_onnx.runtime.decoded_model import FloatTwin, float_twin
+from ecqx_onnx.runtime.decoded_model import DecodedModel, decode_model
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
-from ecqx_onnx.validation.bounds import Bound, bound
+from ecqx_onnx.validation.bounds import Bound, derive_bound
 from ecqx_onnx.validation.comparison import Batch, Comparison
-from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
+from ecqx_onnx.validation.parameters import compare_parameters, list_float_tensors
 from ecqx_onnx.validation.report import Check
 from ecqx_onnx.validation.weights import compare_weights
 
 SYNTHETIC_BATCH = 4
 
 
-def stored_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
+def read_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
     """The preprocessing in the file's metadata; None in a foreign file. FileError if it is there and cannot be used."""
     file = file if isinstance(file, OnnxFile) else read_onnx(file)
     stored = file.metadata.get("preprocessing")
@@ -38,21 +38,21 @@ def stored_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
         raise FileError(f"{file.path}: {error}") from error
 
 
-def preprocessed_batches(split: Split, size: int) -> Iterator[Batch]:
+def preprocess_batches(split: Split, size: int) -> Iterator[Batch]:
     for x, y in split.batches(size):
         yield (x,), y
 
 
-def bounds_of(comparison: Comparison, outputs: Sequence) -> list[Bound]:
+def derive_bounds(comparison: Comparison, outputs: Sequence) -> list[Bound]:
     """How far two ways of computing each output may lie apart: the derived bound, or without a reference the coarse one."""
     if comparison.differences:
         return [replace(difference.bound, runs=1) for difference in comparison.differences]
-    return [bound(output, None) for output in outputs]
+    return [derive_bound(output, None) for output in outputs]
 
 
-def weights_checks(
+def check_stored_weights(
     model: onnx.ModelProto,
-    twin: FloatTwin,
+    decoded_model: DecodedModel,
     tensors: Sequence[QuantTensor],
     *,
     float_model: Callable[..., bytes | None] | None = None,
@@ -70,35 +70,37 @@ def weights_checks(
         One check of the checksum, one of the quantised weights, one of the float parameters; those that can be made.
     """
     try:
-        found = [check] if (check := checks.contents_check(model)) is not None else []
+        found = [check] if (check := checks.check_contents(model)) is not None else []
         stored = read_weights(model)
     except FileError as error:  # the metadata promises weights that are not there as promised
         return [Check("weights", False, None, None, str(error))]
     if stored or tensors:
-        decoded = {**twin.integers, **twin.weights}
-        found.append(checks.weights_check(compare_weights(stored, decoded, tensors), alone=not tensors))
+        decoded = {**decoded_model.integers, **decoded_model.weights}
+        found.append(checks.check_weights(compare_weights(stored, decoded, tensors), alone=not tensors))
     metadata = read_metadata(model)
     if float_model is None or not metadata or metadata.get("activations"):  # integer kernels: scales wander into parameters
         return found
     serialized = float_model(floats=metadata.get("floats") or "float32")
     if serialized is None:
         return found
-    wanted = float_twin(onnx.load_model_from_string(serialized))
-    compared = compare_parameters(float_tensors(twin.proto), float_tensors(wanted.proto), stored=stored)
-    found.append(checks.parameters_check(compared, reference="PyTorch's model"))
+    wanted = decode_model(onnx.load_model_from_string(serialized))
+    compared = compare_parameters(list_float_tensors(decoded_model.proto), list_float_tensors(wanted.proto), stored=stored)
+    found.append(checks.check_parameters(compared, reference="PyTorch's model"))
     return found
 
 
-def twin_or_check(model: onnx.ModelProto, found: list[Check]) -> FloatTwin | None:
+def decode_or_report(model: onnx.ModelProto, found: list[Check]) -> DecodedModel | None:
     try:
-        return float_twin(model)
+        return decode_model(model)
     except CheckFailed as error:
         found.append(Check("weights", False, None, None, f"the runtime cannot decode the weights: {error}"))
         return None
 
 
-def yardstick(file: OnnxFile, twin: FloatTwin | None, float_model: Callable[..., bytes | None] | None) -> bytes | None:
+def choose_latency_baseline(
+    file: OnnxFile, decoded_model: DecodedModel | None, float_model: Callable[..., bytes | None] | None
+) -> bytes | None:
     """What latency is compared with: the file's float twin; for integer kernels the model before them, where it is known."""
-    if float_model is not None and checks.activations_quantised(file):
+    if float_model is not None and checks.has_quantized_activations(file):
         return float_model()
-    return None if twin is None else twin.serialize()
+    return None if decoded_model is None else decoded_model.serialize()

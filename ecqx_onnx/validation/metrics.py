@@ -54,7 +54,7 @@ def is_classification(output: np.ndarray) -> bool:
     return output.ndim == 2 and output.shape[1] >= 2 and np.issubdtype(output.dtype, np.floating)
 
 
-def accuracy(output: np.ndarray, labels: np.ndarray) -> Proportion:
+def measure_accuracy(output: np.ndarray, labels: np.ndarray) -> Proportion:
     """output: scores [N, C]; labels: integers [N], each in [0, C), else DataError."""
     classes = output.shape[1]
     wrong = labels[(labels < 0) | (labels >= classes)]
@@ -78,7 +78,7 @@ class Agreement:
         return Agreement(self.same + other.same, max(self.margin, other.margin))
 
 
-def agreement(first: np.ndarray, second: np.ndarray) -> Agreement:
+def measure_agreement(first: np.ndarray, second: np.ndarray) -> Agreement:
     """first, second: scores [N, C]."""
     a, b, rows = first.argmax(1), second.argmax(1), np.arange(len(first))
     lead = np.nan_to_num((first[rows, a] - first[rows, b]).astype(np.float64), nan=math.inf)
@@ -86,7 +86,7 @@ def agreement(first: np.ndarray, second: np.ndarray) -> Agreement:
     return Agreement(Proportion(int(np.count_nonzero(same)), len(same)), float(lead[~same].max(initial=0.0)))
 
 
-def largest_difference(first: np.ndarray, second: np.ndarray) -> float:
+def find_largest_difference(first: np.ndarray, second: np.ndarray) -> float:
     """max |first - second|; NaN against NaN and an infinity against itself are equal, anything else that is no number is inf.
 
     Also inf for two shapes that are not the same.

@@ -16,15 +16,21 @@ from ecqx_onnx_converters.serialization.reading import read_weights
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
-from ecqx_onnx.runtime.decoded_model import FloatTwin, float_twin
+from ecqx_onnx.runtime.decoded_model import DecodedModel, decode_model
 from ecqx_onnx.runtime.latency import Latency, measure_latency
-from ecqx_onnx.runtime.sessions import executed_operators, fixed_batch, load_seconds, open_session, runtime_name
+from ecqx_onnx.runtime.sessions import (
+    count_executed_operators,
+    describe_runtime,
+    find_fixed_batch,
+    measure_load_seconds,
+    open_session,
+)
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
-from ecqx_onnx.validation.judgement import preprocessed_batches, stored_preprocessing, twin_or_check, weights_checks
-from ecqx_onnx.validation.parameters import compare_parameters, float_tensors
+from ecqx_onnx.validation.judgement import check_stored_weights, decode_or_report, preprocess_batches, read_preprocessing
+from ecqx_onnx.validation.parameters import compare_parameters, list_float_tensors
 from ecqx_onnx.validation.report import Check, ValidationReport
-from ecqx_onnx.validation.validator import prepared
+from ecqx_onnx.validation.validator import prepare_samples
 
 
 def validate_against_original(
@@ -43,17 +49,17 @@ def validate_against_original(
     InputError if a file or the data cannot be used, or if nothing could be compared.
     """
     file, source = read_onnx(path), read_onnx(original)
-    found = [checks.format_check(file)]
+    found = [checks.check_format(file)]
     try:
         session = open_session(source.path)
     except CheckFailed as error:
         raise ModelError(f"{original}: there is nothing to compare with: {error}") from error
     batches = None
     if split is not None:
-        named = source if stored_preprocessing(file) is None else file
-        split, told = prepared(named, split, None, session)
+        named = source if read_preprocessing(file) is None else file
+        split, told = prepare_samples(named, split, None, session)
         notes = (*notes, told)
-        batches = preprocessed_batches(split, fixed_batch(session) or batch_size)
+        batches = preprocess_batches(split, find_fixed_batch(session) or batch_size)
     counted = None if progress is None or split is None else lambda done: progress(done, len(split))
     same = compare_models(source.path, file.path, inputs=inputs, batches=batches, progress=counted)
     for check in same.checks:
@@ -61,65 +67,65 @@ def validate_against_original(
             raise DataError(f"{path}: {check.sentence}")
     found += same.checks
     if not same.samples:
-        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found), notes=tuple(notes))
-    executed, before = executed_operators(file.path, same.first), Counter[str]()
+        return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes))
+    executed, before = count_executed_operators(file.path, same.first), Counter[str]()
     if any(map(checks.rounds_activations, executed)):
-        before = executed_operators(source.path, same.original_first)
-    found.append(checks.operators_check(file, executed, original=before))
+        before = count_executed_operators(source.path, same.original_first)
+    found.append(checks.check_operators(file, executed, original=before))
     model = file.with_data()
-    twin = twin_or_check(model, found)
-    if twin is not None:
-        found += weights_checks(model, twin, ())
-        check = _parameters(source, model, twin)
+    decoded = decode_or_report(model, found)
+    if decoded is not None:
+        found += check_stored_weights(model, decoded, ())
+        check = check_original_parameters(source, model, decoded)
         found += [] if check is None else [check]
     if same.agreement is not None:
-        found.append(checks.classes_check(same.agreement, same.tie, reference="the original"))
+        found.append(checks.check_classes(same.agreement, same.tie, reference="the original"))
     if same.accuracy is not None and same.original_accuracy is not None:
-        found.append(checks.chance_check(same.accuracy, same.original_accuracy, reference="the original"))
+        found.append(checks.check_chance(same.accuracy, same.original_accuracy, reference="the original"))
     return ValidationReport(
         file=str(path),
-        runtime=runtime_name(),
+        runtime=describe_runtime(),
         size=file.size,
         samples=same.samples,
         checks=tuple(found),
         notes=tuple(notes),
         onnx_accuracy=same.accuracy,
         agreement=same.agreement.same if same.agreement else None,
-        load_seconds=load_seconds(file.path),
-        latency=_latency(source.path, file.path, same, latency_runs),
+        load_seconds=measure_load_seconds(file.path),
+        latency=measure_against_original(source.path, file.path, same, latency_runs),
         operators=executed,
     )
 
 
-def _parameters(source: OnnxFile, model: onnx.ModelProto, twin: FloatTwin) -> Check | None:
+def check_original_parameters(source: OnnxFile, model: onnx.ModelProto, decoded: DecodedModel) -> Check | None:
     """The original's float tensors are in the file: as they are, or as `pack` rewrites BatchNormalization and old opsets."""
     try:
-        before = float_tensors(float_twin(source.with_data()).proto)
+        before = list_float_tensors(decode_model(source.with_data()).proto)
         stored = read_weights(model)
     except (CheckFailed, FileError):  # told by other checks
         return None
-    found = float_tensors(twin.proto)
+    found = list_float_tensors(decoded.proto)
     compared = compare_parameters(found, before, stored=stored)
     if compared.faults and stored:
-        rewritten = _rewritten(source)
+        rewritten = rewrite_parameters(source)
         again = None if rewritten is None else compare_parameters(found, rewritten, stored=stored)
         if again is not None and not again.faults:
-            return checks.parameters_check(again, reference="the original, as pack rewrites it")
-    return checks.parameters_check(compared, reference="the original")
+            return checks.check_parameters(again, reference="the original, as pack rewrites it")
+    return checks.check_parameters(compared, reference="the original")
 
 
-def _rewritten(source: OnnxFile) -> dict[str, np.ndarray] | None:
-    from ecqx_onnx.recognition.packing_plan import rewritten  # here, since packing compares models by this room
+def rewrite_parameters(source: OnnxFile) -> dict[str, np.ndarray] | None:
+    from ecqx_onnx.recognition.packing_plan import rewrite_model  # here, since packing compares models by this room
 
-    model = rewritten(source)
-    return None if model is None else float_tensors(float_twin(model).proto)
+    model = rewrite_model(source)
+    return None if model is None else list_float_tensors(decode_model(model).proto)
 
 
-def _latency(original: Path, path: Path, same: Equivalence, runs: int) -> Latency | None:
+def measure_against_original(original: Path, path: Path, same: Equivalence, runs: int) -> Latency | None:
     """Of one sample; None where the two don't take the same inputs, or not a single sample."""
     if not runs or len(same.first) != len(same.original_first):
         return None
-    batch = fixed_batch(open_session(path)) or 1
+    batch = find_fixed_batch(open_session(path)) or 1
     one = tuple(array[:batch] if array.ndim else array for array in same.first)
     try:
         return measure_latency(path, original, one, runs=runs, against="the original")

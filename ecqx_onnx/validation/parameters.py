@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import list_graphs
 from ecqx_onnx_converters.serialization.reading import StoredWeight
 from onnx import ModelProto, TensorProto, numpy_helper
 
@@ -29,7 +29,7 @@ class ParametersComparison:
     faults: tuple[str, ...]
 
 
-def float_tensors(model: ModelProto) -> dict[str, np.ndarray]:
+def list_float_tensors(model: ModelProto) -> dict[str, np.ndarray]:
     """The float initializers of all graphs in a model.
 
     Args:
@@ -38,7 +38,7 @@ def float_tensors(model: ModelProto) -> dict[str, np.ndarray]:
     Returns:
         Values by name; two of one name in two subgraphs count as one.
     """
-    tensors = (tensor for graph in all_graphs(model.graph) for tensor in graph.initializer)
+    tensors = (tensor for graph in list_graphs(model.graph) for tensor in graph.initializer)
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type in FLOATS}
 
 
@@ -59,37 +59,37 @@ def compare_parameters(
         How many are there, and a sentence for each that is not.
     """
     dequantized = [np.ascontiguousarray(item.weight.dequantize()) for item in stored if item.weight.integers is None]
-    there = Counter(_key(values) for values in (*found.values(), *dequantized))
+    there = Counter(make_key(values) for values in (*found.values(), *dequantized))
     missing = dict[str, np.ndarray]()
     for name, values in wanted.items():
-        keys = [_key(values)] + ([_key(values.T)] if values.ndim == 2 else [])
+        keys = [make_key(values)] + ([make_key(values.T)] if values.ndim == 2 else [])
         present = next((key for key in keys if there[key]), None)
         if present is None:
             missing[name] = values
         else:
             there[present] -= 1  # of two that are equal, both must be there
-    faults = tuple(_fault(name, values, found, wanted) for name, values in missing.items())
+    faults = tuple(describe_fault(name, values, found, wanted) for name, values in missing.items())
     return ParametersComparison(len(wanted) - len(faults), len(wanted), faults)
 
 
-def _key(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+def make_key(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
     digest = hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16).digest()
     return values.dtype.name, values.shape, digest
 
 
-def _fault(name: str, values: np.ndarray, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> str:
+def describe_fault(name: str, values: np.ndarray, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> str:
     """With the number of values that differ from the most similar tensor in the file, which is probably meant for it."""
-    known = {_key(other) for other in wanted.values()}
+    known = {make_key(other) for other in wanted.values()}
     alike = defaultdict(list)
     for other in found.values():
-        if other.dtype == values.dtype and other.shape == values.shape and _key(other) not in known:
-            alike[int(np.count_nonzero(_bits(other) != _bits(values)))].append(other)
+        if other.dtype == values.dtype and other.shape == values.shape and make_key(other) not in known:
+            alike[int(np.count_nonzero(view_as_integers(other) != view_as_integers(values)))].append(other)
     shape = f"'{name}' {list(values.shape)}"
     if not alike:
         return f"parameter {shape} is not in the file"
     return f"parameter {shape} differs in {min(alike)} of {values.size} values"
 
 
-def _bits(values: np.ndarray) -> np.ndarray:
+def view_as_integers(values: np.ndarray) -> np.ndarray:
     """As integers, so that -0 isn't 0."""
     return np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")

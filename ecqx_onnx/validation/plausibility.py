@@ -78,7 +78,7 @@ def doubt_accuracy(
     if confusion is None or confusion.right.total < FEWEST:
         return ()
     right = confusion.right
-    permuted = _permutation(confusion)
+    permuted = find_permutation(confusion)
     if permuted is not None:
         first, share = permuted
         return (
@@ -92,7 +92,7 @@ def doubt_accuracy(
         return ()
     return (
         f"{who} is right for {100 * right.share:.1f} % of the samples, no better than guessing ({100 * guess:.1f} %):"
-        f" {_likely_reason(inputs, recorded)}",
+        f" {find_likely_reason(inputs, recorded)}",
     )
 
 
@@ -113,7 +113,7 @@ def doubt_range(inputs: InputRange | None, calibrated: tuple[float, float] | Non
     )
 
 
-def _likely_reason(inputs: InputRange | None, recorded: bool) -> str:
+def find_likely_reason(inputs: InputRange | None, recorded: bool) -> str:
     if inputs is not None and inputs.highest > RAW_PIXELS:
         return (
             f"its inputs reach {inputs.highest:.3g}, and networks for images are trained on 0 to 1 or so;"
@@ -127,7 +127,7 @@ def _likely_reason(inputs: InputRange | None, recorded: bool) -> str:
     return "is it trained, and on data that were preprocessed in this way?"
 
 
-def _permutation(confusion: Confusion) -> tuple[tuple[int, int], float] | None:
+def find_permutation(confusion: Confusion) -> tuple[tuple[int, int], float] | None:
     """((label, the model's number for it), accuracy with the model's numbers), where labels are clearly numbered otherwise."""
     counts = confusion.counts
     used = np.flatnonzero(counts.sum(1))

@@ -16,39 +16,39 @@ from ecqx_onnx.errors import ModelError
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def reference_outputs(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def run_reference(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """PyTorch's outputs as they are, in evaluation mode. ModelError if the model does not take these inputs."""
     arguments = [torch.from_numpy(array) for array in inputs]
-    with torch.no_grad(), evaluating(reference):
+    with torch.no_grad(), hold_evaluation_mode(reference):
         try:
-            return _arrays(reference(*_on(reference, arguments)))
+            return convert_to_arrays(reference(*place_on_device(reference, arguments)))
         except Exception as error:  # the network is anybody's, and torch raises anything
             shapes = ", ".join(str(list(array.shape)) for array in inputs)
             message = " ".join(str(error).split())[:200]
             raise ModelError(f"the PyTorch model cannot run on the data (inputs of shape {shapes}): {message}") from None
 
 
-def exact_outputs(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...] | None:
+def run_reference_exactly(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...] | None:
     """PyTorch's outputs in float64; None if some operation of the model has no float64 form.
 
     The parameters are replaced by float64 ones for this call only. Whatever the code still makes in a lower precision
     (`torch.zeros(..., dtype=torch.float32)`, `x.float()`, constants of an exported program) a dispatch mode raises.
     """
     tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
-    raised = {name: _raise(value.detach()) for name, value in tensors.items()}
-    arguments = [_raise(torch.from_numpy(array)) for array in inputs]
-    with torch.no_grad(), evaluating(reference), _Float64():
+    raised = {name: raise_precision(value.detach()) for name, value in tensors.items()}
+    arguments = [raise_precision(torch.from_numpy(array)) for array in inputs]
+    with torch.no_grad(), hold_evaluation_mode(reference), _Float64():
         try:
-            outputs = torch.func.functional_call(reference, raised, tuple(_on(reference, arguments)))
+            outputs = torch.func.functional_call(reference, raised, tuple(place_on_device(reference, arguments)))
         except Exception:  # the network is anybody's, and torch raises anything
             return None
-        arrays = _arrays(outputs)
+        arrays = convert_to_arrays(outputs)
     low = any(np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64 for array in arrays)
     return None if low else arrays
 
 
 @contextmanager
-def evaluating(reference: torch.nn.Module) -> Iterator[None]:
+def hold_evaluation_mode(reference: torch.nn.Module) -> Iterator[None]:
     """Dropout and BatchNorm in evaluation mode, each module's own flag given back after. (Exported ones have no `.eval()`.)"""
     training = [module for module in reference.modules() if module.training]
     for module in training:
@@ -64,19 +64,19 @@ class _Float64(TorchDispatchMode):
     """Every operation gets float64 where it would have got, or was told to make, a lower precision."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*tree_map(_raise, args), **tree_map(_raise, kwargs or {}))
+        return function(*tree_map(raise_precision, args), **tree_map(raise_precision, kwargs or {}))
 
 
-def _raise(value: Any) -> Any:
+def raise_precision(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.double() if value.dtype in LOW_PRECISION else value
     return torch.float64 if isinstance(value, torch.dtype) and value in LOW_PRECISION else value
 
 
-def _on(reference: torch.nn.Module, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def place_on_device(reference: torch.nn.Module, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     parameter = next(reference.parameters(), None)
     return [argument if parameter is None else argument.to(parameter.device) for argument in arguments]
 
 
-def _arrays(outputs: Any) -> tuple[np.ndarray, ...]:
+def convert_to_arrays(outputs: Any) -> tuple[np.ndarray, ...]:
     return tuple(leaf.detach().cpu().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))

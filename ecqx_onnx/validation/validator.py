@@ -18,13 +18,13 @@ from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.latency import Latency, measure_latency
 from ecqx_onnx.runtime.sessions import (
     Session,
-    executed_operators,
-    fixed_batch,
-    load_seconds,
+    count_executed_operators,
+    describe_runtime,
+    find_fixed_batch,
+    make_synthetic_inputs,
+    measure_load_seconds,
     open_session,
     run,
-    runtime_name,
-    synthetic_inputs,
 )
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
@@ -36,15 +36,15 @@ from ecqx_onnx.validation.float_distance import (
     judge_distance,
     measure_weight,
 )
-from ecqx_onnx.validation.floats import shift_by_floats
+from ecqx_onnx.validation.floats import measure_float16_shift
 from ecqx_onnx.validation.judgement import (
     SYNTHETIC_BATCH,
-    bounds_of,
-    preprocessed_batches,
-    stored_preprocessing,
-    twin_or_check,
-    weights_checks,
-    yardstick,
+    check_stored_weights,
+    choose_latency_baseline,
+    decode_or_report,
+    derive_bounds,
+    preprocess_batches,
+    read_preprocessing,
 )
 from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
 from ecqx_onnx.validation.report import Check, ValidationReport
@@ -85,50 +85,50 @@ def validate(
     InputError if the file or the data cannot be used.
     """
     file = read_onnx(path)
-    found = [checks.format_check(file)]
+    found = [checks.check_format(file)]
     try:
         session = open_session(file.path)
         plain = open_session(file.path, level="disabled")
     except CheckFailed as error:
         found.append(Check("load", False, None, None, str(error)))
-        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found), notes=tuple(notes))
-    found.append(Check("load", True, None, None, f"{runtime_name()} loads it with all optimisations and with none"))
-    inexact = checks.why_inexact(file, float_reference=float_reference)
+        return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes))
+    found.append(Check("load", True, None, None, f"{describe_runtime()} loads it with all optimisations and with none"))
+    inexact = checks.explain_inexactness(file, float_reference=float_reference)
 
     untrained = float_reference and is_untrained(file.metadata)
     seeds = range(UNTRAINED_SETS if untrained else 1)
     total = len(seeds) * SYNTHETIC_BATCH if split is None else len(split)
     if split is None:
-        batches: Iterator[Batch] = ((synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed), None) for seed in seeds)
+        batches: Iterator[Batch] = ((make_synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed), None) for seed in seeds)
     else:
-        split, told = prepared(file, split, preprocessing, session)
+        split, told = prepare_samples(file, split, preprocessing, session)
         notes = (*notes, told)
-        batches = preprocessed_batches(split, fixed_batch(session) or batch_size)
+        batches = preprocess_batches(split, find_fixed_batch(session) or batch_size)
     try:
         counted = None if progress is None else lambda done: progress(done, total)
-        shift = None if reference is None else shift_by_floats(file, float_model)
+        shift = None if reference is None else measure_float16_shift(file, float_model)
         comparison = compare(session, reference, batches, progress=counted, shift=shift)
     except CheckFailed as error:
         if split is None:  # the shapes or values may be what it cannot take
             raise DataError(f"{path}: does not run on synthetic inputs, so give it real data: {error}") from error
         found.append(Check("run", False, None, None, str(error)))
-        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found), notes=tuple(notes))
-    few = tuple(array[: fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
+        return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes))
+    few = tuple(array[: find_fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
 
     found.append(
-        checks.levels_check(
-            session, plain, few, bounds_of(comparison, run(session, few)), quantised=checks.activations_quantised(file)
+        checks.check_optimization(
+            session, plain, few, derive_bounds(comparison, run(session, few)), quantized=checks.has_quantized_activations(file)
         )
     )
-    operators = executed_operators(file.path, few)
-    found.append(checks.operators_check(file, operators))
+    operators = count_executed_operators(file.path, few)
+    found.append(checks.check_operators(file, operators))
     model = file.with_data()
-    twin = twin_or_check(model, found)
-    if twin is not None:
+    decoded = decode_or_report(model, found)
+    if decoded is not None:
         origin = None if float_reference else float_model
-        found += weights_checks(model, twin, tensors, float_model=origin)
+        found += check_stored_weights(model, decoded, tensors, float_model=origin)
     if reference is not None:
-        found.append(checks.difference_check(comparison, inexact=inexact))
+        found.append(checks.check_difference(comparison, inexact=inexact))
     if untrained and reference is not None and comparison.distances:
         found.append(
             float_check(
@@ -140,33 +140,35 @@ def validate(
                 data=None if split is None else split.source.name,
             )
         )
-    for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
+    for check in (checks.check_agreement(comparison, inexact=inexact), checks.check_accuracy(comparison)):
         if check is not None:
             found.append(check)
-    one = tuple(array[: fixed_batch(session) or 1] if array.ndim else array for array in comparison.first)
-    latency = _latency(file, yardstick(file, twin, float_model) if latency_runs else None, one, latency_runs)
-    if (slow := checks.latency_check(file, latency, runtime=runtime_name())) is not None:
+    one = tuple(array[: find_fixed_batch(session) or 1] if array.ndim else array for array in comparison.first)
+    latency = measure_against_baseline(
+        file, choose_latency_baseline(file, decoded, float_model) if latency_runs else None, one, latency_runs
+    )
+    if (slow := checks.check_latency(file, latency, runtime=describe_runtime())) is not None:
         found.append(slow)
     return ValidationReport(
         file=str(path),
-        runtime=runtime_name(),
+        runtime=describe_runtime(),
         size=file.size,
         samples=comparison.samples,
         checks=tuple(found),
-        notes=(*notes, *doubts(file, comparison, split, has_reference=reference is not None)),
+        notes=(*notes, *list_doubts(file, comparison, split, has_reference=reference is not None)),
         pytorch_accuracy=comparison.pytorch_accuracy,
         onnx_accuracy=comparison.onnx_accuracy,
         agreement=comparison.agreement.same if comparison.agreement else None,
         largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
-        load_seconds=load_seconds(file.path),
+        load_seconds=measure_load_seconds(file.path),
         latency=latency,
         operators=Counter(operators),
     )
 
 
-def chosen_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | None) -> tuple[Preprocessing, str]:
+def choose_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | None) -> tuple[Preprocessing, str]:
     """(what brings raw samples to the model, a sentence that says so and where it comes from)."""
-    stored = stored_preprocessing(file)
+    stored = read_preprocessing(file)
     if given is not None:
         return given, f"preprocessing: {given.describe()} (as given)"
     if stored is not None:
@@ -175,21 +177,21 @@ def chosen_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | No
     return own, f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records none)"
 
 
-def prepared(file: OnnxFile, split: Split, given: Preprocessing | None, session: Session) -> tuple[Split, str]:
+def prepare_samples(file: OnnxFile, split: Split, given: Preprocessing | None, session: Session) -> tuple[Split, str]:
     """(the samples as the model takes them, a sentence that says how they are preprocessed and who decided it)."""
-    preprocessing, told = chosen_preprocessing(file, split, given)
+    preprocessing, told = choose_preprocessing(file, split, given)
     shape = session.get_inputs()[0].shape[1:] if session.get_inputs() else ()
     lengths = [length if isinstance(length, int) else None for length in shape]
     channels = lengths[0] if len(lengths) == 3 and preprocessing.kind == "image" and lengths[0] in (1, 3) else None
     return split.with_preprocessing(preprocessing, channels=channels).fitted(lengths), told
 
 
-def doubts(file: OnnxFile, comparison: Comparison, split: Split | None, *, has_reference: bool) -> tuple[str, ...]:
+def list_doubts(file: OnnxFile, comparison: Comparison, split: Split | None, *, has_reference: bool) -> tuple[str, ...]:
     """Sentences on what is probably wrong with the data, their labels or their preprocessing; none without data."""
     if split is None:
         return ()
-    range_doubts = doubt_range(comparison.inputs, calibrated_input_range(file))
-    recorded = stored_preprocessing(file) is not None
+    range_doubts = doubt_range(comparison.inputs, find_calibrated_input_range(file))
+    recorded = read_preprocessing(file) is not None
     who = "PyTorch's model" if has_reference else "the model"
     found = doubt_accuracy(comparison.confusion, who=who, inputs=comparison.inputs, recorded=recorded)
     return (*range_doubts, *found)
@@ -234,7 +236,7 @@ def weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError
     return found
 
 
-def calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
+def find_calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     """Lowest and highest value of the first input that 8 bit activations can tell; None where it is not quantised."""
     graph = file.proto.graph
     if not graph.input:
@@ -251,10 +253,10 @@ def calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     return step * (limits.min - place), step * (limits.max - place)
 
 
-def _latency(file: OnnxFile, yardstick: bytes | None, inputs: Sequence, runs: int) -> Latency | None:
-    if yardstick is None:
+def measure_against_baseline(file: OnnxFile, baseline: bytes | None, inputs: Sequence, runs: int) -> Latency | None:
+    if baseline is None:
         return None
     try:
-        return measure_latency(file.path, yardstick, inputs, runs=runs)
+        return measure_latency(file.path, baseline, inputs, runs=runs)
     except CheckFailed:  # a graph that only runs as it is written has no float twin to compare with
         return None

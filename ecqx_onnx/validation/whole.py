@@ -12,9 +12,9 @@ from ecqx_onnx_converters.storage import DOMAIN
 
 from ecqx_onnx.errors import CheckFailed
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
-from ecqx_onnx.runtime.sessions import open_session, runtime_name
+from ecqx_onnx.runtime.sessions import describe_runtime, open_session
 from ecqx_onnx.validation import checks
-from ecqx_onnx.validation.judgement import twin_or_check, weights_checks
+from ecqx_onnx.validation.judgement import check_stored_weights, decode_or_report
 from ecqx_onnx.validation.report import Check, ValidationReport
 
 
@@ -31,20 +31,20 @@ def check_file(path: Path | str) -> ValidationReport:
         InputError: The file is missing, no ONNX model, or so damaged that it can't be read.
     """
     file = read_onnx(path)
-    found = [checks.format_check(file)]
+    found = [checks.check_format(file)]
     try:
         for level in ("all", "disabled"):
             open_session(file.path, level=level)
-        sentence = f"{runtime_name()} loads it with all optimisations and with none"
+        sentence = f"{describe_runtime()} loads it with all optimisations and with none"
         found.append(Check("load", True, None, None, sentence))
     except CheckFailed as error:
         found.append(Check("load", False, None, None, str(error)))
-        return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
-    found += _contents(file)
-    return ValidationReport(str(path), runtime_name(), file.size, 0, tuple(found))
+        return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found))
+    found += check_whole_contents(file)
+    return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found))
 
 
-def _contents(file: OnnxFile) -> list[Check]:
+def check_whole_contents(file: OnnxFile) -> list[Check]:
     if not file.metadata:
         if any(function.domain == DOMAIN for function in file.proto.functions):
             sentence = "the graph decodes weights as ecqx-onnx's files do, but has lost its metadata, and all checksums with it"
@@ -53,5 +53,5 @@ def _contents(file: OnnxFile) -> list[Check]:
         return [Check("contents", None, None, None, sentence)]
     found: list[Check] = []
     model = file.with_data()
-    twin = twin_or_check(model, found)
-    return found if twin is None else [*found, *weights_checks(model, twin, ())]
+    decoded = decode_or_report(model, found)
+    return found if decoded is None else [*found, *check_stored_weights(model, decoded, ())]

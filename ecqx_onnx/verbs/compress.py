@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.files import replacing_model
+from ecqx_onnx_converters.graph.files import replace_model
 from ecqx_onnx_converters.graph.outputs import check_output
 from ecqx_onnx_converters.planning.planner import check_forms
 from ecqx_onnx_converters.targets import check_name, find_target
@@ -417,7 +417,7 @@ def _finish(
     say(f"verdict on {len(prepared.splits.verdict)} samples that nothing has seen")
     sources = (Path(str(model)),) if isinstance(model, str | Path) else ()
     reference_place = tempfile.TemporaryDirectory(prefix="ecqx-onnx-")
-    with reference_place as place, replacing_model(out, force=force, sources=sources) as draft:
+    with reference_place as place, replace_model(out, force=force, sources=sources) as draft:
         encoded = candidate.encoded
         report = deliver(encoded.plan, draft, metadata=encoded.metadata)
         reference = Path(str(model))

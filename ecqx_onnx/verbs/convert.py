@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from ecqx_onnx_converters import WriteReport, make_plan
 from ecqx_onnx_converters.graph.outputs import check_output
-from ecqx_onnx_converters.passes.activations import carried_ranges, quantise_activations, with_pooling
+from ecqx_onnx_converters.passes.activations import carry_ranges, quantize_activations, replace_pooling
 from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
-from ecqx_onnx_converters.passes.equalization import equalised, find_places
-from ecqx_onnx_converters.passes.float16 import with_float16, with_half_steps
+from ecqx_onnx_converters.passes.equalization import equalize, find_places
+from ecqx_onnx_converters.passes.float16 import store_float16, store_half_steps
 from ecqx_onnx_converters.passes.integer_nodes import find_integer_nodes
 from ecqx_onnx_converters.targets import check_name, find_target
 
 from ecqx_onnx import __version__
-from ecqx_onnx.checkpoint.float_model import _with_floats
+from ecqx_onnx.checkpoint.float_model import restore_float_weights
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, OptionError
@@ -107,18 +107,18 @@ def convert(
         if probe.error is not None and math.isfinite(probe.error):
             checkpoint = replace(checkpoint, recipe={**checkpoint.recipe, "float_error": float(f"{probe.error:.3g}")})
     graph, matching, batchnorms = fold_batchnorms(checkpoint.graph, checkpoint.matching)
-    matching, steps = with_half_steps(matching) if floats == "float16" else (matching, 0)
-    checkpoint, quantised = replace(checkpoint, graph=graph, matching=matching), None
+    matching, steps = store_half_steps(matching) if floats == "float16" else (matching, 0)
+    checkpoint, quantized = replace(checkpoint, graph=graph, matching=matching), None
     if activations != "float32":
-        checkpoint = replace(checkpoint, graph=with_pooling(graph))
-        checkpoint, ranges = _ranges(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
-        quantised = quantise_activations(checkpoint.graph, checkpoint.matching.found, ranges)
-        graph, matching = quantised.graph, replace(matching, found=quantised.found)
+        checkpoint = replace(checkpoint, graph=replace_pooling(graph))
+        checkpoint, ranges = find_ranges(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
+        quantized = quantize_activations(checkpoint.graph, checkpoint.matching.found, ranges)
+        graph, matching = quantized.graph, replace(matching, found=quantized.found)
     elif calibration is not None:
         raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
-    notes = (*checkpoint.notes, *told, *_left(batchnorms))
+    notes = (*checkpoint.notes, *told, *notes_on_unfolded_batchnorms(batchnorms))
     if floats == "float16":
-        graph, halved = with_float16(graph, {weight.name for weight in matching.found})
+        graph, halved = store_float16(graph, {weight.name for weight in matching.found})
         notes = (*notes, replace(halved, steps=steps).sentence)
         floats = floats if halved.names or steps else "float32"
     plan = make_plan(
@@ -128,9 +128,9 @@ def convert(
         storage=storage,
         dequantize=dequantize,
         opset=opset,
-        integer=() if quantised is None else quantised.weights,
+        integer=() if quantized is None else quantized.weights,
     )
-    metadata: dict[str, Any] = {"version": __version__, "recipe": _without_defaults(checkpoint.recipe)}
+    metadata: dict[str, Any] = {"version": __version__, "recipe": drop_defaults(checkpoint.recipe)}
     if checkpoint.preprocessing_known:
         recorded = json.loads(checkpoint.preprocessing.to_json())
         metadata["preprocessing"] = {key: value for key, value in recorded.items() if value is not None}
@@ -141,16 +141,16 @@ def convert(
         metadata["labels"] = list(checkpoint.labels)
     if floats != "float32":
         metadata["floats"] = floats
-    if quantised is not None:
+    if quantized is not None:
         source = "trained" if calibration is None else calibration_method
         metadata["activations"] = {"type": "uint8", "calibration": source}
         notes = (*notes, RANGES_FROM[source == "trained"])
     report = deliver(plan, out, metadata=metadata, force=force)
     report = replace(report, notes=(*report.notes, *notes))
-    return report if quantised is None else replace(report, kernels=quantised.kernels, stays=quantised.stays)
+    return report if quantized is None else replace(report, kernels=quantized.kernels, stays=quantized.stays)
 
 
-def _left(batchnorms: Sequence[BatchNorm]) -> tuple[str, ...]:
+def notes_on_unfolded_batchnorms(batchnorms: Sequence[BatchNorm]) -> tuple[str, ...]:
     return tuple(f"BatchNormalization '{entry.name}' stays: {entry.reason}" for entry in batchnorms if entry.weight is None)
 
 
@@ -162,13 +162,13 @@ CALIBRATION_BATCH = 64
 RANGES_FROM = ("ranges of activations: calibrated on the data given", "ranges of activations: those that training ended with")
 
 
-def _ranges(
+def find_ranges(
     checkpoint: Checkpoint, activations: str, target: str, calibration: Any, method: str, samples: int
 ) -> tuple[Checkpoint, Mapping[str, tuple[float, float]]]:
     """Of the activations that are to be 8 bits: what they are on the calibration data, else what they were trained with. On data,
     channels are made equally large first, where that costs nothing."""
     from ecqx_onnx.data import load_dataset
-    from ecqx_onnx.runtime.calibration import METHODS, calibrate_ranges, channel_peaks
+    from ecqx_onnx.runtime.calibration import METHODS, calibrate_ranges, measure_channel_peaks
 
     if activations != "int8":
         raise OptionError(f"there are no activations of type '{activations}'; choose float32 or int8")
@@ -181,35 +181,35 @@ def _ranges(
     if calibration is None:
         if not checkpoint.ranges:
             raise OptionError("--activations int8 needs data that activations take their ranges from; add --calibration DATA")
-        return checkpoint, carried_ranges(graph, values, checkpoint.ranges)
+        return checkpoint, carry_ranges(graph, values, checkpoint.ranges)
     data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
     if checkpoint.preprocessing_known:
         split = split.with_preprocessing(checkpoint.preprocessing)
-    split = split.fitted(_input_lengths(checkpoint.graph.proto)).take(samples)
+    split = split.fitted(find_input_lengths(checkpoint.graph.proto)).take(samples)
     if (value := split.only_value()) is not None:
         raise DataError(
             f"{split.source.name} holds nothing but the value {value:g} in the {len(split)} samples for calibration, which tells"
             " no range: calibrate on data as the model was trained on"
         )
     places = [place for place in find_places(graph, matching) if place.value in values]
-    peaks = channel_peaks(
-        _with_floats(graph, matching), [p.value for p in places], (x for x, _ in split.batches(CALIBRATION_BATCH))
+    peaks = measure_channel_peaks(
+        restore_float_weights(graph, matching), [p.value for p in places], (x for x, _ in split.batches(CALIBRATION_BATCH))
     )
     if peaks:
-        graph, matching = equalised(graph, matching, places, peaks)
+        graph, matching = equalize(graph, matching, places, peaks)
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
-    ranges = calibrate_ranges(_with_floats(graph, matching), values, batches, method=method)
+    ranges = calibrate_ranges(restore_float_weights(graph, matching), values, batches, method=method)
     return replace(checkpoint, graph=graph, matching=matching), ranges
 
 
-def _input_lengths(proto: onnx.ModelProto) -> list[int | None]:
+def find_input_lengths(proto: onnx.ModelProto) -> list[int | None]:
     """The shape of one sample of the first input; None for a free length."""
     dims = proto.graph.input[0].type.tensor_type.shape.dim if proto.graph.input else ()
     return [dim.dim_value or None for dim in dims[1:]]
 
 
-def _without_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def drop_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were chosen: all of them would outweigh a small net's weights. Of the data, the name without its path."""
     from ecqx_onnx.quantization import Recipe, train
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.deployment import Deployed
-from ecqx_onnx.verbs.validate import _sides
+from ecqx_onnx.verbs.validate import load_sides
 
 if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import Source
@@ -39,7 +39,7 @@ def deploy(
 
     platform = deployment.find_platform(to)
     dataset = load_dataset(data) if isinstance(data, str) else data
-    sides, dataset = _sides(
+    sides, dataset = load_sides(
         against,
         dataset,
         onnx_file=onnx_file,

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan, write
 from ecqx_onnx_converters.foreign import qonnx
-from ecqx_onnx_converters.graph.files import data_path, replacing_model
+from ecqx_onnx_converters.graph.files import find_data_path, replace_model
 from ecqx_onnx_converters.graph.opsets import lower_opset
 from ecqx_onnx_converters.graph.outputs import check_output
 from ecqx_onnx_converters.planning.plan import Kept
@@ -29,7 +29,7 @@ from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import CheckFailed, OptionError
 from ecqx_onnx.inputs.model_copy import copy_model
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
-from ecqx_onnx.recognition.packing_plan import _plan, _raised
+from ecqx_onnx.recognition.packing_plan import plan_packing, raise_graph
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.float_distance import is_untrained, recipe_of
 
@@ -79,26 +79,26 @@ def pack(
     check_name(out, target)
     file = read_onnx(model)
     if file.metadata.get("tensors"):
-        return _pass_through(file, out, "its weights are stored by ecqx-onnx already", (), (), force=force)
+        return pass_through(file, out, "its weights are stored by ecqx-onnx already", (), (), force=force)
     graph = FloatGraph.load(file.path)
-    notes = _notes(file.proto)
-    defined = qonnx.define(graph.proto)
+    notes = list_notes(file.proto)
+    defined = qonnx.define_operators(graph.proto)
     options: dict[str, Any] = {"storage": storage, "dequantize": dequantize, "target": target, "opset": opset}
-    raised = _raised(graph, find_target(target), opset) if rewrite else None
+    raised = raise_graph(graph, find_target(target), opset) if rewrite else None
     if raised is not None:
         notes = (*notes, f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter")
-    plan, kept, batchnorms = _plan(raised or graph, options, fold_batchnorm=rewrite)
+    plan, kept, batchnorms = plan_packing(raised or graph, options, fold_batchnorm=rewrite)
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
     if not plan.entries and defined is None:
-        return _pass_through(file, out, _why_nothing(kept), kept, notes, force=force)
+        return pass_through(file, out, explain_nothing(kept), kept, notes, force=force)
     if folded:
         notes = (*notes, f"{len(folded)} BatchNormalization went into the scales of the weights before, up to rounding")
     if defined is not None:
         notes = (*notes, defined)
-    elif (fault := _fault(file)) is not None:  # the writer would refuse it, too
-        return _pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes, force=force)
+    elif (fault := find_fault(file)) is not None:  # the writer would refuse it, too
+        return pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes, force=force)
     equivalence, reason, again = None, "", False
-    with replacing_model(out, force=force, sources=_sources(file)) as temporary:
+    with replace_model(out, force=force, sources=list_sources(file)) as temporary:
         written = write(plan, temporary, metadata={"version": __version__})
         if written.nbytes >= file.size and defined is None:
             reason = f"with its weights packed it would take {written.nbytes:,} bytes, no less than the {file.size:,} that it has"
@@ -113,7 +113,7 @@ def pack(
     if again:
         return pack(file.path, out, **options, inputs=inputs, rewrite=False, force=force)
     if reason:
-        return _pass_through(file, out, reason, kept, notes, force=force)
+        return pass_through(file, out, reason, kept, notes, force=force)
     written = replace(written, path=out, kept=kept)
     return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
 
@@ -145,7 +145,7 @@ def unpack(
     plan = make_plan(graph, matching, **options, integer=kernels)
     if floats:
         plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
-    report = deliver(plan, out, metadata=unpacked.metadata, force=force, sources=_sources(file))
+    report = deliver(plan, out, metadata=unpacked.metadata, force=force, sources=list_sources(file))
     if not is_untrained(unpacked.metadata):
         return report
     error = recipe_of(unpacked.metadata).get("float_error")
@@ -154,7 +154,7 @@ def unpack(
     return replace(report, notes=(*report.notes, told))
 
 
-def _notes(proto: ModelProto) -> tuple[str, ...]:
+def list_notes(proto: ModelProto) -> tuple[str, ...]:
     inputs = {value.name for value in proto.graph.input}
     listed = [tensor.name for tensor in proto.graph.initializer if tensor.name in inputs]
     if proto.ir_version < 4 or not listed:  # before, every initializer had to be listed as an input
@@ -162,7 +162,7 @@ def _notes(proto: ModelProto) -> tuple[str, ...]:
     return (f"{len(listed)} of its tensors are optional inputs; packed ones can't be overridden any more",)
 
 
-def _fault(file: OnnxFile) -> str | None:
+def find_fault(file: OnnxFile) -> str | None:
     """What onnx's checker has against the model, in one line."""
     try:
         onnx.checker.check_model(str(file.path), full_check=not file.proto.graph.sparse_initializer)
@@ -171,25 +171,25 @@ def _fault(file: OnnxFile) -> str | None:
     return None
 
 
-def _why_nothing(kept: tuple[Kept, ...]) -> str:
+def explain_nothing(kept: tuple[Kept, ...]) -> str:
     if not kept:
         return "it has no weight of two or more dimensions"
     return f"none of its {len(kept)} weights can be packed ({kept[0].name}: {kept[0].reason})"
 
 
-def _sources(file: OnnxFile) -> tuple[Path, ...]:
+def list_sources(file: OnnxFile) -> tuple[Path, ...]:
     """What must not be replaced by what is made of it."""
     return (file.path, *file.external)
 
 
-def _pass_through(
+def pass_through(
     file: OnnxFile, out: Path, reason: str, kept: tuple[Kept, ...], notes: tuple[str, ...], *, force: bool
 ) -> PackReport:
     """The same bytes; external data go to a file beside it that is named after `out`."""
     if file.external:
-        check_output(data_path(out), force=force)
-        notes = (*notes, f"its external data are in {data_path(out).name}")
-    with replacing_model(out, force=force, sources=_sources(file)) as temporary:
+        check_output(find_data_path(out), force=force)
+        notes = (*notes, f"its external data are in {find_data_path(out).name}")
+    with replace_model(out, force=force, sources=list_sources(file)) as temporary:
         copied = (temporary, *copy_model(file, temporary))
         nbytes = sum(part.stat().st_size for part in copied)
     return PackReport(out, file.size, nbytes, None, reason, kept, notes, None)

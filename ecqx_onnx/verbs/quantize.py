@@ -79,7 +79,7 @@ def quantize(
 
     from ecqx_onnx.data import load_dataset
     from ecqx_onnx.quantization import train
-    from ecqx_onnx.quantization.distributed import process_group, rank
+    from ecqx_onnx.quantization.distributed import find_rank, open_process_group
     from ecqx_onnx.quantization.state_file import state_path
     from ecqx_onnx.sources.loading import load_factory
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
@@ -88,13 +88,13 @@ def quantize(
     check_output(out, force=force, source=weights)
     if out.suffix.lower() == ".onnx":
         raise FileError(f"{out}: what is written is a checkpoint, not an .onnx file; name it {out.with_suffix('.pt')}")
-    named: dict[str, Any] = {name: _shown(options[name]) for name in ("augment", "relevance", "start") if name in options}
-    options = {**options, **_loaded(options)}
+    named: dict[str, Any] = {name: show_option(options[name]) for name in ("augment", "relevance", "start") if name in options}
+    options = {**options, **load_named_options(options)}
     torch.manual_seed(seed)
     loaded = load_factory(factory)
     dataset = load_dataset(data)
-    dataset = _fitted(dataset, loaded)
-    dataset, told = _preprocessed(dataset, loaded, mean, std, factory=factory)
+    dataset = fit_channels(dataset, loaded)
+    dataset, told = preprocess_data(dataset, loaded, mean, std, factory=factory)
     state_notes: tuple[str, ...] = ()
     if weights is not None:
         from ecqx_onnx.sources.loading import apply_state, load_state
@@ -119,9 +119,9 @@ def quantize(
         told = (*told, "no --weights are given: the network starts from random values and is trained from scratch")
     state_file = state_path(out)
     shown = None if progress is None else training_progress(progress)
-    with process_group():
+    with open_process_group():
         trained = train(loaded.model, dataset, seed=seed, progress=shown, state_file=state_file, resume=resume, **options)
-        first = rank() == 0
+        first = find_rank() == 0
     after = accuracy(trained.quantizer.model, dataset.test)
     trained.quantizer.model.to("cpu")
     checkpoint = as_checkpoint(
@@ -152,7 +152,7 @@ def quantize(
     )
 
 
-def _fitted(dataset: Dataset, loaded: Loaded) -> Dataset:
+def fit_channels(dataset: Dataset, loaded: Loaded) -> Dataset:
     """The data with the channels that the network takes: by INPUT_SHAPE, else by what it runs on."""
 
     import torch
@@ -168,7 +168,7 @@ def _fitted(dataset: Dataset, loaded: Loaded) -> Dataset:
         return dataset
 
 
-def _preprocessed(
+def preprocess_data(
     dataset: Dataset, loaded: Loaded, mean: Sequence[float] | None, std: Sequence[float] | None, *, factory: str
 ) -> tuple[Dataset, str]:
     """(the data as the training takes them, a sentence that says how and who decided it)."""
@@ -197,18 +197,18 @@ def with_history(
         checkpoint.insight,
         history=tuple(asdict(record) for record in trained.history),
         best_epoch=trained.best_epoch,
-        before=_counts(before),
-        after=_counts(after),
+        before=write_counts(before),
+        after=write_counts(after),
         data=data,
     )
     return replace(checkpoint, insight=insight)
 
 
-def _counts(accuracy: Proportion | None) -> dict[str, int] | None:
+def write_counts(accuracy: Proportion | None) -> dict[str, int] | None:
     return {"hits": accuracy.hits, "total": accuracy.total} if accuracy else None
 
 
-def _loaded(options: Mapping[str, Any]) -> dict[str, Any]:
+def load_named_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the options name: an augmentation, and the user's own functions."""
     from ecqx_onnx.data.augmentation import AUGMENTATIONS
     from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
@@ -230,7 +230,7 @@ def _loaded(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _shown(value: Any) -> Any:
+def show_option(value: Any) -> Any:
     """An option for the recipe: a file by its name alone, whatever folder it lies in."""
     if isinstance(value, str) and is_function_spec(value):
         file, _, function = value.rpartition(":")

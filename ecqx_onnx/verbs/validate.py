@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from ecqx_onnx.checkpoint.float_model import _float_model
+from ecqx_onnx.checkpoint.float_model import make_float_model
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.errors import InputError, OptionError
 from ecqx_onnx.validation import ValidationReport
@@ -59,7 +59,7 @@ def validate(
             raise OptionError(f"{against} is the file itself, which proves nothing; give what it was made from")
         if inputs is not None and data is not None:
             raise OptionError("--inputs and --data both say what to run on; give one of them")
-        sides, _ = _sides(
+        sides, _ = load_sides(
             None,
             data,
             onnx_file=onnx_file,
@@ -81,7 +81,7 @@ def validate(
         )
     if inputs is not None:
         raise OptionError("--inputs are for a validation against an .onnx file; beside PyTorch give --data, or nothing")
-    sides, _ = _sides(
+    sides, _ = load_sides(
         against,
         data,
         onnx_file=onnx_file,
@@ -130,7 +130,7 @@ def validate_on(
     if is_onnx(against):
         raise OptionError(f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave --device out")
     found = [room.find_device(name) for name in devices]
-    sides, _ = _sides(
+    sides, _ = load_sides(
         against,
         data,
         onnx_file=onnx_file,
@@ -142,7 +142,7 @@ def validate_on(
     )
     reports, troubles = [], []
     for device in found:
-        shown = None if progress is None else functools.partial(_on_device, progress, device.name)
+        shown = None if progress is None else functools.partial(report_on_device, progress, device.name)
         try:
             report = room.validate_on(
                 device,
@@ -160,11 +160,11 @@ def validate_on(
     return room.DeviceTable(tuple(reports), tuple(troubles))
 
 
-def _on_device(progress: Callable[[int, int, str], None], device: str, done: int, total: int) -> None:
+def report_on_device(progress: Callable[[int, int, str], None], device: str, done: int, total: int) -> None:
     progress(done, total, device)
 
 
-def _sides(
+def load_sides(
     against: Source | None,
     data: Any,
     *,
@@ -199,9 +199,9 @@ def _sides(
         )
     dataset, notes = load_dataset(data) if isinstance(data, str) else data, ()
     if isinstance(dataset, Dataset):
-        known, outputs = _class_names(onnx_file)
+        known, outputs = read_class_names(onnx_file)
         if not known and names_from is not None:
-            known = _class_names(names_from)[0]
+            known = read_class_names(names_from)[0]
         if not known:
             known = names or (() if checkpoint is None else checkpoint.labels)
         dataset, notes = match_classes(dataset, known, outputs=outputs)
@@ -212,7 +212,7 @@ def _sides(
         "reference": None if checkpoint is None else checkpoint.module(),
         "tensors": () if checkpoint is None else checkpoint.tensors,
         "float_reference": checkpoint is not None and not checkpoint.tensors,
-        "float_model": None if checkpoint is None else functools.partial(_float_model, checkpoint),
+        "float_model": None if checkpoint is None else functools.partial(make_float_model, checkpoint),
         "split": split,
         "notes": notes,
         "class_names": checkpoint is not None and bool(checkpoint.labels),
@@ -220,7 +220,7 @@ def _sides(
     return sides, dataset
 
 
-def _class_names(path: str | Path) -> tuple[tuple[str, ...], int | None]:
+def read_class_names(path: str | Path) -> tuple[tuple[str, ...], int | None]:
     """What an .onnx file says of its classes: their names, empty if none, and how many scores its first output holds."""
     from ecqx_onnx.inputs.onnx_file import read_onnx
 

@@ -15,7 +15,7 @@ from ecqx_onnx.errors import DataError, ModelError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.runtime.calibration import calibrate_ranges
 from ecqx_onnx.runtime.sessions import open_session, run
-from tests.conversions import float_graph, quantise
+from tests.conversions import float_graph, quantize_model
 
 
 def net() -> nn.Module:
@@ -26,7 +26,7 @@ def net() -> nn.Module:
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = net()
-    quantise(model)
+    quantize_model(model)
     path = tmp_path_factory.mktemp("calibration") / "model.pt"
     api.save(model, path, example=torch.zeros(2, 1, 8, 8), preprocessing=Preprocessing("array"))
     return path
@@ -99,7 +99,7 @@ def test_data_of_a_single_value_are_refused(checkpoint, tmp_path, method):
 def test_blank_images_are_refused_whatever_normalisation_makes_of_them(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
-    quantise(model)
+    quantize_model(model)
     preprocessing = Preprocessing("image", scale=255.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
     api.save(model, tmp_path / "model.pt", example=torch.zeros(2, 3, 8, 8), preprocessing=preprocessing)
     path = data(tmp_path / "white.npz", np.full((8, 8, 8, 3), 255, np.uint8))
@@ -140,7 +140,7 @@ def test_activations_that_are_always_zero_convert(method, tmp_path):
     model = net()
     with torch.no_grad():
         model[0].bias.fill_(-100.0)  # Relu lets nothing through
-    quantise(model)
+    quantize_model(model)
     dataset = Dataset.from_arrays("x", {"x": images(), "y": np.arange(8) % 3}, preprocessing=Preprocessing("array"))
     checkpoint = api.as_checkpoint(model, example=torch.zeros(2, 1, 8, 8))
     api.convert(checkpoint, tmp_path / "out.onnx", activations="int8", calibration=dataset, calibration_method=method)

@@ -32,7 +32,7 @@ class Net(torch.nn.Module):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
-def quantised_net():
+def quantized_net():
     torch.manual_seed(0)
     net = Net().eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def quantised_net():
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("good") / "model.pt"
-    api.save(quantised_net(), path, example=torch.zeros(1, 6))
+    api.save(quantized_net(), path, example=torch.zeros(1, 6))
     return path
 
 
@@ -183,7 +183,7 @@ def test_a_zip_bomb_is_refused_before_anything_is_unpacked(good, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
-    net = quantised_net()
+    net = quantized_net()
     with torch.no_grad():
         net.fc1.weight[0, 0] = value
     torch.save(net.state_dict(), tmp_path / "sd.pt")
@@ -217,7 +217,7 @@ def number():
 @pytest.fixture
 def user_file(tmp_path):
     (tmp_path / "net.py").write_text(NET_FILE)
-    torch.save(quantised_net().state_dict(), tmp_path / "sd.pt")
+    torch.save(quantized_net().state_dict(), tmp_path / "sd.pt")
     return tmp_path
 
 
@@ -253,7 +253,7 @@ def test_a_state_dict_alone_is_refused_with_the_way_forward(user_file):
 
 def test_a_float_model_is_refused_with_both_ways_forward(user_file):
     torch.manual_seed(1)
-    torch.save({k: torch.randn_like(v) for k, v in quantised_net().state_dict().items()}, user_file / "float.pt")
+    torch.save({k: torch.randn_like(v) for k, v in quantized_net().state_dict().items()}, user_file / "float.pt")
     arguments = ["convert", user_file / "float.pt", user_file / "out.onnx", "--model", f"{user_file}/net.py:net"]
     refused(arguments, "--bits", out=user_file / "out.onnx")
     refused(arguments, "ecqx-onnx quantize", out=user_file / "out.onnx")
@@ -310,7 +310,7 @@ def test_options_that_do_not_exist_are_refused_with_their_value(good, tmp_path, 
 def test_the_checkpoint_itself_is_good(good):
     loaded = checkpoint.load(good)
     x = torch.randn(4, 6)
-    assert torch.equal(loaded.module()(x), quantised_net()(x))
+    assert torch.equal(loaded.module()(x), quantized_net()(x))
     assert io.BytesIO(good.read_bytes()).read(2) == b"PK"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from ecqx_onnx_converters.graph.outputs import replacing
+from ecqx_onnx_converters.graph.outputs import replace_on_success
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
@@ -81,7 +81,7 @@ def test_a_folder_is_called_a_folder(checkpoint, tmp_path, force):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX only")
 def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileError, match="is no regular file"), replacing(tmp_path / "pipe", force=True):
+    with pytest.raises(FileError, match="is no regular file"), replace_on_success(tmp_path / "pipe", force=True):
         raise AssertionError("nothing may be written")
     assert (tmp_path / "pipe").is_fifo()
 

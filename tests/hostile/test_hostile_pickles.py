@@ -17,7 +17,7 @@ from ecqx_onnx.errors import EcqxError
 from ecqx_onnx.validation.devices import validate_on
 from ecqx_onnx.validation.devices.devices import Folder
 from tests.fuzz.readers import device_results
-from tests.onnx_graphs import product, quantised
+from tests.onnx_graphs import product, quantized
 from tests.watching import CALL, Evil, nothing_runs, torch_pickle
 
 NETWORK = "import torch\nINPUT_SHAPE = (6,)\ndef net():\n    return torch.nn.Linear(6, 3)\n"
@@ -75,7 +75,7 @@ def place(tmp_path_factory):
     api.save(network, folder / "model.pt", example=torch.zeros(1, 6))
     x, y = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32), np.arange(12) % 3
     np.savez(folder / "data.npz", x=x, y=y)
-    onnx.save(product("MatMul", quantised("W", (6, 3))), folder / "model.onnx")
+    onnx.save(product("MatMul", quantized("W", (6, 3))), folder / "model.onnx")
     return folder
 
 

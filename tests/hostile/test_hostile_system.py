@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.inputs.reading import file_error, system_errors
+from ecqx_onnx.inputs.reading import make_file_error, turn_system_errors
 from ecqx_onnx.inspection import inspection
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -157,16 +157,16 @@ def test_every_refusal_of_the_system_says_which_file_and_what_to_do(code, place,
     ],
 )
 def test_an_odd_refusal_of_the_system_is_a_sentence_too(error):
-    message = str(file_error(error))
+    message = str(make_file_error(error))
     assert "the system says '" in message
     assert "; " in message
     assert "None" not in message
 
 
 def test_a_reader_that_has_seen_enough_is_no_error_of_files():
-    with pytest.raises(BrokenPipeError), system_errors():
+    with pytest.raises(BrokenPipeError), turn_system_errors():
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-    with pytest.raises(FileError), system_errors():
+    with pytest.raises(FileError), turn_system_errors():
         raise PermissionError(errno.EACCES, "Permission denied", "x")
 
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from ecqx_onnx.cli import app, frame, main, terminal
 from ecqx_onnx.cli import terminal as terminal_module
 from ecqx_onnx.cli.frame import emit
-from ecqx_onnx.cli.terminal import escape, escaped, strict_json
+from ecqx_onnx.cli.terminal import escape, escape_report, make_strict_json
 
 CHECKPOINT = Path(__file__).parents[2] / "models" / "lenet_300_100_mnist_2bit.pt"
 HOSTILE = {
@@ -158,7 +158,7 @@ class Report:
 def test_a_report_is_escaped_to_its_depths_and_itself_stays_as_it_is():
     inner = Report(Path("a\x1b"), ("\n",), {"\x07": 1}, np.zeros(2))
     report = Report(Path("fine"), ("x",), {"y": 2}, np.ones(2), inner)
-    shown = escaped(report)
+    shown = escape_report(report)
     assert (str(shown.inner.path), shown.inner.names, shown.inner.counts) == (
         "a\\x1b",
         ("\\n",),
@@ -239,14 +239,14 @@ def test_json_has_no_values_that_other_parsers_refuse(capsys):
         "3": None,
         "fine": "é\x1b",
     }
-    assert strict_json(True) is True
+    assert make_strict_json(True) is True
 
 
 def test_what_a_progress_bar_says_is_no_markup(monkeypatch):
     said = []
     monkeypatch.setattr(type(terminal_module.stderr), "is_terminal", property(lambda console: True))
     monkeypatch.setattr(Progress, "update", lambda bar, task, **fields: said.append(fields["description"]))
-    with frame._progress(False) as show:
+    with frame.show_progress(False) as show:
         show(1, 2, "[/x] \x1b[31m\n")
         show(2, 2)
     assert said == ["[/x] \\x1b[31m\\n", None]

@@ -1,9 +1,10 @@
 """(integer tensor, what its levels stand for) -> nodes and constants that compute the float weight.
 
-`folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for a codebook; runtimes
-inline it and fold it while loading, so inference runs at float speed. `standard`: DequantizeLinear, which every tool knows and
-which onnxruntime recomputes at every inference. `integer`: the same in front of an integer kernel.
-`as_integers`: where the graph reads integers (QLinearConv, a foreign DequantizeLinear), these, by Cast or, with an offset, by
+`make_folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for a codebook; runtimes
+inline it and fold it while loading, so inference runs at float speed. `make_standard`: DequantizeLinear, which every tool
+knows and
+which onnxruntime recomputes at every inference. `make_integer`: the same in front of an integer kernel.
+`make_integers`: where the graph reads integers (QLinearConv, a foreign DequantizeLinear), these, by Cast or, with an offset, by
 one more function; both fold while loading.
 """
 
@@ -34,7 +35,8 @@ BODIES = {
 
 @dataclass(frozen=True, eq=False)
 class Dequantization:
-    """Constants and the one node that turns the integer tensor into the weight; `function` is the model-local function it calls.
+    """Constants and the one node that turns the integer tensor into the weight; `make_function` is the model-local function it
+    calls.
 
     form: "folded", "standard", "integer" (DequantizeLinear in front of an integer kernel) or "none" (the graph reads integers).
     before: nodes in front of that node.
@@ -52,7 +54,9 @@ class Dequantization:
         return sum(part.ByteSize() for part in parts)
 
 
-def folded(tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None) -> Dequantization:
+def make_folded(
+    tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None
+) -> Dequantization:
     """`constant` names the step or the codebook; a factor's name is that with an f appended."""
     if isinstance(tensor.meaning, Scale):
         half = is_half(tensor.meaning.step)
@@ -73,9 +77,9 @@ def is_half(steps: np.ndarray) -> bool:
         return steps.size > 1 and bool((steps.astype(np.float16) == steps).all())
 
 
-def standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) -> Dequantization | Refusal:
+def make_standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) -> Dequantization | Refusal:
     """DequantizeLinear: one step, or one per index along one axis."""
-    refusal = why_not_standard(tensor)
+    refusal = refuse_standard(tensor)
     if refusal is not None:
         return refusal
     assert isinstance(tensor.meaning, Scale)  # narrowed by why_not_standard
@@ -87,11 +91,11 @@ def standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) ->
     return Dequantization("standard", node, (step,))
 
 
-def integer(tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str) -> Dequantization | Refusal:
+def make_integer(tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str) -> Dequantization | Refusal:
     """DequantizeLinear in front of an integer kernel: of INT8, since onnxruntime fuses no narrower type (a Cast in front folds at
     load), and with a zero point, without which QGemm fails at run time up to 1.27. Zero points of one shape have one name, so
     that a file needs them once. `type`: of the levels."""
-    made = standard(tensor, levels=levels, output=output, constant=constant)
+    made = make_standard(tensor, levels=levels, output=output, constant=constant)
     if isinstance(made, Refusal):
         return made
     dims = tuple(made.initializers[0].dims)
@@ -104,7 +108,7 @@ def integer(tensor: QuantTensor, *, levels: str, type: int, output: str, constan
     return Dequantization("integer", made.node, (*made.initializers, zero), before=(cast,))
 
 
-def as_integers(form: Integers, *, levels: str, output: str, constant: str) -> Dequantization:
+def make_integers(form: Integers, *, levels: str, output: str, constant: str) -> Dequantization:
     """level + form.offset as form.type. `constant` names the offset."""
     if not form.offset:
         return Dequantization("none", helper.make_node("Cast", [levels], [output], to=form.type), ())
@@ -112,8 +116,8 @@ def as_integers(form: Integers, *, levels: str, output: str, constant: str) -> D
     return Dequantization("none", node, (numpy_helper.from_array(np.array(form.offset, np.int32), constant),), "Offset")
 
 
-def integers_of(node: NodeProto, offset: np.ndarray | None) -> Integers:
-    """The inverse of `as_integers`. offset: what the node's second input holds."""
+def read_integers(node: NodeProto, offset: np.ndarray | None) -> Integers:
+    """The inverse of `make_integers`. offset: what the node's second input holds."""
     to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
     wanted = node.op_type == "Offset" and node.domain == DOMAIN and offset is not None and offset.size == 1
     if to not in NARROW or not (wanted or (node.op_type == "Cast" and node.domain in ("", "ai.onnx"))):
@@ -121,7 +125,7 @@ def integers_of(node: NodeProto, offset: np.ndarray | None) -> Integers:
     return Integers(to, int(offset.reshape(())) if wanted and offset is not None else 0)
 
 
-def why_not_standard(tensor: QuantTensor) -> Refusal | None:
+def refuse_standard(tensor: QuantTensor) -> Refusal | None:
     if isinstance(tensor.meaning, Codebook):
         return Refusal("a codebook isn't a uniform grid, which DequantizeLinear needs")
     if sum(length > 1 for length in tensor.meaning.step.shape) > 1:
@@ -131,7 +135,7 @@ def why_not_standard(tensor: QuantTensor) -> Refusal | None:
     return None
 
 
-def function(name: str, opset: int) -> FunctionProto:
+def make_function(name: str, opset: int) -> FunctionProto:
     """One of BODIES, or Offset, as a model-local function."""
     if name == "Offset":
         cast = helper.make_node("Cast", ["sum"], ["integers"])
@@ -151,8 +155,9 @@ def function(name: str, opset: int) -> FunctionProto:
     return helper.make_function(DOMAIN, name, list(inputs), ["w"], nodes, [helper.make_opsetid("", opset)])
 
 
-def meaning_of(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> tuple[Scale | Codebook, np.ndarray | None]:
-    """The inverse of `folded` and `standard`: (what the node's levels stand for, factor). rank: of the integer tensor."""
+def read_meaning(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> tuple[Scale | Codebook, np.ndarray | None]:
+    """The inverse of `make_folded` and `make_standard`: (what the node's levels stand for, factor). rank: of the integer
+    tensor."""
     missing = [name for name in node.input[1 : 2 if node.op_type == "DequantizeLinear" else None] if name not in constants]
     if missing or len(node.input) < 2:
         raise FileError(

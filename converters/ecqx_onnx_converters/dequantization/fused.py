@@ -16,7 +16,7 @@ import numpy as np
 from onnx import FunctionProto, GraphProto, NodeProto, helper
 
 from ecqx_onnx_converters.dequantization.dequantization import BODIES
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import list_graphs
 from ecqx_onnx_converters.graph.uses import find_uses, set_attribute
 from ecqx_onnx_converters.storage import DOMAIN, Stored
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
 FUSED = {"V": "Dequantize", "W": "DequantizeHalf", "B": "LookUp", "F": "LookUpScaled"}
 
 
-def order(stored: Stored) -> tuple[int, ...] | None:
+def find_permutation(stored: Stored) -> tuple[int, ...] | None:
     """The weight's axes in the order in which it is coded, where that isn't their own."""
     turn = stored.nodes[-1]
     return tuple(np.argsort(turn.attribute[0].ints).tolist()) if turn.op_type == "Transpose" else None
 
 
-def fuse(stored: Stored, name: str, dequantise: NodeProto) -> list[NodeProto]:
+def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
     """The nodes that make the weight of what is stored. dequantise: of the levels in the order in which they are coded."""
     nodes = list(stored.nodes)
     turn = nodes.pop() if nodes[-1].op_type == "Transpose" else None
     decode = nodes.pop()
-    output = dequantise.output[0] if turn is None else decode.output[0]
-    nodes.append(helper.make_node(name, [*decode.input, *dequantise.input[1:]], [output], domain=DOMAIN))
+    output = dequantize.output[0] if turn is None else decode.output[0]
+    nodes.append(helper.make_node(name, [*decode.input, *dequantize.input[1:]], [output], domain=DOMAIN))
     if turn is not None:
-        nodes.append(helper.make_node("Transpose", [output], dequantise.output))
+        nodes.append(helper.make_node("Transpose", [output], dequantize.output))
         nodes[-1].attribute.extend(turn.attribute)
     return nodes
 
 
-def leave_turns_to_gemm(graph: GraphProto) -> set[str]:
+def fold_transpose_into_gemm(graph: GraphProto) -> set[str]:
     """Removes, in place, the Transpose behind a fused call where Gemm alone reads it, whose transB says the same. -> The names of
     these weights."""
     calls = {node.output[0]: node for node in graph.node if node.domain == DOMAIN and node.op_type in FUSED}
-    uses, outputs = find_uses(graph), {value.name for scope in all_graphs(graph) for value in scope.output}
+    uses, outputs = find_uses(graph), {value.name for scope in list_graphs(graph) for value in scope.output}
     turned = set()
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in calls]:
         readers = uses.get(node.output[0], [])
@@ -66,7 +66,7 @@ def leave_turns_to_gemm(graph: GraphProto) -> set[str]:
     return turned
 
 
-def expanded(node: NodeProto) -> list[NodeProto]:
+def expand_call(node: NodeProto) -> list[NodeProto]:
     """The inverse, for a node of any file: the two calls that a fused one stands for, itself otherwise."""
     if node.domain != DOMAIN or node.op_type not in FUSED or not node.output:
         return [node]
@@ -78,11 +78,11 @@ def expanded(node: NodeProto) -> list[NodeProto]:
     ]
 
 
-def scaled(levels: FunctionProto) -> FunctionProto:
+def make_scaled(levels: FunctionProto) -> FunctionProto:
     """V, from the function Levels (entries, advances, values, shape): it adds floats instead, each to a zero, which is exact
     for a positive step."""
     values = levels.input[2]
-    step, floats, products = islice(_free_letters(levels), 3)
+    step, floats, products = islice(list_free_letters(levels), 3)
     nodes = [helper.make_node("CastLike", [values, step], [floats]), helper.make_node("Mul", [floats, step], [products])]
     for node in levels.node:
         nodes.append(NodeProto())
@@ -93,9 +93,9 @@ def scaled(levels: FunctionProto) -> FunctionProto:
     return helper.make_function(DOMAIN, "V", [*levels.input, step], list(levels.output), nodes, list(levels.opset_import))
 
 
-def composed(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
+def compose(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
     """One function that does what the first does, and to its output what the second does."""
-    letters = _free_letters(first)
+    letters = list_free_letters(first)
     new = {second.input[0]: first.output[0]}
     new |= {value: next(letters) for value in (*second.input[1:], *(made for node in second.node for made in node.output))}
     nodes = list(first.node)
@@ -108,6 +108,6 @@ def composed(name: str, first: FunctionProto, second: FunctionProto) -> Function
     return helper.make_function(DOMAIN, name, inputs, outputs, nodes, list(first.opset_import))
 
 
-def _free_letters(function: FunctionProto) -> Iterator[str]:
+def list_free_letters(function: FunctionProto) -> Iterator[str]:
     taken = {*function.input, *(value for node in function.node for value in node.output)}
     return (letter for letter in string.ascii_letters if letter not in taken)

@@ -36,35 +36,35 @@ class StandardForm:
     integer: bool = False
 
 
-def standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm | Refusal:
+def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm | Refusal:
     """tensor: the weight in the graph's layout, with one step or a step along one axis."""
-    kinds = [_kind(use) for use in uses]
+    kinds = [classify_use(use) for use in uses]
     for kind in kinds:
         if isinstance(kind, Refusal):
             return kind
     axis = tensor.meaning.axis if isinstance(tensor.meaning, Scale) else None
     if "gather" in kinds and axis == 0:
         return Refusal("rows of an embedding with one step each would need their steps gathered, too")
-    if "gemm" in kinds and axis == 1 - (_output_axis(uses)):
+    if "gemm" in kinds and axis == 1 - (find_output_axis(uses)):
         return Refusal("the step varies along the inputs of a matrix product; onnxruntime is exact with a step along its outputs")
     dense = {kind for kind in kinds if kind != "gather"}
     layouts = {
-        kind == "gemm" and not _attribute(use, "transB") for kind, use in zip(kinds, uses, strict=True) if kind != "gather"
+        kind == "gemm" and not read_attribute(use, "transB") for kind, use in zip(kinds, uses, strict=True) if kind != "gather"
     }
     if len(layouts) > 1:
         return Refusal("its consumers want it both as it is and transposed")
     return StandardForm(transposed=layouts == {True}, dense=bool(dense))
 
 
-def _attribute(use: Use, name: str) -> int:
+def read_attribute(use: Use, name: str) -> int:
     return next((attribute.i for attribute in use.node.attribute if attribute.name == name), 0)
 
 
-def _output_axis(uses: Sequence[Use]) -> int:
-    return 0 if any(use.node.op_type == "Gemm" and _attribute(use, "transB") for use in uses) else 1
+def find_output_axis(uses: Sequence[Use]) -> int:
+    return 0 if any(use.node.op_type == "Gemm" and read_attribute(use, "transB") for use in uses) else 1
 
 
-def _kind(use: Use) -> str | Refusal:
+def classify_use(use: Use) -> str | Refusal:
     """ "plain", "gemm" or "gather"."""
     operator, position = use.node.op_type, use.position
     if use.node.domain in ("", "ai.onnx"):
@@ -72,7 +72,7 @@ def _kind(use: Use) -> str | Refusal:
             return "plain"
         if operator in ("Gemm", "MatMul") and position == 1:
             return "gemm"
-        if operator == "Gather" and position == 0 and _attribute(use, "axis") == 0:
+        if operator == "Gather" and position == 0 and read_attribute(use, "axis") == 0:
             return "gather"
     return Refusal(f"its consumer {operator} isn't known to keep float arithmetic behind DequantizeLinear")
 
@@ -84,14 +84,14 @@ def apply_standard(
     products; levels: the integers, of TensorProto type `type`; step: what dequantises them."""
     for use in uses:
         if use.node.op_type == "Gather":
-            _gather_integers(use, levels, type, step, names)
+            gather_integers(use, levels, type, step, names)
         elif use.node.op_type == "Gemm":
             set_attribute(use.node, "transB", 1)
         elif use.node.op_type == "MatMul":
-            _gemm_for_matmul(use, weight, tensor.shape, names)
+            put_gemm_for_matmul(use, weight, tensor.shape, names)
 
 
-def _gather_integers(use: Use, levels: str, type: int, step: str, names: NameMaker) -> None:
+def gather_integers(use: Use, levels: str, type: int, step: str, names: NameMaker) -> None:
     """Gather integers, then Cast and Mul on the rows. No DequantizeLinear: onnxruntime 1.24 to 1.26 carry it past a Reshape
     with a QuantizeLinear in between, to uint8, and negative levels become zero. step: (), or [columns]."""
     output, attributes = use.node.output[0], use.attributes
@@ -102,10 +102,10 @@ def _gather_integers(use: Use, levels: str, type: int, step: str, names: NameMak
     rows, floats = names("g"), names("g")
     gather = helper.make_node("Gather", [levels, use.node.input[1]], [rows], **attributes)
     cast = helper.make_node("Cast", [rows], [floats], to=TensorProto.FLOAT)
-    _replace(use, [*before, gather, cast, helper.make_node("Mul", [floats, step], [output])])
+    replace_nodes(use, [*before, gather, cast, helper.make_node("Mul", [floats, step], [output])])
 
 
-def _gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameMaker) -> None:
+def put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameMaker) -> None:
     """MatMul(x, W) -> Reshape(Gemm(Reshape(x, [-1, in]), weight, transB=1), [x.shape[:-1], out]); weight: [out, in]."""
     inputs, outputs = shape
     x, y = use.node.input[0], use.node.output[0]
@@ -121,10 +121,10 @@ def _gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameM
         helper.make_node("Concat", [leading, constants["out"]], [full], axis=0),
         helper.make_node("Reshape", [product, full], [y]),
     ]
-    _replace(use, nodes)
+    replace_nodes(use, nodes)
 
 
-def _replace(use: Use, nodes: Sequence[NodeProto]) -> None:
+def replace_nodes(use: Use, nodes: Sequence[NodeProto]) -> None:
     """Puts the nodes where the consumer was; its own message becomes the last of them, so that other Uses of it stay valid."""
     position = next(index for index, node in enumerate(use.scope.node) if node is use.node or node == use.node)
     use.node.CopyFrom(nodes[-1])

@@ -25,13 +25,13 @@ from ecqx_onnx_converters.foreign.quantization_nodes import Constant, Grid, Rule
 from ecqx_onnx_converters.graph.graph import (
     NARROW,
     FloatGraph,
-    all_graphs,
-    constant_value,
-    fresh_name,
-    rename,
-    subgraphs,
-    tensor_values,
-    value_names,
+    find_constant,
+    list_graphs,
+    list_subgraphs,
+    list_value_names,
+    make_fresh_name,
+    read_values,
+    rename_values,
 )
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight, Integers
@@ -62,7 +62,7 @@ class Foreign:
     refused: Mapping[str, str]
 
 
-def find_quantised(graph: FloatGraph, *, leave: Collection[str] = ()) -> Foreign:
+def find_quantized(graph: FloatGraph, *, leave: Collection[str] = ()) -> Foreign:
     """leave: weights (names as in an earlier result) that are to stay as they are. The graph given isn't changed."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
@@ -76,7 +76,7 @@ def find_quantised(graph: FloatGraph, *, leave: Collection[str] = ()) -> Foreign
         for index in reversed([index for index, value in enumerate(values) if value.name in search.found]):
             gone.add(values[index].name)
             del values[index]
-    sizes = {tensor.name: _nbytes(tensor, graph) for tensor in graph.proto.graph.initializer if tensor.name in gone}
+    sizes = {tensor.name: count_bytes(tensor, graph) for tensor in graph.proto.graph.initializer if tensor.name in gone}
     replaced = {weight.name: sizes.pop(weight.sources[0], 0) for weight in weights}  # a shared tensor counts once
     left = {name: values for name, values in graph.weights.items() if name not in gone}
     refused = {name: reason for name, reason in search.refused.items() if name not in search.found}
@@ -98,15 +98,15 @@ class _Search:
     def __post_init__(self) -> None:
         main = self.graph.proto.graph
         self.uses = find_uses(main)
-        self.makers = {output: node for scope in all_graphs(main) for node in scope.node for output in node.output}
-        self.taken = value_names(main)
+        self.makers = {output: node for scope in list_graphs(main) for node in scope.node for output in node.output}
+        self.taken = list_value_names(main)
 
     def visit(self, scope: GraphProto, outer: Known) -> None:
         """Nodes in their order, each after those that it reads, and the graphs inside them. outer: constants around the scope."""
         known = {**outer, **{tensor.name: tensor for tensor in scope.initializer}}
         outputs = {value.name for value in scope.output}
         for node in list(scope.node):
-            tensor = constant_value(node)
+            tensor = find_constant(node)
             made = self.made(node, known)
             if tensor is not None:
                 known[node.output[0]] = tensor
@@ -116,12 +116,12 @@ class _Search:
                 self.take_grid(scope, node, made)
             elif isinstance(made, Refusal) and not self.take_integers(scope, node, known):
                 self.refused[node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]] = made.reason
-            for inner in subgraphs(node):
+            for inner in list_subgraphs(node):
                 self.visit(inner, known)
 
     def made(self, node: NodeProto, known: Known) -> Constant | Grid | Refusal | None:
         """What the node makes of constants; None for a node of no interest, or one that reads something else."""
-        rule = _rule(node)
+        rule = find_rule(node)
         inputs = [self.constant(name, known) if name else None for name in node.input]
         if rule is None or any(value is None and name for value, name in zip(inputs, node.input, strict=True)):
             return None
@@ -138,7 +138,7 @@ class _Search:
             return value
         if value.data_type not in READABLE:
             return None
-        values = self.graph.weights[name] if name in self.graph.weights else tensor_values(value)
+        values = self.graph.weights[name] if name in self.graph.weights else read_values(value)
         wide = values.astype(np.float32 if value.data_type == TensorProto.FLOAT else np.int32, copy=False)
         return Constant(wide, value.data_type, name)
 
@@ -184,20 +184,20 @@ class _Search:
                 return False
             self.take(scope, value.maker, name)
             zero = self.constant(node.input[2], known) if len(node.input) > 2 and node.input[2] else None
-            self.found[name] = _integer_weight(name, value, zero)
+            self.found[name] = make_integer_weight(name, value, zero)
         return True
 
     def name(self, scope: GraphProto, node: NodeProto) -> str:
         """Under which the node's output can be a value of the main graph; the same in each pass over a graph."""
         if scope is self.graph.proto.graph:
             return node.output[0]
-        return fresh_name(node.output[0], self.taken)  # another branch may use the same name
+        return make_fresh_name(node.output[0], self.taken)  # another branch may use the same name
 
     def take(self, scope: GraphProto, node: NodeProto, name: str) -> None:
         """Removes the node; its output becomes a value of the main graph."""
         scope.node.remove(node)
         if name != node.output[0]:
-            rename(scope, node.output[0], name)
+            rename_values(scope, node.output[0], name)
 
     def stored_integers(self) -> None:
         """Narrow integer initializers that something still reads."""
@@ -205,7 +205,7 @@ class _Search:
         uses = find_uses(graph)
         known: dict[str, TensorProto | Constant] = {tensor.name: tensor for tensor in graph.initializer}
         for name, maker in self.makers.items():
-            value = constant_value(maker)
+            value = find_constant(maker)
             if value is not None:
                 known[name] = value
         for tensor in graph.initializer:
@@ -216,16 +216,16 @@ class _Search:
                 zero = self.constant(use.node.input[position], known) if position < len(use.node.input) else None
                 constant = self.constant(tensor.name, known)
                 if constant is not None and constant.values.size:
-                    self.found[tensor.name] = _integer_weight(tensor.name, constant, zero)
+                    self.found[tensor.name] = make_integer_weight(tensor.name, constant, zero)
 
 
-def _rule(node: NodeProto) -> Rule | None:
+def find_rule(node: NodeProto) -> Rule | None:
     if node.domain in ("", "ai.onnx"):
         return quantization_nodes.RULES.get(node.op_type)
     return qonnx.RULES.get(node.op_type) if node.domain in qonnx.DOMAINS else None
 
 
-def _integer_weight(name: str, integers: Constant, zero: Constant | None) -> GraphWeight:
+def make_integer_weight(name: str, integers: Constant, zero: Constant | None) -> GraphWeight:
     """Levels count from the integer that most often stands for zero, where that leaves them in int8."""
     offset = 0
     if zero is not None and zero.values.size:
@@ -242,10 +242,10 @@ def _drop_unread(proto: ModelProto, read_before: set[str]) -> set[str]:
     """Removes, in place, constants and quantising nodes that were read before and no longer are. Names of what went."""
     gone: set[str] = set()
     while True:
-        read = set(find_uses(proto.graph)) | {value.name for scope in all_graphs(proto.graph) for value in scope.output}
+        read = set(find_uses(proto.graph)) | {value.name for scope in list_graphs(proto.graph) for value in scope.output}
         names = read_before - read
         size = len(gone)
-        for scope in all_graphs(proto.graph):
+        for scope in list_graphs(proto.graph):
             gone.update(_remove(scope, names))
         if len(gone) == size:
             return gone
@@ -264,5 +264,5 @@ def _remove(scope: GraphProto, names: set[str]) -> Iterator[str]:
             del values[index]
 
 
-def _nbytes(tensor: TensorProto, graph: FloatGraph) -> int:
+def count_bytes(tensor: TensorProto, graph: FloatGraph) -> int:
     return graph.weights[tensor.name].nbytes if tensor.name in graph.weights else tensor.ByteSize()

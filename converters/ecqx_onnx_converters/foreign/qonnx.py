@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
-from ecqx_onnx_converters.foreign.quantization_nodes import Constant, Grid, Rule, attribute, grid
-from ecqx_onnx_converters.graph.graph import all_graphs, opset_of
-from ecqx_onnx_converters.graph.opsets import set_opset, why_not_opset
+from ecqx_onnx_converters.foreign.quantization_nodes import Constant, Grid, Rule, make_grid, read_attribute
+from ecqx_onnx_converters.graph.graph import find_opset, list_graphs
+from ecqx_onnx_converters.graph.opsets import refuse_opset, set_opset
 from ecqx_onnx_converters.refusal import Refusal
 
 DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas", "finn.custom_op.general")
@@ -28,62 +28,62 @@ ROUNDING_OPERATORS = {"ROUND": "Round", "FLOOR": "Floor", "CEIL": "Ceil"}
 OPSET = 12  # of the functions: the first with Round and with Constants of a plain number
 
 
-def quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+def read_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
     if len(inputs) != 4 or any(constant is None or constant.type != TensorProto.FLOAT for constant in inputs):
         return Refusal("its Quant has inputs that aren't four float32 tensors")
     x, scale, zero, bits = (constant.values for constant in inputs if constant is not None)
-    rounding = ROUNDINGS.get(rounding_mode(node))
+    rounding = ROUNDINGS.get(read_rounding_mode(node))
     if rounding is None:
-        return Refusal(f"it is rounded by {rounding_mode(node)}, which QONNX calls none of {', '.join(ROUNDINGS)}")
-    signed, narrow = attribute(node, "signed", 1), attribute(node, "narrow", 0)
+        return Refusal(f"it is rounded by {read_rounding_mode(node)}, which QONNX calls none of {', '.join(ROUNDINGS)}")
+    signed, narrow = read_attribute(node, "signed", 1), read_attribute(node, "narrow", 0)
     if bits.size != 1 or not (1 + signed <= float(bits.reshape(())) <= 8 and (bits == np.rint(bits)).all()):
         return Refusal(f"its bit width {bits.reshape(-1)[:4].tolist()} isn't one whole number from {1 + signed} to 8")
     if not (zero == np.rint(zero)).all() or not (np.isfinite(scale) & (scale > 0)).all():
         return Refusal("its zero point isn't whole or its scale isn't positive and finite")
-    step, shift = _broadcast(scale, x.shape), _broadcast(zero, x.shape)
+    step, shift = broadcast_part(scale, x.shape), broadcast_part(zero, x.shape)
     if step is None or shift is None:
         return Refusal("its scale or zero point doesn't broadcast against it")
-    lowest, highest = bounds(int(bits.reshape(())), signed=bool(signed), narrow=bool(narrow))
+    lowest, highest = compute_bounds(int(bits.reshape(())), signed=bool(signed), narrow=bool(narrow))
     levels = rounding(np.clip(x / step + shift, np.float32(lowest), np.float32(highest))) - shift
-    return grid(levels.astype(np.int32), step, _source(inputs))
+    return make_grid(levels.astype(np.int32), step, name_source(inputs))
 
 
-def bipolar_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+def read_bipolar_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
     if len(inputs) != 2 or any(constant is None or constant.type != TensorProto.FLOAT for constant in inputs):
         return Refusal("its BipolarQuant has inputs that aren't two float32 tensors")
     x, scale = (constant.values for constant in inputs if constant is not None)
-    step = _broadcast(scale, x.shape)
+    step = broadcast_part(scale, x.shape)
     if step is None:
         return Refusal("its scale doesn't broadcast against it")
-    return grid(np.where(x >= 0, 1, -1), step, _source(inputs))
+    return make_grid(np.where(x >= 0, 1, -1), step, name_source(inputs))
 
 
-RULES: Mapping[str, Rule] = {"Quant": quant, "BipolarQuant": bipolar_quant}
+RULES: Mapping[str, Rule] = {"Quant": read_quant, "BipolarQuant": read_bipolar_quant}
 
 
-def bounds(bits: int, *, signed: bool, narrow: bool) -> tuple[int, int]:
+def compute_bounds(bits: int, *, signed: bool, narrow: bool) -> tuple[int, int]:
     """(lowest, highest) integer."""
     if signed:
         return -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
     return 0, 2**bits - 1 - narrow
 
 
-def rounding_mode(node: NodeProto) -> str:
+def read_rounding_mode(node: NodeProto) -> str:
     return next((entry.s.decode(errors="replace") for entry in node.attribute if entry.name == "rounding_mode"), "ROUND").upper()
 
 
-def define(model: ModelProto) -> str | None:
+def define_operators(model: ModelProto) -> str | None:
     """Adds, in place, a definition of each QONNX operator that nodes still use. A sentence for the report, or None."""
     present = {(function.domain, function.name) for function in model.functions}
     imported = {entry.domain for entry in model.opset_import}
-    nodes = [node for scope in all_graphs(model.graph) for node in scope.node if node.domain in DOMAINS]
+    nodes = [node for scope in list_graphs(model.graph) for node in scope.node if node.domain in DOMAINS]
     wanted = sorted({(node.domain, node.op_type) for node in nodes if node.op_type in RULES} - present)
-    if not wanted or why_not_opset(model, OPSET) is not None:
+    if not wanted or refuse_opset(model, OPSET) is not None:
         return None
     defined = []
     for domain, operator in wanted:
         users = [node for node in nodes if (node.domain, node.op_type) == (domain, operator)]
-        modes = {rounding_mode(node) for node in users}
+        modes = {read_rounding_mode(node) for node in users}
         if operator == "Quant" and (len(modes) > 1 or not modes <= ROUNDING_OPERATORS.keys()):
             continue
         if operator == "Quant":
@@ -91,23 +91,23 @@ def define(model: ModelProto) -> str | None:
                 present_names = {entry.name for entry in node.attribute}
                 missing = {"signed": 1, "narrow": 0}.items()
                 node.attribute.extend(helper.make_attribute(*pair) for pair in missing if pair[0] not in present_names)
-            model.functions.append(_quant_function(domain, ROUNDING_OPERATORS[modes.pop()]))
+            model.functions.append(make_quant_function(domain, ROUNDING_OPERATORS[modes.pop()]))
         else:
-            model.functions.append(_bipolar_function(domain))
+            model.functions.append(make_bipolar_function(domain))
         defined.append(operator)
         if domain not in imported:
             model.opset_import.append(helper.make_opsetid(domain, 1))
             imported.add(domain)
     if not defined:
         return None
-    set_opset(model, max(OPSET, opset_of(model)))
+    set_opset(model, max(OPSET, find_opset(model)))
     return f"{', '.join(defined)} of activations: defined in the file by standard operators, so that stock runtimes run it"
 
 
 Steps = tuple[tuple[str, str, str, dict[str, Any]], ...]
 
 
-def _quant_function(domain: str, rounding: str) -> FunctionProto:
+def make_quant_function(domain: str, rounding: str) -> FunctionProto:
     """signed, narrow: attributes of 0 or 1.
 
     highest = 2^(bits - signed) - 1 - narrow·(1 - signed)        lowest = signed·(narrow - 2^(bits - signed))
@@ -136,26 +136,28 @@ def _quant_function(domain: str, rounding: str) -> FunctionProto:
         ("Sub", "rounded zero", "level", {}),
         ("Mul", "level scale", "y", {}),
     )
-    nodes += _nodes(steps)
+    nodes += make_nodes(steps)
     imports = [helper.make_opsetid("", OPSET)]
     return helper.make_function(domain, "Quant", ["x", "scale", "zero", "bits"], ["y"], nodes, imports, ["signed", "narrow"])
 
 
-def _bipolar_function(domain: str) -> FunctionProto:
+def make_bipolar_function(domain: str) -> FunctionProto:
     steps: Steps = (
         ("Constant", "", "nothing", {"value_float": 0.0}),
         ("Less", "x nothing", "negative", {}),
         ("Neg", "scale", "opposite", {}),
         ("Where", "negative opposite scale", "y", {}),
     )
-    return helper.make_function(domain, "BipolarQuant", ["x", "scale"], ["y"], _nodes(steps), [helper.make_opsetid("", OPSET)])
+    return helper.make_function(
+        domain, "BipolarQuant", ["x", "scale"], ["y"], make_nodes(steps), [helper.make_opsetid("", OPSET)]
+    )
 
 
-def _nodes(steps: Steps) -> list[NodeProto]:
+def make_nodes(steps: Steps) -> list[NodeProto]:
     return [helper.make_node(operator, inputs.split(), [output], **values) for operator, inputs, output, values in steps]
 
 
-def _broadcast(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+def broadcast_part(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """The part in as many dimensions as `shape`, or none for a single value; None when it doesn't broadcast against it."""
     if part.size == 1:
         return part.reshape(())
@@ -164,5 +166,5 @@ def _broadcast(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     return part if fits else None
 
 
-def _source(inputs: Sequence[Constant | None]) -> str:
+def name_source(inputs: Sequence[Constant | None]) -> str:
     return inputs[0].source if inputs[0] is not None else ""

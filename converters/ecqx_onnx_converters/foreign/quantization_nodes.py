@@ -47,21 +47,21 @@ class Grid:
 Rule = Callable[[NodeProto, Sequence[Constant | None]], "Constant | Grid | Refusal | None"]
 
 
-def attribute(node: NodeProto, name: str, default: int) -> int:
+def read_attribute(node: NodeProto, name: str, default: int) -> int:
     return next((int(entry.i) for entry in node.attribute if entry.name == name), default)
 
 
-def quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | Refusal:
-    x, scale, zero = _three(inputs)
+def read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | Refusal:
+    x, scale, zero = take_three(inputs)
     if x is None or scale is None or x.type != TensorProto.FLOAT or scale.type != TensorProto.FLOAT:
         return Refusal("it isn't quantised from float32 by a float32 scale")
-    kind = zero.type if zero is not None else attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    kind = zero.type if zero is not None else read_attribute(node, "output_dtype", 0) or TensorProto.UINT8
     if kind not in RANGES:
         return Refusal(f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can be packed")
-    along = _along(node, x.values, scale.values)
+    along = place_along_axis(node, x.values, scale.values)
     if isinstance(along, Refusal):
         return along
-    origin = _spread(zero, along)
+    origin = spread_zero(zero, along)
     if isinstance(origin, Refusal):
         return origin
     with np.errstate(all="ignore"):
@@ -71,9 +71,9 @@ def quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Const
     return Constant(np.clip(rounded, *RANGES[kind]).astype(np.int32), kind, x.source, node)
 
 
-def clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
+def read_clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
     """None for floats, and where the integers come from no quantising node."""
-    x, lowest, highest = _three(inputs)
+    x, lowest, highest = take_three(inputs)
     if x is None or x.maker is None:
         return None
     if any(bound is not None and bound.values.size != 1 for bound in (lowest, highest)):
@@ -83,22 +83,22 @@ def clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
     return Constant(values.astype(np.int32), x.type, x.source, node)
 
 
-def dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
-    integers, scale, zero = _three(inputs)
+def read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+    integers, scale, zero = take_three(inputs)
     if integers is None or integers.type not in RANGES:
         return Refusal("it has more than 8 bits")
-    if scale is None or scale.type != TensorProto.FLOAT or attribute(node, "output_dtype", 1) != TensorProto.FLOAT:
+    if scale is None or scale.type != TensorProto.FLOAT or read_attribute(node, "output_dtype", 1) != TensorProto.FLOAT:
         return Refusal("it isn't dequantised to float32")
-    along = _along(node, integers.values, scale.values)
+    along = place_along_axis(node, integers.values, scale.values)
     if isinstance(along, Refusal):
         return along
-    origin = _spread(zero, along)
+    origin = spread_zero(zero, along)
     if isinstance(origin, Refusal):
         return origin
-    return grid(integers.values - origin, along, integers.source)
+    return make_grid(integers.values - origin, along, integers.source)
 
 
-def grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refusal:
+def make_grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refusal:
     """levels: any integers, not empty; step: float32."""
     if not levels.size:
         return Refusal("it is empty")
@@ -109,22 +109,22 @@ def grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refusal:
     return Grid(levels.astype(np.int8), step.reshape(()) if step.size == 1 else step, source)
 
 
-def _three(inputs: Sequence[Constant | None]) -> tuple[Constant | None, Constant | None, Constant | None]:
+def take_three(inputs: Sequence[Constant | None]) -> tuple[Constant | None, Constant | None, Constant | None]:
     first, second, third = (*inputs, None, None, None)[:3]
     return first, second, third
 
 
-def _along(node: NodeProto, values: np.ndarray, scale: np.ndarray) -> np.ndarray | Refusal:
+def place_along_axis(node: NodeProto, values: np.ndarray, scale: np.ndarray) -> np.ndarray | Refusal:
     """The scale in a shape that broadcasts against the values: one, or one per index of the node's axis."""
     if scale.size == 1 and scale.ndim <= 1:
         return scale.reshape(())
-    axis = attribute(node, "axis", 1)
+    axis = read_attribute(node, "axis", 1)
     if scale.ndim == 1 and -values.ndim <= axis < values.ndim and values.shape[axis] == scale.size:
         return scale.reshape([-1 if dimension == axis % values.ndim else 1 for dimension in range(values.ndim)])
     return Refusal(f"it has a scale of shape {list(scale.shape)}, neither one nor one per index of an axis")
 
 
-def _spread(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:
+def spread_zero(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:
     """The zero point in the shape of the scale."""
     if zero is None:
         return np.zeros((), np.int32)
@@ -135,4 +135,8 @@ def _spread(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:
     return zero.values.reshape(along.shape)
 
 
-RULES: Mapping[str, Rule] = {"QuantizeLinear": quantize_linear, "Clip": clip, "DequantizeLinear": dequantize_linear}
+RULES: Mapping[str, Rule] = {
+    "QuantizeLinear": read_quantize_linear,
+    "Clip": read_clip,
+    "DequantizeLinear": read_dequantize_linear,
+}

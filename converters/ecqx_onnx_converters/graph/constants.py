@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from ecqx_onnx_converters.graph.graph import FloatGraph, subgraphs, tensor_values
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_subgraphs, read_values
 
 
 class Constants:
@@ -25,7 +25,7 @@ class Constants:
                     self.tensors[node.output[0]] = node.attribute[0].t
 
     def is_constant(self, node: NodeProto) -> bool:
-        return all(name in self.names for name in (*node.input, *names_inside(node)))
+        return all(name in self.names for name in (*node.input, *list_names_inside(node)))
 
     def holds(self, name: str) -> bool:
         return name in self.names
@@ -35,17 +35,17 @@ class Constants:
         if name in self.weights:
             return self.weights[name]
         tensor = self.tensors.get(name)
-        return None if tensor is None or not _has_data(tensor) else tensor_values(tensor)
+        return None if tensor is None or not has_data(tensor) else read_values(tensor)
 
 
-def _has_data(tensor: TensorProto) -> bool:
+def has_data(tensor: TensorProto) -> bool:
     return math.prod(tensor.dims) == 0 or any(field.name.endswith("_data") for field, _ in tensor.ListFields())
 
 
-def names_inside(node: NodeProto) -> Iterator[str]:
+def list_names_inside(node: NodeProto) -> Iterator[str]:
     """Names that graphs inside the node read."""
-    for graph in subgraphs(node):
+    for graph in list_subgraphs(node):
         yield from (value.name for value in graph.output)
         for inner in graph.node:
             yield from inner.input
-            yield from names_inside(inner)
+            yield from list_names_inside(inner)

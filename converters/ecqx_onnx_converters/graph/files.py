@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.graph.limits import check_model
-from ecqx_onnx_converters.graph.outputs import derive_path, replacing
+from ecqx_onnx_converters.graph.outputs import derive_path, replace_on_success
 
 PROTOBUF_LIMIT = (1 << 31) - 1  # bytes of one serialized message
 INLINE = 1024  # bytes; smaller tensors stay in the .onnx even when the rest is external
@@ -53,7 +53,7 @@ def read_proto(path: Path | str) -> ModelProto:
     return model
 
 
-def external_bytes(tensor: TensorProto, folder: Path) -> bytes:
+def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
     """The raw data of a tensor that lies in a file beside the model. FileError for files elsewhere and for wrong lengths."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
@@ -61,7 +61,7 @@ def external_bytes(tensor: TensorProto, folder: Path) -> bytes:
     if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
         raise FileError(f"the data of tensor '{tensor.name}' lies in '{location}', outside the model's folder; it is not opened")
     try:
-        needed = (math.prod(tensor.dims) * _bits(tensor.data_type) + 7) // 8
+        needed = (math.prod(tensor.dims) * count_bits(tensor.data_type) + 7) // 8
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
         available = path.stat().st_size
         if length != needed or min(offset, *tensor.dims, 0) < 0 or offset + length > available:
@@ -79,13 +79,15 @@ def external_bytes(tensor: TensorProto, folder: Path) -> bytes:
         raise FileError(f"cannot read '{path}', the data of tensor '{tensor.name}': {why}; keep both files together") from error
 
 
-def external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
+def read_external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
     """The same as an array; for types that numpy has."""
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return np.frombuffer(external_bytes(tensor, folder), dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(tensor.dims)
+    return (
+        np.frombuffer(read_external_bytes(tensor, folder), dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(tensor.dims)
+    )
 
 
-def _bits(kind: int) -> int:
+def count_bits(kind: int) -> int:
     """Bits of one element; KeyError for an unknown type."""
     name = TensorProto.DataType.Name(kind) if kind in TensorProto.DataType.values() else ""
     if name.endswith(("INT4", "INT2")):
@@ -93,17 +95,17 @@ def _bits(kind: int) -> int:
     return int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize * 8)
 
 
-def data_path(path: Path) -> Path:
+def find_data_path(path: Path) -> Path:
     """Where the external data of the model at `path` lies."""
     return derive_path(path, ".data")
 
 
 @contextmanager
-def replacing_model(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """As `outputs.replacing`, for an .onnx file and the external data beside it, which go and come together."""
-    data = data_path(path)
+def replace_model(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """As `outputs.replace_on_success`, for an .onnx file and the external data beside it, which go and come together."""
+    data = find_data_path(path)
     superseded = [data] if force and _refers_to(path, data.name) else []
-    with replacing(path, force=force, beside=[data], superseded=superseded, sources=sources) as temporary:
+    with replace_on_success(path, force=force, beside=[data], superseded=superseded, sources=sources) as temporary:
         yield temporary
 
 
@@ -124,18 +126,18 @@ def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Pat
     if not external:
         for tensor in model.graph.initializer:
             if tensor.name in payloads:
-                tensor.raw_data = little_endian_bytes(payloads[tensor.name])
+                tensor.raw_data = to_little_endian(payloads[tensor.name])
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
-    with open(data_path(path), "wb") as data:
+    with open(find_data_path(path), "wb") as data:
         for tensor in model.graph.initializer:
-            content = little_endian_bytes(payloads[tensor.name]) if tensor.name in payloads else tensor.raw_data
+            content = to_little_endian(payloads[tensor.name]) if tensor.name in payloads else tensor.raw_data
             if len(content) <= INLINE:
                 if tensor.name in payloads:
                     tensor.raw_data = content
                 continue
             data.write(bytes(-data.tell() % ALIGNMENT))
-            where = {"location": data_path(path).name, "offset": str(data.tell()), "length": str(len(content))}
+            where = {"location": find_data_path(path).name, "offset": str(data.tell()), "length": str(len(content))}
             data.write(content)
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
@@ -144,6 +146,6 @@ def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Pat
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def little_endian_bytes(values: np.ndarray) -> bytes:
+def to_little_endian(values: np.ndarray) -> bytes:
     """What TensorProto.raw_data holds: row-major, little-endian."""
     return np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False)).tobytes()

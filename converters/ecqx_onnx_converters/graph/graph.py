@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.graph.files import external_bytes, external_values, little_endian_bytes, read_proto
+from ecqx_onnx_converters.graph.files import read_external_bytes, read_external_values, read_proto, to_little_endian
 
 LARGE = 1 << 16  # bytes; tensors of any number of dimensions and type from this size on are kept outside the proto
 NATIVE = {  # types that numpy holds without help
@@ -61,14 +61,14 @@ class FloatGraph:
         for tensor in proto.graph.initializer:
             if folder is not None and tensor.data_location == TensorProto.EXTERNAL:
                 if tensor.data_type in NATIVE:
-                    weights[tensor.name] = external_values(tensor, folder)
+                    weights[tensor.name] = read_external_values(tensor, folder)
                     clear_data(tensor)
                 else:
-                    content = external_bytes(tensor, folder)
+                    content = read_external_bytes(tensor, folder)
                     clear_data(tensor)
                     tensor.raw_data = content
             elif _is_weight(tensor):
-                weights[tensor.name] = tensor_values(tensor)
+                weights[tensor.name] = read_values(tensor)
                 clear_data(tensor)
         return cls(proto, weights)
 
@@ -78,15 +78,15 @@ class FloatGraph:
         model.CopyFrom(self.proto)
         for tensor in model.graph.initializer:
             if tensor.name in self.weights:
-                tensor.raw_data = little_endian_bytes(self.weights[tensor.name])
+                tensor.raw_data = to_little_endian(self.weights[tensor.name])
         return model
 
     @property
     def opset(self) -> int:
-        return opset_of(self.proto)
+        return find_opset(self.proto)
 
 
-def opset_of(model: ModelProto) -> int:
+def find_opset(model: ModelProto) -> int:
     """Version of the standard operator set that the model imports; FileError without one."""
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
@@ -94,7 +94,7 @@ def opset_of(model: ModelProto) -> int:
     raise FileError("the ONNX model imports no standard operator set; it is not a model that onnxruntime could run")
 
 
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+def list_subgraphs(node: NodeProto) -> Iterator[GraphProto]:
     """The graphs that the node's attributes hold (branches of an If, bodies of a Loop or Scan)."""
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
@@ -102,18 +102,18 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         yield from attribute.graphs
 
 
-def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+def list_graphs(graph: GraphProto) -> Iterator[GraphProto]:
     """The graph and every graph nested in it, outermost first."""
     yield graph
     for node in graph.node:
-        for inner in subgraphs(node):
-            yield from all_graphs(inner)
+        for inner in list_subgraphs(node):
+            yield from list_graphs(inner)
 
 
-def value_names(graph: GraphProto) -> set[str]:
+def list_value_names(graph: GraphProto) -> set[str]:
     """Every name that a value has anywhere in the graph and its subgraphs."""
     names: set[str] = set()
-    for scope in all_graphs(graph):
+    for scope in list_graphs(graph):
         names.update(value.name for value in (*scope.input, *scope.output, *scope.initializer))
         names.update(sparse.values.name for sparse in scope.sparse_initializer)
         for node in scope.node:
@@ -122,7 +122,7 @@ def value_names(graph: GraphProto) -> set[str]:
     return names
 
 
-def tensor_values(tensor: TensorProto) -> np.ndarray:
+def read_values(tensor: TensorProto) -> np.ndarray:
     """The values of an initializer or Constant; FileError when data and declaration disagree; nothing is allocated
     on the declaration's word."""
     if any(length < 0 for length in tensor.dims):
@@ -192,8 +192,8 @@ def _hoist(main: GraphProto) -> None:
 
     A subgraph sees the values of the graph around it, so its consumers need no change except where a name is already taken.
     """
-    taken = value_names(main)
-    for scope in list(all_graphs(main)):
+    taken = list_value_names(main)
+    for scope in list(list_graphs(main)):
         outputs = {value.name for value in scope.output}  # a graph's own output must be made inside it
         moved = []
         for position in reversed(range(len(scope.initializer) if scope is not main else 0)):
@@ -201,14 +201,14 @@ def _hoist(main: GraphProto) -> None:
                 moved.append(_copy(scope.initializer[position], scope.initializer[position].name))
                 del scope.initializer[position]
         for position in reversed(range(len(scope.node))):
-            value, name = constant_value(scope.node[position]), scope.node[position].output[:1]
+            value, name = find_constant(scope.node[position]), scope.node[position].output[:1]
             if value is not None and _is_hoisted(value) and name[0] not in outputs:
                 moved.append(_copy(value, name[0]))
                 del scope.node[position]
         for tensor in reversed(moved):
-            if any(_defines(graph, tensor.name) for graph in all_graphs(main)):
-                old, tensor.name = tensor.name, fresh_name(tensor.name, taken)
-                rename(scope, old, tensor.name)
+            if any(defines_function(graph, tensor.name) for graph in list_graphs(main)):
+                old, tensor.name = tensor.name, make_fresh_name(tensor.name, taken)
+                rename_values(scope, old, tensor.name)
             main.initializer.append(tensor)
 
 
@@ -219,19 +219,19 @@ def _copy(tensor: TensorProto, name: str) -> TensorProto:
     return copied
 
 
-def constant_value(node: NodeProto) -> TensorProto | None:
+def find_constant(node: NodeProto) -> TensorProto | None:
     """The tensor that a Constant node holds; None for every other node."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
     return next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
 
 
-def _defines(graph: GraphProto, name: str) -> bool:
+def defines_function(graph: GraphProto, name: str) -> bool:
     made = (output for node in graph.node for output in node.output)
     return name in made or any(value.name == name for value in (*graph.input, *graph.initializer))
 
 
-def fresh_name(wish: str, taken: set[str]) -> str:
+def make_fresh_name(wish: str, taken: set[str]) -> str:
     """`wish`, or `wish_1`, `wish_2` … when it is taken; the result counts as taken from then on."""
     name, number = wish, 0
     while name in taken:
@@ -241,12 +241,12 @@ def fresh_name(wish: str, taken: set[str]) -> str:
     return name
 
 
-def rename(graph: GraphProto, old: str, new: str) -> None:
+def rename_values(graph: GraphProto, old: str, new: str) -> None:
     """Renames what nodes read, here and in subgraphs that don't define `old` anew."""
     for node in graph.node:
         for position, name in enumerate(node.input):
             if name == old:
                 node.input[position] = new
-        for inner in subgraphs(node):
-            if not _defines(inner, old):
-                rename(inner, old, new)
+        for inner in list_subgraphs(node):
+            if not defines_function(inner, old):
+                rename_values(inner, old, new)

@@ -1,6 +1,6 @@
 """(graph, newer opset) -> the same graph written for that opset by onnx's version converter, or why it can't be.
 
-Where `why_not_opset` has nothing against it, declaring the newer opset is enough and this isn't needed.
+Where `refuse_opset` has nothing against it, declaring the newer opset is enough and this isn't needed.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import onnx
 from onnx import ModelProto, helper, version_converter
 
-from ecqx_onnx_converters.graph.graph import FloatGraph, all_graphs, opset_of
-from ecqx_onnx_converters.graph.opsets import CHANGED, set_opset, why_not_opset
+from ecqx_onnx_converters.graph.graph import FloatGraph, find_opset, list_graphs
+from ecqx_onnx_converters.graph.opsets import CHANGED, refuse_opset, set_opset
 from ecqx_onnx_converters.refusal import Refusal
 
 # Operators that the converter leaves as they are where their meaning changes (the tests pin it).
@@ -18,20 +18,20 @@ UNTRUSTED = ("GroupNormalization", "GridSample", "Hardmax")
 
 def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
     """The graph given isn't changed. Its model-local functions have to mean the same in the newer opset."""
-    present = opset_of(graph.proto)
+    present = find_opset(graph.proto)
     if opset <= present:
         return graph
-    scopes = all_graphs(graph.proto.graph)
+    scopes = list_graphs(graph.proto.graph)
     operators = {node.op_type for scope in scopes for node in scope.node if node.domain in ("", "ai.onnx")}
     for name in UNTRUSTED:
         if name in operators and present < CHANGED[name] <= opset:
             return Refusal(f"{name} changes between opset {present} and {opset}, which onnx's version converter overlooks")
     functions = ModelProto(opset_import=graph.proto.opset_import, functions=graph.proto.functions)
-    refusal = why_not_opset(functions, opset)
+    refusal = refuse_opset(functions, opset)
     if refusal is not None:
         return refusal
     try:
-        converted = version_converter.convert_version(_bare(graph), opset)
+        converted = version_converter.convert_version(strip_weights(graph), opset)
     except REFUSALS as error:
         return Refusal(f"onnx's version converter doesn't take it to opset {opset}: {' '.join(str(error).split())[:200]}")
     proto = ModelProto()
@@ -41,7 +41,7 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
     proto.graph.node.extend(converted.graph.node)
     there = {tensor.name for tensor in proto.graph.initializer}
     proto.graph.initializer.extend(tensor for tensor in converted.graph.initializer if tensor.name not in there)
-    for scope in all_graphs(proto.graph):
+    for scope in list_graphs(proto.graph):
         scope.ClearField("value_info")
     set_opset(proto, opset)
     return FloatGraph(proto, graph.weights)
@@ -51,7 +51,7 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
 REFUSALS = (RuntimeError, ValueError, onnx.shape_inference.InferenceError, version_converter.ConvertError)
 
 
-def _bare(graph: FloatGraph) -> ModelProto:
+def strip_weights(graph: FloatGraph) -> ModelProto:
     """The model with its weights, whose data lie elsewhere, as inputs."""
     model = ModelProto()
     model.CopyFrom(graph.proto)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import ModelProto, NodeProto, defs
 
-from ecqx_onnx_converters.graph.graph import all_graphs, opset_of
+from ecqx_onnx_converters.graph.graph import find_opset, list_graphs
 from ecqx_onnx_converters.refusal import Refusal
 
 # Same inputs and attributes in a newer opset, but another meaning.
@@ -20,21 +20,21 @@ CHANGED = {
 }
 
 
-def why_not_opset(model: ModelProto, opset: int) -> Refusal | None:
+def refuse_opset(model: ModelProto, opset: int) -> Refusal | None:
     """None when every node means the same in `opset`, so that the model only has to declare it."""
-    present = opset_of(model)
+    present = find_opset(model)
     if opset <= present:
         return None
-    scopes = [*(nodes.node for nodes in all_graphs(model.graph)), *(function.node for function in model.functions)]
+    scopes = [*(nodes.node for nodes in list_graphs(model.graph)), *(function.node for function in model.functions)]
     for node in (node for nodes in scopes for node in nodes if node.domain in ("", "ai.onnx")):
-        if not _means_the_same(node, present, opset):
+        if not has_same_meaning(node, present, opset):
             return Refusal(
                 f"{node.op_type} changes between opset {present}, the graph's, and {opset}; export the graph with opset {opset}"
             )
     return None
 
 
-def _means_the_same(node: NodeProto, old: int, new: int) -> bool:
+def has_same_meaning(node: NodeProto, old: int, new: int) -> bool:
     try:
         before, after = defs.get_schema(node.op_type, old), defs.get_schema(node.op_type, new)
     except defs.SchemaError:
@@ -57,7 +57,7 @@ def _means_the_same(node: NodeProto, old: int, new: int) -> bool:
 
 
 def set_opset(model: ModelProto, opset: int) -> None:
-    """Declares the opset, for the model and its functions; `why_not_opset` must have agreed."""
+    """Declares the opset, for the model and its functions; `refuse_opset` must have agreed."""
     for owner in (model, *model.functions):
         for entry in owner.opset_import:
             if entry.domain in ("", "ai.onnx"):
@@ -66,17 +66,17 @@ def set_opset(model: ModelProto, opset: int) -> None:
 
 def lower_opset(model: ModelProto, opset: int) -> None:
     """Declares a lower opset, in place, where every node means in it what it means now; otherwise leaves the model as it is."""
-    present = opset_of(model)
+    present = find_opset(model)
     if opset >= present:
         return
     set_opset(model, opset)
-    if why_not_opset(model, present) is not None or _newer_form(model, opset):
+    if refuse_opset(model, present) is not None or has_newer_form(model, opset):
         set_opset(model, present)
 
 
-def _newer_form(model: ModelProto, opset: int) -> bool:
+def has_newer_form(model: ModelProto, opset: int) -> bool:
     """Some node has an attribute or an input that its operator lacks in `opset`."""
-    for node in (node for scope in all_graphs(model.graph) for node in scope.node if node.domain in ("", "ai.onnx")):
+    for node in (node for scope in list_graphs(model.graph) for node in scope.node if node.domain in ("", "ai.onnx")):
         schema = defs.get_schema(node.op_type, opset)
         if len(node.input) > schema.max_input or any(part.name not in schema.attributes for part in node.attribute):
             return True

@@ -98,7 +98,7 @@ def check_output(path: Path | str, *, force: bool, source: object = None) -> Non
             raise FileError(f"{path}: is a folder; name a file in it")
         if path.exists() and not path.is_file():
             raise FileError(f"{path}: is no regular file, so it is not replaced; choose another name")
-        if isinstance(source, str | Path) and _same(path, Path(source), follow=True):
+        if isinstance(source, str | Path) and is_same_file(path, Path(source), follow=True):
             raise FileError(f"{path}: is what is read: choose another name, so that it is not lost")
         if path.is_symlink() and not path.exists() and not force:
             raise FileError(f"{path}: is a link to {os.readlink(path)}, which does not exist; use --force to replace the link")
@@ -128,7 +128,7 @@ def check_name_and_folder(path: Path) -> None:
 
 
 @contextmanager
-def replacing(
+def replace_on_success(
     path: Path,
     *,
     force: bool,
@@ -158,7 +158,7 @@ def replacing(
         if companion.parent != path.parent:
             raise ValueError(f"{companion} does not lie beside {path}")
     names = [companion.name for companion in beside] + [path.name]
-    with _in_words(path) as left, _temporary(path, left) as place:
+    with put_errors_in_words(path) as left, open_temporary(path, left) as place:
         yield place.new / path.name
         written = [name for name in names if os.path.lexists(place.new / name)]
         try:
@@ -168,7 +168,7 @@ def replacing(
 
 
 @contextmanager
-def replacing_folder(folder: Path, *, check: Callable[[], None], force: bool) -> Iterator[Path]:
+def replace_folder_on_success(folder: Path, *, check: Callable[[], None], force: bool) -> Iterator[Path]:
     """Gives an empty folder, which takes its place when the block ends well, else vanishes.
 
     Args:
@@ -181,30 +181,30 @@ def replacing_folder(folder: Path, *, check: Callable[[], None], force: bool) ->
         FileError: as `check` does, or if the disk refuses. Then all is as it was.
     """
     check()
-    with _in_words(folder) as left, _temporary(folder, left) as place:
+    with put_errors_in_words(folder) as left, open_temporary(folder, left) as place:
         new = place.new / folder.name
         os.mkdir(new)
         yield new
-        _flush(new)
+        flush_file(new)
         check()
         try:
             if not force or not os.path.lexists(folder):
                 _rename_to_free(new, folder)
-            elif not _exchange(new, folder):
+            elif not exchange_names(new, folder):
                 os.rename(folder, place.folder / "old" / folder.name)
                 _rename_to_free(new, folder)
         except FileExistsError:
-            raise _taken(folder) from None
+            raise make_taken_error(folder) from None
         finally:
             place.settle()
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
+def open_temporary_folder() -> Iterator[Path]:
     """A folder in the system's place for temporaries; those of killed processes go first."""
     path = Path(tempfile.gettempdir()) / TEMPORARY_NAME
     remove_leftovers(path)
-    with _temporary(path, []) as place:
+    with open_temporary(path, []) as place:
         yield place.new
 
 
@@ -212,7 +212,7 @@ def remove_leftovers(path: Path) -> None:
     """Ends the moves that killed processes had begun for `path`, and removes their temporaries."""
     if fcntl is None:
         return
-    prefix = _prefix(path)
+    prefix = make_prefix(path)
     try:
         names = [os.fsencode(entry) for entry in os.listdir(path.parent)]
     except OSError:  # a folder may be written to and not listed
@@ -222,7 +222,7 @@ def remove_leftovers(path: Path) -> None:
             _remove_leftover(path, path.with_name(os.fsdecode(name)))
 
 
-def _prefix(path: Path) -> bytes:
+def make_prefix(path: Path) -> bytes:
     """How names of temporaries for `path` begin."""
     room = 2 * RANDOM_BYTES + 1 + len(SUFFIX)
     return b"." + _cut(os.fsencode(path.name), room + 1)
@@ -268,9 +268,9 @@ class _Place:
         for name in names:
             final = self.path.with_name(name)
             check_output(final, force=force)
-            if any(_same(final, source, follow=True) for source in sources):
+            if any(is_same_file(final, source, follow=True) for source in sources):
                 raise FileError(f"{final}: is what is read: choose another name, so that it is not lost")
-            _flush(self.new / name)
+            flush_file(self.new / name)
         without_links = self._mark_superseded(names, superseded, sources)
         try:
             for name in names:
@@ -280,17 +280,17 @@ class _Place:
                 if not os.path.lexists(self.new / name):  # it was moved, for want of hard links
                     os.replace(self.path.with_name(name), self.new / name)
             if isinstance(error, FileExistsError):
-                raise _taken(self.path.with_name(name)) from None
+                raise make_taken_error(self.path.with_name(name)) from None
             raise
         for other in without_links:
             other.unlink(missing_ok=True)
-        _flush_folder(self.path.parent)
+        flush_folder(self.path.parent)
 
     def _mark_superseded(self, names: Sequence[str], superseded: Sequence[Path], sources: Sequence[Path]) -> list[Path]:
         """Gives files that are to go a second name in gone/. -> those that can have none."""
         without_links = []
         for other in superseded:
-            kept = other.name in names or any(_same(other, source, follow=True) for source in sources)
+            kept = other.name in names or any(is_same_file(other, source, follow=True) for source in sources)
             if kept or other.is_symlink() or not other.is_file():
                 continue
             try:
@@ -315,26 +315,26 @@ class _Place:
     def settle(self) -> None:
         """Ends a move: forward if the output has its name (or nothing was moved), else back."""
         output = self.new / self.path.name
-        if not os.path.lexists(output) or _same(output, self.path):
-            for part in _entries(self.folder / "gone"):
-                if _same(part, self.path.with_name(part.name)):
+        if not os.path.lexists(output) or is_same_file(output, self.path):
+            for part in list_entries(self.folder / "gone"):
+                if is_same_file(part, self.path.with_name(part.name)):
                     self.path.with_name(part.name).unlink()
         else:
-            for part in _entries(self.new):
+            for part in list_entries(self.new):
                 final, old = self.path.with_name(part.name), self.folder / "old" / part.name
-                if part.name == self.path.name or not _same(part, final):
+                if part.name == self.path.name or not is_same_file(part, final):
                     continue
                 if os.path.lexists(old):
                     os.replace(old, final)
                 else:
                     final.unlink()
-        for old in _entries(self.folder / "old"):
+        for old in list_entries(self.folder / "old"):
             if not os.path.lexists(final := self.path.with_name(old.name)):
                 _rename_to_free(old, final)
 
 
 @contextmanager
-def _in_words(path: Path) -> Iterator[list[Path]]:
+def put_errors_in_words(path: Path) -> Iterator[list[Path]]:
     """OSErrors become a FileError; gives a list to which what could not be removed is added."""
     left: list[Path] = []
     try:
@@ -345,13 +345,13 @@ def _in_words(path: Path) -> Iterator[list[Path]]:
 
 
 @contextmanager
-def _temporary(path: Path, left: list[Path]) -> Iterator[_Place]:
+def open_temporary(path: Path, left: list[Path]) -> Iterator[_Place]:
     """A locked temporary folder for `path`, removed at the end, or added to `left` if it stays."""
     folder: Path | None = None
     lock: int | None = None
     try:
         while lock is None:
-            folder = path.with_name(os.fsdecode(_prefix(path)) + f".{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}")
+            folder = path.with_name(os.fsdecode(make_prefix(path)) + f".{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}")
             ALIVE.add(folder)
             lock = _make(folder)
         assert folder is not None
@@ -412,7 +412,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _entries(folder: Path) -> list[Path]:
+def list_entries(folder: Path) -> list[Path]:
     """What lies in a part of a temporary folder, which may not have been made yet."""
     try:
         return [folder / name for name in os.listdir(folder)]
@@ -420,7 +420,7 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _same(one: Path, other: Path, *, follow: bool = False) -> bool:
+def is_same_file(one: Path, other: Path, *, follow: bool = False) -> bool:
     """Whether both names are of one file; False where one is missing or no name."""
     look = os.stat if follow else os.lstat
     try:
@@ -429,7 +429,7 @@ def _same(one: Path, other: Path, *, follow: bool = False) -> bool:
         return False
 
 
-def _taken(path: Path) -> FileError:
+def make_taken_error(path: Path) -> FileError:
     return FileError(f"{path}: exists already, another process has just written it; use --force to replace it")
 
 
@@ -485,7 +485,7 @@ def _renameat2(one: Path, other: Path, flags: int) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange_names(one: Path, other: Path) -> bool:
     """Both change places at one instant; False where the system cannot do that."""
     return _renameat2(one, other, RENAME_EXCHANGE)
 
@@ -504,14 +504,14 @@ def _rename_to_free(one: Path, other: Path) -> None:
         raise
 
 
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
     """Brings to the disk what gets its name next: no empty files after a loss of power."""
     if path.is_symlink():
         return
     if path.is_dir():
         for part in path.iterdir():
-            _flush(part)
-        _flush_folder(path)
+            flush_file(part)
+        flush_folder(path)
         return
     file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -520,7 +520,7 @@ def _flush(path: Path) -> None:
         os.close(file)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Names, too; where the system can do that."""
     with contextlib.suppress(OSError):
         file = os.open(folder, os.O_RDONLY)

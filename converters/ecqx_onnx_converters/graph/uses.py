@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onnx import GraphProto, NodeProto, helper
 
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import list_graphs
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Use:
 def find_uses(graph: GraphProto) -> Mapping[str, Sequence[Use]]:
     """Value name -> every use, in subgraphs too."""
     uses: dict[str, list[Use]] = {}
-    for scope in all_graphs(graph):
+    for scope in list_graphs(graph):
         for node in scope.node:
             for position, name in enumerate(node.input):
                 uses.setdefault(name, []).append(Use(scope, node, position))

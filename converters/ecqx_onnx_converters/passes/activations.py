@@ -19,11 +19,11 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.tensors import Scale
-from ecqx_onnx_converters.graph.constants import Constants, names_inside
-from ecqx_onnx_converters.graph.graph import FloatGraph, value_names
+from ecqx_onnx_converters.graph.constants import Constants, list_names_inside
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.matching.matching import GraphWeight
-from ecqx_onnx_converters.passes.integer_nodes import FloatNode, IntegerNode, IntegerNodes, clip_bounds, find_integer_nodes
+from ecqx_onnx_converters.passes.integer_nodes import FloatNode, IntegerNode, IntegerNodes, find_clip_bounds, find_integer_nodes
 
 LEVELS = 255  # uint8 has so many steps
 SMALLEST = float(np.finfo(np.float32).tiny)
@@ -71,27 +71,27 @@ class IntegerGraph:
     stays: tuple[FloatNode, ...]
 
 
-def with_pooling(graph: FloatGraph) -> FloatGraph:
+def replace_pooling(graph: FloatGraph) -> FloatGraph:
     """A mean over all pixels becomes a GlobalAveragePool, for which there is an integer kernel; a new graph."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     inferred = onnx.shape_inference.infer_shapes(proto).graph
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*inferred.value_info, *inferred.input)}
-    constants, names = Constants(graph), NameMaker(value_names(proto.graph))
+    constants, names = Constants(graph), NameMaker(list_value_names(proto.graph))
     nodes: list[NodeProto] = []
     for node in proto.graph.node:
-        nodes += _pooling(node, ranks.get(node.input[0], 0) if node.input else 0, constants, names) or [node]
-    return _with_nodes(proto, nodes, graph.weights)
+        nodes += make_pooling(node, ranks.get(node.input[0], 0) if node.input else 0, constants, names) or [node]
+    return put_nodes(proto, nodes, graph.weights)
 
 
-def _with_nodes(proto: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[str, np.ndarray]) -> FloatGraph:
+def put_nodes(proto: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[str, np.ndarray]) -> FloatGraph:
     """`proto`, which is changed, with these nodes and no initializer that nothing reads any more."""
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]  # some are still owned by the graph
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
     read = {value.name for value in proto.graph.output}
     for node in copies:
-        read.update((*node.input, *names_inside(node)))
+        read.update((*node.input, *list_names_inside(node)))
     unread = {tensor.name for tensor in proto.graph.initializer} - read
     for values in (proto.graph.initializer, proto.graph.input):  # old exporters list weights among the inputs, too
         for index in reversed([index for index, value in enumerate(values) if value.name in unread]):
@@ -99,7 +99,7 @@ def _with_nodes(proto: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[
     return FloatGraph(proto, {name: values for name, values in weights.items() if name not in unread})
 
 
-def _pooling(node: NodeProto, rank: int, constants: Constants, names: NameMaker) -> list[NodeProto] | None:
+def make_pooling(node: NodeProto, rank: int, constants: Constants, names: NameMaker) -> list[NodeProto] | None:
     if node.op_type != "ReduceMean" or node.domain not in ("", "ai.onnx") or rank < 3:
         return None
     numbers = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -115,7 +115,7 @@ def _pooling(node: NodeProto, rank: int, constants: Constants, names: NameMaker)
     ]
 
 
-def carried_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ranges:
+def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ranges:
     """The range of each of these values: its own, or that of a value with the same entries in another shape."""
     ranges = dict(known)
     for node in (*graph.proto.graph.node, *reversed(graph.proto.graph.node)):
@@ -132,7 +132,7 @@ def carried_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> R
     return {name: ranges[name] for name in values}
 
 
-def quantise_activations(graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges) -> IntegerGraph:
+def quantize_activations(graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges) -> IntegerGraph:
     """ranges: of every value in `find_integer_nodes(graph, found).ranges`. ModelError if there is nothing to run on integers."""
     refused: dict[str, str] = {}
     while True:
@@ -156,7 +156,7 @@ class _Rewriter:
         self.proto.CopyFrom(graph.proto)
         self.weights = {weight.name: weight for weight in found}
         self.constants = Constants(graph)
-        self.names = NameMaker(value_names(self.proto.graph))
+        self.names = NameMaker(list_value_names(self.proto.graph))
         self.nodes: list[NodeProto] = []
         self.formats: dict[str, UInt8] = {}
         self.bytes: dict[str, str] = {}
@@ -174,7 +174,7 @@ class _Rewriter:
             if index in self.plan.nodes:
                 self._integer(node, self.plan.nodes[index])
                 continue
-            for name in {*node.input, *names_inside(node)} & self.made:
+            for name in {*node.input, *list_names_inside(node)} & self.made:
                 self._float(name)
             self.nodes.append(self._kept_float(node))
         for value in self.proto.graph.output:
@@ -187,7 +187,7 @@ class _Rewriter:
         for index in self.plan.nodes:
             operator = self.source.proto.graph.node[index].op_type
             kernels[operator] = kernels.get(operator, 0) + 1
-        graph = _with_nodes(self.proto, self.nodes, self.source.weights)
+        graph = put_nodes(self.proto, self.nodes, self.source.weights)
         return IntegerGraph(graph, self.plan.weights, tuple(self.weights.values()), kernels, self.plan.stays)
 
     def _kept_float(self, node: NodeProto) -> NodeProto:
@@ -211,7 +211,7 @@ class _Rewriter:
         self.formats[how.output] = self.formats[source]
         self.bytes[how.output] = changed.output[0] = self.names("u")
         if how.kind == "clip":
-            low, high = clip_bounds(node, self.constants) or (-np.inf, np.inf)
+            low, high = find_clip_bounds(node, self.constants) or (-np.inf, np.inf)
             bounds = [self._store(self.formats[source].quantize(np.array(bound))) for bound in (low, high)]
             changed = helper.make_node("Clip", [changed.input[0], *bounds], list(changed.output))
         elif node.op_type == "Pad":
@@ -236,7 +236,7 @@ class _Rewriter:
             return
         node.output[0] = self.names("f")
         self.formats[how.output] = UInt8.of(*self._range(how.output))
-        self._quantise(node.output[0], how.output)
+        self._quantize(node.output[0], how.output)
 
     def _range(self, name: str) -> tuple[float, float]:
         low, high = self.ranges[name]
@@ -247,10 +247,10 @@ class _Rewriter:
     def _bytes(self, name: str) -> str:
         if name not in self.bytes:  # a float operator or the caller makes it
             self.formats[name] = UInt8.of(*self._range(name))
-            self._quantise(name, name)
+            self._quantize(name, name)
         return self.bytes[name]
 
-    def _quantise(self, source: str, name: str) -> None:
+    def _quantize(self, source: str, name: str) -> None:
         self.bytes[name] = self.names("u")
         self.nodes.append(helper.make_node("QuantizeLinear", [source, *self._parameters(self.formats[name])], [self.bytes[name]]))
 
@@ -291,11 +291,11 @@ class _Rewriter:
             reason = f"the bias of output {worst} is {np.abs(levels[worst]):.1e} steps of its sums, more than int32 holds"
             self.too_large[weight.name] = reason
         inputs = [self._store(np.clip(levels, -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)), self._store(scale)]
-        dequantise = helper.make_node("DequantizeLinear", inputs, [self.names("d")])
+        dequantize = helper.make_node("DequantizeLinear", inputs, [self.names("d")])
         if scale.ndim:
-            dequantise.attribute.append(helper.make_attribute("axis", 0))
-        self.nodes.append(dequantise)
-        return dequantise.output[0]
+            dequantize.attribute.append(helper.make_attribute("axis", 0))
+        self.nodes.append(dequantize)
+        return dequantize.output[0]
 
     def _with_room_for(self, bias: np.ndarray, weight: GraphWeight, scale: np.float32) -> GraphWeight:
         """BatchNorm leaves channels that died in training a factor of almost nothing, so that their bias would be too many steps.

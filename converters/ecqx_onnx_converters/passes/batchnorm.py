@@ -18,7 +18,14 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, TensorProto, helper
 
-from ecqx_onnx_converters.graph.graph import FloatGraph, constant_value, fresh_name, subgraphs, tensor_values, value_names
+from ecqx_onnx_converters.graph.graph import (
+    FloatGraph,
+    find_constant,
+    list_subgraphs,
+    list_value_names,
+    make_fresh_name,
+    read_values,
+)
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching, with_factor
 from ecqx_onnx_converters.refusal import Refusal
@@ -60,15 +67,15 @@ def fold_batchnorms(graph: FloatGraph, matching: Matching) -> tuple[FloatGraph, 
         reason = f"the graph can't be edited ({error})"
         nodes = [node for node in graph.proto.graph.node if node.op_type == "BatchNormalization" and node.output]
         return graph, matching, tuple(BatchNorm(node.output[0], None, reason) for node in nodes)
-    taken = value_names(graph.proto.graph)
+    taken = list_value_names(graph.proto.graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     matmul = any(node.op_type == "MatMul" for node in graph.proto.graph.node)
-    ranks = _ranks(graph, matching.found) if matmul else {}
+    ranks = infer_ranks(graph, matching.found) if matmul else {}
     results = []
     for node in [node for node in surgeon.nodes if node.op == "BatchNormalization"]:
         name = node.outputs[0].name
-        product = _product(node, surgeon, weights, constants, uses, ranks)
-        folded = product if isinstance(product, Refusal) else _fold(node, product, surgeon, constants, taken)
+        product = find_product(node, surgeon, weights, constants, uses, ranks)
+        folded = product if isinstance(product, Refusal) else fold_one(node, product, surgeon, constants, taken)
         if isinstance(folded, Refusal):
             results.append(BatchNorm(name, None, folded.reason))
         else:
@@ -77,7 +84,7 @@ def fold_batchnorms(graph: FloatGraph, matching: Matching) -> tuple[FloatGraph, 
     if not any(result.weight for result in results):
         return graph, matching, tuple(results)
     found = tuple(weights[weight.name] for weight in matching.found)
-    return _exported(surgeon, graph), replace(matching, found=found), tuple(results)
+    return export_graph(surgeon, graph), replace(matching, found=found), tuple(results)
 
 
 class _Constants:
@@ -87,7 +94,7 @@ class _Constants:
         self.weights = graph.weights
         self.tensors = {tensor.name: tensor for tensor in graph.proto.graph.initializer}
         for node in graph.proto.graph.node:
-            value = constant_value(node)
+            value = find_constant(node)
             if value is not None:
                 self.tensors[node.output[0]] = value
 
@@ -95,10 +102,10 @@ class _Constants:
         tensor = self.tensors.get(name)
         if tensor is None or tensor.data_type != TensorProto.FLOAT:
             return None
-        return self.weights[name] if name in self.weights else tensor_values(tensor)
+        return self.weights[name] if name in self.weights else read_values(tensor)
 
 
-def _product(
+def find_product(
     node: gs.Node,
     surgeon: gs.Graph,
     weights: Mapping[str, GraphWeight],
@@ -127,7 +134,7 @@ def _product(
         return Refusal("it normalises another axis than the product's last, as far as shapes are known")
     if before.op == "Gemm" and any(before.attrs.get(name, default) != default for name, default in GEMM.items()):
         return Refusal("the Gemm before it scales or transposes its operands")
-    channels = _channels(before, weight.tensor.shape)
+    channels = count_channels(before, weight.tensor.shape)
     named = before.inputs[2].name if len(before.inputs) > 2 else ""
     bias = constants.get(named) if named else np.zeros(channels, np.float32)
     if bias is None or bias.size not in (1, channels) or (bias.size > 1 and bias.shape[-1] != channels):
@@ -138,7 +145,7 @@ def _product(
 GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
-def _ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[str, int]:
+def infer_ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[str, int]:
     """Value name -> its number of dimensions, as far as shape inference tells."""
     model = ModelProto()
     model.CopyFrom(graph.proto)
@@ -156,7 +163,7 @@ def _ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[str, in
     return {value.name: len(value.type.tensor_type.shape.dim) for value in typed}
 
 
-def _channels(product: gs.Node, shape: Sequence[int]) -> int:
+def count_channels(product: gs.Node, shape: Sequence[int]) -> int:
     if product.op == "ConvTranspose":
         return int(shape[1]) * int(product.attrs.get("group", 1))
     if product.op == "Conv" or product.attrs.get("transB", 0):
@@ -164,7 +171,7 @@ def _channels(product: gs.Node, shape: Sequence[int]) -> int:
     return int(shape[1])
 
 
-def _along(product: gs.Node, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
+def place_along_channels(product: gs.Node, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
     """values [C], one per output channel, in a shape that broadcasts against the weight."""
     rest = (1,) * (len(shape) - 2)
     if product.op == "ConvTranspose":  # [in, out / groups, …]: input channel i belongs to group i // (in / groups)
@@ -177,7 +184,9 @@ def _along(product: gs.Node, shape: Sequence[int], values: np.ndarray) -> np.nda
     return values.reshape(1, -1)
 
 
-def _fold(node: gs.Node, product: _Product, surgeon: gs.Graph, constants: _Constants, taken: set[str]) -> GraphWeight | Refusal:
+def fold_one(
+    node: gs.Node, product: _Product, surgeon: gs.Graph, constants: _Constants, taken: set[str]
+) -> GraphWeight | Refusal:
     """Takes the node out; the weight with the factor in it."""
     parameters = [constants.get(tensor.name) for tensor in node.inputs[1:5]]
     channels = product.bias.size
@@ -189,10 +198,10 @@ def _fold(node: gs.Node, product: _Product, surgeon: gs.Graph, constants: _Const
         bias = (factor * product.bias + beta - factor * mean).astype(np.float32)
     if not (np.isfinite(factor).all() and np.isfinite(bias).all()):
         return Refusal("its factor isn't finite")
-    weight = _rescaled(product, factor.astype(np.float32))
+    weight = rescale_weight(product, factor.astype(np.float32))
     if weight is None:
         return Refusal("a level of -128 would have to change its sign")
-    constant = gs.Constant(fresh_name(f"{weight.name}.bias", taken), bias)
+    constant = gs.Constant(make_fresh_name(f"{weight.name}.bias", taken), bias)
     before = product.node
     if before.op == "MatMul":
         node.op, node.attrs, node.inputs = "Add", {}, [node.inputs[0], constant]
@@ -204,9 +213,9 @@ def _fold(node: gs.Node, product: _Product, surgeon: gs.Graph, constants: _Const
     return weight
 
 
-def _rescaled(product: _Product, factor: np.ndarray) -> GraphWeight | None:
+def rescale_weight(product: _Product, factor: np.ndarray) -> GraphWeight | None:
     weight, tensor = product.weight, product.weight.tensor
-    spread = _along(product.node, tensor.shape, factor)
+    spread = place_along_channels(product.node, tensor.shape, factor)
     dead = np.abs(spread) < np.finfo(np.float32).tiny  # a step of 0 would be none
     made = with_factor(tensor, np.where(dead, np.float32(0), spread), dead, scaled=False)
     if made is None:
@@ -215,13 +224,13 @@ def _rescaled(product: _Product, factor: np.ndarray) -> GraphWeight | None:
     return replace(made, name=weight.name, sources=weight.sources, factor=together)
 
 
-def _exported(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
+def export_graph(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
     """Nodes and initializers come from graphsurgeon, everything else from the graph: graphsurgeon keeps no metadata of a model,
     and it moves initializers that only a subgraph reads into that subgraph, so these nodes come from the graph, too."""
     exported = gs.export_onnx(surgeon).graph
-    branching = {node.output[0]: node for node in graph.proto.graph.node if any(subgraphs(node))}
+    branching = {node.output[0]: node for node in graph.proto.graph.node if any(list_subgraphs(node))}
     for node in exported.node:
-        if any(subgraphs(node)):
+        if any(list_subgraphs(node)):
             node.CopyFrom(branching[node.output[0]])
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
@@ -234,11 +243,11 @@ def _exported(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
     present = {tensor.name for tensor in proto.graph.initializer}
     proto.graph.initializer.extend(tensor for tensor in exported.initializer if tensor.name not in present)
     left = {name: values for name, values in graph.weights.items() if name in kept}
-    inputs = [value for value in proto.graph.input if value.name in kept or value.name not in _initialised(graph)]
+    inputs = [value for value in proto.graph.input if value.name in kept or value.name not in list_initialized(graph)]
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
     return FloatGraph(proto, left)
 
 
-def _initialised(graph: FloatGraph) -> set[str]:
+def list_initialized(graph: FloatGraph) -> set[str]:
     return {tensor.name for tensor in graph.proto.graph.initializer}

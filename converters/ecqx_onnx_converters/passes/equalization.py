@@ -20,7 +20,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from ecqx_onnx.tensors import QuantTensor, Scale
 from ecqx_onnx_converters.graph.constants import Constants
-from ecqx_onnx_converters.graph.graph import FloatGraph, value_names
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
@@ -48,7 +48,7 @@ def find_places(graph: FloatGraph, matching: Matching) -> tuple[Place, ...]:
     def alone(name: str) -> bool:
         return uses.get(name, 0) == 1 and name not in outputs
 
-    def quantised(node: NodeProto) -> bool:
+    def quantized(node: NodeProto) -> bool:
         biased = len(node.input) > 2 and bool(node.input[2])
         return (
             node.op_type == "Conv"
@@ -59,12 +59,12 @@ def find_places(graph: FloatGraph, matching: Matching) -> tuple[Place, ...]:
 
     found = []
     for behind, node in enumerate(nodes):
-        if not quantised(node) or not _is_depthwise(node, weights[node.input[1]]) or not alone(node.input[0]):
+        if not quantized(node) or not _is_depthwise(node, weights[node.input[1]]) or not alone(node.input[0]):
             continue
         before = makers.get(node.input[0])
         if before is not None and nodes[before].op_type == "Relu" and alone(nodes[before].input[0]):
             before = makers.get(nodes[before].input[0])
-        if before is not None and quantised(nodes[before]):
+        if before is not None and quantized(nodes[before]):
             found.append(Place(node.input[0], before, behind))
     return tuple(found)
 
@@ -75,22 +75,22 @@ def _is_depthwise(node: NodeProto, weight: GraphWeight) -> bool:
     return groups > 1 and weight.tensor.shape[1] == 1 and weight.tensor.shape[0] % groups == 0
 
 
-def equalised(
+def equalize(
     graph: FloatGraph, matching: Matching, places: Sequence[Place], peaks: Mapping[str, np.ndarray]
 ) -> tuple[FloatGraph, Matching]:
     """peaks: of each place's value, the largest magnitude of each channel. Neither argument is changed."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
-    nodes, constants, names = proto.graph.node, Constants(graph), NameMaker(value_names(proto.graph))
+    nodes, constants, names = proto.graph.node, Constants(graph), NameMaker(list_value_names(proto.graph))
     weights = {weight.name: weight for weight in matching.found}
     for place in places:
-        factor = _factors(peaks[place.value])
+        factor = choose_factors(peaks[place.value])
         if (factor == 1).all():
             continue
         before, behind = nodes[place.before], nodes[place.behind]
-        weights[before.input[1]] = _scaled(weights[before.input[1]], factor)
+        weights[before.input[1]] = scale_weight(weights[before.input[1]], factor)
         each = len(weights[behind.input[1]].tensor.levels) // len(factor)
-        weights[behind.input[1]] = _scaled(weights[behind.input[1]], np.repeat(1 / factor, each))
+        weights[behind.input[1]] = scale_weight(weights[behind.input[1]], np.repeat(1 / factor, each))
         if len(before.input) > 2 and before.input[2]:
             bias = next((t for t in proto.graph.initializer if t.name == before.input[2]), None)
             values = constants.get(before.input[2]) if bias is None or bias.name in graph.weights else numpy_helper.to_array(bias)
@@ -101,7 +101,7 @@ def equalised(
     return FloatGraph(proto, graph.weights), replace(matching, found=found)
 
 
-def _factors(peaks: np.ndarray) -> np.ndarray:
+def choose_factors(peaks: np.ndarray) -> np.ndarray:
     """float32 [C], powers of two from 1 up; 1 for a channel that is always zero."""
     largest = float(peaks.max(initial=0.0))
     room = largest / np.maximum(peaks.astype(np.float64), max(largest / LARGEST_FACTOR, float(np.finfo(np.float32).tiny)))
@@ -109,7 +109,7 @@ def _factors(peaks: np.ndarray) -> np.ndarray:
     return np.exp2(np.floor(np.log2(np.maximum(room, 1.0)))).astype(np.float32)
 
 
-def _scaled(weight: GraphWeight, factor: np.ndarray) -> GraphWeight:
+def scale_weight(weight: GraphWeight, factor: np.ndarray) -> GraphWeight:
     tensor = weight.tensor
     assert isinstance(tensor.meaning, Scale)  # find_places takes no other
     step = tensor.meaning.step * factor.reshape(-1, *(1,) * (tensor.levels.ndim - 1))

@@ -19,8 +19,8 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.tensors import Scale
-from ecqx_onnx_converters.graph.files import little_endian_bytes
-from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, fresh_name, rename, tensor_values, value_names
+from ecqx_onnx_converters.graph.files import to_little_endian
+from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, list_value_names, make_fresh_name, read_values, rename_values
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.matching.matching import Matching
 
@@ -63,7 +63,7 @@ class Parameter:
     moved: float
 
 
-def rounded(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
+def round_to_float16(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
     """values: float32. As float16, or None where that saves nothing or rounds too much. linear: its readers are all in LINEAR."""
     if values.dtype != np.float32 or values.size < FEWEST or not np.isfinite(values).all():
         return None
@@ -74,22 +74,22 @@ def rounded(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
     return half if (error <= RELATIVE * (magnitude.max() if linear else magnitude)).all() else None
 
 
-def with_float16(graph: FloatGraph, quantised: Collection[str]) -> tuple[FloatGraph, Halved]:
+def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatGraph, Halved]:
     """quantised: names of initializers that will be stored as integers. The graph given isn't changed."""
     proto, weights = _copy(graph)
-    main, taken = proto.graph, value_names(proto.graph)
-    parameters = _parameters(proto, weights, quantised)
+    main, taken = proto.graph, list_value_names(proto.graph)
+    parameters = list_parameters(proto, weights, quantized)
     vectors = [parameter for parameter in parameters if parameter.half.ndim == 1 and graph.opset >= 13]
     names = tuple(parameter.tensor.name for parameter in parameters)
-    nodes = _joined(main, weights, vectors, taken) if len(vectors) > 1 else []
+    nodes = join_vectors(main, weights, vectors, taken) if len(vectors) > 1 else []
     for parameter in parameters:
         if len(vectors) > 1 and parameter in vectors:
             continue
         tensor = parameter.tensor
         tensor.data_type = TensorProto.FLOAT16
         _put(tensor, parameter.half, weights)
-        wide = fresh_name(f"{tensor.name}.float32", taken)
-        rename(main, tensor.name, wide)
+        wide = make_fresh_name(f"{tensor.name}.float32", taken)
+        rename_values(main, tensor.name, wide)
         nodes.append(helper.make_node("Cast", [tensor.name], [wide], to=TensorProto.FLOAT))
     nodes.extend(main.node)
     del main.node[:]
@@ -100,9 +100,9 @@ def with_float16(graph: FloatGraph, quantised: Collection[str]) -> tuple[FloatGr
     return FloatGraph(proto, weights), Halved(names, entries, max((parameter.moved for parameter in parameters), default=0.0))
 
 
-def _joined(main: GraphProto, weights: dict[str, np.ndarray], vectors: list[Parameter], taken: set[str]) -> list[NodeProto]:
+def join_vectors(main: GraphProto, weights: dict[str, np.ndarray], vectors: list[Parameter], taken: set[str]) -> list[NodeProto]:
     """Takes the vectors out of the graph's initializers; nodes that make them again under their names, from one tensor."""
-    halves, wide, lengths = (fresh_name(name, taken) for name in ("float16", "float32", "lengths"))
+    halves, wide, lengths = (make_fresh_name(name, taken) for name in ("float16", "float32", "lengths"))
     names = [parameter.tensor.name for parameter in vectors]
     for index in reversed([index for index, tensor in enumerate(main.initializer) if tensor.name in names]):
         weights.pop(main.initializer[index].name, None)
@@ -114,12 +114,12 @@ def _joined(main: GraphProto, weights: dict[str, np.ndarray], vectors: list[Para
     return [cast, helper.make_node("Split", [wide, lengths], names)]
 
 
-def with_half_steps(matching: Matching) -> tuple[Matching, int]:
+def store_half_steps(matching: Matching) -> tuple[Matching, int]:
     """The weights with several steps each rounded to float16, where that is harmless, as float32; how many numbers these are."""
     found, entries = [], 0
     for weight in matching.found:
         meaning = weight.tensor.meaning
-        half = rounded(meaning.step, linear=False) if isinstance(meaning, Scale) and weight.integers is None else None
+        half = round_to_float16(meaning.step, linear=False) if isinstance(meaning, Scale) and weight.integers is None else None
         if half is not None:
             entries += half.size
             weight = replace(weight, tensor=replace(weight.tensor, meaning=Scale(half.astype(np.float32))))
@@ -127,10 +127,10 @@ def with_half_steps(matching: Matching) -> tuple[Matching, int]:
     return replace(matching, found=tuple(found)), entries
 
 
-def round_parameters(graph: FloatGraph, quantised: Collection[str]) -> FloatGraph:
-    """What `with_float16` makes the graph compute, with plain float32 parameters."""
+def round_parameters(graph: FloatGraph, quantized: Collection[str]) -> FloatGraph:
+    """What `store_float16` makes the graph compute, with plain float32 parameters."""
     proto, weights = _copy(graph)
-    for parameter in _parameters(proto, weights, quantised):
+    for parameter in list_parameters(proto, weights, quantized):
         _put(parameter.tensor, parameter.half.astype(np.float32), weights)
     return FloatGraph(proto, weights)
 
@@ -141,14 +141,14 @@ def _copy(graph: FloatGraph) -> tuple[ModelProto, dict[str, np.ndarray]]:
     return proto, dict(graph.weights)
 
 
-def _parameters(proto: ModelProto, weights: Mapping[str, np.ndarray], quantised: Collection[str]) -> list[Parameter]:
-    left, uses = {*quantised, *(value.name for value in proto.graph.output)}, find_uses(proto.graph)
+def list_parameters(proto: ModelProto, weights: Mapping[str, np.ndarray], quantized: Collection[str]) -> list[Parameter]:
+    left, uses = {*quantized, *(value.name for value in proto.graph.output)}, find_uses(proto.graph)
     found = []
     for tensor in proto.graph.initializer:
         scale = any(use.node.op_type in SCALED for use in uses.get(tensor.name, []))
         if tensor.data_type == TensorProto.FLOAT and tensor.name not in left and not scale:
-            values = weights[tensor.name] if tensor.name in weights else tensor_values(tensor)
-            half = rounded(values, linear=all(use.node.op_type in LINEAR for use in uses.get(tensor.name, [])))
+            values = weights[tensor.name] if tensor.name in weights else read_values(tensor)
+            half = round_to_float16(values, linear=all(use.node.op_type in LINEAR for use in uses.get(tensor.name, [])))
             if half is not None:
                 error, largest = np.abs(half.astype(np.float64) - values).max(), np.abs(values).max()
                 found.append(Parameter(tensor, half, float(error / largest) if largest else 0.0))
@@ -160,4 +160,4 @@ def _put(tensor: TensorProto, values: np.ndarray, weights: dict[str, np.ndarray]
         weights[tensor.name] = values
     else:
         clear_data(tensor)
-        tensor.raw_data = little_endian_bytes(values)
+        tensor.raw_data = to_little_endian(values)

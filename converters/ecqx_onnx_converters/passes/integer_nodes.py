@@ -16,8 +16,8 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from ecqx_onnx.tensors import Scale
-from ecqx_onnx_converters.dequantization.dequantization import why_not_standard
-from ecqx_onnx_converters.graph.constants import Constants, names_inside
+from ecqx_onnx_converters.dequantization.dequantization import refuse_standard
+from ecqx_onnx_converters.graph.constants import Constants, list_names_inside
 from ecqx_onnx_converters.graph.graph import FloatGraph
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight
@@ -89,10 +89,10 @@ class _Search:
         self.refused = dict(refused)
         self.uses = find_uses(graph.proto.graph)
         self.outputs = {value.name for value in graph.proto.graph.output}
-        self.types = _element_types(graph)
+        self.types = infer_element_types(graph)
         self.makers = {name: index for index, node in enumerate(self.nodes) for name in node.output}
         self.readers = self._readers()
-        self.quantised: set[str] = set()  # values that exist as bytes
+        self.quantized: set[str] = set()  # values that exist as bytes
         self.integer: dict[int, IntegerNode] = {}
         self.reasons: dict[int, str] = {}
         self._refuse_shared_weights()
@@ -115,7 +115,7 @@ class _Search:
         """Value -> indices of the nodes that read it, in themselves or in a graph inside them."""
         readers: dict[str, list[int]] = {}
         for index, node in enumerate(self.nodes):
-            for name in {*node.input, *names_inside(node)}:
+            for name in {*node.input, *list_names_inside(node)}:
                 readers.setdefault(name, []).append(index)
         return readers
 
@@ -127,7 +127,7 @@ class _Search:
             self.reasons[index] = found
         else:
             self.integer[index] = found
-            self.quantised.add(found.output)
+            self.quantized.add(found.output)
 
     def _judge(self, index: int, node: NodeProto) -> IntegerNode | str:
         """The IntegerNode, or why it stays float."""
@@ -138,7 +138,7 @@ class _Search:
             return self._kernel(index, node, self._product(node))
         if operator not in (*PAIRS, *UNARY, *MOVES, *CLIPS, "Concat"):
             return f"onnxruntime has no integer kernel for {operator}"
-        if not any(name in self.quantised for name in node.input):
+        if not any(name in self.quantized for name in node.input):
             return "its inputs are float, and integers would not pay for the conversion"
         if operator in UNARY:
             return self._kernel(index, node, (0,))
@@ -150,7 +150,7 @@ class _Search:
         return self._move(node)
 
     def _move(self, node: NodeProto) -> IntegerNode | str:
-        if node.input[0] not in self.quantised or any(name in self.quantised for name in node.input[1:]):
+        if node.input[0] not in self.quantized or any(name in self.quantized for name in node.input[1:]):
             return f"onnxruntime has no integer kernel for {node.op_type} of several activations"
         if len([name for name in node.output if name]) > 1:
             return f"onnxruntime has no integer kernel for {node.op_type} with {len(node.output)} outputs"
@@ -198,15 +198,15 @@ class _Search:
             0,
         ):
             return "its alpha, beta or transA is not the default"
-        reason = why_not_integer(self.weights[weight], output_axis(node))
+        reason = explain_float(self.weights[weight], find_output_axis(node))
         if reason is not None:
             return reason
         if len(node.input) > 2 and node.input[2]:
             bias, tensor = self.constants.get(node.input[2]), self.weights[weight].tensor
             if bias is None or bias.dtype != np.float32:
                 return "its bias is computed"
-            if bias.size != tensor.shape[output_axis(node)]:
-                return f"its bias has {bias.size} values for {tensor.shape[output_axis(node)]} outputs"
+            if bias.size != tensor.shape[find_output_axis(node)]:
+                return f"its bias has {bias.size} values for {tensor.shape[find_output_axis(node)]} outputs"
         return self.refused.get(weight, (0,))
 
     def _refuse_shared_weights(self) -> None:
@@ -224,7 +224,7 @@ class _Search:
         return self._weight_of(node) or next((name for name in node.input if name in self.weights), node.output[0])
 
     def bounds(self, node: NodeProto) -> tuple[float, float] | None:
-        return clip_bounds(node, self.constants)
+        return find_clip_bounds(node, self.constants)
 
     def _leave_tails_float(self) -> None:
         """Sums of a last Gemm or MatMul keep full precision, also through operators that only carry them to float ones."""
@@ -271,15 +271,15 @@ class _Search:
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 
 
-def output_axis(node: NodeProto) -> int:
+def find_output_axis(node: NodeProto) -> int:
     """Of the weight: the axis along which the outputs of a Conv, Gemm or MatMul lie."""
     if node.op_type == "Gemm":
         return 0 if any(attribute.name == "transB" and attribute.i for attribute in node.attribute) else 1
     return 0 if node.op_type == "Conv" else 1
 
 
-def why_not_integer(weight: GraphWeight, axis: int) -> str | None:
-    refusal = why_not_standard(weight.tensor)
+def explain_float(weight: GraphWeight, axis: int) -> str | None:
+    refusal = refuse_standard(weight.tensor)
     if refusal is not None:
         return f"its weight '{weight.name}' has no integers for a kernel: {refusal.reason}"
     assert isinstance(weight.tensor.meaning, Scale)  # narrowed by why_not_standard
@@ -288,7 +288,7 @@ def why_not_integer(weight: GraphWeight, axis: int) -> str | None:
     return None
 
 
-def clip_bounds(node: NodeProto, constants: Constants) -> tuple[float, float] | None:
+def find_clip_bounds(node: NodeProto, constants: Constants) -> tuple[float, float] | None:
     """(lowest, highest) of a Relu or Clip; None where they are computed."""
     if node.op_type == "Relu":
         return 0.0, math.inf
@@ -304,7 +304,7 @@ def clip_bounds(node: NodeProto, constants: Constants) -> tuple[float, float] | 
     return bounds[0], bounds[1]
 
 
-def _element_types(graph: FloatGraph) -> Mapping[str, int]:
+def infer_element_types(graph: FloatGraph) -> Mapping[str, int]:
     """Value name -> TensorProto type, as far as onnx can infer it."""
     proto = onnx.shape_inference.infer_shapes(graph.proto)
     values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)

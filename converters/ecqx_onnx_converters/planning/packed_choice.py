@@ -19,25 +19,25 @@ from ecqx_onnx_converters.targets import Target
 CALL_BYTES, FUNCTION_BYTES = 30, 70  # of a second call, and of a second function, for weights that are not packed
 
 
-def choose(entries: Sequence[Entry]) -> str | None:
+def choose_fused(entries: Sequence[Entry]) -> str | None:
     """Which of FUSED all packed weights among these can have; None if there is none."""
     packed = [entry for entry in entries if entry.stored.storage == "packed"]
-    kinds = {_kind(entry) for entry in packed}
+    kinds = {classify_entry(entry) for entry in packed}
     if kinds == {"V", "W"}:
         kinds = {"W"}
     alone = len({entry.stored.levels for entry in packed}) == len(packed)
     return kinds.pop() if len(kinds) == 1 and alone else None
 
 
-def saving(entries: Sequence[Entry]) -> int:
+def compute_saving(entries: Sequence[Entry]) -> int:
     """Bytes that fused calls save in a file of these entries, some of them packed."""
-    if choose(entries) is None:
+    if choose_fused(entries) is None:
         return 0
     packed = sum(entry.stored.storage == "packed" for entry in entries)
     return CALL_BYTES * packed - (FUNCTION_BYTES if packed < len(entries) else 0)
 
 
-def _kind(entry: Entry) -> str | None:
+def classify_entry(entry: Entry) -> str | None:
     weight, calls = entry.weight, [node for node in entry.stored.nodes if node.op_type == TENSOR]
     if entry.form is not None or entry.permutation is not None or weight.integers is not None or len(calls[0].input) != 4:
         return None
@@ -47,7 +47,7 @@ def _kind(entry: Entry) -> str | None:
     return "B" if weight.factor is None else "F"
 
 
-def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
+def pack_entries(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
     """The entries with those weights packed that make the file smallest; or, always, all that can be.
 
     Packed weights share streams, and their decoder is written once. Tried are all weights, those of them that are smaller packed,
@@ -56,16 +56,16 @@ def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Ent
     first = dict[str, Entry]()  # tied weights are stored once
     for entry in entries:
         first.setdefault(entry.stored.levels, entry)
-    chosen = {name: _stored_levels(entry) for name, entry in first.items()}
+    chosen = {name: permute_levels(entry) for name, entry in first.items()}
     plain, tried = {name: entry.stored for name, entry in first.items()}, dict[str, Stored | Refusal]()
     ways: list[dict[str, Stored]] = [] if always else [{}]
 
     def made(together: dict[str, Stored]) -> list[Entry]:
         levels = ((entry, entry.stored.levels) for entry in entries)
-        return [_packed(entry, together.get(name), tried[name], always=always) for entry, name in levels]
+        return [pack_entry(entry, together.get(name), tried[name], always=always) for entry, name in levels]
 
     def size(together: dict[str, Stored]) -> int:
-        return _bytes([*(plain | together).values()]) - (saving(made(together)) if together else 0)
+        return count_bytes([*(plain | together).values()]) - (compute_saving(made(together)) if together else 0)
 
     while chosen:
         tried.update(zip(chosen, encode_all(list(chosen.items()), target), strict=True))
@@ -77,7 +77,7 @@ def _pack(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Ent
     return made(min(ways, key=size)) if ways else list(entries)
 
 
-def _packed(entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool) -> Entry:
+def pack_entry(entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool) -> Entry:
     if stored is not None:
         return replace(entry, stored=stored, reason=f"packed {stored.nbytes} bytes, less than {entry.reason}")
     if isinstance(tried, Refusal):
@@ -85,12 +85,12 @@ def _packed(entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, alw
     return replace(entry, reason=f"{entry.reason}; packed {tried.nbytes} and its decoder")
 
 
-def _stored_levels(entry: Entry) -> np.ndarray:
+def permute_levels(entry: Entry) -> np.ndarray:
     turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
     return entry.weight.tensor.levels.T if turned else entry.weight.tensor.levels
 
 
-def _bytes(stored: Sequence[Stored]) -> int:
+def count_bytes(stored: Sequence[Stored]) -> int:
     """Of weights in a file, functions counted once."""
     parts: list[Message] = []
     for one in stored:

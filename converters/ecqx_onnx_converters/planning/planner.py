@@ -9,14 +9,14 @@ import numpy as np
 
 from ecqx_onnx.errors import OptionError
 from ecqx_onnx.tensors import Codebook, Scale
-from ecqx_onnx_converters.dequantization.dequantization import why_not_standard
-from ecqx_onnx_converters.dequantization.standard import StandardForm, standard_form
-from ecqx_onnx_converters.graph.graph import FloatGraph, value_names
+from ecqx_onnx_converters.dequantization.dequantization import refuse_standard
+from ecqx_onnx_converters.dequantization.standard import StandardForm, find_standard_form
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
-from ecqx_onnx_converters.graph.opsets import why_not_opset
+from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.graph.uses import Use, find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
-from ecqx_onnx_converters.planning.packed_choice import _pack
+from ecqx_onnx_converters.planning.packed_choice import pack_entries
 from ecqx_onnx_converters.planning.plan import Entry, Kept, Plan
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import Stored
@@ -50,15 +50,15 @@ def make_plan(
     kernels, which need DequantizeLinear in any case. OptionError for what can't be had at all; what a single
     weight can't have is replaced, and its entry says why."""
     check_forms(storage, dequantize)
-    able = _able(graph, find_target(target), opset)
+    able = limit_target(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
     if form != able.dequantize and able.only:
         raise OptionError(f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at {able.dequantize}")
-    uses, names = find_uses(graph.proto.graph), NameMaker(value_names(graph.proto.graph))
+    uses, names = find_uses(graph.proto.graph), NameMaker(list_value_names(graph.proto.graph))
     entries: list[Entry] = []
     kept: list[Kept] = []
-    for members in _tied(matching.found):
-        planned = _plan_tied(members, able, storage, form, uses, names, integer)
+    for members in group_tied(matching.found):
+        planned = plan_tied(members, able, storage, form, uses, names, integer)
         if isinstance(planned, Refusal):
             kept.extend(Kept(member.name, member.tensor.shape, planned.reason) for member in members)
         else:
@@ -66,28 +66,28 @@ def make_plan(
     order = {weight.name: index for index, weight in enumerate(matching.found)}  # a checkpoint's graph has them taken out
     entries.sort(key=lambda entry: order[entry.weight.name])
     if storage in ("auto", "packed"):
-        entries = _pack(entries, able, always=storage == "packed")
+        entries = pack_entries(entries, able, always=storage == "packed")
     if storage != "auto" and entries and all(entry.stored.storage != storage for entry in entries):
         raise OptionError(
             f"storage '{storage}' can't be had for any weight (leave --storage at auto): layer '{entries[0].weight.name}':"
             f" {entries[0].reason}"
         )
-    quantised = {entry.weight.name for entry in entries} | {left.name for left in kept}
+    quantized = {entry.weight.name for entry in entries} | {left.name for left in kept}
     for name, values in graph.weights.items():
-        if name not in quantised and values.dtype in (np.float32, np.float16) and values.ndim >= 2:
-            kept.append(Kept(name, values.shape, _why_float(name, uses.get(name, []))))
-    needed = max((_needs(entry) for entry in entries), default=0)
+        if name not in quantized and values.dtype in (np.float32, np.float16) and values.ndim >= 2:
+            kept.append(Kept(name, values.shape, explain_float(name, uses.get(name, []))))
+    needed = max((find_needed_opset(entry) for entry in entries), default=0)
     return Plan(graph, able, max(graph.opset, needed), tuple(entries), tuple(kept), matching.missing)
 
 
-def _why_float(name: str, uses: Sequence[Use]) -> str:
+def explain_float(name: str, uses: Sequence[Use]) -> str:
     biases = {"LSTM": 3, "GRU": 3, "RNN": 3, "Gemm": 2, "Conv": 2, "ConvTranspose": 2}
     if uses and all(biases.get(use.node.op_type) == use.position for use in uses):
         return "biases stay float"
     return "no quantised tensor has its name or values"
 
 
-def _able(graph: FloatGraph, target: Target, opset: int | None) -> Target:
+def limit_target(graph: FloatGraph, target: Target, opset: int | None) -> Target:
     """The target, less what this graph can't use: opsets, and their types, that would change the graph's meaning."""
     ceiling = target.max_opset if opset is None else opset
     if ceiling > target.max_opset:
@@ -100,19 +100,19 @@ def _able(graph: FloatGraph, target: Target, opset: int | None) -> Target:
         )
     reach = graph.opset
     for step in (step for step in STEPS_UP if graph.opset < step <= ceiling):
-        if why_not_opset(graph.proto, step) is not None:
+        if refuse_opset(graph.proto, step) is not None:
             break
         reach = step
     types = frozenset(kind for kind in target.dense_types if OPSET_OF_TYPE[kind] <= reach)
     return replace(target, max_opset=reach, dense_types=types)
 
 
-def _tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
+def group_tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
     """Weights grouped by their levels: those of one parameter that are equal, as they are or transposed, are stored once."""
     groups: list[list[GraphWeight]] = []
     for weight in found:
         twins = (group for group in groups if group[0].sources == weight.sources)
-        group = next((group for group in twins if _same(group[0], weight)), None)
+        group = next((group for group in twins if are_tied(group[0], weight)), None)
         if group is None:
             groups.append([weight])
         else:
@@ -120,12 +120,12 @@ def _tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
     return groups
 
 
-def _same(one: GraphWeight, other: GraphWeight) -> bool:
+def are_tied(one: GraphWeight, other: GraphWeight) -> bool:
     levels, twin = one.tensor.levels, other.tensor.levels
     return np.array_equal(levels, twin) or (twin.ndim == 2 and np.array_equal(levels, twin.T))
 
 
-def _plan_tied(
+def plan_tied(
     members: Sequence[GraphWeight],
     target: Target,
     storage: str,
@@ -138,7 +138,7 @@ def _plan_tied(
     forms = [
         StandardForm(transposed=False, dense=True, integer=True)
         if member.name in integer
-        else _form(member, dequantize, uses.get(member.name, []), target)
+        else choose_form(member, dequantize, uses.get(member.name, []), target)
         for member in members
     ]
     pairs = ((form, uses.get(member.name, [])) for form, member in zip(forms, members, strict=True))
@@ -146,13 +146,13 @@ def _plan_tied(
     cast = any(form.integer or any(use.node.op_type == "Gather" for use in consumers) for form, consumers in standard)
     if not target.decoders and cast:  # narrow types would need a Cast, which is a decoder (and in onnxruntime as of 1.23)
         target = replace(target, dense_types=target.dense_types & INT8_TYPES)
-    levels = _wanted(members[0], forms[0])
-    stored, reason = _cheapest(levels, names("q"), target, storage)
+    levels = permute_levels(members[0], forms[0])
+    stored, reason = choose_cheapest(levels, names("q"), target, storage)
     if stored is None:
         return Refusal(reason)
     entries = []
     for member, form in zip(members, forms, strict=True):
-        if isinstance(form, StandardForm) and not np.array_equal(_wanted(member, form), levels):
+        if isinstance(form, StandardForm) and not np.array_equal(permute_levels(member, form), levels):
             form = Refusal("it is stored once with its tied twin, in the other layout")
         why = f"{reason}; folded, since {form.reason}" if isinstance(form, Refusal) else reason
         if isinstance(form, StandardForm):
@@ -163,36 +163,36 @@ def _plan_tied(
     return entries
 
 
-def _wanted(weight: GraphWeight, form: StandardForm | Refusal | None) -> np.ndarray:
+def permute_levels(weight: GraphWeight, form: StandardForm | Refusal | None) -> np.ndarray:
     """The levels in the layout that the weight's dequantisation reads."""
     return weight.tensor.levels.T if isinstance(form, StandardForm) and form.transposed else weight.tensor.levels
 
 
-def _form(weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target) -> StandardForm | Refusal | None:
+def choose_form(weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target) -> StandardForm | Refusal | None:
     """None where the folded function is wanted anyway, or integers."""
     if dequantize == "folded" or weight.integers is not None:
         return None
-    refusal = why_not_standard(weight.tensor)
+    refusal = refuse_standard(weight.tensor)
     if refusal is not None:
         return refusal
-    if target.max_opset < _standard_opset(weight):
-        return Refusal(f"DequantizeLinear needs opset {_standard_opset(weight)}, which the graph can't be raised to")
-    return standard_form(weight.tensor, uses)
+    if target.max_opset < find_standard_opset(weight):
+        return Refusal(f"DequantizeLinear needs opset {find_standard_opset(weight)}, which the graph can't be raised to")
+    return find_standard_form(weight.tensor, uses)
 
 
-def _standard_opset(weight: GraphWeight) -> int:
+def find_standard_opset(weight: GraphWeight) -> int:
     """10 for one step, 13 for one per index of an axis."""
     return 13 if isinstance(weight.tensor.meaning, Scale) and weight.tensor.meaning.axis is not None else 10
 
 
-def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tuple[Stored | None, str]:
+def choose_cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tuple[Stored | None, str]:
     """The storage of fewest bytes among those allowed that store each weight alone, dense where none of them can; and why."""
     allowed = {"auto": ["dense", "sparse"], "packed": ["dense"]}.get(storage, [storage])
     results = {label: STORAGES[label].encode(levels, name, target) for label in allowed}
     stored = [result for result in results.values() if isinstance(result, Stored)]
     refused = [f"{label}: {result.reason}" for label, result in results.items() if isinstance(result, Refusal)]
     if not stored and storage != "dense":
-        fallback, why = _cheapest(levels, name, target, "dense")
+        fallback, why = choose_cheapest(levels, name, target, "dense")
         return fallback, "; ".join([*refused, why])
     if not stored:
         return None, "; ".join(refused)
@@ -201,7 +201,7 @@ def _cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tu
     return best, f"{best.label} {best.nbytes} bytes" + (f", less than {', '.join(others)}" if others else "")
 
 
-def _needs(entry: Entry) -> int:
+def find_needed_opset(entry: Entry) -> int:
     """The first opset that has all that the entry uses."""
     needed = [entry.stored.opset]
     if entry.weight.integers is not None:
@@ -209,5 +209,5 @@ def _needs(entry: Entry) -> int:
     if isinstance(entry.weight.tensor.meaning, Codebook):
         needed.append(11)  # Gather with negative indices
     if entry.form is not None:
-        needed.append(_standard_opset(entry.weight))
+        needed.append(find_standard_opset(entry.weight))
     return max(needed)

@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, TensorProto
 Content = Callable[[TensorProto], bytes | None]
 
 
-def model_checksum(model: ModelProto, content: Content, *, start: int = 0) -> int:
+def compute_checksum(model: ModelProto, content: Content, *, start: int = 0) -> int:
     """CRC-32 of the model, the same whether its tensors lie inside or in a file beside it.
 
     Args:
@@ -42,11 +42,11 @@ def model_checksum(model: ModelProto, content: Content, *, start: int = 0) -> in
     for tensor in graph.initializer:
         declared = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
         crc = zlib.crc32(declared.SerializeToString(deterministic=True), crc)
-        crc = zlib.crc32(_data(tensor, content), crc)
+        crc = zlib.crc32(list_data(tensor, content), crc)
     return crc
 
 
-def _data(tensor: TensorProto, content: Content) -> bytes:
+def list_data(tensor: TensorProto, content: Content) -> bytes:
     elsewhere = content(tensor)
     if elsewhere is not None:
         return elsewhere

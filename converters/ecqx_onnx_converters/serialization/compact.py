@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, defs, numpy_helper
 
-from ecqx_onnx_converters.graph.graph import all_graphs
+from ecqx_onnx_converters.graph.graph import list_graphs
 
 DIGITS = string.ascii_letters + string.digits
 # Operators whose defaults of these attributes the specification states in words only.
@@ -22,7 +22,7 @@ ONES, ZEROS = ("strides", "dilations"), ("pads", "output_padding")
 def shorten_names(model: ModelProto) -> Mapping[str, str]:
     """Renames every inner value in place, in order of appearance; the model's inputs and outputs keep their names. Old -> new."""
     fixed = {value.name for value in (*model.graph.input, *model.graph.output)}
-    names = (name for name in _short() if name not in fixed)
+    names = (name for name in list_short_names() if name not in fixed)
     renamed: dict[str, str] = {"": ""} | {name: name for name in fixed}
 
     def new(name: str) -> str:
@@ -30,7 +30,7 @@ def shorten_names(model: ModelProto) -> Mapping[str, str]:
             renamed[name] = next(names)
         return renamed[name]
 
-    for scope in all_graphs(model.graph):
+    for scope in list_graphs(model.graph):
         scope.name = "g"  # it may not be empty
         for node in scope.node:
             for values in (node.input, node.output):
@@ -42,7 +42,7 @@ def shorten_names(model: ModelProto) -> Mapping[str, str]:
     return renamed
 
 
-def _short() -> Iterator[str]:
+def list_short_names() -> Iterator[str]:
     """a, b, … 9, aa, ab, …; never starting with a digit."""
     length = 1
     while True:
@@ -57,7 +57,7 @@ def _short() -> Iterator[str]:
 
 def shorten_integers(model: ModelProto) -> None:
     """Stores int64 initializers, in place, as a list where that takes fewer bytes: 1 for 0 to 127, 10 for a negative."""
-    for scope in all_graphs(model.graph):
+    for scope in list_graphs(model.graph):
         for tensor in scope.initializer:
             if tensor.data_type == TensorProto.INT64 and tensor.HasField("raw_data"):
                 values = numpy_helper.to_array(tensor).reshape(-1).tolist()
@@ -71,7 +71,7 @@ def drop_defaults(model: ModelProto, opset: int) -> None:
     inputs = {value.name for value in model.graph.input}
     shapes = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64}
     whole = {name for name, tensor in shapes.items() if name not in inputs and _has_no_zero(tensor)}
-    for scope in all_graphs(model.graph):
+    for scope in list_graphs(model.graph):
         for node in (node for node in scope.node if node.domain in ("", "ai.onnx")):
             for index in reversed(range(len(node.attribute))):
                 if _is_default(node, node.attribute[index], opset, whole):

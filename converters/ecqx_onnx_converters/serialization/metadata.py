@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 
-def levels_crc(levels: np.ndarray) -> int:
+def compute_levels_crc(levels: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(levels, np.int8).tobytes())
 
 
@@ -66,7 +66,7 @@ def to_text(content: Mapping[str, Any], checksum: Callable[[int], int] | None = 
     return base64.b85encode(deflated).decode()
 
 
-def stored_checksum(text: str) -> tuple[int, int] | None:
+def read_checksum(text: str) -> tuple[int, int] | None:
     """What `to_text` wrote behind the content.
 
     Args:

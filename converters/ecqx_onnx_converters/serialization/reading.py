@@ -12,14 +12,14 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
-from ecqx_onnx_converters.dequantization.dequantization import integers_of, meaning_of
-from ecqx_onnx_converters.dequantization.fused import expanded
-from ecqx_onnx_converters.graph.files import external_bytes, read_proto
-from ecqx_onnx_converters.graph.graph import clear_data, tensor_values
+from ecqx_onnx_converters.dequantization.dequantization import read_integers, read_meaning
+from ecqx_onnx_converters.dequantization.fused import expand_call
+from ecqx_onnx_converters.graph.files import read_external_bytes, read_proto
+from ecqx_onnx_converters.graph.graph import clear_data, read_values
 from ecqx_onnx_converters.graph.limits import LONGEST_NAME
 from ecqx_onnx_converters.matching.matching import GraphWeight
-from ecqx_onnx_converters.serialization.checksum import model_checksum
-from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text, levels_crc, stored_checksum
+from ecqx_onnx_converters.serialization.checksum import compute_checksum
+from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, compute_levels_crc, from_text, read_checksum
 from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage.registry import STORAGES
 
@@ -44,7 +44,7 @@ class StoredWeight:
 
 def read_metadata(model: ModelProto) -> dict[str, Any]:
     """What `write` put under METADATA_KEY; empty for a file of someone else's. FileError when it can't be read."""
-    text = _metadata_text(model)
+    text = find_metadata_text(model)
     if text is None:
         return {}
     try:
@@ -70,21 +70,21 @@ def is_as_written(source: ModelProto | Path | str) -> bool | None:
     """
     model = source if isinstance(source, ModelProto) else read_proto(source)
     folder = None if isinstance(source, ModelProto) else Path(source).parent
-    text = _metadata_text(model)
+    text = find_metadata_text(model)
     read_metadata(model)
-    stored = None if text is None else stored_checksum(text)
+    stored = None if text is None else read_checksum(text)
     if stored is None:
         return None
 
     def content(tensor: TensorProto) -> bytes | None:
         elsewhere = folder is not None and tensor.data_location == TensorProto.EXTERNAL
-        return external_bytes(tensor, folder) if elsewhere and folder is not None else None
+        return read_external_bytes(tensor, folder) if elsewhere and folder is not None else None
 
     start, wanted = stored
-    return model_checksum(model, content, start=start) == wanted
+    return compute_checksum(model, content, start=start) == wanted
 
 
-def _metadata_text(model: ModelProto) -> str | None:
+def find_metadata_text(model: ModelProto) -> str | None:
     return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
 
 
@@ -104,7 +104,7 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
 
 
 def _read_all(model: ModelProto, folder: Path | None) -> tuple[StoredWeight, ...]:
-    nodes = [part for node in model.graph.node for part in expanded(node)]
+    nodes = [part for node in model.graph.node for part in expand_call(node)]
     makers = {output: node for node in nodes for output in node.output}
     contents = replace(Contents.of(model), initializers=_Initializers(model, folder), makers=makers)
     users: dict[str, list[NodeProto]] = {}
@@ -151,7 +151,7 @@ class Record:
 
 
 def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> StoredWeight:
-    record = record if record.levels else replace(record, levels=_levels_of(record, contents))
+    record = record if record.levels else replace(record, levels=find_levels(record, contents))
     try:
         levels = STORAGES[record.storage].decode(record.levels, contents)
     except KeyError as error:
@@ -161,10 +161,10 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
         ) from error
     if record.integers:
         return _read_integers(record, levels, contents)
-    node = _dequantization(record, contents, users)
+    node = find_dequantization(record, contents, users)
     read = node.input[1:2] if node.op_type == "DequantizeLinear" else node.input[1:]  # its zero point is always zero
-    constants = {name: _floats(contents.initializers[name]) for name in read if name in contents.initializers}
-    meaning, factor = meaning_of(node, constants, levels.ndim)
+    constants = {name: read_floats(contents.initializers[name]) for name in read if name in contents.initializers}
+    meaning, factor = read_meaning(node, constants, levels.ndim)
     try:
         for part in (meaning.step if isinstance(meaning, Scale) else None, factor):
             if part is not None and np.broadcast_shapes(part.shape, levels.shape) != levels.shape:
@@ -176,8 +176,8 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
             f"the levels of '{record.name}', {list(levels.shape)}, don't fit what dequantises them ({error})"
         ) from error
     tensor = QuantTensor(record.name, levels, meaning)
-    crc_ok = levels_crc(levels) == record.crc32
-    order = _order(record, contents, levels.ndim)
+    crc_ok = compute_levels_crc(levels) == record.crc32
+    order = find_permutation(record, contents, levels.ndim)
     if order is not None:
         tensor, factor = tensor.transpose(order), factor if factor is None or factor.ndim == 0 else factor.transpose(order)
     weight = GraphWeight(record.name, tensor, record.sources, factor)
@@ -185,9 +185,9 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
     return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
 
 
-def _levels_of(record: Record, contents: Contents) -> str:
+def find_levels(record: Record, contents: Contents) -> str:
     """What the call that makes the record's value dequantises."""
-    node = _maker(record, contents)
+    node = find_maker(record, contents)
     if node is None or node.domain != DOMAIN or not node.input:
         raise FileError(
             f"nothing decodes weight '{record.name}' in the ONNX file; some tool has folded or rewritten it: convert the model"
@@ -196,7 +196,7 @@ def _levels_of(record: Record, contents: Contents) -> str:
     return node.input[0]
 
 
-def _maker(record: Record, contents: Contents) -> NodeProto | None:
+def find_maker(record: Record, contents: Contents) -> NodeProto | None:
     """Of the record's value, behind a Transpose if there is one."""
     node = contents.makers.get(record.value)
     if node is not None and node.op_type == "Transpose" and node.input:
@@ -204,7 +204,7 @@ def _maker(record: Record, contents: Contents) -> NodeProto | None:
     return node
 
 
-def _order(record: Record, contents: Contents, rank: int) -> tuple[int, ...] | None:
+def find_permutation(record: Record, contents: Contents, rank: int) -> tuple[int, ...] | None:
     """How the stored axes are turned to get the weight's."""
     node = contents.makers.get(record.value)
     if node is not None and node.op_type == "Transpose":
@@ -221,18 +221,18 @@ def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> St
         raise FileError(
             f"nothing makes the integers of '{record.name}' in the ONNX file; some tool has rewritten it: pack it again"
         )
-    offsets = [tensor_values(contents.initializers[name]) for name in node.input[1:] if name in contents.initializers]
-    form = integers_of(node, offsets[0] if len(offsets) == 1 else None)
+    offsets = [read_values(contents.initializers[name]) for name in node.input[1:] if name in contents.initializers]
+    form = read_integers(node, offsets[0] if len(offsets) == 1 else None)
     tensor = QuantTensor(record.name, levels, Scale(np.ones((), np.float32)))
     weight = GraphWeight(record.name, tensor, record.sources, integers=form)
     nbytes = STORAGES[record.storage].stored_bytes(record.levels, contents)
-    crc_ok = levels_crc(levels) == record.crc32
+    crc_ok = compute_levels_crc(levels) == record.crc32
     return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
 
 
-def _dequantization(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:
+def find_dequantization(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:
     """The node that dequantises the record's levels into its value, or, for an embedding, into the gathered rows."""
-    node = _maker(record, contents)
+    node = find_maker(record, contents)
     cast = contents.makers.get(node.input[0]) if node is not None and node.op_type == "DequantizeLinear" else None
     if node is not None and cast is not None and cast.op_type == "Cast" and cast.input[0] == record.levels:
         return node
@@ -251,10 +251,10 @@ def _dequantization(record: Record, contents: Contents, users: Mapping[str, list
     )
 
 
-def _floats(tensor: TensorProto) -> np.ndarray:
+def read_floats(tensor: TensorProto) -> np.ndarray:
     if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
         raise FileError(f"'{tensor.name}' should be float32 or float16 and has type {tensor.data_type}; the ONNX file is damaged")
-    return tensor_values(tensor).astype(np.float32)
+    return read_values(tensor).astype(np.float32)
 
 
 class _Initializers(dict[str, TensorProto]):
@@ -267,7 +267,7 @@ class _Initializers(dict[str, TensorProto]):
     def __getitem__(self, name: str) -> TensorProto:
         tensor = super().__getitem__(name)
         if self.folder is not None and tensor.data_location == TensorProto.EXTERNAL:
-            content = external_bytes(tensor, self.folder)
+            content = read_external_bytes(tensor, self.folder)
             clear_data(tensor)
             tensor.raw_data = content
         return tensor

@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx_converters.graph.files import read_proto
-from ecqx_onnx_converters.graph.graph import FloatGraph, all_graphs, rename, value_names
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_graphs, list_value_names, rename_values
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
 from ecqx_onnx_converters.serialization.reading import (
@@ -79,38 +79,38 @@ def unpack(path: Path | str) -> Unpacked:
         if record.value and makers.get(record.value) not in main.node:  # made by nobody, or listed twice
             raise FileError(f"'{path}' makes no value '{record.value}', its weight '{record.name}'; the file is damaged")
         if record.integers:
-            plain[record.value] = _integers(item, record.value)
+            plain[record.value] = make_integers(item, record.value)
         elif record.value:
-            found.append(_weight(record, item, makers[record.value]))
+            found.append(make_weight(record, item, makers[record.value]))
         if record.value:
             main.node.remove(makers[record.value])
     read = find_uses(main)
     for record, item in zip(records, stored, strict=True):
         if record.levels and not record.integers and record.levels in read:  # rows of an embedding are gathered from its integers
-            plain[record.levels] = _integers(item, record.levels, turned=record.transposed)
-    graph = _without_unread(graph, before, {*plain, *(weight.name for weight in found)})
+            plain[record.levels] = make_integers(item, record.levels, turned=record.transposed)
+    graph = remove_unread(graph, before, {*plain, *(weight.name for weight in found)})
     main.initializer.extend(plain.values())
     _drop_functions(graph.proto)
-    named = tuple(_names_again(main, found, records))
-    kernels = tuple(new.name for old, new in zip(found, named, strict=True) if _feeds_kernel(makers[old.name]))
+    named = tuple(restore_names(main, found, records))
+    kernels = tuple(new.name for old, new in zip(found, named, strict=True) if feeds_kernel(makers[old.name]))
     content = {key: value for key, value in metadata.items() if key not in ("format", "storage", "tensors")}
     return Unpacked(graph, Matching(named, ()), kernels, content)
 
 
-def _integers(item: StoredWeight, name: str, *, turned: bool = False) -> TensorProto:
+def make_integers(item: StoredWeight, name: str, *, turned: bool = False) -> TensorProto:
     """turned: in the transpose of the weight's layout."""
     form, levels = item.weight.integers, item.weight.tensor.levels.T if turned else item.weight.tensor.levels
     kind, offset = (TensorProto.INT8, 0) if form is None else (form.type, form.offset)
     wide = levels.astype(np.int16) + offset
-    return helper.make_tensor(name, kind, levels.shape, _raw(wide, kind), raw=True)
+    return helper.make_tensor(name, kind, levels.shape, make_raw(wide, kind), raw=True)
 
 
-def _raw(values: np.ndarray, kind: int) -> bytes:
+def make_raw(values: np.ndarray, kind: int) -> bytes:
     dtype = helper.tensor_dtype_to_np_dtype(kind)
     return bytes(numpy_helper.from_array(values.astype(dtype)).raw_data)
 
 
-def _weight(record: Record, item: StoredWeight, maker: NodeProto) -> GraphWeight:
+def make_weight(record: Record, item: StoredWeight, maker: NodeProto) -> GraphWeight:
     """Under its name in the file's graph, in the layout that the graph reads."""
     weight = item.weight
     if record.transposed and maker.op_type != "Transpose":  # DequantizeLinear gives [out, in] to Gemm with transB = 1
@@ -119,16 +119,16 @@ def _weight(record: Record, item: StoredWeight, maker: NodeProto) -> GraphWeight
     return replace(weight, name=record.value)
 
 
-def _feeds_kernel(maker: NodeProto) -> bool:
+def feeds_kernel(maker: NodeProto) -> bool:
     """Only in front of integer kernels does the writer state a zero point."""
     return maker.op_type == "DequantizeLinear" and len(maker.input) == 3
 
 
-def _without_unread(graph: FloatGraph, before: set[str], replaced: set[str]) -> FloatGraph:
+def remove_unread(graph: FloatGraph, before: set[str], replaced: set[str]) -> FloatGraph:
     """Less what only the removed nodes read (decoders, their data, steps), and less what comes back in another form."""
     main, weights = graph.proto.graph, dict(graph.weights)
     while True:
-        read = set(find_uses(main)) | {value.name for scope in all_graphs(main) for value in scope.output}
+        read = set(find_uses(main)) | {value.name for scope in list_graphs(main) for value in scope.output}
         dead = (before - read) | replaced
         nodes = [node for node in main.node if not read & set(node.output) and dead & set(node.output)]
         for node in nodes:
@@ -150,14 +150,14 @@ def _drop_functions(model: ModelProto) -> None:
         del model.opset_import[index]
 
 
-def _names_again(main: GraphProto, found: Sequence[GraphWeight], records: Sequence[Record]) -> Iterator[GraphWeight]:
+def restore_names(main: GraphProto, found: Sequence[GraphWeight], records: Sequence[Record]) -> Iterator[GraphWeight]:
     """Weights under the names that they had before the writer shortened them, where these are free."""
-    taken, names = value_names(main), {record.value: record.name for record in records}
+    taken, names = list_value_names(main), {record.value: record.name for record in records}
     for weight in found:
         name = names[weight.name]
         if name in taken or any(name == value.name for value in main.output):
             name = weight.name
         elif weight.name not in {value.name for value in main.output}:
-            rename(main, weight.name, name)
+            rename_values(main, weight.name, name)
             taken.add(name)
         yield replace(weight, name=name, tensor=replace(weight.tensor, name=name))

@@ -13,21 +13,35 @@ import onnx
 from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.dequantization.dequantization import Dequantization, as_integers, folded, function, integer, standard
-from ecqx_onnx_converters.dequantization.fused import FUSED, composed, fuse, leave_turns_to_gemm, order, scaled
+from ecqx_onnx_converters.dequantization.dequantization import (
+    Dequantization,
+    make_folded,
+    make_function,
+    make_integer,
+    make_integers,
+    make_standard,
+)
+from ecqx_onnx_converters.dequantization.fused import (
+    FUSED,
+    compose,
+    find_permutation,
+    fold_transpose_into_gemm,
+    fuse,
+    make_scaled,
+)
 from ecqx_onnx_converters.dequantization.standard import apply_standard
-from ecqx_onnx_converters.graph.files import PROTOBUF_LIMIT, data_path, little_endian_bytes, replacing_model, write_proto
-from ecqx_onnx_converters.graph.graph import all_graphs, value_names
+from ecqx_onnx_converters.graph.files import PROTOBUF_LIMIT, find_data_path, replace_model, to_little_endian, write_proto
+from ecqx_onnx_converters.graph.graph import list_graphs, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.graph.opsets import set_opset
 from ecqx_onnx_converters.graph.outputs import check_output
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.passes.shapes import fix_batch
-from ecqx_onnx_converters.planning.packed_choice import choose
+from ecqx_onnx_converters.planning.packed_choice import choose_fused
 from ecqx_onnx_converters.planning.plan import Entry, Plan
-from ecqx_onnx_converters.serialization.checksum import model_checksum
+from ecqx_onnx_converters.serialization.checksum import compute_checksum
 from ecqx_onnx_converters.serialization.compact import drop_defaults, shorten_integers, shorten_names
-from ecqx_onnx_converters.serialization.metadata import FORMAT, METADATA_KEY, levels_crc, to_text
+from ecqx_onnx_converters.serialization.metadata import FORMAT, METADATA_KEY, compute_levels_crc, to_text
 from ecqx_onnx_converters.serialization.report import WriteReport, WrittenTensor
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
@@ -72,12 +86,12 @@ def write(
     path = Path(path)
     built = build(plan, metadata=metadata)
     if external_data is None:
-        external_data = _tensor_bytes(built) > EXTERNAL_FROM
+        external_data = count_tensor_bytes(built) > EXTERNAL_FROM
     if external_data:
-        check_output(data_path(path), force=force)
-    with replacing_model(path, force=force, sources=sources) as temporary:
+        check_output(find_data_path(path), force=force)
+    with replace_model(path, force=force, sources=sources) as temporary:
         write_proto(built.model, built.payloads, temporary, external=external_data)
-        _check(temporary)
+        check_model(temporary)
         if accept is not None:
             accept(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
@@ -88,12 +102,12 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     """The model in memory; the plan's graph is left as it is."""
     model = ModelProto()
     model.CopyFrom(plan.graph.proto)
-    quantised = {entry.weight.name for entry in plan.entries}
+    quantized = {entry.weight.name for entry in plan.entries}
     graph = model.graph
     for values in (graph.initializer, graph.input):  # old exporters list weights among the inputs, too
-        for index in reversed([index for index, value in enumerate(values) if value.name in quantised]):
+        for index in reversed([index for index, value in enumerate(values) if value.name in quantized]):
             del values[index]
-    for scope in all_graphs(graph):
+    for scope in list_graphs(graph):
         scope.ClearField("value_info")  # shapes that every runtime infers; they outweigh a small model's weights
     if plan.target.one_sample:
         fix_batch(graph)
@@ -101,31 +115,31 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     model.ir_version = max(plan.target.ir_version(plan.opset), 8)
     model.producer_name = "ecqx-onnx"
     model.ClearField("producer_version")
-    fused = choose(plan.entries)
+    fused = choose_fused(plan.entries)
     tensors = _put_weights(model, plan, fused)
-    turned = leave_turns_to_gemm(graph)
+    turned = fold_transpose_into_gemm(graph)
     drop_defaults(model, plan.opset)
     shorten_integers(model)
     renamed = shorten_names(model)
-    payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantised}
+    payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantized}
     usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
-    records = [_record(entry, renamed, usual[0][0], fused, turned) for entry in plan.entries]
+    records = [make_record(entry, renamed, usual[0][0], fused, turned) for entry in plan.entries]
     content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": records}
     for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
         del model.metadata_props[index]
 
     def elsewhere(tensor: TensorProto) -> bytes | None:
-        return little_endian_bytes(payloads[tensor.name]) if tensor.name in payloads else None
+        return to_little_endian(payloads[tensor.name]) if tensor.name in payloads else None
 
-    text = to_text(content, lambda start: model_checksum(model, elsewhere, start=start))
+    text = to_text(content, lambda start: compute_checksum(model, elsewhere, start=start))
     model.metadata_props.add(key=METADATA_KEY, value=text)
     return Built(model, payloads, tensors)
 
 
 def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[WrittenTensor, ...]:
     """Storage, dequantisation and functions; sparse tensors last, since other tools drop them."""
-    graph, names, uses = model.graph, NameMaker(value_names(model.graph)), find_uses(model.graph)
-    names.taken.update(name for entry in plan.entries for name in _names_of(entry))
+    graph, names, uses = model.graph, NameMaker(list_value_names(model.graph)), find_uses(model.graph)
+    names.taken.update(name for entry in plan.entries for name in list_names(entry))
     nodes: list[NodeProto] = []
     functions: dict[tuple[str, str], FunctionProto] = {}
     sparse: list[SparseTensorProto] = []
@@ -139,12 +153,12 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
             sparse.extend(entry.stored.sparse_initializers)
             nodes.extend([] if whole else entry.stored.nodes)
             functions.update({(part.domain, part.name): part for part in entry.stored.functions})
-        permutation = _permutation(entry, fused)
-        dequantization = _dequantization(entry, names, permutation)
+        permutation = find_read_permutation(entry, fused)
+        dequantization = make_dequantization(entry, names, permutation)
         graph.initializer.extend(part for part in dequantization.initializers if part.name not in seen)
         seen.update(part.name for part in dequantization.initializers)
         if dequantization.function is not None and not whole:
-            functions[DOMAIN, dequantization.function] = function(dequantization.function, plan.opset)
+            functions[DOMAIN, dequantization.function] = make_function(dequantization.function, plan.opset)
         if fused is not None and whole:
             nodes.extend(fuse(entry.stored, fused, dequantization.node))
         elif entry.form is None or entry.form.dense:
@@ -164,10 +178,12 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
                 step=step,
                 names=names,
             )
-        rows.append(_row(entry, dequantization, first))
+        rows.append(report_row(entry, dequantization, first))
     if fused is not None:
         levels = functions.pop((DOMAIN, TENSOR))
-        functions[DOMAIN, fused] = scaled(levels) if fused == "V" else composed(fused, levels, function(FUSED[fused], plan.opset))
+        functions[DOMAIN, fused] = (
+            make_scaled(levels) if fused == "V" else compose(fused, levels, make_function(FUSED[fused], plan.opset))
+        )
     existing = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *existing])
@@ -181,37 +197,37 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
     return tuple(rows)
 
 
-def _names_of(entry: Entry) -> set[str]:
+def list_names(entry: Entry) -> set[str]:
     parts = (*entry.stored.initializers, *(sparse.values for sparse in entry.stored.sparse_initializers))
     return {entry.stored.levels, *(part.name for part in parts), *(name for node in entry.stored.nodes for name in node.output)}
 
 
-def _permutation(entry: Entry, fused: str | None) -> tuple[int, ...] | None:
+def find_read_permutation(entry: Entry, fused: str | None) -> tuple[int, ...] | None:
     """Of the weight's axes, to the order in which its dequantisation reads the levels; None where that is their own."""
-    return order(entry.stored) if fused is not None and entry.stored.storage == "packed" else entry.permutation
+    return find_permutation(entry.stored) if fused is not None and entry.stored.storage == "packed" else entry.permutation
 
 
-def _dequantization(entry: Entry, names: NameMaker, permutation: tuple[int, ...] | None) -> Dequantization:
+def make_dequantization(entry: Entry, names: NameMaker, permutation: tuple[int, ...] | None) -> Dequantization:
     weight, constant = entry.weight, names("s")
     if weight.integers is not None:
-        return as_integers(weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant)
+        return make_integers(weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant)
     if entry.form is None:
         tensor, factor = weight.tensor, weight.factor
         if permutation is not None:
             tensor, factor = tensor.transpose(permutation), None if factor is None else factor.transpose(permutation)
-        return folded(tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor)
+        return make_folded(tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor)
     tensor = weight.tensor.transpose((1, 0)) if entry.form.transposed else weight.tensor
     stored = entry.stored
     if entry.form.integer:
-        made = integer(tensor, levels=stored.levels, type=stored.type, output=weight.name, constant=constant)
+        made = make_integer(tensor, levels=stored.levels, type=stored.type, output=weight.name, constant=constant)
     else:
-        made = standard(tensor, levels=stored.levels, output=weight.name, constant=constant)
+        made = make_standard(tensor, levels=stored.levels, output=weight.name, constant=constant)
     if not isinstance(made, Dequantization):
         raise TypeError(f"planning let through what DequantizeLinear can't express: {made.reason}")
     return made
 
 
-def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTensor:
+def report_row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTensor:
     tensor = entry.weight.tensor
     nbytes = dequantization.nbytes + (entry.stored.nbytes if first else 0)
     label = entry.stored.label if first else f"{entry.stored.label}, shared"
@@ -221,7 +237,7 @@ def _row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTe
     )  # fmt: skip
 
 
-def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None, turned: Collection[str]) -> list[Any]:
+def make_record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None, turned: Collection[str]) -> list[Any]:
     """What the metadata says of one weight, as a row, since keys would outweigh the rest:
 
     [name, crc32 of the int8 levels row-major as stored, float value, integer value, layout, storage, sources]. The values are
@@ -231,21 +247,21 @@ def _record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | N
     """
     weight, stored = entry.weight, entry.stored
     stored_turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    permutation = _permutation(entry, fused) or ((1, 0) if stored_turned else range(weight.tensor.levels.ndim))
+    permutation = find_read_permutation(entry, fused) or ((1, 0) if stored_turned else range(weight.tensor.levels.ndim))
     layout = 2 if weight.integers is not None else int(stored_turned or weight.name in turned)
     sources = 0 if weight.sources == (weight.name,) else list(weight.sources)
     rest = [renamed.get(stored.levels, 0), layout, 0 if stored.storage == usual else stored.storage, sources]
     while rest and rest[-1] == 0:
         rest.pop()
-    return [weight.name, levels_crc(weight.tensor.levels.transpose(permutation)), renamed.get(weight.name, ""), *rest]
+    return [weight.name, compute_levels_crc(weight.tensor.levels.transpose(permutation)), renamed.get(weight.name, ""), *rest]
 
 
-def _tensor_bytes(built: Built) -> int:
+def count_tensor_bytes(built: Built) -> int:
     inside = sum(tensor.ByteSize() for tensor in built.model.graph.initializer)
     return inside + sum(values.nbytes for values in built.payloads.values())
 
 
-def _check(path: Path) -> None:
+def check_model(path: Path) -> None:
     """onnx's checker, with shape inference unless there are sparse tensors (which strict inference rejects)."""
     model = onnx.load(path, load_external_data=False)
     full = not model.graph.sparse_initializer

@@ -29,12 +29,12 @@ TYPES: dict[int, tuple[int, int, int]] = {
 
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     """One initializer `name` of the narrowest type that the target has, or digits if fewer bytes."""
-    whole = _whole_bits(levels, name, target)
+    whole = encode_whole_bits(levels, name, target)
     digits = radix.encode(levels, name) if target.decoders and target.max_opset >= radix.OPSET and levels.size else None
     return whole if digits is None or (isinstance(whole, Stored) and whole.nbytes <= digits.nbytes) else digits
 
 
-def _whole_bits(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
+def encode_whole_bits(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     lowest, highest = (int(levels.min()), int(levels.max())) if levels.size else (0, 0)
     for kind, (bits, least, most) in TYPES.items():
         if kind in target.dense_types and least <= lowest and highest <= most:

@@ -22,7 +22,7 @@ FUNCTION = "Digits"
 OPSET = 13
 
 
-def digits_per_byte(base: int) -> int:
+def count_digits_per_byte(base: int) -> int:
     """Largest m with base^m <= 256; at most 8."""
     return next(m for m in range(8, 0, -1) if base**m <= 256)
 
@@ -32,7 +32,7 @@ def encode(levels: np.ndarray, name: str) -> Stored:
     lowest, highest = int(levels.min()), int(levels.max())
     base = max(2, highest - lowest + 1)
     lowest = min(lowest, 128 - base)  # a tensor of nothing but 127 still has two digits, both int8
-    count = digits_per_byte(base)
+    count = count_digits_per_byte(base)
     powers = base ** np.arange(count)
     digits = np.zeros((-(-levels.size // count), count), np.uint8)
     digits.reshape(-1)[: levels.size] = np.ascontiguousarray(levels).reshape(-1).astype(np.int16) - lowest
@@ -42,10 +42,12 @@ def encode(levels: np.ndarray, name: str) -> Stored:
     for key, values in (("p", powers.tolist()), ("n", [base]), ("l", [lowest]), ("s", list(levels.shape))):
         node.attribute.append(AttributeProto(name=key, type=AttributeProto.INTS, ints=values))
     label = f"dense, {count} in a byte"
-    return Stored("dense", label, name, TensorProto.INT8, OPSET, initializers=(tensor,), nodes=(node,), functions=(function(),))
+    return Stored(
+        "dense", label, name, TensorProto.INT8, OPSET, initializers=(tensor,), nodes=(node,), functions=(make_function(),)
+    )
 
 
-def function() -> FunctionProto:
+def make_function() -> FunctionProto:
     """byte [k] -> int8 levels of shape s, from powers p, base n, lowest l."""
     nodes = []
     for attribute in "pnls":
@@ -82,7 +84,7 @@ def decode(name: str, contents: Contents) -> np.ndarray:
     shape, powers = numbers.get("s", [-1]), numbers.get("p", [])
     base, lowest = (numbers.get(key, [0])[0] if len(numbers.get(key, [])) == 1 else 0 for key in "nl")
     size = math.prod(shape)
-    fits = 2 <= base <= 256 and powers == [base**i for i in range(len(powers))] and len(powers) == digits_per_byte(base)
+    fits = 2 <= base <= 256 and powers == [base**i for i in range(len(powers))] and len(powers) == count_digits_per_byte(base)
     if not fits or min(shape, default=0) < 0 or not 0 < size <= MAX_WEIGHTS or not -128 <= lowest <= 128 - base:
         raise FileError(f"the digits of integer tensor '{name}' are described by {numbers}; the ONNX file is damaged")
     if data.data_type != TensorProto.UINT8 or len(data.raw_data) != -(-size // len(powers)):

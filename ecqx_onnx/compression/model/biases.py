@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, fresh_name, tensor_values, value_names
+from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, list_value_names, make_fresh_name, read_values
 from ecqx_onnx_converters.graph.uses import Use, find_uses
 from onnx import ModelProto, TensorProto
 
@@ -27,7 +27,7 @@ def with_biases(graph: FloatGraph, weights: Sequence[Weight]) -> tuple[FloatGrap
     proto.CopyFrom(graph.proto)
     arrays = dict(graph.weights)
     uses = find_uses(proto.graph)
-    taken = value_names(proto.graph)
+    taken = list_value_names(proto.graph)
     biases: dict[str, str] = {}
     for weight in weights:
         found = uses.get(weight.name, ())
@@ -56,7 +56,7 @@ def _bias_of(
         return None
     if len(node.input) > 2 and node.input[2]:
         return _own_vector(node.input[2], rows, proto, arrays, uses)
-    name = fresh_name(f"{weight.name}.bias", taken)
+    name = make_fresh_name(f"{weight.name}.bias", taken)
     tensor = proto.graph.initializer.add(name=name, data_type=TensorProto.FLOAT)
     tensor.dims.append(rows)
     arrays[name] = np.zeros(rows, np.float32)
@@ -89,7 +89,7 @@ def _own_vector(
             if tensor.data_type != TensorProto.FLOAT or list(tensor.dims) != [rows]:
                 return None
             if name not in arrays:
-                arrays[name] = tensor_values(tensor)
+                arrays[name] = read_values(tensor)
                 clear_data(tensor)
             return name
     return None

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import FloatGraph, all_graphs
+from ecqx_onnx_converters.graph.graph import FloatGraph, list_graphs
 from ecqx_onnx_converters.graph.opset_raising import raise_opset
-from ecqx_onnx_converters.graph.opsets import why_not_opset
+from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
 from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 from onnx import TensorProto
@@ -107,7 +107,7 @@ def load_onnx(path: Path) -> FloatModel:
 def _refuse_integers(path: Path, file: OnnxFile) -> None:
     if file.metadata.get("tensors"):
         raise ModelError(f"{path}: its weights are stored as integers by ecqx-onnx already; give the float model")
-    operators = {node.op_type for scope in all_graphs(file.proto.graph) for node in scope.node}
+    operators = {node.op_type for scope in list_graphs(file.proto.graph) for node in scope.node}
     for name in INTEGERS:
         if name in operators:
             raise ModelError(
@@ -119,7 +119,7 @@ def _refuse_integers(path: Path, file: OnnxFile) -> None:
 def _raise(graph: FloatGraph) -> tuple[FloatGraph, list[str]]:
     """The graph in an opset that storages can be declared for, and what was done to it."""
     for wanted in WANTED_OPSETS:
-        if graph.opset >= wanted or why_not_opset(graph.proto, wanted) is None:
+        if graph.opset >= wanted or refuse_opset(graph.proto, wanted) is None:
             return graph, []
         raised = raise_opset(graph, wanted)
         if isinstance(raised, FloatGraph):

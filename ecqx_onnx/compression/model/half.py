@@ -6,8 +6,8 @@ Weights are compressed as float32: the file holds integers anyway, and a CPU com
 from __future__ import annotations
 
 import numpy as np
-from ecqx_onnx_converters.graph.files import little_endian_bytes
-from ecqx_onnx_converters.graph.graph import FloatGraph, all_graphs, clear_data, fresh_name, rename, value_names
+from ecqx_onnx_converters.graph.files import to_little_endian
+from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, list_graphs, list_value_names, make_fresh_name, rename_values
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -32,8 +32,8 @@ def to_float32(graph: FloatGraph) -> FloatGraph:
             if tensor.name in weights or len(tensor.dims) >= 2:
                 weights[tensor.name] = values.astype(np.float32)
             else:
-                tensor.raw_data = little_endian_bytes(values.astype(np.float32))
-    for scope in all_graphs(proto.graph):
+                tensor.raw_data = to_little_endian(values.astype(np.float32))
+    for scope in list_graphs(proto.graph):
         scope.ClearField("value_info")
         for node in scope.node:
             _widen_attributes(node)
@@ -70,21 +70,21 @@ def _widen_attributes(node: NodeProto) -> None:
 
 def _keep_interface(proto: ModelProto) -> None:
     """float16 inputs are cast to float32 for their readers, outputs back."""
-    graph, taken = proto.graph, value_names(proto.graph)
+    graph, taken = proto.graph, list_value_names(proto.graph)
     before, after = [], []
     for value in graph.input:
         if value.type.tensor_type.elem_type == HALF:
-            wide = fresh_name(f"{value.name}_wide", taken)
-            rename(graph, value.name, wide)
+            wide = make_fresh_name(f"{value.name}_wide", taken)
+            rename_values(graph, value.name, wide)
             before.append(helper.make_node("Cast", [value.name], [wide], to=FULL))
     for value in graph.output:
         if value.type.tensor_type.elem_type == HALF:
-            wide = fresh_name(f"{value.name}_wide", taken)
+            wide = make_fresh_name(f"{value.name}_wide", taken)
             for node in graph.node:
                 for index, name in enumerate(node.output):
                     if name == value.name:
                         node.output[index] = wide
-            rename(graph, value.name, wide)
+            rename_values(graph, value.name, wide)
             after.append(helper.make_node("Cast", [wide], [value.name], to=HALF))
     nodes = list(graph.node)
     del graph.node[:]

@@ -18,7 +18,7 @@ import numpy as np
 
 from ecqx_onnx.data import Dataset, Source, Split, load_dataset
 from ecqx_onnx.data.dataset import Arrays
-from ecqx_onnx.data.folders import IMAGES, WAVS, _images, _wavs
+from ecqx_onnx.data.folders import IMAGES, WAVS, open_images, open_wavs
 from ecqx_onnx.data.npz import read_npz
 from ecqx_onnx.errors import DataError, FileError, InputError
 from ecqx_onnx.inputs.user_code import is_function_spec, load_function
@@ -248,7 +248,7 @@ def _from_files(
     wavs = [path for path in files if path.suffix.lower() in WAVS]
     if wavs and len(wavs) < len(files):
         raise DataError(f"{folder} holds images and wavs: keep them in two folders")
-    make = _wavs if wavs else _images
+    make = open_wavs if wavs else open_images
     source = make(files[0], preprocessing, str(folder), files)
     return _Found(_from_source(source, inputs, preprocessing, None), None, ())
 

@@ -93,10 +93,10 @@ def load_program(archive: bytes, source: str, *, weights_are_blank: bool = False
     members = read_members(io.BytesIO(archive), source)
     rebuilt = _rebuild(members, source, weights_are_blank)
     try:
-        with _quiet():
+        with silence_torch():
             program = torch.export.load(io.BytesIO(rebuilt))
     except Exception as error:  # torch raises anything from KeyError to RuntimeError
-        raise FileError(f"{source}: torch.export cannot load this program ({_first_line(error)}); export it again") from error
+        raise FileError(f"{source}: torch.export cannot load this program ({take_first_line(error)}); export it again") from error
     program._guards_code = []  # strings for exec(); the inputs are ours, no guard is needed
     return program
 
@@ -108,10 +108,10 @@ def run_module(program: torch.export.ExportedProgram) -> torch.nn.Module:
         ModelError: if its parts do not fit each other.
     """
     try:
-        with _quiet():
+        with silence_torch():
             return program.module(check_guards=False)
     except Exception as error:  # torch raises anything from KeyError to SyntaxError
-        raise ModelError(f"the exported program cannot be run ({_first_line(error)}); export it again") from error
+        raise ModelError(f"the exported program cannot be run ({take_first_line(error)}); export it again") from error
 
 
 def _rebuild(members: Mapping[str, bytes], source: str, weights_are_blank: bool) -> bytes:
@@ -224,7 +224,7 @@ def _write_json(writer: Any, name: str, document: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def silence_torch() -> Iterator[None]:
     """torch logs the traceback of what it could not load; our error says it in a sentence."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
     levels = [logger.level for logger in loggers]
@@ -237,5 +237,5 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _first_line(error: BaseException) -> str:
+def take_first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

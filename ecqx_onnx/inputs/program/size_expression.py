@@ -67,13 +67,13 @@ def print_anew(text: str) -> str:
     """
     if len(text) > LONGEST:
         raise NotArithmetic(f"{len(text)} characters, more than {LONGEST}")
-    parser = _Parser(_tokens(text))
+    parser = _Parser(split_tokens(text))
     size = parser.expression(0)
     parser.expect_end()
     return size.text
 
 
-def _tokens(text: str) -> list[tuple[str, str]]:
+def split_tokens(text: str) -> list[tuple[str, str]]:
     """(kind, text) of each token; kind is "name", "integer", "string" or the character itself."""
     tokens = []
     at = 0

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ecqx_onnx.options.quantizer import Band
-from ecqx_onnx.quantization.levels.entropy import cluster_probabilities, information_content, largest_lambda
-from ecqx_onnx.quantization.levels.envelope import Envelope, blocks
-from ecqx_onnx.quantization.levels.grid import Grid, channel_rows, from_channel_rows
+from ecqx_onnx.quantization.levels.entropy import compute_information, estimate_probabilities, find_largest_lambda
+from ecqx_onnx.quantization.levels.envelope import Envelope, split_into_blocks
+from ecqx_onnx.quantization.levels.grid import Grid, from_channel_rows, to_channel_rows
 
 TINY = 1e-30  # keeps quotients and logarithms finite in float32
 LEAST_RELEVANCE = 1e-12  # R = 0 counts as this, so that weights without any relevance fall in order of what falling costs
@@ -60,39 +60,41 @@ def assign(
     weight: float [...]; step: float32, () or keepdims-shaped along axis; strength: γ·δ, the share of λ_max that λ takes;
     relevance: R in [0, 1], the weight's shape and dtype.
     """
-    rows, step_rows = channel_rows(weight, axis).contiguous(), step.double().reshape(-1, 1)
+    rows, step_rows = to_channel_rows(weight, axis).contiguous(), step.double().reshape(-1, 1)
     levels = grid.levels(weight)
-    information = information_content(cluster_probabilities(nearest_counts(rows, step_rows, grid), grid, zero_floor=zero_floor))
-    cost = strength * largest_lambda(rows, step_rows, grid, information) * information
+    information = compute_information(estimate_probabilities(count_nearest(rows, step_rows, grid), grid, zero_floor=zero_floor))
+    cost = strength * find_largest_lambda(rows, step_rows, grid, information) * information
     chosen = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     if relevance is None:
         envelope = Envelope(step_rows, levels, cost, rows.dtype)
         level_at = levels.to(rows.dtype)[envelope.winners]
-        for block in blocks(rows):
+        for block in split_into_blocks(rows):
             chosen[block] = level_at.index_select(0, envelope.places(rows[block], block[0])).view_as(rows[block])
         zeros = 1 - int(torch.count_nonzero(chosen)) / max(1, chosen.numel())
         return Assignment(from_channel_rows(chosen, weight.shape, axis), zeros, zeros)
 
-    R, others = channel_rows(relevance, axis), levels != 0
+    R, others = to_channel_rows(relevance, axis), levels != 0
     exponent = torch.empty_like(rows)
-    ecq_zeros = critical_exponents(rows, R, step_rows, levels[others], cost[others], cost[-grid.lowest], rho, exponent, chosen)
-    beta, in_band, zeros = choose_exponent(exponent, neutral_exponent(R, rho), ecq_zeros, band)
-    for block in blocks(rows):
+    ecq_zeros = find_critical_exponents(
+        rows, R, step_rows, levels[others], cost[others], cost[-grid.lowest], rho, exponent, chosen
+    )
+    beta, in_band, zeros = choose_exponent(exponent, find_neutral_exponent(R, rho), ecq_zeros, band)
+    for block in split_into_blocks(rows):
         chosen[block].mul_(exponent[block] > beta)
     size = max(1, chosen.numel())
     return Assignment(from_channel_rows(chosen, weight.shape, axis), zeros / size, ecq_zeros / size, beta, in_band)
 
 
-def nearest_counts(rows: Tensor, step: Tensor, grid: Grid) -> Tensor:
+def count_nearest(rows: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """For how many weights each level is the nearest: int64 [levels]."""
     counts, step = torch.zeros(256, dtype=torch.int64, device=rows.device), step.to(rows.dtype)
-    for block in blocks(rows):
+    for block in split_into_blocks(rows):
         nearest = (rows[block] / step[block[0]]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
         counts += torch.bincount(nearest.view(-1).view(torch.uint8), minlength=256)  # level -1 counts as 255
     return counts.roll(-grid.lowest)[: grid.highest - grid.lowest + 1]
 
 
-def critical_exponents(
+def find_critical_exponents(
     rows: Tensor,
     R: Tensor,
     step: Tensor,
@@ -108,7 +110,7 @@ def critical_exponents(
     envelope, step, zero_cost = Envelope(step, levels, cost, rows.dtype), step.to(rows.dtype), zero_cost.to(rows.dtype)
     level_at, cost_at = levels.to(rows.dtype)[envelope.winners], cost.to(rows.dtype)[envelope.winners]
     ecq_zeros = 0
-    for block in blocks(rows):
+    for block in split_into_blocks(rows):
         w, place = rows[block], envelope.places(rows[block], block[0])
         level = level_at.index_select(0, place).view_as(w)
         chosen[block] = level
@@ -120,7 +122,7 @@ def critical_exponents(
     return ecq_zeros
 
 
-def neutral_exponent(R: Tensor, rho: float) -> float:
+def find_neutral_exponent(R: Tensor, rho: float) -> float:
     """β_0 in [0, 1] of the neutral point ρ·(mean R)^β = 1.  [ECQx]"""
     mean = min(max(float(R.mean()), LEAST_RELEVANCE), 1 - 1e-6)
     return min(1.0, math.log(1 / rho) / math.log(mean))
@@ -130,19 +132,19 @@ def choose_exponent(exponent: Tensor, neutral: float, ecq_zeros: int, band: Band
     """(β, whether the band is met, how many zeros): the neutral β_0, moved no further than the band asks."""
     beta, size = neutral, exponent.numel()
     fewest, most = math.ceil(ecq_zeros - band.keep * size), math.floor(ecq_zeros + band.prune * size)
-    zeros = _zeros_at(exponent, beta)
+    zeros = count_zeros_at(exponent, beta)
     if fewest <= zeros <= most:
         return beta, True, zeros
     # Zeros grow with β: bisect between β_0 and the end on the band's side, and take the side of the edge that lies in the band.
     outside, inside = beta, 1.0 if zeros < fewest else 0.0
-    zeros = _zeros_at(exponent, inside)
+    zeros = count_zeros_at(exponent, inside)
     if (inside == 1.0 and zeros < fewest) or (inside == 0.0 and zeros > most):
         return inside, False, zeros
     for _ in range(BISECTIONS):
         if fewest <= zeros <= most and min(zeros - fewest, most - zeros) <= size * EDGE:
             break
         middle = (outside + inside) / 2
-        zeros_there = _zeros_at(exponent, middle)
+        zeros_there = count_zeros_at(exponent, middle)
         if (inside > outside and zeros_there >= fewest) or (inside < outside and zeros_there <= most):
             inside, zeros = middle, zeros_there
         else:
@@ -150,8 +152,8 @@ def choose_exponent(exponent: Tensor, neutral: float, ecq_zeros: int, band: Band
     return inside, fewest <= zeros <= most, zeros
 
 
-def _zeros_at(exponent: Tensor, beta: float) -> int:
-    return sum(_count_up_to(exponent[block], beta) for block in blocks(exponent))
+def count_zeros_at(exponent: Tensor, beta: float) -> int:
+    return sum(_count_up_to(exponent[block], beta) for block in split_into_blocks(exponent))
 
 
 def _count_up_to(values: Tensor, limit: Tensor | float) -> int:

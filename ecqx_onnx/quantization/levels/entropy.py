@@ -12,7 +12,7 @@ from torch import Tensor
 from ecqx_onnx.quantization.levels.grid import Grid
 
 
-def cluster_probabilities(counts: Tensor, grid: Grid, *, zero_floor: float = 0.5) -> Tensor:
+def estimate_probabilities(counts: Tensor, grid: Grid, *, zero_floor: float = 0.5) -> Tensor:
     """P_k from the nearest-neighbour counts [levels]: float64, sums to 1.
 
     P_0 is raised to zero_floor and the rest rescaled, so that zero is the cheapest symbol. A level that no weight is nearest
@@ -25,12 +25,12 @@ def cluster_probabilities(counts: Tensor, grid: Grid, *, zero_floor: float = 0.5
     return torch.where(zero, P_0, P * (1 - P_0) / (1 - P[-grid.lowest]))
 
 
-def information_content(P: Tensor) -> Tensor:
+def compute_information(P: Tensor) -> Tensor:
     """I_k = -log2 P_k, in bits."""
     return -P.log2()
 
 
-def largest_lambda(rows: Tensor, step: Tensor, grid: Grid, information: Tensor) -> Tensor:
+def find_largest_lambda(rows: Tensor, step: Tensor, grid: Grid, information: Tensor) -> Tensor:
     """λ_max: the smallest λ at which the extreme weight of a side would rather be zero, over both sides. float64 [].
 
     rows: [channels, rest]; step: [channels, 1].
@@ -48,6 +48,6 @@ def largest_lambda(rows: Tensor, step: Tensor, grid: Grid, information: Tensor) 
     return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)
 
 
-def size_factor(size: int, largest: int) -> float:
+def compute_size_factor(size: int, largest: int) -> float:
     """δ = (n / n_max + 0.05) / 1.05: small tensors are spared.  [ECQx]"""
     return (size / largest + 0.05) / 1.05

@@ -20,7 +20,7 @@ BLOCK = 1 << 17  # weights: what a pass reads and writes stays in a core's own c
 BLOCK_ON_DEVICE = 1 << 22  # large enough to keep a GPU busy, small enough for its memory
 
 
-def blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+def split_into_blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
     """(channels, columns) of contiguous parts of rows [channels, rest], in order, of about BLOCK entries each."""
     (channels, rest), size = rows.shape, BLOCK if rows.device.type == "cpu" else BLOCK_ON_DEVICE
     if rest < size:
@@ -41,7 +41,7 @@ class Envelope:
     """
 
     def __init__(self, step: Tensor, levels: Tensor, cost: Tensor, dtype: torch.dtype) -> None:
-        every = boundaries(step, levels, cost, dtype)
+        every = find_boundaries(step, levels, cost, dtype)
         channels, self.cells = len(every), CELLS * len(levels)
         self.lowest, highest = every[:, :1], every[:, -1:]
         per_unit = self.cells / (highest - self.lowest)
@@ -78,20 +78,20 @@ class Envelope:
         return place
 
 
-def cheapest(rows: Tensor, step: Tensor, levels: Tensor, cost: Tensor) -> Tensor:
+def find_cheapest(rows: Tensor, step: Tensor, levels: Tensor, cost: Tensor) -> Tensor:
     """argmin_k (w - kΔ)^2 + c_k as an index into levels, int64 [channels, rest]; a tie goes to the lower level.
 
     rows: float [channels, rest]; step: float64 [channels, 1]; levels, cost: float64 [levels], levels ascending.
     """
     envelope = Envelope(step, levels, cost, rows.dtype)
     index = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
-    for block in blocks(rows):
+    for block in split_into_blocks(rows):
         part = rows[block]
         index[block] = envelope.winners.index_select(0, envelope.places(part, block[0])).view(part.shape)
     return index
 
 
-def boundaries(step: Tensor, levels: Tensor, cost: Tensor, dtype: torch.dtype) -> Tensor:
+def find_boundaries(step: Tensor, levels: Tensor, cost: Tensor, dtype: torch.dtype) -> Tensor:
     """[channels, levels - 1], ascending: the largest w for which the winner is still among the levels 0 .. i.
 
     The levels 0 .. i hold the winner at w if one of them, j, beats every m > i there, that is w <= min_m w_jm. A level that

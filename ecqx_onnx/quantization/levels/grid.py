@@ -46,7 +46,7 @@ def choose_grid(weight: Tensor, bits: int, *, levels: Levels = "symmetric") -> G
     return Grid(bits, -side, side + 1) if heavier_side_is_positive else Grid(bits, -side - 1, side)
 
 
-def channel_rows(tensor: Tensor, axis: int | None) -> Tensor:
+def to_channel_rows(tensor: Tensor, axis: int | None) -> Tensor:
     """[...] -> [channels, rest]: one row per step; one row in all when axis is None. A view where the layout allows."""
     return tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
@@ -66,37 +66,37 @@ def fit_step(weight: Tensor, grid: Grid, *, axis: int | None = None, rule: StepR
     at zero, so `auto` takes it from 4 bit upwards and least_squares, the Δ of smallest Σ(W - kΔ)^2, below.
     A row without any non-zero weight gets step 1: all its levels are zero and the step must be positive.
     """
-    rows = channel_rows(weight.detach(), axis).float()
+    rows = to_channel_rows(weight.detach(), axis).float()
     if rule == "percentile" or (rule == "auto" and grid.bits >= 4):
-        step = _percentile_step(rows, grid)
+        step = fit_percentile_step(rows, grid)
     else:
-        step = _least_squares_step(rows, grid)
+        step = fit_least_squares_step(rows, grid)
     step = torch.where(step > 0, step, torch.ones_like(step)).clamp(min=torch.finfo(torch.float32).tiny)
     if axis is None:
         return step.reshape(())
     return step.reshape([-1 if dim == axis % weight.ndim else 1 for dim in range(weight.ndim)])
 
 
-def _percentile_step(rows: Tensor, grid: Grid) -> Tensor:
+def fit_percentile_step(rows: Tensor, grid: Grid) -> Tensor:
     magnitude = rows.abs()
     rank = math.ceil(PERCENTILE * rows.shape[1])  # nearest rank; kthvalue has no size limit, torch.quantile has
     reach = magnitude.kthvalue(rank, dim=1).values
     return torch.where(reach > 0, reach, magnitude.amax(dim=1)) / max(grid.highest, -grid.lowest)
 
 
-def _least_squares_step(rows: Tensor, grid: Grid) -> Tensor:
+def fit_least_squares_step(rows: Tensor, grid: Grid) -> Tensor:
     # Σ(W - kΔ)^2 has many local minima in Δ: start from each of a row of steps, then let k and Δ follow each other.
     reach = rows.abs().amax(dim=1, keepdim=True) / max(grid.highest, -grid.lowest)
     best_step, best_error = reach, torch.full_like(reach, torch.inf)
     for candidate in range(1, FIT_CANDIDATES + 1):
         step = reach * (candidate / FIT_CANDIDATES)
-        step, error = _refine(rows, step, grid)
+        step, error = refine_step(rows, step, grid)
         better = error < best_error
         best_step, best_error = torch.where(better, step, best_step), torch.where(better, error, best_error)
     return best_step.reshape(-1)
 
 
-def _refine(rows: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def refine_step(rows: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(FIT_REFINEMENTS):
         k = (rows / step.clamp(min=tiny)).round().clamp(grid.lowest, grid.highest)

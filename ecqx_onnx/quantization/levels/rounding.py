@@ -15,7 +15,7 @@ from torch import Tensor
 from ecqx_onnx.quantization.levels.grid import Grid
 
 
-def cancelling_levels(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
+def round_to_cancel(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """int8, the weight's shape: outputs along dimension 0, one filter window per output and input in the dimensions from 2.
 
     step: as fit_step gives it. Each output's errors add up to half a step at most, unless the grid's ends are in the way.
@@ -23,12 +23,12 @@ def cancelling_levels(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
     position = weight.detach().double() / step.double()
     levels = position.round().clamp(grid.lowest, grid.highest)
     if weight.ndim > 2:
-        levels = _balanced(levels.flatten(2), position.flatten(2), grid).flatten(1)  # the errors of each window
+        levels = balance_rows(levels.flatten(2), position.flatten(2), grid).flatten(1)  # the errors of each window
         position = position.flatten(1)
-    return _balanced(levels, position, grid).to(torch.int8).reshape(weight.shape)
+    return balance_rows(levels, position, grid).to(torch.int8).reshape(weight.shape)
 
 
-def _balanced(levels: Tensor, position: Tensor, grid: Grid) -> Tensor:
+def balance_rows(levels: Tensor, position: Tensor, grid: Grid) -> Tensor:
     """levels, position [..., n]: the levels with each row's Σ (level - position) brought to within half a step."""
     error = levels - position
     total = error.sum(-1, keepdim=True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ecqx_onnx.quantization.operators import ADDITIONS, AUGMENTED, mapped, spellings, tensors_in
+from ecqx_onnx.quantization.operators import ADDITIONS, AUGMENTED, find_tensors, list_spellings, map_tensors
 
 STABILIZER = 1e-6  # zennit's default epsilon
 
@@ -36,17 +36,17 @@ def stabilize(z: Tensor, epsilon: float = STABILIZER) -> Tensor:
     return torch.copysign(z.new_tensor(epsilon), z).add_(z)
 
 
-SUBTRACTIONS = spellings("sub", "subtract", "__sub__")
-REVERSED_SUBTRACTIONS = spellings("rsub", "__rsub__")
+SUBTRACTIONS = list_spellings("sub", "subtract", "__sub__")
+REVERSED_SUBTRACTIONS = list_spellings("rsub", "__rsub__")
 
-PASSED = spellings(
+PASSED = list_spellings(
     *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish", "hardsigmoid"),
     *("sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "prelu", "rrelu", "threshold", "clamp", "clip"),
     *("layer_norm", "group_norm", "instance_norm", "batch_norm", "rms_norm", "normalize", "local_response_norm"),
     *("exp", "log", "sqrt", "rsqrt", "square", "pow", "__pow__", "abs", "erf", "log_softmax"),
 )
 
-ROUTED = spellings(
+ROUTED = list_spellings(
     *("cat", "concat", "stack", "reshape", "view", "view_as", "flatten", "unflatten", "ravel", "transpose", "permute", "movedim"),
     *("swapaxes", "t", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to"),
     *("split", "chunk", "unbind", "tensor_split", "narrow", "select", "index_select", "gather", "take_along_dim"),
@@ -59,9 +59,9 @@ ROUTED = spellings(
 )
 ROUTED |= {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 
-PRODUCTS = spellings("mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "mm", "einsum", "baddbmm")
+PRODUCTS = list_spellings("mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "mm", "einsum", "baddbmm")
 
-LINEAR = PRODUCTS | spellings(
+LINEAR = PRODUCTS | list_spellings(
     *("neg", "negative", "__neg__", "div", "divide", "__truediv__", "true_divide", "linear", "mean", "sum", "embedding"),
     *("embedding_bag", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "cumsum"),
     *("adaptive_avg_pool3d", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -70,11 +70,11 @@ LINEAR = PRODUCTS | spellings(
 LINEAR |= ADDITIONS | SUBTRACTIONS | REVERSED_SUBTRACTIONS
 
 
-NUMERATOR_ONLY = spellings("div", "divide", "__truediv__", "true_divide")  # a denominator is taken as a constant
+NUMERATOR_ONLY = list_spellings("div", "divide", "__truediv__", "true_divide")  # a denominator is taken as a constant
 
-ELEMENTWISE = PASSED | SUBTRACTIONS | NUMERATOR_ONLY | spellings("mul", "multiply", "__mul__", "__rmul__", "_weight_norm")
+ELEMENTWISE = PASSED | SUBTRACTIONS | NUMERATOR_ONLY | list_spellings("mul", "multiply", "__mul__", "__rmul__", "_weight_norm")
 ELEMENTWISE |= REVERSED_SUBTRACTIONS
-LOOKUPS = spellings("__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding", "embedding_bag")
+LOOKUPS = list_spellings("__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding", "embedding_bag")
 
 
 class PassRelevance(torch.autograd.Function):
@@ -135,7 +135,7 @@ class FunctionalRules(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        carriers = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        carriers = [tensor for tensor in find_tensors((args, kwargs)) if tensor.requires_grad]
         name = getattr(func, "__name__", str(func))
         if self.paused or not carriers or (name in ("__get__", "__set__", "backward") and func not in ROUTED):
             return func(*args, **kwargs)
@@ -171,14 +171,14 @@ class FunctionalRules(TorchFunctionMode):
         if not kept:
             return self._propagated(func, name, args, kwargs, carriers, weights)
         args, kwargs = (
-            mapped(value, lambda tensor: tensor if id(tensor) in kept else tensor.detach()) for value in (args, kwargs)
+            map_tensors(value, lambda tensor: tensor if id(tensor) in kept else tensor.detach()) for value in (args, kwargs)
         )
-        carriers = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
+        carriers = [tensor for tensor in find_tensors((args, kwargs)) if tensor.requires_grad]
         weights = [tensor for tensor in carriers if isinstance(tensor, torch.nn.Parameter)]
         if len(carriers) == 1 and (func in SUBTRACTIONS | REVERSED_SUBTRACTIONS or name == "_weight_norm"):
-            changed = mapped(args, lambda tensor: Source.apply(tensor) if tensor is carriers[0] else tensor)
-            (x,) = [tensor for tensor in tensors_in(changed) if tensor.requires_grad]
-            return PassRelevance.apply(x, lambda inner: func(*mapped(changed, lambda t: inner if t is x else t), **kwargs))
+            changed = map_tensors(args, lambda tensor: Source.apply(tensor) if tensor is carriers[0] else tensor)
+            (x,) = [tensor for tensor in find_tensors(changed) if tensor.requires_grad]
+            return PassRelevance.apply(x, lambda inner: func(*map_tensors(changed, lambda t: inner if t is x else t), **kwargs))
         return self._propagated(func, name, args, kwargs, carriers, weights)
 
     def _subtraction(self, func: Callable, args: Any, kwargs: Any) -> Any:
@@ -201,7 +201,7 @@ class FunctionalRules(TorchFunctionMode):
         flowing = {id(tensor) for tensor in carriers if not isinstance(tensor, torch.nn.Parameter)}
         if func in NUMERATOR_ONLY:
             flowing = {id(args[0])} & flowing
-            args = (args[0], *(_detached(arg) for arg in args[1:]))
+            args = (args[0], *(detach_tensors(arg) for arg in args[1:]))
         taps: list[tuple[Tensor, Tensor]] = []
 
         def tap(tensor: Tensor) -> Tensor:
@@ -210,8 +210,8 @@ class FunctionalRules(TorchFunctionMode):
             taps.append((tensor, tensor.view_as(tensor)))
             return taps[-1][1]
 
-        result = func(*mapped(args, tap), **mapped(kwargs, tap))
-        outputs = [tensor for tensor in tensors_in(result) if tensor.requires_grad and tensor.is_floating_point()]
+        result = func(*map_tensors(args, tap), **map_tensors(kwargs, tap))
+        outputs = [tensor for tensor in find_tensors(result) if tensor.requires_grad and tensor.is_floating_point()]
         told = name if func not in LINEAR and func not in ROUTED else None
         sharing = [x for x, _ in taps if not _is_weight(x)] or taps
         share = 1 / max(1, len(sharing)) if func in PRODUCTS else 1.0
@@ -229,7 +229,7 @@ class FunctionalRules(TorchFunctionMode):
         return R / stabilize(z)
 
 
-def _detached(value: Any) -> Any:
+def detach_tensors(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
@@ -239,7 +239,7 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _as_weight(result: Any) -> Any:
-    for tensor in tensors_in(result):
+    for tensor in find_tensors(result):
         if tensor.requires_grad:
             tensor.is_computed_weight = True  # type: ignore[attr-defined]
     return result

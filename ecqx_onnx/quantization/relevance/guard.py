@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ecqx_onnx.errors import DataError, OptionError
-from ecqx_onnx.quantization.relevance.relevance import Relevances, Start, first_line
+from ecqx_onnx.quantization.relevance.relevance import Relevances, Start, take_first_line
 
 
 class GuardedRelevances:
@@ -33,7 +33,7 @@ class GuardedRelevances:
         except OptionError:
             raise
         except Exception as error:  # any module's own code runs there
-            self.give_up(first_line(error))
+            self.give_up(take_first_line(error))
 
     def __call__(self, inputs: Any, target: Any, background: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """r_w by name; nothing once relevances have failed.
@@ -62,10 +62,10 @@ class GuardedRelevances:
         except DataError as error:
             if not self._worked:
                 raise
-            self.left_out = first_line(error)
+            self.left_out = take_first_line(error)
             return {}
         except Exception as error:  # any module's own code runs there
-            self.give_up(first_line(error))
+            self.give_up(take_first_line(error))
             return {}
 
     def give_up(self, reason: str) -> None:

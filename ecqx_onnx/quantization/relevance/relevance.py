@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecqx_onnx.errors import DataError, InputError, ModelError, OptionError
-from ecqx_onnx.quantization.parametrizations import copy_module, effective_weight, find_parametrized, merge_parametrizations
+from ecqx_onnx.quantization.parametrizations import (
+    compute_effective_weight,
+    copy_module,
+    find_parametrized,
+    merge_parametrizations,
+)
 from ecqx_onnx.quantization.relevance.functional import FunctionalRules, ShareByContribution, stabilize
 from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
 from ecqx_onnx.quantization.relevance.zplus import PositiveContributions, run_with
@@ -32,7 +37,7 @@ STOCK_FORWARDS = frozenset(kind.forward for kind in RULED)
 UNRULED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # their kernels are in functional.py
 
 
-def composite_by_name(name: str, low: Tensor, high: Tensor) -> Any:
+def find_composite(name: str, low: Tensor, high: Tensor) -> Any:
     """The zennit composite of this name; low and high bound the inputs, for those with a box rule."""
     import_zennit()
     from zennit.composites import COMPOSITES
@@ -64,7 +69,7 @@ class Relevances:
         self.model, self.names, self.start = model, names, start
         self.rules: dict[str, str] = {}
         self.failures: dict[str, str] = {}
-        self.shadow = _shadow_of(model)
+        self.shadow = make_shadow(model)
         self._failed: tuple[_Rule, Exception] | None = None  # the rule that has just failed
         for name, parameter in self.shadow.named_parameters():
             parameter.requires_grad_(name in names)
@@ -74,7 +79,7 @@ class Relevances:
         self._functional = FunctionalRules(add=self._add)
         self._low, self._high = torch.zeros(()), torch.zeros(())
         if isinstance(composite, str):
-            composite = composite_by_name(composite, self._low, self._high)
+            composite = find_composite(composite, self._low, self._high)
         if composite.canonizers:
             raise OptionError(
                 f"composite {type(composite).__name__} has canonizers, which rewrite the very weights whose relevance is wanted: "
@@ -99,14 +104,14 @@ class Relevances:
                 if self._failed is None:
                     raise
                 rule, error = self._failed
-                self._drop(rule, f"its layer's rule failed ({first_line(error)})")
+                self._drop(rule, f"its layer's rule failed ({take_first_line(error)})")
             finally:
                 for parameter in self.shadow.parameters():
                     parameter.grad = None
 
     def _propagate(self, inputs: Any, target: Any, background: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtype = next(iter(background.values())).dtype
-        args, kwargs = _arguments(inputs, dtype)
+        args, kwargs = make_arguments(inputs, dtype)
         device = next(self.shadow.parameters()).device
         self._functional.paused, self._failed = 0, None
         self._set_input_bounds(args or tuple(kwargs.values()))
@@ -150,7 +155,7 @@ class Relevances:
         computed = {entry.name: entry for entry in find_parametrized(self.model)}
         for name, tensor in (*self.shadow.named_parameters(), *self.shadow.named_buffers()):
             if name in computed and name not in background:
-                tensor.data = effective_weight(self.model, computed[name])
+                tensor.data = compute_effective_weight(self.model, computed[name])
             else:
                 tensor.data = values[name].data
 
@@ -174,7 +179,7 @@ class Relevances:
         from zennit.rules import Norm, ZPlus
 
         composite, self._composite = self._composite, None
-        order, unlike, plain = _running_order(self.shadow, args, kwargs)
+        order, unlike, plain = record_running_order(self.shadow, args, kwargs)
         names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
         context: dict = {}
         matched = False
@@ -206,7 +211,7 @@ class Relevances:
         return plain
 
 
-def _running_order(shadow: nn.Module, args: tuple, kwargs: dict) -> tuple[list[tuple[str, nn.Module]], set[nn.Module], Any]:
+def record_running_order(shadow: nn.Module, args: tuple, kwargs: dict) -> tuple[list[tuple[str, nn.Module]], set[nn.Module], Any]:
     """(modules by name, those that ran first in the order they ran; those that are no layer a rule can be for; the output)."""
     ran: dict[nn.Module, None] = {}
     unlike: set[nn.Module] = set()
@@ -299,7 +304,7 @@ class _Rule:
         rule = self.template.copy()
         rule.forward(module, (args[0],), z)
         x = self.calls.pop()
-        goes_on = self.owner.to_inputs or _weights_before(x)
+        goes_on = self.owner.to_inputs or has_weights_before(x)
         if not goes_on:  # nothing before x is called, which would be handed None
             x = x.detach().requires_grad_()
         # What is needed again must survive the model's in-place operations on it.
@@ -316,7 +321,7 @@ class _Rule:
         return rule.backward(module, (x,), (R,))[0] if goes_on else None
 
 
-def _weights_before(x: Tensor) -> bool:
+def has_weights_before(x: Tensor) -> bool:
     """Whether relevance at x has a weight, or a module under a rule, to go to; else it would only end at the model's inputs."""
     seen, ahead = set(), [x.grad_fn]
     while ahead:
@@ -364,7 +369,7 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (output.shape[0], *output.shape[2:]):
         raise DataError(
             f"start '{start}' needs one class index per sample, shape {(output.shape[0], *output.shape[2:])}, and got "
-            f"{_described(target)}: for other tasks give start=function(output, target)"
+            f"{describe_target(target)}: for other tasks give start=function(output, target)"
         )
     if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
         raise DataError(f"targets run from {int(target.min())} to {int(target.max())}, the output has {output.shape[1]} classes")
@@ -376,7 +381,7 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
     return output, true_class
 
 
-def first_line(error: Exception) -> str:
+def take_first_line(error: Exception) -> str:
     """What failed, in one line of at most some 300 characters; a sentence of ours as it is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = (lines or [""])[0][:300]
@@ -385,11 +390,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _described(target: Any) -> str:
+def describe_target(target: Any) -> str:
     return f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
 
 
-def _shadow_of(model: nn.Module) -> nn.Module:
+def make_shadow(model: nn.Module) -> nn.Module:
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
         raise ModelError(
@@ -404,7 +409,7 @@ def _shadow_of(model: nn.Module) -> nn.Module:
     return shadow
 
 
-def _arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple, dict]:
+def make_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple, dict]:
     """Positional and keyword arguments, floating tensors as fresh leaves that carry relevance."""
 
     def leaf(value: Any) -> Any:

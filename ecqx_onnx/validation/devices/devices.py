@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ecqx_onnx.errors import FileError, InputError, OptionError
-from ecqx_onnx.inputs.reading import system_errors
+from ecqx_onnx.inputs.reading import turn_system_errors
 from ecqx_onnx.validation.devices import setup
 from ecqx_onnx.validation.devices.browser import NAMES, RUNNERS, Browser
 from ecqx_onnx.validation.devices.job import Job
@@ -128,7 +128,7 @@ class Folder:
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> Path | None:
         if os.path.lexists(self.path / "result.json"):
             return self.path  # read where they are: copies of endless files would fill the disk
-        with system_errors():
+        with turn_system_errors():
             if self.path.exists() and any(self.path.iterdir()) and not (self.path / "job.json").is_file():
                 raise OptionError(f"{self.path}: holds other things than a job; name a new folder")
             _refuse_link(self.path / "run.py")
@@ -164,16 +164,16 @@ def find_device(name: str) -> Device:
         case "local" if name == kind:
             return Command("local", (sys.executable, str(RUNNERS / "run.py")))
         case "node" if name == kind:
-            node = _program("node", ("node",), "install Node.js 18 or newer")
-            return Command("node", (node, str(RUNNERS / "run.mjs"), str(setup.web_runtime("node"))))
+            node = find_program("node", ("node",), "install Node.js 18 or newer")
+            return Command("node", (node, str(RUNNERS / "run.mjs"), str(setup.find_web_runtime("node"))))
         case "web" if name == kind:
-            chromium = _program("web", NAMES, "install Chromium (Debian: apt-get install chromium)")
-            return Browser("web", chromium, setup.web_runtime("web"))
+            chromium = find_program("web", NAMES, "install Chromium (Debian: apt-get install chromium)")
+            return Browser("web", chromium, setup.find_web_runtime("web"))
         case "arm64" if name == kind:
-            command, environment = setup.arm64_command()
+            command, environment = setup.find_arm64_command()
             return Command("arm64", (*command, str(RUNNERS / "run.py")), environment)
         case "ssh" if address := ADDRESS.fullmatch(rest):
-            _program("ssh", ("ssh",), "install an OpenSSH client")
+            find_program("ssh", ("ssh",), "install an OpenSSH client")
             host = address["host"].replace("[", "").replace("]", "")  # ssh takes IPv6 without the brackets of URLs
             python = address["python"] if (address["python"] or "/") != "/" else "python3"
             return Ssh(host, ("-p", address["port"]) if address["port"] else (), python=python)
@@ -212,7 +212,7 @@ class DeviceList:
         return [{"device": d.name, "runs": d.runs, "ready": d.ready, "advice": d.advice} for d in self.devices]
 
 
-def readiness() -> DeviceList:
+def check_readiness() -> DeviceList:
     """Every kind of device, each with what it needs before it can be used here."""
     runs = {
         "local": "onnxruntime of this Python, in a process of its own",
@@ -222,10 +222,10 @@ def readiness() -> DeviceList:
         "ssh://user@host": "onnxruntime of the python3 there",
         "folder:PATH": "whatever does the job in the folder",
     }
-    return DeviceList(tuple(Readiness(name, what, _advice(name)) for name, what in runs.items()))
+    return DeviceList(tuple(Readiness(name, what, find_advice(name)) for name, what in runs.items()))
 
 
-def _advice(name: str) -> str:
+def find_advice(name: str) -> str:
     try:
         find_device(name)
     except InputError as error:
@@ -233,7 +233,7 @@ def _advice(name: str) -> str:
     return ""
 
 
-def _program(device: str, names: tuple[str, ...], advice: str) -> str:
+def find_program(device: str, names: tuple[str, ...], advice: str) -> str:
     for name in names:
         if found := shutil.which(name):
             return found

@@ -76,34 +76,34 @@ class Result:
     def outputs(self) -> Iterator[tuple[np.ndarray, ...]]:
         """The outputs of each batch, one batch in memory at a time. FileError if a file is not what result.json says."""
         for number, entries in enumerate(self.batches):
-            yield tuple(_array(self.folder, entry, f"output {i} of batch {number}") for i, entry in enumerate(entries))
+            yield tuple(read_array(self.folder, entry, f"output {i} of batch {number}") for i, entry in enumerate(entries))
 
 
 def write_job(
-    file: OnnxFile, folder: Path, batches: Iterable[Feed], single: Feed, *, twin: bytes | None = None, latency_runs: int = 50
+    file: OnnxFile, folder: Path, batches: Iterable[Feed], single: Feed, *, decoded: bytes | None = None, latency_runs: int = 50
 ) -> Job:
     """folder: empty, exists. single: one sample, for latency and operators. twin: the float model to compare latency with."""
     (folder / "inputs").mkdir()
     external = copy_model(file, folder / "model.onnx")
-    if twin is not None:
-        (folder / "twin.onnx").write_bytes(twin)
+    if decoded is not None:
+        (folder / "twin.onnx").write_bytes(decoded)
     job: dict[str, Any] = {
         "version": VERSION,
-        "model": _described(folder, "model.onnx"),
+        "model": describe_run(folder, "model.onnx"),
         "external": [path.name for path in external],
-        "twin": None if twin is None else _described(folder, "twin.onnx"),
-        "batches": [_stored(folder, feed, f"{number:05d}") for number, feed in enumerate(batches)],
-        "single": _stored(folder, single, "single"),
+        "twin": None if decoded is None else describe_run(folder, "twin.onnx"),
+        "batches": [store_feed(folder, feed, f"{number:05d}") for number, feed in enumerate(batches)],
+        "single": store_feed(folder, single, "single"),
         "latency_runs": latency_runs,
         "latency_seconds": LATENCY_SECONDS,
     }
     job["id"] = hashlib.sha256(json.dumps({**job, "latency_runs": 0, "twin": None}, sort_keys=True).encode()).hexdigest()
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
-    (folder / "job.txt").write_text(_as_lines(job), encoding="utf-8")
+    (folder / "job.txt").write_text(format_lines(job), encoding="utf-8")
     return Job(folder, job["id"], job["model"]["sha256"], len(job["batches"]))
 
 
-def _as_lines(job: Mapping[str, Any]) -> str:
+def format_lines(job: Mapping[str, Any]) -> str:
     """What a runner needs of job.json, for runners that have no JSON: fields between tabs."""
     rows = [("# the same as job.json; docs/devices.md says what each row means",), ("id", job["id"])]
     rows.append(("latency_runs", str(job["latency_runs"])))
@@ -156,55 +156,57 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
     if raw.get("job") != job.id:
         raise FileError(f"{path}: is the result of another job, with other data or batches; run this one")
     if raw.get("error"):
-        _refuse(device, raw)
+        refuse_result(device, raw)
     try:
-        return _result(job, folder, raw)
+        return parse_result(job, folder, raw)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FileError(f"{path}: is damaged ({type(error).__name__}: {error}); run the job again") from None
 
 
-def _refuse(device: str, raw: Mapping[str, Any]) -> None:
-    from ecqx_onnx.runtime.sessions import reason
+def refuse_result(device: str, raw: Mapping[str, Any]) -> None:
+    from ecqx_onnx.runtime.sessions import shorten_reason
 
     error = raw["error"] if isinstance(raw["error"], dict) else {"message": raw["error"]}
     does = "does not load the model" if error.get("stage") == "load" else "fails while running the model"
     runtime = str(raw.get("runtime", "the runtime"))[:LONGEST_TEXT]
     message = str(error.get("message"))[:LONGEST_TEXT]
-    raise ModelError(f"{device}: {runtime} {does}: {reason(Exception(message))}")
+    raise ModelError(f"{device}: {runtime} {does}: {shorten_reason(Exception(message))}")
 
 
-def _result(job: Job, folder: Path, raw: Mapping[str, Any]) -> Result:
+def parse_result(job: Job, folder: Path, raw: Mapping[str, Any]) -> Result:
     """ValueError or TypeError for a field that no runner writes so."""
     plain, batches = raw.get("plain"), _list(raw["batches"], "batches")
     if len(batches) != job.batches:
         raise ValueError(f"{len(batches)} batches of {job.batches}")
     return Result(
         folder=folder,
-        runtime=_text(raw["runtime"], "runtime"),
+        runtime=read_text(raw["runtime"], "runtime"),
         batches=tuple(tuple(dict(entry) for entry in _list(batch, "a batch")) for batch in batches),
-        plain=None if plain is None else tuple(_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")),
-        operators=_operators(raw.get("operators")),
-        load_seconds=_seconds(raw.get("load_seconds"), "load_seconds"),
-        latency=_latency(raw.get("latency")),
+        plain=None
+        if plain is None
+        else tuple(read_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")),
+        operators=read_operators(raw.get("operators")),
+        load_seconds=read_seconds(raw.get("load_seconds"), "load_seconds"),
+        latency=read_latency(raw.get("latency")),
         peak_memory=None if raw.get("peak_memory") is None else _count(raw["peak_memory"], "peak_memory"),
     )
 
 
-def _operators(value: Any) -> dict[str, int] | None:
+def read_operators(value: Any) -> dict[str, int] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or len(value) > MOST_OPERATORS:
         raise ValueError("operators is no object of counts")
-    return {_text(name, "an operator"): _count(count, "a count of operators") for name, count in value.items()}
+    return {read_text(name, "an operator"): _count(count, "a count of operators") for name, count in value.items()}
 
 
-def _latency(value: Any) -> DeviceLatency | None:
+def read_latency(value: Any) -> DeviceLatency | None:
     if value is None:
         return None
-    seconds, runs = _seconds(value["seconds"], "seconds"), _count(value["runs"], "runs")
+    seconds, runs = read_seconds(value["seconds"], "seconds"), _count(value["runs"], "runs")
     if seconds is None:
         raise ValueError("latency without seconds")
-    compared = (_seconds(value.get(name), name) for name in ("float_seconds", "ratio"))
+    compared = (read_seconds(value.get(name), name) for name in ("float_seconds", "ratio"))
     return DeviceLatency(seconds, runs, *compared)
 
 
@@ -214,7 +216,7 @@ def _list(value: Any, what: str) -> list[Any]:
     return value
 
 
-def _text(value: Any, what: str) -> str:
+def read_text(value: Any, what: str) -> str:
     if not isinstance(value, str) or len(value) > LONGEST_TEXT:
         raise TypeError(f"{what} is no text of at most {LONGEST_TEXT} characters")
     return value
@@ -226,7 +228,7 @@ def _count(value: Any, what: str) -> int:
     return int(value)
 
 
-def _seconds(value: Any, what: str) -> float | None:
+def read_seconds(value: Any, what: str) -> float | None:
     """A finite number of at least 0, or None."""
     if value is None:
         return None
@@ -235,11 +237,11 @@ def _seconds(value: Any, what: str) -> float | None:
     return float(value)
 
 
-def _described(folder: Path, name: str) -> dict[str, Any]:
-    return {"file": name, "sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+def describe_run(folder: Path, name: str) -> dict[str, Any]:
+    return {"file": name, "sha256": compute_sha256(folder / name), "bytes": (folder / name).stat().st_size}
 
 
-def _stored(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
+def store_feed(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
     entries = []
     for number, (name, array) in enumerate(feed.items()):
         file = f"inputs/{stem}.{number}.bin"
@@ -250,12 +252,12 @@ def _stored(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
+def read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
     """An output as result.json describes it; its size and checksum are compared before it is read into memory."""
     result = folder / "result.json"
     try:
-        text, shape = _text(entry["file"], "file"), tuple(_list(entry["shape"], "shape"))
-        kind = _text(entry["dtype"], "dtype")
+        text, shape = read_text(entry["file"], "file"), tuple(_list(entry["shape"], "shape"))
+        kind = read_text(entry["dtype"], "dtype")
         if any(type(length) is not int for length in shape):
             raise TypeError("a length is no integer")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -287,13 +289,13 @@ def _array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
         present = os.fstat(file.fileno()).st_size
         fits = present == claimed
         data = file.read(claimed) if fits else b""
-    if not fits and present <= LARGEST_OUTPUT and sha256(path) == entry.get("sha256"):
+    if not fits and present <= LARGEST_OUTPUT and compute_sha256(path) == entry.get("sha256"):
         raise FileError(f"{path}: {what} holds {present} bytes, which is not {dtype} of shape {counts}")
     if not fits or hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise FileError(f"{path}: {what} was changed or cut short after the runner wrote it (sha256); run the job again")
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(counts).astype(dtype, copy=False)
 
 
-def sha256(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -37,16 +37,16 @@ Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is being done now)."""
 
 
-def cache() -> Path:
+def find_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecqx-onnx"
 
 
 def set_up(device: str, *, progress: Progress | None = None) -> Path:
     """Fetches what the device ('web', 'node' or 'arm64') needs, unless it is there. The folder it lies in."""
     makers: Mapping[str, tuple[Path, Callable[[Path, Progress], None]]] = {
-        "web": (_web_folder(), _fetch_web),
-        "node": (_web_folder(), _fetch_web),
-        "arm64": (_arm64_folder(), _fetch_arm64),
+        "web": (find_web_folder(), _fetch_web),
+        "node": (find_web_folder(), _fetch_web),
+        "arm64": (find_arm64_folder(), _fetch_arm64),
     }
     if device not in makers:
         raise OptionError(f"the device '{device}' needs no setup, or is none; `device setup` knows {', '.join(makers)}")
@@ -55,23 +55,23 @@ def set_up(device: str, *, progress: Progress | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Under its final name only when complete: an interrupted setup leaves nothing that looks like one.
         with tempfile.TemporaryDirectory(prefix="setup-", dir=folder.parent) as temporary:
-            fetch(Path(temporary) / "new", progress or _silent)
+            fetch(Path(temporary) / "new", progress or show_nothing)
             (Path(temporary) / "new").rename(folder)
     return folder
 
 
-def _silent(done: int, total: int, doing: str) -> None:
+def show_nothing(done: int, total: int, doing: str) -> None:
     """Nobody wants to see it."""
 
 
-def web_runtime(device: str) -> Path:
+def find_web_runtime(device: str) -> Path:
     """onnxruntime-web's folder, for 'web' or 'node'. InputError if it was not set up."""
-    return _present(device, _web_folder())
+    return require_folder(device, find_web_folder())
 
 
-def arm64_command() -> tuple[tuple[str, ...], Mapping[str, str]]:
+def find_arm64_command() -> tuple[tuple[str, ...], Mapping[str, str]]:
     """The emulated Python: (command, environment). InputError if it was not set up."""
-    folder = _present("arm64", _arm64_folder())
+    folder = require_folder("arm64", find_arm64_folder())
     root = folder / "root"
     python = root / "usr" / "bin" / "python3"
     command = (str(folder / "qemu-aarch64"), "-L", str(root), str(python.resolve()))
@@ -84,24 +84,24 @@ def arm64_command() -> tuple[tuple[str, ...], Mapping[str, str]]:
     return command, environment
 
 
-def _present(device: str, folder: Path) -> Path:
+def require_folder(device: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"{device}: is not set up on this machine; run `ecqx-onnx device setup {device}` once")
     return folder
 
 
-def _web_folder() -> Path:
-    return cache() / f"onnxruntime-web-{WEB_VERSION}"
+def find_web_folder() -> Path:
+    return find_cache() / f"onnxruntime-web-{WEB_VERSION}"
 
 
-def _arm64_folder() -> Path:
-    return cache() / f"arm64-onnxruntime-{ARM64_ONNXRUNTIME}"
+def find_arm64_folder() -> Path:
+    return find_cache() / f"arm64-onnxruntime-{ARM64_ONNXRUNTIME}"
 
 
 def _fetch_web(folder: Path, progress: Progress) -> None:
     work = folder.parent
     progress(0, 1, f"fetching onnxruntime-web {WEB_VERSION}")
-    _call("web", ["npm", "pack", "--silent", f"onnxruntime-web@{WEB_VERSION}"], work)
+    run_program("web", ["npm", "pack", "--silent", f"onnxruntime-web@{WEB_VERSION}"], work)
     archive = work / f"onnxruntime-web-{WEB_VERSION}.tgz"
     found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != WEB_INTEGRITY:
@@ -123,22 +123,22 @@ def _fetch_arm64(folder: Path, progress: Progress) -> None:
     for place in (work / "debs", work / "wheels", root, folder / "site"):
         place.mkdir(parents=True)
     progress(0, 4, "fetching the emulator")
-    _call("arm64", ["apt-get", "download", "qemu-user-static"], work)
+    run_program("arm64", ["apt-get", "download", "qemu-user-static"], work)
     (emulator,) = work.glob("qemu-user-static_*.deb")
-    _call("arm64", ["dpkg-deb", "-x", str(emulator), "qemu"], work)
+    run_program("arm64", ["dpkg-deb", "-x", str(emulator), "qemu"], work)
     shutil.copy2(work / "qemu" / "usr" / "bin" / "qemu-aarch64-static", folder / "qemu-aarch64")
     progress(1, 4, "fetching Python for arm64")
     _download_arm64_debs(work)
     progress(2, 4, "unpacking Python")
     for deb in sorted((work / "debs").glob("*.deb")):
-        _call("arm64", ["dpkg-deb", "-x", str(deb), str(root)], work)
+        run_program("arm64", ["dpkg-deb", "-x", str(deb), str(root)], work)
     wheels = [f"onnxruntime=={ARM64_ONNXRUNTIME}", f"numpy=={ARM64_NUMPY}"]
     version = next(path.name.removeprefix("python") for path in (root / "usr" / "bin").glob("python3.[0-9]*"))
     platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (27, 28)] + ["--platform=manylinux2014_aarch64"]
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", f"--python-version={version}"]
     command = [sys.executable, "-m", "pip", "install", *options, *platforms, "--target", str(folder / "site"), *wheels]
     progress(3, 4, f"fetching onnxruntime {ARM64_ONNXRUNTIME}")
-    _call("arm64", command, work)
+    run_program("arm64", command, work)
     for name, text in {"possible": "0-3\n", "present": "0-3\n"}.items():
         place = root / "sys" / "devices" / "system" / "cpu" / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -165,12 +165,12 @@ def _download_arm64_debs(work: Path) -> None:
         "Debug::NoLocking": "1",
     }
     options = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
-    _call("arm64", ["apt-get", *options, "--quiet=2", "update"], work)
+    run_program("arm64", ["apt-get", *options, "--quiet=2", "update"], work)
     install = ["install", "--yes", "--quiet=2", "--download-only", "--no-install-recommends", *ARM64_PACKAGES]
-    _call("arm64", ["apt-get", *options, *install], work)
+    run_program("arm64", ["apt-get", *options, *install], work)
 
 
-def _call(device: str, command: Sequence[str], folder: Path) -> None:
+def run_program(device: str, command: Sequence[str], folder: Path) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PROGRAM_LIMIT, check=False)
     except FileNotFoundError:

@@ -59,7 +59,7 @@ def supervise(
         listener.join(5)
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
-        raise InputError(f"{device}: the runner died ({how}): {last_words(said)}")
+        raise InputError(f"{device}: the runner died ({how}): {find_last_words(said)}")
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
@@ -69,7 +69,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def last_words(said: Sequence[str]) -> str:
+def find_last_words(said: Sequence[str]) -> str:
     """The last line that was said, which is where interpreters put the reason."""
     return said[-1][:300] if said else "it said nothing"
 

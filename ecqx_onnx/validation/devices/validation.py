@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.outputs import temporary_folder
+from ecqx_onnx_converters.graph.outputs import open_temporary_folder
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,24 +20,24 @@ from ecqx_onnx.errors import CheckFailed, FileError, ModelError
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.latency import Latency
-from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, fit, fixed_batch, open_session, synthetic_inputs
+from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, find_fixed_batch, fit_inputs, make_synthetic_inputs, open_session
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
-from ecqx_onnx.validation.comparison import Batch, compare, padded
+from ecqx_onnx.validation.comparison import Batch, compare, pad_batch
 from ecqx_onnx.validation.devices.devices import Device, find_device
 from ecqx_onnx.validation.devices.job import Result, read_result, write_job
 from ecqx_onnx.validation.float_distance import FloatBounds, is_untrained
-from ecqx_onnx.validation.floats import shift_by_floats
+from ecqx_onnx.validation.floats import measure_float16_shift
 from ecqx_onnx.validation.judgement import (
     SYNTHETIC_BATCH,
-    bounds_of,
-    preprocessed_batches,
-    twin_or_check,
-    weights_checks,
-    yardstick,
+    check_stored_weights,
+    choose_latency_baseline,
+    decode_or_report,
+    derive_bounds,
+    preprocess_batches,
 )
 from ecqx_onnx.validation.report import Check, ValidationReport, show
-from ecqx_onnx.validation.validator import doubts, float_check, prepared
+from ecqx_onnx.validation.validator import float_check, list_doubts, prepare_samples
 
 if TYPE_CHECKING:
     import torch
@@ -74,62 +74,64 @@ def validate_on(
     """
     device = find_device(device) if isinstance(device, str) else device
     file = read_onnx(path)
-    found = [checks.format_check(file)]
+    found = [checks.check_format(file)]
     try:
         session = open_session(file.path, level="disabled")  # only for what inputs and outputs look like
     except CheckFailed as error:
         raise ModelError(f"{path}: its inputs and outputs cannot be told here: {error}") from None
     if split is not None:
-        split, told = prepared(file, split, preprocessing, session)
+        split, told = prepare_samples(file, split, preprocessing, session)
         notes = (*notes, told)
-    inexact = checks.why_inexact(file, float_reference=float_reference)
-    size = fixed_batch(session)
+    inexact = checks.explain_inexactness(file, float_reference=float_reference)
+    size = find_fixed_batch(session)
 
     def batches() -> Iterator[Batch]:
         if split is None:
-            yield synthetic_inputs(session, batch=SYNTHETIC_BATCH), None
+            yield make_synthetic_inputs(session, batch=SYNTHETIC_BATCH), None
         else:
-            yield from preprocessed_batches(split, size or batch_size)
+            yield from preprocess_batches(split, size or batch_size)
 
     def feeds() -> Iterator[Mapping[str, np.ndarray]]:
         names = [node.name for node in session.get_inputs()]
         for raw, _ in batches():
-            yield dict(zip(names, fit(session, [padded(array, size) for array in raw]), strict=True))
+            yield dict(zip(names, fit_inputs(session, [pad_batch(array, size) for array in raw]), strict=True))
 
     first = next(feeds(), {})
-    shift = None if reference is None else shift_by_floats(file, float_model)
+    shift = None if reference is None else measure_float16_shift(file, float_model)
     single = {name: array[: size or 1] if array.ndim else array for name, array in first.items()}
     model = file.with_data()
-    twin = twin_or_check(model, found)
-    serialised = yardstick(file, twin, float_model) if latency_runs else None
-    with temporary_folder() as temporary:
-        job = write_job(file, temporary, feeds(), single, twin=serialised, latency_runs=latency_runs)
+    decoded = decode_or_report(model, found)
+    serialized = choose_latency_baseline(file, decoded, float_model) if latency_runs else None
+    with open_temporary_folder() as temporary:
+        job = write_job(file, temporary, feeds(), single, decoded=serialized, latency_runs=latency_runs)
         results = device.run(job, time_limit=time_limit, progress=progress)
         result = read_result(job, device.name, folder=results)
         found.append(Check("load", True, None, None, f"{result.runtime} loads and runs it"))
         comparison = compare(_Replay(session, result.outputs()), reference, batches(), shift=shift)
         if result.plain is not None:
             feed = list(first.values())
-            optimised = _Replay(session, result.outputs())
-            bounds = bounds_of(comparison, next(result.outputs()))
+            optimized = _Replay(session, result.outputs())
+            bounds = derive_bounds(comparison, next(result.outputs()))
             plain = _Replay(session, iter([result.plain]))
-            found.append(checks.levels_check(optimised, plain, feed, bounds, quantised=checks.activations_quantised(file)))
+            found.append(
+                checks.check_optimization(optimized, plain, feed, bounds, quantized=checks.has_quantized_activations(file))
+            )
     if result.operators is not None:
-        found.append(checks.operators_check(file, Counter(result.operators)))
-    if twin is not None:
+        found.append(checks.check_operators(file, Counter(result.operators)))
+    if decoded is not None:
         origin = None if float_reference else float_model
-        found += weights_checks(model, twin, tensors, float_model=origin)
+        found += check_stored_weights(model, decoded, tensors, float_model=origin)
     if reference is not None:
-        found.append(checks.difference_check(comparison, inexact=inexact))
+        found.append(checks.check_difference(comparison, inexact=inexact))
         if float_reference and is_untrained(file.metadata) and comparison.distances:
             scores = class_names or split is not None or bool(file.metadata.get("labels"))
             data = None if split is None else split.source.name
             found.append(float_check(file, comparison, reference, float_bounds or FloatBounds(), scores=scores, data=data))
-    for check in (checks.agreement_check(comparison, inexact=inexact), checks.accuracy_check(comparison)):
+    for check in (checks.check_agreement(comparison, inexact=inexact), checks.check_accuracy(comparison)):
         if check is not None:
             found.append(check)
-    latency = _latency(result)
-    if (slow := checks.latency_check(file, latency, runtime=result.runtime)) is not None:
+    latency = read_latency(result)
+    if (slow := checks.check_latency(file, latency, runtime=result.runtime)) is not None:
         found.append(slow)
     return ValidationReport(
         file=str(path),
@@ -137,7 +139,7 @@ def validate_on(
         size=file.size,
         samples=comparison.samples,
         checks=tuple(found),
-        notes=(*notes, *doubts(file, comparison, split, has_reference=reference is not None)),
+        notes=(*notes, *list_doubts(file, comparison, split, has_reference=reference is not None)),
         pytorch_accuracy=comparison.pytorch_accuracy,
         onnx_accuracy=comparison.onnx_accuracy,
         agreement=comparison.agreement.same if comparison.agreement else None,
@@ -176,7 +178,7 @@ class DeviceTable:
     def render(self) -> RenderableType:
         files = ", ".join(sorted({f"{report.file}: {show(report.size)} bytes" for report in self.reports}))
         table = Table(title=Text(files or "on each device"), title_justify="left")
-        columns = [_column(report) for report in self.reports] + [(t.device, "", "no result") for t in self.troubles]
+        columns = [make_column(report) for report in self.reports] + [(t.device, "", "no result") for t in self.troubles]
         for heading in ("", *(column[0] for column in columns)):
             table.add_column(Text(heading), overflow="fold")
         for row in itertools.zip_longest(ROWS, *(column[1:] for column in columns), fillvalue=""):
@@ -197,7 +199,7 @@ class DeviceTable:
         return [*(report.to_json() for report in self.reports), *troubles]
 
 
-def _column(report: ValidationReport) -> tuple[str, ...]:
+def make_column(report: ValidationReport) -> tuple[str, ...]:
     """The device's name, then a cell for each of ROWS."""
     return (
         report.device or "here",
@@ -213,7 +215,7 @@ def _column(report: ValidationReport) -> tuple[str, ...]:
     )
 
 
-def _latency(result: Result) -> Latency | None:
+def read_latency(result: Result) -> Latency | None:
     found = result.latency
     if found is None or found.float_seconds is None or found.ratio is None:
         return None

@@ -12,7 +12,7 @@ from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text,
 
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.inspection import inspect
-from ecqx_onnx.validation import stored_preprocessing
+from ecqx_onnx.validation import read_preprocessing
 from tests.fuzz import models
 from tests.fuzz.mutation import mutate_text, mutate_value
 
@@ -46,6 +46,6 @@ def mutate(seed: bytes, random: random.Random) -> bytes:
 
 def read(path: Path) -> None:
     """By all that look at it."""
-    stored_preprocessing(read_onnx(path))
+    read_preprocessing(read_onnx(path))
     inspect(path).to_json()
     read_weights(path)

@@ -8,22 +8,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from ecqx_onnx_converters.storage.packed import huffman
-from ecqx_onnx_converters.storage.packed.stream import Coding, Form, Packed, Part, Survey, slots_of
-from ecqx_onnx_converters.storage.packed.symbols import Alphabet, context_behind, say, size_of, spellings
+from ecqx_onnx_converters.storage.packed.stream import Coding, ContextModel, Packed, Part, SymbolSequence, count_slots
+from ecqx_onnx_converters.storage.packed.symbols import Alphabet, count_pairs, find_contexts, list_spellings, spell_pairs
 
 EVENED = 256  # lanes at the end of a stream that may give words to the last one
 BLOCK = 1 << 15  # pairs, or bytes of payload, that are written at once: what is held meanwhile stays in a cache
 
 
-def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int, *, compact: bool) -> Packed:
-    """One stream, as `how` says it."""
-    code, width = how.code(), huffman.DIGIT // slots_of(how.shortest)
-    leaves, ends, last = words_of(surveys, how.alphabet, code)
+def write_stream(sequences: Sequence[SymbolSequence], coding: Coding, lane_bytes: int, *, compact: bool) -> Packed:
+    """One stream, as `coding` says it."""
+    code, width = coding.code(), huffman.DIGIT // count_slots(coding.shortest)
+    leaves, ends, last = encode_symbols(sequences, coding.alphabet, code)
     fill = -len(code.bits) % 8
-    gaps = np.full(fill if how.form is not Form.PLAIN else 0, -1)
-    symbols = np.concatenate([[-1], code.symbols, gaps])  # what is no unit has advance and value 0
-    advances, values = (np.append(of, 0)[symbols].astype(np.int8) for of in (-how.alphabet.advances, how.alphabet.values))
-    payload, full = lay_words(leaves, ends, code, how.form, lane_bytes, ones_behind(code, how.form, values))
+    gaps = np.full(fill if coding.context_model is not ContextModel.PLAIN else 0, -1)
+    symbol_ids = np.concatenate([[-1], code.symbol_ids, gaps])  # what is no unit has advance and value 0
+    advances, values = (
+        np.append(of, 0)[symbol_ids].astype(np.int8) for of in (-coding.alphabet.advances, coding.alphabet.values)
+    )
+    payload, full = lay_codewords(
+        leaves, ends, code, coding.context_model, lane_bytes, count_trailing_ones(code, coding.context_model, values)
+    )
     entries = np.where(last > 0, -(-ends[last - 1] // width), 0) if len(ends) else last
     if full:
         entries[-1] = payload.size * huffman.DIGIT // width
@@ -32,9 +36,9 @@ def write(surveys: Sequence[Survey], how: Coding, lane_bytes: int, *, compact: b
         pack_tree(np.append(code.bits, np.ones(fill, np.uint8))),
         advances,
         values,
-        slots_of(how.shortest),
-        how.form,
-        tuple(Part(of.shape, of.order, int(own)) for of, own in zip(surveys, np.diff(entries, prepend=0), strict=True)),
+        count_slots(coding.shortest),
+        coding.context_model,
+        tuple(Part(of.shape, of.permutation, int(own)) for of, own in zip(sequences, np.diff(entries, prepend=0), strict=True)),
         compact,
     )
 
@@ -44,52 +48,56 @@ def pack_tree(bits: np.ndarray) -> np.ndarray:
     return np.packbits(bits.reshape(8, -1), axis=0).reshape(-1)
 
 
-def words_of(surveys: Sequence[Survey], alphabet: Alphabet, code: huffman.Code) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def encode_symbols(
+    sequences: Sequence[SymbolSequence], alphabet: Alphabet, code: huffman.Code
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """-> the stream's leaves, uint8; where the word of each ends, in bits, if they follow one another; and how many there are up
     to the end of each tensor."""
-    top, context, done = surveys[0].top, 0, 0
+    top, context, done = sequences[0].top, 0, 0
     leaf_of = np.zeros(len(alphabet.counts) + 1, np.int64)
-    leaf_of[code.symbols[code.symbols >= 0]] = np.flatnonzero(code.symbols >= 0)
-    spelling, count = spellings(alphabet, top)
+    leaf_of[code.symbol_ids[code.symbol_ids >= 0]] = np.flatnonzero(code.symbol_ids >= 0)
+    spelling, count = list_spellings(alphabet, top)
     spelling = leaf_of[spelling]
     most = int(alphabet.counts.sum())
-    leaves, ends, words, last = np.empty(most, np.uint8), np.empty(most, np.int64), 0, []
-    for survey in surveys:
-        said = survey.said
-        if len(said):
-            said = np.append(said[:1] + context * size_of(top), said[1:])
-            context = int(context_behind(top)[said[-1] % size_of(top)])
-        for begin in range(0, len(said), BLOCK):
-            units = say(said[begin : begin + BLOCK], spelling, count)
-            own = slice(words, words + len(units))
-            leaves[own] = units
-            np.cumsum(code.lengths[units], out=ends[own])
+    leaves, ends, codewords, last = np.empty(most, np.uint8), np.empty(most, np.int64), 0, []
+    for sequence in sequences:
+        encoded = sequence.encoded
+        if len(encoded):
+            encoded = np.append(encoded[:1] + context * count_pairs(top), encoded[1:])
+            context = int(find_contexts(top)[encoded[-1] % count_pairs(top)])
+        for begin in range(0, len(encoded), BLOCK):
+            symbols = spell_pairs(encoded[begin : begin + BLOCK], spelling, count)
+            own = slice(codewords, codewords + len(symbols))
+            leaves[own] = symbols
+            np.cumsum(code.lengths[symbols], out=ends[own])
             ends[own] += done
-            words, done = own.stop, int(ends[own][-1])
-        last.append(words)
-    return leaves[:words], ends[:words], np.array(last)
+            codewords, done = own.stop, int(ends[own][-1])
+        last.append(codewords)
+    return leaves[:codewords], ends[:codewords], np.array(last)
 
 
-def ones_behind(code: huffman.Code, form: Form, values: np.ndarray) -> np.ndarray:
-    """How many ones may follow each leaf before they end a word: one fewer than the longest word there has, which is of ones."""
-    longest = np.array([code.lengths[code.trees == of].max() for of in range(len(form.value))])
-    if form is not Form.SIGNS:
+def count_trailing_ones(code: huffman.Code, context_model: ContextModel, values: np.ndarray) -> np.ndarray:
+    """How many ones may follow each leaf before they end a codeword: one fewer than the longest word there has, which is of
+    ones."""
+    longest = np.array([code.lengths[code.trees == of].max() for of in range(len(context_model.value))])
+    if context_model is not ContextModel.SIGNS:
         return np.full(len(code.lengths), longest[-1] - 1)
-    place = {context: of for of, (context, _) in enumerate(form.value)}
+    place = {context: of for of, (context, _) in enumerate(context_model.value)}
     behind = np.array([place[0], place[2], place[1]])[np.sign(values[1 : len(code.lengths) + 1]) + 1]
     return longest[behind] - 1
 
 
-def lay_words(
-    leaves: np.ndarray, ends: np.ndarray, code: huffman.Code, form: Form, lane_bytes: int, ones: np.ndarray
+def lay_codewords(
+    leaves: np.ndarray, ends: np.ndarray, code: huffman.Code, context_model: ContextModel, lane_bytes: int, ones: np.ndarray
 ) -> tuple[np.ndarray, bool]:
-    """leaves, ends: see `words_of`; ends are moved to where each word ends in what is returned: uint8 [lanes, lane_bytes]; and
-    whether nothing in it can be taken for a word behind the last one. ones: see `ones_behind`."""
-    paths = [path for _, path in form.value]
+    """leaves, ends: see `encode_symbols`; ends are moved to where each word ends in what is returned: uint8 [lanes,
+    lane_bytes]; and
+    whether nothing in it can be taken for a word behind the last one. ones: see `count_trailing_ones`."""
+    paths = [path for _, path in context_model.value]
     heads = np.array([len(path) for path in paths])[code.trees]
     leads = np.array([int(path or "0", 2) for path in paths])[code.trees]  # the way from the root to a leaf's own tree
     lane = lane_bytes * 8
-    firsts, full = in_lanes(ends, leaves, code.lengths, heads, ones, lane)
+    firsts, full = split_into_lanes(ends, leaves, code.lengths, heads, ones, lane)
     first = leaves[firsts].astype(np.int64) if len(leaves) else np.zeros(0, np.int64)
     shifts = np.arange(len(first)) * lane + heads[first] + code.lengths[first] - ends[firsts[: len(first)]]
     borders = np.append(firsts, len(leaves))
@@ -98,18 +106,18 @@ def lay_words(
     for begin in range(0, len(firsts), at_once):
         own = payload[begin : begin + at_once]
         border = borders[begin : begin + len(own) + 1]
-        words, end = leaves[border[0] : border[-1]].astype(np.int64), ends[border[0] : border[-1]]
+        codewords, end = leaves[border[0] : border[-1]].astype(np.int64), ends[border[0] : border[-1]]
         end += np.repeat(shifts[begin : begin + len(own)], np.diff(border)[: len(shifts)])
-        starts = end - code.lengths[words] - begin * lane
+        starts = end - code.lengths[codewords] - begin * lane
         # A word of ones is the longest of its context: the rest of a lane, ones, ends none.
-        own[:] = put_words(own.size, starts, words, code.codes, code.lengths).reshape(own.shape)
-        if form is not Form.PLAIN and len(words):
-            first = words[border[:-1] - border[0]]
-            own &= put_words(own.size, np.arange(len(own)) * lane, first, leads, heads).reshape(own.shape)
+        own[:] = put_codewords(own.size, starts, codewords, code.codes, code.lengths).reshape(own.shape)
+        if context_model is not ContextModel.PLAIN and len(codewords):
+            first = codewords[border[:-1] - border[0]]
+            own &= put_codewords(own.size, np.arange(len(own)) * lane, first, leads, heads).reshape(own.shape)
     return payload, full
 
 
-def put_words(nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def put_codewords(nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """uint8 [nbytes] of ones but for the words, none of which overlap: from each of `starts` on, in bits and ascending, the low
     lengths[leaf] (at most 49) bits of codes[leaf], high bit first."""
     # The words' complements, each in 64 bits that begin at a multiple of `cell`, are added up; so are those that share it.
@@ -127,11 +135,11 @@ def put_words(nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np.nda
     return 255 - zeros.view(np.uint8)[:nbytes]
 
 
-def in_lanes(
+def split_into_lanes(
     ends: np.ndarray, leaves: np.ndarray, lengths: np.ndarray, heads: np.ndarray, ones: np.ndarray, lane: int
 ) -> tuple[np.ndarray, bool]:
     """The first word of each lane of `lane` bits: no word crosses into another lane, the first has heads[leaf] bits before it.
-    And whether the ones that fill up the last lane end no word: the lanes before it have given it words for that.
+    And whether the ones that fill up the last lane end no codeword: the lanes before it have given it words for that.
 
     ends: of each word; leaves: of each word; lengths, heads, ones: of each leaf.
     """
@@ -140,8 +148,8 @@ def in_lanes(
         return np.zeros(1, np.int64), False
     end, leaf, length, before, behind = ends.data, leaves.data, lengths.tolist(), heads.tolist(), ones.tolist()
 
-    def begin(word: int) -> int:
-        return int(end[word]) - length[leaf[word]]
+    def begin(codeword: int) -> int:
+        return int(end[codeword]) - length[leaf[codeword]]
 
     def rest(first: int, last: int) -> int:
         """Bits that are left of a lane of the words from `first` up to `last`."""

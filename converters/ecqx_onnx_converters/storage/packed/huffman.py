@@ -25,23 +25,24 @@ class Code:
     bits: uint8 [2 * inner nodes].
     """
 
-    symbols: np.ndarray
+    symbol_ids: np.ndarray
     lengths: np.ndarray
     codes: np.ndarray
     trees: np.ndarray
     bits: np.ndarray
 
 
-def build(parts: Sequence[tuple[np.ndarray, np.ndarray]], roots: Sequence[int] = (0,)) -> Code:
-    """parts: of each tree its symbols, and the lengths of their words and of fillers behind, see `word_lengths`. roots: how deep
+def build_code(parts: Sequence[tuple[np.ndarray, np.ndarray]], roots: Sequence[int] = (0,)) -> Code:
+    """parts: of each tree its symbols, and the lengths of their words and of fillers behind, see `compute_codeword_lengths`.
+    roots: how deep
     each tree hangs, from left to right: one at the root, or two at depth 1, or two at depth 2 and one at depth 1."""
     made = []
     for own, lengths in parts:
-        symbols = np.concatenate([own, np.full(len(lengths) - len(own), -1)])
+        symbol_ids = np.concatenate([own, np.full(len(lengths) - len(own), -1)])
         order = np.argsort(lengths, kind="stable")
-        made.append((symbols[order], lengths[order]))
-    owner = np.repeat(np.arange(len(made)), [len(symbols) for symbols, _ in made])
-    symbols, lengths = (np.concatenate(of) for of in zip(*made, strict=True))
+        made.append((symbol_ids[order], lengths[order]))
+    owner = np.repeat(np.arange(len(made)), [len(symbol_ids) for symbol_ids, _ in made])
+    symbol_ids, lengths = (np.concatenate(of) for of in zip(*made, strict=True))
     depths = lengths + np.array(roots)[owner]
     order = np.lexsort((owner, depths))
     leaves = np.zeros((int(depths.max()) + 1, len(made)), int)
@@ -58,10 +59,10 @@ def build(parts: Sequence[tuple[np.ndarray, np.ndarray]], roots: Sequence[int] =
                 bits += [1] * count + [0] * (nodes[part] - count)
                 code[part], nodes[part] = code[part] + count, nodes[part] - count
     # A code of 50 bits, more than `codec.put_words` takes, is made of 3 * 10**10 words at least.
-    return Code(symbols[order], lengths[order], np.array(codes, np.int64), owner[order], np.array(bits, np.uint8))
+    return Code(symbol_ids[order], lengths[order], np.array(codes, np.int64), owner[order], np.array(bits, np.uint8))
 
 
-def word_lengths(counts: np.ndarray, shortest: int, *, alone: bool) -> np.ndarray:
+def compute_codeword_lengths(counts: np.ndarray, shortest: int, *, alone: bool) -> np.ndarray:
     """Huffman's, stopped where 2**shortest trees are left: these hang at depth `shortest`. At the end those of fillers.
 
     alone: whether it is the only tree; where nothing is said another is a tree of two.
@@ -83,7 +84,7 @@ def word_lengths(counts: np.ndarray, shortest: int, *, alone: bool) -> np.ndarra
     return np.array(depth[: len(sizes)])
 
 
-def automaton(bits: np.ndarray, shortest: int, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def build_automaton(bits: np.ndarray, shortest: int, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """-> next inner node [inner nodes * 256], and leaf counted from 1 that was met, 0 for none, [inner nodes * 256, slots].
 
     A slot is a part of the byte: 8 / slots bits. Index: inner node * 256 + byte. after: int [leaves + 1], inner node where a

@@ -12,7 +12,8 @@ written at every call; constants are initializers because a Constant node takes 
 
 In a small file bytes count more than memory at load: its functions leave out what makes arrays smaller (`Packed.compact`).
 A large file is decoded in two stages, so that what the first leaves behind is gone before levels become floats: the shape that
-Levels ends with waits for `stage_nodes`, a Scan over one zero, which no runtime folds. But its output's shape is constant, and
+Levels ends with waits for `make_stage_nodes`, a Scan over one zero, which no runtime folds. But its output's shape is
+constant, and
 known once the first stage is folded; then the Scan is dead.
 """
 
@@ -28,7 +29,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.huffman import DIGIT
-from ecqx_onnx_converters.storage.packed.stream import Form, Packed
+from ecqx_onnx_converters.storage.packed.stream import ContextModel, Packed
 
 OPSET = 18
 DECODE, TENSOR = "D", "Levels"
@@ -36,31 +37,32 @@ DECODE_BEFORE = "Decode"  # up to format 3
 ONE = 7  # which of the constants of a file that isn't compact is [1]
 
 
-def functions(calls: int, *, turning: bool, compact: bool, staged: bool) -> tuple[FunctionProto, ...]:
-    """calls: see `choices.best_calls`; turning: the streams have several contexts; compact: see `Packed`; staged: two stages."""
-    return (_reader(), _decode(calls, turning, compact), _tensor(compact, staged))
+def make_functions(calls: int, *, with_contexts: bool, compact: bool, staged: bool) -> tuple[FunctionProto, ...]:
+    """calls: see `choices.choose_calls`; with_contexts: the streams have several contexts; compact: see `Packed`; staged: two
+    stages."""
+    return (make_reader(), make_decode(calls, with_contexts, compact), make_levels(compact, staged))
 
 
-def stream_nodes(
+def make_stream_nodes(
     packed: Packed, names: Iterator[str], entries: Sequence[str], known: dict[bytes, str]
 ) -> tuple[list[NodeProto], list[TensorProto], tuple[str, str]]:
     """Nodes that make the entries of each part under the names `entries`; initializers; names of advances and values.
 
-    known: names of constants that the file has, by `tensor` without a name; those that are new are added.
+    known: names of constants that the file has, by `make_tensor` without a name; those that are new are added.
     """
     inputs, initializers = [], []
     for values in (packed.payload, packed.bits):
-        initializers.append(tensor(next(names), values))
+        initializers.append(make_tensor(next(names), values))
         inputs.append(initializers[-1].name)
-    for values in constants(packed.slots, packed.compact):
-        key = tensor("", values).SerializeToString(deterministic=True)
+    for values in make_constants(packed.slots, packed.compact):
+        key = make_tensor("", values).SerializeToString(deterministic=True)
         if key not in known:
             known[key] = next(names)
-            initializers.append(tensor(known[key], values))
+            initializers.append(make_tensor(known[key], values))
         inputs.append(known[key])
-    advances, values = (tensor(next(names), of) for of in (packed.advances, packed.values))
-    if packed.form is not Form.PLAIN:
-        inputs.append((values if packed.form is Form.SIGNS else advances).name)
+    advances, values = (make_tensor(next(names), of) for of in (packed.advances, packed.values))
+    if packed.context_model is not ContextModel.PLAIN:
+        inputs.append((values if packed.context_model is ContextModel.SIGNS else advances).name)
     initializers += [advances, values]
     lengths, outputs = [part.entries for part in packed.parts], list(entries)
     if packed.rest:
@@ -71,11 +73,11 @@ def stream_nodes(
         stream, sizes = next(names), next(names)
         nodes[0].output[:] = [stream]
         nodes.append(helper.make_node("Split", [stream, sizes], outputs))
-        initializers.append(tensor(sizes, np.array(lengths, np.int64)))
+        initializers.append(make_tensor(sizes, np.array(lengths, np.int64)))
     return nodes, initializers, (advances.name, values.name)
 
 
-def stage_nodes(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProto]:
+def make_stage_nodes(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProto]:
     """one: [1], a constant. -> stage: [1] as well, but constant only after all that is so at first."""
     length, zero, same = next(names), next(names), next(names)
     value = (
@@ -89,7 +91,7 @@ def stage_nodes(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProt
     yield helper.make_node("Shape", [same], [stage])
 
 
-def tensor(name: str, values: np.ndarray) -> TensorProto:
+def make_tensor(name: str, values: np.ndarray) -> TensorProto:
     """Integers as a list where that is shorter: small numbers take one byte, and negative ones ten."""
     kind = helper.np_dtype_to_tensor_dtype(values.dtype)
     stored = TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=values.tobytes())
@@ -100,7 +102,7 @@ def tensor(name: str, values: np.ndarray) -> TensorProto:
     return min(listed, stored, key=TensorProto.ByteSize)
 
 
-def constants(slots: int, compact: bool) -> list[np.ndarray]:
+def make_constants(slots: int, compact: bool) -> list[np.ndarray]:
     """What D reads beside payload and tree, in the order of its inputs."""
     always = [
         1 << np.arange(7, -1, -1, dtype=np.int32).reshape(-1, 1),  # c: by what a byte is divided for each of its bits
@@ -116,135 +118,135 @@ def constants(slots: int, compact: bool) -> list[np.ndarray]:
     return [*always, np.array([1]), np.array([slots, DIGIT // slots, -1])]  # k: an axis; j: bits of a slot
 
 
-def all_constants() -> Iterator[tuple[int, int, list[np.ndarray]]]:
+def list_known_constants() -> Iterator[tuple[int, int, list[np.ndarray]]]:
     """Format (1 and 2 alike: 2), slots, and the constants, of all files that can be read."""
-    yield 4, DIGIT, constants(DIGIT, compact=True)
+    yield 4, DIGIT, make_constants(DIGIT, compact=True)
     powers = 1 << np.arange(7, -1, -1)
     for slots in (2, 4, 8):
-        yield 4, slots, constants(slots, compact=False)
+        yield 4, slots, make_constants(slots, compact=False)
         numbers, parts = map(np.array, (0, 1, 2, 128, 256)), np.array([slots, DIGIT // slots, -1])
         yield 3, slots, [powers.reshape(-1, 1), np.array([-1]), parts, *numbers, np.array(0, np.int32), np.array([1])]
         before = [powers.astype(np.uint8), np.array([[255], [1], [1]], np.uint8)]
         yield 2, slots, [*before, *map(np.array, (0, [-1], [-1, 2], [1, -1, 2])), parts, np.array([1])]
 
 
-def _node(text: str, **attributes: Any) -> NodeProto:
+def make_node(text: str, **attributes: Any) -> NodeProto:
     """'Op a b -> c d'; an operator's name of one letter is a function of ours."""
     left, _, right = text.partition("->")
     operation, *inputs = left.split()
     return helper.make_node(operation, inputs, right.split(), domain=DOMAIN if len(operation) == 1 else None, **attributes)
 
 
-def _function(name: str, inputs: str, outputs: str, nodes: Sequence[NodeProto]) -> FunctionProto:
+def make_function(name: str, inputs: str, outputs: str, nodes: Sequence[NodeProto]) -> FunctionProto:
     imports = [helper.make_opsetid("", OPSET)]
     if any(node.domain for node in nodes):
         imports.append(helper.make_opsetid(DOMAIN, 1))
     return helper.make_function(DOMAIN, name, inputs.split(), outputs.split(), list(nodes), imports)
 
 
-def _names(taken: Collection[str]) -> Iterator[str]:
+def list_free_names(taken: Collection[str]) -> Iterator[str]:
     """Letters that aren't taken, then pairs of letters."""
     yield from (letter for letter in "_" + string.ascii_letters if letter not in taken)
     yield from ("".join(pair) for pair in product(string.ascii_letters, repeat=2))
 
 
-def _reader() -> FunctionProto:
+def make_reader() -> FunctionProto:
     """table n [all], digits b [8, columns], states x that fit a row -> the last states z, and y: indices of all rows, one below
     the other."""
-    names = _names(taken="nbxyz")
+    names = list_free_names(taken="nbxyz")
     digits, indices, states = (list(islice(names, DIGIT)) for _ in range(3))
     states = ["x", *states[1:], "z"]
-    nodes = [_node(f"Split b -> {' '.join(digits)}", num_outputs=DIGIT)]
+    nodes = [make_node(f"Split b -> {' '.join(digits)}", num_outputs=DIGIT)]
     for k in range(DIGIT):
-        nodes.append(_node(f"Add {states[k]} {digits[k]} -> {indices[k]}"))
-        nodes.append(_node(f"Gather n {indices[k]} -> {states[k + 1]}"))
-    nodes.append(_node(f"Concat {' '.join(indices)} -> y", axis=0))
-    return _function("r", "n b x", "z y", nodes)
+        nodes.append(make_node(f"Add {states[k]} {digits[k]} -> {indices[k]}"))
+        nodes.append(make_node(f"Gather n {indices[k]} -> {states[k + 1]}"))
+    nodes.append(make_node(f"Concat {' '.join(indices)} -> y", axis=0))
+    return make_function("r", "n b x", "z y", nodes)
 
 
-def _decode(calls: int, turning: bool, compact: bool) -> FunctionProto:
-    """payload p uint8 [8 * calls, lanes], tree b uint8 [bytes], `constants`[, turns t] -> entries y [all].
+def make_decode(calls: int, with_contexts: bool, compact: bool) -> FunctionProto:
+    """payload p uint8 [8 * calls, lanes], tree b uint8 [bytes], `make_constants`[, turns t] -> entries y [all].
 
     A state is an inner node's number, times 2 where it is added to a bit, and times 256 where it is added to a byte.
     """
     turn = []
-    if turning:  # to inner node 2, 3 or 4 by the sign of a leaf's t
+    if with_contexts:  # to inner node 2, 3 or 4 by the sign of a leaf's t
         turn = [
-            _node("Sign t -> l"),
-            _node("CastLike l a -> m"),
-            _node("Add a m -> o"),
-            _node("Add d o -> q"),
-            _node("Gather q J -> s"),
-            _node("Mul F s -> u"),
-            _node("Add u K -> r"),
+            make_node("Sign t -> l"),
+            make_node("CastLike l a -> m"),
+            make_node("Add a m -> o"),
+            make_node("Add d o -> q"),
+            make_node("Gather q J -> s"),
+            make_node("Mul F s -> u"),
+            make_node("Add u K -> r"),
         ]
     automaton = [
-        _node("CastLike b a -> A"),
-        _node("Div A c -> B"),
-        _node("Mod B d -> C"),
-        _node("Reshape C h -> F"),  # 1: a leaf
-        _node("Sub a F -> G"),  # 1: an inner node
-        _node("CumSum F f -> H"),
-        _node("CumSum G f -> I"),
-        _node("Mul F H -> J"),  # which leaf, from 1; 0: none
-        _node("Mul G I -> K"),  # which inner node; 0: the root, behind a leaf
+        make_node("CastLike b a -> A"),
+        make_node("Div A c -> B"),
+        make_node("Mod B d -> C"),
+        make_node("Reshape C h -> F"),  # 1: a leaf
+        make_node("Sub a F -> G"),  # 1: an inner node
+        make_node("CumSum F f -> H"),
+        make_node("CumSum G f -> I"),
+        make_node("Mul F H -> J"),  # which leaf, from 1; 0: none
+        make_node("Mul G I -> K"),  # which inner node; 0: the root, behind a leaf
         *turn,
-        _node("Add r r -> n" if turning else "Add K K -> n"),
-        _node("Size n -> L"),
-        _node("CastLike L a -> E"),
-        _node("Range f E d -> M"),
-        _node("Unsqueeze M k -> x"),  # all states
-        _node("Range f g a -> N"),
-        _node("Div N c -> O"),
-        _node("Mod O d -> P"),  # the bits of all bytes
-        _node("r n P x -> Q R"),
-        _node("Mul Q e -> X"),
-        _node("Reshape X h -> Z"),
+        make_node("Add r r -> n" if with_contexts else "Add K K -> n"),
+        make_node("Size n -> L"),
+        make_node("CastLike L a -> E"),
+        make_node("Range f E d -> M"),
+        make_node("Unsqueeze M k -> x"),  # all states
+        make_node("Range f g a -> N"),
+        make_node("Div N c -> O"),
+        make_node("Mod O d -> P"),  # the bits of all bytes
+        make_node("r n P x -> Q R"),
+        make_node("Mul Q e -> X"),
+        make_node("Reshape X h -> Z"),
     ]
     if compact:  # an entry for each bit
-        table = [_node("Gather J R -> T"), _node("Flatten T -> V")]
+        table = [make_node("Gather J R -> T"), make_node("Flatten T -> V")]
     else:
         table = [
-            _node("CastLike J p -> S"),
-            _node("Gather S R -> T"),
-            _node("Reshape T j -> U"),
-            _node("ReduceMax U k -> V"),
+            make_node("CastLike J p -> S"),
+            make_node("Gather S R -> T"),
+            make_node("Reshape T j -> U"),
+            make_node("ReduceMax U k -> V"),
         ]
-    table.append(_node("Transpose V -> W"))  # entries of each byte read from each state
-    inputs = "p b c f a d e g h k" + " j" * (not compact) + " t" * turning
+    table.append(make_node("Transpose V -> W"))  # entries of each byte read from each state
+    inputs = "p b c f a d e g h k" + " j" * (not compact) + " t" * with_contexts
     taken = {name for node in (*automaton, *table) for name in (*node.input, *node.output)}
-    names = _names(taken={*inputs.split(), *taken, "v", "w", "z", "D", "y"})
+    names = list_free_names(taken={*inputs.split(), *taken, "v", "w", "z", "D", "y"})
     states, digits, indices = (list(islice(names, calls)) for _ in range(3))
     states = ["f", *states]
     reading = [
-        _node("CastLike p a -> v"),
-        _node(f"Split v -> {' '.join(digits)}", num_outputs=calls),
-        *(_node(f"r Z {digits[k]} {states[k]} -> {states[k + 1]} {indices[k]}") for k in range(calls)),
-        _node(f"Concat {' '.join(indices)} -> w", axis=0),
-        _node("Transpose w -> z"),
-        _node("Gather W z -> D"),
-        _node("Reshape D h -> y"),
+        make_node("CastLike p a -> v"),
+        make_node(f"Split v -> {' '.join(digits)}", num_outputs=calls),
+        *(make_node(f"r Z {digits[k]} {states[k]} -> {states[k + 1]} {indices[k]}") for k in range(calls)),
+        make_node(f"Concat {' '.join(indices)} -> w", axis=0),
+        make_node("Transpose w -> z"),
+        make_node("Gather W z -> D"),
+        make_node("Reshape D h -> y"),
     ]
-    return _function(DECODE, inputs, "y", [*automaton, *table, *reading])
+    return make_function(DECODE, inputs, "y", [*automaton, *table, *reading])
 
 
-def _tensor(compact: bool, staged: bool) -> FunctionProto:
+def make_levels(compact: bool, staged: bool) -> FunctionProto:
     """entries e -> y int8 of shape s: the value of each is added where all advances so far lead."""
-    last = [_node("Mul s w -> r"), _node("Reshape o r -> y")] if staged else [_node("Reshape o s -> y")]
+    last = [make_node("Mul s w -> r"), make_node("Reshape o r -> y")] if staged else [make_node("Reshape o s -> y")]
     if compact:
-        entries, first = "e", [_node("CastLike a e -> b")]
+        entries, first = "e", [make_node("CastLike a e -> b")]
     else:
-        entries, first = "f", [_node("Cast e -> f", to=TensorProto.INT32), _node("Cast a -> b", to=TensorProto.INT32)]
+        entries, first = "f", [make_node("Cast e -> f", to=TensorProto.INT32), make_node("Cast a -> b", to=TensorProto.INT32)]
     nodes = [
         *first,
-        _node(f"Gather b {entries} -> g"),
-        _node("ReduceProd s -> m"),
-        _node("Size m -> l"),
-        _node("Neg l -> h"),  # an axis: -1
-        _node("CumSum g h -> i"),
-        _node(f"Gather v {entries} -> j"),
-        _node("ConstantOfShape m -> n", value=TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0")),
-        _node("ScatterElements n i j -> o", reduction="add"),
+        make_node(f"Gather b {entries} -> g"),
+        make_node("ReduceProd s -> m"),
+        make_node("Size m -> l"),
+        make_node("Neg l -> h"),  # an axis: -1
+        make_node("CumSum g h -> i"),
+        make_node(f"Gather v {entries} -> j"),
+        make_node("ConstantOfShape m -> n", value=TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0")),
+        make_node("ScatterElements n i j -> o", reduction="add"),
         *last,
     ]
-    return _function(TENSOR, "e a v s w" if staged else "e a v s", "y", nodes)
+    return make_function(TENSOR, "e a v s w" if staged else "e a v s", "y", nodes)

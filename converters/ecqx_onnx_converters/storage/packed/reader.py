@@ -9,56 +9,56 @@ import numpy as np
 from onnx import NodeProto
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.graph.graph import tensor_values
+from ecqx_onnx_converters.graph.graph import read_values
 from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Contents
 from ecqx_onnx_converters.storage.packed import onnx_decoder, reference_decoder
 from ecqx_onnx_converters.storage.packed.huffman import DIGIT
 
 
-def _own_bytes(entries: int, slots: int) -> int:
+def count_own_bytes(entries: int, slots: int) -> int:
     """A tensor's stretch of the payload."""
     return -(-entries // slots)
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:
-    node, order = _tensor_node(name, contents)
-    stream, begins = _stream(node, contents)
-    shape = tuple(_sizes(node.input[3], contents).tolist())
+    node, permutation = find_tensor_node(name, contents)
+    stream, begins = read_stream(node, contents)
+    shape = tuple(read_sizes(node.input[3], contents).tolist())
     if not 0 < math.prod(shape) < MAX_WEIGHTS:
         raise FileError(f"packed tensor '{name}' has shape {list(shape)}; the ONNX file is damaged")
     begin, end = begins[node.input[0]]
-    advances, values = (_values(table, contents) for table in node.input[1:3])
-    levels = reference_decoder.place(stream[begin:end], advances, values, math.prod(shape)).reshape(shape)
-    if order is not None:
-        if sorted(order) != list(range(levels.ndim)):
-            raise FileError(f"packed tensor '{name}' is transposed by {order}; the ONNX file is damaged")
-        levels = np.ascontiguousarray(levels.transpose(order))
+    advances, values = (read_constant(table, contents) for table in node.input[1:3])
+    levels = reference_decoder.place_levels(stream[begin:end], advances, values, math.prod(shape)).reshape(shape)
+    if permutation is not None:
+        if sorted(permutation) != list(range(levels.ndim)):
+            raise FileError(f"packed tensor '{name}' is transposed by {permutation}; the ONNX file is damaged")
+        levels = np.ascontiguousarray(levels.transpose(permutation))
     return levels
 
 
 def stored_bytes(name: str, contents: Contents) -> int:
-    node, _ = _tensor_node(name, contents)
-    stream, begins = _stream(node, contents)
+    node, _ = find_tensor_node(name, contents)
+    stream, begins = read_stream(node, contents)
     begin, end = begins[node.input[0]]
-    payload = contents.initializers[_makers(node, contents)[0].input[0]]
-    return _own_bytes(end - begin, len(stream) // max(1, math.prod(payload.dims)))
+    payload = contents.initializers[find_makers(node, contents)[0].input[0]]
+    return count_own_bytes(end - begin, len(stream) // max(1, math.prod(payload.dims)))
 
 
-def _tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | None]:
+def find_tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | None]:
     """The node of a packed tensor, and the axes by which its outcome is transposed."""
-    node, order = contents.makers[name], None
+    node, permutation = contents.makers[name], None
     if node.op_type == "Transpose" and not node.domain:
-        order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
+        permutation = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), [])
         node = contents.makers[node.input[0]]
     if node.domain != DOMAIN or node.op_type != onnx_decoder.TENSOR or len(node.input) not in (4, 5):
         raise FileError(
             f"packed tensor '{name}' is made by {node.op_type} of {len(node.input)} inputs, not by its decoder;"
             " the ONNX file is damaged"
         )
-    return node, order
+    return node, permutation
 
 
-def _makers(node: NodeProto, contents: Contents) -> tuple[NodeProto, NodeProto | None]:
+def find_makers(node: NodeProto, contents: Contents) -> tuple[NodeProto, NodeProto | None]:
     """What makes the entries that a tensor's node reads: D, and Split where others have a share in them."""
     maker, split = contents.makers[node.input[0]], None
     if maker.op_type == "Split" and not maker.domain:
@@ -70,16 +70,16 @@ def _makers(node: NodeProto, contents: Contents) -> tuple[NodeProto, NodeProto |
     return maker, split
 
 
-def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
+def read_stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
     """All entries that the tensor's group holds (decoded once), and begin and end of each tensor's own, by name."""
-    maker, split = _makers(node, contents)
+    maker, split = find_makers(node, contents)
     key = maker.output[0]
     if key not in contents.cache:
-        payload, bits, *constants = (_values(value, contents) for value in maker.input)
-        version, slots, turns = _told(constants)
+        payload, bits, *constants = (read_constant(value, contents) for value in maker.input)
+        version, slots, context_signs = recognize_format(constants)
         after = None
-        if turns is not None:
-            after = np.where(turns > 0, 1, 2) if version < 3 else reference_decoder.next_nodes(turns)
+        if context_signs is not None:
+            after = np.where(context_signs > 0, 1, 2) if version < 3 else reference_decoder.find_next_nodes(context_signs)
         if bits.dtype != np.uint8:
             raise FileError(f"the tree of the packed weights has type {bits.dtype}; the ONNX file is damaged")
         if version > 2 and (payload.ndim != 2 or len(payload) % DIGIT):
@@ -89,7 +89,7 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
         if split is None:
             contents.cache[key] = stream, {key: (0, len(stream))}
             return contents.cache[key]
-        sizes = _sizes(split.input[1], contents)
+        sizes = read_sizes(split.input[1], contents)
         if sizes.sum() != len(stream) or len(sizes) != len(split.output):
             raise FileError(f"the packed entries are cut into parts of {sizes.tolist()[:9]}; the ONNX file is damaged")
         ends = np.cumsum(sizes)
@@ -98,28 +98,28 @@ def _stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, dict[str, 
     return contents.cache[key]
 
 
-def _told(constants: Sequence[np.ndarray]) -> tuple[int, int, np.ndarray | None]:
+def recognize_format(constants: Sequence[np.ndarray]) -> tuple[int, int, np.ndarray | None]:
     """What D reads behind payload and tree -> the format (1 and 2 alike: 2), slots, and turns."""
-    for version, slots, known in onnx_decoder.all_constants():
-        if _same(constants[: len(known)], known) and len(constants) <= len(known) + 1:
+    for version, slots, known in onnx_decoder.list_known_constants():
+        if are_same(constants[: len(known)], known) and len(constants) <= len(known) + 1:
             return version, slots, (constants[len(known)] if len(constants) > len(known) else None)
     raise FileError(
         "the decoder of the packed weights has other constants than those of docs/packed-format.md; the file is damaged"
     )
 
 
-def _same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
+def are_same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
     return len(ones) == len(others) and all(
         one.dtype == other.dtype and np.array_equal(one, other) for one, other in zip(ones, others, strict=True)
     )
 
 
-def _sizes(name: str, contents: Contents) -> np.ndarray:
-    sizes = _values(name, contents)
+def read_sizes(name: str, contents: Contents) -> np.ndarray:
+    sizes = read_constant(name, contents)
     if sizes.dtype != np.int64 or sizes.ndim != 1 or sizes.min(initial=0) < 0:
         raise FileError(f"the sizes '{name}' of packed weights are {sizes.dtype} {list(sizes.shape)}; the ONNX file is damaged")
     return sizes
 
 
-def _values(name: str, contents: Contents) -> np.ndarray:
-    return tensor_values(contents.initializers[name])
+def read_constant(name: str, contents: Contents) -> np.ndarray:
+    return read_values(contents.initializers[name])

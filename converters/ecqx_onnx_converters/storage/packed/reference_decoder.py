@@ -17,30 +17,30 @@ def unpack_tree(packed: np.ndarray) -> np.ndarray:
     return np.unpackbits(packed.reshape(1, -1), axis=0).reshape(-1)
 
 
-def unpack(packed: Packed) -> list[np.ndarray]:
+def unpack_stream(packed: Packed) -> list[np.ndarray]:
     """The inverse of `write`, as the ONNX functions do it. FileError for what `write` doesn't."""
-    after = None if packed.turns is None else next_nodes(packed.turns)
+    after = None if packed.context_signs is None else find_next_nodes(packed.context_signs)
     stream = decode(packed.payload, unpack_tree(packed.bits), packed.slots, after)
     tensors, begin = [], 0
     for part in packed.parts:
         own = stream[begin : begin + part.entries]
         begin += part.entries
-        levels = place(own, packed.advances, packed.values, math.prod(part.shape))
-        shape = [part.shape[axis] for axis in part.order]
-        tensors.append(np.ascontiguousarray(levels.reshape(shape).transpose(np.argsort(part.order))).reshape(part.shape))
+        levels = place_levels(own, packed.advances, packed.values, math.prod(part.shape))
+        shape = [part.shape[axis] for axis in part.permutation]
+        tensors.append(np.ascontiguousarray(levels.reshape(shape).transpose(np.argsort(part.permutation))).reshape(part.shape))
     return tensors
 
 
-def next_nodes(turns: np.ndarray) -> np.ndarray:
+def find_next_nodes(context_signs: np.ndarray) -> np.ndarray:
     """The inner node that each leaf leads to."""
-    return 3 + np.sign(turns.astype(np.int64))
+    return 3 + np.sign(context_signs.astype(np.int64))
 
 
 def decode(payload: np.ndarray, bits: np.ndarray, slots: int, after: np.ndarray | None) -> np.ndarray:
     """payload: uint8 [bytes of a lane, lanes]; bits: uint8, the tree, of 0 and 1. -> entries, uint8 [payload bytes * slots]: for
     each part of each byte the leaf it ended, counted from 1, or 0.
 
-    after: int [leaves + 1], see `next_nodes`; None: all lead to the root. FileError for what is damaged.
+    after: int [leaves + 1], see `find_next_nodes`; None: all lead to the root. FileError for what is damaged.
     """
     balance = np.cumsum(2 * bits.astype(np.int64) - 1)
     inner = (int(np.argmax(balance == 2)) + 1) // 2 if len(bits) else 0  # all children are there once leaves are two ahead
@@ -53,7 +53,7 @@ def decode(payload: np.ndarray, bits: np.ndarray, slots: int, after: np.ndarray 
         after = np.zeros(int(bits.sum()) + 1, np.int64)
     elif after.shape != (int(bits.sum()) + 1,) or after.max() >= len(bits) // 2:
         raise FileError("the tree of the packed weights has no such contexts; the ONNX file is damaged")
-    state, met = huffman.automaton(bits, huffman.DIGIT // slots, after)
+    state, met = huffman.build_automaton(bits, huffman.DIGIT // slots, after)
     rows, lanes = payload.shape
     entries = np.empty((lanes, rows, slots), np.uint8)
     met, state, here = met.astype(np.uint8), state * 256, np.zeros(lanes, np.int64)
@@ -64,7 +64,7 @@ def decode(payload: np.ndarray, bits: np.ndarray, slots: int, after: np.ndarray 
     return entries.reshape(-1)
 
 
-def place(entries: np.ndarray, advances: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+def place_levels(entries: np.ndarray, advances: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     """A tensor's entries and the tables of its group -> int8 levels [size] in coding order."""
     fits = advances.dtype == values.dtype == np.int8 and advances.ndim == 1 and advances.shape == values.shape
     if not fits or int(entries.max(initial=0)) >= len(advances) or advances.max(initial=0) > 0:

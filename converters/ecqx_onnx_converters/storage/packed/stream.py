@@ -12,7 +12,7 @@ from ecqx_onnx_converters.storage.packed import huffman
 from ecqx_onnx_converters.storage.packed.symbols import Alphabet
 
 
-class Form(Enum):
+class ContextModel(Enum):
     """The trees of a stream from left to right, each as the context that it is for and the bits that lead to it from the root.
 
     Reading goes on behind a word at the root (PLAIN); or by the sign of a number of each leaf, at inner node 2 where it is
@@ -30,12 +30,12 @@ class Part:
     """One tensor. order: the axes in which it is coded, outermost first; entries: how many of the stream are its own."""
 
     shape: tuple[int, ...]
-    order: tuple[int, ...]
+    permutation: tuple[int, ...]
     entries: int
 
     @property
-    def turned(self) -> bool:
-        return self.order != tuple(range(len(self.shape)))
+    def permuted(self) -> bool:
+        return self.permutation != tuple(range(len(self.shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +53,14 @@ class Packed:
     advances: np.ndarray
     values: np.ndarray
     slots: int
-    form: Form
+    context_model: ContextModel
     parts: tuple[Part, ...]
     compact: bool
 
     @property
-    def turns(self) -> np.ndarray | None:
+    def context_signs(self) -> np.ndarray | None:
         """By whose signs it is told where leaves lead."""
-        return {Form.PLAIN: None, Form.STEADY: self.advances, Form.SIGNS: self.values}[self.form]
+        return {ContextModel.PLAIN: None, ContextModel.STEADY: self.advances, ContextModel.SIGNS: self.values}[self.context_model]
 
     @property
     def rest(self) -> int:
@@ -73,16 +73,16 @@ class Packed:
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
-    """A tensor as a stream says it. said: see `contextual`."""
+class SymbolSequence:
+    """A tensor as a stream says it. encoded: see `contextual`."""
 
     shape: tuple[int, ...]
-    order: tuple[int, ...]
-    said: np.ndarray
+    permutation: tuple[int, ...]
+    encoded: np.ndarray
     top: int
 
 
-def top_of(tensors: Sequence[np.ndarray]) -> int:
+def find_top(tensors: Sequence[np.ndarray]) -> int:
     """The largest |level| of tensors in [-128, 127]."""
     return max(max(int(levels.max()), -int(levels.min())) for levels in tensors)
 
@@ -90,37 +90,39 @@ def top_of(tensors: Sequence[np.ndarray]) -> int:
 @dataclass(frozen=True, eq=False)
 class Coding:
     """How a stream is said. alphabet: of all contexts for SIGNS, of one otherwise. shortest: bits that each word has at least.
-    lengths: of each tree, see `huffman.word_lengths`. nbytes: of words and tables, ends of lanes aside."""
+    lengths: of each tree, see `huffman.compute_codeword_lengths`. nbytes: of words and tables, ends of lanes aside."""
 
-    form: Form
+    context_model: ContextModel
     alphabet: Alphabet
     shortest: int
     lengths: tuple[np.ndarray, ...]
     nbytes: int
 
     @classmethod
-    def of(cls, form: Form, alphabet: Alphabet, shortest: int) -> Coding:
-        counts = [alphabet.counts[kinds] for kinds in _kinds(form, alphabet)]
-        lengths = tuple(huffman.word_lengths(own, shortest, alone=form is Form.PLAIN) for own in counts)
-        words = sum(int((own * of[: len(own)]).sum()) for own, of in zip(counts, lengths, strict=True))
+    def of(cls, context_model: ContextModel, alphabet: Alphabet, shortest: int) -> Coding:
+        counts = [alphabet.counts[symbol_ids] for symbol_ids in list_symbol_ids(context_model, alphabet)]
+        lengths = tuple(
+            huffman.compute_codeword_lengths(own, shortest, alone=context_model is ContextModel.PLAIN) for own in counts
+        )
+        codewords = sum(int((own * of[: len(own)]).sum()) for own, of in zip(counts, lengths, strict=True))
         leaves = sum(map(len, lengths))
-        return cls(form, alphabet, shortest, lengths, (words + 2 * leaves - 2) // 8 + 2 * leaves + 4)
+        return cls(context_model, alphabet, shortest, lengths, (codewords + 2 * leaves - 2) // 8 + 2 * leaves + 4)
 
     @property
     def leaves(self) -> int:
         return sum(map(len, self.lengths))
 
     def code(self) -> huffman.Code:
-        parts = list(zip(_kinds(self.form, self.alphabet), self.lengths, strict=True))
-        return huffman.build(parts, [len(path) for _, path in self.form.value])
+        parts = list(zip(list_symbol_ids(self.context_model, self.alphabet), self.lengths, strict=True))
+        return huffman.build_code(parts, [len(path) for _, path in self.context_model.value])
 
 
-def _kinds(form: Form, alphabet: Alphabet) -> list[np.ndarray]:
+def list_symbol_ids(context_model: ContextModel, alphabet: Alphabet) -> list[np.ndarray]:
     """Of each tree."""
     ends = np.cumsum(alphabet.sizes)
     begins = ends - alphabet.sizes
-    return [np.arange(0 if of is None else begins[of], 0 if of is None else ends[of]) for of, _ in form.value]
+    return [np.arange(0 if of is None else begins[of], 0 if of is None else ends[of]) for of, _ in context_model.value]
 
 
-def slots_of(shortest: int) -> int:
+def count_slots(shortest: int) -> int:
     return huffman.DIGIT // shortest
