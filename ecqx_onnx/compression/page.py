@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ecqx_onnx.errors import FileError
 
 if TYPE_CHECKING:
-    from ecqx_onnx.compression.result import CompressResult
+    from collections.abc import Sequence
+
+    from ecqx_onnx.compression.search.bounds import Bounds
+    from ecqx_onnx.compression.search.points import Point
 
 WIDTH, HEIGHT, EDGE = 560, 260, 44
 STYLE = """
@@ -21,7 +24,28 @@ td:first-child, th:first-child { text-align: left; }
 """
 
 
-def as_html(result: CompressResult, *, whole: bool = True) -> str:
+class Shown(Protocol):
+    """What the page shows of a result."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def bounds(self) -> Bounds: ...
+    @property
+    def points(self) -> Sequence[Point]: ...
+    @property
+    def chosen(self) -> Point: ...
+    @property
+    def misses(self) -> Sequence[str]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def advice(self) -> str: ...
+    def _rows(self) -> list[tuple[str, str, str]]: ...
+    def _headline(self) -> str: ...
+
+
+def as_html(result: Shown, *, whole: bool = True) -> str:
     """The page; without `whole` only its body, for a notebook."""
     rows = "".join(_row(row) for row in result._rows())
     head = "<tr><th></th><th>float</th><th>compressed</th></tr>"
@@ -43,7 +67,7 @@ def as_html(result: CompressResult, *, whole: bool = True) -> str:
     )
 
 
-def write_page(result: CompressResult, path: Path) -> None:
+def write_page(result: Shown, path: Path) -> None:
     """FileError where it can't be written."""
     try:
         path.write_text(as_html(result), encoding="utf-8")
@@ -56,7 +80,7 @@ def _row(row: tuple[str, str, str]) -> str:
     return f"<tr>{cells}</tr>"
 
 
-def _point_row(result: CompressResult, index: int) -> str:
+def _point_row(result: Shown, index: int) -> str:
     point = result.points[index]
     agreement = point.quality.agreement
     share = "" if agreement is None else f"{100 * agreement.share:.2f} %"
@@ -64,7 +88,7 @@ def _point_row(result: CompressResult, index: int) -> str:
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in (*cells, share)) + "</tr>"
 
 
-def _chart(result: CompressResult) -> str:
+def _chart(result: Shown) -> str:
     """Bytes to the right, error upwards; the chosen point filled."""
     points = sorted(result.points, key=lambda point: point.nbytes)
     most = max(point.nbytes for point in points)
