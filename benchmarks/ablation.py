@@ -43,21 +43,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "ECQ": {"relevance": None},
     "gradient absolute": {"gradient": "absolute"},
-    "gradient signed": {"gradient": "absolute"},  # by kΔ with its sign: ascent where it is negative; see `changed`
-    **{f"band -{keep} +{prune}": {"keep": keep, "prune": prune} for keep, prune in ((0, 0), (0.1, 0), (0, 0.1), (0.2, 0.2))},
+    "gradient signed": {
+        "gradient": "absolute"
+    },  # by kΔ with its sign: ascent where it is negative; see `changed`
+    **{
+        f"band -{keep} +{prune}": {"keep": keep, "prune": prune}
+        for keep, prune in ((0, 0), (0.1, 0), (0, 0.1), (0.2, 0.2))
+    },
     **{f"refresh {k}": {"refresh_every": k} for k in (1, 2, 4, 16)},
     **{f"rho {rho}": {"rho": float(rho)} for rho in (1.5, 4)},
     **{f"start {start}": {"start": start} for start in ("probability", "ones")},
     **{f"memory {memory}": {"relevance_memory": memory} for memory in (0.0, 0.99)},
     **{f"relevance until {share}": {"relevance_until": share} for share in (0.4, 0.7)},
-    **{f"composite {name}": {"relevance": name} for name in ("epsilon_plus", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box")},
+    **{
+        f"composite {name}": {"relevance": name}
+        for name in ("epsilon_plus", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box")
+    },
     "relevance at the levels": {},  # taken on the quantised network, not on the background weights; see `changed`
     "relevance keeps only": {},  # relevances take no weight to zero that plain ECQ would not; see `changed`
     **{f"step {rule}": {"step": rule} for rule in ("percentile", "least_squares", "learned")},
     "step per channel": {"granularity": "channel"},
 }
 
-Point = dict[str, float]  # zeros, bits (per weight: entropy of the levels, and 32 for each step), accuracy in %
+Point = dict[
+    str, float
+]  # zeros, bits (per weight: entropy of the levels, and 32 for each step), accuracy in %
 
 
 @contextmanager
@@ -69,13 +79,22 @@ def changed(variant: str) -> Iterator[None]:
         return torch.where(value != 0, value, torch.ones_like(value)).to(weight.parameter.dtype)
 
     def keeps_only(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen) -> int:
-        zeros = find_critical_exponents(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen)
+        zeros = find_critical_exponents(
+            rows, R, step, levels, cost, zero_cost, rho, exponent, chosen
+        )
         # Plain ECQ takes zero at ρ R^β = 1 or above, β <= ln ρ / -ln R: a weight whose critical exponent lies beyond stays.
         exponent[exponent > math.log(rho) / -R.clamp(LEAST_RELEVANCE, 1 - 1e-6).log()] = torch.inf
         return zeros
 
     def levels_in(self: Relevances, background: Any) -> None:
-        share(self, {name: parameter for name, parameter in self.model.named_parameters() if name in background})
+        share(
+            self,
+            {
+                name: parameter
+                for name, parameter in self.model.named_parameters()
+                if name in background
+            },
+        )
 
     share = Relevances._share_values
     patches = {
@@ -87,9 +106,21 @@ def changed(variant: str) -> Iterator[None]:
         yield
 
 
-def run(variant: str, entropy_weight: float, seed: int, float_model: torch.nn.Module, dataset: Any, how: dict[str, Any]) -> Point:
+def run(
+    variant: str,
+    entropy_weight: float,
+    seed: int,
+    float_model: torch.nn.Module,
+    dataset: Any,
+    how: dict[str, Any],
+) -> Point:
     model = copy.deepcopy(float_model)
-    options = {"bits": how["bits"], "entropy_weight": entropy_weight, "epochs": how["epochs"], "batch_size": 128}
+    options = {
+        "bits": how["bits"],
+        "entropy_weight": entropy_weight,
+        "epochs": how["epochs"],
+        "batch_size": 128,
+    }
     options |= {**how.get("also", {}), **VARIANTS[variant]}
     with changed(variant):
         trained = train(model, dataset, validation=0.0, seed=seed, device="cpu", **options)
@@ -108,7 +139,16 @@ def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Modu
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
     else:
-        train_float(model, dataset.training, epochs=10, rate=2e-3, decay=1e-2, seed=seed, augment=None, bfloat16=False)
+        train_float(
+            model,
+            dataset.training,
+            epochs=10,
+            rate=2e-3,
+            decay=1e-2,
+            seed=seed,
+            augment=None,
+            bfloat16=False,
+        )
         torch.save(model.state_dict(), path)
     return model
 
@@ -118,16 +158,29 @@ def table(curves: dict[str, dict[int, list[Point]]], places: list[tuple[str, flo
 
     places: (axis, value on it). n: how many seeds' curves reach the place.
     """
-    headings = [f"{value:.0%} zeros" if axis == "zeros" else f"{value:g} bits per weight" for axis, value in places]
-    columns = [text for heading in headings for text in ("n", f"accuracy at {heading}, %", "against the default, points")]
+    headings = [
+        f"{value:.0%} zeros" if axis == "zeros" else f"{value:g} bits per weight"
+        for axis, value in places
+    ]
+    columns = [
+        text
+        for heading in headings
+        for text in ("n", f"accuracy at {heading}, %", "against the default, points")
+    ]
     lines = ["| variant | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for variant, by_seed in curves.items():
         cells = []
         for axis, value in places:
-            default = {seed: at(points, axis, value) for seed, points in curves.get("default", {}).items()}
+            default = {
+                seed: at(points, axis, value) for seed, points in curves.get("default", {}).items()
+            }
             found = {seed: at(points, axis, value) for seed, points in by_seed.items()}
             reached = {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
-            pairs = [accuracy - here for seed, accuracy in reached.items() if (here := default.get(seed)) is not None]
+            pairs = [
+                accuracy - here
+                for seed, accuracy in reached.items()
+                if (here := default.get(seed)) is not None
+            ]
             mean = interval(list(reached.values())) if reached else "no curve reaches it"
             shown = interval(pairs) if pairs and variant != "default" else ""
             beyond = len(pairs) > 1 and abs(sum(pairs) / len(pairs)) > half_width(pairs)
@@ -137,8 +190,12 @@ def table(curves: dict[str, dict[int, list[Point]]], places: list[tuple[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME"
+    )
     parser.add_argument("--model", default="lenet_300_100", choices=["lenet_300_100", "lenet5"])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=10)
@@ -146,14 +203,23 @@ def main() -> None:
     parser.add_argument("--entropy-weights", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
     parser.add_argument("--samples", type=int, default=50_000, help="of the 50 000 training images")
     parser.add_argument("--zeros", type=float, nargs="+", default=[0.91], help="compare there")
-    parser.add_argument("--at-bits", type=float, nargs="+", default=[0.52], help="and at so many bits per weight")
-    parser.add_argument("--also", type=json.loads, metavar="JSON", help='options of all variants, such as {"step": "learned"}')
+    parser.add_argument(
+        "--at-bits", type=float, nargs="+", default=[0.52], help="and at so many bits per weight"
+    )
+    parser.add_argument(
+        "--also",
+        type=json.loads,
+        metavar="JSON",
+        help='options of all variants, such as {"step": "learned"}',
+    )
     parser.add_argument("--only", choices=["print"], help="train nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RUNS.mkdir(exist_ok=True)
     log = RUNS / "ablation.jsonl"
-    how = {name: getattr(arguments, name) for name in ("model", "bits", "epochs", "samples")} | {"test": "validation"}
+    how = {name: getattr(arguments, name) for name in ("model", "bits", "epochs", "samples")} | {
+        "test": "validation"
+    }
     how |= {"also": arguments.also} if arguments.also else {}
     done = {}
     for line in log.read_text().splitlines() if log.exists() else ():
@@ -162,25 +228,55 @@ def main() -> None:
     if arguments.only is None:
         module = load_factory(f"{ROOT}/models/{how['model']}.py:{how['model']}")
         dataset = load_dataset(DATA, preprocessing=module.preprocessing)
-        dataset = dataset.__class__(dataset.name, dataset.training.take(how["samples"]), dataset.test, dataset.labels)
+        dataset = dataset.__class__(
+            dataset.name, dataset.training.take(how["samples"]), dataset.test, dataset.labels
+        )
     curves: dict[str, dict[int, list[Point]]] = {variant: {} for variant in arguments.variants}
-    for seed in range(arguments.seeds):  # seed by seed, so that a stopped benchmark has whole comparisons
+    for seed in range(
+        arguments.seeds
+    ):  # seed by seed, so that a stopped benchmark has whole comparisons
         for variant in arguments.variants:
             for entropy_weight in arguments.entropy_weights:
                 key = json.dumps([how, variant, entropy_weight, seed])
                 if key not in done and arguments.only is None:
-                    point = run(variant, entropy_weight, seed, float_network(how, dataset, seed), dataset, how)
+                    point = run(
+                        variant,
+                        entropy_weight,
+                        seed,
+                        float_network(how, dataset, seed),
+                        dataset,
+                        how,
+                    )
                     with log.open("a") as file:
                         file.write(json.dumps({"key": key, "point": point}) + "\n")
-                    print(variant, entropy_weight, f"seed {seed}:", {k: round(v, 4) for k, v in point.items()}, flush=True)
+                    print(
+                        variant,
+                        entropy_weight,
+                        f"seed {seed}:",
+                        {k: round(v, 4) for k, v in point.items()},
+                        flush=True,
+                    )
                     done[key] = point
                 if key in done:
                     curves[variant].setdefault(seed, []).append(done[key])
-    sizes = [point["accuracy"] for by_seed in curves.values() for points in by_seed.values() for point in points]
+    sizes = [
+        point["accuracy"]
+        for by_seed in curves.values()
+        for points in by_seed.values()
+        for point in points
+    ]
     print(
         f"\n{how['model']}, {how['bits']} bit, {how['epochs']} epochs, {how['samples']} samples, {len(sizes)} runs; mean ± 95 %\n"
     )
-    print(table(curves, [*(("zeros", value) for value in arguments.zeros), *(("bits", value) for value in arguments.at_bits)]))
+    print(
+        table(
+            curves,
+            [
+                *(("zeros", value) for value in arguments.zeros),
+                *(("bits", value) for value in arguments.at_bits),
+            ],
+        )
+    )
 
 
 if __name__ == "__main__":

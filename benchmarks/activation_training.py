@@ -21,18 +21,30 @@ from ecqx_onnx.checkpoint import load
 from ecqx_onnx.data import load_dataset
 
 ROOT = Path(__file__).parents[1]
-RECIPE = {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 0.002, "augment": "shift_audio"}
+RECIPE = {
+    "bits": 4,
+    "entropy_weight": 0.1,
+    "epochs": 8,
+    "learning_rate": 0.002,
+    "augment": "shift_audio",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("weights", type=Path, help="float weights of the keyword spotter")
     parser.add_argument("data", help="fsdd.npz")
-    parser.add_argument("folder", type=Path, help="where the checkpoints go: kws-float32-0.pt, kws-int8-0.pt ...")
+    parser.add_argument(
+        "folder", type=Path, help="where the checkpoints go: kws-float32-0.pt, kws-int8-0.pt ..."
+    )
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
-    print("| trained with | seed | weights only | int8, calibrated by min-max | by percentile | as trained | noise, dB |")
+    print(
+        "| trained with | seed | weights only | int8, calibrated by min-max | by percentile | as trained | noise, dB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for activations in ("float32", "int8"):
         for seed in range(arguments.seeds):
@@ -40,15 +52,25 @@ def main() -> None:
             if not path.exists():
                 factory = f"{ROOT}/models/kws_dscnn.py:kws_dscnn"
                 options = {**RECIPE, "activations": activations, "seed": seed}
-                api.quantize(factory, data=arguments.data, weights=arguments.weights, out=path, **options)
-            print(f"| {activations} activations | {seed} | " + " | ".join(measured(path, arguments.data)) + " |", flush=True)
+                api.quantize(
+                    factory, data=arguments.data, weights=arguments.weights, out=path, **options
+                )
+            print(
+                f"| {activations} activations | {seed} | "
+                + " | ".join(measured(path, arguments.data))
+                + " |",
+                flush=True,
+            )
 
 
 def measured(path: Path, data: str) -> list[str]:
     """Cells: right answers of each file, then each int8 file's noise."""
     checkpoint = load(path)
     dataset = load_dataset(data, preprocessing=checkpoint.preprocessing)
-    ways = [{"calibration": dataset, "calibration_method": method} for method in ("minmax", "percentile")]
+    ways = [
+        {"calibration": dataset, "calibration_method": method}
+        for method in ("minmax", "percentile")
+    ]
     ways += [{}] if checkpoint.ranges else []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "out.onnx"

@@ -24,7 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from ecqx_onnx.options.quantizer import Band
 from ecqx_onnx.quantization.levels.assignment import assign
-from ecqx_onnx.quantization.levels.entropy import compute_information, estimate_probabilities, find_largest_lambda
+from ecqx_onnx.quantization.levels.entropy import (
+    compute_information,
+    estimate_probabilities,
+    find_largest_lambda,
+)
 from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
 
 STRENGTH, BAND, RHO = 0.3, Band(0.02, 0.02), 2.0
@@ -36,7 +40,9 @@ def straightforward(weight, relevance, step, grid: Grid, *, trials: int = 50):
     distance = (flat[None] - (levels * step).to(weight.dtype)[:, None]).square()
     counts = torch.bincount(distance.argmin(0), minlength=len(levels))
     information = compute_information(estimate_probabilities(counts, grid))
-    scale = STRENGTH * find_largest_lambda(flat[None], step.double().reshape(1, 1), grid, information)
+    scale = STRENGTH * find_largest_lambda(
+        flat[None], step.double().reshape(1, 1), grid, information
+    )
     cost = distance + (scale * information).to(weight.dtype)[:, None]
     zero = -grid.lowest
     s = float((cost.argmin(0) == zero).float().mean())
@@ -65,13 +71,25 @@ def inputs(size: int, bits: int, tail: float = 3.0, channels: int | None = None)
     weight = torch.randn(size, generator=generator) * 0.05
     # Relevances are heavy-tailed: most weights matter little, few very much. Here they also grow with the weight, as r_w does.
     relevance = torch.randn(size, generator=generator).abs().pow(tail) * weight.abs()
-    grid, shape = choose_grid(weight, bits), (-1,) if channels is None else (channels, size // channels)
+    grid, shape = (
+        choose_grid(weight, bits),
+        (-1,) if channels is None else (channels, size // channels),
+    )
     weight, relevance = weight.reshape(shape), (relevance / relevance.amax()).reshape(shape)
     return weight, relevance, fit_step(weight, grid, axis=None if channels is None else 0), grid
 
 
 def ours(weight, relevance, step, grid: Grid):
-    return assign(weight, step, grid, axis=0 if step.ndim else None, strength=STRENGTH, relevance=relevance, band=BAND, rho=RHO)
+    return assign(
+        weight,
+        step,
+        grid,
+        axis=0 if step.ndim else None,
+        strength=STRENGTH,
+        relevance=relevance,
+        band=BAND,
+        rho=RHO,
+    )
 
 
 def least_seconds(functions, repeats: int) -> list[float]:
@@ -102,13 +120,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", type=int, default=2_400_000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="1: no thread waits for another on a busy machine")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="1: no thread waits for another on a busy machine"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     size, console = arguments.size, Console()
 
-    table = Table(title=f"{size:,} weights, 4 bit, {arguments.threads} thread(s); memory in units of the weights' size")
-    for heading in ("case", "straightforward, s", "trials", "memory", "ours, s", "memory", "ratio", "levels differ"):
+    table = Table(
+        title=f"{size:,} weights, 4 bit, {arguments.threads} thread(s); memory in units of the weights' size"
+    )
+    for heading in (
+        "case",
+        "straightforward, s",
+        "trials",
+        "memory",
+        "ours, s",
+        "memory",
+        "ratio",
+        "levels differ",
+    ):
         table.add_column(heading, justify="right")
     for name, tail in (("hardly", 1.0), ("some way", 4.0), ("far", 6.0)):
         case = inputs(size, 4, tail)
@@ -118,7 +149,14 @@ def main() -> None:
         memory = [peak_bytes(run) / (4 * size) for run in (run_straightforward, run_ours)]
         differing = float((found.levels != expected).float().mean())
         table.add_row(
-            *(name, f"{slow:.3f}", str(trials), f"{memory[0]:.1f}", f"{fast:.4f}", f"{memory[1]:.1f}"),
+            *(
+                name,
+                f"{slow:.3f}",
+                str(trials),
+                f"{memory[0]:.1f}",
+                f"{fast:.4f}",
+                f"{memory[1]:.1f}",
+            ),
             *(f"{slow / fast:.0f}x", f"{differing:.2%}"),
         )
     console.print(table)
@@ -130,7 +168,13 @@ def main() -> None:
         f"4 bit, 1/{k} of the size": inputs(size // k, 4) for k in (4, 16)
     }
     cases["4 bit, 1024 channels"] = inputs(size // 1024 * 1024, 4, channels=1024)
-    times = dict(zip(cases, least_seconds([partial(ours, *case) for case in cases.values()], arguments.repeats), strict=True))
+    times = dict(
+        zip(
+            cases,
+            least_seconds([partial(ours, *case) for case in cases.values()], arguments.repeats),
+            strict=True,
+        )
+    )
     for name, seconds in times.items():
         growth.add_row(name, f"{seconds:.4f}", f"{seconds / times['4 bit']:.2f}x")
     console.print(growth)

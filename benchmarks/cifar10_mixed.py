@@ -25,7 +25,9 @@ def lossless_test() -> dict[str, np.ndarray]:
 
 def lossless_thrice() -> dict[str, np.ndarray]:
     """As `lossless_test`, with each lossless training image three times: uint8 [74204, 32, 32, 3] for training."""
-    lossless = read_npz(DATA / "cifar10_lossless_part.npz", wanted=("x_train", "y_train", "x_test", "y_test"))
+    lossless = read_npz(
+        DATA / "cifar10_lossless_part.npz", wanted=("x_train", "y_train", "x_test", "y_test")
+    )
     twice = {name: np.concatenate([lossless[name]] * 2) for name in ("x_train", "y_train")}
     training = {name: np.concatenate([values, twice[name]]) for name, values in _training().items()}
     return training | {name: lossless[name] for name in ("x_test", "y_test")}
@@ -38,10 +40,14 @@ def jpeg_test() -> dict[str, np.ndarray]:
 
 def _training() -> dict[str, np.ndarray]:
     lossless = read_npz(DATA / "cifar10_lossless_part.npz", wanted=("x_train", "y_train"))
-    return {name: np.concatenate([values, lossless[name]]) for name, values in _jpeg("train").items()}
+    return {
+        name: np.concatenate([values, lossless[name]]) for name, values in _jpeg("train").items()
+    }
 
 
 def _jpeg(part: str) -> dict[str, np.ndarray]:
-    arrays = read_npz(DATA / "cifar10_jpeg.npz", wanted=(f"jpeg_{part}", f"offset_{part}", f"y_{part}"))
+    arrays = read_npz(
+        DATA / "cifar10_jpeg.npz", wanted=(f"jpeg_{part}", f"offset_{part}", f"y_{part}")
+    )
     images = Jpegs(f"jpeg_{part}", arrays[f"jpeg_{part}"], arrays[f"offset_{part}"])
     return {f"x_{part}": images.read(np.arange(len(images))), f"y_{part}": arrays[f"y_{part}"]}

@@ -43,7 +43,12 @@ class Network:
 
 
 NETWORKS = {
-    "lenet5": Network("LeNet-5", "MNIST, 10 000 test images", f"{ROOT}/models/lenet5_mnist_4bit.pt", "{data}/mnist.npz"),
+    "lenet5": Network(
+        "LeNet-5",
+        "MNIST, 10 000 test images",
+        f"{ROOT}/models/lenet5_mnist_4bit.pt",
+        "{data}/mnist.npz",
+    ),
     "resnet20": Network(
         "ResNet-20",
         "CIFAR-10, 1017 of the official test images; ternary by EC2T, for int8 the float network rounded to 5 bits",
@@ -52,7 +57,12 @@ NETWORKS = {
         f"{ROOT}/models/resnet20.py:resnet20",
         "{data}/checkpoints/resnet20_cifar10_fp32.pt",
     ),
-    "kws": Network("DS-CNN", "spoken digits (FSDD), 300 test clips", f"{ROOT}/models/kws_dscnn_fsdd_4bit.pt", "{data}/fsdd.npz"),
+    "kws": Network(
+        "DS-CNN",
+        "spoken digits (FSDD), 300 test clips",
+        f"{ROOT}/models/kws_dscnn_fsdd_4bit.pt",
+        "{data}/fsdd.npz",
+    ),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"storage": "dense"},
@@ -72,10 +82,21 @@ class Row:
 
     @property
     def accuracy(self) -> Proportion:
-        return Proportion(self.report["onnx_accuracy"]["hits"], self.report["onnx_accuracy"]["total"])
+        return Proportion(
+            self.report["onnx_accuracy"]["hits"], self.report["onnx_accuracy"]["total"]
+        )
 
 
-def measure(network: str, variant: str, devices: Sequence[str], data: Path, kept: Path, *, fresh: bool, again: bool) -> list[Row]:
+def measure(
+    network: str,
+    variant: str,
+    devices: Sequence[str],
+    data: Path,
+    kept: Path,
+    *,
+    fresh: bool,
+    again: bool,
+) -> list[Row]:
     """Converts, and runs on each device that has not been measured with this very file."""
     net, options = NETWORKS[network], dict(VARIANTS[variant])
     if "activations" in options:
@@ -90,7 +111,11 @@ def measure(network: str, variant: str, devices: Sequence[str], data: Path, kept
         place = kept / f"{network}-{variant}-{device}-{compute_sha256(out)[:16]}.json"
         before = json.loads(place.read_text()) if place.exists() and not fresh else None
         if before is None or again:
-            sides = {"against": checkpoint, "factory": net.factory, "data": net.data.format(data=data)}
+            sides = {
+                "against": checkpoint,
+                "factory": net.factory,
+                "data": net.data.format(data=data),
+            }
             table = api.validate_on([device], out, **sides, time_limit=TIME_LIMIT)
             for trouble in table.troubles:
                 raise SystemExit(trouble.sentence)
@@ -103,12 +128,27 @@ def measure(network: str, variant: str, devices: Sequence[str], data: Path, kept
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    heads = ("file", "bytes", "device", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "memory")
+    heads = (
+        "file",
+        "bytes",
+        "device",
+        "accuracy (95 %)",
+        "PyTorch's class",
+        "largest difference",
+        "load",
+        "latency",
+        "memory",
+    )
     lines = []
     for name, net in NETWORKS.items():
         mine = [row for row in rows if row.network == name]
         if mine:
-            lines += [f"## {net.title}: {net.what}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            lines += [
+                f"## {net.title}: {net.what}",
+                "",
+                f"| {' | '.join(heads)} |",
+                "|---" * len(heads) + "|",
+            ]
             lines += [f"| {' | '.join(_cells(row))} |" for row in mine]
             lines += ["", *_judged(mine), ""]
     return "\n".join(lines)
@@ -137,26 +177,44 @@ def _judged(rows: Sequence[Row]) -> list[str]:
     lines = []
     if exact:
         good = all(row.report["ok"] and row.report["agreement"]["share"] == 1.0 for row in exact)
-        lines.append(f"Weight-only files: {'every class is PyTorch’s on every device' if good else 'SOME CLASS DIFFERS'}.")
-    home = next((row.accuracy for row in rows if (row.variant, row.device) == ("int8", "local")), None)
+        lines.append(
+            f"Weight-only files: {'every class is PyTorch’s on every device' if good else 'SOME CLASS DIFFERS'}."
+        )
+    home = next(
+        (row.accuracy for row in rows if (row.variant, row.device) == ("int8", "local")), None
+    )
     for row in (row for row in rows if row.variant == "int8" and row.device != "local" and home):
         low, high = home.interval
         inside = "within" if low <= row.accuracy.share <= high else "OUTSIDE"
-        lines.append(f"int8 on {row.device}: {100 * row.accuracy.share:.2f} %, {inside} the interval of local's ({home}).")
+        lines.append(
+            f"int8 on {row.device}: {100 * row.accuracy.share:.2f} %, {inside} the interval of local's ({home})."
+        )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="the folder with mnist.npz, cifar10_lossless_part.npz, fsdd.npz, checkpoints/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="the folder with mnist.npz, cifar10_lossless_part.npz, fsdd.npz, checkpoints/",
+    )
     parser.add_argument("--network", action="append", choices=list(NETWORKS))
     parser.add_argument("--variant", action="append", choices=list(VARIANTS))
     parser.add_argument("--device", action="append", help="as for `ecqx-onnx validate`")
-    parser.add_argument("--kws", type=Path, help="a trained checkpoint of the keyword spotter; by default the one in models/")
+    parser.add_argument(
+        "--kws",
+        type=Path,
+        help="a trained checkpoint of the keyword spotter; by default the one in models/",
+    )
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "devices")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--out", type=Path, help="by default benchmarks/RESULTS-devices.md if nothing was left out")
+    parser.add_argument(
+        "--out", type=Path, help="by default benchmarks/RESULTS-devices.md if nothing was left out"
+    )
     arguments = parser.parse_args()
     arguments.kept.mkdir(parents=True, exist_ok=True)
     if arguments.kws:
@@ -188,7 +246,10 @@ measured how.
 
 def _runtimes(rows: Sequence[Row]) -> str:
     runtimes = {row.device: row.report["runtime"] for row in rows}
-    return "\n".join(f"- {device}: {runtime}" for device, runtime in runtimes.items()) + f"\n- host: {platform.machine()}"
+    return (
+        "\n".join(f"- {device}: {runtime}" for device, runtime in runtimes.items())
+        + f"\n- host: {platform.machine()}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,15 @@ def curve(float_model, dataset, relevance, seed) -> list[dict[str, float]]:
     for entropy_weight in ENTROPY_WEIGHTS:
         model = copy.deepcopy(float_model)
         options = {"bits": 4, "entropy_weight": entropy_weight, "relevance": relevance}
-        trained = train(model, dataset, epochs=demo.EPOCHS, batch_size=demo.BATCH, seed=seed, **options)
-        points.append({"zeros": trained.quantizer.zeros, "accuracy": 100 * api.accuracy(model, dataset.test).share})
+        trained = train(
+            model, dataset, epochs=demo.EPOCHS, batch_size=demo.BATCH, seed=seed, **options
+        )
+        points.append(
+            {
+                "zeros": trained.quantizer.zeros,
+                "accuracy": 100 * api.accuracy(model, dataset.test).share,
+            }
+        )
     return points
 
 
@@ -45,8 +52,13 @@ def main() -> None:
         torch.manual_seed(seed)
         model = demo_model.digits_cnn()
         demo.train_float(model, dataset, None, seed=seed)
-        curves = {name: curve(model, dataset, relevance, seed) for name, relevance in METHODS.items()}
-        shown = {name: [(round(p["zeros"], 3), round(p["accuracy"], 2)) for p in points] for name, points in curves.items()}
+        curves = {
+            name: curve(model, dataset, relevance, seed) for name, relevance in METHODS.items()
+        }
+        shown = {
+            name: [(round(p["zeros"], 3), round(p["accuracy"], 2)) for p in points]
+            for name, points in curves.items()
+        }
         print(seed, shown, file=sys.stderr)
         for zeros in ZEROS:
             found = {name: at(points, "zeros", zeros) for name, points in curves.items()}
@@ -61,7 +73,9 @@ def main() -> None:
             continue
         half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
         means = [statistics.mean(values[name, zeros]) for name in METHODS]
-        print(f"| {zeros:.0%} | {len(found)} | {means[0]:.2f} | {means[1]:.2f} | {statistics.mean(found):+.2f} ± {half:.2f} |")
+        print(
+            f"| {zeros:.0%} | {len(found)} | {means[0]:.2f} | {means[1]:.2f} | {statistics.mean(found):+.2f} ± {half:.2f} |"
+        )
 
 
 if __name__ == "__main__":

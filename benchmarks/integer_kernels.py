@@ -31,7 +31,13 @@ import onnx
 import onnxruntime
 import torch
 from ecqx_onnx_converters import FloatGraph
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from ecqx_onnx import api
@@ -46,7 +52,19 @@ from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 ROOT = Path(__file__).parents[1]
 SAMPLES = 512
 FLOAT_ROUNDING = -110.0  # decibels
-FLOAT_KERNELS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Mul", "Relu", "Clip", "DequantizeLinear", "MaxPool")
+FLOAT_KERNELS = (
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "Add",
+    "Mul",
+    "Relu",
+    "Clip",
+    "DequantizeLinear",
+    "MaxPool",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +78,39 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with mnist.npz, cifar10_jpeg.npz, fsdd.npz and checkpoints/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", type=Path, help="folder with mnist.npz, cifar10_jpeg.npz, fsdd.npz and checkpoints/"
+    )
     parser.add_argument("--only", default="", help="networks whose name contains this")
-    parser.add_argument("--kws", help="float weights of the keyword spotter; without them it has random ones")
-    parser.add_argument("--checkpoint", help="a checkpoint of ours that stands for the 4-bit network of --only")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per network and float model")
+    parser.add_argument(
+        "--kws", help="float weights of the keyword spotter; without them it has random ones"
+    )
+    parser.add_argument(
+        "--checkpoint", help="a checkpoint of ours that stands for the 4-bit network of --only"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="of timing, per network and float model"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    print(f"# Integer kernels: measured\n{__doc__}\nonnxruntime {onnxruntime.__version__}, {processor()}\n")
-    headings = ("network", "file", "bytes", "accuracy", "agreement with float", "noise, dB", "latency, ms", "x float")
+    print(
+        f"# Integer kernels: measured\n{__doc__}\nonnxruntime {onnxruntime.__version__}, {processor()}\n"
+    )
+    headings = (
+        "network",
+        "file",
+        "bytes",
+        "accuracy",
+        "agreement with float",
+        "noise, dB",
+        "latency, ms",
+        "x float",
+    )
     print("| " + " | ".join((*headings, "float operators executed")) + " |")
     print("|---" * (len(headings) + 1) + "|")
     for case in cases(arguments.data, arguments.only, arguments.kws):
@@ -82,7 +121,11 @@ def main() -> None:
 def processor() -> str:
     """Its name, and whether it multiplies 8-bit integers in one go."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        lines = dict(
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if ":" in line
+        )
     except OSError:
         return platform.processor()
     fields = {name.strip(): value.strip() for name, value in lines.items()}
@@ -93,9 +136,14 @@ def processor() -> str:
 def cases(data: Path, only: str, kws: str | None) -> Iterator[Case]:
     """Those asked for, one at a time."""
     makers: dict[str, Callable[[str], Case]] = {
-        "LeNet-5, MNIST": lambda name: trained(name, "lenet5", data / "mnist.npz", data / "checkpoints/lenet5_mnist_fp32.pt"),
+        "LeNet-5, MNIST": lambda name: trained(
+            name, "lenet5", data / "mnist.npz", data / "checkpoints/lenet5_mnist_fp32.pt"
+        ),
         "ResNet-20, CIFAR-10, JPEG": lambda name: trained(
-            name, "resnet20", data / "cifar10_jpeg.npz", data / "checkpoints/resnet20_cifar10_fp32.pt"
+            name,
+            "resnet20",
+            data / "cifar10_jpeg.npz",
+            data / "checkpoints/resnet20_cifar10_fp32.pt",
         ),
         "ResNet-20, four times as wide, random weights": lambda name: random(
             name, load_function(f"{ROOT}/models/resnet20.py:ResNet20")(width=64), (3, 32, 32)
@@ -103,7 +151,9 @@ def cases(data: Path, only: str, kws: str | None) -> Iterator[Case]:
         "keyword spotter, FSDD" if kws else "keyword spotter, random weights": lambda name: (
             trained(name, "kws_dscnn", data / "fsdd.npz", Path(kws))
             if kws
-            else random(name, load_factory(f"{ROOT}/models/kws_dscnn.py:kws_dscnn").model, (1, 49, 40))
+            else random(
+                name, load_factory(f"{ROOT}/models/kws_dscnn.py:kws_dscnn").model, (1, 49, 40)
+            )
         ),
         "MobileNetV2, random weights": lambda name: random(name, mobilenet(), (3, 224, 224)),
     }
@@ -115,7 +165,9 @@ def cases(data: Path, only: str, kws: str | None) -> Iterator[Case]:
 def trained(name: str, factory: str, data: Path, weights: Path) -> Case:
     loaded = load_factory(f"{ROOT}/models/{factory}.py:{factory}")
     apply_state(loaded.model, load_state(weights), weights)
-    return Case(name, loaded.model.eval(), load_dataset(str(data), preprocessing=loaded.preprocessing), True)
+    return Case(
+        name, loaded.model.eval(), load_dataset(str(data), preprocessing=loaded.preprocessing), True
+    )
 
 
 def random(name: str, model: torch.nn.Module, shape: tuple[int, ...]) -> Case:
@@ -126,7 +178,12 @@ def random(name: str, model: torch.nn.Module, shape: tuple[int, ...]) -> Case:
         for batch in torch.from_numpy(x).split(16):
             model.train()(batch)
     arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y}
-    return Case(name, model.eval(), Dataset.from_arrays("random", arrays, preprocessing=Preprocessing("array")), False)
+    return Case(
+        name,
+        model.eval(),
+        Dataset.from_arrays("random", arrays, preprocessing=Preprocessing("array")),
+        False,
+    )
 
 
 def mobilenet() -> torch.nn.Module:
@@ -142,7 +199,9 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
     x, _ = next(case.dataset.test.batches(2))
     example, preprocessing = torch.from_numpy(x), case.dataset.preprocessing
     if checkpoint is None:
-        ours = api.as_checkpoint(copy.deepcopy(case.model), bits=bits, example=example, preprocessing=preprocessing)
+        ours = api.as_checkpoint(
+            copy.deepcopy(case.model), bits=bits, example=example, preprocessing=preprocessing
+        )
     else:
         ours = api.as_checkpoint(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,13 +214,26 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
             whole = FloatGraph(ours.graph.proto, {**ours.graph.weights, **placed})
         onnx.save(whole.to_model(), files["float"])
         api.convert(ours, files["ours, weights only"])
-        options = {"activations": "int8", "calibration": calibration, "calibration_samples": SAMPLES}
+        options = {
+            "activations": "int8",
+            "calibration": calibration,
+            "calibration_samples": SAMPLES,
+        }
         report = api.convert(ours, files["ours, int8"], **options)
-        static(files["float"], files["quantize_static"], calibration.take(SAMPLES), CalibrationMethod.MinMax)
+        static(
+            files["float"],
+            files["quantize_static"],
+            calibration.take(SAMPLES),
+            CalibrationMethod.MinMax,
+        )
         if case.labeled:
-            api.convert(ours, files["ours, int8, percentile"], calibration_method="percentile", **options)
+            api.convert(
+                ours, files["ours, int8, percentile"], calibration_method="percentile", **options
+            )
             by = CalibrationMethod.Percentile
-            static(files["float"], files["quantize_static, percentile"], calibration.take(SAMPLES), by)
+            static(
+                files["float"], files["quantize_static, percentile"], calibration.take(SAMPLES), by
+            )
         times = latencies(list(files.values()), x[:1], seconds)
         scores = {name: class_scores(file, case.dataset.test) for name, file in files.items()}
         said = {name: found.argmax(1) for name, found in scores.items()}
@@ -171,23 +243,48 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
             same = f"{100 * float((said[name] == said['float']).mean()):.2f}"
             ran = count_executed_operators(file, (x[:1],))
             floats = (
-                ", ".join(f"{ran[kernel]} {kernel}" for kernel in FLOAT_KERNELS if ran[kernel]) if "float" not in name else ""
+                ", ".join(f"{ran[kernel]} {kernel}" for kernel in FLOAT_KERNELS if ran[kernel])
+                if "float" not in name
+                else ""
             )
             network = f"{case.name}, {bits} bit weights"
             moved = distance(scores[name], scores["float"])
             noise = f"{moved:.1f}" if moved > FLOAT_ROUNDING else "-"
-            cells = (f"{file.stat().st_size}", right, same, noise, f"{1e3 * took:.3f}", f"{took / times[0]:.2f}", floats or "-")
+            cells = (
+                f"{file.stat().st_size}",
+                right,
+                same,
+                noise,
+                f"{1e3 * took:.3f}",
+                f"{took / times[0]:.2f}",
+                floats or "-",
+            )
             print(f"| {network} | {name} | " + " | ".join(cells) + " |", flush=True)
         for way in ("", ", percentile") if case.labeled else ():
-            difference = 100 * (hits[f"ours, int8{way}"] - hits[f"quantize_static{way}"])  # sample by sample
+            difference = 100 * (
+                hits[f"ours, int8{way}"] - hits[f"quantize_static{way}"]
+            )  # sample by sample
             half = 1.96 * difference.std() / len(difference) ** 0.5
             cell = f"{difference.mean():+.2f} ± {half:.2f} points (95 %, paired)"
-            print(f"| {network} | ours, int8{way}, less quantize_static{way} | | {cell} | | | | | |", flush=True)
+            print(
+                f"| {network} | ours, int8{way}, less quantize_static{way} | | {cell} | | | | | |",
+                flush=True,
+            )
         for node in report.stays:
-            print(f"| {network} | ours stays float | {node.operator} {node.name}: {node.reason} | | | | | | |", flush=True)
+            print(
+                f"| {network} | ours stays float | {node.operator} {node.name}: {node.reason} | | | | | | |",
+                flush=True,
+            )
 
 
-NAMES = ("float", "ours, weights only", "ours, int8", "quantize_static", "ours, int8, percentile", "quantize_static, percentile")
+NAMES = (
+    "float",
+    "ours, weights only",
+    "ours, int8",
+    "quantize_static",
+    "ours, int8, percentile",
+    "quantize_static, percentile",
+)
 
 
 def static(source: Path, path: Path, split: Split, method: CalibrationMethod) -> None:
@@ -195,7 +292,11 @@ def static(source: Path, path: Path, split: Split, method: CalibrationMethod) ->
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            name = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()[0].name
+            name = (
+                onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+                .get_inputs()[0]
+                .name
+            )
             self.feeds = ({name: x} for x, _ in split.batches(64))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
@@ -205,7 +306,11 @@ def static(source: Path, path: Path, split: Split, method: CalibrationMethod) ->
     with contextlib.redirect_stdout(io.StringIO()):
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-        settings = {"quant_format": QuantFormat.QDQ, "per_channel": True, "calibrate_method": method}
+        settings = {
+            "quant_format": QuantFormat.QDQ,
+            "per_channel": True,
+            "calibrate_method": method,
+        }
         extra = {"CalibTensorRangeSymmetric": False}
         quantize_static(prepared, path, Reader(), extra_options=extra, **settings, **types)
 

@@ -42,7 +42,9 @@ def conv_net(weights: list[np.ndarray], *, packed: bool) -> onnx.ModelProto:
     initializers = [numpy_helper.from_array(np.float32(0.02), "step")]
     made, protos, x = [], [], "x"
     if packed:
-        stored = encode_all([(f"q{i}", w) for i, w in enumerate(weights)], find_target("onnxruntime"))
+        stored = encode_all(
+            [(f"q{i}", w) for i, w in enumerate(weights)], find_target("onnxruntime")
+        )
         made = [node for one in stored for node in one.nodes]
         initializers += [tensor for one in stored for tensor in one.initializers]
         protos = list(stored[0].functions)
@@ -51,11 +53,15 @@ def conv_net(weights: list[np.ndarray], *, packed: bool) -> onnx.ModelProto:
             made.append(helper.make_node("Cast", [f"q{i}"], [f"f{i}"], to=TensorProto.FLOAT))
             made.append(helper.make_node("Mul", [f"f{i}", "step"], [f"w{i}"]))
         else:
-            initializers.append(numpy_helper.from_array(w.astype(np.float32) * np.float32(0.02), f"w{i}"))
+            initializers.append(
+                numpy_helper.from_array(w.astype(np.float32) * np.float32(0.02), f"w{i}")
+            )
         made.append(helper.make_node("Conv", [x, f"w{i}"], [f"x{i}"], pads=[1, 1, 1, 1]))
         x = f"x{i}"
     image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, weights[0].shape[1], 4, 4])
-    graph = helper.make_graph(made, "g", [image], [helper.make_empty_tensor_value_info(x)], initializers)
+    graph = helper.make_graph(
+        made, "g", [image], [helper.make_empty_tensor_value_info(x)], initializers
+    )
     imports = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, functions=protos, opset_imports=imports, ir_version=8)
 
@@ -67,7 +73,10 @@ def measure(model: onnx.ModelProto, folder: Path, python: str) -> dict[str, floa
     path = folder / "m.onnx"
     path.write_bytes(model.SerializeToString())
     command = [python, "-c", LOAD, str(path)]
-    runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(RUNS)]
+    runs = [
+        json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        for _ in range(RUNS)
+    ]
     least = {key: min(run[key] for run in runs) for key in runs[0]}
     return {"file": path.stat().st_size / 1e6, "largest": max(run["peak"] for run in runs)} | least
 
@@ -79,16 +88,23 @@ def main() -> None:
     nets = {"20 layers": [levels((side, side, 3, 3), i) for i in range(20)]}
     side = int((million * 1e6 / 9) ** 0.5) // 16 * 16
     nets["one tensor"] = [levels((side, side, 3, 3), 0)]
-    print(f"{'':24s}{'MB':>8s}{'load s':>8s}{'cpu s':>8s}{'peak MB':>11s}{'x float':>12s}{'M weights/s':>13s}")
+    print(
+        f"{'':24s}{'MB':>8s}{'load s':>8s}{'cpu s':>8s}{'peak MB':>11s}{'x float':>12s}{'M weights/s':>13s}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, weights in nets.items():
             plain = measure(conv_net(weights, packed=False), Path(folder), python)
             tight = measure(conv_net(weights, packed=True), Path(folder), python)
             speed = sum(w.size for w in weights) / 1e6 / max(1e-9, tight["cpu"] - plain["cpu"])
             ratios = f"{tight['peak'] / plain['peak']:.2f}-{tight['largest'] / plain['peak']:.2f}"
-            for kind, row, last in (("float", plain, ""), ("packed", tight, f"{ratios:>12s}{speed:13.1f}")):
+            for kind, row, last in (
+                ("float", plain, ""),
+                ("packed", tight, f"{ratios:>12s}{speed:13.1f}"),
+            ):
                 peaks = f"{row['peak']:.0f}-{row['largest']:.0f}"
-                print(f"{name + ', ' + kind:24s}{row['file']:8.2f}{row['wall']:8.2f}{row['cpu']:8.2f}{peaks:>11s}{last}")
+                print(
+                    f"{name + ', ' + kind:24s}{row['file']:8.2f}{row['wall']:8.2f}{row['cpu']:8.2f}{peaks:>11s}{last}"
+                )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
     import torch
 
     state = torch.load(DATA / name, map_location="cpu", weights_only=True)
-    return {key: value.numpy() for key, value in state.get("state_dict", state).items() if value.ndim in (2, 4)}
+    return {
+        key: value.numpy()
+        for key, value in state.get("state_dict", state).items()
+        if value.ndim in (2, 4)
+    }
 
 
 def ec2t_ternary_resnet20() -> Tensors:
@@ -48,15 +52,25 @@ def ec2t_ternary_resnet20() -> Tensors:
 
 
 def resnet20_4bit() -> Tensors:
-    steps = {key: np.quantile(np.abs(w), 0.999) / 7 for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()}
-    return [np.clip(np.round(w / steps[key]), -7, 7).astype(np.int8) for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()]
+    steps = {
+        key: np.quantile(np.abs(w), 0.999) / 7
+        for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()
+    }
+    return [
+        np.clip(np.round(w / steps[key]), -7, 7).astype(np.int8)
+        for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()
+    ]
 
 
-def laplacian(shape: tuple[int, ...], zeros: float, generator: np.random.Generator, *, uneven: bool) -> np.ndarray:
+def laplacian(
+    shape: tuple[int, ...], zeros: float, generator: np.random.Generator, *, uneven: bool
+) -> np.ndarray:
     """4-bit levels of Laplacian weights whose spread varies over rows and columns if uneven."""
     w = generator.laplace(size=shape)
     if uneven:
-        w *= np.exp(0.3 * generator.normal(size=(shape[0], 1))) * np.exp(0.5 * generator.normal(size=(1, shape[1])))
+        w *= np.exp(0.3 * generator.normal(size=(shape[0], 1))) * np.exp(
+            0.5 * generator.normal(size=(1, shape[1]))
+        )
     return np.clip(np.round(w / (2 * np.quantile(np.abs(w), zeros))), -7, 7).astype(np.int8)
 
 
@@ -130,8 +144,12 @@ def whole_files(sources: dict[str, Any]) -> None:
             tensors = [stored.weight.tensor.levels for stored in read_weights(out)]
         coded, payload = nncodec_bytes(tensors), payload_bytes(tensors)
         floats = parts.get("float parameters", 0) + parts.get("steps and codebooks", 0)
-        files = f"{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):9.3f}"
-        print(f"{name[-40:]:40s}{files}{payload:9d}{payload / entropy_bytes(tensors):9.3f}{payload / coded:9.3f}")
+        files = (
+            f"{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):9.3f}"
+        )
+        print(
+            f"{name[-40:]:40s}{files}{payload:9d}{payload / entropy_bytes(tensors):9.3f}{payload / coded:9.3f}"
+        )
 
 
 def network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any, Any]:
@@ -158,9 +176,13 @@ def main() -> None:
     if sys.argv[1:] == ["whole"]:
         return whole_files(
             {
-                "EC2T ternary ResNet-20": network("resnet20.py:resnet20", None, "resnet20_cifar10_ec2t_ternary64.pt"),
+                "EC2T ternary ResNet-20": network(
+                    "resnet20.py:resnet20", None, "resnet20_cifar10_ec2t_ternary64.pt"
+                ),
                 "ResNet-20, 4 bit": network("resnet20.py:resnet20", resnet20_4bit()),
-                "LeNet-300-100, synthetic": network("lenet_300_100.py:lenet_300_100", lenet_300_100()),
+                "LeNet-300-100, synthetic": network(
+                    "lenet_300_100.py:lenet_300_100", lenet_300_100()
+                ),
                 **{name: (MODELS / file, None) for name, file in TRAINED.items()},
                 "VGG16, random": network("vgg16.py:vgg16", vgg16()),
             }
@@ -173,7 +195,11 @@ def main() -> None:
         "VGG16, random": vgg16,
     }
     heads = ["weights", "zeros", "entropy", "packed", "decoder", "NNCodec", "xz", "zip", "M/s"]
-    print(" " * 25 + "".join(f"{head:>9s}" for head in heads) + "   (bytes; right of entropy: shares of it; M/s: best of 3)")
+    print(
+        " " * 25
+        + "".join(f"{head:>9s}" for head in heads)
+        + "   (bytes; right of entropy: shares of it; M/s: best of 3)"
+    )
     for name, make in nets.items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:
             continue
@@ -189,17 +215,31 @@ def main() -> None:
             spent.append(time.process_time() - begin)
         speed = sum(levels.size for levels in tensors) / 1e6 / min(spent)
         for members, packed in streams:
-            if any(not np.array_equal(a, tensors[i]) for a, i in zip(unpack_stream(packed), members, strict=True)):
+            if any(
+                not np.array_equal(a, tensors[i])
+                for a, i in zip(unpack_stream(packed), members, strict=True)
+            ):
                 sys.exit(f"{name}: the levels did not come back")
         payload = sum(packed.nbytes for _, packed in streams)
-        stored = encode_all([(f"w{i}", levels) for i, levels in enumerate(tensors)], find_target("onnxruntime"))
-        parts = [*stored[0].functions, *(part for one in stored for part in (*one.initializers, *one.nodes))]
+        stored = encode_all(
+            [(f"w{i}", levels) for i, levels in enumerate(tensors)], find_target("onnxruntime")
+        )
+        parts = [
+            *stored[0].functions,
+            *(part for one in stored for part in (*one.initializers, *one.nodes)),
+        ]
         container = sum(part.ByteSize() for part in parts) - payload
         raw = b"".join(levels.tobytes() for levels in tensors)
         archive = BytesIO()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
             file.writestr("w", raw)
-        columns = [payload, container, nncodec_bytes(tensors), len(lzma.compress(raw, preset=9)), len(archive.getvalue())]
+        columns = [
+            payload,
+            container,
+            nncodec_bytes(tensors),
+            len(lzma.compress(raw, preset=9)),
+            len(archive.getvalue()),
+        ]
         weights, zeros = sum(t.size for t in tensors), sum(int((t == 0).sum()) for t in tensors)
         coded = "".join(f"{column / entropy:9.3f}" for column in columns[2:])
         head = f"{name:25s}{weights:9d}{zeros / weights:9.3f}{entropy:9.0f}"

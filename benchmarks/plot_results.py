@@ -33,16 +33,29 @@ def untrained(table: Results, axes: Any) -> None:
     """Curves of the float network's weights, rounded to levels and nothing else."""
     assert isinstance(table.start, str)  # asked before
     factory = str(ROOT / table.model)
-    test = load_dataset(table.data, preprocessing=load_model(table.start, factory=factory).preprocessing).test
+    test = load_dataset(
+        table.data, preprocessing=load_model(table.start, factory=factory).preprocessing
+    ).test
     with tempfile.TemporaryDirectory() as folder:
         for bits in (2, 3, 4, 5):
             points = []
             for gamma in ENTROPY_WEIGHTS:
-                made = api.as_checkpoint(table.start, factory=factory, bits=bits, entropy_weight=gamma)
+                made = api.as_checkpoint(
+                    table.start, factory=factory, bits=bits, entropy_weight=gamma
+                )
                 nbytes = api.convert(made, Path(folder) / f"{bits}-{gamma}.onnx").nbytes
                 points.append((nbytes / 1000, 100 * api.accuracy(made.module(), test).share))
-                print(f"{bits} bit, entropy weight {gamma}: {nbytes} bytes, {points[-1][1]:.2f} %", flush=True)
-            axes.plot(*zip(*points, strict=True), ".:", linewidth=1, color=f"{(bits - 1) / 5}", label=f"{bits} bit, no training")
+                print(
+                    f"{bits} bit, entropy weight {gamma}: {nbytes} bytes, {points[-1][1]:.2f} %",
+                    flush=True,
+                )
+            axes.plot(
+                *zip(*points, strict=True),
+                ".:",
+                linewidth=1,
+                color=f"{(bits - 1) / 5}",
+                label=f"{bits} bit, no training",
+            )
 
 
 def trained(name: str, table: Results, axes: Any) -> float:
@@ -50,29 +63,43 @@ def trained(name: str, table: Results, axes: Any) -> float:
     methods: dict[str, list[tuple[float, float, float]]] = {}
     floats = []
     for row in table.rows:
-        files = [file for seed in table.seeds if (file := RUNS / f"{name}-{row.name}-{seed}.json").exists()]
+        files = [
+            file
+            for seed in table.seeds
+            if (file := RUNS / f"{name}-{row.name}-{seed}.json").exists()
+        ]
         if not files:
             continue
         results = [json.loads(file.read_text()) for file in files]
         accuracies = [100 * result["accuracy"]["test"] for result in results]
         floats += [100 * result["float"]["test"] for result in results]
-        nbytes = sum(written(file.with_suffix(".pt"), floats="float32") for file in files) / len(files)
+        nbytes = sum(written(file.with_suffix(".pt"), floats="float32") for file in files) / len(
+            files
+        )
         point = (nbytes / 1000, sum(accuracies) / len(accuracies), half_width(accuracies))
-        print(f"{row.name}: {nbytes:.0f} bytes, {point[1]:.2f} ± {point[2]:.2f} %, {len(files)} seeds")
+        print(
+            f"{row.name}: {nbytes:.0f} bytes, {point[1]:.2f} ± {point[2]:.2f} %, {len(files)} seeds"
+        )
         methods.setdefault("-".join(row.name.split("-")[:2]), []).append(point)
     for method, points in methods.items():
         kilobytes, accuracy, spread = zip(*sorted(points), strict=True)
         label = method.replace("ecqx-", "ECQx ").replace("ecq-", "ECQ ").replace("bit", " bit")
-        axes.errorbar(kilobytes, accuracy, yerr=spread, fmt="s-", markersize=4, capsize=3, label=label)
+        axes.errorbar(
+            kilobytes, accuracy, yerr=spread, fmt="s-", markersize=4, capsize=3, label=label
+        )
     return sum(floats) / len(floats)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("picture", type=Path)
     parser.add_argument("--title", help="default: the model's and the data's file names")
-    parser.add_argument("--from", dest="lowest", type=float, help="lower end of the accuracies, in %%")
+    parser.add_argument(
+        "--from", dest="lowest", type=float, help="lower end of the accuracies, in %%"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = TABLES[arguments.table]
@@ -84,7 +111,8 @@ def main() -> None:
     axes.set(
         xlabel=".onnx file, kB",
         ylabel="accuracy on the test set, %",
-        title=arguments.title or f"{Path(table.model.split(':')[0]).stem}, {Path(table.data.split(':')[0]).stem}",
+        title=arguments.title
+        or f"{Path(table.model.split(':')[0]).stem}, {Path(table.data.split(':')[0]).stem}",
     )
     if arguments.lowest is not None:
         axes.set_ylim(arguments.lowest, 100 + (100 - arguments.lowest) / 20)

@@ -35,7 +35,17 @@ from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, DATA = ROOT / "runs", ROOT.parent / "shared" / "data"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+STUDENT = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,18 @@ class Results:
     compared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-TO_THE_END = {"relevance": "epsilon_plus_flat", "relevance_until": 1.0}  # what was the default when these rows were trained
+TO_THE_END = {
+    "relevance": "epsilon_plus_flat",
+    "relevance_until": 1.0,
+}  # what was the default when these rows were trained
 KWS_FLOAT = {"epochs": 25, "rate": 5e-3, "augment": "shift_audio"}
-KWS_4BIT = {"bits": 4, "entropy_weight": 0.1, "epochs": 8, "learning_rate": 2e-3, "augment": shift_audio}
+KWS_4BIT = {
+    "bits": 4,
+    "entropy_weight": 0.1,
+    "epochs": 8,
+    "learning_rate": 2e-3,
+    "augment": shift_audio,
+}
 KWS_ROWS = (
     Row("ecqx-4bit", {**KWS_4BIT, **TO_THE_END}),
     Row("ecq-4bit", {**KWS_4BIT, "relevance": None}),
@@ -78,18 +97,34 @@ KWS_ROWS = (
 ECQX_AT_EQUAL_ZEROS = {**TO_THE_END, "refresh_every": 16, "keep": 0.01, "prune": 0.01}
 LENET300 = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.4, "entropy_ramp": 0.5, "relevance": None},
-    **{"epochs": 40, "batch_size": 256, "learning_rate": 3e-3, "augment": partial(shift_images, most=1)},
+    **{
+        "epochs": 40,
+        "batch_size": 256,
+        "learning_rate": 3e-3,
+        "augment": partial(shift_images, most=1),
+    },
 }
 KWS_COMPARED = {"ecqx-4bit": ("ecq-4bit", "ecq-4bit-020")}
 LENET5 = {
-    **{"size_exponent": 0.4, "entropy_ramp": 0.5, "epochs": 8, "batch_size": 128, "learning_rate": 2e-3, "relevance": None},
+    **{
+        "size_exponent": 0.4,
+        "entropy_ramp": 0.5,
+        "epochs": 8,
+        "batch_size": 128,
+        "learning_rate": 2e-3,
+        "relevance": None,
+    },
     **{"step": "learned", "augment": partial(shift_images, most=1)},
 }
 
 BFLOAT16 = not emulates_bfloat16("cpu")  # the published rows were trained with it
 TERNARY = {
     **{"bits": 2, "step": "learned", "size_exponent": 0.5, "batch_size": 128, "distillation": 0.5},
-    **{"precision": "bfloat16" if BFLOAT16 else "float32", "relevance": None, "augment": crop_and_flip},
+    **{
+        "precision": "bfloat16" if BFLOAT16 else "float32",
+        "relevance": None,
+        "augment": crop_and_flip,
+    },
 }
 ENDS_4BIT = {"*": 2, "conv1.weight": 4, "linear.weight": 4}
 LAYER1_4BIT = {**ENDS_4BIT, "layer1.*": 4}
@@ -112,10 +147,20 @@ TABLES: dict[str, Results] = {
         f"{DATA}/mnist.npz",
         rows=tuple(
             named(LENET5, name)
-            for name in ("ecq-4bit-020", "ecq-4bit-030", "ecqx-4bit-030", "ecq-2bit-020", "ecq-2bit-030", "ecqx-2bit-030")
+            for name in (
+                "ecq-4bit-020",
+                "ecq-4bit-030",
+                "ecqx-4bit-030",
+                "ecq-2bit-020",
+                "ecq-2bit-030",
+                "ecqx-2bit-030",
+            )
         ),
         start=f"{DATA}/checkpoints/lenet5_mnist_fp32.pt",
-        compared={"ecqx-4bit-030": ("ecq-4bit-020", "ecq-4bit-030"), "ecqx-2bit-030": ("ecq-2bit-020", "ecq-2bit-030")},
+        compared={
+            "ecqx-4bit-030": ("ecq-4bit-020", "ecq-4bit-030"),
+            "ecqx-2bit-030": ("ecq-2bit-020", "ecq-2bit-030"),
+        },
     ),
     "lenet5-choice": Results(
         "models/lenet5.py:lenet5",
@@ -123,7 +168,14 @@ TABLES: dict[str, Results] = {
         rows=tuple(
             named({**LENET5, "epochs": 5}, name)
             for name in (
-                *("ecq-4bit-030", "ecq-2bit-030", "ecq-4bit-030-auto", "ecqx-4bit-030", "ecqx-2bit-030", "ecq-4bit-045"),
+                *(
+                    "ecq-4bit-030",
+                    "ecq-2bit-030",
+                    "ecq-4bit-030-auto",
+                    "ecqx-4bit-030",
+                    "ecqx-2bit-030",
+                    "ecq-4bit-045",
+                ),
                 *("ecq-2bit-045", "ecqx-4bit-030-auto"),
             )
         ),
@@ -136,13 +188,34 @@ TABLES: dict[str, Results] = {
         rows=(
             Row("ecq-2bit-055", {**LENET300, "entropy_weight": 0.55}),
             Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25}),
-            Row("ecqx-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25, **ECQX_AT_EQUAL_ZEROS}),
-            *(Row(f"ecq-4bit-0{γ}", {**LENET300, "bits": 4, "entropy_weight": γ / 100, "epochs": 8}) for γ in (15, 30)),
-            *(Row(f"ecq-4bit-0{γ}-long", {**LENET300, "bits": 4, "entropy_weight": γ / 100, "epochs": 20}) for γ in (34, 38, 41)),
+            Row(
+                "ecqx-2bit-070",
+                {**LENET300, "entropy_weight": 0.7, "epochs": 25, **ECQX_AT_EQUAL_ZEROS},
+            ),
+            *(
+                Row(
+                    f"ecq-4bit-0{γ}",
+                    {**LENET300, "bits": 4, "entropy_weight": γ / 100, "epochs": 8},
+                )
+                for γ in (15, 30)
+            ),
+            *(
+                Row(
+                    f"ecq-4bit-0{γ}-long",
+                    {**LENET300, "bits": 4, "entropy_weight": γ / 100, "epochs": 20},
+                )
+                for γ in (34, 38, 41)
+            ),
         ),
         start={"epochs": 15},
     ),
-    "kws": Results("models/kws_dscnn.py:kws_dscnn", f"{DATA}/fsdd.npz", KWS_ROWS, KWS_FLOAT, compared=KWS_COMPARED),
+    "kws": Results(
+        "models/kws_dscnn.py:kws_dscnn",
+        f"{DATA}/fsdd.npz",
+        KWS_ROWS,
+        KWS_FLOAT,
+        compared=KWS_COMPARED,
+    ),
     "kws-unseen": Results(
         "models/kws_dscnn.py:kws_dscnn",
         f"{ROOT}/benchmarks/fsdd_unseen_speaker.py:fsdd_unseen_speaker",
@@ -154,13 +227,38 @@ TABLES: dict[str, Results] = {
         "models/resnet20.py:resnet20",
         f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_test",
         rows=(
-            Row("ecq-ternary", {**TERNARY, "entropy_weight": 0.16, "entropy_ramp": 0.53, "epochs": 5}),
-            Row("ecq-ternary-small", {**TERNARY, "entropy_weight": 0.2, "entropy_ramp": 0.53, "epochs": 3}),
-            Row("ecq-ternary-long", {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 11}),
-            Row("ecq-ternary-longer", {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 24}),
-            Row("ecq-ends-4bit", {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.18, "entropy_ramp": 0.5, "epochs": 11}),
+            Row(
+                "ecq-ternary",
+                {**TERNARY, "entropy_weight": 0.16, "entropy_ramp": 0.53, "epochs": 5},
+            ),
+            Row(
+                "ecq-ternary-small",
+                {**TERNARY, "entropy_weight": 0.2, "entropy_ramp": 0.53, "epochs": 3},
+            ),
+            Row(
+                "ecq-ternary-long",
+                {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 11},
+            ),
+            Row(
+                "ecq-ternary-longer",
+                {**TERNARY, "entropy_weight": 0.19, "entropy_ramp": 0.5, "epochs": 24},
+            ),
+            Row(
+                "ecq-ends-4bit",
+                {
+                    **TERNARY,
+                    "bits": ENDS_4BIT,
+                    "entropy_weight": 0.18,
+                    "entropy_ramp": 0.5,
+                    "epochs": 11,
+                },
+            ),
             *(
-                Row(name, {**TERNARY_AFTER, "entropy_weight": weight, **relevance}, after="ecq-ternary-longer")
+                Row(
+                    name,
+                    {**TERNARY_AFTER, "entropy_weight": weight, **relevance},
+                    after="ecq-ternary-longer",
+                )
                 for name, weight, relevance in (
                     ("ecqx-after-025", 0.25, TO_THE_END),
                     ("ecqx-narrow-025", 0.25, {**TO_THE_END, "keep": 0.01, "prune": 0.01}),
@@ -189,7 +287,12 @@ TABLES: dict[str, Results] = {
             ),
         ),
         start={
-            **{"weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt", "epochs": 2, "rate": 1e-3, "bfloat16": BFLOAT16},
+            **{
+                "weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
+                "epochs": 2,
+                "rate": 1e-3,
+                "bfloat16": BFLOAT16,
+            },
             "augment": "crop_and_flip",
         },
         tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
@@ -202,7 +305,10 @@ TABLES: dict[str, Results] = {
         "models/resnet20.py:resnet20",
         f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_thrice",
         rows=(
-            Row("ecq-ends-4bit", {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.21, **FROM_PUBLIC}),
+            Row(
+                "ecq-ends-4bit",
+                {**TERNARY, "bits": ENDS_4BIT, "entropy_weight": 0.21, **FROM_PUBLIC},
+            ),
             *(
                 Row(name, {**TERNARY, "bits": LAYER1_4BIT, "entropy_weight": γ, **FROM_PUBLIC})
                 for name, γ in (("ecq-layer1-4bit", 0.21), ("ecq-layer1-4bit-030", 0.3))
@@ -214,9 +320,19 @@ TABLES: dict[str, Results] = {
     "resnet20-lossless": Results(
         "models/resnet20.py:resnet20",
         f"{ROOT}/benchmarks/cifar10_mixed.py:lossless_thrice",
-        rows=(Row("ecq-ternary-016", {**TERNARY, "entropy_weight": 0.16, "entropy_ramp": 0.5, "epochs": 12}),),
+        rows=(
+            Row(
+                "ecq-ternary-016",
+                {**TERNARY, "entropy_weight": 0.16, "entropy_ramp": 0.5, "epochs": 12},
+            ),
+        ),
         start={
-            **{"weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt", "epochs": 8, "rate": 1e-3, "bfloat16": BFLOAT16},
+            **{
+                "weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
+                "epochs": 8,
+                "rate": 1e-3,
+                "bfloat16": BFLOAT16,
+            },
             "augment": "crop_and_flip",
         },
         tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
@@ -234,10 +350,17 @@ def float_weights(name: str, table: Results, seed: int) -> Path:
         loaded = load_factory(str(ROOT / table.model))
         if "weights" in table.start:
             apply_state(loaded.model, load_state(table.start["weights"]), table.start["weights"])
-        options = {"rate": 2e-3, "decay": 1e-2, "augment": None, "bfloat16": False} | dict(table.start)
+        options = {"rate": 2e-3, "decay": 1e-2, "augment": None, "bfloat16": False} | dict(
+            table.start
+        )
         options.pop("weights", None)
         model = loaded.model.to(memory_format=torch.channels_last)
-        train_float(model, load_dataset(table.data, preprocessing=loaded.preprocessing).training, seed=seed, **options)
+        train_float(
+            model,
+            load_dataset(table.data, preprocessing=loaded.preprocessing).training,
+            seed=seed,
+            **options,
+        )
         torch.save(model.state_dict(), path)
     return path
 
@@ -246,7 +369,11 @@ def quantized_weights(name: str, row: str, seed: int) -> Path:
     """What another row ended with, as a state dict of floats."""
     checkpoint = ecqx_onnx.load(RUNS / f"{name}-{row}-{seed}.pt")
     path = RUNS / f"{name}-{row}-{seed}-weights.pt"
-    torch.save(dict(checkpoint.state) | {t.name: torch.from_numpy(t.dequantize()) for t in checkpoint.tensors}, path)
+    torch.save(
+        dict(checkpoint.state)
+        | {t.name: torch.from_numpy(t.dequantize()) for t in checkpoint.tensors},
+        path,
+    )
     return path
 
 
@@ -259,7 +386,9 @@ def run(name: str, table: Results, row: Row, seed: int) -> None:
     made = api.quantize(
         str(ROOT / table.model),
         data=row.data or table.data,
-        weights=quantized_weights(name, row.after, seed) if row.after else float_weights(name, table, seed),
+        weights=quantized_weights(name, row.after, seed)
+        if row.after
+        else float_weights(name, table, seed),
         out=checkpoint,
         seed=seed,
         force=True,
@@ -280,7 +409,10 @@ def run(name: str, table: Results, row: Row, seed: int) -> None:
         "accuracy": {test: after for test, (_, after) in accuracies.items()},
         "zeros": made.zeros,
         "bits_per_weight": made.bits_per_weight,
-        "layers": {t.name: {"zeros": t.zeros, "entropy_bytes": t.entropy * t.size / 8, "size": t.size} for t in made.tensors},
+        "layers": {
+            t.name: {"zeros": t.zeros, "entropy_bytes": t.entropy * t.size / 8, "size": t.size}
+            for t in made.tensors
+        },
         "entropy_bytes": entropy + 4 * floats,
         "float_bytes": 4 * (floats + sum(tensor.size for tensor in made.tensors)),
         "seconds": time.perf_counter() - start,
@@ -301,19 +433,25 @@ def _printer(title: str) -> Any:
     return show
 
 
-def _accuracies(name: str, table: Results, seed: int, checkpoint: Path, data: str) -> tuple[float, float]:
+def _accuracies(
+    name: str, table: Results, seed: int, checkpoint: Path, data: str
+) -> tuple[float, float]:
     """(float, quantised) on another test set."""
     loaded = load_factory(str(ROOT / table.model))
     weights = float_weights(name, table, seed)
     apply_state(loaded.model, load_state(weights), weights)
     split = load_dataset(data, preprocessing=loaded.preprocessing).test
-    return api.accuracy(loaded.model, split).share, api.accuracy(api.as_checkpoint(checkpoint).module(), split).share
+    return api.accuracy(loaded.model, split).share, api.accuracy(
+        api.as_checkpoint(checkpoint).module(), split
+    ).share
 
 
 def _float_parameters(table: Results, tensors: Any) -> int:
     names = {tensor.name for tensor in tensors}
     model = load_factory(str(ROOT / table.model)).model
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in names)
+    return sum(
+        parameter.numel() for name, parameter in model.named_parameters() if name not in names
+    )
 
 
 def written(path: Path, **options: Any) -> int:
@@ -329,7 +467,9 @@ def half_width(values: list[float]) -> float:
     mean, freedom = sum(values) / len(values), len(values) - 1
     if not freedom:
         return 0.0
-    return STUDENT[freedom] * math.sqrt(sum((value - mean) ** 2 for value in values) / freedom / len(values))
+    return STUDENT[freedom] * math.sqrt(
+        sum((value - mean) ** 2 for value in values) / freedom / len(values)
+    )
 
 
 def interval(values: list[float]) -> str:
@@ -338,7 +478,9 @@ def interval(values: list[float]) -> str:
     return f"{mean:.2f} ± {half_width(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
-def differences(name: str, table: Results, row: str, others: tuple[str, ...], axis: str, test: str) -> list[float]:
+def differences(
+    name: str, table: Results, row: str, others: tuple[str, ...], axis: str, test: str
+) -> list[float]:
     """Points of accuracy on `test` by which `row` lies above the others' curve where axis has its value, seed by seed."""
 
     def point(row: str, seed: int) -> dict[str, float]:
@@ -356,12 +498,27 @@ def differences(name: str, table: Results, row: str, others: tuple[str, ...], ax
 
 def show_compared(name: str, table: Results, console: Console) -> None:
     printed = Table(title="Paired differences in points of accuracy, mean ± 95 %")
-    for heading in ("recipe", "against", "test", "seeds", "at equal zeros", "seeds", "at equal entropy bytes"):
+    for heading in (
+        "recipe",
+        "against",
+        "test",
+        "seeds",
+        "at equal zeros",
+        "seeds",
+        "at equal entropy bytes",
+    ):
         printed.add_column(heading, justify="right")
     for row, others in table.compared.items():
         for test in ("test", *table.tests):
-            by_axis = (differences(name, table, row, others, axis, test) for axis in ("zeros", "entropy_bytes"))
-            columns = [text for found in by_axis for text in (str(len(found)), interval(found) if found else "outside the curve")]
+            by_axis = (
+                differences(name, table, row, others, axis, test)
+                for axis in ("zeros", "entropy_bytes")
+            )
+            columns = [
+                text
+                for found in by_axis
+                for text in (str(len(found)), interval(found) if found else "outside the curve")
+            ]
             printed.add_row(row, ", ".join(others), test, *columns)
     console.print(printed)
 
@@ -369,8 +526,23 @@ def show_compared(name: str, table: Results, console: Console) -> None:
 def show(name: str, table: Results, console: Console) -> None:
     tests = ("test", *table.tests)
     printed = Table(title=f"{name}: {table.model}, {table.data}")
-    columns = ("recipe", "seeds", "zeros, %", "entropy + float32 rest, bytes", "smaller", ".onnx, bytes", "smaller")
-    for heading in (*columns, "with float16", "smaller", *(f"{t}: float, %" for t in tests), *(f"{t}, %" for t in tests), "lost"):
+    columns = (
+        "recipe",
+        "seeds",
+        "zeros, %",
+        "entropy + float32 rest, bytes",
+        "smaller",
+        ".onnx, bytes",
+        "smaller",
+    )
+    for heading in (
+        *columns,
+        "with float16",
+        "smaller",
+        *(f"{t}: float, %" for t in tests),
+        *(f"{t}, %" for t in tests),
+        "lost",
+    ):
         printed.add_column(heading, justify="right")
     for row in table.rows:
         files = [RUNS / f"{name}-{row.name}-{seed}.json" for seed in table.seeds]
@@ -382,10 +554,22 @@ def show(name: str, table: Results, console: Console) -> None:
         def mean(key: str, results: list[dict[str, Any]] = results) -> float:
             return sum(result[key] for result in results) / len(results)
 
-        onnx, half = (sum(written(path, floats=floats) for path in made) / len(made) for floats in ("float32", "float16"))
+        onnx, half = (
+            sum(written(path, floats=floats) for path in made) / len(made)
+            for floats in ("float32", "float16")
+        )
         printed.add_row(
-            *(row.name, str(len(results)), interval([100 * r["zeros"] for r in results]), f"{mean('entropy_bytes'):.0f}"),
-            *(f"{mean('float_bytes') / mean('entropy_bytes'):.1f}x", f"{onnx:.0f}", f"{mean('float_bytes') / onnx:.1f}x"),
+            *(
+                row.name,
+                str(len(results)),
+                interval([100 * r["zeros"] for r in results]),
+                f"{mean('entropy_bytes'):.0f}",
+            ),
+            *(
+                f"{mean('float_bytes') / mean('entropy_bytes'):.1f}x",
+                f"{onnx:.0f}",
+                f"{mean('float_bytes') / onnx:.1f}x",
+            ),
             *(f"{half:.0f}", f"{mean('float_bytes') / half:.1f}x"),
             *(interval([100 * r["float"][test] for r in results]) for test in tests),
             *(interval([100 * r["accuracy"][test] for r in results]) for test in tests),
@@ -395,11 +579,18 @@ def show(name: str, table: Results, console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--only", help="a row's name, or `print`")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
-    parser.add_argument("--threads", type=int, default=1, help="of one training; with 1, several can run side by side")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of one training; with 1, several can run side by side",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     RUNS.mkdir(exist_ok=True)

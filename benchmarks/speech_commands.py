@@ -24,19 +24,27 @@ def arrange(source: Path, out: Path, *, seed: int = 0) -> dict[str, dict[str, in
     """How many clips each split and class has. ValueError with one sentence if `source` is no such data set."""
     listed = source / "testing_list.txt"
     if not listed.is_file() or not (source / NOISE).is_dir():
-        raise ValueError(f"{source} has no testing_list.txt or no {NOISE}/: name the folder where Speech Commands was unpacked")
+        raise ValueError(
+            f"{source} has no testing_list.txt or no {NOISE}/: name the folder where Speech Commands was unpacked"
+        )
     tested = set(listed.read_text().split())
     draw = random.Random(seed)
     counts: dict[str, dict[str, int]] = {}
     for split in ("train", "test"):
         clips = {
-            folder.name: [f for f in sorted(folder.glob("*.wav")) if (f"{folder.name}/{f.name}" in tested) == (split == "test")]
+            folder.name: [
+                f
+                for f in sorted(folder.glob("*.wav"))
+                if (f"{folder.name}/{f.name}" in tested) == (split == "test")
+            ]
             for folder in sorted(source.iterdir())
             if folder.is_dir() and folder.name != NOISE
         }
         chosen = {word: clips.pop(word, []) for word in WORDS}
         if not all(chosen.values()):
-            raise ValueError(f"{source} has no {split} clips of '{next(w for w in WORDS if not chosen[w])}': unpack it anew")
+            raise ValueError(
+                f"{source} has no {split} clips of '{next(w for w in WORDS if not chosen[w])}': unpack it anew"
+            )
         each = round(sum(map(len, chosen.values())) / len(WORDS))
         others = [clip for found in clips.values() for clip in found]
         chosen[UNKNOWN] = draw.sample(others, min(each, len(others)))
@@ -51,7 +59,9 @@ def arrange(source: Path, out: Path, *, seed: int = 0) -> dict[str, dict[str, in
     return counts
 
 
-def _write_silence(noise: Path, out: Path, count: int, draw: random.Random, *, training: bool) -> None:
+def _write_silence(
+    noise: Path, out: Path, count: int, draw: random.Random, *, training: bool
+) -> None:
     """`count` seconds, drawn from the front or the back part of the recordings."""
     out.mkdir(parents=True, exist_ok=True)
     recordings = [str(file) for file in sorted(noise.glob("*.wav"))]
@@ -72,7 +82,9 @@ def _write_silence(noise: Path, out: Path, count: int, draw: random.Random, *, t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

@@ -42,7 +42,9 @@ def train(
     model.train()
     for epoch in range(epochs):
         start, total = time.perf_counter(), 0.0
-        for x, y in split.batches(batch_size, shuffle=generator, augment=AUGMENTATIONS[augment] if augment else None):
+        for x, y in split.batches(
+            batch_size, shuffle=generator, augment=AUGMENTATIONS[augment] if augment else None
+        ):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                 loss = loss_function(model(torch.from_numpy(x)), torch.from_numpy(y))
             optimizer.zero_grad()
@@ -50,21 +52,31 @@ def train(
             optimizer.step()
             schedule.step()
             total += loss.item() * len(y)
-        print(f"epoch {epoch + 1}/{epochs}  loss {total / len(split):.4f}  {time.perf_counter() - start:.1f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{epochs}  loss {total / len(split):.4f}  {time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
 
 
 @torch.no_grad()
 def count_correct(model: torch.nn.Module, split: Split) -> int:
     model.eval()
-    return sum(int((model(torch.from_numpy(x)).argmax(1).numpy() == y).sum()) for x, y in split.batches(256))
+    return sum(
+        int((model(torch.from_numpy(x)).argmax(1).numpy() == y).sum())
+        for x, y in split.batches(256)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="FILE.py:FACTORY")
     parser.add_argument("data", help="a data set, as `ecqx-onnx quantize --data` takes it")
     parser.add_argument("--weights", help="a float state dict to go on from")
-    parser.add_argument("--bfloat16", action="store_true", help="autocast: half the time for convolutions")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="autocast: half the time for convolutions"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -94,7 +106,9 @@ def main() -> None:
     )
     correct, count = count_correct(model, data.test), len(data.test)
     torch.save(model.state_dict(), arguments.out)
-    print(f"{100 * correct / count:.2f} % ({correct} of {count}), {time.perf_counter() - start:.0f} s, saved {arguments.out}")
+    print(
+        f"{100 * correct / count:.2f} % ({correct} of {count}), {time.perf_counter() - start:.0f} s, saved {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ class Variant:
         if qat:
             for module in self.model.modules():
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    register_parametrization(module, "weight", StraightThrough(module.weight.detach()))
+                    register_parametrization(
+                        module, "weight", StraightThrough(module.weight.detach())
+                    )
         self.quantizer = Quantizer(self.model, bits=4, **options) if options else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.x, self.y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
@@ -73,7 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="1: no thread waits for another on a busy machine")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="1: no thread waits for another on a busy machine"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     variants = {

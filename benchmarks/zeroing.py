@@ -33,7 +33,9 @@ ROW, BATCHES, BATCH = "ecq-ternary-longer", 12, 128
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def scores(model: nn.Module, weights: dict[str, Tensor], batches: Batches, seed: int) -> dict[str, dict[str, Tensor]]:
+def scores(
+    model: nn.Module, weights: dict[str, Tensor], batches: Batches, seed: int
+) -> dict[str, dict[str, Tensor]]:
     """What decides -> a number for each weight; the lowest are zeroed."""
     relevances = Relevances(model, list(weights), composite="epsilon_plus_flat")
     R = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -42,16 +44,22 @@ def scores(model: nn.Module, weights: dict[str, Tensor], batches: Batches, seed:
     for x, y in batches:
         for name, found in relevances(x, y, weights).items():
             R[name] += found.abs()
-        found = torch.autograd.grad(F.cross_entropy(model(x), y), [parameters[name] for name in weights])
+        found = torch.autograd.grad(
+            F.cross_entropy(model(x), y), [parameters[name] for name in weights]
+        )
         for name, slope in zip(weights, found, strict=True):
             gradient[name] += slope
     generator = torch.Generator().manual_seed(seed)
     return {
         "none of them": {},
-        "any": {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()},
+        "any": {
+            name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()
+        },
         "lowest relevance": R,
         "highest relevance": {name: -found for name, found in R.items()},
-        "smallest gradient times weight": {name: (gradient[name] * weight).abs() for name, weight in weights.items()},
+        "smallest gradient times weight": {
+            name: (gradient[name] * weight).abs() for name, weight in weights.items()
+        },
     }
 
 
@@ -79,7 +87,11 @@ def with_new_statistics(model: nn.Module, batches: Batches) -> nn.Module:
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches) -> float:
     """In %."""
-    return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / sum(len(y) for _, y in batches)
+    return (
+        100
+        * sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+        / sum(len(y) for _, y in batches)
+    )
 
 
 def taken(split: Iterator[tuple[np.ndarray, np.ndarray]], count: int) -> Batches:
@@ -87,8 +99,12 @@ def taken(split: Iterator[tuple[np.ndarray, np.ndarray]], count: int) -> Batches
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=0.1, help="of each layer's weights that are not zero")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.1, help="of each layer's weights that are not zero"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=1000, help="of the test set")
     arguments = parser.parse_args()
@@ -98,18 +114,29 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in arguments.seeds:
         checkpoint = ecqx_onnx.load(ROOT / "runs" / f"resnet20-{ROW}-{seed}.pt")
-        weights = {tensor.name: torch.from_numpy(tensor.dequantize()) for tensor in checkpoint.tensors}
+        weights = {
+            tensor.name: torch.from_numpy(tensor.dequantize()) for tensor in checkpoint.tensors
+        }
         model = load_factory(MODEL).model
         model.load_state_dict({**checkpoint.state, **weights})
         model.eval()
-        seen = taken(dataset.training.batches(BATCH, shuffle=np.random.default_rng(seed), augment=crop_and_flip), BATCHES)
+        seen = taken(
+            dataset.training.batches(
+                BATCH, shuffle=np.random.default_rng(seed), augment=crop_and_flip
+            ),
+            BATCHES,
+        )
         parameters = dict(model.named_parameters())
         for name, score in scores(model, weights, seen, seed).items():
             for each, value in score.items():
                 parameters[each].data.copy_(zeroed(weights[each], value, arguments.share))
-            found.setdefault(name, []).append((accuracy(model, tested), accuracy(with_new_statistics(model, seen), tested)))
+            found.setdefault(name, []).append(
+                (accuracy(model, tested), accuracy(with_new_statistics(model, seen), tested))
+            )
             print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
-    print(f"{arguments.share:.0%} of the weights that are not zero; accuracy in %, {arguments.images} images, mean ± 95 %")
+    print(
+        f"{arguments.share:.0%} of the weights that are not zero; accuracy in %, {arguments.images} images, mean ± 95 %"
+    )
     for name, pairs in found.items():
         own, new = ([pair[i] for pair in pairs] for i in (0, 1))
         print(f"| {name} | {interval(own)} | {interval(new)} |")

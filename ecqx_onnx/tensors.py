@@ -30,7 +30,9 @@ class Scale:
         """The one dimension along which the step varies; None for one step per tensor. ModelError if it varies along several."""
         varying = [axis for axis, length in enumerate(self.step.shape) if length > 1]
         if len(varying) > 1:
-            raise ModelError(f"a step of shape {self.step.shape} varies along several axes and has no single quantisation axis")
+            raise ModelError(
+                f"a step of shape {self.step.shape} varies along several axes and has no single quantisation axis"
+            )
         return varying[0] if varying else None
 
     def transpose(self, permutation: Sequence[int]) -> Scale:
@@ -70,7 +72,11 @@ class QuantTensor:
         return self.levels.astype(np.float32) * self.meaning.step
 
     def transpose(self, permutation: Sequence[int]) -> QuantTensor:
-        return replace(self, levels=self.levels.transpose(permutation), meaning=self.meaning.transpose(permutation))
+        return replace(
+            self,
+            levels=self.levels.transpose(permutation),
+            meaning=self.meaning.transpose(permutation),
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -13,7 +13,11 @@ from ecqx_onnx.preprocessing import Preprocessing
 
 INPUT_SHAPE = (3, 224, 224)
 PREPROCESSING = Preprocessing(
-    "image", scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), image_shape=(224, 224, 3)
+    "image",
+    scale=255.0,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    image_shape=(224, 224, 3),
 )
 
 
@@ -29,7 +33,9 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         if stride == 2:
-            self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels)
+            )
         else:
             self.downsample = nn.Sequential()
 

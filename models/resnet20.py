@@ -14,7 +14,9 @@ from ecqx_onnx.preprocessing import Preprocessing
 INPUT_SHAPE = (3, 32, 32)
 # CIFAR-10's own mean and std. The public float checkpoint was trained with ImageNet's and is as accurate with either; EC2T's
 # ternary one was measured with these.
-PREPROCESSING = Preprocessing("image", scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+PREPROCESSING = Preprocessing(
+    "image", scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+)
 
 
 class Block(nn.Module):
@@ -23,7 +25,9 @@ class Block(nn.Module):
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
         self.grows = channels != channels_in
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=2 if self.grows else 1, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(
+            channels_in, channels, 3, stride=2 if self.grows else 1, padding=1, bias=False
+        )
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -44,7 +48,9 @@ class Block(nn.Module):
 
 
 def _stage(channels_in: int, channels: int) -> nn.Module:
-    return nn.Sequential(Block(channels_in, channels), Block(channels, channels), Block(channels, channels))
+    return nn.Sequential(
+        Block(channels_in, channels), Block(channels, channels), Block(channels, channels)
+    )
 
 
 class ResNet20(nn.Module):

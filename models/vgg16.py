@@ -12,8 +12,16 @@ from torch import nn
 from ecqx_onnx.preprocessing import Preprocessing
 
 INPUT_SHAPE = (3, 32, 32)
-PREPROCESSING = Preprocessing("image", scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, convolutions), each followed by pooling
+PREPROCESSING = Preprocessing(
+    "image", scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+)
+STAGES = (
+    (64, 2),
+    (128, 2),
+    (256, 3),
+    (512, 3),
+    (512, 3),
+)  # (channels, convolutions), each followed by pooling
 
 
 class VGG16(nn.Module):
@@ -25,7 +33,11 @@ class VGG16(nn.Module):
         channels_in = 3
         for channels, convolutions in STAGES:
             for _ in range(convolutions):
-                layers += [nn.Conv2d(channels_in, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels_in, channels, 3, padding=1),
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(),
+                ]
                 channels_in = channels
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from ecqx_onnx_converters import FloatGraph, Matching, StoredWeight, WriteReport, make_plan, match, read_weights, write
+from ecqx_onnx_converters import (
+    FloatGraph,
+    Matching,
+    StoredWeight,
+    WriteReport,
+    make_plan,
+    match,
+    read_weights,
+    write,
+)
 
 from ecqx_onnx.checkpoint.export import export
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
@@ -31,7 +40,12 @@ class Conversion:
 
 
 def quantize_model(
-    model: torch.nn.Module, *, bits: int = 4, per_channel: bool = False, codebook: bool = False, seed: int = 0
+    model: torch.nn.Module,
+    *,
+    bits: int = 4,
+    per_channel: bool = False,
+    codebook: bool = False,
+    seed: int = 0,
 ) -> tuple[QuantTensor, ...]:
     """Puts every weight of two or more dimensions on levels, in place. per_channel: along dimension 0."""
     tensors = []
@@ -43,7 +57,9 @@ def quantize_model(
         if codebook:
             values = np.array([0.0, 0.3, -0.17], np.float32)
             tensor = QuantTensor(
-                name, np.random.default_rng(seed).integers(-1, 2, weight.shape).astype(np.int8), Codebook(values)
+                name,
+                np.random.default_rng(seed).integers(-1, 2, weight.shape).astype(np.int8),
+                Codebook(values),
             )
         else:
             axes = tuple(range(1, weight.ndim)) if per_channel else None
@@ -61,7 +77,9 @@ def float_graph(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Float
     return export(model, tuple(inputs)).graph
 
 
-def convert(graph: FloatGraph, tensors: Sequence[QuantTensor], folder: Path, **options: Any) -> Conversion:
+def convert(
+    graph: FloatGraph, tensors: Sequence[QuantTensor], folder: Path, **options: Any
+) -> Conversion:
     matching = match(graph.weights, tensors)
     path = folder / "out.onnx"
     report = write(make_plan(graph, matching, **options), path, force=True)
@@ -77,7 +95,9 @@ def session(model: Path | bytes, level: int, **settings: str) -> onnxruntime.Inf
     for key, value in settings.items():
         setattr(options, key, value)
     return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        model if isinstance(model, bytes) else str(model),
+        options,
+        providers=["CPUExecutionProvider"],
     )
 
 
@@ -87,13 +107,17 @@ def run(model: Path | bytes, inputs: Sequence[torch.Tensor], level: int) -> np.n
     return loaded.run(None, dict(zip(names, [value.numpy() for value in inputs], strict=True)))[0]
 
 
-def assert_says_the_same(conversion: Conversion, model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+def assert_says_the_same(
+    conversion: Conversion, model: torch.nn.Module, inputs: Sequence[torch.Tensor]
+) -> None:
     """onnxruntime gives PyTorch's outputs up to FLOAT32_SUMS, optimised or not; every weight reads back as matched."""
     with torch.no_grad():
         expected = model(*inputs).numpy()
     for level in (0, 99):
         difference = np.abs(conversion.outputs(inputs, level) - expected).max()
-        assert difference <= FLOAT32_SUMS * max(1.0, np.abs(expected).max()), f"level {level}: {difference}"
+        assert difference <= FLOAT32_SUMS * max(1.0, np.abs(expected).max()), (
+            f"level {level}: {difference}"
+        )
     by_name = {stored.weight.name: stored for stored in conversion.stored}
     for weight in conversion.matching.found:
         stored = by_name[weight.name]

@@ -15,7 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.passes.activations import IntegerGraph, UInt8, quantize_activations, replace_pooling
+from ecqx_onnx_converters.passes.activations import (
+    IntegerGraph,
+    UInt8,
+    quantize_activations,
+    replace_pooling,
+)
 from ecqx_onnx_converters.passes.integer_nodes import find_integer_nodes
 
 from ecqx_onnx.runtime.calibration import calibrate_ranges
@@ -64,10 +69,14 @@ def convert_to_integers(
     matching = match(graph.weights, tensors)
     placed = {weight.name: weight.dequantize() for weight in matching.found}
     whole = FloatGraph(graph.proto, {**graph.weights, **placed})
-    ranges = calibrate_ranges(whole, find_integer_nodes(graph, matching.found).ranges, [x.numpy()], method=method)
+    ranges = calibrate_ranges(
+        whole, find_integer_nodes(graph, matching.found).ranges, [x.numpy()], method=method
+    )
     integer = quantize_activations(graph, matching.found, ranges)
     path = folder / "out.onnx"
     matching = replace(matching, found=integer.found)
     write(make_plan(integer.graph, matching, integer=integer.weights, **options), path, force=True)
     assert all(stored.crc_ok for stored in read_weights(path))
-    return IntegerConversion(path, integer, dict(ranges), count_executed_operators(path, (x.numpy(),)))
+    return IntegerConversion(
+        path, integer, dict(ranges), count_executed_operators(path, (x.numpy(),))
+    )

@@ -129,7 +129,8 @@ def kill_before(number, place):
         if event.partition(".")[0] not in ("open", "os", "shutil", "fcntl", "ctypes"):
             return
         about = event in ("fcntl.flock", "ctypes.call_function") or any(
-            isinstance(part, str | bytes | Path) and os.fsencode(place) in os.fsencode(part) for part in details
+            isinstance(part, str | bytes | Path) and os.fsencode(place) in os.fsencode(part)
+            for part in details
         )
         if about and next(calls, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -192,7 +193,9 @@ def is_output(name, out):
     return not name.startswith(".") and not name.endswith(".training")
 
 
-def try_moments(folder: Path, command: str, moments: str, seed: int, by: signal.Signals = signal.SIGKILL) -> dict[str, object]:
+def try_moments(
+    folder: Path, command: str, moments: str, seed: int, by: signal.Signals = signal.SIGKILL
+) -> dict[str, object]:
     """See the module's first lines."""
     import ecqx_onnx.packing
 

@@ -11,7 +11,12 @@ from ecqx_onnx.tensors import QuantTensor, Scale
 
 
 def quantized(
-    name: str, shape: tuple[int, ...], *, most: int = 7, step: float | np.ndarray = 0.125, seed: int = 0
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    most: int = 7,
+    step: float | np.ndarray = 0.125,
+    seed: int = 0,
 ) -> QuantTensor:
     levels = np.random.default_rng(seed).integers(-most, most + 1, shape).astype(np.int8)
     return QuantTensor(name, levels, Scale(np.asarray(step, np.float32)))
@@ -29,17 +34,28 @@ def model_of(
     graph = helper.make_graph(
         list(nodes),
         "graph",
-        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [
+            helper.make_tensor_value_info(name, kind, shape)
+            for name, (kind, shape) in inputs.items()
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, output_shape)],
         [numpy_helper.from_array(values, name) for name, values in weights.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
-def product(operator: str, weight: QuantTensor, *, opset: int = 18, **attributes: int) -> ModelProto:
+def product(
+    operator: str, weight: QuantTensor, *, opset: int = 18, **attributes: int
+) -> ModelProto:
     """y = operator(x, W), x: [batch, in]."""
     width = weight.shape[1] if attributes.get("transB") else weight.shape[0]
     outputs = weight.shape[0] if attributes.get("transB") else weight.shape[1]
     node = helper.make_node(operator, ["x", weight.name], ["y"], **attributes)
     weights = {weight.name: weight.dequantize()}
-    return model_of([node], weights, inputs={"x": (TensorProto.FLOAT, ["n", width])}, output_shape=["n", outputs], opset=opset)
+    return model_of(
+        [node],
+        weights,
+        inputs={"x": (TensorProto.FLOAT, ["n", width])},
+        output_shape=["n", outputs],
+        opset=opset,
+    )

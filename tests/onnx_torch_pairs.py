@@ -29,11 +29,15 @@ class Pair:
         return path
 
 
-def make_pair(*, decoding: str = "folded", metadata: str | None = None, batch: str | int = "batch") -> Pair:
+def make_pair(
+    *, decoding: str = "folded", metadata: str | None = None, batch: str | int = "batch"
+) -> Pair:
     """decoding: "folded" (a function of Cast and Mul), "standard" (DequantizeLinear), "float", or "matmul" (DQ before MatMul)."""
     generator = np.random.default_rng(SEED)
     torch.manual_seed(SEED)
-    reference = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)).eval()
+    reference = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5)
+    ).eval()
     tensors = []
     for name in ("0", "2"):
         weight = reference.get_parameter(f"{name}.weight")
@@ -46,7 +50,11 @@ def make_pair(*, decoding: str = "folded", metadata: str | None = None, batch: s
 
 
 def _model(
-    reference: torch.nn.Module, tensors: list[QuantTensor], decoding: str, metadata: str | None, batch: str | int
+    reference: torch.nn.Module,
+    tensors: list[QuantTensor],
+    decoding: str,
+    metadata: str | None,
+    batch: str | int,
 ) -> ModelProto:
     nodes, initializers = [], []
     value = "x"
@@ -61,16 +69,24 @@ def _model(
         else:
             assert isinstance(tensor.meaning, Scale)
             stored = [f"{tensor.name}.levels", f"{tensor.name}.step"]
-            initializers.append(helper.make_tensor(stored[0], TensorProto.INT8, levels.shape, levels.tobytes(), raw=True))
+            initializers.append(
+                helper.make_tensor(
+                    stored[0], TensorProto.INT8, levels.shape, levels.tobytes(), raw=True
+                )
+            )
             initializers.append(numpy_helper.from_array(np.array(tensor.meaning.step), stored[1]))
-            operator, domain = ("Decode", "test") if decoding == "folded" else ("DequantizeLinear", "")
+            operator, domain = (
+                ("Decode", "test") if decoding == "folded" else ("DequantizeLinear", "")
+            )
             nodes.append(helper.make_node(operator, stored, [tensor.name], domain=domain))
         output = "y" if index == len(tensors) - 1 else f"h{index}"
         if transposed:
             nodes.append(helper.make_node("MatMul", [value, tensor.name], [f"m{index}"]))
             nodes.append(helper.make_node("Add", [f"m{index}", f"{layer}.bias"], [output]))
         else:
-            nodes.append(helper.make_node("Gemm", [value, tensor.name, f"{layer}.bias"], [output], transB=1))
+            nodes.append(
+                helper.make_node("Gemm", [value, tensor.name, f"{layer}.bias"], [output], transB=1)
+            )
         if output != "y":
             nodes.append(helper.make_node("Relu", [output], [f"r{index}"]))
             value = f"r{index}"
@@ -78,7 +94,9 @@ def _model(
         helper.make_node("Cast", ["levels"], ["values"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["values", "step"], ["weight"]),
     ]
-    decode = helper.make_function("test", "Decode", ["levels", "step"], ["weight"], body, [helper.make_opsetid("", 21)])
+    decode = helper.make_function(
+        "test", "Decode", ["levels", "step"], ["weight"], body, [helper.make_opsetid("", 21)]
+    )
     graph = helper.make_graph(
         nodes,
         "net",

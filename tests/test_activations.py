@@ -122,14 +122,30 @@ def test_every_kind_of_operator_runs_on_integers_and_says_what_pytorch_says(name
         layer.reset_parameters()
     conversion = convert_to_integers(contract(model), x, tmp_path)
     assert {operator: conversion.executed[operator] for operator in wanted} == wanted
-    tail = {node.operator for node in conversion.integer.stays}  # after the last product, which has float sums
-    assert all(node.reason.startswith("it carries the last product's") for node in conversion.integer.stays)
-    floats = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Mul", "Relu", "ReduceMean"}
+    tail = {
+        node.operator for node in conversion.integer.stays
+    }  # after the last product, which has float sums
+    assert all(
+        node.reason.startswith("it carries the last product's") for node in conversion.integer.stays
+    )
+    floats = {
+        "Conv",
+        "FusedConv",
+        "Gemm",
+        "FusedGemm",
+        "MatMul",
+        "Add",
+        "Mul",
+        "Relu",
+        "ReduceMean",
+    }
     assert not (floats - tail) & set(conversion.executed)
     assert conversion.executed["DequantizeLinear"] <= 1  # of the network's output
     with torch.no_grad():
         expected = model(x).numpy()
-    assert np.abs(expected).max() > 4 * gain * conversion.tolerance, "the network says too little to tell"
+    assert np.abs(expected).max() > 4 * gain * conversion.tolerance, (
+        "the network says too little to tell"
+    )
     for level in (0, 99):
         assert np.abs(conversion.outputs(x, level) - expected).max() <= gain * conversion.tolerance
 
@@ -137,9 +153,14 @@ def test_every_kind_of_operator_runs_on_integers_and_says_what_pytorch_says(name
 def sums_saturate() -> bool:
     """Whether this processor's kernels add pairs of products in 16 bits, as x86 without VNNI does (docs/integer-kernels.md)."""
     node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
-    ends = [helper.make_tensor_value_info(name, kind, [1, 64 if name == "a" else 8]) for name, kind in (("a", 2), ("y", 6))]
+    ends = [
+        helper.make_tensor_value_info(name, kind, [1, 64 if name == "a" else 8])
+        for name, kind in (("a", 2), ("y", 6))
+    ]
     weights = numpy_helper.from_array(np.full((64, 8), 127, np.int8), "b")
-    model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], [weights]), ir_version=8)
+    model = helper.make_model(
+        helper.make_graph([node], "g", ends[:1], ends[1:], [weights]), ir_version=8
+    )
     (sums,) = run(open_session(model.SerializeToString()), (np.full((1, 64), 255, np.uint8),))
     return bool((sums != 64 * 255 * 127).any())
 
@@ -175,10 +196,18 @@ def test_what_stays_float_says_why(tmp_path):
 def test_a_codebook_stays_float_and_says_why(tmp_path):
     torch.manual_seed(4)
     model = contract(Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16), b=nn.Linear(16, 5)))
-    tensors = (*quantize_model(model.layers["a"], codebook=True), *quantize_model(model.layers["b"]))
-    tensors = tuple(type(t)(f"layers.{'ab'[i]}.weight", t.levels, t.meaning) for i, t in enumerate(tensors))
+    tensors = (
+        *quantize_model(model.layers["a"], codebook=True),
+        *quantize_model(model.layers["b"]),
+    )
+    tensors = tuple(
+        type(t)(f"layers.{'ab'[i]}.weight", t.levels, t.meaning) for i, t in enumerate(tensors)
+    )
     conversion = convert_to_integers(model, torch.randn(ROWS), tmp_path, tensors=tensors)
-    assert [(node.operator, "codebook" in node.reason) for node in conversion.integer.stays] == [("Gemm", True), ("Relu", False)]
+    assert [(node.operator, "codebook" in node.reason) for node in conversion.integer.stays] == [
+        ("Gemm", True),
+        ("Relu", False),
+    ]
 
 
 @pytest.mark.parametrize("codebook", [False, True])
@@ -201,7 +230,9 @@ def test_a_model_without_integer_weights_is_refused(tmp_path):
     torch.manual_seed(4)
     model = contract(Net(lambda x, a: a(x), a=nn.Linear(12, 16)))
     with pytest.raises(ModelError, match=r"no node of the model can run on integers .*codebook"):
-        convert_to_integers(model, torch.randn(ROWS), tmp_path, tensors=quantize_model(model, codebook=True))
+        convert_to_integers(
+            model, torch.randn(ROWS), tmp_path, tensors=quantize_model(model, codebook=True)
+        )
 
 
 def test_a_bias_beyond_int32_keeps_its_layer_float(tmp_path):
@@ -217,7 +248,9 @@ def test_a_bias_beyond_int32_keeps_its_layer_float(tmp_path):
 
 def test_a_channel_that_died_in_training_runs_on_integers_all_the_same(tmp_path):
     torch.manual_seed(6)
-    model = contract(Net(lambda x, a, n, b: b(F.relu(n(a(x)))), a=conv(), n=nn.BatchNorm2d(8), b=conv(8, 4)))
+    model = contract(
+        Net(lambda x, a, n, b: b(F.relu(n(a(x)))), a=conv(), n=nn.BatchNorm2d(8), b=conv(8, 4))
+    )
     with torch.no_grad():
         model.layers["n"].weight[3] = 1e-12
         model.layers["n"].bias[3] = 0.4
@@ -247,12 +280,23 @@ def test_a_value_that_is_always_zero_gets_a_scale():
     assert UInt8.of(0.0, 0.0) == UInt8(np.float32(1), 0)
 
 
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20), st.floats(-20, 0), st.floats(0.1, 20))
+@given(
+    st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20),
+    st.floats(-20, 0),
+    st.floats(0.1, 20),
+)
 def test_bytes_are_those_of_the_onnx_specification(values, low, high):
     format, x = UInt8.of(low, high), np.array(values, np.float32)
-    inputs = [numpy_helper.from_array(x, "x"), numpy_helper.from_array(np.array(format.scale, np.float32), "s")]
+    inputs = [
+        numpy_helper.from_array(x, "x"),
+        numpy_helper.from_array(np.array(format.scale, np.float32), "s"),
+    ]
     inputs.append(numpy_helper.from_array(np.array(format.zero_point, np.uint8), "z"))
     output = helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, None)
-    graph = helper.make_graph([helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])], "g", [], [output], inputs)
-    specified = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])).run(None, {})[0]
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])], "g", [], [output], inputs
+    )
+    specified = ReferenceEvaluator(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    ).run(None, {})[0]
     np.testing.assert_array_equal(format.quantize(x), specified)

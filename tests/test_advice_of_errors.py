@@ -45,12 +45,19 @@ def test_relevance_none_means_in_python_what_it_means_on_the_command_line():
 
 
 def test_validate_takes_the_input_shape_that_it_asks_for(tmp_path):
-    (tmp_path / "user.py").write_text("from torch import nn\n\ndef network():\n    return nn.Linear(3, 2)\n")
+    (tmp_path / "user.py").write_text(
+        "from torch import nn\n\ndef network():\n    return nn.Linear(3, 2)\n"
+    )
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "float.pt")
     files = [str(tmp_path / "float.pt"), "--model", f"{tmp_path / 'user.py'}:network"]
     shape = ["--input-shape", "3"]
     run = CliRunner().invoke
-    assert run(app, ["convert", files[0], str(tmp_path / "m.onnx"), *files[1:], "--bits", "6", *shape]).exit_code == 0
+    assert (
+        run(
+            app, ["convert", files[0], str(tmp_path / "m.onnx"), *files[1:], "--bits", "6", *shape]
+        ).exit_code
+        == 0
+    )
     asked = ["validate", str(tmp_path / "m.onnx"), "--against", *files]
     without = run(app, asked)
     assert without.exit_code == 2

@@ -50,7 +50,16 @@ def checks(*arguments, code=0):
 
 def test_on_random_inputs_every_check_passes(files):
     report, found = checks(files / "packed.onnx", "--against", files / "original.onnx")
-    names = ["format", "as written", "optimised", "operators", "contents", "weights", "parameters", "top-1"]
+    names = [
+        "format",
+        "as written",
+        "optimised",
+        "operators",
+        "contents",
+        "weights",
+        "parameters",
+        "top-1",
+    ]
     assert list(found) == names
     assert all(check["passed"] for check in found.values())
     assert "bit for bit, on 2 sets of random inputs" in found["as written"]["sentence"]
@@ -61,7 +70,9 @@ def test_on_random_inputs_every_check_passes(files):
 
 
 def test_on_data_classes_and_accuracy_are_compared(files):
-    report, found = checks(files / "packed.onnx", "--against", files / "original.onnx", "--data", files / "data.npz")
+    report, found = checks(
+        files / "packed.onnx", "--against", files / "original.onnx", "--data", files / "data.npz"
+    )
     assert f"on {SAMPLES} samples of the data" in found["as written"]["sentence"]
     assert report["agreement"] == report["agreement"] | {"hits": SAMPLES, "total": SAMPLES}
     assert report["onnx_accuracy"]["total"] == SAMPLES
@@ -81,7 +92,13 @@ def test_on_data_classes_and_accuracy_are_compared(files):
 
 
 def test_on_given_inputs(files):
-    report, found = checks(files / "packed.onnx", "--against", files / "original.onnx", "--inputs", files / "inputs.npz")
+    report, found = checks(
+        files / "packed.onnx",
+        "--against",
+        files / "original.onnx",
+        "--inputs",
+        files / "inputs.npz",
+    )
     assert report["samples"] == 7
     assert "1 set of given inputs" in found["as written"]["sentence"]
 
@@ -93,7 +110,14 @@ def test_another_weight_exits_1_and_says_which_check(files, tmp_path):
     values.flat[5] += 20
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     onnx.save(other, tmp_path / "other.onnx")
-    result = invoke(files / "packed.onnx", "--against", tmp_path / "other.onnx", "--data", files / "data.npz", code=1)
+    result = invoke(
+        files / "packed.onnx",
+        "--against",
+        tmp_path / "other.onnx",
+        "--data",
+        files / "data.npz",
+        code=1,
+    )
     assert "as written: all 1 outputs DIFFER" in result.stderr
     assert "with all optimisations they do NOT agree" in result.stderr
 
@@ -116,7 +140,9 @@ def test_outputs_of_another_shape_or_number_are_a_failure(files, tmp_path):
         other = onnx.load(files / "original.onnx")
         other.graph.node.extend(nodes)
         del other.graph.output[:]
-        other.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs)
+        other.graph.output.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs
+        )
         onnx.save(other, tmp_path / "other.onnx")
         _, found = checks(files / "packed.onnx", "--against", tmp_path / "other.onnx", code=1)
         assert "other shapes than the original's" in found["outputs"]["sentence"]
@@ -132,14 +158,20 @@ def test_an_input_that_the_original_has_not_is_a_failure(files, tmp_path):
     assert "takes an input 'x', which the original has not (pixels)" in found["inputs"]["sentence"]
 
 
-@pytest.mark.parametrize("name", ["QLinearConv", "MatMul", "quantised activations", "If", "floats of a codebook"])
+@pytest.mark.parametrize(
+    "name", ["QLinearConv", "MatMul", "quantised activations", "If", "floats of a codebook"]
+)
 def test_every_style_of_model_can_be_proven(name, tmp_path):
     onnx.save(CASES[name].model, tmp_path / "original.onnx")
     pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
-    report = validate_against_original(tmp_path / "packed.onnx", tmp_path / "original.onnx", latency_runs=2)
+    report = validate_against_original(
+        tmp_path / "packed.onnx", tmp_path / "original.onnx", latency_runs=2
+    )
     assert report.ok, report.failures
     operators = next(check for check in report.checks if check.name == "operators")
-    assert ("as in the original" in operators.sentence) == (name in ("QLinearConv", "quantised activations"))
+    assert ("as in the original" in operators.sentence) == (
+        name in ("QLinearConv", "quantised activations")
+    )
 
 
 def test_a_fixed_batch_is_filled_up_and_every_sample_counted(files, tmp_path):
@@ -147,8 +179,19 @@ def test_a_fixed_batch_is_filled_up_and_every_sample_counted(files, tmp_path):
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 32
     onnx.save(fixed, tmp_path / "original.onnx")
     pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
-    report, _ = checks(tmp_path / "packed.onnx", "--against", tmp_path / "original.onnx", "--data", files / "data.npz")
-    assert report["samples"] == report["agreement"]["total"] == report["onnx_accuracy"]["total"] == SAMPLES
+    report, _ = checks(
+        tmp_path / "packed.onnx",
+        "--against",
+        tmp_path / "original.onnx",
+        "--data",
+        files / "data.npz",
+    )
+    assert (
+        report["samples"]
+        == report["agreement"]["total"]
+        == report["onnx_accuracy"]["total"]
+        == SAMPLES
+    )
 
 
 def test_a_damaged_packed_file_fails_by_its_checksum(files, tmp_path):
@@ -166,18 +209,34 @@ def test_a_damaged_packed_file_fails_by_its_checksum(files, tmp_path):
     ("arguments", "words"),
     [
         (("--against", "{}/missing.onnx"), "missing.onnx"),
-        (("--against", "{}/original.onnx", "--model", "a.py:b"), "--model names the network of a state dict"),
+        (
+            ("--against", "{}/original.onnx", "--model", "a.py:b"),
+            "--model names the network of a state dict",
+        ),
         (("--against", "{}/original.onnx", "--device", "local"), "leave --device out"),
-        (("--against", "{}/original.onnx", "--inputs", "{}/inputs.npz", "--data", "{}/data.npz"), "give one of them"),
-        (("--against", "{}/original.onnx", "--inputs", "{}/data.npz"), "the model's input 'x' is not among those given"),
-        (("--against", "{}/data.npz", "--inputs", "{}/inputs.npz"), "--inputs are for a validation against an .onnx file"),
+        (
+            ("--against", "{}/original.onnx", "--inputs", "{}/inputs.npz", "--data", "{}/data.npz"),
+            "give one of them",
+        ),
+        (
+            ("--against", "{}/original.onnx", "--inputs", "{}/data.npz"),
+            "the model's input 'x' is not among those given",
+        ),
+        (
+            ("--against", "{}/data.npz", "--inputs", "{}/inputs.npz"),
+            "--inputs are for a validation against an .onnx file",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(files, arguments, words):
-    assert words in refused(files / "packed.onnx", *(argument.format(files) for argument in arguments))
+    assert words in refused(
+        files / "packed.onnx", *(argument.format(files) for argument in arguments)
+    )
 
 
 def test_a_torch_model_is_asked_for_where_one_is_needed(files, tmp_path):
-    result = CliRunner().invoke(app, ["convert", str(files / "original.onnx"), str(tmp_path / "out.onnx")])
+    result = CliRunner().invoke(
+        app, ["convert", str(files / "original.onnx"), str(tmp_path / "out.onnx")]
+    )
     assert result.exit_code == 2
     assert "is an .onnx file where a PyTorch model is needed; `ecqx-onnx pack`" in result.stderr

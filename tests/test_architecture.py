@@ -49,7 +49,11 @@ CONVERTERS = (
 
 
 def module_of(path):
-    parts = path.relative_to(ROOT / "converters" if "converters" in path.parts else ROOT).with_suffix("").parts
+    parts = (
+        path.relative_to(ROOT / "converters" if "converters" in path.parts else ROOT)
+        .with_suffix("")
+        .parts
+    )
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -58,7 +62,12 @@ def is_shipped(path):
     return "templates" in path.parts or "runners" in path.parts
 
 
-FILES = [path for name, base in BASES.items() for path in sorted((base / name).rglob("*.py")) if not is_shipped(path)]
+FILES = [
+    path
+    for name, base in BASES.items()
+    for path in sorted((base / name).rglob("*.py"))
+    if not is_shipped(path)
+]
 MODULES = {module_of(path): path for path in FILES}
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
 
@@ -75,7 +84,11 @@ def imported(module):
 
 
 def users(package):
-    return {module for module in MODULES if any(n == package or n.startswith(package + ".") for n in imported(module))}
+    return {
+        module
+        for module in MODULES
+        if any(n == package or n.startswith(package + ".") for n in imported(module))
+    }
 
 
 def room_of(module, package):
@@ -84,7 +97,10 @@ def room_of(module, package):
 
 
 def test_no_file_imports_another_in_a_circle():
-    edges = {module: {name for name in imported(module) if name in MODULES and name != module} for module in MODULES}
+    edges = {
+        module: {name for name in imported(module) if name in MODULES and name != module}
+        for module in MODULES
+    }
     state = {}
 
     def visit(module, way):
@@ -99,7 +115,9 @@ def test_no_file_imports_another_in_a_circle():
         visit(module, [])
 
 
-@pytest.mark.parametrize(("package", "rows"), [("ecqx_onnx", ROOMS), ("ecqx_onnx_converters", CONVERTERS)])
+@pytest.mark.parametrize(
+    ("package", "rows"), [("ecqx_onnx", ROOMS), ("ecqx_onnx_converters", CONVERTERS)]
+)
 def test_rooms_import_only_rooms_below_them(package, rows):
     height = {room: number for number, row in enumerate(rows) for room in row}
     for module in MODULES:
@@ -108,19 +126,27 @@ def test_rooms_import_only_rooms_below_them(package, rows):
         room = room_of(module, package)
         if room == "__init__":  # public names
             continue
-        assert room in height, f"{module} lies in a room that has no place in this test: give it one"
+        assert room in height, (
+            f"{module} lies in a room that has no place in this test: give it one"
+        )
         for name in imported(module):
             if name in MODULES and name.startswith(f"{package}."):
                 other = room_of(name, package)
-                assert other == room or height[other] < height[room], f"{module} imports {name}, which lies above it"
+                assert other == room or height[other] < height[room], (
+                    f"{module} imports {name}, which lies above it"
+                )
 
 
 def test_the_converters_know_tensors_and_errors_only():
     for module in (m for m in MODULES if m.startswith("ecqx_onnx_converters")):
         for name in imported(module):
             top = name.split(".")[0]
-            assert top not in ("torch", "onnxruntime", "zennit", "typer", "rich"), f"{module} imports {name}"
-            assert top != "ecqx_onnx" or name in ("ecqx_onnx.errors", "ecqx_onnx.tensors"), f"{module} imports {name}"
+            assert top not in ("torch", "onnxruntime", "zennit", "typer", "rich"), (
+                f"{module} imports {name}"
+            )
+            assert top != "ecqx_onnx" or name in ("ecqx_onnx.errors", "ecqx_onnx.tensors"), (
+                f"{module} imports {name}"
+            )
 
 
 def test_only_errors_tensors_and_faces_lie_at_the_top():
@@ -129,7 +155,9 @@ def test_only_errors_tensors_and_faces_lie_at_the_top():
 
 
 def test_api_is_a_face():
-    functions = [node.name for node in TREES["ecqx_onnx.api"].body if isinstance(node, ast.FunctionDef)]
+    functions = [
+        node.name for node in TREES["ecqx_onnx.api"].body if isinstance(node, ast.FunctionDef)
+    ]
     assert set(functions) <= {"__getattr__", "__dir__"}
 
 
@@ -139,7 +167,9 @@ def test_no_room_has_many_files_without_sub_rooms():
         folders[path.parent].append(path)
     for folder, files in folders.items():
         has_rooms = any(other.parent == folder for other in folders)
-        assert has_rooms or len(files) <= MOST_FILES, f"{folder.relative_to(ROOT)} has {len(files)} files"
+        assert has_rooms or len(files) <= MOST_FILES, (
+            f"{folder.relative_to(ROOT)} has {len(files)} files"
+        )
 
 
 def test_no_file_is_called_utils():
@@ -162,7 +192,11 @@ def test_onnxruntime_is_known_to_runtime_only():
 
 
 def test_torch_onnx_has_one_user():
-    found = [module for module, path in MODULES.items() if "torch.onnx.export(" in path.read_text(encoding="utf-8")]
+    found = [
+        module
+        for module, path in MODULES.items()
+        if "torch.onnx.export(" in path.read_text(encoding="utf-8")
+    ]
     assert found == ["ecqx_onnx.checkpoint.export"]
 
 
@@ -212,10 +246,15 @@ def quantized_file(tmp_path_factory):
         "one_layer",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 64])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 32])],
-        [numpy_helper.from_array(levels, "levels"), numpy_helper.from_array(np.float32(0.01), "step")],
+        [
+            numpy_helper.from_array(levels, "levels"),
+            numpy_helper.from_array(np.float32(0.01), "step"),
+        ],
     )
     path = tmp_path_factory.mktemp("foreign") / "foreign.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path
+    )
     return path
 
 

@@ -36,7 +36,9 @@ class Product:
 
 PRODUCTS = {
     "Conv": Product("Conv", (8, 4, 3, 3), ("n", 4, 6, 6), 8, {}),
-    "Conv1d with groups, a step per channel": Product("Conv", (8, 2, 3), ("n", 4, 6), 8, {"group": 2}, (8, 1, 1)),
+    "Conv1d with groups, a step per channel": Product(
+        "Conv", (8, 2, 3), ("n", 4, 6), 8, {"group": 2}, (8, 1, 1)
+    ),
     "ConvTranspose": Product("ConvTranspose", (4, 8, 3, 3), ("n", 4, 6, 6), 8, {}),
     "ConvTranspose with groups": Product("ConvTranspose", (4, 3, 3), ("n", 4, 6), 6, {"group": 2}),
     "Gemm": Product("Gemm", (8, 12), ("n", 12), 8, {"transB": 1}),
@@ -59,7 +61,9 @@ def network(
     channels = product.channels
     constants = {
         "w": tensor.dequantize(),
-        "gamma": generator.random(channels, dtype=np.float32) + np.float32(0.5) if gamma is None else gamma,
+        "gamma": generator.random(channels, dtype=np.float32) + np.float32(0.5)
+        if gamma is None
+        else gamma,
         "beta": generator.standard_normal(channels).astype(np.float32),
         "mean": generator.standard_normal(channels).astype(np.float32),
         "variance": generator.random(channels, dtype=np.float32) + np.float32(0.1),
@@ -70,7 +74,9 @@ def network(
         inputs.append("b")
     nodes = [
         helper.make_node(product.operator, inputs, ["h"], **product.attributes),
-        helper.make_node("BatchNormalization", ["h", "gamma", "beta", "mean", "variance"], ["y"], epsilon=1e-3),
+        helper.make_node(
+            "BatchNormalization", ["h", "gamma", "beta", "mean", "variance"], ["y"], epsilon=1e-3
+        ),
     ]
     graph = helper.make_graph(
         nodes,
@@ -79,7 +85,9 @@ def network(
         [helper.make_tensor_value_info("y", FLOAT, ["n", "c", "k", "l"][: len(product.x)])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tensor
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8
+    ), tensor
 
 
 def operators(model: ModelProto) -> list[str]:
@@ -87,7 +95,11 @@ def operators(model: ModelProto) -> list[str]:
 
 
 def assert_same(original: ModelProto, path, shape: Sequence[int | str]) -> None:
-    x = np.random.default_rng(3).standard_normal([5 if isinstance(n, str) else n for n in shape]).astype(np.float32)
+    x = (
+        np.random.default_rng(3)
+        .standard_normal([5 if isinstance(n, str) else n for n in shape])
+        .astype(np.float32)
+    )
     for level in (0, 99):
         expected = session(original.SerializeToString(), level).run(None, {"x": x})[0]
         found = session(path, level).run(None, {"x": x})[0]
@@ -96,7 +108,8 @@ def assert_same(original: ModelProto, path, shape: Sequence[int | str]) -> None:
 
 @pytest.mark.parametrize("codebook", [False, True])
 @pytest.mark.parametrize(
-    ("name", "bias"), [*((name, False) for name in PRODUCTS), *((n, True) for n in PRODUCTS if n != "MatMul")]
+    ("name", "bias"),
+    [*((name, False) for name in PRODUCTS), *((n, True) for n in PRODUCTS if n != "MatMul")],
 )
 def test_the_factor_goes_into_the_scales_and_the_integers_stay(name, bias, codebook, tmp_path):
     product = PRODUCTS[name]
@@ -193,17 +206,31 @@ def test_a_product_of_three_dimensions_keeps_its_batchnorm():
 def test_the_rest_of_a_model_survives_the_edit():
     """Subgraphs, sub-byte tensors, functions, metadata and imports are what they were."""
     model, tensor = network(PRODUCTS["Conv"], bias=True)
-    model.graph.initializer.append(TensorProto(name="q", data_type=TensorProto.INT4, dims=[3], raw_data=b"\x21\x03"))
+    model.graph.initializer.append(
+        TensorProto(name="q", data_type=TensorProto.INT4, dims=[3], raw_data=b"\x21\x03")
+    )
     branch = helper.make_graph(
-        [helper.make_node("Cast", ["q"], ["c"], to=TensorProto.INT32)], "b", [], [helper.make_tensor_value_info("c", 6, [3])]
+        [helper.make_node("Cast", ["q"], ["c"], to=TensorProto.INT32)],
+        "b",
+        [],
+        [helper.make_tensor_value_info("c", 6, [3])],
     )
     condition = numpy_helper.from_array(np.array(True), "condition")
     model.graph.initializer.append(condition)
-    model.graph.node.append(helper.make_node("If", ["condition"], ["z"], then_branch=branch, else_branch=branch))
+    model.graph.node.append(
+        helper.make_node("If", ["condition"], ["z"], then_branch=branch, else_branch=branch)
+    )
     model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.INT32, [3]))
     model.metadata_props.add(key="author", value="somebody")
     model.functions.append(
-        helper.make_function("mine", "F", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], [helper.make_opsetid("", 21)])
+        helper.make_function(
+            "mine",
+            "F",
+            ["a"],
+            ["b"],
+            [helper.make_node("Relu", ["a"], ["b"])],
+            [helper.make_opsetid("", 21)],
+        )
     )
     model.opset_import[0].version = 21
     model.opset_import.append(helper.make_opsetid("mine", 1))

@@ -162,7 +162,9 @@ def gray_folder(root, levels):
 @pytest.mark.parametrize("levels", [{"gray": 127, "light": 255}, {"dark": 0, "light": 255}])
 def test_validate_judges_a_folder_that_lacks_a_class_by_name(brightness, tmp_path, levels):
     data = gray_folder(tmp_path / "test", levels)
-    report = ecqx_onnx.validate(brightness / "model.onnx", against=brightness / "model.pt", data=data, latency_runs=0)
+    report = ecqx_onnx.validate(
+        brightness / "model.onnx", against=brightness / "model.pt", data=data, latency_runs=0
+    )
     assert report.ok, report.failures
     assert report.onnx_accuracy.share == 1
 
@@ -178,6 +180,8 @@ def test_deploy_writes_golden_labels_of_the_right_class(brightness, tmp_path):
 def test_validate_tells_what_it_left_out(brightness, tmp_path):
     data = gray_folder(tmp_path / "test", {"gray": 127, "light": 255})
     (tmp_path / "test" / "__MACOSX").mkdir()
-    report = ecqx_onnx.validate(brightness / "model.onnx", against=brightness / "model.pt", data=data, latency_runs=0)
+    report = ecqx_onnx.validate(
+        brightness / "model.onnx", against=brightness / "model.pt", data=data, latency_runs=0
+    )
     assert any("__MACOSX" in note for note in report.notes)
     assert any("__MACOSX" in note for note in report.to_json()["notes"])

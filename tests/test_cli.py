@@ -20,7 +20,12 @@ COMMANDS = ("quantize", "convert", "validate", "inspect", "demo")
 
 def run(*arguments, code=0):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.stderr, result.exception)
+    assert result.exit_code == code, (
+        result.exit_code,
+        result.output,
+        result.stderr,
+        result.exception,
+    )
     return result
 
 
@@ -53,8 +58,14 @@ def test_the_three_commands_give_a_file_that_says_the_same(checkpoint, tmp_path)
     out = tmp_path / "out.onnx"
     written = json.loads(run("convert", path, out, "--json").stdout)
     assert written["bytes"] == out.stat().st_size
-    assert {row["storage"].split()[0].strip(",") for row in written["tensors"]} <= {"dense", "sparse", "packed"}
-    report = json.loads(run("validate", out, "--against", path, "--data", "sklearn:digits", "--json").stdout)
+    assert {row["storage"].split()[0].strip(",") for row in written["tensors"]} <= {
+        "dense",
+        "sparse",
+        "packed",
+    }
+    report = json.loads(
+        run("validate", out, "--against", path, "--data", "sklearn:digits", "--json").stdout
+    )
     assert report["ok"]
     assert report["agreement"]["share"] == 1.0
     assert report["onnx_accuracy"]["hits"] == trained["accuracy"]["hits"]
@@ -62,12 +73,28 @@ def test_the_three_commands_give_a_file_that_says_the_same(checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "options", [["--storage", "sparse"], ["--dequantize", "standard"], ["--target", "qdq"], ["--target", "onnxruntime-1.17"]]
+    "options",
+    [
+        ["--storage", "sparse"],
+        ["--dequantize", "standard"],
+        ["--target", "qdq"],
+        ["--target", "onnxruntime-1.17"],
+    ],
 )
 def test_every_form_of_the_file_says_the_same(checkpoint, tmp_path, options):
     out = tmp_path / "out.onnx"
     run("convert", checkpoint[0], out, *options, "--quiet")
-    run("validate", out, "--against", checkpoint[0], "--data", "sklearn:digits", "--samples", 50, "--quiet")
+    run(
+        "validate",
+        out,
+        "--against",
+        checkpoint[0],
+        "--data",
+        "sklearn:digits",
+        "--samples",
+        50,
+        "--quiet",
+    )
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
@@ -78,16 +105,45 @@ def test_the_same_checkpoint_gives_the_same_bytes(checkpoint, tmp_path):
 
 def test_training_again_with_the_same_seed_gives_the_same_levels(checkpoint, tmp_path):
     again = tmp_path / "again.pt"
-    run("quantize", MODEL, "--data", "sklearn:digits", "--bits", 3, "--entropy-weight", 0.3, "--epochs", 2, "--out", again, "-q")
-    first, second = (torch.load(path, weights_only=True)["tensors"] for path in (checkpoint[0], again))
+    run(
+        "quantize",
+        MODEL,
+        "--data",
+        "sklearn:digits",
+        "--bits",
+        3,
+        "--entropy-weight",
+        0.3,
+        "--epochs",
+        2,
+        "--out",
+        again,
+        "-q",
+    )
+    first, second = (
+        torch.load(path, weights_only=True)["tensors"] for path in (checkpoint[0], again)
+    )
     assert all(
-        torch.equal(a["levels"], b["levels"]) and torch.equal(a["step"], b["step"]) for a, b in zip(first, second, strict=True)
+        torch.equal(a["levels"], b["levels"]) and torch.equal(a["step"], b["step"])
+        for a, b in zip(first, second, strict=True)
     )
 
 
 def test_plain_ecq_and_assignment_without_training_are_options(tmp_path):
     out = tmp_path / "model.pt"
-    result = run("quantize", MODEL, "--data", "sklearn:digits", "--relevance", "none", "--epochs", 0, "--out", out, "--json")
+    result = run(
+        "quantize",
+        MODEL,
+        "--data",
+        "sklearn:digits",
+        "--relevance",
+        "none",
+        "--epochs",
+        0,
+        "--out",
+        out,
+        "--json",
+    )
     assert json.loads(result.stdout)["history"] == []
 
 
@@ -99,8 +155,15 @@ def test_a_float_state_dict_can_be_quantised_without_training_and_compared_with_
     model = ("--model", MODEL)
     run("convert", tmp_path / "float.pt", tmp_path / "out.onnx", *model, "--bits", 4)
     arguments = ("--against", tmp_path / "float.pt", *model, "--data", "sklearn:digits", "--json")
-    arguments = (*arguments, "--min-agreement", 10)  # a network that was never trained has no classes to keep
-    checks = {check["name"]: check for check in json.loads(run("validate", tmp_path / "out.onnx", *arguments).stdout)["checks"]}
+    arguments = (
+        *arguments,
+        "--min-agreement",
+        10,
+    )  # a network that was never trained has no classes to keep
+    checks = {
+        check["name"]: check
+        for check in json.loads(run("validate", tmp_path / "out.onnx", *arguments).stdout)["checks"]
+    }
     assert checks["outputs"]["passed"] is None
     assert "is float" in checks["outputs"]["sentence"]
     assert checks["outputs"]["measured"] > 1e-3  # quantisation, not rounding
@@ -121,7 +184,10 @@ def test_a_pt2_program_and_a_trusted_pickle_convert_as_well(tmp_path):
     torch.save(model, tmp_path / "pickled.pt")
     run("convert", tmp_path / "model.pt2", tmp_path / "a.onnx")
     run("validate", tmp_path / "a.onnx", "--against", tmp_path / "model.pt2", "-q")
-    assert "--trust-pickle" in run("convert", tmp_path / "pickled.pt", tmp_path / "b.onnx", code=2).stderr
+    assert (
+        "--trust-pickle"
+        in run("convert", tmp_path / "pickled.pt", tmp_path / "b.onnx", code=2).stderr
+    )
     shape = ("--input-shape", ",".join(map(str, INPUT_SHAPE)))
     run("convert", tmp_path / "pickled.pt", tmp_path / "b.onnx", "--trust-pickle", *shape)
 
@@ -130,10 +196,19 @@ def test_a_failed_check_exits_1_and_says_which(checkpoint, tmp_path):
     out = tmp_path / "out.onnx"
     run("convert", checkpoint[0], out)
     model = onnx.load(out)
-    bias = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and list(t.dims) == [10])
+    bias = next(
+        t
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT and list(t.dims) == [10]
+    )
     bias.raw_data = bytes(len(bias.raw_data))
     onnx.save(model, out)
-    assert "outputs" in run("validate", out, "--against", checkpoint[0], "--data", "sklearn:digits", "-q", code=1).stderr
+    assert (
+        "outputs"
+        in run(
+            "validate", out, "--against", checkpoint[0], "--data", "sklearn:digits", "-q", code=1
+        ).stderr
+    )
 
 
 def test_the_checkpoint_and_the_file_hold_no_path_of_this_machine(checkpoint, tmp_path):
@@ -162,6 +237,8 @@ def test_help_takes_less_than_half_a_second():
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "ecqx_onnx", "--help"], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "ecqx_onnx", "--help"], cwd=ROOT, check=True, capture_output=True
+        )
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5

@@ -192,7 +192,9 @@ def recurrent_network():
     generator = np.random.default_rng(0)
 
     def array(name, *shape):
-        return numpy_helper.from_array((generator.normal(size=shape) * 0.4).astype(np.float32), name)
+        return numpy_helper.from_array(
+            (generator.normal(size=shape) * 0.4).astype(np.float32), name
+        )
 
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["e"]),
@@ -283,5 +285,7 @@ def test_a_module_of_pytorch_is_compressed_too(tmp_path):
     torch.manual_seed(0)
     module = torch.nn.Linear(16, 8)
     x = torch.randn(96, 16)
-    result = compress(module.eval(), tmp_path / "small.onnx", data=x.numpy(), example=x[:2], max_error=0.1)
+    result = compress(
+        module.eval(), tmp_path / "small.onnx", data=x.numpy(), example=x[:2], max_error=0.1
+    )
     assert result.ok

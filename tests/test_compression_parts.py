@@ -82,7 +82,11 @@ def test_matrices_of_every_layout_come_back_as_they_were():
 
 @pytest.mark.parametrize(
     ("strides", "pads", "dilations"),
-    [((1, 1), (0, 0, 0, 0), (1, 1)), ((2, 1), (1, 0, 1, 2), (1, 1)), ((1, 2), (2, 2, 2, 2), (2, 2))],
+    [
+        ((1, 1), (0, 0, 0, 0), (1, 1)),
+        ((2, 1), (1, 0, 1, 2), (1, 1)),
+        ((1, 2), (2, 2, 2, 2), (2, 2)),
+    ],
 )
 def test_windows_are_those_that_loops_find(strides, pads, dilations):
     image = np.random.default_rng(0).normal(size=(1, 2, 8, 7)).astype(np.float32)

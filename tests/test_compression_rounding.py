@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from ecqx_onnx.compression.rounding.moments import Moments
-from ecqx_onnx.compression.rounding.rounding import HIGHEST, corrected_target, factorize, round_nearest, round_with_feedback
+from ecqx_onnx.compression.rounding.rounding import (
+    HIGHEST,
+    corrected_target,
+    factorize,
+    round_nearest,
+    round_with_feedback,
+)
 from tests.oracles.error_feedback import best_levels, feed_errors_one_by_one, layer_error
 
 

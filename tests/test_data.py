@@ -16,12 +16,17 @@ from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.preprocessing.spectrum import Spectrum
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the real data sets are not at {SHARED}"
+)
 
 
 def numbered(count: int) -> Dataset:
     """x is [i] for sample i."""
-    return Dataset.from_arrays("numbers", {"x_test": np.arange(count, dtype=np.float32)[:, None], "y_test": np.arange(count) % 3})
+    return Dataset.from_arrays(
+        "numbers",
+        {"x_test": np.arange(count, dtype=np.float32)[:, None], "y_test": np.arange(count) % 3},
+    )
 
 
 def values(split: Split, batch_size: int = 4, **options) -> list[int]:
@@ -77,7 +82,12 @@ def test_only_one_batch_is_read_at_a_time():
             assert len(rows) <= 4
             return super().read(rows)
 
-    split = Split(Watched("watched", np.zeros((10, 2), np.float32)), np.arange(10), np.zeros(10, np.int64), Preprocessing())
+    split = Split(
+        Watched("watched", np.zeros((10, 2), np.float32)),
+        np.arange(10),
+        np.zeros(10, np.int64),
+        Preprocessing(),
+    )
     assert len(list(split.batches(4))) == 3
 
 
@@ -102,18 +112,27 @@ def test_take_spreads_over_sorted_data():
 
 def test_statistics_are_those_of_all_training_samples_per_channel():
     x = np.random.default_rng(0).integers(0, 256, (300, 3, 4, 3), dtype=np.uint8)
-    arrays = {"x_train": x, "y_train": np.zeros(300, int), "x_test": x[:2], "y_test": np.zeros(2, int)}
+    arrays = {
+        "x_train": x,
+        "y_train": np.zeros(300, int),
+        "x_test": x[:2],
+        "y_test": np.zeros(2, int),
+    }
     dataset = Dataset.from_arrays("images", arrays)
     mean, std = dataset.training.statistics()
     np.testing.assert_allclose(mean, (x / 255).mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, (x / 255).std((0, 1, 2)), rtol=1e-6)
-    with_normalized = np.concatenate([batch for batch, _ in dataset.normalized().training.batches(64)])
+    with_normalized = np.concatenate(
+        [batch for batch, _ in dataset.normalized().training.batches(64)]
+    )
     np.testing.assert_allclose(with_normalized.mean((0, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(with_normalized.std((0, 2, 3)), 1, atol=1e-5)
 
 
 def test_a_constant_channel_is_not_divided_by_zero():
-    dataset = Dataset.from_arrays("flat", {"x_test": np.full((4, 2), 7.0), "y_test": np.zeros(4, int)})
+    dataset = Dataset.from_arrays(
+        "flat", {"x_test": np.full((4, 2), 7.0), "y_test": np.zeros(4, int)}
+    )
     assert dataset.test.statistics() == ((7.0, 7.0), (1.0, 1.0))
 
 
@@ -137,7 +156,9 @@ def test_augmented_images_are_shifted_windows_of_the_padded_original():
     shifted = shift_images(images, np.random.default_rng(1), most=2)
     for image, result in zip(images, shifted, strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
-        assert any((padded[i : i + 5, j : j + 7] == result).all() for i in range(5) for j in range(5))
+        assert any(
+            (padded[i : i + 5, j : j + 7] == result).all() for i in range(5) for j in range(5)
+        )
 
 
 def test_crop_and_flip_mirrors_some_images_and_leaves_the_originals_alone():
@@ -153,7 +174,9 @@ def test_crop_and_flip_mirrors_some_images_and_leaves_the_originals_alone():
 
 def test_shifted_audio_keeps_its_samples_in_order():
     waves = np.arange(1, 41, dtype=np.int16).reshape(2, 20)
-    for original, shifted in zip(waves, shift_audio(waves, np.random.default_rng(3), most=0.2), strict=True):
+    for original, shifted in zip(
+        waves, shift_audio(waves, np.random.default_rng(3), most=0.2), strict=True
+    ):
         padded = np.pad(original, 4)
         assert any((padded[i : i + 20] == shifted).all() for i in range(9))
 
@@ -162,7 +185,10 @@ def test_shifted_audio_keeps_its_samples_in_order():
 def test_augmentation_follows_the_generator(augment):
     images = np.random.default_rng(0).integers(0, 256, (8, 6, 6, 3), dtype=np.uint8)
     dataset = Dataset.from_arrays("images", {"x_test": images, "y_test": np.zeros(8, int)})
-    batches = [dataset.test.batches(4, shuffle=np.random.default_rng(seed), augment=augment) for seed in (0, 0, 1)]
+    batches = [
+        dataset.test.batches(4, shuffle=np.random.default_rng(seed), augment=augment)
+        for seed in (0, 0, 1)
+    ]
     runs = [np.concatenate([x for x, _ in run]) for run in batches]
     np.testing.assert_array_equal(runs[0], runs[1])
     assert (runs[0] != runs[2]).any()
@@ -176,10 +202,20 @@ def test_augmentation_follows_the_generator(augment):
 def test_npz_with_named_splits(tmp_path):
     x, y = np.arange(24, dtype=np.uint8).reshape(6, 2, 2), np.array([0, 1, 2, 0, 1, 2])
     labels = np.array(["cat", "dog", "owl"])
-    arrays = {"x_train": x[:4], "y_train": y[:4], "x_test": np.asfortranarray(x[4:]), "y_test": y[4:], "labels": labels}
+    arrays = {
+        "x_train": x[:4],
+        "y_train": y[:4],
+        "x_test": np.asfortranarray(x[4:]),
+        "y_test": y[4:],
+        "labels": labels,
+    }
     np.savez_compressed(tmp_path / "d.npz", **arrays)
     dataset = load_dataset(str(tmp_path / "d.npz"))
-    assert (len(dataset.training), len(dataset.test), dataset.labels) == (4, 2, ("cat", "dog", "owl"))
+    assert (len(dataset.training), len(dataset.test), dataset.labels) == (
+        4,
+        2,
+        ("cat", "dog", "owl"),
+    )
     ((batch, classes),) = dataset.test.batches(8)
     np.testing.assert_array_equal(batch, (x[4:, None] / np.float32(255)).astype(np.float32))
     np.testing.assert_array_equal(classes, y[4:])
@@ -211,7 +247,10 @@ def test_jpegs_in_an_array_are_decoded_once(tmp_path):
         files.append(buffer.getvalue())
     parts = {"jpeg_train": files, "jpeg_test": files[1:]}
     arrays = {name: np.frombuffer(b"".join(part), np.uint8) for name, part in parts.items()}
-    offsets = {name.replace("jpeg", "offset"): np.cumsum([0, *map(len, part)]) for name, part in parts.items()}
+    offsets = {
+        name.replace("jpeg", "offset"): np.cumsum([0, *map(len, part)])
+        for name, part in parts.items()
+    }
     np.savez(tmp_path / "d.npz", **arrays, **offsets, y_train=np.arange(3), y_test=np.arange(2))
     dataset = load_dataset(str(tmp_path / "d.npz"))
     ((x, y),) = dataset.training.batches(8)
@@ -226,7 +265,10 @@ def test_image_folders_give_classes_in_sorted_order(tmp_path, splits):
     for part in splits:
         for shade, name in enumerate(["zebra", "ant"]):
             for number in range(5):
-                save_image(tmp_path / part / name / f"{number}.png", np.full((4, 6, 3), 100 * shade + number, np.uint8))
+                save_image(
+                    tmp_path / part / name / f"{number}.png",
+                    np.full((4, 6, 3), 100 * shade + number, np.uint8),
+                )
         (tmp_path / part / "notes.txt").write_text("not an image")
         (tmp_path / part / "ant" / ".hidden.png").write_text("not an image")
     dataset = load_dataset(str(tmp_path))
@@ -269,7 +311,9 @@ def test_images_of_many_sizes_and_formats_are_brought_to_one_shape(tmp_path):
     opaque = np.full((9, 5, 4), 200, np.uint8)
     opaque[..., 3] = 255
     save_image(tmp_path / "test" / "a" / "alpha.png", opaque)
-    dataset = load_dataset(str(tmp_path), preprocessing=Preprocessing("image", image_shape=(5, 5, 3)))
+    dataset = load_dataset(
+        str(tmp_path), preprocessing=Preprocessing("image", image_shape=(5, 5, 3))
+    )
     ((x, _),) = dataset.test.batches(8)
     np.testing.assert_array_equal(x, np.full((3, 3, 5, 5), 200))
 
@@ -299,14 +343,20 @@ def test_a_function_may_return_arrays_or_a_dataset(tmp_path):
     )
     dataset = load_dataset(f"{tmp_path}/mine.py:arrays")
     assert (len(dataset.test), dataset.labels) == (3, ("0", "1"))
-    scaled = load_dataset(f"{tmp_path}/mine.py:dataset", preprocessing=Preprocessing("array", scale=2.0))
+    scaled = load_dataset(
+        f"{tmp_path}/mine.py:dataset", preprocessing=Preprocessing("array", scale=2.0)
+    )
     assert (next(scaled.test.batches(3))[0] == 0.5).all()
 
 
 def test_scikit_learns_digits():
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     dataset = load_dataset("sklearn:digits")
-    assert (len(dataset.training), len(dataset.test), dataset.labels) == (1438, 359, tuple("0123456789"))
+    assert (len(dataset.training), len(dataset.test), dataset.labels) == (
+        1438,
+        359,
+        tuple("0123456789"),
+    )
     x, _ = next(dataset.test.batches(100))
     assert x.shape == (100, 1, 8, 8)
     assert (x.min(), x.max()) == (0, 1)
@@ -337,5 +387,8 @@ def test_the_real_data_sets_load(file, train, test, shape):
 @needs_shared
 def test_spoken_digits_become_log_mel_frames():
     spectrum = Spectrum(8000, frame_length=256, hop=160, fft_length=256, mel_bands=40)
-    dataset = load_dataset(str(SHARED / "fsdd.npz"), preprocessing=Preprocessing("waveform", scale=32768.0, spectrum=spectrum))
+    dataset = load_dataset(
+        str(SHARED / "fsdd.npz"),
+        preprocessing=Preprocessing("waveform", scale=32768.0, spectrum=spectrum),
+    )
     assert next(dataset.test.take(4).batches(4))[0].shape == (4, 1, 49, 40)

@@ -39,11 +39,15 @@ from ecqx_onnx.validation.devices.browser import FLAGS
 STUBS = Path(__file__).parent / "stubs"
 LABELS = ("cat", "dog", "<b>bird</b>")
 MEL = Spectrum(8000, frame_length=128, hop=64, fft_length=128, mel_bands=10)
-MFCC = Spectrum(8000, frame_length=100, hop=50, fft_length=120, mel_bands=12, coefficients=6)  # 120 is no power of two
+MFCC = Spectrum(
+    8000, frame_length=100, hop=50, fft_length=120, mel_bands=12, coefficients=6
+)  # 120 is no power of two
 KINDS = {
     "grey": Preprocessing("image", scale=255.0, mean=(0.13,), std=(0.31,)),
     "colour": Preprocessing("image", scale=255.0, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26)),
-    "sound": Preprocessing("waveform", scale=32768.0, samples=1000, spectrum=MEL, mean=(-3.0,), std=(2.0,)),
+    "sound": Preprocessing(
+        "waveform", scale=32768.0, samples=1000, spectrum=MEL, mean=(-3.0,), std=(2.0,)
+    ),
     "features": Preprocessing("array", mean=(0.1,) * 6, std=(3.0,) * 6),
 }
 
@@ -54,7 +58,9 @@ def raw_samples(kind, count, seed=0):
         return (generator.standard_normal((count, 1000)) * 3000).astype(np.int16)
     if kind == "features":
         return generator.standard_normal((count, 6)).astype(np.float32)
-    return generator.integers(0, 256, (count, 9, 7, *([3] if kind == "colour" else [])), dtype=np.uint8)
+    return generator.integers(
+        0, 256, (count, 9, 7, *([3] if kind == "colour" else [])), dtype=np.uint8
+    )
 
 
 def a_model(kind, folder):
@@ -62,13 +68,24 @@ def a_model(kind, folder):
     torch.manual_seed(0)
     raw = raw_samples(kind, 40)
     x = torch.from_numpy(KINDS[kind].apply(raw))
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-    checkpoint = api.as_checkpoint(net, example=x[:2], bits=4, preprocessing=KINDS[kind], labels=LABELS)
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(x[0].numel(), 16),
+        torch.nn.ReLU(),
+        torch.nn.Linear(16, 3),
+    )
+    checkpoint = api.as_checkpoint(
+        net, example=x[:2], bits=4, preprocessing=KINDS[kind], labels=LABELS
+    )
     api.save(checkpoint, folder / "model.pt")
     api.convert(folder / "model.pt", folder / "out.onnx")
     with torch.no_grad():
         y = net(x).argmax(1).numpy()
-    data = Dataset.from_arrays("made-up", {"x_test": raw, "y_test": y, "labels": np.array(LABELS)}, preprocessing=KINDS[kind])
+    data = Dataset.from_arrays(
+        "made-up",
+        {"x_test": raw, "y_test": y, "labels": np.array(LABELS)},
+        preprocessing=KINDS[kind],
+    )
     return folder / "model.pt", folder / "out.onnx", data
 
 
@@ -96,7 +113,10 @@ def stored(folder, entry):
 
 def run_py(folder, *arguments):
     return subprocess.run(
-        [sys.executable, str(folder / "run.py"), *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [sys.executable, str(folder / "run.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -109,7 +129,9 @@ def test_the_manifest_says_what_the_folder_holds(linux, grey):
     assert manifest["model"]["bytes"] == len(copy)
     assert manifest["model"]["float32_bytes"] > 4 * (63 * 16 + 16 * 3)
     assert manifest["labels"] == list(LABELS)
-    assert manifest["inputs"] == [{"name": manifest["inputs"][0]["name"], "dtype": "float32", "shape": [None, 1, 9, 7]}]
+    assert manifest["inputs"] == [
+        {"name": manifest["inputs"][0]["name"], "dtype": "float32", "shape": [None, 1, 9, 7]}
+    ]
     assert manifest["outputs"][0]["shape"] == [None, 3]
     assert Preprocessing.from_json(json.dumps(manifest["preprocessing"])) == KINDS["grey"]
     assert manifest["raw"] == {"dtype": "uint8", "shape": [9, 7]}
@@ -121,12 +143,15 @@ def test_the_manifest_says_what_the_folder_holds(linux, grey):
 
 def test_golden_outputs_are_a_sessions_and_raw_inputs_preprocess_to_golden_ones(linux):
     manifest = manifest_of(linux.folder)
-    session = onnxruntime.InferenceSession(str(linux.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(linux.folder / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     assert len(manifest["golden"]["cases"]) == 8
     for case in manifest["golden"]["cases"]:
         x = stored(linux.folder, case["inputs"][0])
         np.testing.assert_array_equal(
-            session.run(None, {case["inputs"][0]["name"]: x})[0], stored(linux.folder, case["outputs"][0])
+            session.run(None, {case["inputs"][0]["name"]: x})[0],
+            stored(linux.folder, case["outputs"][0]),
         )
         np.testing.assert_array_equal(KINDS["grey"].apply(stored(linux.folder, case["raw"])), x)
         assert case["labels"] == stored(linux.folder, case["outputs"][0]).argmax(1).tolist()
@@ -134,12 +159,21 @@ def test_golden_outputs_are_a_sessions_and_raw_inputs_preprocess_to_golden_ones(
 
 def test_the_tolerance_follows_from_the_reference_and_is_coarse_without_one(linux, grey, tmp_path):
     _, file, data = grey
-    outputs = np.concatenate([stored(linux.folder, case["outputs"][0]) for case in manifest_of(linux.folder)["golden"]["cases"]])
+    outputs = np.concatenate(
+        [
+            stored(linux.folder, case["outputs"][0])
+            for case in manifest_of(linux.folder)["golden"]["cases"]
+        ]
+    )
     sharp = manifest_of(linux.folder)["outputs"][0]["tolerance"]
     assert 0 < sharp < 100 * np.spacing(np.abs(outputs).max())
     api.deploy(file, tmp_path / "coarse", to="linux", data=data)
     coarse = manifest_of(tmp_path / "coarse")["outputs"][0]["tolerance"]
-    assert sharp < coarse == pytest.approx(2 * 1024 * np.spacing(max(np.float32(1), np.abs(outputs).max())), rel=1)
+    assert (
+        sharp
+        < coarse
+        == pytest.approx(2 * 1024 * np.spacing(max(np.float32(1), np.abs(outputs).max())), rel=1)
+    )
 
 
 def test_the_python_runner_passes_where_nothing_was_changed(linux):
@@ -149,7 +183,12 @@ def test_the_python_runner_passes_where_nothing_was_changed(linux):
     said = json.loads(run_py(linux.folder, "--json").stdout)
     assert said["ok"]
     assert said["latency_seconds"] > 0
-    assert [check["name"] for check in said["checks"]] == ["file", "preprocessing", "outputs", "raw to output"]
+    assert [check["name"] for check in said["checks"]] == [
+        "file",
+        "preprocessing",
+        "outputs",
+        "raw to output",
+    ]
 
 
 def change_byte(path, at=-1):
@@ -162,7 +201,9 @@ def other_weights(folder):
     """A valid model of the same shape, whose weights are others: only what it computes can tell."""
     model = onnx.load(folder / "model.onnx")
     bias = next(
-        t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 1 and t.dims[0] == 3
+        t
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 1 and t.dims[0] == 3
     )
     values = onnx.numpy_helper.to_array(bias) + np.float32(0.01)
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
@@ -188,7 +229,9 @@ def test_the_python_runner_fails_where_something_was_changed(linux, tmp_path, ta
     tamper(tmp_path / "copy")
     done = run_py(tmp_path / "copy", "--json")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert failing in [check["name"] for check in json.loads(done.stdout)["checks"] if not check["ok"]]
+    assert failing in [
+        check["name"] for check in json.loads(done.stdout)["checks"] if not check["ok"]
+    ]
 
 
 def test_the_python_runner_fails_on_a_model_that_does_not_load(linux, tmp_path):
@@ -208,7 +251,11 @@ def flip_a_bit(path, position):
 
 def bias_position(path):
     """Where in the file a float parameter lies."""
-    bias = next(t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.raw_data) > 8)
+    bias = next(
+        t
+        for t in onnx.load(path).graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT and len(t.raw_data) > 8
+    )
     return path.read_bytes().index(bias.raw_data)
 
 
@@ -242,7 +289,9 @@ def test_the_page_loads_no_model_of_another_sha256(linux, tmp_path):
 
     def said():
         command = ["node", "run.js"]
-        done = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            command, cwd=tmp_path / "copy", capture_output=True, text=True, timeout=60, check=True
+        )
         return done.stdout.strip()
 
     assert said() == "loaded"
@@ -268,10 +317,13 @@ def test_the_python_runner_predicts_one_image(linux, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "one.png")
     np.save(tmp_path / "one.npy", pixels)
     from_image, from_array = (
-        json.loads(run_py(linux.folder, "--json", tmp_path / name).stdout) for name in ("one.png", "one.npy")
+        json.loads(run_py(linux.folder, "--json", tmp_path / name).stdout)
+        for name in ("one.png", "one.npy")
     )
     assert from_image == from_array
-    session = onnxruntime.InferenceSession(str(linux.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(linux.folder / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     (scores,) = session.run(None, {session.get_inputs()[0].name: KINDS["grey"].apply(pixels[None])})
     np.testing.assert_allclose(from_image["outputs"][0], scores[0], rtol=1e-5, atol=1e-6)
     assert from_image["top"][0][0] == LABELS[scores[0].argmax()]
@@ -282,11 +334,15 @@ def test_the_python_runner_predicts_one_image(linux, tmp_path):
     assert "cannot be read" in run_py(linux.folder, damaged).stderr
 
 
-def test_quantised_activations_widen_the_tolerance_by_what_the_graph_as_written_differs_by(grey, tmp_path):
+def test_quantised_activations_widen_the_tolerance_by_what_the_graph_as_written_differs_by(
+    grey, tmp_path
+):
     checkpoint, _, data = grey
     calibration = Dataset("calibration", data.test, data.test, data.labels)
     api.convert(checkpoint, tmp_path / "int8.onnx", activations="int8", calibration=calibration)
-    api.deploy(tmp_path / "int8.onnx", tmp_path / "linux", to="linux", against=checkpoint, data=data)
+    api.deploy(
+        tmp_path / "int8.onnx", tmp_path / "linux", to="linux", against=checkpoint, data=data
+    )
     output = manifest_of(tmp_path / "linux")["outputs"][0]
     assert "between integer kernels and the graph as written" in output["tolerance_from"]
     levels = float(re.search(r"\+ (\S+) between", output["tolerance_from"])[1])
@@ -322,7 +378,9 @@ def foreign_file(path, *, shape=("N", 4), kind=onnx.TensorProto.FLOAT, opset=18,
     nodes = nodes or [onnx.helper.make_node("Identity", ["x"], ["y"])]
     values = [onnx.helper.make_tensor_value_info(name, kind, shape) for name in ("x", "y")]
     graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9)
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9
+    )
     onnx.save(model, path)
 
 
@@ -331,9 +389,16 @@ def compiled(source, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(STUBS)]
-    done = subprocess.run(["g++", *flags, str(source), "-o", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["g++", *flags, str(source), "-o", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    return lambda folder, *more: subprocess.run([tmp_path / "run", *more], cwd=folder, capture_output=True, text=True, timeout=60)
+    return lambda folder, *more: subprocess.run(
+        [tmp_path / "run", *more], cwd=folder, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_the_cpp_runner_tells_golden_outputs_from_others(grey, tmp_path):
@@ -368,17 +433,35 @@ def test_the_cpp_runner_passes_its_self_check_with_onnxruntime(grey, tmp_path):
     """ONNXRUNTIME_ROOT: a folder with include/ and lib/, such as a release's archive unpacked."""
     root = Path(os.environ.get("ONNXRUNTIME_ROOT", ""))
     if not (root / "include" / "onnxruntime_cxx_api.h").is_file() or shutil.which("g++") is None:
-        pytest.skip("set ONNXRUNTIME_ROOT to a folder with onnxruntime's include/ and lib/, and install g++")
+        pytest.skip(
+            "set ONNXRUNTIME_ROOT to a folder with onnxruntime's include/ and lib/, and install g++"
+        )
     folder = api.deploy(grey[1], tmp_path / "linux", to="linux").folder
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lonnxruntime"]
+    flags = [
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{root / 'include'}",
+        f"-L{root / 'lib'}",
+        "-lonnxruntime",
+    ]
     command = ["g++", "run.cpp", *flags, "-o", "run"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     environment = {**os.environ, "LD_LIBRARY_PATH": str(root / "lib")}
 
     def run(*more):
         return subprocess.run(
-            ["./run", *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+            ["./run", *more],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     done = run()
@@ -395,7 +478,13 @@ def identity(path, kind):
     foreign_file(path, shape=("N", *shape[1:]))
     model = onnx.load(path)
     settings = json.loads(KINDS[kind].to_json())
-    metadata = {"format": 3, "version": "0", "tensors": [], "labels": list(LABELS), "preprocessing": settings}
+    metadata = {
+        "format": 3,
+        "version": "0",
+        "tensors": [],
+        "labels": list(LABELS),
+        "preprocessing": settings,
+    }
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata))
     onnx.save(model, path)
 
@@ -406,16 +495,24 @@ def kotlin(tmp_path_factory):
     if shutil.which("kotlinc") is None or shutil.which("java") is None:
         pytest.skip("kotlinc and java are not installed")
     jar = tmp_path_factory.mktemp("kotlin") / "run.jar"
-    sources = [STUBS / "onnxruntime.kt", STUBS / "main.kt", *sorted((TEMPLATES / "android").glob("*.kt"))]
+    sources = [
+        STUBS / "onnxruntime.kt",
+        STUBS / "main.kt",
+        *sorted((TEMPLATES / "android").glob("*.kt")),
+    ]
     command = ["kotlinc", *map(str, sources), "-include-runtime", "-d", str(jar)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return lambda *more: subprocess.run(["java", "-jar", jar, *map(str, more)], capture_output=True, text=True, timeout=60)
+    return lambda *more: subprocess.run(
+        ["java", "-jar", jar, *map(str, more)], capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.slow  # the compiler takes half a minute
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kotlin_runner_tells_golden_outputs_from_others_and_preprocesses_as_python_does(kind, kotlin, tmp_path):
+def test_the_kotlin_runner_tells_golden_outputs_from_others_and_preprocesses_as_python_does(
+    kind, kotlin, tmp_path
+):
     identity(tmp_path / "identity.onnx", kind)
     folder = api.deploy(tmp_path / "identity.onnx", tmp_path / "android", to="android").folder
     done = kotlin(folder)
@@ -429,14 +526,20 @@ def test_the_kotlin_runner_tells_golden_outputs_from_others_and_preprocesses_as_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "channels"), [("grey", 1), ("colour", 3)])
-def test_the_kotlin_runner_resizes_images_as_pillow_does_to_the_bit(kind, channels, kotlin, tmp_path):
+def test_the_kotlin_runner_resizes_images_as_pillow_does_to_the_bit(
+    kind, channels, kotlin, tmp_path
+):
     identity(tmp_path / "identity.onnx", kind)
     folder = api.deploy(tmp_path / "identity.onnx", tmp_path / "android", to="android").folder
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     rgba = np.concatenate([pixels, np.full((40, 30, 1), 255, np.uint8)], axis=2)
     (tmp_path / "rgba.bin").write_bytes(rgba.tobytes())
-    found = np.frombuffer(bytes.fromhex(kotlin(folder, 30, 40, tmp_path / "rgba.bin").stdout), np.uint8)
-    np.testing.assert_array_equal(found.reshape(9, 7, channels), as_decoded(decode_image, pixels, (9, 7, channels)))
+    found = np.frombuffer(
+        bytes.fromhex(kotlin(folder, 30, 40, tmp_path / "rgba.bin").stdout), np.uint8
+    )
+    np.testing.assert_array_equal(
+        found.reshape(9, 7, channels), as_decoded(decode_image, pixels, (9, 7, channels))
+    )
 
 
 @pytest.mark.slow
@@ -449,7 +552,9 @@ def test_the_kotlin_runner_does_a_job_that_validate_judges_on_a_whole_data_set(k
     np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     device = f"folder:{tmp_path / 'job'}"
     data = str(tmp_path / "data.npz")
-    judge = functools.partial(api.validate_on, [device], tmp_path / "identity.onnx", data=data, batch_size=20)
+    judge = functools.partial(
+        api.validate_on, [device], tmp_path / "identity.onnx", data=data, batch_size=20
+    )
     assert "holds no result.json" in judge().troubles[0].sentence
     done = kotlin(folder, tmp_path / "job")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -474,7 +579,10 @@ def test_the_swift_runner_is_of_valid_syntax():
 def test_outputs_that_are_no_numbers_make_no_golden_ones(tmp_path):
     foreign_file(
         tmp_path / "nan.onnx",
-        nodes=[onnx.helper.make_node("Sub", ["x", "x"], ["z"]), onnx.helper.make_node("Div", ["z", "z"], ["y"])],
+        nodes=[
+            onnx.helper.make_node("Sub", ["x", "x"], ["z"]),
+            onnx.helper.make_node("Div", ["z", "z"], ["y"]),
+        ],
     )
     with pytest.raises(ModelError, match="NaN or infinity"):
         api.deploy(tmp_path / "nan.onnx", tmp_path / "linux", to="linux")
@@ -505,20 +613,34 @@ def test_a_file_that_the_platform_cannot_load_is_refused(grey, tmp_path):
 def test_a_file_that_fails_its_validation_is_not_deployed(grey, tmp_path):
     _, file, data = grey
     torch.manual_seed(1)
-    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(63, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-    wrong = api.as_checkpoint(other, example=torch.zeros(2, 1, 9, 7), bits=4, preprocessing=KINDS["grey"])
+    other = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(63, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+    )
+    wrong = api.as_checkpoint(
+        other, example=torch.zeros(2, 1, 9, 7), bits=4, preprocessing=KINDS["grey"]
+    )
     with pytest.raises(CheckFailed, match="not deployed"):
         api.deploy(file, tmp_path / "linux", to="linux", against=wrong, data=data)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_external_data_travels_with_the_model(tmp_path):
-    foreign_file(tmp_path / "plain.onnx", nodes=[onnx.helper.make_node("MatMul", ["x", "w"], ["y"])])
+    foreign_file(
+        tmp_path / "plain.onnx", nodes=[onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    )
     model = onnx.load(tmp_path / "plain.onnx")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "w"))
-    onnx.save(model, tmp_path / "outer.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(
+        model,
+        tmp_path / "outer.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     api.deploy(tmp_path / "outer.onnx", tmp_path / "linux", to="linux")
-    assert [entry["file"] for entry in manifest_of(tmp_path / "linux")["external"]] == ["model.onnx.data"]
+    assert [entry["file"] for entry in manifest_of(tmp_path / "linux")["external"]] == [
+        "model.onnx.data"
+    ]
     assert run_py(tmp_path / "linux").returncode == 0
     change_byte(tmp_path / "linux" / "model.onnx.data")
     assert run_py(tmp_path / "linux").returncode == 1
@@ -565,10 +687,24 @@ def test_a_disk_that_refuses_leaves_nothing_and_keeps_the_old_folder(grey, tmp_p
 def test_the_command_line_deploys_and_refuses_in_one_sentence(grey, tmp_path):
     _, file, _ = grey
     runner = CliRunner()
-    done = runner.invoke(app, ["deploy", str(file), str(tmp_path / "out"), "--to", "linux", "--json"])
+    done = runner.invoke(
+        app, ["deploy", str(file), str(tmp_path / "out"), "--to", "linux", "--json"]
+    )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["files"]["model.onnx"] == file.stat().st_size
-    named = runner.invoke(app, ["deploy", str(file), str(tmp_path / "named"), "--to", "linux", "--labels", "a, b,c", "--quiet"])
+    named = runner.invoke(
+        app,
+        [
+            "deploy",
+            str(file),
+            str(tmp_path / "named"),
+            "--to",
+            "linux",
+            "--labels",
+            "a, b,c",
+            "--quiet",
+        ],
+    )
     assert named.exit_code == 0, named.output
     assert manifest_of(tmp_path / "named")["labels"] == ["a", "b", "c"]
     for arguments, word in (
@@ -610,7 +746,9 @@ def test_the_web_folder_names_no_other_server(grey, tmp_path):
     for path in folder.iterdir():
         if path.suffix in (".html", ".css", ".js"):
             assert not re.search(r"(https?:)?//[a-z0-9.-]+\.[a-z]{2,}", path.read_text()), path
-    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', (folder / "index.html").read_text())[1]
+    policy = re.search(
+        r'Content-Security-Policy" content="([^"]+)"', (folder / "index.html").read_text()
+    )[1]
     assert "default-src 'none'" in policy
     assert "unsafe-inline" not in policy
 
@@ -621,7 +759,9 @@ def test_the_pages_preprocessing_is_pythons_to_the_bit(name, tmp_path):
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
     more = {
-        "mfcc": Preprocessing("waveform", scale=32768.0, spectrum=MFCC, mean=(1.0,) * 6, std=(2.0,) * 6),
+        "mfcc": Preprocessing(
+            "waveform", scale=32768.0, spectrum=MFCC, mean=(1.0,) * 6, std=(2.0,) * 6
+        ),
         "plain sound": Preprocessing("waveform", scale=32768.0),
         "indices": Preprocessing("indices"),
     }
@@ -632,17 +772,26 @@ def test_the_pages_preprocessing_is_pythons_to_the_bit(name, tmp_path):
     (tmp_path / "raw.bin").write_bytes(raw.tobytes())
     (tmp_path / "package.json").write_text('{"type": "module"}')
     shutil.copyfile(TEMPLATES / "web" / "preprocessing.js", tmp_path / "preprocessing.js")
-    array = {"uint8": "Uint8Array", "int16": "Int16Array", "float32": "Float32Array", "int64": "BigInt64Array"}[raw.dtype.name]
+    array = {
+        "uint8": "Uint8Array",
+        "int16": "Int16Array",
+        "float32": "Float32Array",
+        "int64": "BigInt64Array",
+    }[raw.dtype.name]
     (tmp_path / "run.js").write_text(
         "import fs from 'node:fs';\nimport { preprocess } from './preprocessing.js';\n"
         f"const raw = new {array}(new Uint8Array(fs.readFileSync('raw.bin')).buffer);\n"
         f"const found = preprocess(raw, {list(raw.shape)}, {settings.to_json()});\n"
         "fs.writeFileSync('out.bin', new Uint8Array(found.data.buffer));\nconsole.log(JSON.stringify(found.shape));\n"
     )
-    done = subprocess.run(["node", "run.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["node", "run.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == list(expected.shape)
-    found = np.frombuffer((tmp_path / "out.bin").read_bytes(), expected.dtype).reshape(expected.shape)
+    found = np.frombuffer((tmp_path / "out.bin").read_bytes(), expected.dtype).reshape(
+        expected.shape
+    )
     limit = 4 * np.spacing(np.abs(expected).max()) if settings.spectrum else 0
     assert np.abs(found - expected).max() <= limit
 
@@ -689,11 +838,20 @@ def opened(folder, profile):
         program = find_device("web").program
     except InputError as error:
         pytest.skip(str(error))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}/"
-        flags = [*FLAGS, "--no-sandbox", f"--user-data-dir={profile}", "--virtual-time-budget=120000", "--dump-dom", url]
+        flags = [
+            *FLAGS,
+            "--no-sandbox",
+            f"--user-data-dir={profile}",
+            "--virtual-time-budget=120000",
+            "--dump-dom",
+            url,
+        ]
         return subprocess.run([program, *flags], capture_output=True, text=True, timeout=180).stdout
     finally:
         server.shutdown()

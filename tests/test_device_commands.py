@@ -38,7 +38,9 @@ def files(tmp_path_factory) -> Path:
     """model.pt, out.onnx converted from it, and data.npz whose labels are the model's own classes."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3))
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3)
+    )
     for parameter in net.parameters():
         if parameter.ndim > 1:
             parameter.data = (parameter / 0.05).round() * 0.05
@@ -56,13 +58,25 @@ def arguments(files, tmp_path, monkeypatch):
     """validate's arguments; temporary files go to tmp_path/tmp, which must be empty at the end; a cache of its own."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    yield ["validate", files / "out.onnx", "--against", files / "model.pt", "--data", files / "data.npz"]
+    yield [
+        "validate",
+        files / "out.onnx",
+        "--against",
+        files / "model.pt",
+        "--data",
+        files / "data.npz",
+    ]
     assert not list((tmp_path / "tmp").iterdir())
 
 
 def run(*arguments, code=0):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.stderr, result.exception)
+    assert result.exit_code == code, (
+        result.exit_code,
+        result.output,
+        result.stderr,
+        result.exception,
+    )
     return result
 
 
@@ -97,21 +111,39 @@ def test_integer_kernels_are_compared_with_the_float_model_and_judged_by_accurac
     from ecqx_onnx.inputs.onnx_file import read_onnx
     from ecqx_onnx.validation.judgement import choose_latency_baseline
 
-    api.convert(files / "model.pt", tmp_path / "int8.onnx", activations="int8", calibration=str(files / "data.npz"))
-    arguments = ["validate", tmp_path / "int8.onnx", "--against", files / "model.pt", "--data", files / "data.npz"]
+    api.convert(
+        files / "model.pt",
+        tmp_path / "int8.onnx",
+        activations="int8",
+        calibration=str(files / "data.npz"),
+    )
+    arguments = [
+        "validate",
+        tmp_path / "int8.onnx",
+        "--against",
+        files / "model.pt",
+        "--data",
+        files / "data.npz",
+    ]
     report = json.loads(run(*arguments, "--device", "local", "--json").stdout)
     assert any(name.startswith("QLinear") for name in report["operators"])
     assert report["latency_ratio"] > 0
-    wanted = choose_latency_baseline(read_onnx(tmp_path / "int8.onnx"), None, lambda: b"the float model")
+    wanted = choose_latency_baseline(
+        read_onnx(tmp_path / "int8.onnx"), None, lambda: b"the float model"
+    )
     assert wanted == b"the float model"
-    model = onnx.load_model_from_string(float_model.make_float_model(api.as_checkpoint(files / "model.pt")))
+    model = onnx.load_model_from_string(
+        float_model.make_float_model(api.as_checkpoint(files / "model.pt"))
+    )
     assert {node.op_type for node in model.graph.node} == {"Conv", "Relu", "Reshape", "Gemm"}
 
 
 def test_several_devices_stand_in_one_table(arguments, tmp_path):
     phone = tmp_path / "phone"
     assert "python3 run.py ." in sentence(run(*arguments, "--device", f"folder:{phone}", code=2))
-    subprocess.run([sys.executable, "run.py", "."], cwd=phone, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "run.py", "."], cwd=phone, check=True, capture_output=True, timeout=60
+    )
     both = [*arguments, "--device", "local", "--device", f"folder:{phone}"]
     assert [report["ok"] for report in json.loads(run(*both, "--json").stdout)] == [True, True]
     text = run(*both).stdout
@@ -123,7 +155,9 @@ def test_several_devices_stand_in_one_table(arguments, tmp_path):
 def test_a_wrong_output_of_one_device_exits_1_and_names_device_and_check(arguments, tmp_path):
     phone = tmp_path / "phone"
     run(*arguments, "--device", f"folder:{phone}", code=2)
-    subprocess.run([sys.executable, "run.py", "."], cwd=phone, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "run.py", "."], cwd=phone, check=True, capture_output=True, timeout=60
+    )
     result = json.loads((phone / "result.json").read_text())
     values = np.fromfile(phone / "outputs" / "00000.0.bin", np.float32)
     values[0] += 1
@@ -142,7 +176,9 @@ def test_a_device_that_is_not_set_up_exits_2_and_says_how(arguments, device, tmp
     fake_chromium = tmp_path / "bin" / "chromium"
     shutil.copy(tmp_path / "bin" / "node", fake_chromium)
     shutil.rmtree(tmp_path / "cache")
-    assert f"`ecqx-onnx device setup {device}`" in sentence(run(*arguments, "--device", device, code=2))
+    assert f"`ecqx-onnx device setup {device}`" in sentence(
+        run(*arguments, "--device", device, code=2)
+    )
 
 
 def test_an_absent_device_is_told_before_anything_runs(arguments, tmp_path, monkeypatch):
@@ -160,7 +196,9 @@ def test_a_runner_that_dies_exits_2_and_is_quoted(arguments, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("device", "program"), [("node", "node"), ("web", "chromium")])
-def test_a_runner_that_hangs_is_stopped_at_the_time_limit(arguments, device, program, tmp_path, monkeypatch):
+def test_a_runner_that_hangs_is_stopped_at_the_time_limit(
+    arguments, device, program, tmp_path, monkeypatch
+):
     fake(tmp_path, monkeypatch, program, HANGING)
     monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
     start = time.monotonic()
@@ -178,10 +216,14 @@ def test_a_browser_that_dies_exits_2(arguments, tmp_path, monkeypatch):
 def test_a_result_of_another_model_exits_2(arguments, files, tmp_path):
     phone = tmp_path / "phone"
     run(*arguments, "--device", f"folder:{phone}", code=2)
-    subprocess.run([sys.executable, "run.py", "."], cwd=phone, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "run.py", "."], cwd=phone, check=True, capture_output=True, timeout=60
+    )
     other = tmp_path / "other.onnx"
     api.convert(files / "model.pt", other, dequantize="standard")
-    assert "another model (sha256" in sentence(run("validate", other, *arguments[2:], "--device", f"folder:{phone}", code=2))
+    assert "another model (sha256" in sentence(
+        run("validate", other, *arguments[2:], "--device", f"folder:{phone}", code=2)
+    )
 
 
 def test_an_operator_that_the_device_lacks_exits_2_and_is_named(arguments, tmp_path, monkeypatch):
@@ -199,13 +241,29 @@ def test_the_others_are_shown_where_one_fails_and_the_status_is_2(arguments, tmp
     assert "no memory" in sentence(result)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
-def test_a_stopped_command_takes_its_runner_with_it_and_leaves_nothing(files, number, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
+def test_a_stopped_command_takes_its_runner_with_it_and_leaves_nothing(
+    files, number, tmp_path, monkeypatch
+):
     fake(tmp_path, monkeypatch, "node", HANGING)
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "ecqx_onnx", "validate", files / "out.onnx", "--against", files / "model.pt"]
+    command = [
+        sys.executable,
+        "-m",
+        "ecqx_onnx",
+        "validate",
+        files / "out.onnx",
+        "--against",
+        files / "model.pt",
+    ]
     command += ["--device", "node"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": f"{ROOT}:{ROOT / 'converters'}"}
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path / "tmp"),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'converters'}",
+    }
     environment["PID_FILE"] = str(tmp_path / "pid")
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
@@ -229,8 +287,12 @@ def test_a_time_limit_that_is_none_is_refused(arguments):
 
 def test_the_list_tells_what_is_ready_and_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("shutil.which", lambda program: None if program == "node" else f"/usr/bin/{program}")
-    listed = {entry["device"]: entry for entry in json.loads(run("device", "list", "--json").stdout)}
+    monkeypatch.setattr(
+        "shutil.which", lambda program: None if program == "node" else f"/usr/bin/{program}"
+    )
+    listed = {
+        entry["device"]: entry for entry in json.loads(run("device", "list", "--json").stdout)
+    }
     assert listed["local"]["ready"]
     assert "install Node.js" in listed["node"]["advice"]
     assert "ecqx-onnx device setup web" in listed["web"]["advice"]
@@ -241,7 +303,11 @@ def test_the_list_tells_what_is_ready_and_what_is_missing(tmp_path, monkeypatch)
 def test_setup_fetches_once_checks_and_says_where(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, "node", "")
     place = tmp_path / "cache" / "ecqx-onnx" / f"onnxruntime-web-{setup.WEB_VERSION}"
-    assert json.loads(run("device", "setup", "node", "--json").stdout) == {"device": "node", "ready": True, "folder": str(place)}
+    assert json.loads(run("device", "setup", "node", "--json").stdout) == {
+        "device": "node",
+        "ready": True,
+        "folder": str(place),
+    }
     assert str(place) in run("device", "setup", "node").stdout
     assert "needs no setup" in sentence(run("device", "setup", "local", code=2))
 
@@ -263,7 +329,12 @@ def test_the_commands_of_devices_have_help_with_an_example(command):
 def test_ssh_by_its_address_brings_the_report_back(arguments, loopback, tmp_path, monkeypatch):  # noqa: F811
     """Through a wrapper of ssh that knows the keys, as a user's ~/.ssh does; the Python there is named in the address."""
     real, options = shutil.which("ssh"), list(loopback.options[2:])
-    fake(tmp_path, monkeypatch, "ssh", f"import os, sys; os.execv({real!r}, ['ssh', *{options!r}, *sys.argv[1:]])")
+    fake(
+        tmp_path,
+        monkeypatch,
+        "ssh",
+        f"import os, sys; os.execv({real!r}, ['ssh', *{options!r}, *sys.argv[1:]])",
+    )
     address = f"ssh://{loopback.host}:{loopback.options[1]}{sys.executable}"
     report = json.loads(run(*arguments, "--device", address, "--json").stdout)
     assert report["ok"]

@@ -64,7 +64,13 @@ class Tampering:
 def judged(device, folder, **options):
     pair = make_pair()
     data = some_data(pair)
-    arguments = {"reference": pair.reference, "split": data, "batch_size": BATCH, "latency_runs": 3, "time_limit": 120}
+    arguments = {
+        "reference": pair.reference,
+        "split": data,
+        "batch_size": BATCH,
+        "latency_runs": 3,
+        "time_limit": 120,
+    }
     return validate_on(device, pair.save(folder), **(arguments | options))
 
 
@@ -78,7 +84,9 @@ def verdict(report, name):
 
 
 # node is the same runner and runtime as web.
-@pytest.mark.parametrize("name", ["local", pytest.param("node", marks=pytest.mark.slow), "web", "arm64"])
+@pytest.mark.parametrize(
+    "name", ["local", pytest.param("node", marks=pytest.mark.slow), "web", "arm64"]
+)
 def test_every_device_gives_pytorchs_classes_and_the_report_of_home(name, tmp_path):
     try:
         device = find_device(name)
@@ -95,13 +103,17 @@ def test_every_device_gives_pytorchs_classes_and_the_report_of_home(name, tmp_pa
     assert report.latency.ratio > 0
     assert (report.peak_memory is None) == (name == "arm64")
     pair = make_pair()
-    home = validate(pair.save(tmp_path), reference=pair.reference, split=some_data(pair), latency_runs=0)
+    home = validate(
+        pair.save(tmp_path), reference=pair.reference, split=some_data(pair), latency_runs=0
+    )
     assert {check.name for check in report.checks} == {check.name for check in home.checks}
 
 
 def test_each_batch_is_counted_and_the_last_may_be_smaller(tmp_path):
     seen = []
-    judged("local", tmp_path, progress=lambda done, total: seen.append((done, total)), latency_runs=0)
+    judged(
+        "local", tmp_path, progress=lambda done, total: seen.append((done, total)), latency_runs=0
+    )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -132,11 +144,16 @@ def test_a_device_whose_optimisations_change_the_result_fails(honest_results, tm
         plain[0]["sha256"] = write(folder / plain[0]["file"], values)
         edit_result(folder, plain=plain)
 
-    assert verdict(judged(Tampering(honest_results, shift), tmp_path), "optimisation").passed is False
+    assert (
+        verdict(judged(Tampering(honest_results, shift), tmp_path), "optimisation").passed is False
+    )
 
 
 def test_a_device_that_rounds_activations_fails(honest_results, tmp_path):
-    report = judged(Tampering(honest_results, lambda folder: edit_result(folder, operators={"MatMulNBits": 1})), tmp_path)
+    report = judged(
+        Tampering(honest_results, lambda folder: edit_result(folder, operators={"MatMulNBits": 1})),
+        tmp_path,
+    )
     assert "SILENTLY" in verdict(report, "operators").sentence
 
 
@@ -178,7 +195,10 @@ def first_output(**changes):
         (first_output(shape=[-BATCH, -5]), "which is not"),
         (first_output(shape=[2**40, 2**40]), "which is not"),
         (first_output(shape="many"), "not described"),
-        (lambda folder: (folder / "result.json").write_bytes(b" " * (2**26 + 1)), "more than a runner writes"),
+        (
+            lambda folder: (folder / "result.json").write_bytes(b" " * (2**26 + 1)),
+            "more than a runner writes",
+        ),
         (first_output(dtype="int32"), "the graph declares"),
         (first_output(dtype="object"), "which is not"),
         (first_output(dtype="nonsense"), "not described"),
@@ -191,9 +211,14 @@ def test_results_that_lie_are_refused_in_one_sentence(honest_results, tamper, se
 
 
 def test_an_operator_that_the_device_does_not_have_is_named(honest_results, tmp_path):
-    refusal = {"stage": "load", "message": "Could not find an implementation for Cast(21) node with name ''"}
+    refusal = {
+        "stage": "load",
+        "message": "Could not find an implementation for Cast(21) node with name ''",
+    }
     with pytest.raises(ModelError, match=r"does not load the model: .*Cast\(21\)"):
-        judged(Tampering(honest_results, lambda folder: edit_result(folder, error=refusal)), tmp_path)
+        judged(
+            Tampering(honest_results, lambda folder: edit_result(folder, error=refusal)), tmp_path
+        )
 
 
 def test_the_runners_report_an_operator_that_is_missing(tmp_path):
@@ -210,7 +235,9 @@ def test_the_runners_report_an_operator_that_is_missing(tmp_path):
         x = {pair.model.graph.input[0].name: np.zeros((2, 8), np.float32)}
         job = write_job(file, folder, [x], x, latency_runs=0)
         broken = read_onnx(path).proto
-        broken.graph.node.append(helper.make_node("NoSuch", [broken.graph.output[0].name], ["unused"], domain="nowhere"))
+        broken.graph.node.append(
+            helper.make_node("NoSuch", [broken.graph.output[0].name], ["unused"], domain="nowhere")
+        )
         broken.opset_import.append(helper.make_opsetid("nowhere", 1))
         (folder / "model.onnx").write_bytes(broken.SerializeToString())
         found.run(job, time_limit=60)
@@ -221,14 +248,19 @@ def test_the_runners_report_an_operator_that_is_missing(tmp_path):
 
 def test_a_runner_that_dies_is_quoted(tmp_path):
     dying = Command("dying", (sys.executable, "-c", "raise SystemExit('no onnxruntime here')"))
-    with pytest.raises(InputError, match=r"dying: the runner died \(exit status 1\): no onnxruntime here"):
+    with pytest.raises(
+        InputError, match=r"dying: the runner died \(exit status 1\): no onnxruntime here"
+    ):
         judged(dying, tmp_path)
 
 
 def test_a_runner_that_hangs_is_stopped_with_its_children(tmp_path):
     mark = tmp_path / "child"
     child = f"echo $$ > {mark}; sleep 60"
-    hanging = Command("hanging", (sys.executable, "-c", f"import subprocess; subprocess.run(['sh', '-c', {child!r}])"))
+    hanging = Command(
+        "hanging",
+        (sys.executable, "-c", f"import subprocess; subprocess.run(['sh', '-c', {child!r}])"),
+    )
     start = time.monotonic()
     with pytest.raises(InputError, match="had not finished after 2 s"):
         judged(hanging, tmp_path, time_limit=2)
@@ -258,7 +290,18 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["lokal", "local:x", "ssh:host", "ssh://", "ssh://-oProxyCommand=id", "ssh://h:x", "folder:", "", "web:8080"]
+    "name",
+    [
+        "lokal",
+        "local:x",
+        "ssh:host",
+        "ssh://",
+        "ssh://-oProxyCommand=id",
+        "ssh://h:x",
+        "folder:",
+        "",
+        "web:8080",
+    ],
 )
 def test_a_name_that_is_no_device_is_refused_with_those_that_are(name):
     with pytest.raises(OptionError, match="choose one of local, node, web"):
@@ -304,7 +347,13 @@ def test_a_folder_is_carried_to_the_device_and_back(tmp_path):
     device = Folder(tmp_path / "phone")
     with pytest.raises(InputError, match=r"python3 run\.py \."):
         judged(device, tmp_path)
-    subprocess.run([sys.executable, "run.py", "."], cwd=tmp_path / "phone", check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "run.py", "."],
+        cwd=tmp_path / "phone",
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     report = judged(device, tmp_path)
     assert report.ok
     assert report.agreement.share == 1.0
@@ -319,7 +368,10 @@ def test_a_folder_is_carried_to_the_device_and_back(tmp_path):
 
 def test_several_devices_stand_side_by_side(honest_results, tmp_path):
     good = judged("local", tmp_path)
-    bad = judged(Tampering(honest_results, lambda folder: edit_result(folder, operators={"MatMulNBits": 1})), tmp_path)
+    bad = judged(
+        Tampering(honest_results, lambda folder: edit_result(folder, operators={"MatMulNBits": 1})),
+        tmp_path,
+    )
     table = DeviceTable((good, bad))
     assert not table.ok
     assert [check.name for check in table.failures] == ["operators"]
@@ -352,7 +404,12 @@ def test_a_device_without_a_result_stands_in_the_table_and_makes_it_red(honest_r
         ("ssh://me@board", "me@board", (), "python3"),
         ("ssh://Board/", "Board", (), "python3"),
         ("ssh://me@board:2222", "me@board", ("-p", "2222"), "python3"),
-        ("ssh://me@[::1]:2222/opt/venv/bin/python", "me@::1", ("-p", "2222"), "/opt/venv/bin/python"),
+        (
+            "ssh://me@[::1]:2222/opt/venv/bin/python",
+            "me@::1",
+            ("-p", "2222"),
+            "/opt/venv/bin/python",
+        ),
         ("ssh://[fe80::1]", "fe80::1", (), "python3"),
     ],
 )
@@ -365,13 +422,17 @@ def test_an_address_is_a_host_a_port_and_a_python(name, host, port, python, monk
 @pytest.fixture
 def loopback(tmp_path):
     """An sshd of our own on loopback, as the current user, with its temporary files under tmp_path/remote."""
-    server = shutil.which("sshd") or next((p for p in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if Path(p).exists()), None)
+    server = shutil.which("sshd") or next(
+        (p for p in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if Path(p).exists()), None
+    )
     if server is None or shutil.which("ssh") is None:
         pytest.skip("there is no OpenSSH server on this machine")
     home = tmp_path / "ssh"
     home.mkdir(mode=0o700)
     for key in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / key)], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / key)], check=True
+        )
     (home / "authorized").write_bytes((home / "user.pub").read_bytes())
     (tmp_path / "remote").mkdir()
     with socket.socket() as free:
@@ -392,9 +453,22 @@ def loopback(tmp_path):
             time.sleep(0.05)
         else:
             pytest.skip(f"sshd does not start here: {(home / 'log').read_text().strip()[-200:]}")
-        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        known = ("-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={home}/known", "-o", "LogLevel=ERROR")
-        yield Ssh(f"{user}@127.0.0.1", ("-p", str(port), "-i", str(home / "user"), *known), python=sys.executable)
+        user = subprocess.run(
+            ["id", "-un"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        known = (
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            f"UserKnownHostsFile={home}/known",
+            "-o",
+            "LogLevel=ERROR",
+        )
+        yield Ssh(
+            f"{user}@127.0.0.1",
+            ("-p", str(port), "-i", str(home / "user"), *known),
+            python=sys.executable,
+        )
     finally:
         process.kill()
         process.wait()

@@ -9,7 +9,17 @@ ROOT = Path(__file__).parents[1]
 FILES = [*sorted((ROOT / "ecqx_onnx").rglob("*.py")), *sorted((ROOT / "converters").rglob("*.py"))]
 FILES = [path for path in FILES if not {"templates", "runners"} & set(path.parts)]
 MOST_MISSING = 100000  # a ratchet: lower it with each room that is done; 0 in the end
-SPECIAL = {"__init__", "__post_init__", "__len__", "__getitem__", "__getattr__", "__dir__", "__call__", "__enter__", "__exit__"}
+SPECIAL = {
+    "__init__",
+    "__post_init__",
+    "__len__",
+    "__getitem__",
+    "__getattr__",
+    "__dir__",
+    "__call__",
+    "__enter__",
+    "__exit__",
+}
 
 
 def decorators(node):
@@ -19,11 +29,15 @@ def decorators(node):
 def public_functions(tree):
     """(name, node, whether it is a method) of functions and methods without a leading underscore."""
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
+            "_"
+        ):
             yield node.name, node, False
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             for inner in node.body:
-                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and not inner.name.startswith("_"):
+                if isinstance(
+                    inner, ast.FunctionDef | ast.AsyncFunctionDef
+                ) and not inner.name.startswith("_"):
                     yield f"{node.name}.{inner.name}", inner, True
 
 
@@ -31,11 +45,17 @@ def arguments_of(node, is_method):
     found = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     if is_method and "staticmethod" not in decorators(node):
         found = found[1:]
-    return [each.arg for each in found] + [each.arg for each in (node.args.vararg, node.args.kwarg) if each]
+    return [each.arg for each in found] + [
+        each.arg for each in (node.args.vararg, node.args.kwarg) if each
+    ]
 
 
 def returns_something(node):
-    return node.returns is not None and ast.unparse(node.returns) not in ("None", "NoReturn", "Never")
+    return node.returns is not None and ast.unparse(node.returns) not in (
+        "None",
+        "NoReturn",
+        "Never",
+    )
 
 
 def raises_something(node):
@@ -58,14 +78,20 @@ def missing_in(node, is_method):
     lacks = []
     if decorators(node) & {"property", "cached_property", "overload", "setter", "fixture"}:
         return lacks
-    if {"command", "callback"} & decorators(node):  # of the command line: the text is the help, and options have their own
+    if {"command", "callback"} & decorators(
+        node
+    ):  # of the command line: the text is the help, and options have their own
         return lacks
     names = arguments_of(node, is_method)
     if names and "Args:" not in text:
         lacks.append("Args")
     elif names:
         section = text.split("Args:", 1)[1]
-        lacks += [f"Args: {name}" for name in names if f"{name}:" not in section and f"{name} (" not in section]
+        lacks += [
+            f"Args: {name}"
+            for name in names
+            if f"{name}:" not in section and f"{name} (" not in section
+        ]
     if returns_something(node) and not ("Returns:" in text or "Yields:" in text):
         lacks.append("Returns")
     if raises_something(node) and "Raises:" not in text:
@@ -82,7 +108,11 @@ def find_missing():
             if lacks:
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}: {', '.join(lacks)}")
         for node in tree.body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if (
+                isinstance(node, ast.ClassDef)
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: a docstring")
     return found
 
@@ -90,7 +120,9 @@ def find_missing():
 def test_public_functions_say_what_they_take_return_and_raise():
     found = find_missing()
     shown = "\n".join(found[:20])
-    assert len(found) <= MOST_MISSING, f"{len(found)} public docstrings lack something, {MOST_MISSING} did before:\n{shown}"
+    assert len(found) <= MOST_MISSING, (
+        f"{len(found)} public docstrings lack something, {MOST_MISSING} did before:\n{shown}"
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def prepared(**options):
     with torch.no_grad():
         for _ in range(200):  # until the statistics are those of the data
             model.train()(x)
-    data = Dataset.from_arrays("x", {"x": x.numpy(), "y": np.arange(32) % 3}, preprocessing=Preprocessing("array"))
+    data = Dataset.from_arrays(
+        "x", {"x": x.numpy(), "y": np.arange(32) % 3}, preprocessing=Preprocessing("array")
+    )
     # 7 bits: of 8, processors without VNNI saturate sums (docs/integer-kernels.md).
     return api.as_checkpoint(model.eval(), example=x, bits=7), x, data
 
@@ -69,7 +71,9 @@ def test_the_network_is_the_same_bit_for_bit():
     graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
     places = find_places(graph, matching)
     peaks = measure_channel_peaks(
-        float_model.restore_float_weights(graph, matching), [place.value for place in places], [x.numpy()]
+        float_model.restore_float_weights(graph, matching),
+        [place.value for place in places],
+        [x.numpy()],
     )
     changed, rescaled = equalize(graph, matching, places, peaks)
     assert len(places) == 1
@@ -79,7 +83,10 @@ def test_the_network_is_the_same_bit_for_bit():
         assert ratio.max() >= 64 or ratio.min() <= 1 / 64
         np.testing.assert_array_equal(np.frexp(ratio)[0], 0.5)  # powers of two
     outputs = [
-        run(open_session(float_model.restore_float_weights(*pair).to_model().SerializeToString()), (x.numpy(),))[0]
+        run(
+            open_session(float_model.restore_float_weights(*pair).to_model().SerializeToString()),
+            (x.numpy(),),
+        )[0]
         for pair in ((graph, matching), (changed, rescaled))
     ]
     np.testing.assert_array_equal(*outputs)
@@ -92,7 +99,9 @@ def test_validation_finds_pytorchs_integers(tmp_path):
     assert {check.name: check for check in report.checks}["weights"].passed
 
 
-@pytest.mark.parametrize("between", [F.relu6, lambda x: F.relu(x) + x, lambda x: F.max_pool2d(F.relu(x), 2)])
+@pytest.mark.parametrize(
+    "between", [F.relu6, lambda x: F.relu(x) + x, lambda x: F.max_pool2d(F.relu(x), 2)]
+)
 def test_nothing_is_equalised_across_other_operators(between):
     from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 

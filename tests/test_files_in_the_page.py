@@ -52,7 +52,9 @@ def ramp(*shape, dtype=np.uint8):
 def smooth(height, width):
     """A picture that JPEG keeps well: uint8 [H, W, 3]."""
     rows, columns = np.mgrid[:height, :width]
-    return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) % 256], -1).astype(np.uint8)
+    return np.stack(
+        [rows * 255 // height, columns * 255 // width, (rows + columns) % 256], -1
+    ).astype(np.uint8)
 
 
 def save_turned(path, orientation, **options):
@@ -75,8 +77,12 @@ def make_images(folder):
     Image.fromarray(ramp(9, 9)).save(folder / "gray_key.png", transparency=int(ramp(9, 9)[3, 3]))
     Image.fromarray(ramp(16, 16, dtype=np.uint16)).save(folder / "gray16.png")
     (folder / "color16.png").write_bytes(png_of_16_bits(ramp(8, 8, 3, dtype=np.uint16), color=2))
-    (folder / "color_alpha16.png").write_bytes(png_of_16_bits(ramp(8, 8, 4, dtype=np.uint16), color=6))
-    (folder / "gray_alpha16.png").write_bytes(png_of_16_bits(ramp(8, 8, 2, dtype=np.uint16), color=4))
+    (folder / "color_alpha16.png").write_bytes(
+        png_of_16_bits(ramp(8, 8, 4, dtype=np.uint16), color=6)
+    )
+    (folder / "gray_alpha16.png").write_bytes(
+        png_of_16_bits(ramp(8, 8, 2, dtype=np.uint16), color=4)
+    )
     for orientation in range(1, 9):
         save_turned(folder / f"turned{orientation}.jpg", orientation, quality=95, subsampling=0)
     save_turned(folder / "turned_subsampled.jpg", 6, quality=85)
@@ -91,19 +97,31 @@ def png_of_16_bits(pixels, *, color):
     import zlib
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def wav(data, *, kind=1, bits=16, channels=1, extensible=False, rate=8000, junk=b""):
     block = channels * bits // 8
-    form = struct.pack("<HHIIHH", 0xFFFE if extensible else kind, channels, rate, rate * block, block, bits)
+    form = struct.pack(
+        "<HHIIHH", 0xFFFE if extensible else kind, channels, rate, rate * block, block, bits
+    )
     if extensible:
-        form += struct.pack("<HHIH", 22, bits, 0, kind) + b"\x00\x00\x00\x00\x10\x00\x80\x00\x00\xaa\x00\x38\x9b\x71"
+        form += (
+            struct.pack("<HHIH", 22, bits, 0, kind)
+            + b"\x00\x00\x00\x00\x10\x00\x80\x00\x00\xaa\x00\x38\x9b\x71"
+        )
     body = b"WAVE" + junk + b"fmt " + struct.pack("<I", len(form)) + form
     body += b"data" + struct.pack("<I", len(data)) + data
     return b"RIFF" + struct.pack("<I", len(body)) + body
@@ -125,8 +143,12 @@ WAVS = {
     "stereo": wav(np.stack([WAVE, WAVE[::-1]], 1).astype("<i2").tobytes(), channels=2),
     "stereo24": wav(in_24_bits(np.stack([WIDE, WIDE[::-1]], 1).ravel()), bits=24, channels=2),
     "extensible": wav(WAVE.astype("<i2").tobytes(), extensible=True),
-    "extensible_float": wav((WAVE / 32768).astype("<f4").tobytes(), kind=3, bits=32, extensible=True),
-    "three": wav(ramp(96, dtype=np.uint16).tobytes(), channels=3, junk=b"LIST\x03\x00\x00\x00abc\x00"),
+    "extensible_float": wav(
+        (WAVE / 32768).astype("<f4").tobytes(), kind=3, bits=32, extensible=True
+    ),
+    "three": wav(
+        ramp(96, dtype=np.uint16).tobytes(), channels=3, junk=b"LIST\x03\x00\x00\x00abc\x00"
+    ),
 }
 SAMPLES = 40
 
@@ -156,7 +178,9 @@ def test_pictures_are_turned_as_people_see_them(files):
 
 
 def test_damaged_exif_data_are_no_reason_to_refuse_a_picture(tmp_path):
-    Image.fromarray(smooth(4, 4)).save(tmp_path / "odd.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    Image.fromarray(smooth(4, 4)).save(
+        tmp_path / "odd.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"
+    )
     assert decode_image(tmp_path / "odd.jpg", shape=None, where="a test").shape == (4, 4, 3)
 
 
@@ -238,8 +262,12 @@ def seen_by_the_page(folder, wanted, profile):
     for module in ("inputs.js", "preprocessing.js"):
         shutil.copy(TEMPLATES / module, folder / module)
     (folder / "index.html").write_text(PAGE)
-    (folder / "files.json").write_text(json.dumps([{"name": n, "shape": s} for n, s in wanted.items()]))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Site, directory=str(folder)))
+    (folder / "files.json").write_text(
+        json.dumps([{"name": n, "shape": s} for n, s in wanted.items()])
+    )
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Site, directory=str(folder))
+    )
     server.arrived = threading.Event()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/"
@@ -274,6 +302,14 @@ def test_the_page_reads_the_same_samples_from_every_file(files, tmp_path):
     differ = {}
     for name, values in expected.items():
         if found[name] != values.ravel().tolist():
-            apart = found[name] if isinstance(found[name], str) else np.abs(np.array(found[name]) - values.ravel())
-            differ[name] = apart if isinstance(apart, str) else f"{(apart > 0).sum()} of {apart.size}, up to {apart.max()}"
+            apart = (
+                found[name]
+                if isinstance(found[name], str)
+                else np.abs(np.array(found[name]) - values.ravel())
+            )
+            differ[name] = (
+                apart
+                if isinstance(apart, str)
+                else f"{(apart > 0).sum()} of {apart.size}, up to {apart.max()}"
+            )
     assert differ == {}

@@ -55,7 +55,9 @@ def test_a_weight_that_carries_a_batchnorms_factor_is_measured_without_it():
 def check_of(found, exact, *, scores, **bounds):
     distances = [measure_output("y", found, exact)]
     layers = [LayerError("fc.weight", 0.3), LayerError("head.weight", 0.7)]
-    return judge_distance(distances, FloatBounds(**bounds), on="a test", scores=scores, layers=layers)
+    return judge_distance(
+        distances, FloatBounds(**bounds), on="a test", scores=scores, layers=layers
+    )
 
 
 def test_class_scores_are_judged_by_agreement_and_all_else_by_the_error():
@@ -79,7 +81,12 @@ def test_the_worst_weights_come_first():
 def test_a_share_is_refused_where_a_percentage_is_meant():
     with pytest.raises(OptionError, match="write 98"):
         FloatBounds(min_agreement=0.98)
-    for wrong in ({"min_agreement": 101}, {"max_error": -1.0}, {"max_drop": float("nan")}, {"max_error": float("inf")}):
+    for wrong in (
+        {"min_agreement": 101},
+        {"max_error": -1.0},
+        {"max_drop": float("nan")},
+        {"max_error": float("inf")},
+    ):
         with pytest.raises(OptionError):
             FloatBounds(**wrong)
 
@@ -93,7 +100,9 @@ class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 24))
+        self.layers = nn.Sequential(
+            nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 24)
+        )
 
     def forward(self, x):
         return self.layers(x)
@@ -124,8 +133,13 @@ def float_check(report):
 @pytest.mark.parametrize(("bits", "fine"), [(2, False), (8, True)])
 def test_an_embedding_is_judged_by_its_relative_error(encoder, tmp_path, bits, fine):
     written = converted(encoder, tmp_path / "out.onnx", bits=bits)
-    assert any(note.startswith("warning: against the float model") for note in written.notes) != fine
-    assert any("random inputs: relative error" in note and "worst weights" in note for note in written.notes)
+    assert (
+        any(note.startswith("warning: against the float model") for note in written.notes) != fine
+    )
+    assert any(
+        "random inputs: relative error" in note and "worst weights" in note
+        for note in written.notes
+    )
     report = ecqx_onnx.validate(tmp_path / "out.onnx", **encoder, latency_runs=0)
     check = float_check(report)
     assert check.passed is fine
@@ -137,7 +151,9 @@ def test_an_embedding_is_judged_by_its_relative_error(encoder, tmp_path, bits, f
 
 def test_the_bounds_are_the_users_to_choose(encoder, tmp_path):
     converted(encoder, tmp_path / "out.onnx", bits=2)
-    report = ecqx_onnx.validate(tmp_path / "out.onnx", **encoder, latency_runs=0, float_bounds=FloatBounds(max_error=5.0))
+    report = ecqx_onnx.validate(
+        tmp_path / "out.onnx", **encoder, latency_runs=0, float_bounds=FloatBounds(max_error=5.0)
+    )
     assert report.ok, report.failures
 
 
@@ -147,8 +163,13 @@ def test_on_data_the_classes_and_the_accuracy_are_compared(encoder, tmp_path):
         y = Encoder()(torch.from_numpy(x)).argmax(1).numpy()
     np.savez(tmp_path / "data.npz", x_test=x, y_test=y)
     data = str(tmp_path / "data.npz")
-    written = converted(encoder, tmp_path / "out.onnx", bits=3, data=data, float_bounds=FloatBounds(max_drop=1.0))
-    assert any("samples of x_test in data.npz" in note and "points of accuracy lost" in note for note in written.notes)
+    written = converted(
+        encoder, tmp_path / "out.onnx", bits=3, data=data, float_bounds=FloatBounds(max_drop=1.0)
+    )
+    assert any(
+        "samples of x_test in data.npz" in note and "points of accuracy lost" in note
+        for note in written.notes
+    )
     report = ecqx_onnx.validate(tmp_path / "out.onnx", **encoder, data=data, latency_runs=0)
     check = float_check(report)
     assert check.limit == 95

@@ -18,10 +18,21 @@ from ecqx_onnx.verbs.pack import pack, unpack
 from tests.conversions import session
 
 FOLDER = Path(__file__).parents[1].parent / "shared" / "data" / "onnx"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} with graphs from the field is missing")
-GRAPHS = ("dtln_1", "mnist_cntk", "silero_vad_op18_ifless", "ultraface_slim320_simplified", "yunet_s_dynamic")
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason=f"{FOLDER} with graphs from the field is missing"
+)
+GRAPHS = (
+    "dtln_1",
+    "mnist_cntk",
+    "silero_vad_op18_ifless",
+    "ultraface_slim320_simplified",
+    "yunet_s_dynamic",
+)
 SHAPES = {"input": [1, 512], "state": [2, 1, 128], "sr": []}  # of silero, whose own are free
-RECURRENT = ("dtln_1", "silero_vad_op18_ifless")  # whose kernels sum in another order once a weight is no initializer
+RECURRENT = (
+    "dtln_1",
+    "silero_vad_op18_ifless",
+)  # whose kernels sum in another order once a weight is no initializer
 FLOAT32 = 1e-5  # relative
 
 
@@ -39,10 +50,17 @@ def on_a_grid(graph: FloatGraph) -> tuple[FloatGraph, list[QuantTensor]]:
 def feeds(loaded: onnxruntime.InferenceSession, graph: str) -> dict[str, np.ndarray]:
     generator, made = np.random.default_rng(0), {}
     for value in loaded.get_inputs():
-        shape = [length if isinstance(length, int) else 64 if axis > 1 else 1 for axis, length in enumerate(value.shape)]
+        shape = [
+            length if isinstance(length, int) else 64 if axis > 1 else 1
+            for axis, length in enumerate(value.shape)
+        ]
         if graph.startswith("silero"):
             shape = SHAPES[value.name]
-        made[value.name] = np.array(16000) if value.type == "tensor(int64)" else generator.random(shape, dtype=np.float32)
+        made[value.name] = (
+            np.array(16000)
+            if value.type == "tensor(int64)"
+            else generator.random(shape, dtype=np.float32)
+        )
     return made
 
 
@@ -64,7 +82,9 @@ def test_a_graph_from_the_field_says_the_same(name, form, tmp_path):
         wanted = {value.name for value in after.get_inputs()}  # weights are inputs no more
         results = after.run(None, {key: value for key, value in given.items() if key in wanted})
         for expected, result in zip(before.run(None, given), results, strict=True):
-            np.testing.assert_allclose(result, expected, rtol=0, atol=FLOAT32 * max(1.0, np.abs(expected).max()))
+            np.testing.assert_allclose(
+                result, expected, rtol=0, atol=FLOAT32 * max(1.0, np.abs(expected).max())
+            )
 
 
 # What `pack` makes of each graph as it is: "packed", or "copied" and the reason.
@@ -82,7 +102,10 @@ OUTCOMES = {
 def test_a_graph_from_the_field_is_packed_or_copied_with_the_reason(name, tmp_path):
     outcome, why = OUTCOMES[name]
     report = pack(FOLDER / f"{name}.onnx", tmp_path / "out.onnx")
-    assert ("copied" if report.written is None else "packed", why in report.reason) == (outcome, True)
+    assert ("copied" if report.written is None else "packed", why in report.reason) == (
+        outcome,
+        True,
+    )
     if outcome == "copied":
         assert (tmp_path / "out.onnx").read_bytes() == (FOLDER / f"{name}.onnx").read_bytes()
 
@@ -106,7 +129,9 @@ def test_a_graph_from_the_field_whose_weights_lie_on_a_grid_is_packed_and_unpack
         given = {value.name: inputs[value.name] for value in loaded.get_inputs()}
         before = session(tmp_path / "packed.onnx", 0)
         for found, expected in zip(loaded.run(None, given), before.run(None, given), strict=True):
-            np.testing.assert_allclose(found, expected, rtol=0, atol=FLOAT32 * max(1.0, np.abs(expected).max()))
+            np.testing.assert_allclose(
+                found, expected, rtol=0, atol=FLOAT32 * max(1.0, np.abs(expected).max())
+            )
 
 
 def test_a_qonnx_graph_runs_on_stock_onnxruntime_once_packed(tmp_path):
@@ -131,7 +156,11 @@ class Quant(OpRun):
     def _run(self, x, scale, zero, bits, narrow=None, rounding_mode=None, signed=None):
         lowest = -(2.0 ** (bits - 1)) + narrow if signed else np.float32(0)
         highest = 2.0 ** (bits - 1) - 1 if signed else 2.0**bits - 1 - narrow
-        return (((np.rint(np.clip(x / scale + zero, lowest, highest)) - zero) * scale).astype(np.float32),)
+        return (
+            ((np.rint(np.clip(x / scale + zero, lowest, highest)) - zero) * scale).astype(
+                np.float32
+            ),
+        )
 
 
 class BatchNormalization(OpRun):
@@ -139,7 +168,9 @@ class BatchNormalization(OpRun):
 
     op_domain = ""
 
-    def _run(self, x, weight, bias, mean, variance, epsilon=None, momentum=None, training_mode=None):
+    def _run(
+        self, x, weight, bias, mean, variance, epsilon=None, momentum=None, training_mode=None
+    ):
         return ((x - mean) / np.sqrt(variance + np.float32(epsilon)) * weight + bias,)
 
 

@@ -31,7 +31,11 @@ IMAGES = (torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)),
 def net():
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 96, 3), torch.nn.Flatten(), torch.nn.Linear(6144, 4)
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 96, 3),
+        torch.nn.Flatten(),
+        torch.nn.Linear(6144, 4),
     ).eval()
 
 
@@ -53,7 +57,8 @@ def functions(path):
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
-    ("options", "name"), [({"bits": 3}, "V"), ({"bits": 3, "per_channel": True}, "W"), ({"codebook": True}, "B")]
+    ("options", "name"),
+    [({"bits": 3}, "V"), ({"bits": 3, "per_channel": True}, "W"), ({"codebook": True}, "B")],
 )
 def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
     model = net()
@@ -63,10 +68,17 @@ def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
     conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed")
     assert calls(conversion.path) == {name}
     assert functions(conversion.path) == {"D", "r", name}
-    assert ("Transpose" in {node.op_type for node in onnx.load(conversion.path).graph.node}) == turned
+    assert (
+        "Transpose" in {node.op_type for node in onnx.load(conversion.path).graph.node}
+    ) == turned
     assert_says_the_same(conversion, model, IMAGES)
     pack.unpack(conversion.path, tmp_path / "dense.onnx")
-    dense = Conversion(tmp_path / "dense.onnx", conversion.report, conversion.matching, read_weights(tmp_path / "dense.onnx"))
+    dense = Conversion(
+        tmp_path / "dense.onnx",
+        conversion.report,
+        conversion.matching,
+        read_weights(tmp_path / "dense.onnx"),
+    )
     assert_says_the_same(dense, model, IMAGES)
     assert functions(dense.path) <= set(FUSED.values()) | {"Dequantize"}
 
@@ -86,7 +98,9 @@ def test_a_matrix_that_the_graph_gives_out_keeps_its_layout(tmp_path):
         inputs={"x": (onnx.TensorProto.FLOAT, [2, 60])},
         output_shape=[2, 80],
     )
-    model.graph.output.append(helper.make_tensor_value_info("0.weight", onnx.TensorProto.FLOAT, [80, 60]))
+    model.graph.output.append(
+        helper.make_tensor_value_info("0.weight", onnx.TensorProto.FLOAT, [80, 60])
+    )
     graph = FloatGraph.from_model(model)
     write(make_plan(graph, match(graph.weights, [tensor]), storage="packed"), tmp_path / "out.onnx")
     _, given = run(open_session(tmp_path / "out.onnx"), (np.zeros((2, 60), np.float32),))
@@ -94,7 +108,9 @@ def test_a_matrix_that_the_graph_gives_out_keeps_its_layout(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 3, "per_channel": True}, {"codebook": True}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"bits": 3, "per_channel": True}, {"codebook": True}]
+)
 def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tmp_path):
     """Unless something else reads the matrix, too."""
 
@@ -123,7 +139,11 @@ def test_gemm_turns_a_matrix_that_is_coded_by_columns_itself(options, shared, tm
     (weight,) = read_weights(tmp_path / "dense.onnx")
     levels = weight.weight.tensor.levels
     np.testing.assert_array_equal(levels if shared else levels.T, tensor.levels)
-    assert_says_the_same(Conversion(tmp_path / "dense.onnx", conversion.report, Matching((), ()), (weight,)), model, x)
+    assert_says_the_same(
+        Conversion(tmp_path / "dense.onnx", conversion.report, Matching((), ()), (weight,)),
+        model,
+        x,
+    )
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -133,16 +153,26 @@ def test_a_codebook_with_a_factor_has_a_call_of_its_own(turned, tmp_path):
     if turned:
         few_columns(tensors, model)
     graph = float_graph(model, IMAGES)
-    factors = [np.linspace(0.5, 2, len(t.levels), dtype=np.float32).reshape(-1, *[1] * (t.levels.ndim - 1)) for t in tensors]
+    factors = [
+        np.linspace(0.5, 2, len(t.levels), dtype=np.float32).reshape(-1, *[1] * (t.levels.ndim - 1))
+        for t in tensors
+    ]
     found = {weight.sources: weight for weight in match(graph.weights, tensors).found}
-    scaled = tuple(GraphWeight(found[t.name,].name, t, (t.name,), factor) for t, factor in zip(tensors, factors, strict=True))
+    scaled = tuple(
+        GraphWeight(found[t.name,].name, t, (t.name,), factor)
+        for t, factor in zip(tensors, factors, strict=True)
+    )
     write(make_plan(graph, Matching(scaled, ()), storage="packed"), tmp_path / "out.onnx")
     assert calls(tmp_path / "out.onnx") == {"F"}
     with torch.no_grad():
-        for layer, tensor, factor in zip((model[0], model[2], model[4]), tensors, factors, strict=True):
+        for layer, tensor, factor in zip(
+            (model[0], model[2], model[4]), tensors, factors, strict=True
+        ):
             layer.weight.copy_(torch.from_numpy(tensor.dequantize() * factor))
     stored = read_weights(tmp_path / "out.onnx")
-    assert_says_the_same(Conversion(tmp_path / "out.onnx", None, Matching(scaled, ()), stored), model, IMAGES)
+    assert_says_the_same(
+        Conversion(tmp_path / "out.onnx", None, Matching(scaled, ()), stored), model, IMAGES
+    )
 
 
 def test_steps_in_float16_and_in_float32_share_a_call(tmp_path):
@@ -154,7 +184,11 @@ def test_steps_in_float16_and_in_float32_share_a_call(tmp_path):
         model[2].weight.copy_(torch.from_numpy(tensors[1].dequantize()))
     conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed")
     assert calls(conversion.path) == {"W"}
-    types = {tensor.data_type for tensor in onnx.load(conversion.path).graph.initializer if len(tensor.dims) == 4}
+    types = {
+        tensor.data_type
+        for tensor in onnx.load(conversion.path).graph.initializer
+        if len(tensor.dims) == 4
+    }
     assert types == {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
     assert_says_the_same(conversion, model, IMAGES)
 
@@ -162,14 +196,18 @@ def test_steps_in_float16_and_in_float32_share_a_call(tmp_path):
 def test_what_only_some_could_have_none_has(tmp_path, monkeypatch):
     tied, tokens = Tied().eval(), (torch.randint(0, 20, (2, 5)),)
     tensors = quantize_model(tied)
-    conversion = convert(float_graph(tied, tokens), tensors, tmp_path, storage="packed", dequantize="folded")
+    conversion = convert(
+        float_graph(tied, tokens), tensors, tmp_path, storage="packed", dequantize="folded"
+    )
     assert calls(conversion.path) == {"Levels", "Dequantize"}
     assert_says_the_same(conversion, tied, tokens)
     model = net()
     tensors = quantize_model(model)
     for options in ({"dequantize": "standard"}, {}):
         monkeypatch.setattr(choices, "STAGED_FROM", 1 << 20 if options else 1)
-        conversion = convert(float_graph(model, IMAGES), tensors, tmp_path, storage="packed", **options)
+        conversion = convert(
+            float_graph(model, IMAGES), tensors, tmp_path, storage="packed", **options
+        )
         assert "Levels" in calls(conversion.path)
         assert_says_the_same(conversion, model, IMAGES)
 
@@ -221,18 +259,26 @@ def test_one_call_is_standard_onnx_and_exact_whatever_the_step(tmp_path):
     for step in (0.1, 1e-45, 3e-39, 1e37, -0.01):
         tensor = QuantTensor("w", matrix, Scale(np.float32(step).reshape(())))
         model = model_of(
-            [helper.make_node("Identity", ["w"], ["y"])], {"w": tensor.dequantize()}, inputs={}, output_shape=[60, 80]
+            [helper.make_node("Identity", ["w"], ["y"])],
+            {"w": tensor.dequantize()},
+            inputs={},
+            output_shape=[60, 80],
         )
         graph = FloatGraph.from_model(model)
         path = tmp_path / f"{step}.onnx"
         write(make_plan(graph, match(graph.weights, [tensor]), storage="packed"), path)
         assert calls(path) == {"V" if step > 0 else "W"}
         expected = (matrix.astype(np.float32) * np.float32(step)).view(np.int32)
-        for given in (ReferenceEvaluator(str(path)).run(None, {})[0], run(open_session(path), ())[0]):
+        for given in (
+            ReferenceEvaluator(str(path)).run(None, {})[0],
+            run(open_session(path), ())[0],
+        ):
             np.testing.assert_array_equal(given.view(np.int32), expected)
 
 
-@pytest.mark.parametrize("what", ["decoder's inputs", "split's inputs", "sizes", "shape", "turn", "text"])
+@pytest.mark.parametrize(
+    "what", ["decoder's inputs", "split's inputs", "sizes", "shape", "turn", "text"]
+)
 def test_whatever_keeps_a_weight_from_being_read_is_told(what, tmp_path):
     model = net()
     tensors = quantize_model(model)
@@ -249,13 +295,19 @@ def test_whatever_keeps_a_weight_from_being_read_is_told(what, tmp_path):
         message = "lacks inputs"
     elif what in ("sizes", "shape"):
         sizes = constants[nodes["Split"].input[1] if what == "sizes" else nodes["V"].input[3]]
-        sizes.CopyFrom(onnx.TensorProto(name=sizes.name, data_type=onnx.TensorProto.INT64, int64_data=[3]))
+        sizes.CopyFrom(
+            onnx.TensorProto(name=sizes.name, data_type=onnx.TensorProto.INT64, int64_data=[3])
+        )
     elif what == "turn":
         del nodes["Transpose"].input[:]
         message = "convert the model again"
     else:
         sizes = constants[nodes["V"].input[3]]
-        sizes.CopyFrom(onnx.TensorProto(name=sizes.name, data_type=onnx.TensorProto.STRING, dims=[1], string_data=[b"a"]))
+        sizes.CopyFrom(
+            onnx.TensorProto(
+                name=sizes.name, data_type=onnx.TensorProto.STRING, dims=[1], string_data=[b"a"]
+            )
+        )
     with pytest.raises(FileError, match=message):
         read_weights(proto)
 

@@ -13,13 +13,22 @@ from ecqx_onnx.quantization.levels.entropy import (
     estimate_probabilities,
     find_largest_lambda,
 )
-from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step, from_channel_rows, to_channel_rows
+from ecqx_onnx.quantization.levels.grid import (
+    Grid,
+    choose_grid,
+    fit_step,
+    from_channel_rows,
+    to_channel_rows,
+)
 from tests.oracles import ecqx as oracle
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
-@pytest.mark.parametrize(("bits", "lowest", "highest"), [(2, -1, 1), (3, -3, 3), (4, -7, 7), (5, -15, 15), (8, -127, 127)])
+@pytest.mark.parametrize(
+    ("bits", "lowest", "highest"),
+    [(2, -1, 1), (3, -3, 3), (4, -7, 7), (5, -15, 15), (8, -127, 127)],
+)
 def test_symmetric_levels_are_the_papers(bits, lowest, highest):
     assert choose_grid(torch.tensor([-1.0, 2.0]), bits) == Grid(bits, lowest, highest)
 
@@ -60,7 +69,10 @@ def test_least_squares_step_is_within_a_percent_of_an_exhaustive_search(bits):
 
 
 def test_two_bits_by_percentile_zero_nearly_everything_and_the_fit_does_not():
-    weight, grid = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) ** 3, Grid(2, -1, 1)
+    weight, grid = (
+        torch.randn(20_000, generator=torch.Generator().manual_seed(0)) ** 3,
+        Grid(2, -1, 1),
+    )
     zeros = {
         rule: float(((weight / fit_step(weight, grid, rule=rule)).round() == 0).float().mean())
         for rule in ("percentile", "least_squares")
@@ -81,7 +93,9 @@ def test_a_step_per_channel_is_each_channels_own(axis, bits):
         assert float(step.reshape(-1)[channel]) == pytest.approx(float(alone), rel=1e-6)
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(4, 4), torch.full((2, 2), 1e-45), torch.tensor([[0.0, 5.0], [0.0, 0.0]])])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(4, 4), torch.full((2, 2), 1e-45), torch.tensor([[0.0, 5.0], [0.0, 0.0]])]
+)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_steps_are_positive_and_finite_whatever_the_weights(weight, bits):
     for axis in (None, 0):
@@ -99,7 +113,10 @@ def test_channel_rows_come_back_as_they_were(shape, data):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 50), min_size=7, max_size=7).filter(any), st.sampled_from([0.0, 0.5, 0.9]))
+@given(
+    st.lists(st.integers(0, 50), min_size=7, max_size=7).filter(any),
+    st.sampled_from([0.0, 0.5, 0.9]),
+)
 def test_cluster_probabilities_are_the_oracles(counts, floor):
     grid, levels = Grid(3, -3, 3), range(-3, 4)
     weights = [float(k) for k, count in zip(levels, counts, strict=True) for _ in range(count)]
@@ -112,10 +129,14 @@ def test_lambda_max_is_the_oracles():
     weights = torch.randn(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for candidate in (weights, weights.abs(), -weights.abs(), weights * 0.01):
         grid = Grid(3, -3, 3)
-        info = oracle.information(oracle.probabilities(candidate.tolist(), [0.5] * 200, range(-3, 4)))
+        info = oracle.information(
+            oracle.probabilities(candidate.tolist(), [0.5] * 200, range(-3, 4))
+        )
         expected = oracle.lambda_max(candidate.tolist(), 0.5, range(-3, 4), info)
         information = torch.tensor(list(info.values()), dtype=torch.float64)
-        found = find_largest_lambda(candidate[None], torch.tensor([[0.5]], dtype=torch.float64), grid, information)
+        found = find_largest_lambda(
+            candidate[None], torch.tensor([[0.5]], dtype=torch.float64), grid, information
+        )
         assert float(found) == pytest.approx(expected, rel=1e-12)
 
 

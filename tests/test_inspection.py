@@ -32,7 +32,11 @@ METADATA = {
 def converted(folder: Path, **options: str) -> tuple[Pair, Path]:
     pair = make_pair(decoding="float")
     graph = FloatGraph.from_model(pair.model)
-    write(make_plan(graph, match(graph.weights, pair.tensors), **options), folder / "model.onnx", metadata=METADATA)
+    write(
+        make_plan(graph, match(graph.weights, pair.tensors), **options),
+        folder / "model.onnx",
+        metadata=METADATA,
+    )
     return pair, folder / "model.onnx"
 
 
@@ -87,7 +91,9 @@ def test_the_json_holds_all_of_it(tmp_path):
 def test_a_file_whose_weights_some_tool_has_folded_is_recognised(tmp_path):
     pair, path = converted(tmp_path)
     metadata = onnx.load(path).metadata_props[0].value
-    inflated = inspect(make_pair(decoding="float", metadata=metadata).save(tmp_path, "inflated.onnx"))
+    inflated = inspect(
+        make_pair(decoding="float", metadata=metadata).save(tmp_path, "inflated.onnx")
+    )
     assert inflated.inflated
     assert "INFLATED" in text_of(inflated)
     assert [row.name for row in inflated.floats] == [tensor.name for tensor in pair.tensors]
@@ -103,7 +109,9 @@ def test_a_plain_float_file_is_not_taken_for_an_inflated_one(tmp_path):
 def test_a_changed_level_is_told_by_its_checksum(tmp_path):
     _, path = converted(tmp_path, storage="dense")
     model = onnx.load(path)
-    stored = next(tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT4)
+    stored = next(
+        tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT4
+    )
     stored.raw_data = bytes([stored.raw_data[0] ^ 1]) + stored.raw_data[1:]
     onnx.save(model, path)
     assert any("checksum" in warning for warning in inspect(path).warnings)
@@ -113,7 +121,11 @@ def test_float_values_outside_raw_data_are_counted_too(tmp_path):
     pair = make_pair(decoding="float")
     for tensor in pair.model.graph.initializer:
         values = numpy_helper.to_array(tensor)
-        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, onnx.TensorProto.FLOAT, values.shape, values.reshape(-1)))
+        tensor.CopyFrom(
+            onnx.helper.make_tensor(
+                tensor.name, onnx.TensorProto.FLOAT, values.shape, values.reshape(-1)
+            )
+        )
     found = inspect(pair.save(tmp_path))
     assert sum(found.parts.values()) == found.nbytes
     assert found.parts["float parameters"] >= 4 * (16 * 8 + 16 + 5 * 16 + 5)
@@ -163,5 +175,11 @@ def test_inspecting_an_onnx_file_loads_neither_torch_nor_a_runtime(tmp_path):
         "print({'torch', 'onnxruntime'} & set(sys.modules))"
     )
     environment = {"PYTHONPATH": ":".join(entry for entry in sys.path if entry)}
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
     assert done.stdout.strip() == "set()"

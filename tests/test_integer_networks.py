@@ -26,8 +26,27 @@ from ecqx_onnx.validation.devices import DeviceTable
 from ecqx_onnx.validation.report import ValidationReport
 
 ROOT = Path(__file__).parents[1]
-FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Sum", "Mul", "Relu", "Clip", "DequantizeLinear"}
-FLOAT_KERNELS |= {"MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "BatchNormalization", "FusedMatMul"}
+FLOAT_KERNELS = {
+    "Conv",
+    "FusedConv",
+    "Gemm",
+    "FusedGemm",
+    "MatMul",
+    "Add",
+    "Sum",
+    "Mul",
+    "Relu",
+    "Clip",
+    "DequantizeLinear",
+}
+FLOAT_KERNELS |= {
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "ReduceMean",
+    "BatchNormalization",
+    "FusedMatMul",
+}
 
 
 def mobilenet() -> nn.Module:
@@ -49,7 +68,12 @@ WANTED = {
     "lenet5": {"QLinearConv": 2, "QGemm": 3},
     "resnet20": {"QLinearConv": 19, "QLinearAdd": 9, "QLinearGlobalAveragePool": 1, "QGemm": 1},
     "kws_dscnn": {"QLinearConv": 9, "QLinearGlobalAveragePool": 1, "QGemm": 1},
-    "mobilenet_v2": {"QLinearConv": 52, "QLinearAdd": 10, "QLinearGlobalAveragePool": 1, "QGemm": 1},
+    "mobilenet_v2": {
+        "QLinearConv": 52,
+        "QLinearAdd": 10,
+        "QLinearGlobalAveragePool": 1,
+        "QGemm": 1,
+    },
 }
 
 
@@ -61,7 +85,12 @@ def prepared(name: str) -> tuple[nn.Module, Dataset]:
     x = torch.randn(16, *shape)
     with torch.no_grad():
         model.train()(x)
-    arrays = {"x_train": x.numpy(), "y_train": np.arange(16) % 10, "x_test": x.numpy(), "y_test": np.arange(16) % 10}
+    arrays = {
+        "x_train": x.numpy(),
+        "y_train": np.arange(16) % 10,
+        "x_test": x.numpy(),
+        "y_test": np.arange(16) % 10,
+    }
     return model.eval(), Dataset.from_arrays("random", arrays, preprocessing=Preprocessing("array"))
 
 
@@ -75,7 +104,9 @@ def test_no_operator_of_the_reference_networks_runs_on_floats_without_a_reason(n
     assert {operator: executed[operator] for operator in WANTED[name]} == WANTED[name]
     stated = {node.operator for node in report.stays if node.reason}
     assert FLOAT_KERNELS & set(executed) <= stated
-    assert stated == ({"BatchNormalization"} if name == "kws_dscnn" else set())  # it stands before the first convolution
+    assert stated == (
+        {"BatchNormalization"} if name == "kws_dscnn" else set()
+    )  # it stands before the first convolution
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +133,14 @@ def small(tmp_path_factory):
     from ecqx_onnx.checkpoint import save
 
     save(api.as_checkpoint(model.eval(), example=x, bits=4), path)
-    return path, Dataset.from_arrays("x", {"x": x.numpy(), "y": np.arange(32) % 3}, preprocessing=Preprocessing("array"))
+    return path, Dataset.from_arrays(
+        "x", {"x": x.numpy(), "y": np.arange(32) % 3}, preprocessing=Preprocessing("array")
+    )
 
 
-@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if not target.no_integers])
+@pytest.mark.parametrize(
+    "target", [name for name, target in TARGETS.items() if not target.no_integers]
+)
 def test_every_target_that_takes_integers_gets_the_same_ones(small, target, tmp_path):
     path, dataset = small
     out = tmp_path / f"out{TARGETS[target].suffix}"
@@ -119,7 +154,10 @@ def test_every_target_that_takes_integers_gets_the_same_ones(small, target, tmp_
         executed = count_executed_operators(out, (x,))
         assert executed["QLinearConv"] == 2
         assert executed["QLinearAdd"] == executed["QGemm"] == 1
-        assert max(entry.version for entry in onnx.load(out).opset_import if not entry.domain) <= TARGETS[target].max_opset
+        assert (
+            max(entry.version for entry in onnx.load(out).opset_import if not entry.domain)
+            <= TARGETS[target].max_opset
+        )
 
 
 def test_validation_knows_that_activations_are_quantised_on_purpose(small, tmp_path):
@@ -136,10 +174,14 @@ def test_validation_knows_that_activations_are_quantised_on_purpose(small, tmp_p
 
 
 @pytest.mark.parametrize(("ratio", "told"), [(0.99, False), (1.0, True), (2.1, True)])
-def test_integer_kernels_that_are_no_faster_are_told_and_fail_nothing(small, tmp_path, ratio, told, monkeypatch):
+def test_integer_kernels_that_are_no_faster_are_told_and_fail_nothing(
+    small, tmp_path, ratio, told, monkeypatch
+):
     from ecqx_onnx.validation import validator
 
-    monkeypatch.setattr(validator, "measure_latency", lambda *_, **__: Latency(1e-3 * ratio, 1e-3, ratio, 50))
+    monkeypatch.setattr(
+        validator, "measure_latency", lambda *_, **__: Latency(1e-3 * ratio, 1e-3, ratio, 50)
+    )
     path, dataset = small
     api.convert(path, tmp_path / "int8.onnx", activations="int8", calibration=dataset)
     report = api.validate(tmp_path / "int8.onnx", against=path, data=dataset)
@@ -151,19 +193,29 @@ def test_integer_kernels_that_are_no_faster_are_told_and_fail_nothing(small, tmp
         assert checks["latency"].measured == ratio
         assert "float activations: convert without --activations int8" in checks["latency"].sentence
     api.convert(path, tmp_path / "float.onnx")
-    assert "latency" not in {check.name for check in api.validate(tmp_path / "float.onnx", against=path, data=dataset).checks}
+    assert "latency" not in {
+        check.name
+        for check in api.validate(tmp_path / "float.onnx", against=path, data=dataset).checks
+    }
 
 
-def test_the_table_of_devices_says_where_integer_kernels_are_no_faster_but_an_emulator_says_nothing(small, tmp_path):
+def test_the_table_of_devices_says_where_integer_kernels_are_no_faster_but_an_emulator_says_nothing(
+    small, tmp_path
+):
     path, dataset = small
     api.convert(path, tmp_path / "int8.onnx", activations="int8", calibration=dataset)
     file, slow = read_onnx(tmp_path / "int8.onnx"), Latency(2e-3, 1e-3, 2.0, 50)
     assert check_latency(file, slow, runtime="onnxruntime 1.23.2, aarch64, emulated") is None
     check = check_latency(file, slow, runtime="onnxruntime-web 1.24.3")
-    report = ValidationReport("int8.onnx", "onnxruntime-web 1.24.3", 1, 1, (check,), latency=slow, device="web")
+    report = ValidationReport(
+        "int8.onnx", "onnxruntime-web 1.24.3", 1, 1, (check,), latency=slow, device="web"
+    )
     console = Console(width=300, file=io.StringIO())
     console.print(DeviceTable((report,), ()).render())
-    assert "web: latency: integer kernels took 2.00 x the float model's time for one sample here" in console.file.getvalue()
+    assert (
+        "web: latency: integer kernels took 2.00 x the float model's time for one sample here"
+        in console.file.getvalue()
+    )
 
 
 def test_latency_is_held_against_a_float_model(small, tmp_path):
@@ -175,13 +227,18 @@ def test_latency_is_held_against_a_float_model(small, tmp_path):
     x, _ = next(dataset.test.batches(4))
     decoded = decode_model(onnx.load(tmp_path / "out.onnx")).serialize()
     assert decoded is not None
-    kernels, wanted = count_executed_operators(decoded, (x,)), count_executed_operators(tmp_path / "float.onnx", (x,))
+    kernels, wanted = (
+        count_executed_operators(decoded, (x,)),
+        count_executed_operators(tmp_path / "float.onnx", (x,)),
+    )
     assert not any(kernel.startswith("Q") or kernel == "DequantizeLinear" for kernel in kernels)
     assert kernels["Conv"] == wanted["Conv"]
 
 
 def test_a_float_model_is_its_own_float_twin():
-    model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 18]> g (float[N] x) => (float[N] y) { y = Relu(x) }')
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[N] x) => (float[N] y) { y = Relu(x) }'
+    )
     assert remove_quantization(model) is model
 
 
@@ -190,7 +247,10 @@ def test_int8_with_a_weight_that_lost_its_integers_is_told(small, tmp_path):
     path, dataset = small
     api.convert(path, tmp_path / "out.onnx", activations="int8", calibration=dataset)
     model = onnx.load(tmp_path / "out.onnx")
-    largest = max((t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT4), key=lambda t: len(t.raw_data))
+    largest = max(
+        (t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT4),
+        key=lambda t: len(t.raw_data),
+    )
     largest.raw_data = bytes([largest.raw_data[0] ^ 1]) + largest.raw_data[1:]
     onnx.save(model, tmp_path / "out.onnx")
     report = api.validate(tmp_path / "out.onnx", against=path, data=dataset, latency_runs=0)

@@ -67,16 +67,30 @@ LAYERS = {
     "linear": (lambda: nn.Linear(4, 3), ROWS),
     "linear on sequences": (lambda: nn.Linear(4, 3), SEQUENCE),
     "linear without bias": (lambda: nn.Linear(4, 3, bias=False), SEQUENCE),
-    "linear, batchnorm": (lambda: nn.Sequential(nn.Linear(4, 3), with_statistics(nn.BatchNorm1d(3))), ROWS),
+    "linear, batchnorm": (
+        lambda: nn.Sequential(nn.Linear(4, 3), with_statistics(nn.BatchNorm1d(3))),
+        ROWS,
+    ),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), SIGNAL),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), IMAGE),
-    "conv2d, batchnorm": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3), with_statistics(nn.BatchNorm2d(6)), nn.ReLU()), IMAGE),
+    "conv2d, batchnorm": (
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), with_statistics(nn.BatchNorm2d(6)), nn.ReLU()),
+        IMAGE,
+    ),
     "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), IMAGE),
-    "depthwise": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), with_statistics(nn.BatchNorm2d(4))), IMAGE),
+    "depthwise": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), with_statistics(nn.BatchNorm2d(4))),
+        IMAGE,
+    ),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), VOLUME),
-    "transposed conv": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 3, 3), with_statistics(nn.BatchNorm2d(3))), IMAGE),
+    "transposed conv": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(4, 3, 3), with_statistics(nn.BatchNorm2d(3))),
+        IMAGE,
+    ),
     "transposed conv in groups": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), with_statistics(nn.BatchNorm2d(6))),
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(4, 6, 3, groups=2), with_statistics(nn.BatchNorm2d(6))
+        ),
         IMAGE,
     ),
     "transposed conv1d": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), SIGNAL),
@@ -147,7 +161,10 @@ def test_attention_between_two_sequences_says_the_same(form, tmp_path):
 @pytest.mark.parametrize("form", ["folded", "standard"])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_embedding_says_the_same(form, per_channel, tmp_path):
-    model, inputs = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).eval(), (torch.randint(0, 20, (2, 5)),)
+    model, inputs = (
+        nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).eval(),
+        (torch.randint(0, 20, (2, 5)),),
+    )
     tensors = quantize_model(model, per_channel=per_channel)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert_says_the_same(conversion, model, inputs)
@@ -161,7 +178,10 @@ def test_tied_weights_are_stored_once(form, tmp_path):
     tensors = quantize_model(model)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert_says_the_same(conversion, model, inputs)
-    assert sorted(tensor.storage for tensor in conversion.report.tensors) == ["dense INT4", "dense INT4, shared"]
+    assert sorted(tensor.storage for tensor in conversion.report.tensors) == [
+        "dense INT4",
+        "dense INT4, shared",
+    ]
     assert len({stored.levels_name for stored in conversion.stored}) == 1
 
 
@@ -177,7 +197,9 @@ def test_weights_of_branches_say_the_same(form, tmp_path):
 
 @pytest.mark.parametrize("form", ["folded", "standard"])
 def test_zero_channels_and_zero_tensors_say_the_same(form, tmp_path):
-    model = nn.Sequential(nn.Conv2d(4, 6, 3), with_statistics(nn.BatchNorm2d(6)), nn.Flatten(), nn.Linear(96, 3)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), with_statistics(nn.BatchNorm2d(6)), nn.Flatten(), nn.Linear(96, 3)
+    ).eval()
     with torch.no_grad():
         model[0].weight[1:3] = 0
         model[3].weight.zero_()
@@ -186,7 +208,9 @@ def test_zero_channels_and_zero_tensors_say_the_same(form, tmp_path):
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, dequantize=form)
     assert not conversion.report.missing
     assert_says_the_same(conversion, model, inputs)
-    assert {tensor.zeros for tensor in conversion.report.tensors if tensor.name == "3.weight"} == {1.0}
+    assert {tensor.zeros for tensor in conversion.report.tensors if tensor.name == "3.weight"} == {
+        1.0
+    }
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -196,7 +220,9 @@ def test_every_bit_width_says_the_same_on_every_target(bits, target, tmp_path):
     tensors = quantize_model(model, bits=bits)
     conversion = convert(float_graph(model, inputs), tensors, tmp_path, target=target)
     assert_says_the_same(conversion, model, inputs)
-    np.testing.assert_array_equal(conversion.stored[0].weight.dequantize(), model.weight.detach().numpy())
+    np.testing.assert_array_equal(
+        conversion.stored[0].weight.dequantize(), model.weight.detach().numpy()
+    )
 
 
 def test_a_mostly_zero_weight_is_stored_sparse(tmp_path):

@@ -13,7 +13,9 @@ from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 RNG = np.random.default_rng(5)
 
 
-def tensor(name: str, shape: tuple[int, ...], *, step: float | np.ndarray = 0.1, seed: int = 0) -> QuantTensor:
+def tensor(
+    name: str, shape: tuple[int, ...], *, step: float | np.ndarray = 0.1, seed: int = 0
+) -> QuantTensor:
     levels = np.random.default_rng(seed).integers(-7, 8, shape).astype(np.int8)
     return QuantTensor(name, levels, Scale(np.asarray(step, np.float32)))
 
@@ -52,7 +54,11 @@ def test_a_square_transposed_weight_under_its_own_name_is_found():
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_factor_per_channel_goes_into_the_step(axis, per_channel):
-    step = RNG.uniform(0.05, 0.2, (6, 1, 1, 1)).astype(np.float32) if per_channel and axis == 0 else np.float32(0.1)
+    step = (
+        RNG.uniform(0.05, 0.2, (6, 1, 1, 1)).astype(np.float32)
+        if per_channel and axis == 0
+        else np.float32(0.1)
+    )
     quantized = tensor("conv.weight", (6, 5, 3, 3), step=step)
     shape = [1, 1, 1, 1]
     shape[axis] = quantized.shape[axis]
@@ -126,18 +132,29 @@ def test_stacked_and_permuted_rows_are_found_by_value(seed, rows, length):
 
 
 def test_directions_get_one_step_each():
-    forward, backward = tensor("ih", (6, 4), step=0.25, seed=1), tensor("ih_reverse", (6, 4), step=0.3, seed=2)
-    matching = match({"val_7": np.stack([forward.dequantize(), backward.dequantize()])}, [forward, backward])
+    forward, backward = (
+        tensor("ih", (6, 4), step=0.25, seed=1),
+        tensor("ih_reverse", (6, 4), step=0.3, seed=2),
+    )
+    matching = match(
+        {"val_7": np.stack([forward.dequantize(), backward.dequantize()])}, [forward, backward]
+    )
     (weight,) = matching.found
     assert weight.sources == ("ih", "ih_reverse")
-    np.testing.assert_array_equal(weight.tensor.meaning.step, np.float32([0.25, 0.3]).reshape(2, 1, 1))
+    np.testing.assert_array_equal(
+        weight.tensor.meaning.step, np.float32([0.25, 0.3]).reshape(2, 1, 1)
+    )
 
 
-@pytest.mark.parametrize("step", [0.1, np.linspace(0.1, 0.3, 12).reshape(12, 1), np.linspace(0.1, 0.3, 4).reshape(1, 4)])
+@pytest.mark.parametrize(
+    "step", [0.1, np.linspace(0.1, 0.3, 12).reshape(12, 1), np.linspace(0.1, 0.3, 4).reshape(1, 4)]
+)
 def test_thirds_of_a_projection_are_found_transposed(step):
     projection = tensor("in_proj_weight", (12, 4), step=step)
     values = projection.dequantize()
-    matching = match({f"val_{i}": values[4 * i : 4 * i + 4].T.copy() for i in range(3)}, [projection])
+    matching = match(
+        {f"val_{i}": values[4 * i : 4 * i + 4].T.copy() for i in range(3)}, [projection]
+    )
     assert [weight.sources for weight in matching.found] == [("in_proj_weight",)] * 3
     for i, weight in enumerate(matching.found):
         np.testing.assert_array_equal(weight.dequantize(), values[4 * i : 4 * i + 4].T)
@@ -146,7 +163,10 @@ def test_thirds_of_a_projection_are_found_transposed(step):
 def test_tied_weights_are_found_in_both_places_and_the_alias_is_not_missing():
     embedding = tensor("embedding.weight", (20, 8))
     alias = QuantTensor("output.weight", embedding.levels, embedding.meaning)
-    matching = match({"output.weight": embedding.dequantize(), "val_0": embedding.dequantize().T}, [embedding, alias])
+    matching = match(
+        {"output.weight": embedding.dequantize(), "val_0": embedding.dequantize().T},
+        [embedding, alias],
+    )
     assert len(matching.found) == 2
     assert not matching.missing
 
@@ -176,5 +196,9 @@ def test_weights_that_are_not_finite_are_not_found(bad):
 
 def test_many_layers_of_one_shape_are_told_apart():
     tensors = [tensor(f"layer{i}.weight", (32, 64), seed=i) for i in range(200)]
-    matching = match({f"val_{i}": part.dequantize().T for i, part in enumerate(reversed(tensors))}, tensors)
-    assert [weight.sources[0] for weight in matching.found] == [part.name for part in reversed(tensors)]
+    matching = match(
+        {f"val_{i}": part.dequantize().T for i, part in enumerate(reversed(tensors))}, tensors
+    )
+    assert [weight.sources[0] for weight in matching.found] == [
+        part.name for part in reversed(tensors)
+    ]

@@ -22,19 +22,28 @@ from ecqx_onnx.validation.metrics import (
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"),
     # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 1998, table I, method 3.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_the_interval_is_newcombes_published_one(hits, total, low, high):
     assert Proportion(hits, total).interval == pytest.approx((low, high), abs=5e-5)
 
 
-@given(st.integers(1, 10_000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+@given(
+    st.integers(1, 10_000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
+)
 def test_the_interval_ends_are_where_a_score_test_just_accepts(hits_of_total):
     hits, total = hits_of_total
     share = hits / total
     for end in Proportion(hits, total).interval:
         if 0 < end < 1:  # |p - end| = z·sqrt(end (1 - end) / n), what the Wilson interval solves
-            assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / total), rel=1e-6, abs=1e-12)
+            assert abs(share - end) == pytest.approx(
+                1.959963984540054 * math.sqrt(end * (1 - end) / total), rel=1e-6, abs=1e-12
+            )
 
 
 def test_proportions_of_batches_add_up():
@@ -79,7 +88,10 @@ def test_a_disagreement_over_nan_is_never_a_tie():
     ],
 )
 def test_the_largest_difference_treats_what_is_no_number_with_care(first, second, expected):
-    assert find_largest_difference(np.array(first, np.float32), np.array(second, np.float32)) == expected
+    assert (
+        find_largest_difference(np.array(first, np.float32), np.array(second, np.float32))
+        == expected
+    )
 
 
 def test_scores_of_two_or_more_classes_are_a_classification():

@@ -39,7 +39,9 @@ def test_a_folder_is_read_in_the_channels_of_the_model(tmp_path, channels):
     data = mixed_folder(tmp_path / "data")
     api.quantize(f"{tmp_path / 'user.py'}:network", data=data, out=tmp_path / "m.pt", **QUICK)
     ecqx_onnx.convert(tmp_path / "m.pt", tmp_path / "m.onnx")
-    report = ecqx_onnx.validate(tmp_path / "m.onnx", against=tmp_path / "m.pt", data=data, latency_runs=0)
+    report = ecqx_onnx.validate(
+        tmp_path / "m.onnx", against=tmp_path / "m.pt", data=data, latency_runs=0
+    )
     assert report.ok, report.failures
     deployed = ecqx_onnx.deploy(tmp_path / "m.onnx", tmp_path / "linux", to="linux", data=data)
     assert deployed.cases > 0
@@ -47,9 +49,20 @@ def test_a_folder_is_read_in_the_channels_of_the_model(tmp_path, channels):
 
 def test_a_foreign_file_without_preprocessing_gets_its_own_channels(tmp_path):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
-    ecqx_onnx.save(ecqx_onnx.Quantizer(model, bits=4, relevance=None), tmp_path / "m.pt", example=torch.zeros(2, 1, 6, 6))
-    ecqx_onnx.convert(tmp_path / "m.pt", tmp_path / "m.onnx", activations="int8", calibration=mixed_folder(tmp_path / "data"))
-    report = ecqx_onnx.validate(tmp_path / "m.onnx", against=tmp_path / "m.pt", data=str(tmp_path / "data"), latency_runs=0)
+    ecqx_onnx.save(
+        ecqx_onnx.Quantizer(model, bits=4, relevance=None),
+        tmp_path / "m.pt",
+        example=torch.zeros(2, 1, 6, 6),
+    )
+    ecqx_onnx.convert(
+        tmp_path / "m.pt",
+        tmp_path / "m.onnx",
+        activations="int8",
+        calibration=mixed_folder(tmp_path / "data"),
+    )
+    report = ecqx_onnx.validate(
+        tmp_path / "m.onnx", against=tmp_path / "m.pt", data=str(tmp_path / "data"), latency_runs=0
+    )
     assert report.ok, report.failures
 
 
@@ -66,9 +79,19 @@ def test_gray_floats_without_channels_are_trained_on_like_gray_bytes(tmp_path, d
         "from torch import nn\n\ndef network():\n"
         "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))\n"
     )
-    api.quantize(f"{tmp_path / 'user.py'}:network", data=str(tmp_path / "data.npz"), out=tmp_path / "m.pt", **QUICK)
+    api.quantize(
+        f"{tmp_path / 'user.py'}:network",
+        data=str(tmp_path / "data.npz"),
+        out=tmp_path / "m.pt",
+        **QUICK,
+    )
     ecqx_onnx.convert(tmp_path / "m.pt", tmp_path / "m.onnx")
-    report = ecqx_onnx.validate(tmp_path / "m.onnx", against=tmp_path / "m.pt", data=str(tmp_path / "data.npz"), latency_runs=0)
+    report = ecqx_onnx.validate(
+        tmp_path / "m.onnx",
+        against=tmp_path / "m.pt",
+        data=str(tmp_path / "data.npz"),
+        latency_runs=0,
+    )
     assert report.ok, report.failures
 
 

@@ -34,7 +34,9 @@ def renamed(state, prefix):
     return {prefix + name: value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "model._orig_mod.", "any.thing.else."])
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.", "_orig_mod.", "model._orig_mod.", "any.thing.else."]
+)
 def test_a_prefix_that_all_weights_have_is_stripped_and_told(tmp_path, spec, prefix):
     state = network().state_dict()
     torch.save(renamed(state, prefix), tmp_path / "weights.pt")
@@ -48,7 +50,11 @@ def test_a_prefix_that_all_weights_have_is_stripped_and_told(tmp_path, spec, pre
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda state: {"state_dict": renamed(state, "model."), "epoch": 3, "hyper_parameters": {"lr": 0.1}},
+        lambda state: {
+            "state_dict": renamed(state, "model."),
+            "epoch": 3,
+            "hyper_parameters": {"lr": 0.1},
+        },
         lambda state: {"ema_net": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
         lambda state: {"saved": {"network": {"weights_now": state}}, "step": 7},
     ],
@@ -61,7 +67,9 @@ def test_nested_dicts_of_any_name_are_looked_into(tmp_path, spec, wrap):
 
 
 def test_two_state_dicts_under_unusual_names_are_not_chosen_between(tmp_path):
-    torch.save({"one": network().state_dict(), "two": network().state_dict()}, tmp_path / "weights.pt")
+    torch.save(
+        {"one": network().state_dict(), "two": network().state_dict()}, tmp_path / "weights.pt"
+    )
     with pytest.raises(ModelError, match="no state dict"):
         load_state(tmp_path / "weights.pt")
 
@@ -76,7 +84,9 @@ def test_extra_and_missing_weights_are_named_and_can_be_accepted(tmp_path, spec)
     loaded = load_model(tmp_path / "weights.pt", factory=spec, strict=False)
     assert torch.equal(loaded.model[0].weight, state["0.weight"])
     assert "lacks 2.bias" in loaded.notes[0]
-    written = ecqx_onnx.convert(tmp_path / "weights.pt", tmp_path / "m.onnx", factory=spec, bits=8, strict=False)
+    written = ecqx_onnx.convert(
+        tmp_path / "weights.pt", tmp_path / "m.onnx", factory=spec, bits=8, strict=False
+    )
     assert any("lacks 2.bias" in note for note in written.notes)
 
 
@@ -96,9 +106,17 @@ def safetensors(state):
     header, data = {"__metadata__": {"format": "pt"}}, b""
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
     for name, value in state.items():
-        content = value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else value.numpy().tobytes()
+        content = (
+            value.contiguous().view(torch.uint8).numpy().tobytes()
+            if value.ndim
+            else value.numpy().tobytes()
+        )
         places = [len(data), len(data) + len(content)]
-        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": places}
+        header[name] = {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": places,
+        }
         data += content
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -117,7 +135,10 @@ def test_a_hugging_face_folder_gives_its_weights(tmp_path, spec):
 
 
 def test_the_parts_of_a_large_folder_are_put_together(tmp_path):
-    state = network().state_dict() | {"half": torch.ones(3, dtype=torch.bfloat16), "count": torch.tensor(5)}
+    state = network().state_dict() | {
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "count": torch.tensor(5),
+    }
     names = list(state)
     (tmp_path / "a.safetensors").write_bytes(safetensors({name: state[name] for name in names[:3]}))
     (tmp_path / "b.safetensors").write_bytes(safetensors({name: state[name] for name in names[3:]}))
@@ -131,14 +152,19 @@ def test_the_parts_of_a_large_folder_are_put_together(tmp_path):
         load_state(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"data_offsets": [0, 10**12]}, {"shape": [10**9, 4]}, {"dtype": "F7"}, {"shape": "ab"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"data_offsets": [0, 10**12]}, {"shape": [10**9, 4]}, {"dtype": "F7"}, {"shape": "ab"}],
+)
 def test_safetensors_that_lie_are_refused(tmp_path, change):
     content = safetensors({"w": torch.ones(2, 2)})
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["w"].update(change)
     text = json.dumps(header).encode()
-    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    (tmp_path / "m.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + content[8 + length :]
+    )
     with pytest.raises(FileError, match="safetensors"):
         load_state(tmp_path / "m.safetensors")
 

@@ -30,7 +30,9 @@ def names(folder):
 
 
 def write_pair(path, content, *, force=True, **options):
-    with replace_on_success(path, force=force, beside=[derive_path(path, ".data")], **options) as temporary:
+    with replace_on_success(
+        path, force=force, beside=[derive_path(path, ".data")], **options
+    ) as temporary:
         temporary.with_name(path.name + ".data").write_text(f"{content} data")
         temporary.write_text(content)
 
@@ -81,7 +83,9 @@ def test_a_pair_that_was_half_moved_when_its_process_was_killed_is_put_back(tmp_
 
 
 def test_a_new_pair_that_was_half_moved_vanishes(tmp_path):
-    result = in_another_process(tmp_path, 'dies_at("link", "/out")\nwrite_pair(path, "new", force=False)')
+    result = in_another_process(
+        tmp_path, 'dies_at("link", "/out")\nwrite_pair(path, "new", force=False)'
+    )
     assert result.returncode == -9, result.stderr
     assert "out.data" in names(tmp_path)
     write_pair(tmp_path / "out", "new", force=False)
@@ -109,7 +113,9 @@ with replacing(path, force=True, superseded=[path.with_name("out.data")]) as tem
 
 
 def test_a_file_that_a_user_has_put_there_since_the_kill_is_left_alone(tmp_path):
-    result = in_another_process(tmp_path, 'dies_at("link", "/out")\nwrite_pair(path, "new", force=False)')
+    result = in_another_process(
+        tmp_path, 'dies_at("link", "/out")\nwrite_pair(path, "new", force=False)'
+    )
     assert result.returncode == -9, result.stderr
     (tmp_path / "out.data").unlink()
     (tmp_path / "out.data").write_text("mine")
@@ -120,7 +126,9 @@ def test_a_file_that_a_user_has_put_there_since_the_kill_is_left_alone(tmp_path)
 def test_a_live_writers_temporaries_stay(tmp_path):
     with replace_on_success(tmp_path / "out", force=False) as temporary:
         temporary.write_text("first")
-        result = in_another_process(tmp_path, "check_output(path, force=False)\nwrite_pair(path, 'second', force=False)")
+        result = in_another_process(
+            tmp_path, "check_output(path, force=False)\nwrite_pair(path, 'second', force=False)"
+        )
         assert result.returncode == 0, result.stderr
         check_output(tmp_path / "out", force=True)
         assert temporary.exists()
@@ -181,7 +189,9 @@ def test_a_move_that_fails_half_way_leaves_everything_as_it_was(tmp_path, monkey
 @pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("moment", ["link", "replace"])
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
-def test_an_interrupt_at_any_move_leaves_one_whole_pair(tmp_path, monkeypatch, signal, moment, call):
+def test_an_interrupt_at_any_move_leaves_one_whole_pair(
+    tmp_path, monkeypatch, signal, moment, call
+):
     write_pair(tmp_path / "out", "old")
     real, calls = getattr(os, moment), iter(range(1, 100))
 
@@ -217,7 +227,9 @@ def test_file_systems_without_hard_links_do_as_well(tmp_path, monkeypatch, force
         (tmp_path / "out").unlink()
     write_pair(tmp_path / "out", "new", force=force)
     assert contents(tmp_path) == NEW
-    with replace_on_success(tmp_path / "out", force=True, superseded=[tmp_path / "out.data"]) as temporary:
+    with replace_on_success(
+        tmp_path / "out", force=True, superseded=[tmp_path / "out.data"]
+    ) as temporary:
         temporary.write_text("alone")
     assert contents(tmp_path) == {"out": "alone"}
 
@@ -350,7 +362,9 @@ def test_names_of_every_length_have_temporaries_and_companions(tmp_path, length,
         temporary.with_name(data.name).write_text("data")
         temporary.write_text("model")
     assert names(tmp_path) == sorted([path.name, data.name])
-    assert data != derive_path(path.with_name(letter * (length // unit) + "m" * (length % unit or 1)), ".data")
+    assert data != derive_path(
+        path.with_name(letter * (length // unit) + "m" * (length % unit or 1)), ".data"
+    )
 
 
 def test_longer_names_are_refused_in_a_sentence(tmp_path):
@@ -382,7 +396,9 @@ with temporary_folder() as folder:
     assert names(tmp_path) == []
 
 
-def test_a_temporary_that_another_process_takes_away_while_it_is_made_is_made_anew(tmp_path, monkeypatch):
+def test_a_temporary_that_another_process_takes_away_while_it_is_made_is_made_anew(
+    tmp_path, monkeypatch
+):
     real, calls = os.mkdir, iter(range(100))
 
     def swept(folder, *mode):

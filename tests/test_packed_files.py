@@ -55,7 +55,9 @@ def test_a_packed_file_says_what_the_network_says(dequantize, per_channel, tmp_p
 
 def test_codebooks_are_packed_as_well(tmp_path):
     net, tensors, graph = made(8, codebook=True)
-    assert_says_the_same(convert(graph, tensors, tmp_path, storage="packed"), net, (torch.randn(2, 3, 12, 12),))
+    assert_says_the_same(
+        convert(graph, tensors, tmp_path, storage="packed"), net, (torch.randn(2, 3, 12, 12),)
+    )
 
 
 def test_external_data_holds_packed_weights(large, tmp_path):
@@ -83,7 +85,10 @@ def test_the_file_as_a_whole_decides(large, tmp_path):
 def test_auto_packs_a_weight_that_would_be_smaller_dense_where_that_saves_a_function(tmp_path):
     """The keyword spotter's smallest weights, 4 bit with few zeros, are such."""
     checkpoint = Path(__file__).parents[1] / "models" / "kws_dscnn_fsdd_4bit.pt"
-    auto, packed = (api.convert(checkpoint, tmp_path / f"{way}.onnx", storage=way).nbytes for way in ("auto", "packed"))
+    auto, packed = (
+        api.convert(checkpoint, tmp_path / f"{way}.onnx", storage=way).nbytes
+        for way in ("auto", "packed")
+    )
     assert auto <= packed
 
 
@@ -95,7 +100,17 @@ def test_nothing_of_the_decoder_is_left_after_loading(large, tmp_path):
     settings.optimized_model_filepath = str(tmp_path / "loaded.onnx")
     onnxruntime.InferenceSession(str(conversion.path), settings, providers=["CPUExecutionProvider"])
     left = {node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node}
-    assert left <= {"Conv", "FusedConv", "Gemm", "FusedGemm", "Reshape", "Flatten", "Relu", "ReorderInput", "ReorderOutput"}
+    assert left <= {
+        "Conv",
+        "FusedConv",
+        "Gemm",
+        "FusedGemm",
+        "Reshape",
+        "Flatten",
+        "Relu",
+        "ReorderInput",
+        "ReorderOutput",
+    }
 
 
 def test_a_file_of_two_stages_passes_validate_and_unpacks(large, tmp_path, monkeypatch):
@@ -118,7 +133,10 @@ def test_a_flipped_bit_is_told(large, tmp_path):
     generator = np.random.default_rng(0)
     for _ in range(8):
         model = onnx.load(path)
-        payload = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data) * (tensor.data_type == 2))
+        payload = max(
+            model.graph.initializer,
+            key=lambda tensor: len(tensor.raw_data) * (tensor.data_type == 2),
+        )
         data = bytearray(payload.raw_data)
         data[generator.integers(len(data) // 2)] ^= 1 << int(generator.integers(8))
         payload.raw_data = bytes(data)

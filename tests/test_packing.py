@@ -57,7 +57,10 @@ def model(
         [helper.make_tensor_value_info("y", FLOAT, ["n", "m", "l"][: len(x)])],
         list(tensors),
     )
-    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    imports = [
+        helper.make_opsetid("", opset),
+        *(helper.make_opsetid(domain, 1) for domain in domains),
+    ]
     return helper.make_model(graph, opset_imports=imports, ir_version=10 if opset < 25 else 13)
 
 
@@ -77,7 +80,11 @@ def dequantized(kind: int, zero: int | None, *, per_axis: bool = False, opset: i
     if per_axis and zero is not None:
         zeros[1::2] += 1  # every second channel has another zero point
     stored = LEVELS + (zeros[:, None] if per_axis else zeros)
-    tensors = [initializer("q", stored, kind), initializer("s", step), initializer("z", zeros, kind)]
+    tensors = [
+        initializer("q", stored, kind),
+        initializer("s", step),
+        initializer("z", zeros, kind),
+    ]
     inputs = ["q", "s"] if zero is None else ["q", "s", "z"]
     nodes = [
         helper.make_node("DequantizeLinear", inputs, ["w"], **({"axis": 0} if per_axis else {})),
@@ -86,11 +93,21 @@ def dequantized(kind: int, zero: int | None, *, per_axis: bool = False, opset: i
     if opset < 11:  # Gemm's third input was not optional yet
         nodes[1].input.append("b")
         tensors.append(initializer("b", np.arange(128, dtype=np.float32)))
-    return Case(model(nodes, [tensor for tensor in tensors if zero is not None or tensor.name != "z"], opset=opset), LEVELS)
+    return Case(
+        model(
+            nodes,
+            [tensor for tensor in tensors if zero is not None or tensor.name != "z"],
+            opset=opset,
+        ),
+        LEVELS,
+    )
 
 
 def blocked() -> Case:
-    tensors = [initializer("q", LEVELS, TensorProto.INT8), initializer("s", rng.random((128, 8), dtype=np.float32) + 0.5)]
+    tensors = [
+        initializer("q", LEVELS, TensorProto.INT8),
+        initializer("s", rng.random((128, 8), dtype=np.float32) + 0.5),
+    ]
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=1, block_size=16),
         helper.make_node("Gemm", ["x", "w"], ["y"], transB=1),
@@ -112,7 +129,10 @@ def half() -> Case:
 def matmul_behind_dequantize_linear() -> Case:
     """onnxruntime would quantise the activations here (MatMulNBits), silently; the packed graph does not."""
     tensors = [initializer("q", LEVELS.T), initializer("s", STEPS[:1].reshape(()))]
-    nodes = [helper.make_node("DequantizeLinear", ["q", "s"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
     return Case(model(nodes, tensors), LEVELS.T)
 
 
@@ -123,7 +143,11 @@ def fake_quantized(*, clipped: bool, per_axis: bool = False) -> Case:
     noise = rng.choice([-0.5, 0.0, 0.3], LEVELS.shape).astype(np.float32)
     floats = (LEVELS + noise) * spread
     levels = np.rint(floats / spread)
-    tensors = [initializer("f", floats), initializer("s", steps), initializer("z", np.zeros(steps.shape), TensorProto.INT8)]
+    tensors = [
+        initializer("f", floats),
+        initializer("s", steps),
+        initializer("z", np.zeros(steps.shape), TensorProto.INT8),
+    ]
     tensors += [initializer("low", np.int8(-1)), initializer("high", np.int8(1))]
     axis = {"axis": 0} if per_axis else {}
     nodes = [
@@ -174,16 +198,29 @@ def integer_operator(operator: str) -> Case:
         ]
         return Case(model(nodes, tensors, x=shape), weight, integers=1)
     domain = "com.microsoft" if operator == "QGemm" else ""
-    inputs = ["a", "s", "z", "q", "ws", "wz", *(["", "s", "z"] if operator == "QGemm" else ["s", "z"])]
+    inputs = [
+        "a",
+        "s",
+        "z",
+        "q",
+        "ws",
+        "wz",
+        *(["", "s", "z"] if operator == "QGemm" else ["s", "z"]),
+    ]
     nodes.append(helper.make_node(operator, inputs, ["b"], domain=domain))
     nodes.append(helper.make_node("DequantizeLinear", ["b", "s", "z"], ["y"]))
-    return Case(model(nodes, tensors, x=shape, domains=[domain] if domain else []), weight, integers=1)
+    return Case(
+        model(nodes, tensors, x=shape, domains=[domain] if domain else []), weight, integers=1
+    )
 
 
 def constants() -> Case:
     """Everything in Constant nodes."""
     values = {"q": LEVELS, "s": np.float32(0.5), "z": np.int8(0)}
-    nodes = [helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value)) for name, value in values.items()]
+    nodes = [
+        helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
+        for name, value in values.items()
+    ]
     nodes.append(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"]))
     nodes.append(helper.make_node("Gemm", ["x", "w"], ["y"], transB=1))
     return Case(model(nodes, []), LEVELS)
@@ -198,14 +235,18 @@ def branches(levels: np.ndarray = LEVELS) -> Case:
             helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
             helper.make_node("Gemm", ["x", "w"], ["out"], transB=1),
         ]
-        return helper.make_graph(nodes, "branch", [], [helper.make_tensor_value_info("out", FLOAT, None)], tensors)
+        return helper.make_graph(
+            nodes, "branch", [], [helper.make_tensor_value_info("out", FLOAT, None)], tensors
+        )
 
     nodes = [
         helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
         helper.make_node("Greater", ["sum", "zero"], ["positive"]),
         helper.make_node("If", ["positive"], ["y"], then_branch=branch(1), else_branch=branch(-1)),
     ]
-    return Case(model(nodes, [initializer("zero", np.float32(0))], x=["n", levels.shape[1]]), levels)
+    return Case(
+        model(nodes, [initializer("zero", np.float32(0))], x=["n", levels.shape[1]]), levels
+    )
 
 
 def loop() -> Case:
@@ -224,14 +265,21 @@ def loop() -> Case:
         "body", infos[:3], infos[3:], [initializer("q", square), initializer("s", np.float32(0.1))],
     )  # fmt: skip
     tensors = [initializer("three", np.int64(3)), initializer("true", np.array(True))]
-    return Case(model([helper.make_node("Loop", ["three", "true", "x"], ["y"], body=body)], tensors), square)
+    return Case(
+        model([helper.make_node("Loop", ["three", "true", "x"], ["y"], body=body)], tensors), square
+    )
 
 
 def floats(values: Sequence[float], *, opset: int = 13) -> Case:
     """Plain float weights on few values: -a, 0, +b."""
     table = np.array(values, np.float32)
     return Case(
-        model([helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)], [initializer("w", table[LEVELS])], opset=opset), LEVELS
+        model(
+            [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
+            [initializer("w", table[LEVELS])],
+            opset=opset,
+        ),
+        LEVELS,
     )
 
 
@@ -307,7 +355,10 @@ def test_a_packed_model_is_unpacked_to_what_it_was(name, tmp_path):
             found = run(open_session(tmp_path / "dense.onnx", level=level), x)
             if exact and name != "MatMul":  # which becomes Gemm, of another order of summation
                 np.testing.assert_array_equal(found[0], expected[0])
-            assert np.abs(found[0] - expected[0]).max() <= 1e-4 * np.abs(expected[0]).max() or "activations" in name
+            assert (
+                np.abs(found[0] - expected[0]).max() <= 1e-4 * np.abs(expected[0]).max()
+                or "activations" in name
+            )
         proto = onnx.load(tmp_path / "dense.onnx")
         if not options and name != "floats of a codebook":
             assert not proto.functions
@@ -352,8 +403,13 @@ def quant(x, scale, zero, bits, *, signed, narrow):
 
 @pytest.mark.parametrize(("signed", "narrow"), list(itertools.product((0, 1), (0, 1))))
 @pytest.mark.parametrize("domain", ["onnx.brevitas", "qonnx.custom_op.general"])
-def test_qonnx_quant_is_packed_on_weights_and_defined_on_activations(domain, signed, narrow, tmp_path):
-    scales, zero = rng.random((128, 1), dtype=np.float32) + np.float32(0.5), np.float32(0 if signed else 2)
+def test_qonnx_quant_is_packed_on_weights_and_defined_on_activations(
+    domain, signed, narrow, tmp_path
+):
+    scales, zero = (
+        rng.random((128, 1), dtype=np.float32) + np.float32(0.5),
+        np.float32(0 if signed else 2),
+    )
     weights = (rng.standard_normal((128, 128)) * 1.5).astype(np.float32)
     constants = {
         "w": weights, "ws": scales, "wz": zero, "wb": np.float32(3),
@@ -373,10 +429,14 @@ def test_qonnx_quant_is_packed_on_weights_and_defined_on_activations(domain, sig
     (stored,) = read_weights(tmp_path / "packed.onnx")
     np.testing.assert_array_equal(stored.weight.dequantize(), wanted)
     x = rng.standard_normal((5, 128)).astype(np.float32)
-    expected = quant(x, np.float32(0.3), np.float32(1), 4.0, signed=signed, narrow=narrow) @ wanted.T
+    expected = (
+        quant(x, np.float32(0.3), np.float32(1), 4.0, signed=signed, narrow=narrow) @ wanted.T
+    )
     for level in (0, 99):
         found = session(tmp_path / "packed.onnx", level).run(None, {"x": x})[0]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=128 * 2.0**-24 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=128 * 2.0**-24 * np.abs(expected).max()
+        )
 
 
 def test_qonnx_bipolar_quant_gives_two_levels(tmp_path):
@@ -387,28 +447,42 @@ def test_qonnx_bipolar_quant_gives_two_levels(tmp_path):
         helper.make_node("BipolarQuant", ["w", "s"], ["v"], domain="qonnx.custom_op.general"),
         helper.make_node("Gemm", ["a", "v"], ["y"], transB=1),
     ]
-    onnx.save(model(nodes, tensors, opset=13, domains=["qonnx.custom_op.general"]), tmp_path / "qonnx.onnx")
+    onnx.save(
+        model(nodes, tensors, opset=13, domains=["qonnx.custom_op.general"]),
+        tmp_path / "qonnx.onnx",
+    )
     pack(tmp_path / "qonnx.onnx", tmp_path / "packed.onnx")
     (stored,) = read_weights(tmp_path / "packed.onnx")
     np.testing.assert_array_equal(stored.weight.tensor.levels, np.where(weights >= 0, 1, -1))
     x = rng.standard_normal((5, 128)).astype(np.float32)
     expected = np.where(x >= 0, 0.25, -0.25) @ np.where(weights >= 0, 0.25, -0.25).T
-    np.testing.assert_allclose(session(tmp_path / "packed.onnx", 99).run(None, {"x": x})[0], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        session(tmp_path / "packed.onnx", 99).run(None, {"x": x})[0], expected, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("external", [False, True])
 def test_a_model_in_which_nothing_can_be_packed_is_copied_byte_for_byte(external, tmp_path):
     floats = rng.standard_normal((128, 128)).astype(np.float32)
-    original = model([helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)], [initializer("w", floats)])
+    original = model(
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)], [initializer("w", floats)]
+    )
     (tmp_path / "there").mkdir()
-    onnx.save(original, tmp_path / "original.onnx", save_as_external_data=external, location="weights.bin")
+    onnx.save(
+        original, tmp_path / "original.onnx", save_as_external_data=external, location="weights.bin"
+    )
     report = pack(tmp_path / "original.onnx", tmp_path / "there" / "out.onnx")
     assert report.written is None
     assert "w: its 16384 entries lie on more than 256 values" in report.reason
     copy = tmp_path / "there" / "out.onnx"
-    assert sorted(path.name for path in copy.parent.iterdir()) == ["out.onnx", *(["out.onnx.data"] if external else [])]
+    assert sorted(path.name for path in copy.parent.iterdir()) == [
+        "out.onnx",
+        *(["out.onnx.data"] if external else []),
+    ]
     if external:
-        assert (tmp_path / "there" / "out.onnx.data").read_bytes() == (tmp_path / "weights.bin").read_bytes()
+        assert (tmp_path / "there" / "out.onnx.data").read_bytes() == (
+            tmp_path / "weights.bin"
+        ).read_bytes()
         assert onnx.load(copy) == onnx.load(tmp_path / "original.onnx")
     else:
         assert copy.read_bytes() == (tmp_path / "original.onnx").read_bytes()
@@ -416,17 +490,33 @@ def test_a_model_in_which_nothing_can_be_packed_is_copied_byte_for_byte(external
 
 
 def test_a_model_whose_data_lies_in_another_file_is_packed(tmp_path):
-    external = ModelProto.FromString(CASES["int8 with zero points per axis"].model.SerializeToString())  # saving so changes it
-    onnx.save(external, tmp_path / "original.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    external = ModelProto.FromString(
+        CASES["int8 with zero points per axis"].model.SerializeToString()
+    )  # saving so changes it
+    onnx.save(
+        external,
+        tmp_path / "original.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     report = pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
     assert report.equivalence.ok
-    np.testing.assert_array_equal(read_weights(tmp_path / "packed.onnx")[0].weight.tensor.levels, LEVELS)
+    np.testing.assert_array_equal(
+        read_weights(tmp_path / "packed.onnx")[0].weight.tensor.levels, LEVELS
+    )
 
 
 def test_a_model_that_would_not_get_smaller_is_copied_with_the_reason(tmp_path):
     small = initializer("q", LEVELS[:4, :4])
-    nodes = [helper.make_node("DequantizeLinear", ["q", "s"], ["w"]), helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)]
-    onnx.save(model(nodes, [small, initializer("s", np.float32(1))], x=["n", 4]), tmp_path / "original.onnx")
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
+        helper.make_node("Gemm", ["x", "w"], ["y"], transB=1),
+    ]
+    onnx.save(
+        model(nodes, [small, initializer("s", np.float32(1))], x=["n", 4]),
+        tmp_path / "original.onnx",
+    )
     report = pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
     assert report.written is None
     assert "stored anew it would take" in report.reason
@@ -463,7 +553,9 @@ def test_every_flipped_byte_of_the_integers_is_refused_when_unpacking(tmp_path):
     data = max((tensor.raw_data for tensor in onnx.load(path).graph.initializer), key=len)
     start = content.index(data)
     for position in range(start, start + len(data), len(data) // 16):
-        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+        )
         with pytest.raises(FileError, match="damaged"):
             unpack(path, tmp_path / "dense.onnx")
     assert not (tmp_path / "dense.onnx").exists()
@@ -488,8 +580,12 @@ def test_a_model_that_onnx_rejects_is_copied_with_the_reason(tmp_path):
 def test_the_command_line_packs_and_unpacks(tmp_path):
     onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
     np.savez(tmp_path / "inputs.npz", x=np.ones((3, 128), np.float32))
-    original, small, dense = (str(tmp_path / name) for name in ("original.onnx", "packed.onnx", "dense.onnx"))
-    result = CliRunner().invoke(app, ["pack", original, small, "--inputs", str(tmp_path / "inputs.npz"), "--json"])
+    original, small, dense = (
+        str(tmp_path / name) for name in ("original.onnx", "packed.onnx", "dense.onnx")
+    )
+    result = CliRunner().invoke(
+        app, ["pack", original, small, "--inputs", str(tmp_path / "inputs.npz"), "--json"]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["packed"]
@@ -532,7 +628,11 @@ def test_embeddings_recurrent_and_tied_weights_are_unpacked(tmp_path):
     graph = export(network, (torch.zeros(2, 7, dtype=torch.int64),)).graph
     matching = match(graph.weights, tensors)
     for form in ("folded", "standard"):
-        write(make_plan(graph, matching, storage="sparse", dequantize=form), tmp_path / "sparse.onnx", force=True)
+        write(
+            make_plan(graph, matching, storage="sparse", dequantize=form),
+            tmp_path / "sparse.onnx",
+            force=True,
+        )
         for options in ({}, {"floats": True}, {"target": "onnxruntime-1.17"}):
             unpack(tmp_path / "sparse.onnx", tmp_path / "dense.onnx", force=True, **options)
             assert not onnx.load(tmp_path / "dense.onnx").graph.sparse_initializer
@@ -544,10 +644,21 @@ def test_unpacking_keeps_integer_kernels(tmp_path):
     """A DequantizeLinear with a zero point feeds one, and stays as it is."""
     path, _ = packed(CASES["quantised activations"], tmp_path)
     unpack(path, tmp_path / "dense.onnx")
-    assert count_executed_operators(tmp_path / "dense.onnx", [np.zeros((1, 64, 10), np.float32)])["QLinearConv"] == 1
+    assert (
+        count_executed_operators(tmp_path / "dense.onnx", [np.zeros((1, 64, 10), np.float32)])[
+            "QLinearConv"
+        ]
+        == 1
+    )
 
 
-CODED = ("int8 with zero points per axis", "QLinearConv", "uint8 around 250", "floats of a codebook", "If")
+CODED = (
+    "int8 with zero points per axis",
+    "QLinearConv",
+    "uint8 around 250",
+    "floats of a codebook",
+    "If",
+)
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -557,6 +668,13 @@ def test_entropy_coded_weights_serve_every_style_and_come_back(name, tmp_path):
     report = pack(tmp_path / "original.onnx", tmp_path / "packed.onnx", storage="packed")
     assert {row.storage.split()[0].strip(",") for row in report.written.tensors} == {"packed"}
     assert "bit for bit" in report.equivalence.checks[0].sentence
-    assert sum(row.nbytes for row in report.written.tensors) < sum(row.nbytes for row in plain.written.tensors)
-    unpack(tmp_path / "packed.onnx", tmp_path / "unpacked.onnx", target="onnxruntime", dequantize="folded")
+    assert sum(row.nbytes for row in report.written.tensors) < sum(
+        row.nbytes for row in plain.written.tensors
+    )
+    unpack(
+        tmp_path / "packed.onnx",
+        tmp_path / "unpacked.onnx",
+        target="onnxruntime",
+        dequantize="folded",
+    )
     assert compare_models(tmp_path / "packed.onnx", tmp_path / "unpacked.onnx").ok

@@ -17,7 +17,10 @@ def plan_of(model, *tensors: QuantTensor, **options) -> Plan:
     return make_plan(graph, match(graph.weights, tensors), **options)
 
 
-@pytest.mark.parametrize(("most", "label", "opset"), [(1, "dense INT2", 25), (7, "dense INT4", 21), (15, "dense INT8", 18)])
+@pytest.mark.parametrize(
+    ("most", "label", "opset"),
+    [(1, "dense INT2", 25), (7, "dense INT4", 21), (15, "dense INT8", 18)],
+)
 def test_auto_takes_the_narrowest_type_and_the_lowest_opset_that_has_it(most, label, opset):
     weight = quantized("w", (16, 16), most=most)
     plan = plan_of(product("Gemm", weight, transB=1), weight)
@@ -55,9 +58,14 @@ def test_a_lower_opset_asked_for_is_kept():
 
 def test_a_graph_that_would_change_its_meaning_keeps_its_opset():
     weight = quantized("w", (4, 4))
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("ReduceMean", ["z"], ["y"], axes=[1])]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["z"]),
+        helper.make_node("ReduceMean", ["z"], ["y"], axes=[1]),
+    ]
     inputs = {"x": (TensorProto.FLOAT, ["n", 4])}
-    model = model_of(nodes, {"w": weight.dequantize()}, inputs=inputs, output_shape=["n", 1], opset=13)
+    model = model_of(
+        nodes, {"w": weight.dequantize()}, inputs=inputs, output_shape=["n", 1], opset=13
+    )
     plan = plan_of(model, weight)
     assert (plan.entries[0].stored.label, plan.opset) == ("dense INT8", 13)
 
@@ -80,7 +88,9 @@ def test_options_that_cannot_be_had_are_refused_with_what_to_do(options, words):
 
 
 def test_a_codebook_falls_to_folded_and_says_why():
-    weight = QuantTensor("w", quantized("w", (4, 4), most=1).levels, Codebook(np.array([0, 0.5, -0.3], np.float32)))
+    weight = QuantTensor(
+        "w", quantized("w", (4, 4), most=1).levels, Codebook(np.array([0, 0.5, -0.3], np.float32))
+    )
     plan = plan_of(product("Gemm", weight, transB=1), weight, dequantize="standard")
     assert plan.entries[0].dequantization == "folded"
     assert "codebook" in plan.entries[0].reason
@@ -103,19 +113,27 @@ def test_an_unknown_consumer_falls_to_folded():
 
 def test_standard_without_a_choice_is_the_qdq_targets_form():
     weight = quantized("w", (4, 4))
-    assert plan_of(product("Gemm", weight, transB=1), weight, target="qdq").entries[0].dequantization == "standard"
+    assert (
+        plan_of(product("Gemm", weight, transB=1), weight, target="qdq").entries[0].dequantization
+        == "standard"
+    )
     assert plan_of(product("Gemm", weight, transB=1), weight).entries[0].dequantization == "folded"
 
 
 def test_a_weight_that_no_tensor_explains_is_kept_with_a_reason():
     weight = quantized("w", (4, 4))
     plan = plan_of(product("Gemm", weight, transB=1))
-    assert [(kept.name, kept.reason) for kept in plan.kept] == [("w", "no quantised tensor has its name or values")]
+    assert [(kept.name, kept.reason) for kept in plan.kept] == [
+        ("w", "no quantised tensor has its name or values")
+    ]
 
 
 def test_equal_weights_of_different_parameters_are_not_tied():
     one, other = quantized("one", (4, 4)), quantized("other", (4, 4), seed=1)
-    nodes = [helper.make_node("MatMul", ["x", "one"], ["z"]), helper.make_node("MatMul", ["z", "other"], ["y"])]
+    nodes = [
+        helper.make_node("MatMul", ["x", "one"], ["z"]),
+        helper.make_node("MatMul", ["z", "other"], ["y"]),
+    ]
     inputs = {"x": (TensorProto.FLOAT, ["n", 4])}
     weights = {"one": one.dequantize(), "other": other.dequantize()}
     plan = plan_of(model_of(nodes, weights, inputs=inputs, output_shape=["n", 4]), one, other)

@@ -10,11 +10,17 @@ from ecqx_onnx.preprocessing import Preprocessing, infer_preprocessing
 from ecqx_onnx.preprocessing.spectrum import Spectrum, make_mel_filters
 from tests.oracles.spectrum import log_mel_frame, mfcc_frame
 
-SPECTRUM = Spectrum(8000, frame_length=24, hop=10, fft_length=32, mel_bands=6, coefficients=0, high_hz=3900.0)
+SPECTRUM = Spectrum(
+    8000, frame_length=24, hop=10, fft_length=32, mel_bands=6, coefficients=0, high_hz=3900.0
+)
 EVERYTHING = [
     Preprocessing(),
-    Preprocessing("image", scale=255.0, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), image_shape=(32, 24, 3)),
-    Preprocessing("waveform", scale=32768.0, samples=16_000, spectrum=SPECTRUM, mean=(1.0,), std=(1 / 3,)),
+    Preprocessing(
+        "image", scale=255.0, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), image_shape=(32, 24, 3)
+    ),
+    Preprocessing(
+        "waveform", scale=32768.0, samples=16_000, spectrum=SPECTRUM, mean=(1.0,), std=(1 / 3,)
+    ),
     Preprocessing("indices"),
 ]
 
@@ -26,7 +32,9 @@ def test_colour_images_become_channels_first_and_each_channel_has_its_own_mean_a
     assert x.shape == (2, 3, 4, 5)
     assert x.dtype == np.float32
     for n, c, h, w in np.ndindex(x.shape):
-        slow = (np.float32(raw[n, h, w, c]) / np.float32(255) - np.float32(mean[c])) / np.float32(std[c])
+        slow = (np.float32(raw[n, h, w, c]) / np.float32(255) - np.float32(mean[c])) / np.float32(
+            std[c]
+        )
         assert x[n, c, h, w] == slow
 
 
@@ -48,12 +56,22 @@ def test_indices_stay_integers():
 
 def test_waveform_without_spectrum_gets_a_channel():
     raw = np.array([[-32768, 16384]], np.int16)
-    np.testing.assert_array_equal(Preprocessing("waveform", scale=32768.0).apply(raw), [[[-1.0, 0.5]]])
+    np.testing.assert_array_equal(
+        Preprocessing("waveform", scale=32768.0).apply(raw), [[[-1.0, 0.5]]]
+    )
 
 
 @pytest.mark.parametrize("coefficients", [0, 4])
 def test_spectrum_equals_the_slow_definition(coefficients):
-    spectrum = Spectrum(8000, frame_length=24, hop=10, fft_length=32, mel_bands=6, coefficients=coefficients, high_hz=3900.0)
+    spectrum = Spectrum(
+        8000,
+        frame_length=24,
+        hop=10,
+        fft_length=32,
+        mel_bands=6,
+        coefficients=coefficients,
+        high_hz=3900.0,
+    )
     wave = np.random.default_rng(1).uniform(-1, 1, 55)
     frames = spectrum.apply(wave[None])[0]
     assert frames.shape == (4, coefficients or 6)  # whole frames only: starts 0, 10, 20, 30
@@ -71,7 +89,10 @@ def test_a_tone_is_loudest_in_the_band_around_it():
     spectrum = Spectrum(8000, frame_length=256, hop=128, fft_length=256, mel_bands=20)
     tone = np.sin(2 * np.pi * 1000 * np.arange(2000) / 8000)
     bin_of_tone = round(1000 * 256 / 8000)
-    assert (spectrum.apply(tone[None])[0].argmax(axis=1) == make_mel_filters(spectrum)[:, bin_of_tone].argmax()).all()
+    assert (
+        spectrum.apply(tone[None])[0].argmax(axis=1)
+        == make_mel_filters(spectrum)[:, bin_of_tone].argmax()
+    ).all()
 
 
 def test_spectra_are_normalised_per_band():

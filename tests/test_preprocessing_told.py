@@ -31,7 +31,9 @@ def digits():
 @pytest.fixture
 def digits_file(digits, tmp_path):
     x, y = digits
-    np.savez(tmp_path / "data.npz", x_train=x[:1400], y_train=y[:1400], x_test=x[1400:], y_test=y[1400:])
+    np.savez(
+        tmp_path / "data.npz", x_train=x[:1400], y_train=y[:1400], x_test=x[1400:], y_test=y[1400:]
+    )
     return tmp_path / "data.npz"
 
 
@@ -56,7 +58,11 @@ def trained_linear(digits, preprocessing, *, epochs=20):
 
 def test_the_readmes_training_loop_runs_as_printed(digits, digits_file, monkeypatch):
     text = README.read_text(encoding="utf-8")
-    printed = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "quantizer.step" in block)
+    printed = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.S)
+        if "quantizer.step" in block
+    )
     monkeypatch.chdir(digits_file.parent)
     x, y = digits
     normalized = (torch.from_numpy(x[:1400, None]).float() / 255 - 0.13) / 0.31
@@ -72,10 +78,15 @@ def test_the_readmes_training_loop_runs_as_printed(digits, digits_file, monkeypa
     report = names["report"]
     assert report.ok, report.failures
     assert report.onnx_accuracy.share > 0.75
-    assert any("values / 255, minus 0.13, divided by 0.31 (recorded in out.onnx)" in note for note in report.notes)
+    assert any(
+        "values / 255, minus 0.13, divided by 0.31 (recorded in out.onnx)" in note
+        for note in report.notes
+    )
 
 
-def test_a_loop_that_saves_no_preprocessing_is_validated_as_the_datas_type_asks_and_told(digits, digits_file):
+def test_a_loop_that_saves_no_preprocessing_is_validated_as_the_datas_type_asks_and_told(
+    digits, digits_file
+):
     folder = digits_file.parent
     model = trained_linear(digits, Preprocessing("image", scale=255.0))
     quantizer = ecqx_onnx.Quantizer(model, bits=5, relevance=None)
@@ -84,7 +95,9 @@ def test_a_loop_that_saves_no_preprocessing_is_validated_as_the_datas_type_asks_
     assert not ecqx_onnx.load(folder / "model.pt").preprocessing_known
     written = ecqx_onnx.convert(folder / "model.pt", folder / "out.onnx")
     assert any("records no preprocessing" in note for note in written.notes)
-    report = ecqx_onnx.validate(folder / "out.onnx", against=folder / "model.pt", data=str(digits_file), latency_runs=0)
+    report = ecqx_onnx.validate(
+        folder / "out.onnx", against=folder / "model.pt", data=str(digits_file), latency_runs=0
+    )
     assert report.onnx_accuracy.share > 0.7
     assert any("values / 255" in note and "out.onnx records none" in note for note in report.notes)
 
@@ -102,7 +115,10 @@ def test_raw_pixels_into_a_model_that_saw_smaller_ones_are_told_with_the_reason(
     ecqx_onnx.convert(tmp_path / "model.pt", tmp_path / "out.onnx")
     np.savez(tmp_path / "raw.npz", x=x.astype(np.float32), y=np.roll(y, 3))
     report = ecqx_onnx.validate(
-        tmp_path / "out.onnx", against=tmp_path / "model.pt", data=str(tmp_path / "raw.npz"), latency_runs=0
+        tmp_path / "out.onnx",
+        against=tmp_path / "model.pt",
+        data=str(tmp_path / "raw.npz"),
+        latency_runs=0,
     )
     assert any("no better than guessing" in note and "scale=255.0" in note for note in report.notes)
 
@@ -131,7 +147,9 @@ def test_a_good_model_raises_no_doubt_and_a_handful_of_samples_neither():
     assert doubt_accuracy(None, who="it") == ()
 
 
-@pytest.mark.parametrize(("inputs", "told"), [((0, 255), "cut off"), ((0, 1), None), ((0, 0.004), "few of its levels")])
+@pytest.mark.parametrize(
+    ("inputs", "told"), [((0, 255), "cut off"), ((0, 1), None), ((0, 0.004), "few of its levels")]
+)
 def test_inputs_far_from_the_calibrated_range_are_told(inputs, told):
     found = doubt_range(InputRange(*inputs), (0.0, 1.0))
     assert (told is None) == (found == ())
@@ -146,9 +164,17 @@ def test_raw_pixels_into_integer_kernels_calibrated_on_0_to_1_are_told(digits, t
     flat = {"x": x.reshape(-1, 64).astype(np.float32), "y": y}
     np.savez(tmp_path / "small.npz", x=flat["x"] / 255, y=y)
     np.savez(tmp_path / "raw.npz", **flat)
-    ecqx_onnx.convert(tmp_path / "model.pt", tmp_path / "out.onnx", activations="int8", calibration=str(tmp_path / "small.npz"))
+    ecqx_onnx.convert(
+        tmp_path / "model.pt",
+        tmp_path / "out.onnx",
+        activations="int8",
+        calibration=str(tmp_path / "small.npz"),
+    )
     report = ecqx_onnx.validate(
-        tmp_path / "out.onnx", against=tmp_path / "model.pt", data=str(tmp_path / "raw.npz"), latency_runs=0
+        tmp_path / "out.onnx",
+        against=tmp_path / "model.pt",
+        data=str(tmp_path / "raw.npz"),
+        latency_runs=0,
     )
     assert any("calibrated on inputs from 0 to 0.9" in note for note in report.notes)
 
@@ -163,7 +189,9 @@ def _forget_imported_file():
 
 
 def written(tmp_path, text, *, other=""):
-    (tmp_path / "elsewhere.py").write_text(other or "import torch\n\ndef network():\n    return torch.nn.Linear(3, 2)\n")
+    (tmp_path / "elsewhere.py").write_text(
+        other or "import torch\n\ndef network():\n    return torch.nn.Linear(3, 2)\n"
+    )
     (tmp_path / "user.py").write_text(text)
     return f"{tmp_path / 'user.py'}:network"
 
@@ -181,10 +209,14 @@ def test_input_shape_and_preprocessing_beside_an_imported_factory_are_found(tmp_
 
 def test_those_of_the_imported_file_hold_where_the_users_own_has_none(tmp_path):
     other = "import torch\nINPUT_SHAPE = (3,)\n\ndef network():\n    return torch.nn.Linear(3, 2)\n"
-    assert load_factory(written(tmp_path, "from elsewhere import network\n", other=other)).input_shape == (3,)
+    assert load_factory(
+        written(tmp_path, "from elsewhere import network\n", other=other)
+    ).input_shape == (3,)
 
 
-@pytest.mark.parametrize("line", ["INPUT_SHAPE = 3", "INPUT_SHAPE = ('a',)", "PREPROCESSING = {'scale': 255}"])
+@pytest.mark.parametrize(
+    "line", ["INPUT_SHAPE = 3", "INPUT_SHAPE = ('a',)", "PREPROCESSING = {'scale': 255}"]
+)
 def test_names_that_hold_something_else_are_refused(tmp_path, line):
     with pytest.raises(ModelError, match=line.split()[0]):
         load_factory(written(tmp_path, f"from elsewhere import network\n{line}\n"))
@@ -203,9 +235,16 @@ def factory_file(tmp_path, extra=""):
     return f"{tmp_path / 'user.py'}:network"
 
 
-def test_quantize_says_that_it_estimated_the_normalisation_and_that_it_starts_from_scratch(digits_file, tmp_path):
-    result = api.quantize(factory_file(tmp_path), data=str(digits_file), out=tmp_path / "m.pt", **QUICK)
-    assert any("estimated from the training samples" in note and "minus 0.2" in note for note in result.notes)
+def test_quantize_says_that_it_estimated_the_normalisation_and_that_it_starts_from_scratch(
+    digits_file, tmp_path
+):
+    result = api.quantize(
+        factory_file(tmp_path), data=str(digits_file), out=tmp_path / "m.pt", **QUICK
+    )
+    assert any(
+        "estimated from the training samples" in note and "minus 0.2" in note
+        for note in result.notes
+    )
     assert any("no --weights" in note for note in result.notes)
 
 
@@ -227,13 +266,25 @@ def test_quantize_says_that_the_float_model_is_no_better_than_guessing(digits_fi
 
 
 @pytest.mark.parametrize(("given", "missing"), [("mean", "--std"), ("std", "--mean")])
-def test_a_mean_without_a_standard_deviation_is_refused_and_the_reverse(digits_file, tmp_path, given, missing):
+def test_a_mean_without_a_standard_deviation_is_refused_and_the_reverse(
+    digits_file, tmp_path, given, missing
+):
     with pytest.raises(OptionError, match=missing):
-        api.quantize(factory_file(tmp_path), data=str(digits_file), out=tmp_path / "m.pt", **{given: (0.5,)}, **QUICK)
+        api.quantize(
+            factory_file(tmp_path),
+            data=str(digits_file),
+            out=tmp_path / "m.pt",
+            **{given: (0.5,)},
+            **QUICK,
+        )
 
 
 def test_mean_and_std_replace_those_of_the_file_and_leave_its_scale(digits_file, tmp_path):
-    spec = factory_file(tmp_path, "PREPROCESSING = Preprocessing('image', scale=240.0, mean=(0.1,), std=(0.2,))\n")
-    api.quantize(spec, data=str(digits_file), out=tmp_path / "m.pt", mean=(0.5,), std=(0.25,), **QUICK)
+    spec = factory_file(
+        tmp_path, "PREPROCESSING = Preprocessing('image', scale=240.0, mean=(0.1,), std=(0.2,))\n"
+    )
+    api.quantize(
+        spec, data=str(digits_file), out=tmp_path / "m.pt", mean=(0.5,), std=(0.25,), **QUICK
+    )
     expected = Preprocessing("image", scale=240.0, mean=(0.5,), std=(0.25,))
     assert ecqx_onnx.load(tmp_path / "m.pt").preprocessing == expected

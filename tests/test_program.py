@@ -33,7 +33,11 @@ def net():
 def archive(net):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of the LSTM's own bookkeeping
-        return save_program(torch.export.export(net, (torch.randn(2, 5, 4),), dynamic_shapes=({0: torch.export.Dim("batch")},)))
+        return save_program(
+            torch.export.export(
+                net, (torch.randn(2, 5, 4),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            )
+        )
 
 
 def altered(archive, member, change):
@@ -63,10 +67,19 @@ def test_the_archive_holds_no_path_of_its_author(archive):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda text: text.replace("torch.ops.aten.lstm.input", "torch.hub.load"), "no ATen operator"),
-        (lambda text: text.replace("torch.ops.aten.lstm.input", "torch.os.system"), "no ATen operator"),
+        (
+            lambda text: text.replace("torch.ops.aten.lstm.input", "torch.hub.load"),
+            "no ATen operator",
+        ),
+        (
+            lambda text: text.replace("torch.ops.aten.lstm.input", "torch.os.system"),
+            "no ATen operator",
+        ),
         (lambda text: text.replace("torch.ops.aten.lstm.input", "#shell:run"), "no ATen operator"),
-        (lambda text: text.replace("Symbol('", "__import__('os').system('"), "more than arithmetic"),
+        (
+            lambda text: text.replace("Symbol('", "__import__('os').system('"),
+            "more than arithmetic",
+        ),
         (lambda text: text.replace("Symbol('", "().__class__.mro('"), "more than arithmetic"),
         (lambda text: text.replace("builtins.dict", "collections.namedtuple"), "only tensors"),
     ],
@@ -78,7 +91,9 @@ def test_an_archive_that_could_run_code_is_refused(archive, change, why):
 
 def test_pickled_weights_are_refused(archive):
     evil = altered(
-        archive, "model_weights_config.json", lambda text: text.replace('"use_pickle": false', '"use_pickle": true', 1)
+        archive,
+        "model_weights_config.json",
+        lambda text: text.replace('"use_pickle": false', '"use_pickle": true', 1),
     )
     with pytest.raises(FileError, match="unpickling"):
         load_program(evil, "evil.pt2")

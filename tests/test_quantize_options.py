@@ -43,13 +43,24 @@ def place(tmp_path):
     generator = np.random.default_rng(0)
     y = generator.integers(0, 3, 320)
     x = (generator.normal(size=(3, 6))[y] * 2 + generator.normal(size=(320, 6))).astype(np.float32)
-    np.savez(tmp_path / "data.npz", x_train=x[:240], y_train=y[:240], x_test=x[240:], y_test=y[240:])
+    np.savez(
+        tmp_path / "data.npz", x_train=x[:240], y_train=y[:240], x_test=x[240:], y_test=y[240:]
+    )
     (tmp_path / "net.py").write_text(NET)
     return tmp_path
 
 
 def arguments(place, out, *options):
-    fixed = ("quantize", f"{place}/net.py:net", "--data", place / "data.npz", "--out", place / out, "--device", "cpu")
+    fixed = (
+        "quantize",
+        f"{place}/net.py:net",
+        "--data",
+        place / "data.npz",
+        "--out",
+        place / out,
+        "--device",
+        "cpu",
+    )
     return [str(argument) for argument in (*fixed, *options)]
 
 
@@ -61,17 +72,27 @@ def run(place, out, *options, code=0):
 
 def start(place, out, *options, launcher=()):
     """The real command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'converters'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'converters'}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *launcher, "-m", "ecqx_onnx", *arguments(place, out, *options)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def levels(path):
-    return {entry["name"]: entry["levels"] for entry in torch.load(path, weights_only=True)["tensors"]}
+    return {
+        entry["name"]: entry["levels"] for entry in torch.load(path, weights_only=True)["tensors"]
+    }
 
 
 def steps(path):
-    return {entry["name"]: entry["step"] for entry in torch.load(path, weights_only=True)["tensors"]}
+    return {
+        entry["name"]: entry["step"] for entry in torch.load(path, weights_only=True)["tensors"]
+    }
 
 
 def recipe_of(path):
@@ -81,9 +102,18 @@ def recipe_of(path):
 def test_the_commands_defaults_are_those_of_the_functions_behind_it():
     command = typer.main.get_command(app).commands["quantize"]
     typed = {parameter.name: parameter.default for parameter in command.params}
-    behind = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    behind = {
+        name: parameter.default for name, parameter in inspect.signature(train).parameters.items()
+    }
     behind |= {**Recipe().to_json(), "bits": "4", "exclude": None}
-    for name in behind.keys() - {"model", "dataset", "options", "progress", "state_file", "granularity"}:
+    for name in behind.keys() - {
+        "model",
+        "dataset",
+        "options",
+        "progress",
+        "state_file",
+        "granularity",
+    }:
         assert typed[name] == behind[name], name
     assert not typed["per_channel"]
 
@@ -104,11 +134,50 @@ def test_every_option_reaches_the_training(place, monkeypatch):
         "entropy_ramp": 0.1, "precision": "bfloat16", "gradient": "absolute", "activations": "int8", "validation": 0.2, "seed": 3,
     }  # fmt: skip
     typed = (
-        *("--bits", "*=4,0.*=2", "--entropy-weight", 0.2, "--step", "least_squares", "--step-rate", 0.002),
-        *("--levels", "asymmetric", "--per-channel", "--exclude", "2.*", "--zero-floor", 0.4, "--size-exponent", 0.5),
-        *("--refresh", 2, "--relevance-samples", 7, "--relevance-memory", 0.8, "--relevance-until", 0.7),
+        *(
+            "--bits",
+            "*=4,0.*=2",
+            "--entropy-weight",
+            0.2,
+            "--step",
+            "least_squares",
+            "--step-rate",
+            0.002,
+        ),
+        *(
+            "--levels",
+            "asymmetric",
+            "--per-channel",
+            "--exclude",
+            "2.*",
+            "--zero-floor",
+            0.4,
+            "--size-exponent",
+            0.5,
+        ),
+        *(
+            "--refresh",
+            2,
+            "--relevance-samples",
+            7,
+            "--relevance-memory",
+            0.8,
+            "--relevance-until",
+            0.7,
+        ),
         *("--keep", 0.05, "--prune", 0.15, "--rho", 3.0),
-        *("--epochs", 1, "--lr", 0.01, "--schedule", "constant", "--batch-size", 32, "--distillation", 0.5),
+        *(
+            "--epochs",
+            1,
+            "--lr",
+            0.01,
+            "--schedule",
+            "constant",
+            "--batch-size",
+            32,
+            "--distillation",
+            0.5,
+        ),
         *(
             "--gradient",
             "absolute",
@@ -125,23 +194,52 @@ def test_every_option_reaches_the_training(place, monkeypatch):
             "--seed",
             3,
         ),
-        *("--augment", f"{place}/net.py:half", "--start", f"{place}/net.py:confident", "--relevance", f"{place}/net.py:gamma"),
+        *(
+            "--augment",
+            f"{place}/net.py:half",
+            "--start",
+            f"{place}/net.py:confident",
+            "--relevance",
+            f"{place}/net.py:gamma",
+        ),
     )
     run(place, "all.pt", *typed)
     assert {name: seen[name] for name in expected} == expected
     assert (seen["augment"].__name__, seen["start"].__name__) == ("half", "confident")
     assert type(seen["relevance"]).__name__ == "EpsilonGammaBox"
     stored = recipe_of(place / "all.pt")
-    assert (stored["augment"], stored["start"], stored["relevance"]) == ("net.py:half", "net.py:confident", "net.py:gamma")
+    assert (stored["augment"], stored["start"], stored["relevance"]) == (
+        "net.py:half",
+        "net.py:confident",
+        "net.py:gamma",
+    )
     assert {name: stored[name] for name in expected if name != "exclude"} == {
         name: value for name, value in expected.items() if name != "exclude"
     }
 
 
 def test_a_recipe_repeats_a_run_and_typed_options_win_over_it(place):
-    run(place, "a.pt", "--bits", "0.*=2,2.*=3", "--per-channel", "--relevance", "none", "--epochs", 1, "--exclude", "*.bias")
+    run(
+        place,
+        "a.pt",
+        "--bits",
+        "0.*=2,2.*=3",
+        "--per-channel",
+        "--relevance",
+        "none",
+        "--epochs",
+        1,
+        "--exclude",
+        "*.bias",
+    )
     first, expected = levels(place / "a.pt"), recipe_of(place / "a.pt")
-    values = {"bits": {"0.*": 2, "2.*": 3}, "granularity": "channel", "relevance": "none", "epochs": 1, "exclude": ["*.bias"]}
+    values = {
+        "bits": {"0.*": 2, "2.*": 3},
+        "granularity": "channel",
+        "relevance": "none",
+        "epochs": 1,
+        "exclude": ["*.bias"],
+    }
     (place / "a.json").write_text(json.dumps(values))
     lines = 'granularity = "channel"\nrelevance = "none"\nepochs = 1\nexclude = ["*.bias"]\n[bits]\n"0.*" = 2\n"2.*" = 3\n'
     (place / "a.toml").write_text(lines)
@@ -163,7 +261,9 @@ def test_recipes_that_cannot_be_used_are_refused_with_the_reason(place):
         ("e.pt", "x", "damaged"),
     ):
         (place / name).write_text(text)
-        assert reason in " ".join(run(place, "out.pt", "--recipe", place / name, code=2).stderr.replace("│", "").split())
+        assert reason in " ".join(
+            run(place, "out.pt", "--recipe", place / name, code=2).stderr.replace("│", "").split()
+        )
     assert not (place / "out.pt").exists()
 
 
@@ -210,7 +310,17 @@ def test_parse_bits():
 
 
 def test_a_killed_run_resumed_gives_the_bytes_of_an_uninterrupted_one(place):
-    options = ("--epochs", 30, "--quiet", "--step", "learned", "--distillation", 0.3, "--refresh", 3)
+    options = (
+        "--epochs",
+        30,
+        "--quiet",
+        "--step",
+        "learned",
+        "--distillation",
+        0.3,
+        "--refresh",
+        3,
+    )
     (place / "whole").mkdir(), (place / "parts").mkdir()
     whole, parts = start(place, "whole/m.pt", *options), start(place, "parts/m.pt", *options)
     state = place / "parts" / "m.pt.training"
@@ -257,6 +367,8 @@ def test_torchrun_with_bad_input_fails_and_says_why(place):
 
 @pytest.mark.parametrize(("emulated", "options"), [(True, ()), (True, ("--quiet",)), (False, ())])
 def test_emulated_bfloat16_is_told_before_training(place, monkeypatch, emulated, options):
-    monkeypatch.setattr("ecqx_onnx.quantization.training.emulates_bfloat16", lambda device: emulated)
+    monkeypatch.setattr(
+        "ecqx_onnx.quantization.training.emulates_bfloat16", lambda device: emulated
+    )
     result = run(place, "told.pt", "--epochs", 0, "--precision", "bfloat16", *options)
     assert ("emulates bfloat16" in result.stderr) == (emulated and not options)

@@ -42,7 +42,9 @@ def assert_on_levels(model, quantizer):
     state = model.state_dict()
     for tensor in quantizer.tensors():
         assert tensor.levels.dtype == np.int8
-        assert np.array_equal(state[tensor.name].cpu().numpy().view(np.uint32), tensor.dequantize().view(np.uint32)), tensor.name
+        assert np.array_equal(
+            state[tensor.name].cpu().numpy().view(np.uint32), tensor.dequantize().view(np.uint32)
+        ), tensor.name
 
 
 def loop(model, quantizer, optimizer, steps=5, forward=None):
@@ -62,7 +64,9 @@ def loop(model, quantizer, optimizer, steps=5, forward=None):
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("levels", ["symmetric", "asymmetric"])
-def test_parameters_equal_the_dequantised_levels_bit_for_bit_after_every_step(granularity, bits, levels):
+def test_parameters_equal_the_dequantised_levels_bit_for_bit_after_every_step(
+    granularity, bits, levels
+):
     model = small_net()
     quantizer = Quantizer(model, bits=bits, granularity=granularity, levels=levels)
     assert_on_levels(model, quantizer)
@@ -98,7 +102,9 @@ def test_the_optimizers_update_at_the_quantised_point_is_applied_to_the_backgrou
     quantizer.step()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     for name, background in quantizer.background().items():
-        torch.testing.assert_close(background, before[name] - 0.1 * gradients[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            background, before[name] - 0.1 * gradients[name], rtol=1e-5, atol=1e-7
+        )
         assert not torch.equal(at[name], before[name])
 
 
@@ -106,7 +112,8 @@ def test_background_weights_are_not_the_models():
     model = small_net()
     quantizer = Quantizer(model, relevance=None)
     assert all(
-        value.data_ptr() != dict(model.named_parameters())[name].data_ptr() for name, value in quantizer.background().items()
+        value.data_ptr() != dict(model.named_parameters())[name].data_ptr()
+        for name, value in quantizer.background().items()
     )
 
 
@@ -138,7 +145,9 @@ def test_autocast_trains_and_keeps_the_levels_exact():
 
 def test_size_exponent_zero_spares_small_tensors_no_longer():
     def zeros(exponent):
-        quantizer = Quantizer(small_net(), relevance=None, entropy_weight=0.5, size_exponent=exponent)
+        quantizer = Quantizer(
+            small_net(), relevance=None, entropy_weight=0.5, size_exponent=exponent
+        )
         return {tensor.name: tensor.zeros for tensor in quantizer.report().tensors}
 
     spared, alike = zeros(1.0), zeros(0.0)
@@ -147,17 +156,24 @@ def test_size_exponent_zero_spares_small_tensors_no_longer():
 
 
 def test_entropy_scale_is_kept_in_the_state():
-    quantizer, other = (Quantizer(small_net(), relevance=None, entropy_weight=0.5) for _ in range(2))
+    quantizer, other = (
+        Quantizer(small_net(), relevance=None, entropy_weight=0.5) for _ in range(2)
+    )
     quantizer.entropy_scale = 0.1
     quantizer.assign()
     other.load_state_dict(quantizer.state_dict())
-    assert [tensor.levels.tolist() for tensor in other.tensors()] == [tensor.levels.tolist() for tensor in quantizer.tensors()]
+    assert [tensor.levels.tolist() for tensor in other.tensors()] == [
+        tensor.levels.tolist() for tensor in quantizer.tensors()
+    ]
 
 
 def test_a_gradient_scaler_that_skips_a_step_leaves_the_levels_alone():
     """torch.amp's scaler multiplies the loss, divides the gradients, and takes no step where they overflow."""
     model = small_net()
-    quantizer, optimizer = Quantizer(model, relevance=None), torch.optim.SGD(model.parameters(), lr=0.1)
+    quantizer, optimizer = (
+        Quantizer(model, relevance=None),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     plain = small_net()
     for factor in (1.0, float("inf")):
@@ -169,9 +185,14 @@ def test_a_gradient_scaler_that_skips_a_step_leaves_the_levels_alone():
         scaler.update()
         quantizer.step()
         assert_on_levels(model, quantizer)
-        changed = any((a != b.levels).any() for a, b in zip(before, quantizer.tensors(), strict=True))
+        changed = any(
+            (a != b.levels).any() for a, b in zip(before, quantizer.tensors(), strict=True)
+        )
         assert changed == (factor == 1.0)
-    unscaled, by_hand = Quantizer(plain, relevance=None), torch.optim.SGD(plain.parameters(), lr=0.1)
+    unscaled, by_hand = (
+        Quantizer(plain, relevance=None),
+        torch.optim.SGD(plain.parameters(), lr=0.1),
+    )
     F.cross_entropy(plain(x), y).backward()
     by_hand.step()
     unscaled.step()
@@ -181,7 +202,10 @@ def test_a_gradient_scaler_that_skips_a_step_leaves_the_levels_alone():
 
 def test_the_absolute_gradient_is_scaled_by_the_size_of_the_level_and_plain_for_zeros():
     plain, scaled = small_net(), small_net()
-    quantizers = [Quantizer(plain, relevance=None), Quantizer(scaled, relevance=None, gradient="absolute")]
+    quantizers = [
+        Quantizer(plain, relevance=None),
+        Quantizer(scaled, relevance=None, gradient="absolute"),
+    ]
     x, y = batch()
     for model in (plain, scaled):
         F.cross_entropy(model(x), y).backward()
@@ -211,14 +235,20 @@ def test_a_learned_step_follows_the_gradient_at_the_level_whatever_the_backgroun
         np.testing.assert_allclose(plain, absolute, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])  # the latter calls g++
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)  # the latter calls g++
 def test_a_compiled_forward_sees_the_new_levels(backend):
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("inductor needs g++")
     model = small_net()
     compiled = torch.compile(model, backend=backend)
     quantizer = Quantizer(compiled, relevance="epsilon_plus_flat")
-    assert [tensor.name for tensor in quantizer.tensors()] == ["conv.weight", "hidden.weight", "last.weight"]
+    assert [tensor.name for tensor in quantizer.tensors()] == [
+        "conv.weight",
+        "hidden.weight",
+        "last.weight",
+    ]
     loop(model, quantizer, torch.optim.Adam(model.parameters(), lr=1e-2), forward=compiled, steps=3)
     model.eval(), compiled.eval()
     x, _ = batch()
@@ -231,7 +261,11 @@ class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(20, 8)
-        self.conv1, self.up, self.conv3 = nn.Conv1d(8, 8, 3, padding=1), nn.ConvTranspose1d(8, 8, 2, stride=2), nn.Conv3d(1, 1, 1)
+        self.conv1, self.up, self.conv3 = (
+            nn.Conv1d(8, 8, 3, padding=1),
+            nn.ConvTranspose1d(8, 8, 2, stride=2),
+            nn.Conv3d(1, 1, 1),
+        )
         self.lstm, self.gru = nn.LSTM(8, 8, batch_first=True), nn.GRU(8, 8, batch_first=True)
         self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
         self.cell, self.last = nn.GRUCell(8, 8), nn.Linear(8, 20)
@@ -247,14 +281,28 @@ class Zoo(nn.Module):
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_every_kind_of_layer_is_quantised_tied_weights_once_and_each_gets_a_stated_relevance(granularity):
+def test_every_kind_of_layer_is_quantised_tied_weights_once_and_each_gets_a_stated_relevance(
+    granularity,
+):
     torch.manual_seed(1)
     model = Zoo()
     quantizer = Quantizer(model, granularity=granularity, refresh_every=1)
     names = [tensor.name for tensor in quantizer.tensors()]
     assert names == [
-        *("embedding.weight", "conv1.weight", "up.weight", "conv3.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"),
-        *("gru.weight_ih_l0", "gru.weight_hh_l0", "attention.in_proj_weight", "attention.out_proj.weight"),
+        *(
+            "embedding.weight",
+            "conv1.weight",
+            "up.weight",
+            "conv3.weight",
+            "lstm.weight_ih_l0",
+            "lstm.weight_hh_l0",
+        ),
+        *(
+            "gru.weight_ih_l0",
+            "gru.weight_hh_l0",
+            "attention.in_proj_weight",
+            "attention.out_proj.weight",
+        ),
         *("cell.weight_ih", "cell.weight_hh"),
     ]
     tokens, y = torch.randint(0, 20, (6, 5)), torch.randint(0, 20, (6,))
@@ -265,8 +313,13 @@ def test_every_kind_of_layer_is_quantised_tied_weights_once_and_each_gets_a_stat
     report = quantizer.report()
     assert report.approximated == ("gru", "gru_cell", "lstm", "multi_head_attention_forward")
     # its hidden state starts at zero and is used once, so nothing ever flows through this weight
-    assert report.warnings == ("cell.weight_hh: its relevance was zero throughout a batch, which was left out",)
-    assert {name for name, reason in report.left_float if reason == "bias, norm or scalar"} >= {"norm.weight", "conv1.bias"}
+    assert report.warnings == (
+        "cell.weight_hh: its relevance was zero throughout a batch, which was left out",
+    )
+    assert {name for name, reason in report.left_float if reason == "bias, norm or scalar"} >= {
+        "norm.weight",
+        "conv1.bias",
+    }
     if granularity == "channel":
         axes = {tensor.name: tensor.meaning.axis for tensor in quantizer.tensors()}
         assert axes["up.weight"] == 1
@@ -274,14 +327,24 @@ def test_every_kind_of_layer_is_quantised_tied_weights_once_and_each_gets_a_stat
 
 
 def test_layers_are_excluded_and_given_bits_by_pattern():
-    quantizer = Quantizer(small_net(), bits={"*": 4, "hidden.*": 2}, exclude=["conv.*"], relevance=None)
-    assert {entry.name: entry.bits for entry in quantizer.report().tensors} == {"hidden.weight": 2, "last.weight": 4}
+    quantizer = Quantizer(
+        small_net(), bits={"*": 4, "hidden.*": 2}, exclude=["conv.*"], relevance=None
+    )
+    assert {entry.name: entry.bits for entry in quantizer.report().tensors} == {
+        "hidden.weight": 2,
+        "last.weight": 4,
+    }
     assert ("conv.weight", "excluded by 'conv.*'") in quantizer.report().left_float
 
 
 def test_a_pattern_that_matches_nothing_is_a_warning():
-    quantizer = Quantizer(small_net(), bits={"*": 4, "hiden.*": 2}, exclude=["conv.*", "fc9.*"], relevance=None)
-    assert quantizer.report().warnings == ("exclude 'fc9.*' matches no parameter", "bits 'hiden.*' matches no parameter")
+    quantizer = Quantizer(
+        small_net(), bits={"*": 4, "hiden.*": 2}, exclude=["conv.*", "fc9.*"], relevance=None
+    )
+    assert quantizer.report().warnings == (
+        "exclude 'fc9.*' matches no parameter",
+        "bits 'hiden.*' matches no parameter",
+    )
 
 
 def test_detach_keeps_the_levels_or_restores_the_background_and_leaves_no_trace():
@@ -308,11 +371,18 @@ def test_detach_keeps_the_levels_or_restores_the_background_and_leaves_no_trace(
         {"step": "learned", "gradient": "absolute", "refresh_every": 1, "relevance_samples": 5},
     ],
 )
-@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)])
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.Adam, torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)],
+)
 def test_resuming_in_the_middle_gives_the_same_bits_as_not_stopping(options, make):
     def start():
         model = small_net()
-        return model, Quantizer(model, **{"refresh_every": 2, **options}), make(model.parameters(), lr=1e-2)
+        return (
+            model,
+            Quantizer(model, **{"refresh_every": 2, **options}),
+            make(model.parameters(), lr=1e-2),
+        )
 
     model, quantizer, optimizer = start()
     loop(model, quantizer, optimizer, steps=3)
@@ -344,7 +414,9 @@ def test_relevances_move_zeros_only_within_the_band():
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_a_learned_step_follows_the_gradient_of_lsq(granularity):
     model = small_net()
-    quantizer = Quantizer(model, bits=2, relevance=None, step="learned", step_rate=0.01, granularity=granularity)
+    quantizer = Quantizer(
+        model, bits=2, relevance=None, step="learned", step_rate=0.01, granularity=granularity
+    )
     before = {tensor.name: tensor for tensor in quantizer.tensors()}
     x, y = batch()
     F.cross_entropy(model(x), y).backward()
@@ -358,7 +430,9 @@ def test_a_learned_step_follows_the_gradient_of_lsq(granularity):
         slope = slope.sum_to_size(old.meaning.step.shape)
         # Adam's first update has the size of its rate
         expected = torch.from_numpy(old.meaning.step) * torch.exp(-0.01 * slope.sign())
-        torch.testing.assert_close(torch.from_numpy(tensor.meaning.step), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            torch.from_numpy(tensor.meaning.step), expected, rtol=1e-4, atol=0
+        )
     loop(model, quantizer, torch.optim.Adam(model.parameters(), lr=1e-2), steps=2)
     assert_on_levels(model, quantizer)
 
@@ -371,7 +445,10 @@ def test_a_learned_step_needs_the_gradients_and_resumes_with_its_moments():
     loop(model, quantizer, torch.optim.Adam(model.parameters(), lr=1e-2), steps=2)
     again = Quantizer(small_net(), relevance=None, step="learned")
     again.load_state_dict(quantizer.state_dict())
-    assert all(torch.equal(a.learner.second, b.learner.second) for a, b in zip(again._weights, quantizer._weights, strict=True))
+    assert all(
+        torch.equal(a.learner.second, b.learner.second)
+        for a, b in zip(again._weights, quantizer._weights, strict=True)
+    )
 
 
 def test_relevances_of_fewer_samples_are_those_of_the_first():
@@ -416,7 +493,9 @@ def test_a_batch_that_is_missing_or_does_not_fit_is_refused_and_one_that_is_not_
     x[0] = torch.nan
     quantizer.step(x, y)
     warnings = quantizer.report().warnings
-    assert any(warning.startswith("last.weight: its relevance was nan on a batch") for warning in warnings)
+    assert any(
+        warning.startswith("last.weight: its relevance was nan on a batch") for warning in warnings
+    )
     assert all(weight.relevance is None for weight in quantizer._weights)
 
 

@@ -18,7 +18,9 @@ def model_of(stored, *, opset=18):
     output = helper.make_tensor_value_info("q", TensorProto.INT8, list(shape))
     graph = helper.make_graph(list(stored.nodes), "g", [], [output], list(stored.initializers))
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, functions=list(stored.functions), opset_imports=imports, ir_version=8)
+    return helper.make_model(
+        graph, functions=list(stored.functions), opset_imports=imports, ir_version=8
+    )
 
 
 def session_of(model, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, path=None):
@@ -27,7 +29,9 @@ def session_of(model, level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL, p
     options.log_severity_level = 3
     if path is not None:
         options.optimized_model_filepath = str(path)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 @settings(deadline=None, max_examples=40)

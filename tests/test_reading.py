@@ -9,7 +9,13 @@ import zlib
 import numpy as np
 import pytest
 from ecqx_onnx_converters import FloatGraph, build, make_plan, match, read_weights
-from ecqx_onnx_converters.serialization.metadata import DICTIONARY, FORMAT, METADATA_KEY, from_text, to_text
+from ecqx_onnx_converters.serialization.metadata import (
+    DICTIONARY,
+    FORMAT,
+    METADATA_KEY,
+    from_text,
+    to_text,
+)
 from ecqx_onnx_converters.serialization.reading import read_metadata
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -26,7 +32,9 @@ def test_packed_weights_of_the_format_before_are_read():
     """One stream, no contexts; metadata of format 3."""
     model = ModelProto.FromString((GOLDEN / "packed-format-1.onnx").read_bytes())
     assert read_metadata(model)["format"] == 3
-    for entry, weight in zip(mixed_plan(storage="packed").entries, read_weights(model), strict=True):
+    for entry, weight in zip(
+        mixed_plan(storage="packed").entries, read_weights(model), strict=True
+    ):
         assert weight.crc_ok
         np.testing.assert_array_equal(weight.weight.tensor.levels, entry.weight.tensor.levels)
 
@@ -37,14 +45,18 @@ def initializer(model: ModelProto, *, dequantized: int, position: int) -> Tensor
     return next(tensor for tensor in model.graph.initializer if tensor.name == name)
 
 
-@pytest.mark.parametrize("options", [{}, {"target": "qdq"}, {"target": "onnxruntime-1.17"}, {"dequantize": "standard"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"target": "qdq"}, {"target": "onnxruntime-1.17"}, {"dequantize": "standard"}]
+)
 def test_every_weight_comes_back_bit_for_bit(options):
     plan = mixed_plan(**options)
     stored = read_weights(build(plan).to_model())
     assert [weight.weight.name for weight in stored] == ["a", "b", "c"]
     for entry, weight in zip(plan.entries, stored, strict=True):
         assert weight.crc_ok
-        assert 0 <= entry.stored.nbytes - weight.nbytes <= 4  # names are shortened when the file is finished
+        assert (
+            0 <= entry.stored.nbytes - weight.nbytes <= 4
+        )  # names are shortened when the file is finished
         np.testing.assert_array_equal(weight.weight.tensor.levels, entry.weight.tensor.levels)
         np.testing.assert_array_equal(weight.weight.dequantize(), entry.weight.dequantize())
 
@@ -54,8 +66,12 @@ def test_an_embedding_of_gathered_integers_comes_back(step):
     table = quantized("w", (20, 8), step=step)
     node = helper.make_node("Gather", ["w", "x"], ["y"])
     inputs = {"x": (TensorProto.INT64, ["n"])}
-    graph = FloatGraph.from_model(model_of([node], {"w": table.dequantize()}, inputs=inputs, output_shape=["n", 8]))
-    (stored,) = read_weights(build(make_plan(graph, match(graph.weights, [table]), dequantize="standard")).to_model())
+    graph = FloatGraph.from_model(
+        model_of([node], {"w": table.dequantize()}, inputs=inputs, output_shape=["n", 8])
+    )
+    (stored,) = read_weights(
+        build(make_plan(graph, match(graph.weights, [table]), dequantize="standard")).to_model()
+    )
     np.testing.assert_array_equal(stored.weight.dequantize(), table.dequantize())
 
 
@@ -68,7 +84,9 @@ def test_a_flipped_bit_shows_in_the_checksum(index):
     model = written()
     tensor = initializer(model, dequantized=index, position=0)
     tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
-    assert [weight.crc_ok for weight in read_weights(model)] == [place != index for place in range(3)]
+    assert [weight.crc_ok for weight in read_weights(model)] == [
+        place != index for place in range(3)
+    ]
 
 
 def with_record(place: int, value: object) -> ModelProto:
@@ -144,7 +162,11 @@ def test_metadata_is_read_back():
     assert read_metadata(ModelProto()) == {}
 
 
-CONTENT = {"format": FORMAT, "recipe": {"bits": 4, "ä": [1.5, None]}, "tensors": [["layer.weight", 4000000000, "v"]]}
+CONTENT = {
+    "format": FORMAT,
+    "recipe": {"bits": 4, "ä": [1.5, None]},
+    "tensors": [["layer.weight", 4000000000, "v"]],
+}
 
 
 def test_metadata_is_deflated_and_comes_back():
@@ -158,7 +180,10 @@ def test_metadata_of_the_format_before_is_read():
     records = CONTENT["tensors"]
     text = base64.b85encode(zlib.compress(json.dumps(records).encode(), wbits=-15)).decode()
     for tensors in (records, text):
-        assert from_text(json.dumps({"format": 4, "tensors": tensors})) == {"format": 4, "tensors": records}
+        assert from_text(json.dumps({"format": 4, "tensors": tensors})) == {
+            "format": 4,
+            "tensors": records,
+        }
 
 
 def test_the_dictionary_is_part_of_the_format():
@@ -166,7 +191,11 @@ def test_the_dictionary_is_part_of_the_format():
     assert (FORMAT, zlib.crc32(DICTIONARY)) == (5, 1305473240)
 
 
-@pytest.mark.parametrize("inflated", [b"[" * 100000, b"5", b"[" + b" " * (1 << 27) + b"]"], ids=["deep", "number", "huge"])
+@pytest.mark.parametrize(
+    "inflated",
+    [b"[" * 100000, b"5", b"[" + b" " * (1 << 27) + b"]"],
+    ids=["deep", "number", "huge"],
+)
 @pytest.mark.parametrize("old", [False, True])
 def test_deflated_text_that_is_none_is_refused(inflated, old):
     text = base64.b85encode(zlib.compress(inflated, 9, wbits=-15)).decode()

@@ -30,19 +30,46 @@ def save_wav(path: Path, seconds: float, seed: int = 0) -> None:
 def quantize_model(name: str, data: Path, out: Path) -> dict:
     """One epoch with the recipe; what its checkpoint says it was made with."""
     model = f"{ROOT}/models/{name}.py:{name}"
-    command = ["quantize", model, "--recipe", ROOT / f"models/{name}.toml", "--data", data, "--out", out]
-    few = ["--epochs", 1, "--batch-size", 4, "--refresh", 100, "--validation", 0, "--device", "cpu", "--quiet"]
+    command = [
+        "quantize",
+        model,
+        "--recipe",
+        ROOT / f"models/{name}.toml",
+        "--data",
+        data,
+        "--out",
+        out,
+    ]
+    few = [
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--refresh",
+        100,
+        "--validation",
+        0,
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     result = CliRunner().invoke(app, [str(argument) for argument in (*command, *few)])
     assert result.exit_code == 0, (result.output, result.stderr, result.exception)
     return json.loads(torch.load(out, weights_only=True)["recipe"])
 
 
 def test_every_recipe_of_the_folder_is_tested_here():
-    assert sorted(path.stem for path in (ROOT / "models").glob("*.toml")) == ["mlp_gsc", "resnet18", "vgg16"]
+    assert sorted(path.stem for path in (ROOT / "models").glob("*.toml")) == [
+        "mlp_gsc",
+        "resnet18",
+        "vgg16",
+    ]
 
 
 def arrange(source: Path, out: Path):
-    spec = importlib.util.spec_from_file_location("speech_commands", ROOT / "benchmarks/speech_commands.py")
+    spec = importlib.util.spec_from_file_location(
+        "speech_commands", ROOT / "benchmarks/speech_commands.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, module.arrange(source, out)
@@ -53,7 +80,20 @@ def speech_commands(tmp_path):
     """A Speech Commands of 2 training and 1 test clip a word, two more words, and 10 s of noise."""
     source = tmp_path / "speech_commands"
     tested = []
-    for word in ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go", "bed", "cat"):
+    for word in (
+        "yes",
+        "no",
+        "up",
+        "down",
+        "left",
+        "right",
+        "on",
+        "off",
+        "stop",
+        "go",
+        "bed",
+        "cat",
+    ):
         for voice in range(3):
             save_wav(source / word / f"voice{voice}_nohash_0.wav", 0.9, seed=voice)
         tested.append(f"{word}/voice2_nohash_0.wav")
@@ -62,9 +102,14 @@ def speech_commands(tmp_path):
     return source
 
 
-def test_speech_commands_become_twelve_classes_with_other_voices_for_testing(speech_commands, tmp_path):
+def test_speech_commands_become_twelve_classes_with_other_voices_for_testing(
+    speech_commands, tmp_path
+):
     _, counts = arrange(speech_commands, tmp_path / "gsc12")
-    assert {name: set(classes.values()) for name, classes in counts.items()} == {"train": {2}, "test": {1}}
+    assert {name: set(classes.values()) for name, classes in counts.items()} == {
+        "train": {2},
+        "test": {1},
+    }
     for split, count in (("train", 2), ("test", 1)):
         folders = sorted((tmp_path / "gsc12" / split).iterdir())
         assert len(folders) == 12
@@ -82,8 +127,14 @@ def test_a_folder_that_holds_something_else_is_refused_with_the_reason(tmp_path)
 def test_mlp_gsc_learns_from_folders_of_wavs(speech_commands, tmp_path):
     arrange(speech_commands, tmp_path / "gsc12")
     recipe = quantize_model("mlp_gsc", tmp_path / "gsc12", tmp_path / "model.pt")
-    assert (recipe["bits"], recipe["relevance"], recipe["augment"]) == (4, "epsilon_plus_flat", "shift_audio")
-    converted = CliRunner().invoke(app, ["convert", str(tmp_path / "model.pt"), str(tmp_path / "out.onnx"), "--json"])
+    assert (recipe["bits"], recipe["relevance"], recipe["augment"]) == (
+        4,
+        "epsilon_plus_flat",
+        "shift_audio",
+    )
+    converted = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "model.pt"), str(tmp_path / "out.onnx"), "--json"]
+    )
     assert converted.exit_code == 0, converted.stderr
     assert json.loads(converted.stdout)["bytes"] == (tmp_path / "out.onnx").stat().st_size
 
@@ -96,6 +147,12 @@ def test_the_image_networks_learn_from_folders_of_images(tmp_path, name, size):
             for index in range(count):
                 path = tmp_path / "photos" / split / label / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+                Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+                    path
+                )
     recipe = quantize_model(name, tmp_path / "photos", tmp_path / "model.pt")
-    assert (recipe["bits"], recipe["relevance"], recipe["learning_rate"]) == (4, "epsilon_plus_flat", 1e-4)
+    assert (recipe["bits"], recipe["relevance"], recipe["learning_rate"]) == (
+        4,
+        "epsilon_plus_flat",
+        1e-4,
+    )

@@ -35,9 +35,9 @@ def test_one_step_per_channel_is_found_along_the_output_axis_of_convs_and_transp
 
 
 def test_all_zero_channels_and_all_zero_tensors_are_kept():
-    weight = np.random.default_rng(2).integers(-3, 4, (300, 40)).astype(np.float32) * np.random.default_rng(3).uniform(
-        0.1, 1, (300, 1)
-    ).astype(np.float32)
+    weight = np.random.default_rng(2).integers(-3, 4, (300, 40)).astype(
+        np.float32
+    ) * np.random.default_rng(3).uniform(0.1, 1, (300, 1)).astype(np.float32)
     weight[7] = 0
     recognized(weight)
     assert recognized(np.zeros((4, 4), np.float32)).zeros == 1.0
@@ -45,7 +45,9 @@ def test_all_zero_channels_and_all_zero_tensors_are_kept():
 
 def test_ternary_weights_with_two_different_centroids_become_a_codebook_whose_entry_zero_is_zero():
     a, b = np.float32(0.0613), np.float32(0.0871)
-    weight = np.array([-a, 0, b], np.float32)[np.random.default_rng(4).integers(0, 3, (16, 16, 3, 3))]
+    weight = np.array([-a, 0, b], np.float32)[
+        np.random.default_rng(4).integers(0, 3, (16, 16, 3, 3))
+    ]
     tensor = recognized(weight)
     assert isinstance(tensor.meaning, Codebook)
     assert tensor.meaning.values.tolist() == [0.0, b, -a]
@@ -81,7 +83,11 @@ def test_other_weights_stay_float_with_a_reason(weight, why):
 
 
 def test_the_smallest_change_of_one_weight_breaks_the_grid():
-    weight = np.random.default_rng(7).integers(-7, 8, (600, 600)).astype(np.float32) * np.float32(0.01)
+    weight = np.random.default_rng(7).integers(-7, 8, (600, 600)).astype(np.float32) * np.float32(
+        0.01
+    )
     rng = np.random.default_rng(8)
-    weight += np.where(rng.random(weight.shape) < 0.01, rng.normal(size=weight.shape) * 1e-4, 0).astype(np.float32)
+    weight += np.where(
+        rng.random(weight.shape) < 0.01, rng.normal(size=weight.shape) * 1e-4, 0
+    ).astype(np.float32)
     assert isinstance(recognize("w", weight), NotRecognized)

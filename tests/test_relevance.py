@@ -22,7 +22,11 @@ zennit = import_zennit()
 
 def relevances_of(model, x, y, *, composite="epsilon_plus_flat", start="ones", names=None):
     model.eval()
-    background = {n: p.detach() for n, p in model.named_parameters() if p.ndim >= 2 and (names is None or n in names)}
+    background = {
+        n: p.detach()
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and (names is None or n in names)
+    }
     relevances = Relevances(model, list(background), composite=composite, start=start)
     return relevances(x, y, background), relevances
 
@@ -70,16 +74,24 @@ def test_weight_relevances_equal_lrp_by_hand(start):
             a = np.maximum(outputs[name], 0)
         logits = outputs["last"]
         R = np.zeros(5)
-        R[target] = {"ones": 1.0, "logit": logits[target], "probability": (np.exp(logits) / np.exp(logits).sum())[target]}[start]
+        R[target] = {
+            "ones": 1.0,
+            "logit": logits[target],
+            "probability": (np.exp(logits) / np.exp(logits).sum())[target],
+        }[start]
         for name, connections in reversed(layers):
             weights = value[f"{name}.weight"]
-            r = oracle.weight_relevance(inputs[name], connections, biases[name], outputs[name], R, weights)
+            r = oracle.weight_relevance(
+                inputs[name], connections, biases[name], outputs[name], R, weights
+            )
             expected[f"{name}.weight"] = expected[f"{name}.weight"] + r
             rule = oracle.z_plus_rule if name == "second" else oracle.epsilon_rule
             if name != "first":
                 R = rule(inputs[name], connections, biases[name], weights, R)
     for name, r in expected.items():
-        np.testing.assert_allclose(found[name].numpy().reshape(-1), r, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            found[name].numpy().reshape(-1), r, rtol=1e-9, atol=1e-12, err_msg=name
+        )
 
 
 def test_input_relevance_equals_zennits_own_attribution():
@@ -89,7 +101,11 @@ def test_input_relevance_equals_zennits_own_attribution():
     class Residual(nn.Module):
         def __init__(self, add):
             super().__init__()
-            self.stem, self.inner, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+            self.stem, self.inner, self.last = (
+                nn.Conv2d(1, 4, 3, padding=1),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.Linear(4, 3),
+            )
             self.pool, self.relu = nn.AdaptiveAvgPool2d(1), nn.ReLU()
             self.sum = zennit.layer.Sum()
             self.add = add
@@ -124,7 +140,10 @@ class Functional(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8)
-        self.depthwise, self.last = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.Linear(16, 5, bias=False)
+        self.depthwise, self.last = (
+            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+            nn.Linear(16, 5, bias=False),
+        )
         self.layer_norm = nn.LayerNorm(16)
 
     def forward(self, x):
@@ -142,7 +161,11 @@ class Gated(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.gate, self.last = nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False)
+        self.first, self.gate, self.last = (
+            nn.Linear(6, 8, bias=False),
+            nn.Linear(8, 8, bias=False),
+            nn.Linear(8, 3, bias=False),
+        )
 
     def forward(self, x):
         x = F.silu(self.first(x))
@@ -154,7 +177,11 @@ class Reused(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.again, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False)
+        self.first, self.again, self.last = (
+            nn.Linear(6, 6, bias=False),
+            nn.Linear(6, 6, bias=False),
+            nn.Linear(6, 3, bias=False),
+        )
 
     def forward(self, x):
         x = self.first(x)
@@ -177,7 +204,9 @@ def whole_model(name):
         model, shape = getattr(torchvision.models, name)(num_classes=10), (3, 64, 64)
     if name == "vgg11_bn":  # its 25088 x 4096 dense layer says nothing more than a small one
         model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
-    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    norms = [
+        module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+    ]
     for norm in norms:
         norm.momentum = None
     with torch.no_grad():
@@ -207,7 +236,9 @@ def test_relevance_is_conserved_from_the_output_to_the_first_layer(name):
 def test_a_module_called_three_times_carries_the_relevance_three_times():
     torch.manual_seed(4)
     found, _ = relevances_of(Reused(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
-    assert float(found["again.weight"].sum()) == pytest.approx(3 * float(found["first.weight"].sum()), rel=1e-3)
+    assert float(found["again.weight"].sum()) == pytest.approx(
+        3 * float(found["first.weight"].sum()), rel=1e-3
+    )
 
 
 def test_without_the_sum_rule_relevance_would_double_at_a_residual_addition():
@@ -218,7 +249,9 @@ def test_without_the_sum_rule_relevance_would_double_at_a_residual_addition():
     relevances = Relevances(model.eval(), names, composite="epsilon_plus_flat", start="ones")
     relevances._functional.add = torch.add
     found = relevances(
-        torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), {n: dict(model.named_parameters())[n].detach() for n in names}
+        torch.randn(2, 3, 8, 8),
+        torch.tensor([0, 1]),
+        {n: dict(model.named_parameters())[n].detach() for n in names},
     )
     assert float(found["first.weight"].sum()) > 2.5
 
@@ -235,7 +268,11 @@ class Standardized(nn.Conv2d):
 class WeightStandardized(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.last = Standardized(3, 8, 3), Standardized(8, 8, 3), nn.Linear(8, 4)
+        self.first, self.second, self.last = (
+            Standardized(3, 8, 3),
+            Standardized(8, 8, 3),
+            nn.Linear(8, 4),
+        )
 
     def forward(self, x):
         return self.last(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))
@@ -246,7 +283,11 @@ class OwnMatrix(nn.Module):
 
     def __init__(self, use):
         super().__init__()
-        self.first, self.matrix, self.last = nn.Linear(6, 8), nn.Parameter(0.3 * torch.randn(8, 8)), nn.Linear(8, 3)
+        self.first, self.matrix, self.last = (
+            nn.Linear(6, 8),
+            nn.Parameter(0.3 * torch.randn(8, 8)),
+            nn.Linear(8, 3),
+        )
         self.use = use
 
     def forward(self, x):
@@ -262,7 +303,9 @@ WAYS = {
     "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
     "grouped": lambda x, w: (x.reshape(-1, 2, 1, 4) @ w.reshape(2, 2, 4, 4).sum(1)).reshape(-1, 8),
     "addmm": lambda x, w: torch.addmm(torch.zeros(8), x, w),
-    "functional weight_norm": lambda x, w: F.linear(x, torch._weight_norm(w, w.detach().norm(dim=1, keepdim=True), 0)),
+    "functional weight_norm": lambda x, w: F.linear(
+        x, torch._weight_norm(w, w.detach().norm(dim=1, keepdim=True), 0)
+    ),
 }
 
 
@@ -313,7 +356,9 @@ def test_relevance_is_conserved_down_to_the_input_of_models_that_compute_with_th
     background = {n: p.detach() for n, p in model.named_parameters() if p.ndim >= 2}
     relevances = Relevances(model, list(background), composite=composite, start="ones")
     relevances.to_inputs = True
-    relevances.shadow.register_forward_pre_hook(lambda module, args: args[0].register_hook(captured.append) and None)
+    relevances.shadow.register_forward_pre_hook(
+        lambda module, args: args[0].register_hook(captured.append) and None
+    )
     found = relevances(torch.randn(2, *shape), torch.tensor([1, 2]), background)
     assert relevances.approximated == ()
     assert float(captured[0].sum()) == pytest.approx(2.0, rel=0.01)
@@ -355,13 +400,19 @@ def test_our_z_plus_is_zennits(negative_inputs, bias):
     R = torch.randn(3, 6, 4, 4, dtype=torch.float64)
     stock = zennit.rules.ZPlus()
     stock.forward(layer, (x,), None)
-    torch.testing.assert_close(PositiveContributions().backward(layer, (x,), (R,)), stock.backward(layer, (x,), (R,)))
+    torch.testing.assert_close(
+        PositiveContributions().backward(layer, (x,), (R,)), stock.backward(layer, (x,), (R,))
+    )
 
 
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.lstm, self.last = nn.Embedding(10, 8), nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 5)
+        self.embedding, self.lstm, self.last = (
+            nn.Embedding(10, 8),
+            nn.LSTM(8, 6, batch_first=True),
+            nn.Linear(6, 5),
+        )
 
     def forward(self, tokens):
         return self.last(self.lstm(self.embedding(tokens))[0][:, -1])
@@ -379,10 +430,16 @@ class Attention(nn.Module):
         return self.last(self.block(self.embedding(tokens)).mean(1))
 
 
-@pytest.mark.parametrize(("model", "kernel"), [(Recurrent, "lstm"), (Attention, "multi_head_attention_forward")])
-def test_recurrent_and_attention_weights_get_relevance_and_the_report_names_the_approximation(model, kernel):
+@pytest.mark.parametrize(
+    ("model", "kernel"), [(Recurrent, "lstm"), (Attention, "multi_head_attention_forward")]
+)
+def test_recurrent_and_attention_weights_get_relevance_and_the_report_names_the_approximation(
+    model, kernel
+):
     torch.manual_seed(6)
-    found, relevances = relevances_of(model(), torch.randint(0, 10, (3, 7)), torch.tensor([0, 1, 2]))
+    found, relevances = relevances_of(
+        model(), torch.randint(0, 10, (3, 7)), torch.tensor([0, 1, 2])
+    )
     assert relevances.approximated == (kernel,)
     assert set(found) == set(relevances.names)
     assert all(bool(r.isfinite().all()) and float(r.abs().max()) > 0 for r in found.values())
@@ -399,11 +456,17 @@ def test_gradient_times_input_of_a_kernel_is_its_formula():
     logits = model.last(hidden)
     share = F.one_hot(y, 5).double() / (logits + 1e-6 * logits.sign())
     R_hidden = hidden * (share @ model.last.weight)
-    (gradient,) = torch.autograd.grad(z[:, -1], model.lstm.weight_ih_l0, R_hidden.detach() / (hidden + 1e-6 * hidden.sign()))
-    torch.testing.assert_close(found["lstm.weight_ih_l0"], model.lstm.weight_ih_l0.detach() * gradient)
+    (gradient,) = torch.autograd.grad(
+        z[:, -1], model.lstm.weight_ih_l0, R_hidden.detach() / (hidden + 1e-6 * hidden.sign())
+    )
+    torch.testing.assert_close(
+        found["lstm.weight_ih_l0"], model.lstm.weight_ih_l0.detach() * gradient
+    )
 
 
-@pytest.mark.parametrize("name", ["epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box"])
+@pytest.mark.parametrize(
+    "name", ["epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box"]
+)
 def test_composites_go_by_name_or_as_objects(name):
     torch.manual_seed(8)
     model, x, y = Functional(), torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
@@ -434,7 +497,9 @@ def test_relevance_is_taken_on_the_background_weights():
     found = Relevances(model, names, composite="epsilon_plus_flat", start="ones")(
         torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), background
     )
-    assert float(found["last.weight"][:2].abs().min()) > 0  # the rows of the two classes in the batch
+    assert (
+        float(found["last.weight"][:2].abs().min()) > 0
+    )  # the rows of the two classes in the batch
 
 
 def test_start_value_may_be_a_function_for_models_that_are_no_classifiers():
@@ -460,7 +525,12 @@ class TwoOutputs(nn.Module):
 
 def test_models_with_several_inputs_and_outputs_name_the_output_that_relevance_starts_at():
     inputs = {"x": torch.randn(4, 6), "scale": torch.ones(4, 1)}
-    found, _ = relevances_of(TwoOutputs(), inputs, None, start=lambda output, target: (output["label"], output["label"].detach()))
+    found, _ = relevances_of(
+        TwoOutputs(),
+        inputs,
+        None,
+        start=lambda output, target: (output["label"], output["label"].detach()),
+    )
     assert set(found) == {"body.weight", "label.weight"}
     with pytest.raises(ModelError, match="returns a dict"):
         relevances_of(TwoOutputs(), inputs, torch.tensor([0, 1, 2, 0]))
@@ -489,6 +559,11 @@ def test_composites_with_canonizers_unknown_names_and_composites_without_a_match
     with pytest.raises(OptionError, match="names no zennit composite"):
         relevances_of(model, x, y, composite="epsilon_minus")
     with pytest.raises(OptionError, match="no rule for any"):
-        relevances_of(model, x, y, composite=zennit.composites.NameMapComposite([(["nothing"], zennit.rules.Epsilon())]))
+        relevances_of(
+            model,
+            x,
+            y,
+            composite=zennit.composites.NameMapComposite([(["nothing"], zennit.rules.Epsilon())]),
+        )
     with pytest.raises(OptionError, match="start 'loss' is unknown"):
         relevances_of(model, x, y, start="loss")

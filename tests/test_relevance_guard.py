@@ -39,7 +39,10 @@ def train_steps(model, steps, *, shape=(16,), quantizer=None, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(6, *shape, generator=generator), torch.randint(0, 3, (6,), generator=generator)
+        x, y = (
+            torch.randn(6, *shape, generator=generator),
+            torch.randint(0, 3, (6,), generator=generator),
+        )
         optimizer.zero_grad()
         output = model(x)
         F.cross_entropy(output["logits"] if isinstance(output, dict) else output, y).backward()
@@ -60,7 +63,9 @@ def fail(*args, **kwargs):
     raise ZeroDivisionError("injected")
 
 
-@pytest.mark.parametrize("home", ["__init__", "__call__", "_attach_rules", "_share_values", "_set_input_bounds"])
+@pytest.mark.parametrize(
+    "home", ["__init__", "__call__", "_attach_rules", "_share_values", "_set_input_bounds"]
+)
 @pytest.mark.parametrize("after", [0, 2])
 def test_any_fault_in_the_relevances_falls_back_to_plain_ecq_and_is_told(monkeypatch, home, after):
     torch.manual_seed(0)
@@ -102,7 +107,9 @@ def test_a_fault_in_one_layers_rule_costs_that_layers_weight_its_relevance_only(
     assert set(quantizer.relevances()) == {"first.weight", "last.weight"}
     assert dict(report.relevance_failures).keys() == {"hidden.weight"}
     assert "injected" in dict(report.relevance_failures)["hidden.weight"]
-    assert any(warning.startswith("hidden.weight: its layer's rule failed") for warning in report.warnings)
+    assert any(
+        warning.startswith("hidden.weight: its layer's rule failed") for warning in report.warnings
+    )
 
 
 def test_a_fault_in_an_operators_rule_falls_back(monkeypatch):
@@ -125,14 +132,18 @@ def test_a_resumed_run_remembers_that_relevances_failed(monkeypatch):
     monkeypatch.undo()
     again = Quantizer(model, entropy_weight=0.05, refresh_every=1)
     again.load_state_dict(state)
-    assert train_steps(model, 2, quantizer=again).report().relevance_failures == ((ALL, "ZeroDivisionError: injected"),)
+    assert train_steps(model, 2, quantizer=again).report().relevance_failures == (
+        (ALL, "ZeroDivisionError: injected"),
+    )
 
 
 def test_a_failure_in_another_process_ends_the_relevances_here_too(monkeypatch):
     from ecqx_onnx.quantization import quantizer as room
 
     monkeypatch.setattr(room, "sum_numbers", lambda values, device: [1.0])
-    assert train_steps(Net(), 1).report().relevance_failures == ((ALL, "they failed in another process"),)
+    assert train_steps(Net(), 1).report().relevance_failures == (
+        (ALL, "they failed in another process"),
+    )
 
 
 def test_wrong_options_are_refused_and_so_are_targets_of_the_first_batch_but_not_of_a_later_one():
@@ -183,7 +194,9 @@ class Conditional(nn.Module):
         self.a, self.b, self.last = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.last(torch.cond(x.sum() > 0, lambda x: self.a(x).relu(), lambda x: self.b(x).tanh(), (x,)))
+        return self.last(
+            torch.cond(x.sum() > 0, lambda x: self.a(x).relu(), lambda x: self.b(x).tanh(), (x,))
+        )
 
 
 class Scripted(nn.Module):
@@ -223,11 +236,23 @@ class CachesItsFeatures(Net):
 
 def normed(kind):
     old = nn.utils.weight_norm
-    wrap = {"weight_norm": parametrizations.weight_norm, "spectral_norm": parametrizations.spectral_norm, "old": old}[kind]
+    wrap = {
+        "weight_norm": parametrizations.weight_norm,
+        "spectral_norm": parametrizations.spectral_norm,
+        "old": old,
+    }[kind]
     return nn.Sequential(nn.Linear(16, 8), wrap(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3))
 
 
-WRITTEN = [InputNormalized, ScaledInput, FromOne, Interpolated, TupleInside, NamedOutput, CachesItsFeatures]
+WRITTEN = [
+    InputNormalized,
+    ScaledInput,
+    FromOne,
+    Interpolated,
+    TupleInside,
+    NamedOutput,
+    CachesItsFeatures,
+]
 
 
 @pytest.mark.parametrize("make", WRITTEN)
@@ -239,7 +264,9 @@ def test_a_model_as_people_write_it_trains_with_the_defaults_and_every_weight_ha
     assert set(quantizer.relevances()) == {tensor.name for tensor in quantizer.tensors()}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize("make", [Conditional, Scripted])
 def test_a_model_that_relevances_cannot_look_into_trains_with_plain_ecq(make):
     torch.manual_seed(0)
@@ -251,7 +278,9 @@ def test_a_model_that_relevances_cannot_look_into_trains_with_plain_ecq(make):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old"])
-def test_a_parametrized_layer_is_crossed_by_relevance_and_stays_float_with_one_sentence_on_what_to_do(kind):
+def test_a_parametrized_layer_is_crossed_by_relevance_and_stays_float_with_one_sentence_on_what_to_do(
+    kind,
+):
     torch.manual_seed(0)
     model = normed(kind)
     quantizer = train_steps(model, 10)
@@ -265,7 +294,9 @@ def test_a_parametrized_layer_is_crossed_by_relevance_and_stays_float_with_one_s
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old", "old_spectral", "pruned", "orthogonal"])
+@pytest.mark.parametrize(
+    "kind", ["weight_norm", "spectral_norm", "old", "old_spectral", "pruned", "orthogonal"]
+)
 def test_a_merged_parametrization_computes_the_same_and_the_original_does_not_change(kind):
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
@@ -287,8 +318,14 @@ def test_a_merged_parametrization_computes_the_same_and_the_original_does_not_ch
     assert entry.name == "0.weight"
     assert isinstance(merged[0].weight, nn.Parameter)
     assert find_parametrized(merged) == ()
-    assert list(merged.state_dict()) == ["0.bias", "0.weight"] or list(merged.state_dict()) == ["0.weight", "0.bias"]
-    torch.testing.assert_close(compute_effective_weight(model.train(), find_parametrized(model)[0]), merged[0].weight.detach())
+    assert list(merged.state_dict()) == ["0.bias", "0.weight"] or list(merged.state_dict()) == [
+        "0.weight",
+        "0.bias",
+    ]
+    torch.testing.assert_close(
+        compute_effective_weight(model.train(), find_parametrized(model)[0]),
+        merged[0].weight.detach(),
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(model.eval()(x), expected)
 

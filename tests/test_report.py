@@ -38,13 +38,19 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.names.add(tag)
-        self.links += [value for name, value in attributes if name in ("href", "src", "xlink:href", "data", "action")]
+        self.links += [
+            value
+            for name, value in attributes
+            if name in ("href", "src", "xlink:href", "data", "action")
+        ]
         assert not any(name.startswith("on") for name, _ in attributes)
 
 
 def a_net():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(36, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +59,16 @@ def trained(tmp_path_factory):
     generator = np.random.default_rng(0)
     x = generator.standard_normal((80, 6, 6)).astype(np.float32)
     y = generator.integers(0, 3, 80)
-    data = Dataset.from_arrays("made-up", {"x_train": x[:60], "y_train": y[:60], "x_test": x[60:], "y_test": y[60:]})
+    data = Dataset.from_arrays(
+        "made-up", {"x_train": x[:60], "y_train": y[:60], "x_test": x[60:], "y_test": y[60:]}
+    )
     training = train(a_net(), data, epochs=3, batch_size=20, refresh_every=1, entropy_weight=0.2)
-    checkpoint = api.as_checkpoint(training.quantizer, example=torch.zeros(2, 6, 6), recipe={"data": "made-up"})
-    checkpoint = api.with_history(checkpoint, training, before=Proportion(7, 20), after=Proportion(8, 20), data="made-up")
+    checkpoint = api.as_checkpoint(
+        training.quantizer, example=torch.zeros(2, 6, 6), recipe={"data": "made-up"}
+    )
+    checkpoint = api.with_history(
+        checkpoint, training, before=Proportion(7, 20), after=Proportion(8, 20), data="made-up"
+    )
     path = tmp_path_factory.mktemp("trained") / "model.pt"
     save(checkpoint, path)
     return path, training
@@ -70,7 +82,10 @@ def page_of(path, tmp_path):
 def cells(page):
     table = re.search(r"<h2>Weights</h2>.*?</table>", page, re.S)[0]
     rows = re.findall(r"<tr>(<td.*?)</tr>", table)
-    return [[unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows]
+    return [
+        [unescape(re.sub(r"<[^>]+>", "", cell)) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+        for row in rows
+    ]
 
 
 def test_the_numbers_on_the_page_are_those_of_inspect(trained, tmp_path):
@@ -78,7 +93,9 @@ def test_the_numbers_on_the_page_are_those_of_inspect(trained, tmp_path):
     page, found = page_of(path, tmp_path), inspect(path)
     rows = cells(page)
     assert len(rows) == len(found.tensors) == 2
-    for row, tensor, of_training in zip(rows, found.tensors, training.quantizer.report().tensors, strict=True):
+    for row, tensor, of_training in zip(
+        rows, found.tensors, training.quantizer.report().tensors, strict=True
+    ):
         assert row[0] == tensor.name
         assert row[1] == " × ".join(map(str, tensor.shape))
         assert int(row[2].replace(",", "")) == np.prod(tensor.shape)
@@ -87,7 +104,9 @@ def test_the_numbers_on_the_page_are_those_of_inspect(trained, tmp_path):
         assert row[5] == f"{100 * of_training.ecq_zeros:.1f} %"
         assert row[6] == f"{tensor.entropy:.2f}"
         assert row[8] == of_training.rule
-    zeros = sum(t.zeros * np.prod(t.shape) for t in found.tensors) / sum(np.prod(t.shape) for t in found.tensors)
+    zeros = sum(t.zeros * np.prod(t.shape) for t in found.tensors) / sum(
+        np.prod(t.shape) for t in found.tensors
+    )
     assert f"<dd>{100 * zeros:.1f} %</dd>" in page
     assert "<dd>40.00 %</dd>" in page
     assert "float32: 35.00 %" in page
@@ -113,9 +132,17 @@ def test_the_pairs_are_the_quantizers_own_and_the_correlation_is_numpys(trained)
         assert weight.correlation == pytest.approx(np.corrcoef(magnitude, R)[0, 1])
         known = {
             (m, r, int(k))
-            for m, r, k in zip(magnitude.astype(np.float16), R.astype(np.float16), tensor.levels.reshape(-1), strict=True)
+            for m, r, k in zip(
+                magnitude.astype(np.float16),
+                R.astype(np.float16),
+                tensor.levels.reshape(-1),
+                strict=True,
+            )
         }
-        assert {(m, r, int(k)) for m, r, k in zip(weight.magnitudes, weight.relevances, weight.levels, strict=True)} <= known
+        assert {
+            (m, r, int(k))
+            for m, r, k in zip(weight.magnitudes, weight.relevances, weight.levels, strict=True)
+        } <= known
 
 
 def test_the_scatter_draws_every_pair_where_it_belongs():
@@ -138,7 +165,9 @@ def test_every_word_of_the_checkpoint_is_escaped(trained, tmp_path):
     insight = checkpoint.insight
     insight = replace(
         insight,
-        weights=tuple(replace(weight, name=HOSTILE + weight.name, rule=HOSTILE) for weight in insight.weights),
+        weights=tuple(
+            replace(weight, name=HOSTILE + weight.name, rule=HOSTILE) for weight in insight.weights
+        ),
         warnings=(HOSTILE,),
         approximated=(HOSTILE,),
         left_float=((HOSTILE, HOSTILE), *((name, HOSTILE) for name in checkpoint.state)),
@@ -182,7 +211,9 @@ def test_a_checkpoint_without_relevances_says_so(tmp_path):
     page = page_of(tmp_path / "plain.pt", tmp_path)
     assert "holds no relevances" in page
     assert "magnitude |w|" not in page
-    api.save(api.as_checkpoint(a_net(), example=torch.zeros(2, 6, 6), bits=3), tmp_path / "assigned.pt")
+    api.save(
+        api.as_checkpoint(a_net(), example=torch.zeros(2, 6, 6), bits=3), tmp_path / "assigned.pt"
+    )
     assert load(tmp_path / "assigned.pt").insight is None
     assert "holds no relevances" in page_of(tmp_path / "assigned.pt", tmp_path)
 
@@ -238,7 +269,12 @@ def test_charts_of_nothing_and_of_one_value_are_charts():
     assert draw_histogram([(0, 5)], 5).count("<rect") == 1
     assert draw_scatter([], [], []).startswith("<svg")
     assert draw_curves([("a", "first", [0.5])], best=1, percent=True).count("<circle") == 1
-    assert draw_curves([("a", "first", [None, float("nan"), 2.0, 2.0])], best=None, percent=False).count("<circle") == 2
+    assert (
+        draw_curves(
+            [("a", "first", [None, float("nan"), 2.0, 2.0])], best=None, percent=False
+        ).count("<circle")
+        == 2
+    )
 
 
 def test_the_command_line_writes_the_page_and_refuses_in_one_sentence(trained, tmp_path):
@@ -249,8 +285,15 @@ def test_the_command_line_writes_the_page_and_refuses_in_one_sentence(trained, t
     assert "2 with relevances" in " ".join(done.stdout.split())
     assert runner.invoke(app, ["report", str(trained[0]), "-o", str(out)]).exit_code == 2
     (tmp_path / "no.pt").write_bytes(b"x")
-    refused = runner.invoke(app, ["report", str(tmp_path / "no.pt"), "-o", str(tmp_path / "other.html")])
+    refused = runner.invoke(
+        app, ["report", str(tmp_path / "no.pt"), "-o", str(tmp_path / "other.html")]
+    )
     assert refused.exit_code == 2
     assert "no.pt" in refused.stderr
     assert not (tmp_path / "other.html").exists()
-    assert runner.invoke(app, ["report", str(trained[0]), "-o", str(tmp_path / "none" / "r.html")]).exit_code == 2
+    assert (
+        runner.invoke(
+            app, ["report", str(trained[0]), "-o", str(tmp_path / "none" / "r.html")]
+        ).exit_code
+        == 2
+    )

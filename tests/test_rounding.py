@@ -19,11 +19,18 @@ def errors(weight, step, grid):
     return round_to_cancel(weight, step, grid).double() - weight.double() / step.double()
 
 
-@given(st.integers(0, 2**16), st.integers(2, 8), st.sampled_from([(6, 5, 3, 3), (6, 1, 3, 3), (6, 30), (4, 7, 5)]), st.booleans())
+@given(
+    st.integers(0, 2**16),
+    st.integers(2, 8),
+    st.sampled_from([(6, 5, 3, 3), (6, 1, 3, 3), (6, 30), (4, 7, 5)]),
+    st.booleans(),
+)
 def test_errors_add_up_to_half_a_step_at_most(seed, bits, shape, per_channel):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(-2, 2)
     grid = choose_grid(weight, bits)
-    step = fit_step(weight, grid, axis=0 if per_channel else None).clamp(min=2.5 / grid.highest)  # the ends are out of the way
+    step = fit_step(weight, grid, axis=0 if per_channel else None).clamp(
+        min=2.5 / grid.highest
+    )  # the ends are out of the way
     error = errors(weight, step, grid)
     assert error.abs().max() <= 1.5
     assert error.flatten(1).sum(1).abs().max() <= 0.5 + 1e-9

@@ -88,7 +88,9 @@ def environment(request) -> dict[str, str]:
         command = [sys.executable, "-m", "pip", "install", *options, *packages]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
-            pytest.skip(f"pip cannot install onnxruntime {request.param} here: {done.stderr.strip().splitlines()[-1]}")
+            pytest.skip(
+                f"pip cannot install onnxruntime {request.param} here: {done.stderr.strip().splitlines()[-1]}"
+            )
         (folder / ".complete").touch()
     return {**os.environ, "PYTHONPATH": str(folder)}
 
@@ -98,16 +100,28 @@ def combinations():
         for storage in ("dense", "sparse", "packed"):
             for dequantize in ("folded", "standard"):
                 # Cast takes INT4 from 1.23 on; "qdq" promises standard DequantizeLinear, and that 1.20 has for INT4.
-                able = [name for name in runtimes if (target, dequantize, name) != ("qdq", "folded", "1.20.1")]
+                able = [
+                    name
+                    for name in runtimes
+                    if (target, dequantize, name) != ("qdq", "folded", "1.20.1")
+                ]
                 yield from (pytest.param(name, target, storage, dequantize) for name in able)
 
 
-@pytest.mark.parametrize(("environment", "target", "storage", "dequantize"), list(combinations()), indirect=["environment"])
-def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target, storage, dequantize, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("environment", "target", "storage", "dequantize"),
+    list(combinations()),
+    indirect=["environment"],
+)
+def test_a_file_says_the_same_in_every_runtime_of_its_target(
+    environment, target, storage, dequantize, checkpoint, tmp_path
+):
     from ecqx_onnx.errors import OptionError
 
     try:
-        api.convert(checkpoint, tmp_path / "net.onnx", target=target, storage=storage, dequantize=dequantize)
+        api.convert(
+            checkpoint, tmp_path / "net.onnx", target=target, storage=storage, dequantize=dequantize
+        )
     except OptionError as error:
         pytest.skip(f"the target does not take it: {error}")
     batch = 1 if find_target(target).one_sample else BATCH
@@ -116,19 +130,38 @@ def test_a_file_says_the_same_in_every_runtime_of_its_target(environment, target
     file = read_onnx(tmp_path / "net.onnx")
     name = file.proto.graph.input[0].name
     job = write_job(file, tmp_path / "job", [{name: x}], {name: x[:1]}, latency_runs=0)
-    subprocess.run([sys.executable, str(RUNNER), str(job.folder)], env=environment, timeout=120, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(RUNNER), str(job.folder)],
+        env=environment,
+        timeout=120,
+        check=True,
+        capture_output=True,
+    )
     result = read_result(job, "this runtime")
     with torch.no_grad():
         expected = api.as_checkpoint(checkpoint).module()(torch.from_numpy(x)).numpy()
     for outputs in (next(result.outputs()), result.plain):
-        assert np.abs(outputs[0] - expected).max() <= FLOAT32_SUMS * max(1.0, np.abs(expected).max())
+        assert np.abs(outputs[0] - expected).max() <= FLOAT32_SUMS * max(
+            1.0, np.abs(expected).max()
+        )
     if dequantize == "folded":  # no node that decodes weights is left at run time
-        decoding = {"DequantizeLinear", "BitShift", "BitwiseAnd", "ScatterElements", "CumSum", "GatherElements", "Unpack", "Scan"}
+        decoding = {
+            "DequantizeLinear",
+            "BitShift",
+            "BitwiseAnd",
+            "ScatterElements",
+            "CumSum",
+            "GatherElements",
+            "Unpack",
+            "Scan",
+        }
         assert not decoding & set(result.operators), json.dumps(result.operators)
 
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
-def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
+def test_two_stages_of_decoding_fold_in_every_runtime(
+    environment, checkpoint, tmp_path, monkeypatch
+):
     from ecqx_onnx_converters.storage.packed import choices
 
     monkeypatch.setattr(choices, "STAGED_FROM", 1)
@@ -140,7 +173,9 @@ def test_two_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, t
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
-def test_streams_of_several_contexts_fold_in_every_runtime(environment, compact, checkpoint, tmp_path, monkeypatch):
+def test_streams_of_several_contexts_fold_in_every_runtime(
+    environment, compact, checkpoint, tmp_path, monkeypatch
+):
     """Which a network as small as this would not have of its own."""
     from ecqx_onnx_converters.storage.packed import choices, grouping
 
@@ -150,7 +185,9 @@ def test_streams_of_several_contexts_fold_in_every_runtime(environment, compact,
     test_a_file_says_the_same_in_every_runtime_of_its_target(
         environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
     )
-    decoders = [node for node in read_onnx(tmp_path / "net.onnx").proto.graph.node if node.op_type == "D"]
+    decoders = [
+        node for node in read_onnx(tmp_path / "net.onnx").proto.graph.node if node.op_type == "D"
+    ]
     assert len(decoders) > 1
     assert {len(node.input) for node in decoders} == {11 if compact else 12}
 
@@ -165,10 +202,19 @@ def test_an_ort_file_says_the_same_in_old_runtimes_too(environment, checkpoint, 
         "import numpy, onnxruntime; s = onnxruntime.InferenceSession('net.ort'); "
         "numpy.save('y.npy', s.run(None, {s.get_inputs()[0].name: numpy.load('x.npy')})[0])"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+        check=True,
+        capture_output=True,
+    )
     with torch.no_grad():
         expected = api.as_checkpoint(checkpoint).module()(torch.from_numpy(x)).numpy()
-    assert np.abs(np.load(tmp_path / "y.npy") - expected).max() <= FLOAT32_SUMS * max(1.0, np.abs(expected).max())
+    assert np.abs(np.load(tmp_path / "y.npy") - expected).max() <= FLOAT32_SUMS * max(
+        1.0, np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,27 +222,43 @@ def test_an_ort_file_says_the_same_in_old_runtimes_too(environment, checkpoint, 
     [pytest.param(name, target) for target in ("onnxruntime-1.17", "qdq") for name in RUNTIMES],
     indirect=["environment"],
 )
-def test_quantised_activations_run_on_integer_kernels_in_old_runtimes_too(environment, target, tmp_path):
+def test_quantised_activations_run_on_integer_kernels_in_old_runtimes_too(
+    environment, target, tmp_path
+):
     """Both write opset 18 with INT8 levels here, which 1.17 reads."""
     from ecqx_onnx.data import Dataset
     from ecqx_onnx.preprocessing import Preprocessing
 
     torch.manual_seed(0)
     net = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(72, 5)
+        torch.nn.Conv2d(1, 8, 3),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(72, 5),
     ).eval()
     x = np.random.default_rng(0).standard_normal((BATCH, 1, 8, 8)).astype(np.float32)
-    data = Dataset.from_arrays("x", {"x": x, "y": np.arange(BATCH) % 5}, preprocessing=Preprocessing("array"))
+    data = Dataset.from_arrays(
+        "x", {"x": x, "y": np.arange(BATCH) % 5}, preprocessing=Preprocessing("array")
+    )
     source = api.as_checkpoint(net, example=torch.zeros(2, 1, 8, 8), bits=4)
     api.convert(source, tmp_path / "net.onnx", target=target, activations="int8", calibration=data)
     (tmp_path / "job").mkdir()
     file = read_onnx(tmp_path / "net.onnx")
     name = file.proto.graph.input[0].name
     job = write_job(file, tmp_path / "job", [{name: x}], {name: x[:1]}, latency_runs=0)
-    subprocess.run([sys.executable, str(RUNNER), str(job.folder)], env=environment, timeout=120, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(RUNNER), str(job.folder)],
+        env=environment,
+        timeout=120,
+        check=True,
+        capture_output=True,
+    )
     result = read_result(job, "this runtime")
     assert {"QLinearConv", "QGemm"} <= set(result.operators)
-    assert not {"Conv", "FusedConv", "Gemm", "FusedGemm", "DequantizeLinear"} & set(result.operators)
+    assert not {"Conv", "FusedConv", "Gemm", "FusedGemm", "DequantizeLinear"} & set(
+        result.operators
+    )
     from ecqx_onnx.runtime.sessions import open_session, run
 
     expected = run(open_session(tmp_path / "net.onnx"), (x,))[0]

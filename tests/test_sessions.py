@@ -62,13 +62,18 @@ def test_float64_outputs_of_an_exported_program_are_those_of_its_module(hard_cod
     hard_coded = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
     program = torch.export.export(hard_coded, (torch.from_numpy(x),))
-    ours, theirs = run_reference_exactly(program.module(), (x,)), run_reference_exactly(hard_coded, (x,))
+    ours, theirs = (
+        run_reference_exactly(program.module(), (x,)),
+        run_reference_exactly(hard_coded, (x,)),
+    )
     assert np.abs(ours[0] - theirs[0]).max() < 1e-15
 
 
 def test_the_float64_result_equals_a_model_made_in_float64():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.GELU(), torch.nn.Linear(40, 2)).eval()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 40), torch.nn.GELU(), torch.nn.Linear(40, 2)
+    ).eval()
     x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
     exact = run_reference_exactly(model, (x,))[0]
     with torch.no_grad():
@@ -93,7 +98,9 @@ def test_a_model_without_a_float64_form_falls_back_to_the_coarse_bound():
 
     x = (np.ones((2, 2), np.float32),)
     assert run_reference_exactly(OnlyFloat32(), x) is None
-    assert derive_bound(run_reference(OnlyFloat32(), x)[0], None) == Bound(None, float(np.spacing(np.float32(2))))
+    assert derive_bound(run_reference(OnlyFloat32(), x)[0], None) == Bound(
+        None, float(np.spacing(np.float32(2)))
+    )
 
 
 def test_the_bound_is_eight_roundings_and_four_ulps():
@@ -119,7 +126,9 @@ def test_executed_operators_come_from_the_runtimes_profile(tmp_path):
 
 
 def test_folded_weights_leave_no_decoding_operator(tmp_path):
-    operators = count_executed_operators(make_pair().save(tmp_path), (np.zeros((1, 8), np.float32),))
+    operators = count_executed_operators(
+        make_pair().save(tmp_path), (np.zeros((1, 8), np.float32),)
+    )
     assert not {"Cast", "Mul", "DequantizeLinear"} & set(operators)
 
 

@@ -19,7 +19,11 @@ from ecqx_onnx.errors import FileError
 
 TARGET = TARGETS["onnxruntime"]
 LEVELS = st.sampled_from([(-2, 1), (0, 3), (-8, 7), (0, 15), (-128, 127), (0, 0)]).flatmap(
-    lambda bounds: arrays.arrays(np.int8, arrays.array_shapes(min_dims=1, max_dims=4, min_side=0), elements=st.integers(*bounds))
+    lambda bounds: arrays.arrays(
+        np.int8,
+        arrays.array_shapes(min_dims=1, max_dims=4, min_side=0),
+        elements=st.integers(*bounds),
+    )
 )
 
 
@@ -45,7 +49,9 @@ def test_levels_come_back_as_they_went_in(storage, levels):
 @given(levels=LEVELS)
 def test_onnx_reads_dense_levels_as_we_do(levels):
     stored = STORAGES["dense"].encode(levels, "q", replace(TARGET, decoders=False))  # no digits
-    np.testing.assert_array_equal(numpy_helper.to_array(stored.initializers[0]).astype(np.int8), levels)
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(stored.initializers[0]).astype(np.int8), levels
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,12 @@ def test_older_runtimes_get_bytes():
 
 def lying(**changes) -> ModelProto:
     model = ModelProto()
-    declared = {"name": "q", "data_type": TensorProto.INT4, "dims": [2, 3], "raw_data": b"123"} | changes
+    declared = {
+        "name": "q",
+        "data_type": TensorProto.INT4,
+        "dims": [2, 3],
+        "raw_data": b"123",
+    } | changes
     model.graph.initializer.append(TensorProto(**declared))
     return model
 
@@ -109,7 +120,15 @@ def test_lying_dense_tensors_are_refused(changes):
 
 @pytest.mark.parametrize(
     ("positions", "dims"),
-    [([0, 6], [6]), ([-1, 2], [6]), ([3, 2], [6]), ([2, 2], [6]), ([1], [6]), ([0, 1], [1 << 60]), ([0, 1], [-6])],
+    [
+        ([0, 6], [6]),
+        ([-1, 2], [6]),
+        ([3, 2], [6]),
+        ([2, 2], [6]),
+        ([1], [6]),
+        ([0, 1], [1 << 60]),
+        ([0, 1], [-6]),
+    ],
 )
 def test_lying_sparse_tensors_are_refused(positions, dims):
     sparse = SparseTensorProto(dims=dims)

@@ -21,7 +21,13 @@ from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.validation.devices import find_device
 
-FORMS = [("auto", "auto"), ("dense", "folded"), ("dense", "standard"), ("sparse", "folded"), ("packed", "folded")]
+FORMS = [
+    ("auto", "auto"),
+    ("dense", "folded"),
+    ("dense", "standard"),
+    ("sparse", "folded"),
+    ("packed", "folded"),
+]
 
 
 class Net(torch.nn.Module):
@@ -44,7 +50,9 @@ def on_levels(net: torch.nn.Module) -> torch.nn.Module:
             if parameter.ndim > 1:
                 levels = (parameter / 0.05).round().clamp(-7, 7)
                 parameter.copy_(
-                    torch.tensor([-0.31415, 0.0, 0.17320])[levels.sign().long() + 1] if "codes" in name else levels * 0.05
+                    torch.tensor([-0.31415, 0.0, 0.17320])[levels.sign().long() + 1]
+                    if "codes" in name
+                    else levels * 0.05
                 )
     return net.eval()
 
@@ -62,7 +70,9 @@ def names(model: onnx.ModelProto) -> set[str]:
 
 
 @pytest.mark.parametrize(("storage", "form"), FORMS)
-@pytest.mark.parametrize("target", sorted(TARGETS.values(), key=lambda t: t.name), ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "target", sorted(TARGETS.values(), key=lambda t: t.name), ids=lambda t: t.name
+)
 def test_a_file_needs_no_more_than_its_target_has(target, storage, form, checkpoint, tmp_path):
     out = tmp_path / f"out{target.suffix}"
     lacks = {"sparse": not target.sparse, "packed": not target.decoders}
@@ -77,16 +87,23 @@ def test_a_file_needs_no_more_than_its_target_has(target, storage, form, checkpo
     if target.suffix == ".ort":
         return
     model = onnx.load(out)
-    assert max(entry.version for entry in model.opset_import if not entry.domain) <= target.max_opset
+    assert (
+        max(entry.version for entry in model.opset_import if not entry.domain) <= target.max_opset
+    )
     stored = {tensor.data_type for tensor in model.graph.initializer}
     assert stored & set(OPSET_OF_TYPE) <= target.dense_types
     assert target.sparse or not model.graph.sparse_initializer
     assert api.validate(out, against=checkpoint, latency_runs=0).ok
     if target.one_sample:
-        assert [value.type.tensor_type.shape.dim[0].dim_value for value in (*model.graph.input, *model.graph.output)] == [1, 1]
+        assert [
+            value.type.tensor_type.shape.dim[0].dim_value
+            for value in (*model.graph.input, *model.graph.output)
+        ] == [1, 1]
 
 
-@pytest.mark.parametrize("target", sorted(TARGETS.values(), key=lambda t: t.name), ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "target", sorted(TARGETS.values(), key=lambda t: t.name), ids=lambda t: t.name
+)
 def test_quantised_activations_load_too_or_are_refused(target, checkpoint, tmp_path):
     out = tmp_path / f"out{target.suffix}"
     x = np.random.default_rng(0).standard_normal((64, 1, 8, 8)).astype(np.float32)
@@ -102,7 +119,9 @@ def test_quantised_activations_load_too_or_are_refused(target, checkpoint, tmp_p
     (got,) = session.run(None, {session.get_inputs()[0].name: x})
     with torch.no_grad():
         wanted = api.as_checkpoint(checkpoint).module()(torch.from_numpy(x)).numpy()
-    assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()  # each of 3 layers rounds to 1/255 of its range
+    assert (
+        np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+    )  # each of 3 layers rounds to 1/255 of its range
 
 
 def test_old_onnxruntimes_get_eight_bits_and_opset_18(checkpoint, tmp_path):
@@ -115,26 +134,41 @@ def test_old_onnxruntimes_get_eight_bits_and_opset_18(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("storage", "form"),
-    [pytest.param(*form, marks=[] if form[0] == "packed" else [pytest.mark.slow]) for form in FORMS],
+    [
+        pytest.param(*form, marks=[] if form[0] == "packed" else [pytest.mark.slow])
+        for form in FORMS
+    ],
 )
 def test_onnxruntime_web_says_the_same(storage, form, checkpoint, tmp_path):
     try:
         find_device("node")
     except InputError as error:
         pytest.skip(str(error))
-    api.convert(checkpoint, tmp_path / "out.onnx", target="onnxruntime-web", storage=storage, dequantize=form)
-    table = api.validate_on(["node"], tmp_path / "out.onnx", against=checkpoint, latency_runs=0, time_limit=120)
+    api.convert(
+        checkpoint,
+        tmp_path / "out.onnx",
+        target="onnxruntime-web",
+        storage=storage,
+        dequantize=form,
+    )
+    table = api.validate_on(
+        ["node"], tmp_path / "out.onnx", against=checkpoint, latency_runs=0, time_limit=120
+    )
     assert table.ok, (table.failures, table.troubles)
     assert table.reports[0].runtime.startswith("onnxruntime-web")
 
 
-def test_mobile_files_are_ort_files_of_eight_bits_with_the_operators_of_a_minimal_build(checkpoint, tmp_path):
+def test_mobile_files_are_ort_files_of_eight_bits_with_the_operators_of_a_minimal_build(
+    checkpoint, tmp_path
+):
     report = api.convert(checkpoint, tmp_path / "out.ort", target="onnxruntime-mobile")
     session, reference = open_session(tmp_path / "out.ort"), api.as_checkpoint(checkpoint).module()
     x = np.random.default_rng(0).standard_normal((5, 1, 8, 8)).astype(np.float32)
     with torch.no_grad():
         expected = reference(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: x})[0], expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        session.run(None, {session.get_inputs()[0].name: x})[0], expected, rtol=0, atol=1e-4
+    )
     assert "ecqx_onnx" in session.get_modelmeta().custom_metadata_map
     rows = {row.name: row for row in report.tensors}
     assert rows["linear.weight"].storage == "dense INT8"
@@ -142,7 +176,10 @@ def test_mobile_files_are_ort_files_of_eight_bits_with_the_operators_of_a_minima
     operators = (tmp_path / "out.required_operators_and_types.config").read_text()
     assert "DequantizeLinear" in operators
     assert str(tmp_path) not in operators
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ort", "out.required_operators_and_types.config"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.ort",
+        "out.required_operators_and_types.config",
+    ]
 
 
 def test_an_ort_file_given_for_an_onnx_file_is_told_what_it_is(checkpoint, tmp_path):
@@ -168,8 +205,12 @@ def test_weights_that_lie_in_the_ort_file_as_floats_are_counted_and_named_so(che
     assert any("codes.weight" in note for note in report.notes)
 
 
-def test_four_bit_integers_which_ort_files_cannot_hold_give_no_file(checkpoint, tmp_path, monkeypatch):
-    able = dataclasses.replace(TARGETS["onnxruntime-mobile"], dense_types=INT8_TYPES | INT4_TYPES, max_opset=21)
+def test_four_bit_integers_which_ort_files_cannot_hold_give_no_file(
+    checkpoint, tmp_path, monkeypatch
+):
+    able = dataclasses.replace(
+        TARGETS["onnxruntime-mobile"], dense_types=INT8_TYPES | INT4_TYPES, max_opset=21
+    )
     monkeypatch.setitem(TARGETS, "onnxruntime-mobile", able)
     with pytest.raises(ModelError, match=r"out\.ort was not written"):
         api.convert(checkpoint, tmp_path / "out.ort", target="onnxruntime-mobile")
@@ -188,7 +229,9 @@ def test_an_ort_file_that_does_not_load_back_is_not_written(checkpoint, tmp_path
         (folder / "out.ort").write_bytes((folder / "out.ort").read_bytes()[:200])
 
     monkeypatch.setattr(ort_file, "convert_to_ort", damaging)
-    with pytest.raises(ModelError, match=r"out\.ort was not written: onnxruntime .* does not load it"):
+    with pytest.raises(
+        ModelError, match=r"out\.ort was not written: onnxruntime .* does not load it"
+    ):
         api.convert(checkpoint, tmp_path / "out.ort", target="onnxruntime-mobile")
     assert not list(tmp_path.iterdir())
 
@@ -198,7 +241,10 @@ def test_an_ort_file_that_says_something_else_is_not_written(checkpoint, tmp_pat
 
     real = sessions.run
     counted = iter(range(10))
-    monkeypatch.setattr("ecqx_onnx.validation.checks.run", lambda *a: tuple(y + 0.01 * next(counted) for y in real(*a)))
+    monkeypatch.setattr(
+        "ecqx_onnx.validation.checks.run",
+        lambda *a: tuple(y + 0.01 * next(counted) for y in real(*a)),
+    )
     with pytest.raises(ModelError, match="differ by"):
         api.convert(checkpoint, tmp_path / "out.ort", target="onnxruntime-mobile")
     assert not list(tmp_path.iterdir())
@@ -212,17 +258,23 @@ def test_names_of_files_and_formats_belong_together(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(("target", "providers"), [("coreml", 2), ("nnapi", 1)])
-def test_accelerators_take_the_whole_graph_and_the_checkers_verdict_is_shown(target, providers, checkpoint, tmp_path):
+def test_accelerators_take_the_whole_graph_and_the_checkers_verdict_is_shown(
+    target, providers, checkpoint, tmp_path
+):
     report = api.convert(checkpoint, tmp_path / "out.onnx", target=target)
     assert len(report.notes) == providers
     assert all("YES" in note and "in 1 part(s)" in note for note in report.notes)
-    result = CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "cli.onnx"), "--target", target])
+    result = CliRunner().invoke(
+        app, ["convert", str(checkpoint), str(tmp_path / "cli.onnx"), "--target", target]
+    )
     assert "usability checker" in result.stdout
 
 
 def test_what_an_accelerator_lacks_is_named(tmp_path):
     torch.manual_seed(0)
-    net = on_levels(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Mish(), torch.nn.Linear(8, 3)))
+    net = on_levels(
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Mish(), torch.nn.Linear(8, 3))
+    )
     checkpoint = api.as_checkpoint(net, example=torch.zeros(2, 8))
     notes = api.convert(checkpoint, tmp_path / "out.onnx", target="nnapi").notes
     assert "YES" not in notes[0]
@@ -232,11 +284,15 @@ def test_what_an_accelerator_lacks_is_named(tmp_path):
 def test_generic_tools_get_standard_dequantizelinear(checkpoint, tmp_path):
     report = api.convert(checkpoint, tmp_path / "out.onnx", target="qdq")
     assert "DequantizeLinear" in names(onnx.load(tmp_path / "out.onnx"))
-    assert {row.dequantization for row in report.tensors if row.name != "codes.weight"} == {"standard"}
+    assert {row.dequantization for row in report.tensors if row.name != "codes.weight"} == {
+        "standard"
+    }
 
 
 def test_a_file_that_onnxruntime_does_not_load_is_not_written(checkpoint, tmp_path, monkeypatch):
-    able = dataclasses.replace(TARGETS["onnxruntime"], max_opset=28)  # no kernel of 1.32 has DequantizeLinear of opset 28
+    able = dataclasses.replace(
+        TARGETS["onnxruntime"], max_opset=28
+    )  # no kernel of 1.32 has DequantizeLinear of opset 28
     monkeypatch.setitem(TARGETS, "onnxruntime", able)
     monkeypatch.setattr("ecqx_onnx_converters.planning.planner.find_needed_opset", lambda entry: 28)
     with pytest.raises(EcqxError):
@@ -247,7 +303,15 @@ def test_a_file_that_onnxruntime_does_not_load_is_not_written(checkpoint, tmp_pa
 def test_the_command_lists_every_target_with_what_it_holds():
     listed = json.loads(CliRunner().invoke(app, ["targets", "--json"]).stdout)
     assert [entry["name"] for entry in listed] == list(TARGETS)
-    assert {"runs_on", "file", "integers", "forms", "max_opset", "one_sample", "accelerators"} < set(listed[0])
+    assert {
+        "runs_on",
+        "file",
+        "integers",
+        "forms",
+        "max_opset",
+        "one_sample",
+        "accelerators",
+    } < set(listed[0])
     text = CliRunner().invoke(app, ["targets"]).stdout
     assert all(name in text for name in TARGETS)
     assert CliRunner().invoke(app, ["targets", "--quiet"]).stdout == ""

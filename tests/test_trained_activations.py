@@ -62,7 +62,9 @@ def trained(name):
             layer.reset_parameters()
     x = torch.randn(shape)
     # 7 bits: of 8, processors without VNNI saturate sums (docs/integer-kernels.md).
-    quantizer = Quantizer(model.train(), bits=7, entropy_weight=0.0, relevance=None, activations="int8")
+    quantizer = Quantizer(
+        model.train(), bits=7, entropy_weight=0.0, relevance=None, activations="int8"
+    )
     model(x)
     for _ in range(2 if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else 0):
         model(x)
@@ -88,7 +90,9 @@ def test_training_rounds_where_the_file_does(name, tmp_path):
 
 def small():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)
+    )
 
 
 def arrays():
@@ -108,17 +112,24 @@ def test_a_checkpoint_keeps_the_ranges_and_convert_takes_them(tmp_path):
     api.save(trained.quantizer, tmp_path / "model.pt", example=torch.from_numpy(x))
     report = api.convert(tmp_path / "model.pt", tmp_path / "out.onnx", activations="int8")
     assert "ranges of activations: those that training ended with" in report.notes
-    assert read_onnx(tmp_path / "out.onnx").metadata["activations"] == {"type": "uint8", "calibration": "trained"}
+    assert read_onnx(tmp_path / "out.onnx").metadata["activations"] == {
+        "type": "uint8",
+        "calibration": "trained",
+    }
     with torch.no_grad():
         expected = trained.quantizer.model(torch.from_numpy(x)).numpy()
     (said,) = run(open_session(tmp_path / "out.onnx"), (x,))
     assert (said.argmax(1) == expected.argmax(1)).all()
-    report = api.convert(tmp_path / "model.pt", tmp_path / "again.onnx", activations="int8", calibration=dataset())
+    report = api.convert(
+        tmp_path / "model.pt", tmp_path / "again.onnx", activations="int8", calibration=dataset()
+    )
     assert "ranges of activations: calibrated on the data given" in report.notes
 
 
 def test_ranges_that_no_training_ends_with_are_refused(tmp_path):
-    quantizer = train(small(), dataset(), epochs=1, bits=4, relevance=None, activations="int8").quantizer
+    quantizer = train(
+        small(), dataset(), epochs=1, bits=4, relevance=None, activations="int8"
+    ).quantizer
     checkpoint = api.as_checkpoint(quantizer, example=torch.zeros(2, 1, 8, 8))
     for bounds in ((0.0, math.inf), (1.0, 0.0), (math.nan, 1.0)):
         save(replace(checkpoint, ranges={"x": bounds}), tmp_path / "model.pt", force=True)
@@ -127,13 +138,16 @@ def test_ranges_that_no_training_ends_with_are_refused(tmp_path):
     entry = checkpoint.graph.proto.graph.input[0].name
     rest = {name: bounds for name, bounds in checkpoint.ranges.items() if name != entry}
     with pytest.raises(
-        OptionError, match=rf"no range for 1 of the \d activations, '{entry}' the first: .* add --calibration DATA"
+        OptionError,
+        match=rf"no range for 1 of the \d activations, '{entry}' the first: .* add --calibration DATA",
     ):
         api.convert(replace(checkpoint, ranges=rest), tmp_path / "out.onnx", activations="int8")
 
 
 def test_a_weight_only_file_of_such_a_training_has_float_activations(tmp_path):
-    quantizer = train(small(), dataset(), epochs=1, bits=4, relevance=None, activations="int8").quantizer
+    quantizer = train(
+        small(), dataset(), epochs=1, bits=4, relevance=None, activations="int8"
+    ).quantizer
     checkpoint = api.as_checkpoint(quantizer, example=torch.zeros(2, 1, 8, 8))
     api.convert(checkpoint, tmp_path / "out.onnx")
     x, _ = next(dataset().test.batches(32))
@@ -141,7 +155,9 @@ def test_a_weight_only_file_of_such_a_training_has_float_activations(tmp_path):
     with torch.no_grad(), quantizer.activations.on(attached=False):
         expected = quantizer.model(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(said, expected, atol=1e-5)
-    np.testing.assert_allclose(checkpoint.module()(torch.from_numpy(x)).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        checkpoint.module()(torch.from_numpy(x)).numpy(), expected, atol=1e-5
+    )
 
 
 def test_gradients_pass_inside_the_range_and_stop_outside():

@@ -39,7 +39,10 @@ class Blobs:
         generator = np.random.default_rng(0)
         y = generator.integers(0, 3, samples)
         centres = generator.normal(size=(3, 5)) * 2
-        self.train = Split((centres[y] + generator.normal(size=(samples, 5))).astype(np.float32), y.astype(np.int64))
+        self.train = Split(
+            (centres[y] + generator.normal(size=(samples, 5))).astype(np.float32),
+            y.astype(np.int64),
+        )
 
     @property
     def test(self):
@@ -48,11 +51,20 @@ class Blobs:
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.2), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.2), nn.BatchNorm1d(16), nn.Linear(16, 3)
+    )
 
 
 def options(**changes):
-    return {"epochs": 4, "batch_size": 32, "learning_rate": 1e-2, "validation": 0.2, "device": "cpu", **changes}
+    return {
+        "epochs": 4,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+        "validation": 0.2,
+        "device": "cpu",
+        **changes,
+    }
 
 
 def same(a, b):
@@ -91,7 +103,13 @@ def test_training_leaves_the_callers_random_numbers_alone():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"schedule": "cosine"}, {"schedule": "constant"}, {"entropy_ramp": 0.9}, {"precision": "bfloat16"}]
+    "changes",
+    [
+        {"schedule": "cosine"},
+        {"schedule": "constant"},
+        {"entropy_ramp": 0.9},
+        {"precision": "bfloat16"},
+    ],
 )
 def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, changes):
     class StoppedError(Exception):
@@ -104,9 +122,19 @@ def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, c
     whole, parts = net(), net()
     expected = train(whole, Blobs(), **options(**changes), refresh_every=3)
     with pytest.raises(StoppedError):
-        train(parts, Blobs(), **options(**changes, state_file=tmp_path / "s", progress=stop), refresh_every=3)
+        train(
+            parts,
+            Blobs(),
+            **options(**changes, state_file=tmp_path / "s", progress=stop),
+            refresh_every=3,
+        )
     parts = net(seed=9)
-    found = train(parts, Blobs(), **options(**changes, state_file=tmp_path / "s", resume=True), refresh_every=3)
+    found = train(
+        parts,
+        Blobs(),
+        **options(**changes, state_file=tmp_path / "s", resume=True),
+        refresh_every=3,
+    )
     assert same(whole, parts)
     assert found.history == expected.history
     assert found.best_epoch == expected.best_epoch
@@ -115,7 +143,13 @@ def test_a_run_resumed_after_an_interruption_ends_with_the_same_bits(tmp_path, c
 def test_zeros_come_gradually_when_the_entropy_weight_is_ramped_up():
     def zeros(ramp):
         seen = []
-        result = train(net(), Blobs(), **options(entropy_ramp=ramp, progress=seen.append), entropy_weight=1.0, relevance=None)
+        result = train(
+            net(),
+            Blobs(),
+            **options(entropy_ramp=ramp, progress=seen.append),
+            entropy_weight=1.0,
+            relevance=None,
+        )
         return [progress.zeros for progress in seen], result
 
     (at_once, _), (ramped, result) = zeros(0.0), zeros(0.7)
@@ -203,7 +237,11 @@ def test_no_epochs_assign_with_relevances_and_leave_everything_else():
     result = train(model, Blobs(), **options(epochs=0), bits=4)
     assert result.history == ()
     assert all(entry.beta is not None for entry in result.quantizer.report().tensors)
-    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before if name not in ("0.weight", "4.weight"))
+    assert all(
+        torch.equal(model.state_dict()[name], before[name])
+        for name in before
+        if name not in ("0.weight", "4.weight")
+    )
 
 
 def test_distillation_follows_the_float_model():
@@ -226,9 +264,14 @@ def train_as_one_of_two(rank, folder):
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    model = plain_net(seed=rank)  # the second process starts elsewhere and must get the first one's weights
+    model = plain_net(
+        seed=rank
+    )  # the second process starts elsewhere and must get the first one's weights
     result = train(model, Blobs(), **options(epochs=2), refresh_every=2)
-    torch.save({"model": model.state_dict(), "background": result.quantizer.background()}, folder / f"{rank}.pt")
+    torch.save(
+        {"model": model.state_dict(), "background": result.quantizer.background()},
+        folder / f"{rank}.pt",
+    )
     if rank == 0:
         torch.save([record.accuracy for record in result.history], folder / "accuracy.pt")
 
@@ -254,7 +297,9 @@ def test_two_processes_train_as_one_would_and_hold_the_same_levels(tmp_path, mon
     result = train(alone, Blobs(), **options(epochs=2), refresh_every=2)
     for name, value in result.quantizer.background().items():
         torch.testing.assert_close(first["background"][name], value, rtol=1e-3, atol=1e-4)
-    assert torch.load(tmp_path / "accuracy.pt") == pytest.approx([record.accuracy for record in result.history], abs=0.02)
+    assert torch.load(tmp_path / "accuracy.pt") == pytest.approx(
+        [record.accuracy for record in result.history], abs=0.02
+    )
 
 
 def drift(rank, folder, port):
@@ -300,7 +345,13 @@ def test_refusals():
 
 @pytest.mark.parametrize(
     "change",
-    [lambda y: y + 2, lambda y: y.astype(np.float64), lambda y: y[:-1], lambda y: np.stack([y, y], 1), lambda y: -1 - y],
+    [
+        lambda y: y + 2,
+        lambda y: y.astype(np.float64),
+        lambda y: y[:-1],
+        lambda y: np.stack([y, y], 1),
+        lambda y: -1 - y,
+    ],
     ids=["out of range", "float", "too few", "two columns", "negative"],
 )
 def test_targets_that_do_not_fit_are_refused_in_one_sentence(change):
@@ -341,7 +392,9 @@ def test_relevances_are_taken_up_to_a_share_of_the_training(monkeypatch):
             super().observe(*batch)
 
     monkeypatch.setattr(training, "Quantizer", Watched)
-    result = train(net(), Blobs(), **options(relevance_until=0.5, progress=seen.append), refresh_every=2)
+    result = train(
+        net(), Blobs(), **options(relevance_until=0.5, progress=seen.append), refresh_every=2
+    )
     assert taken == list(range(0, len(seen) // 2, 2))
     assert result.setup["relevance_until"] == 0.5
     assert result.quantizer.relevances()
@@ -352,7 +405,11 @@ def test_a_state_from_before_relevance_until_resumes_as_it_began(tmp_path):
     state = torch.load(tmp_path / "s")
     del state["setup"]["relevance_until"]
     torch.save(state, tmp_path / "s")
-    train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True, relevance_until=1.0))
+    train(
+        net(),
+        Blobs(),
+        **options(epochs=1, state_file=tmp_path / "s", resume=True, relevance_until=1.0),
+    )
     with pytest.raises(OptionError, match="relevance_until"):
         train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s", resume=True))
 

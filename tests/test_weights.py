@@ -22,10 +22,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(20, 8), nn.Embedding(6, 8)
         self.matrix, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.zeros(8))
-        self.experts, self.gain = nn.Parameter(torch.randn(2, 8, 8)), nn.Parameter(torch.ones(1, 1, 8))
+        self.experts, self.gain = (
+            nn.Parameter(torch.randn(2, 8, 8)),
+            nn.Parameter(torch.ones(1, 1, 8)),
+        )
         self.norm, self.added = nn.LayerNorm([6, 8]), nn.Parameter(torch.zeros(6, 8))
         self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
-        self.register_buffer("anchors", torch.tensor([[10.0, 13.0, 16.0, 30.0, 33.0, 23.0, 1.0, 2.0]]))
+        self.register_buffer(
+            "anchors", torch.tensor([[10.0, 13.0, 16.0, 30.0, 33.0, 23.0, 1.0, 2.0]])
+        )
         self.head = nn.Linear(8, 20, bias=False)
         self.head.weight = self.tokens.weight
 
@@ -43,7 +48,11 @@ TOKENS = torch.arange(12).reshape(2, 6)
 def test_a_weight_is_what_an_operator_multiplies_and_nothing_else():
     program, _ = trace(Decoder(), TOKENS)
     found = find_weights(program)
-    assert {name.replace("tokens", "head") for name in found} == {"head.weight", "matrix", "experts"}
+    assert {name.replace("tokens", "head") for name in found} == {
+        "head.weight",
+        "matrix",
+        "experts",
+    }
     assert (found["matrix"].operator, found["matrix"].axis) == ("addmm", 1)
     assert found["experts"].axis == 2
 
@@ -62,7 +71,11 @@ def test_include_adds_and_exclude_removes_before_any_value_is_looked_at():
         api.as_checkpoint(model, example=TOKENS, bits=4)
     options = {"include": ["positions.*"], "exclude": ["experts"]}
     checkpoint = api.as_checkpoint(model, example=TOKENS, bits=4, **options)
-    assert [tensor.name for tensor in checkpoint.tensors] == ["matrix", "tokens.weight", "positions.weight"]
+    assert [tensor.name for tensor in checkpoint.tensors] == [
+        "matrix",
+        "tokens.weight",
+        "positions.weight",
+    ]
     with pytest.raises(OptionError, match="--include 'nothing' matches no parameter"):
         api.as_checkpoint(model, example=TOKENS, bits=4, include=["nothing"])
 
@@ -70,7 +83,11 @@ def test_include_adds_and_exclude_removes_before_any_value_is_looked_at():
 class OwnProduct(nn.Module):
     def __init__(self, use):
         super().__init__()
-        self.use, self.weight, self.other = use, nn.Parameter(torch.randn(8, 16)), nn.Parameter(torch.randn(1, 1))
+        self.use, self.weight, self.other = (
+            use,
+            nn.Parameter(torch.randn(8, 16)),
+            nn.Parameter(torch.randn(1, 1)),
+        )
 
     def forward(self, x):
         return self.use(x, self.weight)
@@ -78,7 +95,9 @@ class OwnProduct(nn.Module):
 
 COMPUTED = {
     "scaled": lambda x, w: F.linear(x, w * 0.125),
-    "standardised": lambda x, w: F.linear(x, (w - w.mean(1, keepdim=True)) / (w.var(1, keepdim=True) + 1e-5).sqrt()),
+    "standardised": lambda x, w: F.linear(
+        x, (w - w.mean(1, keepdim=True)) / (w.var(1, keepdim=True) + 1e-5).sqrt()
+    ),
     "normalised": lambda x, w: F.linear(F.normalize(x, dim=1), F.normalize(w, dim=1)),
 }
 
@@ -95,9 +114,15 @@ def test_a_weight_that_the_model_computes_with_is_quantised_and_written_as_integ
 def small_models():
     old = nn.utils.weight_norm(nn.Linear(8, 8))
     yield "plain", nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
-    yield "new weight_norm", nn.Sequential(nn.Linear(16, 8), parametrizations.weight_norm(nn.Linear(8, 8)))
+    yield (
+        "new weight_norm",
+        nn.Sequential(nn.Linear(16, 8), parametrizations.weight_norm(nn.Linear(8, 8))),
+    )
     yield "old weight_norm", nn.Sequential(nn.Linear(16, 8), old)
-    yield "spectral_norm", nn.Sequential(nn.Linear(16, 8), parametrizations.spectral_norm(nn.Linear(8, 8)))
+    yield (
+        "spectral_norm",
+        nn.Sequential(nn.Linear(16, 8), parametrizations.spectral_norm(nn.Linear(8, 8))),
+    )
     yield "float16", nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).half()
 
 
@@ -110,15 +135,22 @@ def test_converting_changes_no_model_and_other_bits_give_other_levels():
         for bits in (2, 4):
             checkpoint = api.as_checkpoint(model, example=torch.zeros(2, 16), bits=bits)
             levels.append(max(len(np.unique(tensor.levels)) for tensor in checkpoint.tensors))
-            assert [tensor.name.split(".")[1] for tensor in checkpoint.tensors] == ["weight", "weight"], name
+            assert [tensor.name.split(".")[1] for tensor in checkpoint.tensors] == [
+                "weight",
+                "weight",
+            ], name
             assert checkpoint.matching.missing == ()
             if name != "plain":
-                assert any("merged" in note or "converted to float32" in note for note in checkpoint.notes)
+                assert any(
+                    "merged" in note or "converted to float32" in note for note in checkpoint.notes
+                )
         assert levels[0] <= 4 < levels[1]
         with pytest.raises(ModelError):
             api.as_checkpoint(model, example=torch.zeros(2, 5), bits=4)
         assert list(before) == list(model.state_dict())
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), name
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
+            name
+        )
 
 
 def test_a_program_is_not_changed_and_its_ties_hold():
@@ -127,7 +159,10 @@ def test_a_program_is_not_changed_and_its_ties_hold():
     values = {name: value.clone() for name, value in before.items()}
     checkpoint = api.as_checkpoint(program, bits=4)
     assert checkpoint.aliases == {"head.weight": "tokens.weight"}
-    assert all(program.state_dict[name] is value and torch.equal(value, values[name]) for name, value in before.items())
+    assert all(
+        program.state_dict[name] is value and torch.equal(value, values[name])
+        for name, value in before.items()
+    )
 
 
 class Pair(nn.Module):

@@ -12,7 +12,12 @@ import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, build, make_plan, match, write
 from ecqx_onnx_converters.graph.files import write_proto
-from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text, read_checksum, to_text
+from ecqx_onnx_converters.serialization.metadata import (
+    METADATA_KEY,
+    from_text,
+    read_checksum,
+    to_text,
+)
 from ecqx_onnx_converters.serialization.reading import is_as_written
 from onnx import ModelProto, TensorProto
 from typer.testing import CliRunner
@@ -59,7 +64,9 @@ def network() -> Network:
 def files(network, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     example = torch.zeros(2, 1, 8, 8)
-    checkpoint = api.as_checkpoint(network, example=example, labels=[f"c{index}" for index in range(20)])
+    checkpoint = api.as_checkpoint(
+        network, example=example, labels=[f"c{index}" for index in range(20)]
+    )
     checkpoint_module.save(checkpoint, folder / "model.pt")
     for floats in ("float32", "float16"):
         api.convert(folder / "model.pt", folder / f"{floats}.onnx", floats=floats)
@@ -68,7 +75,12 @@ def files(network, tmp_path_factory) -> Path:
 
 def run(*arguments, code=0):
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.exit_code, result.output, result.stderr, result.exception)
+    assert result.exit_code == code, (
+        result.exit_code,
+        result.output,
+        result.stderr,
+        result.exception,
+    )
     return result
 
 
@@ -89,7 +101,9 @@ def with_right_checksum(model: ModelProto) -> None:
 
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     content = from_text(entry.value)
-    entry.value = to_text(content, lambda start: compute_checksum(model, lambda tensor: None, start=start))
+    entry.value = to_text(
+        content, lambda start: compute_checksum(model, lambda tensor: None, start=start)
+    )
 
 
 def flipped(tensor: TensorProto, position: int, bit: int = 0) -> None:
@@ -116,7 +130,9 @@ def test_a_whole_file_passes_alone_and_beside_its_checkpoint(files, floats):
 
 
 @pytest.mark.parametrize("floats", ["float32", "float16"])
-def test_a_bit_of_any_float_tensor_is_found_beside_the_checkpoint_without_checksum_or_data(files, tmp_path, floats):
+def test_a_bit_of_any_float_tensor_is_found_beside_the_checkpoint_without_checksum_or_data(
+    files, tmp_path, floats
+):
     """Of a file of an earlier version, too, whatever the outputs say: a low bit moves them less than rounding does."""
     original = onnx.load(files / f"{floats}.onnx")
     without_checksum(original)
@@ -142,7 +158,9 @@ def test_the_failed_check_names_the_parameter_and_how_many_values_differ(files, 
     assert "checksum" in found["contents"]["sentence"]
 
 
-def test_one_flipped_bit_anywhere_that_the_runtime_reads_is_found_by_the_file_alone(files, tmp_path):
+def test_one_flipped_bit_anywhere_that_the_runtime_reads_is_found_by_the_file_alone(
+    files, tmp_path
+):
     """Bits all over the file; those in what no runtime reads (the name of the tool) may pass."""
     content = (files / "float32.onnx").read_bytes()
     path, missed = tmp_path / "flipped.onnx", []
@@ -159,7 +177,9 @@ def test_one_flipped_bit_anywhere_that_the_runtime_reads_is_found_by_the_file_al
             missed.append(onnx.load(path))
     for other in missed:
         other.producer_name, other.graph.name = model.producer_name, model.graph.name
-        assert other.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+        assert other.SerializeToString(deterministic=True) == model.SerializeToString(
+            deterministic=True
+        )
 
 
 @pytest.mark.parametrize("damage", ["attribute", "label", "name", "function"])
@@ -167,7 +187,9 @@ def test_what_is_no_tensor_is_covered_by_the_checksum_as_well(files, tmp_path, d
     model = onnx.load(files / "float32.onnx")
     entry = next(entry for entry in model.metadata_props if entry.key == METADATA_KEY)
     if damage == "attribute":
-        next(node for node in model.graph.node if node.op_type == "Conv").attribute.add(name="group", i=1, type=2)
+        next(node for node in model.graph.node if node.op_type == "Conv").attribute.add(
+            name="group", i=1, type=2
+        )
     elif damage == "label":
         stored, content = read_checksum(entry.value), from_text(entry.value)
         assert stored is not None
@@ -201,7 +223,9 @@ def test_a_file_that_the_runtime_decodes_otherwise_than_we_do_fails(files, tmp_p
     with_right_checksum(model)
     onnx.save(model, tmp_path / "other.onnx")
     assert is_as_written(tmp_path / "other.onnx")
-    failures = {check.name: check.sentence for check in check_file(tmp_path / "other.onnx").failures}
+    failures = {
+        check.name: check.sentence for check in check_file(tmp_path / "other.onnx").failures
+    }
     assert "decoded to other values by the runtime" in failures["weights"]
 
 
@@ -248,10 +272,17 @@ def test_the_checksum_is_the_same_for_data_beside_the_model(tmp_path):
 
 def test_changed_external_data_are_found(tmp_path):
     generator = np.random.default_rng(0)
-    weight = torch.nn.Parameter(torch.from_numpy(generator.standard_normal((40, 40)).astype(np.float32)))
+    weight = torch.nn.Parameter(
+        torch.from_numpy(generator.standard_normal((40, 40)).astype(np.float32))
+    )
     module = torch.nn.Linear(40, 40)
     module.weight = weight
-    built = build(make_plan(api.as_checkpoint(module, example=torch.zeros(1, 40), allow_float=True).graph, match({}, ())))
+    built = build(
+        make_plan(
+            api.as_checkpoint(module, example=torch.zeros(1, 40), allow_float=True).graph,
+            match({}, ()),
+        )
+    )
     path = tmp_path / "model.onnx"
     write_proto(built.model, built.payloads, path, external=True)
     data = tmp_path / "model.onnx.data"
@@ -304,7 +335,14 @@ def test_every_style_that_pack_takes_has_its_parameters_in_the_packed_file(name,
     if pack.pack(tmp_path / "original.onnx", tmp_path / "packed.onnx").written is None:
         pytest.skip("it is copied")
     result = CliRunner().invoke(
-        app, ["validate", str(tmp_path / "packed.onnx"), "--against", str(tmp_path / "original.onnx"), "--json"]
+        app,
+        [
+            "validate",
+            str(tmp_path / "packed.onnx"),
+            "--against",
+            str(tmp_path / "original.onnx"),
+            "--json",
+        ],
     )
     if result.exit_code == 2:
         pytest.skip("the original can't be run")

@@ -31,14 +31,28 @@ def small_plan(**options) -> Plan:
 
 def mixed_plan(**options) -> Plan:
     """Every storage and every meaning: INT2 codebook -> INT4 -> sparse."""
-    ternary = QuantTensor("a", quantized("a", (8, 8), most=1).levels, Codebook(np.array([0, 0.5, -0.25], np.float32)))
-    four, sparse = quantized("b", (8, 8), step=np.linspace(0.1, 0.2, 8).reshape(1, 8)), quantized("c", (8, 64))
+    ternary = QuantTensor(
+        "a", quantized("a", (8, 8), most=1).levels, Codebook(np.array([0, 0.5, -0.25], np.float32))
+    )
+    four, sparse = (
+        quantized("b", (8, 8), step=np.linspace(0.1, 0.2, 8).reshape(1, 8)),
+        quantized("c", (8, 64)),
+    )
     sparse.levels[:, 2:] = 0
     sparse.levels[1:] = 0
-    nodes = [helper.make_node("MatMul", [x, w], [y]) for x, w, y in [("x", "a", "u"), ("u", "b", "v"), ("v", "c", "y")]]
+    nodes = [
+        helper.make_node("MatMul", [x, w], [y])
+        for x, w, y in [("x", "a", "u"), ("u", "b", "v"), ("v", "c", "y")]
+    ]
     weights = {part.name: part.dequantize() for part in (ternary, four, sparse)}
     inputs = {"x": (TensorProto.FLOAT, ["n", 8])}
-    return plan_of(model_of(nodes, weights, inputs=inputs, output_shape=["n", 64]), ternary, four, sparse, **options)
+    return plan_of(
+        model_of(nodes, weights, inputs=inputs, output_shape=["n", 64]),
+        ternary,
+        four,
+        sparse,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"target": "qdq"}, {"target": "onnxruntime-1.17"}])
@@ -114,7 +128,9 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(failing, tmp_path,
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*(("pathlib.Path.write_bytes", full) if failing == "write_bytes" else ("os.replace", full)))
+    monkeypatch.setattr(
+        *(("pathlib.Path.write_bytes", full) if failing == "write_bytes" else ("os.replace", full))
+    )
     with pytest.raises(FileError, match="No space left"):
         write(small_plan(), tmp_path / "out.onnx", force=True)
     monkeypatch.undo()
@@ -141,19 +157,28 @@ def test_weights_that_old_exporters_list_as_inputs_are_inputs_no_more(tmp_path):
         model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     write(plan_of(model, weight), tmp_path / "out.onnx")
     assert [value.name for value in session(tmp_path / "out.onnx", 99).get_inputs()] == ["x"]
-    np.testing.assert_array_equal(read_weights(tmp_path / "out.onnx")[0].weight.dequantize(), weight.dequantize())
+    np.testing.assert_array_equal(
+        read_weights(tmp_path / "out.onnx")[0].weight.dequantize(), weight.dequantize()
+    )
 
 
 def test_external_data_lies_beside_the_model_and_loads(tmp_path):
-    weight, x = quantized("w", (64, 96)), np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
+    weight, x = (
+        quantized("w", (64, 96)),
+        np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32),
+    )
     plan = plan_of(product("Gemm", weight, transB=1), weight)
     report = write(plan, tmp_path / "out.onnx", external_data=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "out.onnx.data"]
     assert report.nbytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     write(plan, tmp_path / "inside.onnx")
-    given, expected = (session(tmp_path / name, 99).run(None, {"x": x})[0] for name in ("out.onnx", "inside.onnx"))
+    given, expected = (
+        session(tmp_path / name, 99).run(None, {"x": x})[0] for name in ("out.onnx", "inside.onnx")
+    )
     np.testing.assert_array_equal(given, expected)
-    np.testing.assert_array_equal(read_weights(tmp_path / "out.onnx")[0].weight.dequantize(), weight.dequantize())
+    np.testing.assert_array_equal(
+        read_weights(tmp_path / "out.onnx")[0].weight.dequantize(), weight.dequantize()
+    )
 
 
 def test_replacing_a_model_takes_its_old_external_data_away(tmp_path):
@@ -178,16 +203,23 @@ def test_a_model_above_two_gigabytes_is_written_read_and_run(tmp_path):
     width, layers = 8192, 9  # 9 x 268 MB
     weight = quantized("q", (width, 16))
     names = [f"w{i}" for i in range(layers)]
-    nodes = [helper.make_node("MatMul", [f"h{i}" if i else "x", name], [f"h{i + 1}"]) for i, name in enumerate(names)]
+    nodes = [
+        helper.make_node("MatMul", [f"h{i}" if i else "x", name], [f"h{i + 1}"])
+        for i, name in enumerate(names)
+    ]
     nodes.append(helper.make_node("MatMul", [f"h{layers}", "q"], ["y"]))
     inputs = {"x": (TensorProto.FLOAT, ["n", width])}
     model = model_of(nodes, {}, inputs=inputs, output_shape=["n", 16])
     for name, shape in [*((name, [width, width]) for name in names), ("q", [width, 16])]:
-        model.graph.initializer.append(TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape))
+        model.graph.initializer.append(
+            TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape)
+        )
     big = np.zeros((width, width), np.float32)
     np.fill_diagonal(big, 2)
     graph = FloatGraph(model, dict.fromkeys(names, big) | {"q": weight.dequantize()})
-    report = write(make_plan(graph, match({"q": graph.weights["q"]}, [weight])), tmp_path / "big.onnx")
+    report = write(
+        make_plan(graph, match({"q": graph.weights["q"]}, [weight])), tmp_path / "big.onnx"
+    )
     assert report.nbytes > 1 << 31
     assert (tmp_path / "big.onnx").stat().st_size < 1 << 20
     assert read_weights(tmp_path / "big.onnx")[0].crc_ok
@@ -206,8 +238,17 @@ def test_inner_names_are_short_and_outer_ones_stay(tmp_path):
 
 def test_attributes_that_state_a_default_are_left_out():
     weight = quantized("w", (2, 3, 3, 3))
-    attributes = {"strides": [1, 1], "dilations": [1, 1], "pads": [0, 0, 0, 0], "group": 1, "auto_pad": "NOTSET"}
-    nodes = [helper.make_node("Conv", ["x", "w"], ["h"], **attributes), helper.make_node("LeakyRelu", ["h"], ["y"], alpha=0.2)]
+    attributes = {
+        "strides": [1, 1],
+        "dilations": [1, 1],
+        "pads": [0, 0, 0, 0],
+        "group": 1,
+        "auto_pad": "NOTSET",
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"], **attributes),
+        helper.make_node("LeakyRelu", ["h"], ["y"], alpha=0.2),
+    ]
     inputs = {"x": (TensorProto.FLOAT, ["n", 3, 5, 5])}
     model = model_of(nodes, {"w": weight.dequantize()}, inputs=inputs, output_shape=["n", 2, 3, 3])
     made = build(plan_of(model, weight)).model.graph.node

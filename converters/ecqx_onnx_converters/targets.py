@@ -69,8 +69,18 @@ TARGETS: Mapping[str, Target] = {
     for target in (
         # Opset 28 DequantizeLinear has no kernel in 1.32, so never above 25.
         Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, ALL_TYPES, True, True, "folded"),
-        Target("onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, True, "folded"),
-        Target("onnxruntime-web", "onnxruntime-web >= 1.30, WebAssembly", 25, ALL_TYPES, True, True, "folded"),
+        Target(
+            "onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, True, "folded"
+        ),
+        Target(
+            "onnxruntime-web",
+            "onnxruntime-web >= 1.30, WebAssembly",
+            25,
+            ALL_TYPES,
+            True,
+            True,
+            "folded",
+        ),
         # Converters to .ort fold what folds, so that folded weights lie there as floats; INT4 and INT2 give files that
         # onnxruntime 1.28 to 1.32 cannot load.
         Target(
@@ -111,7 +121,15 @@ TARGETS: Mapping[str, Target] = {
             no_integers=NO_INTEGERS,
             accelerators=("NNAPI",),
         ),
-        Target("qdq", "tools that want standard DequantizeLinear", 21, INT8_TYPES | INT4_TYPES, False, False, "standard"),
+        Target(
+            "qdq",
+            "tools that want standard DequantizeLinear",
+            21,
+            INT8_TYPES | INT4_TYPES,
+            False,
+            False,
+            "standard",
+        ),
     )
 }
 
@@ -120,7 +138,9 @@ def check_name(path: Path | str, target: str) -> None:
     """OptionError if the name does not end as the target's files do: runtimes and our own commands go by that."""
     path, suffix = Path(path), find_target(target).suffix
     if path.suffix.lower() != suffix:
-        raise OptionError(f"{path}: target '{target}' loads {suffix} files; name it {path.with_suffix(suffix)}")
+        raise OptionError(
+            f"{path}: target '{target}' loads {suffix} files; name it {path.with_suffix(suffix)}"
+        )
 
 
 def find_target(name: str) -> Target:

@@ -79,7 +79,9 @@ class Checkpoint:
         elif quantized is not None:
             value = torch.from_numpy(np.ascontiguousarray(quantized.dequantize())).to(blank.dtype)
         else:
-            raise FileError(f"the checkpoint lacks {name!r}, which its program wants; save it again")
+            raise FileError(
+                f"the checkpoint lacks {name!r}, which its program wants; save it again"
+            )
         if value.shape != blank.shape or value.dtype != blank.dtype:
             raise FileError(
                 f"the checkpoint's {name!r} is {value.dtype} of shape {tuple(value.shape)}, its"
@@ -109,22 +111,39 @@ def build(
     for name in by_name.keys() & state.keys():
         first[state[name].data_ptr()] = name
     for name in by_name.keys() - state.keys():
-        raise ModelError(f"the exported model has no parameter {name!r}; export the model that was quantised")
+        raise ModelError(
+            f"the exported model has no parameter {name!r}; export the model that was quantised"
+        )
     for name, value in state.items():
         owner = first.get(value.data_ptr()) if value.numel() else name if name in by_name else None
         if owner is None or by_name[owner].shape != tuple(value.shape):
             rest[name] = value.detach()
         else:
-            if name == owner and not np.array_equal(value.detach().cpu().numpy(), by_name[name].dequantize()):
-                raise ModelError(f"{name!r} does not hold its quantised values; call quantizer.step() after the optimizer's")
+            if name == owner and not np.array_equal(
+                value.detach().cpu().numpy(), by_name[name].dequantize()
+            ):
+                raise ModelError(
+                    f"{name!r} does not hold its quantised values; call quantizer.step() after the optimizer's"
+                )
             if name != owner:
                 aliases[name] = owner
     for name, value in state.items():  # one stored zero stands for a whole tensor of them
-        zero = torch.zeros((), dtype=value.dtype).expand(value.shape) if value.numel() else value.detach().clone()
-        blank[name] = torch.nn.Parameter(zero, requires_grad=False) if isinstance(value, torch.nn.Parameter) else zero
+        zero = (
+            torch.zeros((), dtype=value.dtype).expand(value.shape)
+            if value.numel()
+            else value.detach().clone()
+        )
+        blank[name] = (
+            torch.nn.Parameter(zero, requires_grad=False)
+            if isinstance(value, torch.nn.Parameter)
+            else zero
+        )
     matching = match(exported.graph.weights, tensors)
     placed = {weight.name for weight in matching.found}
-    graph = FloatGraph(exported.graph.proto, {name: w for name, w in exported.graph.weights.items() if name not in placed})
+    graph = FloatGraph(
+        exported.graph.proto,
+        {name: w for name, w in exported.graph.weights.items() if name not in placed},
+    )
     exported.program.state_dict.update(blank)
     try:
         program = save_program(exported.program)
@@ -149,16 +168,28 @@ def build(
 
 def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> None:
     """Write model.pt. FileError if it exists (without force) or cannot be written."""
-    levels = {tensor.name: torch.from_numpy(np.ascontiguousarray(tensor.levels)) for tensor in checkpoint.tensors}
+    levels = {
+        tensor.name: torch.from_numpy(np.ascontiguousarray(tensor.levels))
+        for tensor in checkpoint.tensors
+    }
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "tensors": [{"name": t.name, "levels": levels[t.name], **write_meaning(t.meaning)} for t in checkpoint.tensors],
+        "tensors": [
+            {"name": t.name, "levels": levels[t.name], **write_meaning(t.meaning)}
+            for t in checkpoint.tensors
+        ],
         "state": dict(checkpoint.state),
         "aliases": dict(checkpoint.aliases),
         "program": torch.frombuffer(bytearray(checkpoint.program), dtype=torch.uint8),
-        "graph": torch.frombuffer(bytearray(checkpoint.graph.proto.SerializeToString(deterministic=True)), dtype=torch.uint8),
-        "graph_weights": {name: torch.from_numpy(np.array(weight)) for name, weight in checkpoint.graph.weights.items()},
+        "graph": torch.frombuffer(
+            bytearray(checkpoint.graph.proto.SerializeToString(deterministic=True)),
+            dtype=torch.uint8,
+        ),
+        "graph_weights": {
+            name: torch.from_numpy(np.array(weight))
+            for name, weight in checkpoint.graph.weights.items()
+        },
         "placed": [
             {
                 "initializer": w.name,
@@ -167,7 +198,11 @@ def save(checkpoint: Checkpoint, path: str | Path, *, force: bool = False) -> No
                 **write_meaning(w.tensor.meaning),
                 "sources": list(w.sources),
                 "rescaled": w.rescaled,
-                **({} if w.factor is None else {"factor": torch.from_numpy(np.array(w.factor, np.float32))}),
+                **(
+                    {}
+                    if w.factor is None
+                    else {"factor": torch.from_numpy(np.array(w.factor, np.float32))}
+                ),
             }
             for w in checkpoint.matching.found
         ],
@@ -197,7 +232,9 @@ def load(path: str | Path) -> Checkpoint:
     """Read model.pt. FileError if it is missing, damaged, or no checkpoint of ours."""
     document = load_plain(path)
     if not is_checkpoint(document):
-        raise FileError(f"{path}: is no checkpoint of ecqx-onnx; give what `ecqx-onnx quantize` or `ecqx_onnx.save` wrote")
+        raise FileError(
+            f"{path}: is no checkpoint of ecqx-onnx; give what `ecqx-onnx quantize` or `ecqx_onnx.save` wrote"
+        )
     version = document.get("version")
     if type(version) is not int or version != VERSION:
         raise FileError(
@@ -230,6 +267,11 @@ def share_storage(levels: np.ndarray, parameters: Mapping[str, torch.Tensor]) ->
     """A tensor over the parameter's own storage where `levels` is a view of it, so that torch.save stores it once."""
     for tensor in parameters.values():
         offset = levels.__array_interface__["data"][0] - tensor.data_ptr()
-        if levels.size and offset >= 0 and offset + levels.size <= tensor.numel() and np.shares_memory(levels, tensor.numpy()):
+        if (
+            levels.size
+            and offset >= 0
+            and offset + levels.size <= tensor.numel()
+            and np.shares_memory(levels, tensor.numpy())
+        ):
             return tensor.as_strided(levels.shape, levels.strides, offset)
     return torch.from_numpy(np.ascontiguousarray(levels))

@@ -85,7 +85,9 @@ def read_document(document: Mapping[Any, Any]) -> Document:
         graph=_read_graph(document, found),
         matching=Matching(found, missing),
         recipe=_read_recipe(document),
-        preprocessing=Preprocessing.from_json(read_text(document, "preprocessing", MOST_JSON_BYTES)),
+        preprocessing=Preprocessing.from_json(
+            read_text(document, "preprocessing", MOST_JSON_BYTES)
+        ),
         labels=read_list(document, "labels", _read_label),
         notes=read_list(document, "notes", _read_sentence),
         insight=_read_insight(document),
@@ -136,7 +138,9 @@ def read_list(document: Any, key: str, read: Callable[[Any], Any]) -> tuple[Any,
     return tuple(read_values)
 
 
-def read_mapping(document: Any, key: str, read: Callable[[Any], Any], *, each: str = "") -> dict[str, Any]:
+def read_mapping(
+    document: Any, key: str, read: Callable[[Any], Any], *, each: str = ""
+) -> dict[str, Any]:
     values = take_entry(document, key)
     if not isinstance(values, dict) or len(values) > MOST_ENTRIES:
         raise BadDocument(f"{key!r} is no dict of at most {MOST_ENTRIES} entries")
@@ -235,11 +239,15 @@ def _read_tensor(entry: Any) -> QuantTensor:
         raise BadDocument(f"{name!r} has neither 'step' nor 'codebook'")
     values = take_array(entry["codebook"], np.float32, f"the codebook of {name!r}")
     if values.ndim != 1 or not 1 <= values.size <= LARGEST_CODEBOOK:
-        raise BadDocument(f"the codebook of {name!r} has shape {values.shape}, not [1 to {LARGEST_CODEBOOK}]")
+        raise BadDocument(
+            f"the codebook of {name!r} has shape {values.shape}, not [1 to {LARGEST_CODEBOOK}]"
+        )
     if not np.isfinite(values).all():
         raise BadDocument(f"the codebook of {name!r} is not finite")
     if levels.size and not (-values.size <= levels.min() and levels.max() < values.size):
-        raise BadDocument(f"the levels of {name!r} reach beyond its codebook of {values.size} values")
+        raise BadDocument(
+            f"the levels of {name!r} reach beyond its codebook of {values.size} values"
+        )
     return QuantTensor(name, levels, Codebook(values))
 
 
@@ -268,7 +276,9 @@ def _read_placed(entry: Any) -> GraphWeight:
     if "factor" in entry:
         factor = take_array(entry["factor"], np.float32, f"the factor of {tensor.name!r}")
         if not np.isfinite(factor).all() or not can_broadcast(factor.shape, tensor.shape):
-            raise BadDocument(f"the factor of {tensor.name!r} is not finite or does not fit its levels")
+            raise BadDocument(
+                f"the factor of {tensor.name!r} is not finite or does not fit its levels"
+            )
     with name_place("'rescaled'"):
         rescaled = read_flag(take_entry(entry, "rescaled"))
     sources = read_list(entry, "sources", _read_name)
@@ -301,7 +311,9 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
     for weight in found:
         shape = tuple(declared[weight.name].dims) if weight.name in declared else None
         if shape != weight.tensor.shape:
-            raise BadDocument(f"{weight.name!r} has shape {weight.tensor.shape}, its graph declares {shape}")
+            raise BadDocument(
+                f"{weight.name!r} has shape {weight.tensor.shape}, its graph declares {shape}"
+            )
     weights = {}
     for name, tensor in read_mapping(document, "graph_weights", _read_state_tensor).items():
         weights[name] = _read_weight(name, tensor, declared.get(name))
@@ -349,7 +361,9 @@ def _read_weight(name: str, tensor: torch.Tensor, declared: onnx.TensorProto | N
 def _read_recipe(document: Mapping[Any, Any]) -> dict[str, Any]:
     text = read_text(document, "recipe", MOST_JSON_BYTES)
     try:
-        recipe = parse_json(text, most_bytes=MOST_JSON_BYTES, most_items=MOST_JSON_ITEMS, with_nan=True)
+        recipe = parse_json(
+            text, most_bytes=MOST_JSON_BYTES, most_items=MOST_JSON_ITEMS, with_nan=True
+        )
     except BadJson as error:
         raise BadDocument(f"'recipe' cannot be read: {error}") from None
     if not isinstance(recipe, dict):

@@ -16,7 +16,11 @@ import torch.utils._pytree
 from ecqx_onnx_converters.graph.graph import FloatGraph
 
 from ecqx_onnx.errors import ModelError
-from ecqx_onnx.quantization.parametrizations import copy_module, find_parametrized, merge_parametrizations
+from ecqx_onnx.quantization.parametrizations import (
+    copy_module,
+    find_parametrized,
+    merge_parametrizations,
+)
 
 BASE_OPSET = 18  # the lowest that torch's exporter writes; every target can read it, and the converter raises it at need
 
@@ -61,7 +65,9 @@ def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """
     inner: torch.nn.Module = getattr(model, "_orig_mod", model)
     parametrized = find_parametrized(inner)
-    types = {str(p.dtype).removeprefix("torch.") for p in inner.parameters() if p.is_floating_point()} - {"float32"}
+    types = {
+        str(p.dtype).removeprefix("torch.") for p in inner.parameters() if p.is_floating_point()
+    } - {"float32"}
     try:
         copy = copy_module(inner).eval()
     except Exception as error:  # a copy runs any module's own code
@@ -71,7 +77,10 @@ def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
             f"the model cannot be copied ({find_reason(error)}): call remove_parametrizations and .float() on it before"
         ) from error
     merge_parametrizations(copy)
-    notes = [f"{entry.kind} is merged into the weight '{entry.name}' that it computes" for entry in parametrized]
+    notes = [
+        f"{entry.kind} is merged into the weight '{entry.name}' that it computes"
+        for entry in parametrized
+    ]
     if types:
         copy.float()
         notes.append(f"parameters of {' and '.join(sorted(types))} are converted to float32")
@@ -98,7 +107,9 @@ def trace(
     model.eval()
     try:
         program, notes = trace_program(model, example)
-        if set(map(str, program.graph_signature.user_outputs)) & set(map(str, program.graph_signature.user_inputs)):
+        if set(map(str, program.graph_signature.user_outputs)) & set(
+            map(str, program.graph_signature.user_inputs)
+        ):
             with _copying_inputs_returned(model):
                 program, notes = trace_program(model, example)
     finally:
@@ -116,7 +127,11 @@ def _copying_inputs_returned(model: torch.nn.Module) -> Iterator[None]:
         given = [*args, *kwargs.values()]
 
         def separate(value: Any) -> Any:
-            return value.clone() if any(value is one for one in given) and isinstance(value, torch.Tensor) else value
+            return (
+                value.clone()
+                if any(value is one for one in given) and isinstance(value, torch.Tensor)
+                else value
+            )
 
         return torch.utils._pytree.tree_map(separate, forward(*args, **kwargs))
 
@@ -150,7 +165,9 @@ def _batch_of(example: tuple[torch.Tensor, ...]) -> int:
     return next((int(x.shape[0]) for x in example if x.ndim), 1)
 
 
-def _separate(example: torch.Tensor | Sequence[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+def _separate(
+    example: torch.Tensor | Sequence[torch.Tensor], model: torch.nn.Module
+) -> tuple[torch.Tensor, ...]:
     """Arguments that share no memory, which the tracer would take for one input; floats of the model's type."""
     example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
     types = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -172,9 +189,14 @@ def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """
     signature = program.graph_signature
     inputs = set(map(str, signature.user_inputs))
-    unread = [node.name for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs and not node.users]
+    unread = [
+        node.name
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in inputs and not node.users
+    ]
     notes = [
-        f"nothing reads the input '{name}': if the model should, it was traced with one tensor given twice" for name in unread
+        f"nothing reads the input '{name}': if the model should, it was traced with one tensor given twice"
+        for name in unread
     ]
     written = sorted(written_buffers(program))
     if written:
@@ -202,7 +224,9 @@ def written_buffers(program: torch.export.ExportedProgram) -> set[str]:
     return written
 
 
-def export_float_graph(program: torch.export.ExportedProgram, *, keep: Collection[str] = ()) -> FloatGraph:
+def export_float_graph(
+    program: torch.export.ExportedProgram, *, keep: Collection[str] = ()
+) -> FloatGraph:
     """The float ONNX graph of an exported program, inputs named as in the program.
 
     Args:
@@ -231,7 +255,9 @@ def export_float_graph(program: torch.export.ExportedProgram, *, keep: Collectio
             )
             if keep and exported is not None:
                 _optimize_around(exported, keep)
-        except Exception as error:  # torch.onnx wraps anything in its own error classes, none of them public
+        except (
+            Exception
+        ) as error:  # torch.onnx wraps anything in its own error classes, none of them public
             raise ModelError(f"torch.onnx cannot export the model: {find_reason(error)}") from error
     assert exported is not None  # only the old exporter returns nothing
     return FloatGraph.from_model(exported.model_proto)
@@ -253,7 +279,11 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
     """The keys of a dict that the model returns; "output" for a single tensor; None where the exporter is to choose."""
     count = len(program.graph_signature.user_outputs)
     spec = program.call_spec.out_spec
-    keys = list(spec.context) if spec is not None and spec.type is dict and isinstance(spec.context, list) else []
+    keys = (
+        list(spec.context)
+        if spec is not None and spec.type is dict and isinstance(spec.context, list)
+        else []
+    )
     taken = {str(name) for name in program.graph_signature.user_inputs}
     names = [str(key) for key in keys]
     if len(names) == count and len(set(names)) == count and not taken & set(names):
@@ -270,7 +300,9 @@ def trace_program(
     with silence_exporters(), torch.no_grad():
         try:
             dynamic = tuple({0: batch} if x.ndim else None for x in traced)
-            return torch.export.export(model, traced, dynamic_shapes=group_shapes_by_argument(model, dynamic)), ()
+            return torch.export.export(
+                model, traced, dynamic_shapes=group_shapes_by_argument(model, dynamic)
+            ), ()
         except Exception as error:
             first = error
         try:
@@ -278,7 +310,9 @@ def trace_program(
             note = f"the batch size is fixed to {_batch_of(example)}: {reason}"
             return torch.export.export(model, example), (note,)
         except Exception as error:
-            raise ModelError(f"torch.export cannot trace the model: {find_reason(error)}") from error
+            raise ModelError(
+                f"torch.export cannot trace the model: {find_reason(error)}"
+            ) from error
 
 
 def group_shapes_by_argument(model: torch.nn.Module, dynamic: tuple[dict | None, ...]) -> tuple:
@@ -300,7 +334,10 @@ def find_reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def silence_exporters() -> Iterator[None]:
     """torch's exporters print progress and warn of their own internals; none of it is for our users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._export")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._export")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

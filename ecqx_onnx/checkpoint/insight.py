@@ -71,7 +71,11 @@ class _Facts:
 
 def observe(quantizer: Any) -> Insight:
     """quantizer: a Quantizer. Same quantizer, same pairs."""
-    report, relevances, background = quantizer.report(), quantizer.relevances(), quantizer.background()
+    report, relevances, background = (
+        quantizer.report(),
+        quantizer.relevances(),
+        quantizer.background(),
+    )
     weights = []
     for row, tensor in zip(report.tensors, quantizer.tensors(), strict=True):
         magnitude = np.abs(background[row.name].detach().cpu().float().numpy().reshape(-1))
@@ -89,11 +93,16 @@ def observe(quantizer: Any) -> Insight:
                 row.ecq_zeros,
             )
         )
-    return Insight(tuple(weights), report.warnings, tuple(report.approximated), tuple(report.left_float))
+    return Insight(
+        tuple(weights), report.warnings, tuple(report.approximated), tuple(report.left_float)
+    )
 
 
 def compute_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    a, b = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean(dtype=np.float64)
+    a, b = (
+        a.astype(np.float64) - a.mean(dtype=np.float64),
+        b.astype(np.float64) - b.mean(dtype=np.float64),
+    )
     length = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((a * b).sum() / length) if length > 0 else None
 
@@ -106,13 +115,26 @@ def to_document(insight: Insight) -> tuple[str, np.ndarray]:
         relevances = weight.relevances if len(weight.relevances) else np.zeros(count, np.float16)
         columns.append(np.stack([weight.magnitudes, relevances, weight.levels.astype(np.float16)]))
         has = bool(len(weight.relevances))
-        facts.append(asdict(_Facts(weight.name, count, has, weight.correlation, weight.rule, weight.ecq_zeros)))
+        facts.append(
+            asdict(
+                _Facts(weight.name, count, has, weight.correlation, weight.rule, weight.ecq_zeros)
+            )
+        )
     rest = {name: getattr(insight, name) for name in _REST}
     pairs = np.concatenate([np.zeros((3, 0), np.float16), *columns], axis=1)
     return json.dumps({"weights": facts, **rest}, sort_keys=True), pairs
 
 
-_REST = ("warnings", "approximated", "left_float", "history", "best_epoch", "before", "after", "data")
+_REST = (
+    "warnings",
+    "approximated",
+    "left_float",
+    "history",
+    "best_epoch",
+    "before",
+    "after",
+    "data",
+)
 
 
 def from_document(text: str, pairs: np.ndarray) -> Insight:
@@ -127,7 +149,12 @@ def from_document(text: str, pairs: np.ndarray) -> Insight:
     """
     document = parse_json(text, most_bytes=MOST_BYTES, most_items=MOST_ITEMS, with_nan=True)
     document = read_fields(document, ("weights", *_REST))
-    if pairs.dtype != np.float16 or pairs.ndim != 2 or len(pairs) != 3 or pairs.shape[1] > MOST_PAIRS:
+    if (
+        pairs.dtype != np.float16
+        or pairs.ndim != 2
+        or len(pairs) != 3
+        or pairs.shape[1] > MOST_PAIRS
+    ):
         raise ValueError(f"the pairs of |w| and relevance are {pairs.dtype} {pairs.shape}")
     weights, at = [], 0
     for entry in read_items(document["weights"]):
@@ -192,7 +219,9 @@ def _read_epoch(row: Any) -> dict[str, float | None]:
     """training.EpochRecord's numbers; what later versions add is read as well."""
     if type(row) is not dict or len(row) > MOST_FIGURES:
         raise ValueError("an epoch of the history is no object of some numbers")
-    return {read_text(name): None if value is None else _number(value) for name, value in row.items()}
+    return {
+        read_text(name): None if value is None else _number(value) for name, value in row.items()
+    }
 
 
 def read_fields(value: Any, names: Iterable[str]) -> dict[str, Any]:

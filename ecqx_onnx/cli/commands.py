@@ -42,19 +42,33 @@ app.add_typer(device_app, name="device")
 
 NOT_TO_TRAIN = ("recipe", "as_json", "quiet", "debug")  # parameters of the command alone
 Strict = Annotated[
-    bool, typer.Option("--strict/--no-strict", help="Refuse a state dict that lacks weights of the model's, or has others.")
+    bool,
+    typer.Option(
+        "--strict/--no-strict",
+        help="Refuse a state dict that lacks weights of the model's, or has others.",
+    ),
 ]
 MinAgreement = Annotated[
     float | None,
-    typer.Option(help="Quantised without training: per cent of samples that must keep the float model's class (95)."),
+    typer.Option(
+        help="Quantised without training: per cent of samples that must keep the float model's class (95)."
+    ),
 ]
 MaxError = Annotated[
-    float | None, typer.Option(help="Quantised without training: largest relative error of an output (0.1 if no class scores).")
+    float | None,
+    typer.Option(
+        help="Quantised without training: largest relative error of an output (0.1 if no class scores)."
+    ),
 ]
-MaxDrop = Annotated[float | None, typer.Option(help="Quantised without training: points of accuracy that may be lost on --data.")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(help="Quantised without training: points of accuracy that may be lost on --data."),
+]
 
 
-def _float_bounds(min_agreement: float | None, max_error: float | None, max_drop: float | None) -> Any:
+def _float_bounds(
+    min_agreement: float | None, max_error: float | None, max_drop: float | None
+) -> Any:
     """None where no bound is given."""
     from ecqx_onnx.validation.float_distance import FloatBounds
 
@@ -139,7 +153,9 @@ def quantize(
     options |= {"mean": parse_numbers(mean, "--mean"), "std": parse_numbers(std, "--std")}
     quiet = quiet or process_number() > 0
     if precision == "bfloat16" and not quiet and emulates_bfloat16(device):
-        stderr.print("this processor emulates bfloat16, which takes longer than float32 does", style="yellow")
+        stderr.print(
+            "this processor emulates bfloat16, which takes longer than float32 does", style="yellow"
+        )
     with show_progress(quiet or as_json) as progress:
         result = api.quantize(options.pop("model"), **options, progress=progress)
     emit(result, as_json=as_json and process_number() == 0, quiet=quiet)
@@ -148,29 +164,55 @@ def quantize(
 @register_command
 def convert(
     model: Annotated[
-        Path, typer.Argument(help="A checkpoint of ours, a .pt2 program, a state dict (with --model), or a pickled module.")
+        Path,
+        typer.Argument(
+            help="A checkpoint of ours, a .pt2 program, a state dict (with --model), or a pickled module."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
     factory: Annotated[
-        str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
+        str | None,
+        typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict."),
     ] = None,
     input_shape: Annotated[
-        str | None, typer.Option(help="Shape of one input without the batch: 3,32,32. Only where FILE.py has no INPUT_SHAPE.")
+        str | None,
+        typer.Option(
+            help="Shape of one input without the batch: 3,32,32. Only where FILE.py has no INPUT_SHAPE."
+        ),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(min=2, max=8, help="Quantise a float model to so many bits, without training.")
+        int | None,
+        typer.Option(
+            min=2, max=8, help="Quantise a float model to so many bits, without training."
+        ),
     ] = None,
-    entropy_weight: Annotated[float, typer.Option(min=0.0, help="With --bits: how dear coding is against distance.")] = 0.0,
-    include: Annotated[list[str] | None, typer.Option(help="With --bits: pattern of more parameter names to quantise.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="With --bits: pattern of parameter names that stay float.")] = None,
+    entropy_weight: Annotated[
+        float, typer.Option(min=0.0, help="With --bits: how dear coding is against distance.")
+    ] = 0.0,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="With --bits: pattern of more parameter names to quantise."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="With --bits: pattern of parameter names that stay float."),
+    ] = None,
     storage: Annotated[
-        str, typer.Option(help="auto, dense, sparse or packed: how integers lie in the file. auto: fewest bytes.")
+        str,
+        typer.Option(
+            help="auto, dense, sparse or packed: how integers lie in the file. auto: fewest bytes."
+        ),
     ] = "auto",
-    dequantize: Annotated[str, typer.Option(help="auto, folded (float speed) or standard (DequantizeLinear).")] = "auto",
+    dequantize: Annotated[
+        str, typer.Option(help="auto, folded (float speed) or standard (DequantizeLinear).")
+    ] = "auto",
     target: Annotated[
-        str, typer.Option(help="The runtime that must load the file; `ecqx-onnx targets` lists them.")
+        str,
+        typer.Option(help="The runtime that must load the file; `ecqx-onnx targets` lists them."),
     ] = "onnxruntime",
-    opset: Annotated[int | None, typer.Option(help="ONNX opset; by default the lowest that holds the weights.")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX opset; by default the lowest that holds the weights.")
+    ] = None,
     activations: Annotated[
         str,
         typer.Option(
@@ -186,14 +228,23 @@ def convert(
             "Not needed where the checkpoint was trained with --activations int8.",
         ),
     ] = None,
-    calibration_method: Annotated[str, typer.Option(help="minmax, percentile or entropy, as onnxruntime does them.")] = "minmax",
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Use so many of the training samples.")] = 512,
+    calibration_method: Annotated[
+        str, typer.Option(help="minmax, percentile or entropy, as onnxruntime does them.")
+    ] = "minmax",
+    calibration_samples: Annotated[
+        int, typer.Option(min=1, help="Use so many of the training samples.")
+    ] = 512,
     floats: Annotated[
         str,
-        typer.Option(help="float32, or float16: steps per channel, biases, whatever stays float, rounded, in half the bytes."),
+        typer.Option(
+            help="float32, or float16: steps per channel, biases, whatever stays float, rounded, in half the bytes."
+        ),
     ] = "float32",
     data: Annotated[
-        str | None, typer.Option(help="With --bits: data on which the result is compared with the float model; else random.")
+        str | None,
+        typer.Option(
+            help="With --bits: data on which the result is compared with the float model; else random."
+        ),
     ] = None,
     min_agreement: MinAgreement = None,
     max_error: MaxError = None,
@@ -248,18 +299,30 @@ def validate(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Labelled data for accuracy: as for quantize. Without it, random inputs are compared.")
+        str | None,
+        typer.Option(
+            help="Labelled data for accuracy: as for quantize. Without it, random inputs are compared."
+        ),
     ] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="Against an .onnx file: an .npz with one array per model input, instead of --data.")
+        Path | None,
+        typer.Option(
+            help="Against an .onnx file: an .npz with one array per model input, instead of --data."
+        ),
     ] = None,
     factory: Annotated[
-        str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
+        str | None,
+        typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict."),
     ] = None,
     input_shape: Annotated[
-        str | None, typer.Option(help="With --model: shape of one input without the batch, where FILE.py has no INPUT_SHAPE.")
+        str | None,
+        typer.Option(
+            help="With --model: shape of one input without the batch, where FILE.py has no INPUT_SHAPE."
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many samples of the test split.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[
         list[str] | None,
@@ -267,7 +330,9 @@ def validate(
             help="Run the file there: local, node, web, arm64, ssh://user@host[:port] or folder:PATH; several give one table."
         ),
     ] = None,
-    time_limit: Annotated[float, typer.Option(min=1.0, help="With --device: seconds until its runner is stopped.")] = 1800.0,
+    time_limit: Annotated[
+        float, typer.Option(min=1.0, help="With --device: seconds until its runner is stopped.")
+    ] = 1800.0,
     min_agreement: MinAgreement = None,
     max_error: MaxError = None,
     max_drop: MaxDrop = None,
@@ -289,7 +354,9 @@ def validate(
     from ecqx_onnx import api
 
     if device and inputs is not None:
-        raise OptionError("--inputs are for a validation against an .onnx file, on this machine: leave --device out")
+        raise OptionError(
+            "--inputs are for a validation against an .onnx file, on this machine: leave --device out"
+        )
     if device:
         with show_progress(quiet or as_json) as progress:
             table = api.validate_on(
@@ -340,7 +407,9 @@ def check_whole_file(onnx_file: Path, *, inputs: Path | None, factory: str | Non
 
     if inputs is not None or factory is not None:
         option = "--inputs" if factory is None else "--model"
-        raise OptionError(f"{option} says how to run what the file is compared with: say what that is with --against")
+        raise OptionError(
+            f"{option} says how to run what the file is compared with: say what that is with --against"
+        )
     return check_file(onnx_file)
 
 
@@ -372,16 +441,35 @@ def targets(as_json: Json = False, quiet: Quiet = False) -> None:
 
 @register_command
 def pack(
-    model: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Any model with quantised weights, whoever made it.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE.onnx", help="Any model with quantised weights, whoever made it."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
-    storage: Annotated[str, typer.Option(help="auto, dense, sparse or packed: how integers lie in the file.")] = "auto",
-    dequantize: Annotated[str, typer.Option(help="auto, folded (float speed) or standard (DequantizeLinear).")] = "auto",
-    target: Annotated[str, typer.Option(help="The runtime that must load the file.")] = "onnxruntime",
+    storage: Annotated[
+        str, typer.Option(help="auto, dense, sparse or packed: how integers lie in the file.")
+    ] = "auto",
+    dequantize: Annotated[
+        str, typer.Option(help="auto, folded (float speed) or standard (DequantizeLinear).")
+    ] = "auto",
+    target: Annotated[
+        str, typer.Option(help="The runtime that must load the file.")
+    ] = "onnxruntime",
     opset: Annotated[int | None, typer.Option(help="Highest ONNX opset to write.")] = None,
     inputs: Annotated[
-        Path | None, typer.Option(help="An .npz with one array per model input, for the check. Without it, random ones.")
+        Path | None,
+        typer.Option(
+            help="An .npz with one array per model input, for the check. Without it, random ones."
+        ),
     ] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Run both models and write nothing if they differ.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Run both models and write nothing if they differ."
+        ),
+    ] = True,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -411,11 +499,19 @@ def pack(
 
 @register_command
 def unpack(
-    model: Annotated[Path, typer.Argument(metavar="PACKED.onnx", help="A file that convert or pack has written.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="PACKED.onnx", help="A file that convert or pack has written.")
+    ],
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
-    floats: Annotated[bool, typer.Option("--float", help="Plain float32 weights instead of integers.")] = False,
-    dequantize: Annotated[str, typer.Option(help="auto, folded or standard (DequantizeLinear).")] = "auto",
-    target: Annotated[str, typer.Option(help="Who must load the file; qdq: tools that want standard operators.")] = "qdq",
+    floats: Annotated[
+        bool, typer.Option("--float", help="Plain float32 weights instead of integers.")
+    ] = False,
+    dequantize: Annotated[
+        str, typer.Option(help="auto, folded or standard (DequantizeLinear).")
+    ] = "auto",
+    target: Annotated[
+        str, typer.Option(help="Who must load the file; qdq: tools that want standard operators.")
+    ] = "qdq",
     opset: Annotated[int | None, typer.Option(help="Highest ONNX opset to write.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -427,7 +523,9 @@ def unpack(
     """
     from ecqx_onnx.verbs import pack as packing
 
-    report = packing.unpack(model, out, floats=floats, dequantize=dequantize, target=target, opset=opset, force=force)
+    report = packing.unpack(
+        model, out, floats=floats, dequantize=dequantize, target=target, opset=opset, force=force
+    )
     emit(report, as_json=as_json, quiet=quiet)
 
 
@@ -437,19 +535,34 @@ def deploy(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     to: Annotated[str, typer.Option(help="The platform: web, android, ios or linux.")],
     against: Annotated[
-        Path | None, typer.Option(help="The PyTorch side, for a validation and a tolerance that is derived from it.")
+        Path | None,
+        typer.Option(
+            help="The PyTorch side, for a validation and a tolerance that is derived from it."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Labelled data for golden inputs and the expected accuracy: as for quantize.")
+        str | None,
+        typer.Option(
+            help="Labelled data for golden inputs and the expected accuracy: as for quantize."
+        ),
     ] = None,
     factory: Annotated[
-        str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict.")
+        str | None,
+        typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict."),
     ] = None,
     input_shape: Annotated[
-        str | None, typer.Option(help="With --model: shape of one input without the batch, where FILE.py has no INPUT_SHAPE.")
+        str | None,
+        typer.Option(
+            help="With --model: shape of one input without the batch, where FILE.py has no INPUT_SHAPE."
+        ),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="The classes' names with commas, instead of those in the file.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Use only so many samples of the test split.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="The classes' names with commas, instead of those in the file."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many samples of the test split.")
+    ] = None,
     trust_pickle: TrustPickle = False,
     force: Force = False,
     as_json: Json = False,
@@ -482,7 +595,9 @@ def deploy(
 @register_command
 def report(
     model: Annotated[Path, typer.Argument(metavar="MODEL.pt", help="A checkpoint of ours.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path(
+        "report.html"
+    ),
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -498,7 +613,9 @@ def report(
 
 @register_command
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the checkpoint and the .onnx file go.")] = Path("demo"),
+    folder: Annotated[
+        Path, typer.Option(help="Where the checkpoint and the .onnx file go.")
+    ] = Path("demo"),
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -513,7 +630,9 @@ def demo(
         result = run_demo(folder, force=force, progress=progress)
     emit(result, as_json=as_json, quiet=quiet)
     if not result.ok:
-        raise CheckFailed("the converted model does not say the same as PyTorch; the table shows which check failed")
+        raise CheckFailed(
+            "the converted model does not say the same as PyTorch; the table shows which check failed"
+        )
 
 
 def _emit_devices(table: Any, *, as_json: bool, quiet: bool) -> None:
@@ -525,7 +644,9 @@ def _emit_devices(table: Any, *, as_json: bool, quiet: bool) -> None:
         raise InputError("; ".join(trouble.sentence for trouble in table.troubles))
     if not table.ok:
         named = ((report.device, check) for report in table.reports for check in report.failures)
-        raise CheckFailed("; ".join(f"{device}: {check.name}: {check.sentence}" for device, check in named))
+        raise CheckFailed(
+            "; ".join(f"{device}: {check.name}: {check.sentence}" for device, check in named)
+        )
 
 
 @device_app.command("setup")
@@ -546,7 +667,10 @@ def device_setup(
         folder = set_up(device, progress=progress)
     find_device(device)
     if as_json:
-        print(json.dumps({"device": device, "ready": True, "folder": str(folder)}), file=_json_file.get())
+        print(
+            json.dumps({"device": device, "ready": True, "folder": str(folder)}),
+            file=_json_file.get(),
+        )
     elif not quiet:
         stdout.print(escape(f"{device} is ready: {folder}"), soft_wrap=True, highlight=False)
 
@@ -580,7 +704,9 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
         return None
     parts = text.split(",")
     if not all(part.strip().isdecimal() and 0 < int(part) < 2**31 for part in parts):
-        raise OptionError(f"--input-shape {text!r} is not a list of positive integers; write it without the batch: 3,32,32")
+        raise OptionError(
+            f"--input-shape {text!r} is not a list of positive integers; write it without the batch: 3,32,32"
+        )
     return tuple(int(part) for part in parts)
 
 

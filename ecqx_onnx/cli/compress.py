@@ -20,7 +20,9 @@ SIZE, QUALITY, FILE = "Bounds of size", "Bounds of quality", "The file"
 
 @register_command
 def compress(
-    model: Annotated[Path, typer.Argument(help="A float .onnx file, or a PyTorch model as convert takes it.")],
+    model: Annotated[
+        Path, typer.Argument(help="A float .onnx file, or a PyTorch model as convert takes it.")
+    ],
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
     data: Annotated[
         str,
@@ -47,31 +49,61 @@ def compress(
     ] = None,
     min_agreement: Annotated[
         float | None,
-        typer.Option(help="Percent of samples in the float model's class.", rich_help_panel=QUALITY),
+        typer.Option(
+            help="Percent of samples in the float model's class.", rich_help_panel=QUALITY
+        ),
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(help="Largest relative error of an output, a share: 0.05.", rich_help_panel=QUALITY),
+        typer.Option(
+            help="Largest relative error of an output, a share: 0.05.", rich_help_panel=QUALITY
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="The output that holds class scores.")] = None,
-    class_axis: Annotated[int | None, typer.Option(help="The axis of --output that the classes lie along.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Pattern of weights to compress; by default all.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights that stay float.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Mean that is subtracted: one value, or one per channel.")] = None,
-    std: Annotated[str | None, typer.Option(help="Deviation that is divided by, as --mean.")] = None,
-    input_shape: Annotated[str | None, typer.Option(help="Of one input of a PyTorch model: 3,32,32.")] = None,
+    class_axis: Annotated[
+        int | None, typer.Option(help="The axis of --output that the classes lie along.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of weights to compress; by default all.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of weights that stay float.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Mean that is subtracted: one value, or one per channel.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Deviation that is divided by, as --mean.")
+    ] = None,
+    input_shape: Annotated[
+        str | None, typer.Option(help="Of one input of a PyTorch model: 3,32,32.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Use at most so many samples.")] = 1024,
-    floats: Annotated[str, typer.Option(help="float32 or float16, for what stays float.", rich_help_panel=FILE)] = "float32",
-    storage: Annotated[str, typer.Option(help="auto, dense, sparse or packed.", rich_help_panel=FILE)] = "auto",
-    dequantize: Annotated[str, typer.Option(help="auto, folded or standard.", rich_help_panel=FILE)] = "auto",
-    target: Annotated[str, typer.Option(help="The runtime that must load the file.", rich_help_panel=FILE)] = "onnxruntime",
-    opset: Annotated[int | None, typer.Option(help="Highest ONNX opset to write.", rich_help_panel=FILE)] = None,
+    floats: Annotated[
+        str, typer.Option(help="float32 or float16, for what stays float.", rich_help_panel=FILE)
+    ] = "float32",
+    storage: Annotated[
+        str, typer.Option(help="auto, dense, sparse or packed.", rich_help_panel=FILE)
+    ] = "auto",
+    dequantize: Annotated[
+        str, typer.Option(help="auto, folded or standard.", rich_help_panel=FILE)
+    ] = "auto",
+    target: Annotated[
+        str, typer.Option(help="The runtime that must load the file.", rich_help_panel=FILE)
+    ] = "onnxruntime",
+    opset: Annotated[
+        int | None, typer.Option(help="Highest ONNX opset to write.", rich_help_panel=FILE)
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Also a checkpoint that training goes on from.", rich_help_panel=FILE),
     ] = None,
-    keep_best: Annotated[bool, typer.Option("--keep-best", help="Write the best even if a bound is missed.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Also an HTML page of the result.", rich_help_panel=FILE)] = None,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best", help="Write the best even if a bound is missed.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Also an HTML page of the result.", rich_help_panel=FILE)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Of onnxruntime.")] = 1,
     trust_pickle: TrustPickle = False,

@@ -28,13 +28,18 @@ app = typer.Typer(
     "[bold]quantize[/] trains, [bold]convert[/] writes the .onnx, [bold]validate[/] proves it, [bold]inspect[/] looks inside, "
     "[bold]demo[/] shows all of it.",
 )
-device_app = typer.Typer(no_args_is_help=True, help="The devices that `validate --device` can use: which are ready, and setup.")
+device_app = typer.Typer(
+    no_args_is_help=True,
+    help="The devices that `validate --device` can use: which are ready, and setup.",
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 
-TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")
+]
 
 
 def register_command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +59,9 @@ def refuse_json_and_output(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @app.callback(invoke_without_command=True)
-def print_version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def print_version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         from ecqx_onnx import __version__
 
@@ -101,11 +108,19 @@ def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
     file = _json_file.get(sys.stdout)
     try:
         if as_json:
-            print(json.dumps(make_strict_json(to_json(result)), indent=2, allow_nan=False), file=file, flush=True)
+            print(
+                json.dumps(make_strict_json(to_json(result)), indent=2, allow_nan=False),
+                file=file,
+                flush=True,
+            )
         elif not quiet:
             stdout.print(as_table(escape_report(result)))
     except OSError as error:
         if error.errno == errno.EPIPE:  # `| head` has seen enough
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what is left in the buffer can't be written either
-        raise FileError(f"the result can't be written to standard output: {error.strerror}; what it tells of is done") from error
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), file.fileno()
+        )  # what is left in the buffer can't be written either
+        raise FileError(
+            f"the result can't be written to standard output: {error.strerror}; what it tells of is done"
+        ) from error

@@ -15,8 +15,18 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx.inputs.reading import check_regular, read_bytes
 
 LARGEST_JSON = 100_000  # bytes; ours have some hundreds
-LARGEST_TOML = 10_000  # bytes; tomllib takes time that grows with the square of a dotted key's length
-NOT_IN_RECIPES = {"recipe", "out", "resume", "force", "as_json", "quiet", "debug"}  # what one run does, not how
+LARGEST_TOML = (
+    10_000  # bytes; tomllib takes time that grows with the square of a dotted key's length
+)
+NOT_IN_RECIPES = {
+    "recipe",
+    "out",
+    "resume",
+    "force",
+    "as_json",
+    "quiet",
+    "debug",
+}  # what one run does, not how
 NOT_REPLAYED = ("best_epoch", "trained")  # what a checkpoint tells beside the options
 
 
@@ -34,9 +44,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         found = tomllib.loads(text) if is_toml else json.loads(text)
     except (FileError, ValueError, RecursionError) as error:
         why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
-        raise FileError(f"{path} is no recipe ({why}): give a .json or .toml file of options, or a checkpoint") from error
+        raise FileError(
+            f"{path} is no recipe ({why}): give a .json or .toml file of options, or a checkpoint"
+        ) from error
     if not isinstance(found, dict):
-        raise FileError(f"{path} is no recipe, it holds a {type(found).__name__}: write options by name")
+        raise FileError(
+            f"{path} is no recipe, it holds a {type(found).__name__}: write options by name"
+        )
     return {name: value for name, value in found.items() if name not in NOT_REPLAYED}
 
 
@@ -64,12 +78,18 @@ def take_recipe(context: typer.Context, path: Path | None) -> Path | None:
 
 def convert_types(context: typer.Context, path: Path, found: dict[str, Any]) -> dict[str, Any]:
     """The recipe's values as options, each of the type that its option has. FileError naming the first that is not."""
-    options = {parameter.name: parameter for parameter in context.command.params if parameter.param_type_name == "option"}
+    options = {
+        parameter.name: parameter
+        for parameter in context.command.params
+        if parameter.param_type_name == "option"
+    }
     if "granularity" in found:
         found["per_channel"] = found.pop("granularity") == "channel"
     unknown = sorted(found.keys() - (options.keys() - NOT_IN_RECIPES))
     if unknown:
-        raise FileError(f"{path} has '{unknown[0]}', which is no option of quantize; remove it or correct its name")
+        raise FileError(
+            f"{path} has '{unknown[0]}', which is no option of quantize; remove it or correct its name"
+        )
     texts = {name: as_text(name, value) for name, value in found.items()}
     given = {name: value for name, value in texts.items() if value is not None}
     for name, value in given.items():
@@ -77,5 +97,7 @@ def convert_types(context: typer.Context, path: Path, found: dict[str, Any]) -> 
             options[name].process_value(context, value)
         except (typer.BadParameter, TypeError, ValueError, OverflowError, RecursionError) as error:
             why = getattr(error, "message", None) or error
-            raise FileError(f"{path} has a value for '{name}' that cannot be used ({why}); correct it") from error
+            raise FileError(
+                f"{path} has a value for '{name}' that cannot be used ({why}); correct it"
+            ) from error
     return given

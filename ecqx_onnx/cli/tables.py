@@ -31,23 +31,53 @@ def to_json(report: Any) -> Any:
 @as_table.register
 def _(report: WriteReport) -> RenderableType:
     table = Table(title=str(report.path), title_justify="left", caption_justify="left")
-    for heading in ("weight", "shape", "bits", "zeros", "entropy", "storage", "bytes", "fewer than float"):
-        table.add_column(heading, justify="left" if heading in ("weight", "storage") else "right", overflow="fold")
+    for heading in (
+        "weight",
+        "shape",
+        "bits",
+        "zeros",
+        "entropy",
+        "storage",
+        "bytes",
+        "fewer than float",
+    ):
+        table.add_column(
+            heading,
+            justify="left" if heading in ("weight", "storage") else "right",
+            overflow="fold",
+        )
     for row in report.tensors:
         floats = 4 * count_weights(row.shape)
         shape = "x".join(map(str, row.shape))
         name = ", ".join(row.sources) + (" (BatchNorm folded)" if row.rescaled else "")
         storage = f"{row.storage}, {row.dequantization}"
-        cells = (f"{row.zeros:.1%}", f"{row.entropy:.2f}", storage, f"{row.nbytes:,}", f"{floats / max(1, row.nbytes):.1f}x")
+        cells = (
+            f"{row.zeros:.1%}",
+            f"{row.entropy:.2f}",
+            storage,
+            f"{row.nbytes:,}",
+            f"{floats / max(1, row.nbytes):.1f}x",
+        )
         table.add_row(name, shape, str(row.bits), *cells)
     lines: list[RenderableType] = [table]
-    lines += [Text(f"stays float: {kept.name} {list(kept.shape)}: {kept.reason}", style="yellow") for kept in report.kept]
-    lines += [Text(f"not in the graph: {entry.name}: {entry.reason}", style="yellow") for entry in report.missing]
+    lines += [
+        Text(f"stays float: {kept.name} {list(kept.shape)}: {kept.reason}", style="yellow")
+        for kept in report.kept
+    ]
+    lines += [
+        Text(f"not in the graph: {entry.name}: {entry.reason}", style="yellow")
+        for entry in report.missing
+    ]
     lines += [Text(note) for note in report.notes]
     if report.kernels:
-        words = ", ".join(f"{count} {operator}" for operator, count in sorted(report.kernels.items()))
+        words = ", ".join(
+            f"{count} {operator}" for operator, count in sorted(report.kernels.items())
+        )
         lines.append(Text(f"on integers: {words}"))
-    lines += [Text(f"on floats: {node.operator} {node.name}: {node.reason}", style="yellow") for node in report.stays]
+    lines += [
+        Text(f"on floats: {node.operator} {node.name}: {node.reason}", style="yellow")
+        for node in report.stays
+    ]
     shapes = [*(row.shape for row in report.tensors), *(kept.shape for kept in report.kept)]
     floats = sum(4 * count_weights(shape) for shape in shapes)
     lines.append(
@@ -83,11 +113,17 @@ def _(report: WriteReport) -> Any:
             }
             for row in report.tensors
         ],
-        "float": [{"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in report.kept],
+        "float": [
+            {"name": kept.name, "shape": list(kept.shape), "reason": kept.reason}
+            for kept in report.kept
+        ],
         "missing": [{"name": entry.name, "reason": entry.reason} for entry in report.missing],
         "notes": list(report.notes),
         "integer_nodes": dict(report.kernels),
-        "float_nodes": [{"operator": node.operator, "name": node.name, "reason": node.reason} for node in report.stays],
+        "float_nodes": [
+            {"operator": node.operator, "name": node.name, "reason": node.reason}
+            for node in report.stays
+        ],
     }
 
 
@@ -143,7 +179,11 @@ def list_forms(target: Target) -> list[str]:
 def _(result: Quantized) -> RenderableType:
     table = Table(title=f"{result.path}, trained on {result.data}", title_justify="left")
     for heading in ("weight", "shape", "bits", "zeros", "plain ECQ's", "entropy", "relevance by"):
-        table.add_column(heading, justify="left" if heading in ("weight", "relevance by") else "right", overflow="fold")
+        table.add_column(
+            heading,
+            justify="left" if heading in ("weight", "relevance by") else "right",
+            overflow="fold",
+        )
     for row in result.report.tensors:
         shares = (f"{row.zeros:.1%}", f"{row.ecq_zeros:.1%}", f"{row.entropy:.2f}")
         table.add_row(row.name, "x".join(map(str, row.shape)), str(row.bits), *shares, row.rule)
@@ -151,7 +191,9 @@ def _(result: Quantized) -> RenderableType:
     lines += [Text(f"warning: {warning}", style="yellow") for warning in result.report.warnings]
     lines += [Text(f"note: {note}", style="yellow") for note in result.notes]
     before = f"{result.before} before, " if result.before else ""
-    after = f"{result.after} after" + (" with 8-bit activations" if result.activations == "int8" else "")
+    after = f"{result.after} after" + (
+        " with 8-bit activations" if result.activations == "int8" else ""
+    )
     lines.append(
         Text(
             f"{result.path}: test accuracy {before}{after}; zeros {result.zeros:.1%}, "
@@ -175,7 +217,9 @@ def _(result: Quantized) -> Any:
         "best_epoch": result.best_epoch,
         "history": [asdict(record) for record in result.history],
         "tensors": [asdict(row) for row in result.report.tensors],
-        "left_float": [{"name": name, "reason": reason} for name, reason in result.report.left_float],
+        "left_float": [
+            {"name": name, "reason": reason} for name, reason in result.report.left_float
+        ],
         "warnings": list(result.report.warnings),
         "notes": list(result.notes),
     }
@@ -198,17 +242,27 @@ def _(report: PackReport) -> dict[str, Any]:
         "reason": report.reason,
         "tensors": to_json(report.written)["tensors"] if report.written else [],
         "opset": report.written.opset if report.written else None,
-        "kept": [{"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in report.kept],
+        "kept": [
+            {"name": kept.name, "shape": list(kept.shape), "reason": kept.reason}
+            for kept in report.kept
+        ],
         "notes": list(report.notes),
-        "checks": [check.to_json() for check in report.equivalence.checks] if report.equivalence else [],
+        "checks": [check.to_json() for check in report.equivalence.checks]
+        if report.equivalence
+        else [],
     }
 
 
 @as_table.register
 def _(report: PackReport) -> RenderableType:
-    lines: list[RenderableType] = [as_table(replace(report.written, kept=report.kept))] if report.written else []
+    lines: list[RenderableType] = (
+        [as_table(replace(report.written, kept=report.kept))] if report.written else []
+    )
     if report.written is None:
-        lines += [Text(f"stays: {kept.name} {list(kept.shape)}: {kept.reason}", style="yellow") for kept in report.kept]
+        lines += [
+            Text(f"stays: {kept.name} {list(kept.shape)}: {kept.reason}", style="yellow")
+            for kept in report.kept
+        ]
     lines += [Text(f"note: {note}", style="yellow") for note in report.notes]
     if report.equivalence is not None:
         lines.append(report.equivalence.render())

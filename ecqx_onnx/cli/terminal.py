@@ -53,7 +53,9 @@ stderr = Console(stderr=True, markup=False, emoji=False)
 
 Debug = Annotated[
     bool,
-    typer.Option("--debug", hidden=True, help="Show the traceback of an error that nobody foresaw."),
+    typer.Option(
+        "--debug", hidden=True, help="Show the traceback of an error that nobody foresaw."
+    ),
 ]
 
 
@@ -132,7 +134,10 @@ def make_strict_json(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, Mapping):
-        return {make_strict_json(key) if isinstance(key, str) else key: make_strict_json(entry) for key, entry in value.items()}
+        return {
+            make_strict_json(key) if isinstance(key, str) else key: make_strict_json(entry)
+            for key, entry in value.items()
+        }
     if isinstance(value, list | tuple):
         return [make_strict_json(entry) for entry in value]
     return value
@@ -228,8 +233,12 @@ def guard(function: Callable[..., Any]) -> Callable[..., Any]:
                     check_regular(value)
             function(*args, **kwargs)
 
-    signature = inspect.signature(function, eval_str=True)  # typer does not evaluate what is set below
-    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    signature = inspect.signature(
+        function, eval_str=True
+    )  # typer does not evaluate what is set below
+    option = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
+    )
     parameters = [*signature.parameters.values(), option]
     for parameter in parameters:
         for about in getattr(parameter.annotation, "__metadata__", ()):

@@ -85,7 +85,10 @@ class CompressResult:
             "latency_seconds": [self.verdict.before.latency, self.verdict.after.latency],
             "points": [_point_json(point) for point in self.points],
             "chosen": _point_json(self.chosen),
-            "float": [{"name": kept.name, "shape": list(kept.shape), "reason": kept.reason} for kept in self.report.kept],
+            "float": [
+                {"name": kept.name, "shape": list(kept.shape), "reason": kept.reason}
+                for kept in self.report.kept
+            ],
             "notes": list(self.notes),
             "seconds": self.seconds,
         }

@@ -71,7 +71,9 @@ def judge_file(
     assert first is not None
     size = len(next(iter(first.values())))
     costs = []
-    for session, load, nbytes in zip((before, after), (load_before, load_after), sizes, strict=True):
+    for session, load, nbytes in zip(
+        (before, after), (load_before, load_after), sizes, strict=True
+    ):
         costs.append(Cost(nbytes, load, _latency(session, names, first), size))
     return Verdict(total.finish(), costs[0], costs[1])
 

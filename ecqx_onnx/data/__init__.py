@@ -44,8 +44,12 @@ def load_dataset(spec: str, *, preprocessing: Preprocessing | None = None) -> Da
     if path.suffix == ".npz":
         return load_npz(path, preprocessing)
     if not spec or not os.path.exists(path):
-        raise FileError(f"there is no data set '{spec}': give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
-    raise FileError(f"{spec} is no data set that can be read: give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION")
+        raise FileError(
+            f"there is no data set '{spec}': give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION"
+        )
+    raise FileError(
+        f"{spec} is no data set that can be read: give a .npz file, a folder, sklearn:digits or FILE.py:FUNCTION"
+    )
 
 
 def load_npz(path: Path, preprocessing: Preprocessing | None) -> Dataset:
@@ -56,8 +60,12 @@ def load_npz(path: Path, preprocessing: Preprocessing | None) -> Dataset:
     for part in ("train", "test"):
         if f"jpeg_{part}" in arrays:
             if f"offset_{part}" not in arrays:
-                raise DataError(f"{path} has 'jpeg_{part}' and no 'offset_{part}': add where each image begins")
-            jpegs[f"x_{part}"] = Jpegs(f"jpeg_{part} in {path.name}", arrays[f"jpeg_{part}"], arrays[f"offset_{part}"])
+                raise DataError(
+                    f"{path} has 'jpeg_{part}' and no 'offset_{part}': add where each image begins"
+                )
+            jpegs[f"x_{part}"] = Jpegs(
+                f"jpeg_{part} in {path.name}", arrays[f"jpeg_{part}"], arrays[f"offset_{part}"]
+            )
     return Dataset.from_sources(path.name, jpegs, arrays, preprocessing=preprocessing)
 
 
@@ -67,10 +75,17 @@ def load_sklearn(spec: str, preprocessing: Preprocessing | None) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("sklearn:digits needs scikit-learn: install it with pip install 'ecqx-onnx[demo]'") from None
+        raise DataError(
+            "sklearn:digits needs scikit-learn: install it with pip install 'ecqx-onnx[demo]'"
+        ) from None
     digits = load_digits()
-    arrays = {"x": digits.images.astype(np.uint8), "y": digits.target.astype(np.int64)}  # pixels are whole numbers, 0 to 16
-    return Dataset.from_arrays(spec, arrays, preprocessing=preprocessing or Preprocessing("image", scale=16.0))
+    arrays = {
+        "x": digits.images.astype(np.uint8),
+        "y": digits.target.astype(np.int64),
+    }  # pixels are whole numbers, 0 to 16
+    return Dataset.from_arrays(
+        spec, arrays, preprocessing=preprocessing or Preprocessing("image", scale=16.0)
+    )
 
 
 def load_from_function(spec: str, preprocessing: Preprocessing | None) -> Dataset:
@@ -82,9 +97,13 @@ def load_from_function(spec: str, preprocessing: Preprocessing | None) -> Datase
     except InputError:
         raise
     except Exception as error:  # the user's function may raise anything
-        raise DataError(f"the function {spec} fails ({type(error).__name__}: {error}): mend it") from error
+        raise DataError(
+            f"the function {spec} fails ({type(error).__name__}: {error}): mend it"
+        ) from error
     if isinstance(result, Dataset):
         return result if preprocessing is None else result.with_preprocessing(preprocessing)
     if not isinstance(result, Mapping):
-        raise DataError(f"the function {spec} returns {type(result).__name__}: return a dict of x_train, y_train, x_test, y_test")
+        raise DataError(
+            f"the function {spec} returns {type(result).__name__}: return a dict of x_train, y_train, x_test, y_test"
+        )
     return Dataset.from_arrays(spec, result, preprocessing=preprocessing)

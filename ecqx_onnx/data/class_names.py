@@ -13,7 +13,9 @@ from ecqx_onnx.errors import DataError
 SHOWN = 8  # names in a message
 
 
-def match_classes(dataset: Dataset, labels: Sequence[str], *, outputs: int | None = None) -> tuple[Dataset, tuple[str, ...]]:
+def match_classes(
+    dataset: Dataset, labels: Sequence[str], *, outputs: int | None = None
+) -> tuple[Dataset, tuple[str, ...]]:
     """Number the classes of a data set as the model does.
 
     Args:
@@ -36,9 +38,15 @@ def match_classes(dataset: Dataset, labels: Sequence[str], *, outputs: int | Non
     used = find_used_classes(dataset)
     if unnamed and not all(dataset.labels[label] in known for label in used):
         return dataset, (*dataset.notes, describe_unmatched(dataset, outputs))
-    twice = next((name for name in known if known.count(name) > 1), None) if len(known) < 10_000 else None
+    twice = (
+        next((name for name in known if known.count(name) > 1), None)
+        if len(known) < 10_000
+        else None
+    )
     if twice is not None:
-        raise DataError(f"the model has the class name '{twice}' twice, so classes can't be matched: rename one of them")
+        raise DataError(
+            f"the model has the class name '{twice}' twice, so classes can't be matched: rename one of them"
+        )
     places = {name: place for place, name in enumerate(known)}
     for label in used:
         if (name := dataset.labels[label]) not in places:

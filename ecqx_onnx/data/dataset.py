@@ -78,7 +78,11 @@ class Split:
         return len(self.rows)
 
     def batches(
-        self, batch_size: int, *, shuffle: np.random.Generator | None = None, augment: Augmentation | None = None
+        self,
+        batch_size: int,
+        *,
+        shuffle: np.random.Generator | None = None,
+        augment: Augmentation | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (x, y): the model's input [N, ...] float32 (int64 for indices), and classes int64 [N]; one batch in memory.
 
@@ -112,9 +116,13 @@ class Split:
     def divide(self, fraction: float, *, seed: int = 0) -> tuple[Split, Split]:
         """(rest, part): `part` holds that fraction of the samples, at least one, drawn by the seed; both keep the order."""
         if not 0 < fraction < 1:
-            raise OptionError(f"a fraction of {fraction} does not divide a data set: use one between 0 and 1")
+            raise OptionError(
+                f"a fraction of {fraction} does not divide a data set: use one between 0 and 1"
+            )
         if len(self) < 2:
-            raise DataError(f"{self.source.name} has {len(self)} samples, too few to set some aside: use more data")
+            raise DataError(
+                f"{self.source.name} has {len(self)} samples, too few to set some aside: use more data"
+            )
         count = min(max(1, round(fraction * len(self))), len(self) - 1)
         # RandomState, because numpy promises its numbers for all versions: a held-out set must stay held out.
         order = np.random.RandomState(seed).permutation(len(self))
@@ -130,7 +138,9 @@ class Split:
                 return None
         return values.pop() if values else None
 
-    def with_preprocessing(self, preprocessing: Preprocessing, *, channels: int | None = None) -> Split:
+    def with_preprocessing(
+        self, preprocessing: Preprocessing, *, channels: int | None = None
+    ) -> Split:
         """The same samples, brought to the model in another way. channels: of the model's images, where they are known.
 
         Files are read in the size, length and channels that this asks for. DataError if the samples do not fit.
@@ -161,7 +171,11 @@ class Split:
         plain = replace(self, preprocessing=replace(self.preprocessing, mean=(), std=()))
         total, squares, count = np.zeros(1), np.zeros(1), 0
         for x, _ in plain.batches(256):
-            axes = tuple(range(x.ndim - 1)) if plain.preprocessing.spectrum is not None else (0, *range(2, x.ndim))
+            axes = (
+                tuple(range(x.ndim - 1))
+                if plain.preprocessing.spectrum is not None
+                else (0, *range(2, x.ndim))
+            )
             wide = x.astype(np.float64)
             total, squares = total + wide.sum(axes), squares + (wide**2).sum(axes)
             count += x.size // total.size
@@ -212,17 +226,27 @@ class Dataset:
     def training(self) -> Split:
         """The training split. DataError if there is none."""
         if self.train is None:
-            raise DataError(f"{self.name} has no training samples: add them (x_train and y_train, or a folder train/)")
+            raise DataError(
+                f"{self.name} has no training samples: add them (x_train and y_train, or a folder train/)"
+            )
         return self.train
 
     def check_outputs(self, outputs: int) -> None:
         """DataError if a label lies outside a classifier's `outputs` classes."""
         highest = max(int(split.y.max()) for split in (self.train, self.test) if split is not None)
         if highest >= outputs:
-            raise DataError(f"{self.name} has the label {highest}, and the model has {outputs} outputs: use a model with more")
+            raise DataError(
+                f"{self.name} has the label {highest}, and the model has {outputs} outputs: use a model with more"
+            )
 
     @classmethod
-    def from_arrays(cls, name: str, arrays: Mapping[str, np.ndarray], *, preprocessing: Preprocessing | None = None) -> Dataset:
+    def from_arrays(
+        cls,
+        name: str,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        preprocessing: Preprocessing | None = None,
+    ) -> Dataset:
         """From x_train, y_train, x_test, y_test (the first two may be missing), or from x and y.
 
         x and y are divided by the boolean array is_test where there is one, else by a fixed draw of 20 % for testing.
@@ -230,7 +254,9 @@ class Dataset:
         DataError for anything that cannot be a labelled data set.
         """
         samples = [key for key in ("x", "x_train", "x_test") if key in arrays]
-        sources: dict[str, Source] = {key: Arrays(f"{key} in {name}", np.atleast_1d(arrays[key])) for key in samples}
+        sources: dict[str, Source] = {
+            key: Arrays(f"{key} in {name}", np.atleast_1d(arrays[key])) for key in samples
+        }
         return cls.from_sources(name, sources, arrays, preprocessing=preprocessing)
 
     @classmethod
@@ -243,16 +269,30 @@ class Dataset:
         preprocessing: Preprocessing | None = None,
     ) -> Dataset:
         """As `from_arrays`, with the samples (x, or x_train and x_test) behind sources."""
-        for required in ("x_test", "y_test") if {"x_test", "x_train", "y_test", "y_train"} & {*sources, *arrays} else ("x", "y"):
+        for required in (
+            ("x_test", "y_test")
+            if {"x_test", "x_train", "y_test", "y_train"} & {*sources, *arrays}
+            else ("x", "y")
+        ):
             if required not in sources and required not in arrays:
                 found = ", ".join(sorted({*sources, *arrays})) or "nothing"
-                raise DataError(f"{name} has no '{required}' (found: {found}): save x_train, y_train, x_test, y_test, or x and y")
+                raise DataError(
+                    f"{name} has no '{required}' (found: {found}): save x_train, y_train, x_test, y_test, or x and y"
+                )
         names = list_class_names(name, arrays.get("labels"))
-        ready = {key: make_split(name, key, source, arrays, names, preprocessing) for key, source in sources.items()}
+        ready = {
+            key: make_split(name, key, source, arrays, names, preprocessing)
+            for key, source in sources.items()
+        }
         train, test = (
-            (ready.get("x_train"), ready["x_test"]) if "x_test" in ready else hold_out_test_split(name, ready["x"], arrays)
+            (ready.get("x_train"), ready["x_test"])
+            if "x_test" in ready
+            else hold_out_test_split(name, ready["x"], arrays)
         )
-        if train is not None and (train.source.dtype, train.source.sample_shape) != (test.source.dtype, test.source.sample_shape):
+        if train is not None and (train.source.dtype, train.source.sample_shape) != (
+            test.source.dtype,
+            test.source.sample_shape,
+        ):
             raise DataError(
                 f"{name} holds training samples of {train.source.dtype} {train.source.sample_shape} and test samples of "
                 f"{test.source.dtype} {test.source.sample_shape}: make them alike"
@@ -274,10 +314,14 @@ def make_split(
     """The samples `key` with their labels, checked."""
     y_key = "y" + key[1:]
     if y_key not in arrays:
-        raise DataError(f"{name} has '{key}' and no '{y_key}': add the labels, one integer for each sample")
+        raise DataError(
+            f"{name} has '{key}' and no '{y_key}': add the labels, one integer for each sample"
+        )
     y = check_labels(f"{y_key} in {name}", arrays[y_key], len(names) or MOST_CLASSES)
     if len(y) != len(source):
-        raise DataError(f"{name} has {len(source)} samples in '{key}' and {len(y)} labels in '{y_key}': make the lengths equal")
+        raise DataError(
+            f"{name} has {len(source)} samples in '{key}' and {len(y)} labels in '{y_key}': make the lengths equal"
+        )
     if len(y) == 0:
         raise DataError(f"{source.name} is empty: give at least one sample")
     if preprocessing is None:
@@ -286,7 +330,9 @@ def make_split(
     return Split(source, np.arange(len(y)), y, preprocessing)
 
 
-def hold_out_test_split(name: str, split: Split, arrays: Mapping[str, np.ndarray]) -> tuple[Split | None, Split]:
+def hold_out_test_split(
+    name: str, split: Split, arrays: Mapping[str, np.ndarray]
+) -> tuple[Split | None, Split]:
     """(train, test) of x and y."""
     if "is_test" not in arrays:
         return split.divide(0.2, seed=0) if len(split) > 1 else (None, split)
@@ -297,18 +343,24 @@ def hold_out_test_split(name: str, split: Split, arrays: Mapping[str, np.ndarray
         )
     if not is_test.any():
         raise DataError(f"is_test in {name} marks no sample for testing: mark some")
-    return (None if is_test.all() else split._pick(np.nonzero(~is_test)[0])), split._pick(np.nonzero(is_test)[0])
+    return (None if is_test.all() else split._pick(np.nonzero(~is_test)[0])), split._pick(
+        np.nonzero(is_test)[0]
+    )
 
 
 def check_labels(where: str, y: np.ndarray, classes: int) -> np.ndarray:
     """int64 [n], each in [0, classes). DataError otherwise."""
     if y.dtype.kind not in "iu" or y.ndim != 1:
         found = f"{where} is {y.dtype} {y.shape}"
-        raise DataError(f"{found}, and labels must be integers, one for each sample: {_label_hint(y)}")
+        raise DataError(
+            f"{found}, and labels must be integers, one for each sample: {_label_hint(y)}"
+        )
     outside = np.nonzero((y < 0) | (y >= classes))[0]
     if len(outside):
         row = int(outside[0])
-        raise DataError(f"{where} holds the label {int(y[row])} in row {row}: labels must lie between 0 and {classes - 1}")
+        raise DataError(
+            f"{where} holds the label {int(y[row])} in row {row}: labels must lie between 0 and {classes - 1}"
+        )
     return y.astype(np.int64)
 
 
@@ -316,7 +368,12 @@ def _label_hint(y: np.ndarray) -> str:
     """What to do about labels that are no integers [N]."""
     if y.dtype.kind == "U":
         return "number the classes, and save their names as `labels`"
-    if y.dtype.kind == "f" and y.ndim and y.shape[0] == y.size and not np.array_equal(y, np.round(y)):
+    if (
+        y.dtype.kind == "f"
+        and y.ndim
+        and y.shape[0] == y.size
+        and not np.array_equal(y, np.round(y))
+    ):
         return "these are values of a regression, which has no classes; compare models on them with --inputs, without labels"
     if y.ndim == 2 and y.shape[1] > 1:
         return "take the argmax of one-hot rows"
@@ -327,5 +384,9 @@ def list_class_names(name: str, labels: np.ndarray | None) -> tuple[str, ...]:
     if labels is None:
         return ()
     if labels.dtype.kind != "U" or labels.ndim != 1 or not 0 < len(labels) <= MOST_CLASSES:
-        raise DataError(f"labels in {name} is {labels.dtype} {labels.shape}, and must be strings: give one for each class")
-    return tuple(check_text(str(label), f"class {number} of {name}") for number, label in enumerate(labels))
+        raise DataError(
+            f"labels in {name} is {labels.dtype} {labels.shape}, and must be strings: give one for each class"
+        )
+    return tuple(
+        check_text(str(label), f"class {number} of {name}") for number, label in enumerate(labels)
+    )

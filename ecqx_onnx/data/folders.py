@@ -35,31 +35,49 @@ def load_folder(root: Path, *, preprocessing: Preprocessing | None) -> Dataset:
         parts = find_train_and_test(root)
         labels = sorted({name for part in parts.values() for name in list_subfolders(part)})
         if not labels:
-            raise DataError(f"{root} has no subfolders: make one for each class and put its images or wavs there")
+            raise DataError(
+                f"{root} has no subfolders: make one for each class and put its images or wavs there"
+            )
         listed = {key: list_files_and_labels(part, labels) for key, part in parts.items()}
     except OSError as error:
-        raise FileError(f"{root} cannot be listed ({error.strerror or error}): check its permissions") from error
+        raise FileError(
+            f"{root} cannot be listed ({error.strerror or error}): check its permissions"
+        ) from error
 
     everything = [file for files, _ in listed.values() for file in files]
     if not everything:
-        raise DataError(f"{root} holds no images ({', '.join(IMAGES)}) and no .wav files in its class folders: add some")
+        raise DataError(
+            f"{root} holds no images ({', '.join(IMAGES)}) and no .wav files in its class folders: add some"
+        )
     first = everything[0]
     if len({file.suffix.lower() in WAVS for file in everything}) > 1:
-        raise DataError(f"{root} holds images and wavs, such as {first}: keep them in two data sets")
+        raise DataError(
+            f"{root} holds images and wavs, such as {first}: keep them in two data sets"
+        )
     make_source = (
-        partial(open_wavs, first, preprocessing) if first.suffix.lower() in WAVS else partial(open_images, first, preprocessing)
+        partial(open_wavs, first, preprocessing)
+        if first.suffix.lower() in WAVS
+        else partial(open_images, first, preprocessing)
     )
-    sources: dict[str, Source] = {"x" + key: make_source(str(parts[key]), files) for key, (files, _) in listed.items()}
+    sources: dict[str, Source] = {
+        "x" + key: make_source(str(parts[key]), files) for key, (files, _) in listed.items()
+    }
     arrays = {"y" + key: y for key, (_, y) in listed.items()} | {"labels": np.array(labels)}
     dataset = Dataset.from_sources(str(root), sources, arrays, preprocessing=preprocessing)
     return replace(
-        dataset, notes=tuple(find_stray_folders(parts) + find_absences(labels, {key: y for key, (_, y) in listed.items()}))
+        dataset,
+        notes=tuple(
+            find_stray_folders(parts)
+            + find_absences(labels, {key: y for key, (_, y) in listed.items()})
+        ),
     )
 
 
 def find_stray_folders(parts: Mapping[str, Path]) -> list[str]:
     """Sentences on folders that are no classes."""
-    found = [part / name for part in parts.values() for name in NO_CLASSES if (part / name).is_dir()]
+    found = [
+        part / name for part in parts.values() for name in NO_CLASSES if (part / name).is_dir()
+    ]
     return [f"the folder {folder} is no class and was left out" for folder in found]
 
 
@@ -68,7 +86,11 @@ def find_absences(labels: Sequence[str], classes: Mapping[str, np.ndarray]) -> l
     present = {key: set(y.tolist()) for key, y in classes.items()}
     somewhere = set().union(*present.values())
     empty = [name for label, name in enumerate(labels) if label not in somewhere]
-    notes = [f"there is no image and no wav in {show_classes(empty)}: remove what is no class"] if empty else []
+    notes = (
+        [f"there is no image and no wav in {show_classes(empty)}: remove what is no class"]
+        if empty
+        else []
+    )
     for key, part in (("_train", "training"), ("_test", "test")):
         if len(present) < 2:
             break
@@ -79,22 +101,39 @@ def find_absences(labels: Sequence[str], classes: Mapping[str, np.ndarray]) -> l
 
 def show_classes(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ("class " if len(names) == 1 else "classes ") + ", ".join(f"'{name}'" for name in names[:5]) + more
+    return (
+        ("class " if len(names) == 1 else "classes ")
+        + ", ".join(f"'{name}'" for name in names[:5])
+        + more
+    )
 
 
 def find_train_and_test(root: Path) -> Mapping[str, Path]:
     """'_train' and '_test', or '' for a root without such folders (or whose folders of these names are classes)."""
-    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir() and list_subfolders(root / name)), None)
+    test = next(
+        (
+            root / name
+            for name in TEST_FOLDERS
+            if (root / name).is_dir() and list_subfolders(root / name)
+        ),
+        None,
+    )
     if test is None:
         if (root / "train").is_dir() and list_subfolders(root / "train"):
-            raise DataError(f"{root} has train/ and no test/ or val/: add one with the same classes, or name {root}/train")
+            raise DataError(
+                f"{root} has train/ and no test/ or val/: add one with the same classes, or name {root}/train"
+            )
         return {"": root}
-    return {"_train": root / "train", "_test": test} if (root / "train").is_dir() else {"_test": test}
+    return (
+        {"_train": root / "train", "_test": test} if (root / "train").is_dir() else {"_test": test}
+    )
 
 
 def list_subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and can_be_class(entry.name))
+        names = sorted(
+            entry.name for entry in entries if entry.is_dir() and can_be_class(entry.name)
+        )
     for name in names:
         check_text(name, f"the class folder {os.fsencode(name)!r} in {folder}")
     return names
@@ -151,13 +190,22 @@ class ImageFiles:
     def read(self, rows: np.ndarray) -> np.ndarray:
         files = [self.files[row] for row in rows]
         _check_batch(self.name, len(files), self.sample_shape, 1)
-        return np.stack([decode_image(file, shape=self.sample_shape, where=str(file), resize=self.resize) for file in files])
+        return np.stack(
+            [
+                decode_image(file, shape=self.sample_shape, where=str(file), resize=self.resize)
+                for file in files
+            ]
+        )
 
 
-def open_images(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> ImageFiles:
+def open_images(
+    first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]
+) -> ImageFiles:
     """As large as the first file, in color if any file is; or as the preprocessing says."""
     height, width, channels = decode_image(first, shape=None, where=str(first)).shape
-    if channels == 1 and any(count_channels(file, where=str(file)) == 3 for file in take_some(files)):
+    if channels == 1 and any(
+        count_channels(file, where=str(file)) == 3 for file in take_some(files)
+    ):
         channels = 3
     found = ImageFiles(name, files, (height, width, channels), resize=False)
     return found if preprocessing is None else found.adapted(preprocessing)
@@ -183,7 +231,9 @@ class WavFiles:
     def adapted(self, preprocessing: Preprocessing, channels: int | None = None) -> WavFiles:
         """As long as the preprocessing says; a spectrum tells the rate."""
         rate = self.rate if preprocessing.spectrum is None else preprocessing.spectrum.sample_rate
-        samples = preprocessing.samples or (rate if self.sample_shape == (self.rate,) else self.sample_shape[0])
+        samples = preprocessing.samples or (
+            rate if self.sample_shape == (self.rate,) else self.sample_shape[0]
+        )
         return replace(self, sample_shape=(samples,), rate=rate)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -192,12 +242,16 @@ class WavFiles:
         for target, row in zip(waves, rows, strict=True):
             rate, samples = read_wav(self.files[row], most=len(target))
             if rate != self.rate:
-                raise DataError(f"{self.files[row]} has {rate} Hz where {self.rate} are expected: resample it")
+                raise DataError(
+                    f"{self.files[row]} has {rate} Hz where {self.rate} are expected: resample it"
+                )
             target[: len(samples)] = samples
         return waves
 
 
-def open_wavs(first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]) -> WavFiles:
+def open_wavs(
+    first: Path, preprocessing: Preprocessing | None, name: str, files: Sequence[Path]
+) -> WavFiles:
     rate = read_wav(first, most=0)[0]
     found = WavFiles(name, files, (rate,), rate)
     return found if preprocessing is None else found.adapted(preprocessing)

@@ -41,7 +41,9 @@ _TURNS = {
 }
 
 
-def decode_image(file: Path | bytes, *, shape: tuple[int, ...] | None, where: str, resize: bool = False) -> np.ndarray:
+def decode_image(
+    file: Path | bytes, *, shape: tuple[int, ...] | None, where: str, resize: bool = False
+) -> np.ndarray:
     """Read an image as people see it: turned as its EXIF data say, transparent places white.
 
     Args:
@@ -58,7 +60,9 @@ def decode_image(file: Path | bytes, *, shape: tuple[int, ...] | None, where: st
     """
     with open_image(file, where) as image:
         channels = shape[2] if shape else _own_channels(image)
-        pixels = turn_upright(make_opaque(image, where), image).convert("L" if channels == 1 else "RGB")
+        pixels = turn_upright(make_opaque(image, where), image).convert(
+            "L" if channels == 1 else "RGB"
+        )
     if shape and (pixels.height, pixels.width) != tuple(shape[:2]):
         if not resize:
             raise DataError(
@@ -81,18 +85,28 @@ def open_image(file: Path | bytes, where: str) -> Iterator[Image.Image]:
         # Pillow warns about odd metadata, and about large images, which are refused here.
         with (
             warnings.catch_warnings(action="ignore"),
-            io.BytesIO(file) if isinstance(file, bytes) else open_regular(file, most=LARGEST_IMAGE) as content,
+            io.BytesIO(file)
+            if isinstance(file, bytes)
+            else open_regular(file, most=LARGEST_IMAGE) as content,
             Image.open(content, formats=FORMATS) as image,
         ):
             if image.width * image.height > MOST_PIXELS:
-                raise DataError(f"{where} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}: make it smaller")
-            if image.mode not in _GRAY + _COLOR or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-                raise DataError(f"{where} has the pixel format {image.mode}: save it with 8 or 16 bit gray or RGB pixels")
+                raise DataError(
+                    f"{where} has {image.width}x{image.height} pixels, more than {MOST_PIXELS}: make it smaller"
+                )
+            if image.mode not in _GRAY + _COLOR or (
+                image.mode == "I" and image.format not in ("PNG", "PPM")
+            ):
+                raise DataError(
+                    f"{where} has the pixel format {image.mode}: save it with 8 or 16 bit gray or RGB pixels"
+                )
             yield image
     except FileError as error:
         raise DataError(f"{where} cannot be read as an image: {error}") from error
     except _DAMAGED as error:
-        raise DataError(f"{where} cannot be read as an image ({error}): repair or remove it") from error
+        raise DataError(
+            f"{where} cannot be read as an image ({error}): repair or remove it"
+        ) from error
 
 
 def _own_channels(image: Image.Image) -> int:
@@ -108,9 +122,13 @@ def make_opaque(image: Image.Image, where: str) -> Image.Image:
     if image.mode in ("I", *_SIXTEEN_BITS):
         wide = np.asarray(image).astype(np.int64)
         gray = (wide >> 8).astype(np.uint8)
-        return Image.fromarray(np.where(wide == key, 255, gray).astype(np.uint8) if isinstance(key, int) else gray)
+        return Image.fromarray(
+            np.where(wide == key, 255, gray).astype(np.uint8) if isinstance(key, int) else gray
+        )
     if isinstance(key, tuple) and max(key) > 255:
-        raise DataError(f"{where} makes one color of 16 bits transparent: save it with an alpha channel")
+        raise DataError(
+            f"{where} makes one color of 16 bits transparent: save it with an alpha channel"
+        )
     if image.mode not in ("LA", "PA", "RGBA") and key is None:
         return image.convert("RGB") if image.mode == "P" else image
     pixels = np.asarray(image.convert("RGBA")).astype(np.int32)

@@ -19,7 +19,9 @@ from ecqx_onnx.inputs.reading import open_regular
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 MOST_EXPANSION = 1032  # deflate's limit: no honest stream grows more
-MOST_INFLATED = 2**29  # bytes of all arrays; a file may hold more only if it grows less than LARGE_EXPANSION
+MOST_INFLATED = (
+    2**29
+)  # bytes of all arrays; a file may hold more only if it grows less than LARGE_EXPANSION
 LARGE_EXPANSION = 100
 MOST_MEMBERS = 10_000
 MOST_DIMENSIONS = 32
@@ -54,25 +56,43 @@ def read_npz(path: Path, *, wanted: Collection[str] | None = None) -> dict[str, 
             if wanted is not None:
                 infos = [info for info in infos if info.filename.removesuffix(".npy") in wanted]
             if len(infos) > MOST_MEMBERS:
-                raise FileError(f"{path} holds {len(infos)} arrays, more than {MOST_MEMBERS}: save fewer in a file")
+                raise FileError(
+                    f"{path} holds {len(infos)} arrays, more than {MOST_MEMBERS}: save fewer in a file"
+                )
             inflated = sum(info.file_size for info in infos)
             if inflated > room:
-                raise FileError(f"{path} claims {inflated} bytes, more than the whole file could hold: save it anew")
+                raise FileError(
+                    f"{path} claims {inflated} bytes, more than the whole file could hold: save it anew"
+                )
             if inflated > max(MOST_INFLATED, LARGE_EXPANSION * path.stat().st_size):
                 raise FileError(
                     f"{path} claims {inflated} bytes, more than {LARGE_EXPANSION} times its own:"
                     " save it with numpy.savez, which does not compress"
                 )
             if not infos and wanted is not None:
-                there = ", ".join(sorted(info.filename.removesuffix(".npy") for info in archive.infolist())[:5]) or "nothing"
-                raise DataError(f"{path} has no 'x' (found: {there}): save x_train, y_train, x_test, y_test, or x and y")
-            return {info.filename.removesuffix(".npy"): _read_member(path, archive, info) for info in infos}
+                there = (
+                    ", ".join(
+                        sorted(info.filename.removesuffix(".npy") for info in archive.infolist())[
+                            :5
+                        ]
+                    )
+                    or "nothing"
+                )
+                raise DataError(
+                    f"{path} has no 'x' (found: {there}): save x_train, y_train, x_test, y_test, or x and y"
+                )
+            return {
+                info.filename.removesuffix(".npy"): _read_member(path, archive, info)
+                for info in infos
+            }
     except FileError:
         if not path.exists():
             raise FileError(f"there is no file {path}: check the path") from None
         raise
     except DAMAGED as error:
-        raise FileError(f"{path} cannot be read as .npz ({error}): save it anew with numpy.savez_compressed") from error
+        raise FileError(
+            f"{path} cannot be read as .npz ({error}): save it anew with numpy.savez_compressed"
+        ) from error
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
@@ -82,21 +102,43 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
             version = np.lib.format.read_magic(file)
             if version not in ((1, 0), (2, 0)):
                 raise ValueError(f"version {version} of the .npy format")
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read_header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             with warnings.catch_warnings(action="ignore"):  # about headers that Python 2 wrote
                 shape, fortran, dtype = read_header(file)
-        except (*DAMAGED, TypeError, AttributeError, KeyError, MemoryError, RecursionError, TokenError) as error:
-            raise FileError(f"{where} has a damaged header ({error}): save it anew with numpy.savez_compressed") from error
+        except (
+            *DAMAGED,
+            TypeError,
+            AttributeError,
+            KeyError,
+            MemoryError,
+            RecursionError,
+            TokenError,
+        ) as error:
+            raise FileError(
+                f"{where} has a damaged header ({error}): save it anew with numpy.savez_compressed"
+            ) from error
         if dtype.hasobject or dtype.itemsize == 0 or dtype.kind not in "biufU":
-            raise FileError(f"{where} holds {dtype}, and only numbers and strings are read: save it as a plain array")
-        if len(shape) > MOST_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
+            raise FileError(
+                f"{where} holds {dtype}, and only numbers and strings are read: save it as a plain array"
+            )
+        if len(shape) > MOST_DIMENSIONS or any(
+            type(length) is not int or length < 0 for length in shape
+        ):
             raise FileError(f"{where} claims the shape {shape}: save it anew")
         claimed, present = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
         if claimed != present:
-            raise FileError(f"{where} claims {claimed} bytes {shape} of {dtype} and {present} are there: save it anew")
+            raise FileError(
+                f"{where} claims {claimed} bytes {shape} of {dtype} and {present} are there: save it anew"
+            )
         data = file.read()
         if len(data) != claimed:
-            raise FileError(f"{where} ends after {len(data)} of {claimed} bytes: copy the file again")
+            raise FileError(
+                f"{where} ends after {len(data)} of {claimed} bytes: copy the file again"
+            )
     if dtype.kind == "U":
         codes = np.frombuffer(data, np.dtype(np.uint32).newbyteorder(dtype.byteorder))
         if (codes > HIGHEST_CHARACTER).any():
@@ -108,22 +150,38 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
 class Jpegs:
     """Images of one size whose files lie end to end in one array; decoded when first read, then kept in memory."""
 
-    def __init__(self, name: str, data: np.ndarray, offsets: np.ndarray, *, channels: int | None = None) -> None:
+    def __init__(
+        self, name: str, data: np.ndarray, offsets: np.ndarray, *, channels: int | None = None
+    ) -> None:
         """data: uint8 [bytes]. offsets: integers [n + 1], image i is data[offsets[i] : offsets[i + 1]]. DataError if they lie.
 
         channels: 1 or 3; None: 3 if any of those looked at has colors.
         """
-        if data.dtype != np.uint8 or data.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 2:
-            raise DataError(f"{name} must be uint8 [bytes] with integer offsets [n + 1], one more than images: save it so")
+        if (
+            data.dtype != np.uint8
+            or data.ndim != 1
+            or offsets.dtype.kind not in "iu"
+            or offsets.ndim != 1
+            or len(offsets) < 2
+        ):
+            raise DataError(
+                f"{name} must be uint8 [bytes] with integer offsets [n + 1], one more than images: save it so"
+            )
         offsets = offsets.astype(np.int64)
         if offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) <= 0).any():
-            raise DataError(f"the offsets of {name} must rise from 0 to its {len(data)} bytes: save them anew")
+            raise DataError(
+                f"the offsets of {name} must rise from 0 to its {len(data)} bytes: save them anew"
+            )
         self.name = name
         self.dtype = np.dtype(np.uint8)
         self._data, self._offsets = data, offsets
         height, width, own = self._decode(0, None).shape
         some = range(0, len(self), max(1, len(self) // LOOKED_AT))
-        if channels is None and own == 1 and any(count_channels(self._file(row), where=name) == 3 for row in some):
+        if (
+            channels is None
+            and own == 1
+            and any(count_channels(self._file(row), where=name) == 3 for row in some)
+        ):
             own = 3
         self.sample_shape = (height, width, channels or own)
         self._images = np.empty((len(self), *self.sample_shape), np.uint8)

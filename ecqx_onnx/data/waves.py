@@ -58,7 +58,9 @@ def read_wav(path: Path, *, most: int) -> tuple[int, np.ndarray]:
     except FileError as error:
         raise DataError(f"{path} cannot be read as a wav: {error}") from error
     except (OSError, struct.error, EOFError) as error:
-        raise DataError(f"{path} cannot be read as a wav ({str(error) or 'it ends too early'}): repair or remove it") from error
+        raise DataError(
+            f"{path} cannot be read as a wav ({str(error) or 'it ends too early'}): repair or remove it"
+        ) from error
     return found.rate, _as_int16(read_values(data, found), path)
 
 
@@ -67,9 +69,13 @@ def _find_data(file: BinaryIO, path: Path, most: int) -> tuple[Format, bytes]:
     head = file.read(12)
     claimed = int.from_bytes(head[4:8], "little")
     if 0 < claimed < SHORTEST:  # 0 is what writers leave that did not come back to it
-        raise DataError(f"{path} cannot be read as a wav (it claims {claimed} bytes): repair or remove it")
+        raise DataError(
+            f"{path} cannot be read as a wav (it claims {claimed} bytes): repair or remove it"
+        )
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-        raise DataError(f"{path} cannot be read as a wav (it does not begin with RIFF and WAVE): repair or remove it")
+        raise DataError(
+            f"{path} cannot be read as a wav (it does not begin with RIFF and WAVE): repair or remove it"
+        )
     found: Format | None = None
     while True:
         name, size = struct.unpack("<4sI", read_exactly(file, 8))
@@ -80,7 +86,9 @@ def _find_data(file: BinaryIO, path: Path, most: int) -> tuple[Format, bytes]:
             size -= min(size, 40)
         file.seek(size + size % 2, 1)
     if found is None:
-        raise DataError(f"{path} cannot be read as a wav (its samples come before their format): repair or remove it")
+        raise DataError(
+            f"{path} cannot be read as a wav (its samples come before their format): repair or remove it"
+        )
     data = file.read(min(size, most * found.block))
     return found, data[: len(data) // found.block * found.block]
 
@@ -95,12 +103,22 @@ def read_exactly(file: BinaryIO, count: int) -> bytes:
 def _format(chunk: bytes, path: Path) -> Format:
     kind, channels, rate, _, block, bits = struct.unpack("<HHIIHH", chunk[:16])
     if kind == EXTENSIBLE and len(chunk) >= 26:
-        (kind,) = struct.unpack("<H", chunk[24:26])  # the GUID's first two bytes are the older number
+        (kind,) = struct.unpack(
+            "<H", chunk[24:26]
+        )  # the GUID's first two bytes are the older number
     if kind not in WIDTHS or bits not in WIDTHS[kind]:
-        held = "floats" if kind == FLOAT else "PCM" if kind == PCM else NAMES.get(kind, f"format {kind}")
+        held = (
+            "floats"
+            if kind == FLOAT
+            else "PCM"
+            if kind == PCM
+            else NAMES.get(kind, f"format {kind}")
+        )
         raise DataError(f"{path} holds {held} of {bits} bit: convert it to PCM of 16 bit")
     if not 1 <= channels <= MOST_CHANNELS or block != channels * bits // 8:
-        raise DataError(f"{path} claims {channels} channels of {bits} bit in {block} bytes: repair or remove it")
+        raise DataError(
+            f"{path} claims {channels} channels of {bits} bit in {block} bytes: repair or remove it"
+        )
     if not 0 < rate <= 1_000_000:
         raise DataError(f"{path} claims {rate} samples a second: repair or remove it")
     return Format(kind, channels, rate, bits)

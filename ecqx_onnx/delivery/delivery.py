@@ -16,7 +16,12 @@ from ecqx_onnx.runtime.sessions import open_session
 
 
 def deliver(
-    plan: Plan, path: Path | str, *, metadata: Mapping[str, Any], force: bool = False, sources: Sequence[Path] = ()
+    plan: Plan,
+    path: Path | str,
+    *,
+    metadata: Mapping[str, Any],
+    force: bool = False,
+    sources: Sequence[Path] = (),
 ) -> WriteReport:
     """Nothing is left at `path` that this onnxruntime, which stands for the target's where that is another, does not load.
 
@@ -25,7 +30,9 @@ def deliver(
     path, target = Path(path), plan.target
     if target.suffix == ".ort":
         return ort_file.write_ort(plan, path, metadata=metadata, force=force, sources=sources)
-    report = write(plan, path, metadata=metadata, force=force, accept=require_loading, sources=sources)
+    report = write(
+        plan, path, metadata=metadata, force=force, accept=require_loading, sources=sources
+    )
     if not target.accelerators:
         return report
     return replace(report, notes=mobile_tools.note_accelerators(path, target.accelerators))

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ecqx_onnx_converters import Plan, WriteReport, write
-from ecqx_onnx_converters.graph.outputs import check_output, derive_path, open_temporary_folder, replace_on_success
+from ecqx_onnx_converters.graph.outputs import (
+    check_output,
+    derive_path,
+    open_temporary_folder,
+    replace_on_success,
+)
 from ecqx_onnx_converters.serialization.report import WrittenTensor
 
 from ecqx_onnx.errors import CheckFailed, ModelError
@@ -28,7 +33,12 @@ OPERATORS = "required_operators_and_types.config"
 
 
 def write_ort(
-    plan: Plan, path: Path, *, metadata: Mapping[str, Any], force: bool = False, sources: Sequence[Path] = ()
+    plan: Plan,
+    path: Path,
+    *,
+    metadata: Mapping[str, Any],
+    force: bool = False,
+    sources: Sequence[Path] = (),
 ) -> WriteReport:
     """`path`, and beside it <name>.required_operators_and_types.config, from which a minimal onnxruntime is built.
 
@@ -41,20 +51,30 @@ def write_ort(
         replace_on_success(path, force=force, beside=[operators], sources=sources) as temporary,
         open_temporary_folder() as folder,
     ):
-        stem = path.stem if len(path.name.encode(errors="surrogateescape")) < LONG_NAME else "model"  # tools lengthen names
+        stem = (
+            path.stem if len(path.name.encode(errors="surrogateescape")) < LONG_NAME else "model"
+        )  # tools lengthen names
         source = folder / f"{stem}.onnx"
         report = write(plan, source, metadata=metadata)
         convert_to_ort(source, folder)
         shutil.move(folder / f"{stem}.ort", temporary)
         lines = (folder / f"{stem}.{OPERATORS}").read_text(encoding="utf-8").splitlines()
-        text = "".join(f"{line}\n" for line in lines if not line.startswith("#"))  # comments hold paths
+        text = "".join(
+            f"{line}\n" for line in lines if not line.startswith("#")
+        )  # comments hold paths
         temporary.with_name(operators.name).write_text(text, encoding="utf-8")
         require_equal_outputs(temporary, source, path.name)
         size = temporary.stat().st_size
-    rows = tuple(mark_as_float(row) if row.dequantization == "folded" else row for row in report.tensors)
+    rows = tuple(
+        mark_as_float(row) if row.dequantization == "folded" else row for row in report.tensors
+    )
     inflated = ", ".join(row.name for row in rows if row.dequantization == "folded")
     notes = [f"{operators.name}: what a minimal build needs (build.py --include_ops_by_config)"]
-    notes += [f"as float32 in the file, since DequantizeLinear cannot express them: {inflated}"] if inflated else []
+    notes += (
+        [f"as float32 in the file, since DequantizeLinear cannot express them: {inflated}"]
+        if inflated
+        else []
+    )
     return replace(report, path=path, nbytes=size, tensors=rows, notes=tuple(notes))
 
 

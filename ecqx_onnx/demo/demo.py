@@ -63,24 +63,38 @@ class DemoResult:
         samples = self.report.samples
         table.add_row(".onnx file", f"{self.float_bytes:,} bytes", f"{self.written.nbytes:,} bytes")
         table.add_row("", "", f"{self.float_bytes / self.written.nbytes:.1f}x smaller")
-        table.add_row(f"accuracy on {samples} held-out digits (95 %)", str(self.float_accuracy), str(self.report.onnx_accuracy))
+        table.add_row(
+            f"accuracy on {samples} held-out digits (95 %)",
+            str(self.float_accuracy),
+            str(self.report.onnx_accuracy),
+        )
         table.add_row("weights that are zero", "0 %", f"{self.zeros:.1%}")
         table.add_row("entropy of the levels", "", f"{self.bits_per_weight:.2f} bit/weight")
         if latency is not None:
-            table.add_row("latency, one digit", f"{1e3 * latency.other_seconds:.3f} ms", f"{1e3 * latency.seconds:.3f} ms")
+            table.add_row(
+                "latency, one digit",
+                f"{1e3 * latency.other_seconds:.3f} ms",
+                f"{1e3 * latency.seconds:.3f} ms",
+            )
         return Group(self.report.render(), table)
 
 
-def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None] | None = None) -> DemoResult:
+def run_demo(
+    folder: Path, *, force: bool = False, progress: Callable[..., None] | None = None
+) -> DemoResult:
     """Writes model.pt and model.onnx into `folder`. The test digits are looked at once, at the end."""
     checkpoint_file, onnx_file = folder / "model.pt", folder / "model.onnx"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"{folder}: cannot be made a folder ({error.strerror}); choose another with --folder") from error
+        raise FileError(
+            f"{folder}: cannot be made a folder ({error.strerror}); choose another with --folder"
+        ) from error
     for file in (checkpoint_file, onnx_file):
         check_output(file, force=force)
-    torch.set_num_threads(1)  # a net this small gains nothing from two, and on a busy machine they wait for each other
+    torch.set_num_threads(
+        1
+    )  # a net this small gains nothing from two, and on a busy machine they wait for each other
     dataset = load_dataset(DATA).with_preprocessing(demo_model.PREPROCESSING)
     torch.manual_seed(SEED)
     model = demo_model.digits_cnn()
@@ -91,7 +105,9 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
     from ecqx_onnx.quantization import train
 
     shown = None if progress is None else api.training_progress(progress)
-    trained = train(model, dataset, epochs=EPOCHS, batch_size=BATCH, seed=SEED, progress=shown, **RECIPE)
+    trained = train(
+        model, dataset, epochs=EPOCHS, batch_size=BATCH, seed=SEED, progress=shown, **RECIPE
+    )
     checkpoint = api.as_checkpoint(
         trained.quantizer,
         example=torch.zeros(2, *demo_model.INPUT_SHAPE),
@@ -100,7 +116,9 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
         recipe={"data": DATA, "seed": SEED, "epochs": EPOCHS},
     )
     after = api.accuracy(trained.quantizer.model, dataset.test)
-    checkpoint = api.with_history(checkpoint, trained, before=float_accuracy, after=after, data=DATA)
+    checkpoint = api.with_history(
+        checkpoint, trained, before=float_accuracy, after=after, data=DATA
+    )
     save(checkpoint, checkpoint_file, force=force)
     written = api.convert(checkpoint_file, onnx_file, force=force)
     report = api.validate(onnx_file, against=checkpoint_file, data=dataset)
@@ -110,7 +128,13 @@ def run_demo(folder: Path, *, force: bool = False, progress: Callable[..., None]
     return DemoResult(float_bytes, float_accuracy, report, written, zeros, bits)
 
 
-def train_float(model: torch.nn.Module, dataset: Dataset, progress: Callable[..., None] | None, *, seed: int = SEED) -> None:
+def train_float(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    progress: Callable[..., None] | None,
+    *,
+    seed: int = SEED,
+) -> None:
     """The float network that the demo starts from, trained in place."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = np.random.default_rng(seed)
@@ -125,4 +149,6 @@ def train_float(model: torch.nn.Module, dataset: Dataset, progress: Callable[...
 
 
 def export_float_onnx(model: torch.nn.Module) -> bytes:
-    return export(model, torch.zeros(2, *demo_model.INPUT_SHAPE)).graph.to_model().SerializeToString()
+    return (
+        export(model, torch.zeros(2, *demo_model.INPUT_SHAPE)).graph.to_model().SerializeToString()
+    )

@@ -12,7 +12,11 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.outputs import check_name_and_folder, remove_leftovers, replace_folder_on_success
+from ecqx_onnx_converters.graph.outputs import (
+    check_name_and_folder,
+    remove_leftovers,
+    replace_folder_on_success,
+)
 from ecqx_onnx_converters.serialization.reading import read_weights
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -99,7 +103,10 @@ class Deployed:
         lines += [Text(f"note: {note}", style="yellow") for note in self.notes]
         accuracy = f"; expected accuracy {self.accuracy}" if self.accuracy else ""
         lines.append(
-            Text(f"{self.folder}: {self.size:,} bytes, the model {self.model_bytes:,}{accuracy}; see README.md", style="bold")
+            Text(
+                f"{self.folder}: {self.size:,} bytes, the model {self.model_bytes:,}{accuracy}; see README.md",
+                style="bold",
+            )
         )
         return Group(*lines)
 
@@ -130,11 +137,23 @@ def deploy(
     if not report.ok:
         failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
         raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
-    maker = _Maker(file, platform, reference, split, choose_labels(file, labels, data_labels), data_name, report)
-    with replace_folder_on_success(folder, check=lambda: check_place(folder, force), force=force) as temporary:
+    maker = _Maker(
+        file,
+        platform,
+        reference,
+        split,
+        choose_labels(file, labels, data_labels),
+        data_name,
+        report,
+    )
+    with replace_folder_on_success(
+        folder, check=lambda: check_place(folder, force), force=force
+    ) as temporary:
         result = maker.write(temporary)
     files = tuple(
-        (path.relative_to(folder).as_posix(), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
+        (path.relative_to(folder).as_posix(), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     )
     return Deployed(folder=folder, files=files, **result)
 
@@ -146,23 +165,34 @@ def check_place(folder: Path, force: bool) -> None:
         remove_leftovers(folder)
         if folder.is_symlink():
             if not force:
-                raise FileError(f"'{folder}' is a link; choose another name, or replace the link with --force")
+                raise FileError(
+                    f"'{folder}' is a link; choose another name, or replace the link with --force"
+                )
             return
         if folder.exists() and not folder.is_dir():
             raise FileError(f"'{folder}' is a file, not a folder; choose another name")
         if not folder.exists():
             return
         if not force:
-            raise FileError(f"'{folder}' exists already; choose another name or replace it with --force")
+            raise FileError(
+                f"'{folder}' exists already; choose another name or replace it with --force"
+            )
         if any(folder.iterdir()) and not is_deployment(folder):
-            raise FileError(f"'{folder}' holds files that deploy did not write, so it is not replaced; choose another name")
+            raise FileError(
+                f"'{folder}' holds files that deploy did not write, so it is not replaced; choose another name"
+            )
     except OSError as error:
-        raise FileError(f"cannot write '{folder}': {error.strerror or error}; choose another place") from error
+        raise FileError(
+            f"cannot write '{folder}': {error.strerror or error}; choose another place"
+        ) from error
 
 
 def is_deployment(folder: Path) -> bool:
     try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format") == FORMAT
+        return (
+            json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format")
+            == FORMAT
+        )
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -179,25 +209,41 @@ class _Maker:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Everything into `folder`, which is empty. -> the values of `Deployed`, but folder and files."""
-        session, plain = open_session(self.file.path), open_session(self.file.path, level="disabled")
-        inputs, outputs = ([describe_node(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
+        session, plain = (
+            open_session(self.file.path),
+            open_session(self.file.path, level="disabled"),
+        )
+        inputs, outputs = (
+            [describe_node(node) for node in nodes]
+            for nodes in (session.get_inputs(), session.get_outputs())
+        )
         notes = list(self.report.notes)
         preprocessing, split = read_preprocessing(self.file), self.split
         if split is not None:
             split, _ = prepare_samples(self.file, split, None, session)
             preprocessing = split.preprocessing
         if preprocessing is None:
-            notes.append("the file records no preprocessing, so runners take only inputs that are ready for the model")
+            notes.append(
+                "the file records no preprocessing, so runners take only inputs that are ready for the model"
+            )
         elif split is None and choose_raw_maker(session, preprocessing) is None:
-            notes.append("the file's preprocessing does not tell what one raw sample looks like; give --data to have it run")
+            notes.append(
+                "the file's preprocessing does not tell what one raw sample looks like; give --data to have it run"
+            )
             preprocessing = None
         if split is None:
-            notes.append("golden inputs are made up, and no accuracy is stated: give --data for real ones")
+            notes.append(
+                "golden inputs are made up, and no accuracy is stated: give --data for real ones"
+            )
         if self.reference is None:
-            notes.append("the tolerance is coarse: give --against for one that is derived from the PyTorch model")
+            notes.append(
+                "the tolerance is coarse: give --against for one that is derived from the PyTorch model"
+            )
         cases = make_cases(session, preprocessing, split)
         if not cases:
-            raise DataError("the data set holds no sample: there is nothing to make golden outputs of")
+            raise DataError(
+                "the data set holds no sample: there is nothing to make golden outputs of"
+            )
         batches: Iterator[Sequence[np.ndarray]] = iter(())
         if split is not None and preprocessing is not None:
             batches = draw_bound_batches(split, preprocessing, find_fixed_batch(session) or 64)
@@ -225,24 +271,40 @@ class _Maker:
             "platform": self.platform.name,
             "runtime": self.platform.runtime_for(self.file.proto),
             "made_with": self.report.runtime,
-            "model": {**copy_file(folder / MODEL), "float32_bytes": None if twin is None else len(twin)},
+            "model": {
+                **copy_file(folder / MODEL),
+                "float32_bytes": None if twin is None else len(twin),
+            },
             "external": [copy_file(path) for path in external],
             "bits": find_widest_bits(weights),
             "inputs": inputs,
             "outputs": [
-                {**output, "tolerance": tolerance.value, "raw_tolerance": tolerance.raw, "tolerance_from": tolerance.how}
+                {
+                    **output,
+                    "tolerance": tolerance.value,
+                    "raw_tolerance": tolerance.raw,
+                    "tolerance_from": tolerance.how,
+                }
                 for output, tolerance in zip(outputs, found, strict=True)
             ],
             "preprocessing": None if preprocessing is None else json.loads(preprocessing.to_json()),
-            "raw": None if cases[0].raw is None else {"dtype": cases[0].raw.dtype.name, "shape": list(cases[0].raw.shape[1:])},
+            "raw": None
+            if cases[0].raw is None
+            else {"dtype": cases[0].raw.dtype.name, "shape": list(cases[0].raw.shape[1:])},
             "labels": list(self.labels),
-            "accuracy": None if accuracy is None else {**accuracy.to_json(), "data": self.data_name},
+            "accuracy": None
+            if accuracy is None
+            else {**accuracy.to_json(), "data": self.data_name},
             "golden": {
                 "preprocessing_tolerance": input_tolerance,
-                "cases": [store_case(folder, number, case, *names) for number, case in enumerate(cases)],
+                "cases": [
+                    store_case(folder, number, case, *names) for number, case in enumerate(cases)
+                ],
             },
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        (folder / "manifest.json").write_text(
+            json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         self._copy_templates(folder, manifest, notes)
         if self.platform.name in ("linux", "android"):
             (folder / "golden.txt").write_text(format_manifest_lines(manifest), encoding="utf-8")
@@ -265,7 +327,10 @@ class _Maker:
         if found := manifest["accuracy"]:
             interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}, 95 % interval"
             accuracy = f"{100 * found['share']:.2f} % ({interval}, {found['total']} samples of {quote_markdown(found['data'])})"
-        tolerances = [f"- {quote_markdown(o['name'])}: {o['tolerance']:.3g}, {o['tolerance_from']}" for o in manifest["outputs"]]
+        tolerances = [
+            f"- {quote_markdown(o['name'])}: {o['tolerance']:.3g}, {o['tolerance_from']}"
+            for o in manifest["outputs"]
+        ]
         values = {
             "name": quote_markdown(manifest["name"]),
             "tool": manifest["tool"],
@@ -294,15 +359,24 @@ def copy_file(path: Path) -> dict[str, Any]:
     return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
 
 
-def store_case(folder: Path, number: int, case: Case, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:
+def store_case(
+    folder: Path, number: int, case: Case, inputs: Sequence[str], outputs: Sequence[str]
+) -> dict[str, Any]:
     """The case's arrays as raw little-endian files, and what the manifest says of them."""
     stem = f"golden/{number:02d}"
 
-    def arrays(kind: str, names: Sequence[str], values: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        return [store_array(folder, f"{stem}.{kind}{i}.bin", names[i], value) for i, value in enumerate(values)]
+    def arrays(
+        kind: str, names: Sequence[str], values: Sequence[np.ndarray]
+    ) -> list[dict[str, Any]]:
+        return [
+            store_array(folder, f"{stem}.{kind}{i}.bin", names[i], value)
+            for i, value in enumerate(values)
+        ]
 
     return {
-        "raw": None if case.raw is None else store_array(folder, f"{stem}.raw.bin", "raw", case.raw),
+        "raw": None
+        if case.raw is None
+        else store_array(folder, f"{stem}.raw.bin", "raw", case.raw),
         "inputs": arrays("input", inputs, case.inputs),
         "outputs": arrays("output", outputs, case.outputs),
         "labels": list(case.labels),
@@ -314,7 +388,13 @@ def store_array(folder: Path, file: str, name: str, array: np.ndarray) -> dict[s
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
-    return {"name": name, "file": file, "dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
+    return {
+        "name": name,
+        "file": file,
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "sha256": digest,
+    }
 
 
 def describe_node(node: Any) -> dict[str, Any]:
@@ -327,17 +407,26 @@ def format_manifest_lines(manifest: dict[str, Any]) -> str:
     """What a runner without a JSON parser needs of the manifest: fields between tabs."""
     model, preprocessing = manifest["model"], manifest["preprocessing"] or {}
     rows: list[list[Any]] = [["# manifest.json in lines"]]
-    rows.append(["model", model["file"], model["bytes"], model["float32_bytes"] or 0, model["sha256"]])
+    rows.append(
+        ["model", model["file"], model["bytes"], model["float32_bytes"] or 0, model["sha256"]]
+    )
     rows += [["external", entry["file"], entry["sha256"]] for entry in manifest["external"]]
     rows += [["input", entry["name"]] for entry in manifest["inputs"]]
-    rows += [["output", entry["name"], repr(entry["tolerance"]), repr(entry["raw_tolerance"])] for entry in manifest["outputs"]]
+    rows += [
+        ["output", entry["name"], repr(entry["tolerance"]), repr(entry["raw_tolerance"])]
+        for entry in manifest["outputs"]
+    ]
     rows.append(["preprocessing_tolerance", repr(manifest["golden"]["preprocessing_tolerance"])])
     rows += [["label", label] for label in manifest["labels"]]
     if preprocessing:
         rows += [["kind", preprocessing["kind"]], ["scale", repr(preprocessing["scale"])]]
-        rows += [[key, *map(repr, preprocessing[key])] for key in ("mean", "std") if preprocessing[key]]
+        rows += [
+            [key, *map(repr, preprocessing[key])] for key in ("mean", "std") if preprocessing[key]
+        ]
         if preprocessing["spectrum"]:
-            rows.append(["spectrum", *(preprocessing["spectrum"][field.name] for field in fields(Spectrum))])
+            rows.append(
+                ["spectrum", *(preprocessing["spectrum"][field.name] for field in fields(Spectrum))]
+            )
     if manifest["raw"]:
         rows.append(["raw", "x".join(map(str, manifest["raw"]["shape"]))])
     for case in manifest["golden"]["cases"]:
@@ -349,16 +438,28 @@ def format_manifest_lines(manifest: dict[str, Any]) -> str:
         ):
             for entry in entries:
                 shape = "x".join(map(str, entry["shape"]))
-                rows.append([f"golden_{kind}", entry["file"], entry["dtype"], shape, entry["sha256"]])
+                rows.append(
+                    [f"golden_{kind}", entry["file"], entry["dtype"], shape, entry["sha256"]]
+                )
     return "".join("\t".join(" ".join(str(field).split()) for field in row) + "\n" for row in rows)
 
 
-def choose_labels(file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]) -> tuple[str, ...]:
+def choose_labels(
+    file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]
+) -> tuple[str, ...]:
     outputs = [value.type.tensor_type.shape.dim for value in file.proto.graph.output]
-    if labels and len(outputs[0]) == 2 and (classes := outputs[0][1].dim_value) not in (0, len(labels)):
-        raise OptionError(f"--labels names {len(labels)} classes, and the model tells {classes} apart; give one name for each")
+    if (
+        labels
+        and len(outputs[0]) == 2
+        and (classes := outputs[0][1].dim_value) not in (0, len(labels))
+    ):
+        raise OptionError(
+            f"--labels names {len(labels)} classes, and the model tells {classes} apart; give one name for each"
+        )
     recorded = file.metadata.get("labels")
-    return tuple(labels) or (tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else tuple(data_labels))
+    return tuple(labels) or (
+        tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else tuple(data_labels)
+    )
 
 
 def find_widest_bits(weights: Sequence[Any]) -> int | None:

@@ -18,7 +18,14 @@ import numpy as np
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import DataError, InputError, ModelError
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
-from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, find_fixed_batch, fit_inputs, make_synthetic_inputs, run
+from ecqx_onnx.runtime.sessions import (
+    NUMPY_TYPES,
+    Session,
+    find_fixed_batch,
+    fit_inputs,
+    make_synthetic_inputs,
+    run,
+)
 from ecqx_onnx.validation.bounds import Bound, derive_bound
 from ecqx_onnx.validation.comparison import pad_batch
 from ecqx_onnx.validation.metrics import find_largest_difference
@@ -30,7 +37,9 @@ if TYPE_CHECKING:
 CASES = 8
 MOST_BYTES = 2**20  # of all golden inputs; one case is kept whatever its size
 BOUND_SAMPLES = 256
-SPECTRUM_ULPS = 4.0  # float64 spectra of two languages differ far below that before they are rounded to float32
+SPECTRUM_ULPS = (
+    4.0  # float64 spectra of two languages differ far below that before they are rounded to float32
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +61,9 @@ class Tolerance:
     how: str
 
 
-def make_cases(session: Session, preprocessing: Preprocessing | None, split: Split | None) -> tuple[Case, ...]:
+def make_cases(
+    session: Session, preprocessing: Preprocessing | None, split: Split | None
+) -> tuple[Case, ...]:
     """Up to CASES samples, from the split or synthetic. InputError if the graph takes nothing that can be made up."""
     cases: list[Case] = []
     spent = 0
@@ -63,7 +74,9 @@ def make_cases(session: Session, preprocessing: Preprocessing | None, split: Spl
         outputs = run(session, inputs)
         for node, output in zip(session.get_outputs(), outputs, strict=True):
             if output.dtype.kind == "f" and not np.isfinite(output).all():
-                raise ModelError(f"output '{node.name}' holds NaN or infinity, which no runner can be checked against")
+                raise ModelError(
+                    f"output '{node.name}' holds NaN or infinity, which no runner can be checked against"
+                )
         cases.append(Case(raw, inputs, outputs, labels))
     return tuple(cases)
 
@@ -86,7 +99,9 @@ def draw_samples(
         yield raw, fit_inputs(session, (preprocessing.apply(raw),)), ()
 
 
-def choose_raw_maker(session: Session, preprocessing: Preprocessing) -> Callable[[np.random.Generator], np.ndarray] | None:
+def choose_raw_maker(
+    session: Session, preprocessing: Preprocessing
+) -> Callable[[np.random.Generator], np.ndarray] | None:
     """A function that makes up one raw sample; None where the graph's shape does not tell what a raw sample looks like."""
     nodes = session.get_inputs()
     shape = nodes[0].shape[1:]
@@ -97,14 +112,24 @@ def choose_raw_maker(session: Session, preprocessing: Preprocessing) -> Callable
         if make is not None:
             fit_inputs(
                 session,
-                (preprocessing.apply(np.repeat(make(np.random.default_rng(0))[None], find_fixed_batch(session) or 1, axis=0)),),
+                (
+                    preprocessing.apply(
+                        np.repeat(
+                            make(np.random.default_rng(0))[None],
+                            find_fixed_batch(session) or 1,
+                            axis=0,
+                        )
+                    ),
+                ),
             )
     except (InputError, ValueError):  # recorded for another input than this graph's
         return None
     return make
 
 
-def choose_maker(preprocessing: Preprocessing, shape: tuple[int, ...]) -> Callable[[np.random.Generator], np.ndarray] | None:
+def choose_maker(
+    preprocessing: Preprocessing, shape: tuple[int, ...]
+) -> Callable[[np.random.Generator], np.ndarray] | None:
     levels = int(min(255, preprocessing.scale)) if preprocessing.scale > 1 else 255
     if preprocessing.kind == "image" and len(shape) == 3:
         pixels = shape[1:] if shape[0] == 1 else (*shape[1:], shape[0])
@@ -113,18 +138,26 @@ def choose_maker(preprocessing: Preprocessing, shape: tuple[int, ...]) -> Callab
         samples = preprocessing.samples
         if samples is None:
             spectrum = preprocessing.spectrum
-            samples = shape[-1] if spectrum is None else spectrum.frame_length + (shape[-2] - 1) * spectrum.hop
+            samples = (
+                shape[-1]
+                if spectrum is None
+                else spectrum.frame_length + (shape[-2] - 1) * spectrum.hop
+            )
         return lambda generator: (generator.standard_normal(samples) * 3000).astype(np.int16)
     if preprocessing.kind == "array":
         if preprocessing.scale == 255:
             return lambda generator: generator.integers(0, 256, shape, dtype=np.uint8)
-        return lambda generator: (generator.standard_normal(shape) * preprocessing.scale).astype(np.float32)
+        return lambda generator: (generator.standard_normal(shape) * preprocessing.scale).astype(
+            np.float32
+        )
     if preprocessing.kind == "indices":
         return lambda generator: generator.integers(0, 2, shape)
     return None
 
 
-def compute_preprocessing_tolerance(preprocessing: Preprocessing | None, cases: Sequence[Case]) -> float:
+def compute_preprocessing_tolerance(
+    preprocessing: Preprocessing | None, cases: Sequence[Case]
+) -> float:
     """How far another language's input may lie from ours: nowhere, but for spectra, where float32 rounding may differ."""
     if preprocessing is None or preprocessing.spectrum is None:
         return 0.0
@@ -152,20 +185,30 @@ def compute_tolerances(
             bounds[i] = bounds[i].widen(found)
         if quantized:
             both = zip(run(session, inputs), run(plain, inputs), strict=True)
-            levels = [max(level, find_largest_difference(a, b)) for level, (a, b) in zip(levels, both, strict=True)]
+            levels = [
+                max(level, find_largest_difference(a, b))
+                for level, (a, b) in zip(levels, both, strict=True)
+            ]
     swings = measure_swings(session, cases, input_tolerance)
     found_all = []
     for one, level, swing in zip(bounds, levels, swings, strict=True):
         value, how = 2 * one.limit, f"2 x ({one.formula})"
         if quantized:
-            value, how = value + level, f"{how} + {level:.2e} between integer kernels and the graph as written"
+            value, how = (
+                value + level,
+                f"{how} + {level:.2e} between integer kernels and the graph as written",
+            )
         if not math.isfinite(value):
-            raise ModelError("two optimisation levels of onnxruntime give outputs of other shapes: which is right?")
+            raise ModelError(
+                "two optimisation levels of onnxruntime give outputs of other shapes: which is right?"
+            )
         found_all.append(Tolerance(value, value + swing, how))
     return tuple(found_all)
 
 
-def compute_bounds(session: Session, reference: torch.nn.Module | None, inputs: Sequence[np.ndarray]) -> list[Bound]:
+def compute_bounds(
+    session: Session, reference: torch.nn.Module | None, inputs: Sequence[np.ndarray]
+) -> list[Bound]:
     from ecqx_onnx.validation.pytorch_outputs import run_reference, run_reference_exactly
 
     if reference is None:
@@ -176,7 +219,9 @@ def compute_bounds(session: Session, reference: torch.nn.Module | None, inputs: 
         raise ModelError(
             f"PyTorch's model gives {len(wanted)} outputs and the file {len(session.get_outputs())}: give its own model"
         )
-    return [derive_bound(output, None if exact is None else exact[i]) for i, output in enumerate(wanted)]
+    return [
+        derive_bound(output, None if exact is None else exact[i]) for i, output in enumerate(wanted)
+    ]
 
 
 def measure_swings(session: Session, cases: Sequence[Case], tolerance: float) -> list[float]:
@@ -187,20 +232,30 @@ def measure_swings(session: Session, cases: Sequence[Case], tolerance: float) ->
     generator = np.random.default_rng(0)
     for case in cases:
         for _ in range(4):
-            moved = [a + (tolerance * generator.choice([-1, 1], a.shape)).astype(a.dtype) for a in case.inputs]
+            moved = [
+                a + (tolerance * generator.choice([-1, 1], a.shape)).astype(a.dtype)
+                for a in case.inputs
+            ]
             both = zip(run(session, moved), case.outputs, strict=True)
-            most = [max(old, find_largest_difference(a, b)) for old, (a, b) in zip(most, both, strict=True)]
+            most = [
+                max(old, find_largest_difference(a, b))
+                for old, (a, b) in zip(most, both, strict=True)
+            ]
     return [4 * swing for swing in most]
 
 
 def find_element_type(node: Any) -> str:
     """numpy's name of an input's or output's type. ModelError for types that runners cannot be given."""
     if node.type not in NUMPY_TYPES:
-        raise ModelError(f"'{node.name}' has type {node.type}, for which no golden values can be made")
+        raise ModelError(
+            f"'{node.name}' has type {node.type}, for which no golden values can be made"
+        )
     return np.dtype(NUMPY_TYPES[node.type]).name
 
 
-def draw_bound_batches(split: Split, preprocessing: Preprocessing, size: int) -> Iterator[Sequence[np.ndarray]]:
+def draw_bound_batches(
+    split: Split, preprocessing: Preprocessing, size: int
+) -> Iterator[Sequence[np.ndarray]]:
     """Model inputs of up to BOUND_SAMPLES samples."""
     taken = split.with_preprocessing(preprocessing).take(BOUND_SAMPLES)
     try:

@@ -46,7 +46,9 @@ class Platform:
         ):
             reason = "its weights lie in a second file, and the runner loads one"
         if reason is not None:
-            raise ModelError(f"{where}: cannot be loaded on {self.name}: {reason}; convert the model for that platform")
+            raise ModelError(
+                f"{where}: cannot be loaded on {self.name}: {reason}; convert the model for that platform"
+            )
 
 
 PLATFORMS: Mapping[str, Platform] = {
@@ -62,21 +64,28 @@ PLATFORMS: Mapping[str, Platform] = {
 
 def find_platform(name: str) -> Platform:
     if name not in PLATFORMS:
-        raise OptionError(f"there is no platform '{name}' to deploy to; choose one of {', '.join(PLATFORMS)}")
+        raise OptionError(
+            f"there is no platform '{name}' to deploy to; choose one of {', '.join(PLATFORMS)}"
+        )
     return PLATFORMS[name]
 
 
 def find_oldest_runtime(proto: onnx.ModelProto) -> str:
     """The first onnxruntime, "1.24", that has the opset and the types of the file."""
     kinds = {tensor.data_type for tensor in list_tensors(proto)}
-    needed = [FIRST_WITH_OPSET[min(max(FIRST_WITH_OPSET), max(min(FIRST_WITH_OPSET), find_opset(proto)))]]
+    needed = [
+        FIRST_WITH_OPSET[min(max(FIRST_WITH_OPSET), max(min(FIRST_WITH_OPSET), find_opset(proto)))]
+    ]
     needed += [FIRST_WITH_INT2] if kinds & INT2_TYPES else []
     needed += [FIRST_WITH_INT4] if kinds & INT4_TYPES else []
     return max(needed, key=lambda version: tuple(map(int, version.split("."))))
 
 
 def find_opset(proto: onnx.ModelProto) -> int:
-    return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    return max(
+        (entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+        default=0,
+    )
 
 
 def list_refusals(proto: onnx.ModelProto, target: Target) -> Iterator[str]:

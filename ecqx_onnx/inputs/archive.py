@@ -63,7 +63,9 @@ def check_layout(archive: zipfile.ZipFile, file: BinaryIO, source: str) -> list[
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     claimed = sum(entry.file_size for entry in entries)
     if claimed > length:  # torch stores uncompressed; anything else is a bomb or a lie
-        raise FileError(f"{source}: its parts claim {claimed} bytes, the file has {length}; save it again")
+        raise FileError(
+            f"{source}: its parts claim {claimed} bytes, the file has {length}; save it again"
+        )
     if not entries or len(entries) > MOST_MEMBERS:
         raise FileError(f"{source}: an archive of {len(entries)} parts; save it again with torch")
     _check_ends(archive, file, length, entries, source)
@@ -72,14 +74,18 @@ def check_layout(archive: zipfile.ZipFile, file: BinaryIO, source: str) -> list[
     if len(names) != len(entries):
         raise FileError(f"{source}: has a part twice, as torch never writes it; save it again")
     if len(folders) != 1:
-        raise FileError(f"{source}: its parts lie in {len(folders)} folders, torch writes one; save it again")
+        raise FileError(
+            f"{source}: its parts lie in {len(folders)} folders, torch writes one; save it again"
+        )
     end = 0
     for entry in entries:
         problem = find_problem(entry)
         if entry.header_offset < end:
             problem = "overlaps another part"
         if problem is not None:
-            raise FileError(f"{source}: its part {entry.filename[:80]!a} {problem}, as torch never writes it; save it again")
+            raise FileError(
+                f"{source}: its part {entry.filename[:80]!a} {problem}, as torch never writes it; save it again"
+            )
         end = entry.header_offset + LOCAL_HEADER + len(entry.filename.encode()) + entry.file_size
     return entries
 

@@ -12,7 +12,9 @@ class BadJson(ValueError):  # noqa: N818 - says what the text is
     """The bytes are no JSON that we read; the message says why, without naming the file."""
 
 
-def parse_json(data: bytes | str, *, most_bytes: int, most_items: int, with_nan: bool = False) -> Any:
+def parse_json(
+    data: bytes | str, *, most_bytes: int, most_items: int, with_nan: bool = False
+) -> Any:
     """Parse JSON within bounds that are checked before any object is built.
 
     Args:

@@ -46,8 +46,12 @@ def _advise_on_archive(path: Path) -> str | None:
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return None  # told by those who read it
     if any(name.endswith("model.weights.h5") for name in names):
-        return "is a Keras model; write the network as .onnx (tf2onnx) and give it to `ecqx-onnx pack`"
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names) and not _is_program(names):
+        return (
+            "is a Keras model; write the network as .onnx (tf2onnx) and give it to `ecqx-onnx pack`"
+        )
+    if any(
+        name.endswith("/constants.pkl") or "/code/" in name for name in names
+    ) and not _is_program(names):
         return (
             "is a TorchScript file; take its weights out (torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')) and"
             " give them with --model FILE.py:FACTORY, or export the network with torch.export"

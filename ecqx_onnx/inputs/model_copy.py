@@ -49,7 +49,8 @@ def copy_model(file: OnnxFile, path: Path) -> tuple[Path, ...]:
     proto = ModelProto()
     proto.CopyFrom(file.proto)
     found = [
-        (tensor, find_external_file(file.path, f"tensor '{tensor.name}'", tensor)) for tensor in list_external_tensors(proto)
+        (tensor, find_external_file(file.path, f"tensor '{tensor.name}'", tensor))
+        for tensor in list_external_tensors(proto)
     ]
     if not found:
         shutil.copyfile(file.path, path)
@@ -78,7 +79,10 @@ def list_external_tensors(message: Any) -> Iterator[TensorProto]:
             yield message
         return
     for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.full_name == "onnx.StringStringEntryProto":
+        if (
+            field.message_type is None
+            or field.message_type.full_name == "onnx.StringStringEntryProto"
+        ):
             continue
         for part in value if field.is_repeated else [value]:
             yield from list_external_tensors(part)
@@ -103,13 +107,17 @@ def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO)
                 for position in range(start, stop, BLOCK):
                     block = file.read(min(BLOCK, stop - position))
                     if len(block) != min(BLOCK, stop - position):
-                        raise FileError(f"'{source}' has got shorter while it was read; leave it alone and repeat this")
+                        raise FileError(
+                            f"'{source}' has got shorter while it was read; leave it alone and repeat this"
+                        )
                     out.write(block)
                 pieces.append(_Piece(start, stop, place))
     except OSError as error:
         if error.filename is None:  # of writing
             raise
-        raise FileError(f"cannot read '{source}', the model's data: {error.strerror}; check its permissions") from error
+        raise FileError(
+            f"cannot read '{source}', the model's data: {error.strerror}; check its permissions"
+        ) from error
     return pieces
 
 
@@ -126,7 +134,11 @@ def unite_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def set_location(tensor: TensorProto, location: str, pieces: list[_Piece]) -> None:
     start = read_offset(tensor)
-    piece = next(piece for piece in pieces if piece.start <= start and start + count_stored_bytes(tensor) <= piece.stop)
+    piece = next(
+        piece
+        for piece in pieces
+        if piece.start <= start and start + count_stored_bytes(tensor) <= piece.stop
+    )
     entries = {entry.key: entry.value for entry in tensor.external_data}
     entries |= {
         "location": location,

@@ -63,7 +63,9 @@ class OnnxFile:
         proto.CopyFrom(self.proto)
         for _, tensor in list_named_tensors(proto):
             if tensor.data_location == TensorProto.EXTERNAL:
-                content = read_external_bytes(tensor, self.path.parent)  # as long as the shape says, where no length is stated
+                content = read_external_bytes(
+                    tensor, self.path.parent
+                )  # as long as the shape says, where no length is stated
                 clear_data(tensor)
                 tensor.raw_data = content
         return proto
@@ -118,17 +120,29 @@ def list_constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
-                yield f"attribute '{attribute.name}' of node '{node.name or node.op_type}'", attribute.t
+                yield (
+                    f"attribute '{attribute.name}' of node '{node.name or node.op_type}'",
+                    attribute.t,
+                )
 
 
 def _check_declaration(path: Path, where: str, tensor: TensorProto) -> None:
     """Type and shape, before anything is reckoned with them."""
     if any(length < 0 for length in tensor.dims):
-        raise FileError(f"{path}: {where} has the shape {list(tensor.dims)[:9]}, and no length can be negative")
+        raise FileError(
+            f"{path}: {where} has the shape {list(tensor.dims)[:9]}, and no length can be negative"
+        )
     if len(tensor.dims) > MOST_DIMENSIONS:
-        raise FileError(f"{path}: {where} has {len(tensor.dims)} dimensions, more than {MOST_DIMENSIONS}; the file is damaged")
-    if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type == TensorProto.UNDEFINED:
-        raise FileError(f"{path}: {where} has data type {tensor.data_type}, which ONNX does not know")
+        raise FileError(
+            f"{path}: {where} has {len(tensor.dims)} dimensions, more than {MOST_DIMENSIONS}; the file is damaged"
+        )
+    if (
+        tensor.data_type not in TensorProto.DataType.values()
+        or tensor.data_type == TensorProto.UNDEFINED
+    ):
+        raise FileError(
+            f"{path}: {where} has data type {tensor.data_type}, which ONNX does not know"
+        )
 
 
 def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
@@ -142,30 +156,48 @@ def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
         needed = count_stored_bytes(tensor) if tensor.data_type in SUB_BYTE_BITS else count
         unit = "values"
     if found != needed:
-        raise FileError(f"{path}: {where} claims the shape {list(tensor.dims)}, {needed} {unit}, but the file holds {found}")
+        raise FileError(
+            f"{path}: {where} claims the shape {list(tensor.dims)}, {needed} {unit}, but the file holds {found}"
+        )
 
 
 def _check_numbers(path: Path, where: str, tensor: TensorProto) -> None:
     if tensor.data_type in FLOATS:
-        bad = int(np.count_nonzero(np.isnan(numpy_helper.to_array(tensor).astype(np.float32, copy=False))))
+        bad = int(
+            np.count_nonzero(np.isnan(numpy_helper.to_array(tensor).astype(np.float32, copy=False)))
+        )
         if bad:
-            raise ModelError(f"{path}: {where} holds {bad} values that are no numbers (NaN): train or save the model again")
+            raise ModelError(
+                f"{path}: {where} holds {bad} values that are no numbers (NaN): train or save the model again"
+            )
 
 
 def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
     where, size = f"{path}: sparse initializer '{sparse.values.name}'", math.prod(sparse.dims)
     if min(sparse.dims, default=0) < 0 or len(sparse.dims) > MOST_DIMENSIONS:
-        raise FileError(f"{where} has the shape {list(sparse.dims)[:9]}, and no tensor can; the file is damaged")
+        raise FileError(
+            f"{where} has the shape {list(sparse.dims)[:9]}, and no tensor can; the file is damaged"
+        )
     if not may_have_size(size, math.prod(sparse.values.dims)):
-        raise FileError(f"{where} claims the shape {list(sparse.dims)} for {math.prod(sparse.values.dims)} values: damaged")
-    if list(sparse.indices.dims) != list(sparse.values.dims):  # one linear index per value, the form that onnxruntime reads
-        raise FileError(f"{where} has {list(sparse.values.dims)} values but {list(sparse.indices.dims)} indices")
+        raise FileError(
+            f"{where} claims the shape {list(sparse.dims)} for {math.prod(sparse.values.dims)} values: damaged"
+        )
+    if list(sparse.indices.dims) != list(
+        sparse.values.dims
+    ):  # one linear index per value, the form that onnxruntime reads
+        raise FileError(
+            f"{where} has {list(sparse.values.dims)} values but {list(sparse.indices.dims)} indices"
+        )
     if sparse.indices.data_type != TensorProto.INT64:
-        raise FileError(f"{where} has indices of ONNX data type {sparse.indices.data_type}, INT64 is needed")
+        raise FileError(
+            f"{where} has indices of ONNX data type {sparse.indices.data_type}, INT64 is needed"
+        )
     indices = numpy_helper.to_array(sparse.indices)
     if indices.size and not 0 <= indices.min() <= indices.max() < size:
         wrong = int(indices.min() if indices.min() < 0 else indices.max())
-        raise FileError(f"{where} has index {wrong}, outside of its {size} values (shape {list(sparse.dims)})")
+        raise FileError(
+            f"{where} has index {wrong}, outside of its {size} values (shape {list(sparse.dims)})"
+        )
 
 
 def find_external_file(path: Path, where: str, tensor: TensorProto) -> Path:
@@ -173,25 +205,40 @@ def find_external_file(path: Path, where: str, tensor: TensorProto) -> Path:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if tensor.data_type == TensorProto.STRING:
-        raise FileError(f"{path}: {where} is text in external data, which ONNX does not have; the file is damaged")
+        raise FileError(
+            f"{path}: {where} is text in external data, which ONNX does not have; the file is damaged"
+        )
     if "\0" in location or len(location.encode()) > LONGEST_LOCATION:
-        raise FileError(f"{path}: {where} has external data at {location[:40]!r}, which no file can be called")
+        raise FileError(
+            f"{path}: {where} has external data at {location[:40]!r}, which no file can be called"
+        )
     try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(count_stored_bytes(tensor))))
+        offset, length = (
+            int(entries.get("offset", "0")),
+            int(entries.get("length", str(count_stored_bytes(tensor)))),
+        )
     except ValueError:
-        raise FileError(f"{path}: {where} has external data whose offset or length is not a number") from None
+        raise FileError(
+            f"{path}: {where} has external data whose offset or length is not a number"
+        ) from None
     folder = path.parent.resolve()
     outside = PureWindowsPath(location).is_absolute() or Path(location).is_absolute()
     try:
         inside = folder in (folder / location).resolve().parents
         there = inside and (folder / location).is_file()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
-        raise FileError(f"{path}: {where} lies in '{location}', which cannot be opened ({error})") from error
+        raise FileError(
+            f"{path}: {where} lies in '{location}', which cannot be opened ({error})"
+        ) from error
     if not location or outside or not inside:
-        raise FileError(f"{path}: {where} points to external data at '{location}', outside of the model's folder: refused")
+        raise FileError(
+            f"{path}: {where} points to external data at '{location}', outside of the model's folder: refused"
+        )
     file = folder / location
     if not there:
-        raise FileError(f"{path}: {where} lies in '{location}', which is missing: keep that file beside the model")
+        raise FileError(
+            f"{path}: {where} lies in '{location}', which is missing: keep that file beside the model"
+        )
     if offset < 0 or length != count_stored_bytes(tensor):
         raise FileError(
             f"{path}: {where} claims {length} bytes of external data at offset {offset}, but its shape {list(tensor.dims)} "

@@ -109,7 +109,9 @@ def check_regular(path: Path | str) -> None:
         return
     kind = KINDS.get(stat.S_IFMT(mode))
     if kind is not None and not stat.S_ISDIR(mode):
-        raise FileError(f"'{path}' is {kind}, not a regular file; copy what it gives into a file first")
+        raise FileError(
+            f"'{path}' is {kind}, not a regular file; copy what it gives into a file first"
+        )
 
 
 def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
@@ -129,14 +131,18 @@ def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
         try:
             descriptor = os.open(path, FLAGS)
         except ValueError as error:  # a name with a zero byte
-            raise FileError(f"{os.fspath(path)!r} can be no file's name ({error}); check the path") from error
+            raise FileError(
+                f"{os.fspath(path)!r} can be no file's name ({error}); check the path"
+            ) from error
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
                 raise FileError(f"'{path}' is {kind}, not a regular file; name a file")
             if most is not None and status.st_size > most:
-                raise FileError(f"'{path}' has {status.st_size} bytes, and at most {most} are read; is it the right file?")
+                raise FileError(
+                    f"'{path}' has {status.st_size} bytes, and at most {most} are read; is it the right file?"
+                )
             return os.fdopen(descriptor, "rb")
         except BaseException:
             os.close(descriptor)
@@ -148,5 +154,7 @@ def read_bytes(path: Path | str, *, most: int) -> bytes:
     with open_regular(path, most=most) as file, turn_system_errors():
         content = file.read(most + 1)
     if len(content) > most:  # it grew since
-        raise FileError(f"'{path}' has more than {most} bytes, the most that are read; is it the right file?")
+        raise FileError(
+            f"'{path}' has more than {most} bytes, the most that are read; is it the right file?"
+        )
     return content

@@ -59,9 +59,15 @@ def _shards(index: Path) -> list[str]:
             places = json.loads(file.read())["weight_map"]
         names = sorted(set(places.values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FileError(f"{index} is no index of weights ({error}): download the folder again") from error
-    if len(names) > MOST_SHARDS or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise FileError(f"{index} names files outside its folder, or too many: download the folder again")
+        raise FileError(
+            f"{index} is no index of weights ({error}): download the folder again"
+        ) from error
+    if len(names) > MOST_SHARDS or not all(
+        isinstance(name, str) and Path(name).name == name for name in names
+    ):
+        raise FileError(
+            f"{index} names files outside its folder, or too many: download the folder again"
+        )
     return names
 
 
@@ -78,7 +84,9 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         entries = {str(name): entry for name, entry in header.items() if name != "__metadata__"}
         return {name: _tensor(name, entry, data) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, RecursionError, RuntimeError, OverflowError) as error:
-        raise FileError(f"{path} cannot be read as safetensors ({error}): download or save it again") from error
+        raise FileError(
+            f"{path} cannot be read as safetensors ({error}): download or save it again"
+        ) from error
 
 
 def _tensor(name: str, entry: Any, data: bytearray) -> torch.Tensor:
@@ -91,4 +99,9 @@ def _tensor(name: str, entry: Any, data: bytearray) -> torch.Tensor:
         raise ValueError(f"'{name}' claims the shape {shape} in {end - start} bytes")
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8, count=end - start, offset=start).clone().view(dtype).reshape(shape)
+    return (
+        torch.frombuffer(data, dtype=torch.uint8, count=end - start, offset=start)
+        .clone()
+        .view(dtype)
+        .reshape(shape)
+    )

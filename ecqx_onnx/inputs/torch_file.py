@@ -42,7 +42,9 @@ GLOBALS = re.compile(
     r"|torch (u?int\d{1,2}|float\d{1,2}\w{0,12}|bfloat16|complex\d{2,3}|bool|Size|device)"
 )
 # Opcodes that make objects in other ways; torch's unpickler knows none of them.
-OBJECTS = frozenset(("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"))
+OBJECTS = frozenset(
+    ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER")
+)
 
 
 def find_torch_file(path: str | Path) -> Path:
@@ -58,7 +60,9 @@ def find_torch_file(path: str | Path) -> Path:
             raise FileError(f"{path}: {what}")
         size = path.stat().st_size
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise FileError(f"{path}: cannot be opened ({find_reason(error)}); check its name") from error
+        raise FileError(
+            f"{path}: cannot be opened ({find_reason(error)}); check its name"
+        ) from error
     if path.suffix.lower() == ".onnx":
         raise FileError(
             f"{path}: is an .onnx file where a PyTorch model is needed; `ecqx-onnx pack` stores the"
@@ -153,7 +157,9 @@ def _look_at(file: BinaryIO, source: str) -> None:
     with zipfile.ZipFile(file) as members:
         entries = check_layout(members, file, source)
         if (broken := members.testzip()) is not None:  # torch.load doesn't look at checksums
-            raise FileError(f"{source}: is damaged: its part {broken[:80]!r} doesn't have its checksum; save it again")
+            raise FileError(
+                f"{source}: is damaged: its part {broken[:80]!r} doesn't have its checksum; save it again"
+            )
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise make_damaged_error(source)
@@ -182,7 +188,9 @@ def _check_tensors(document: Any, source: str, stored: int) -> None:
     for tensor in list_tensors(document, source):
         is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_plain or tensor.is_quantized or tensor.ndim > MOST_DIMENSIONS:
-            raise FileError(f"{source}: holds a tensor that is no plain array in main memory; save dense tensors")
+            raise FileError(
+                f"{source}: holds a tensor that is no plain array in main memory; save dense tensors"
+            )
         unfolded += tensor.numel() * tensor.element_size()
         if unfolded > allowed:
             raise FileError(

@@ -45,8 +45,13 @@ def run_file(file: str) -> ModuleType:
         specification.loader.exec_module(module)
     except InputError:
         raise
-    except (Exception, SystemExit) as error:  # the user's file may raise anything; a script ends when it is run
-        raise FileError(f"{file} fails when it is run ({type(error).__name__}: {error}): mend it") from error
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the user's file may raise anything; a script ends when it is run
+        raise FileError(
+            f"{file} fails when it is run ({type(error).__name__}: {error}): mend it"
+        ) from error
     finally:
         sys.path.remove(folder)
     return module

@@ -11,14 +11,26 @@ from onnx import TensorProto
 
 from ecqx_onnx.inputs.onnx_file import OnnxFile, count_stored_bytes
 
-NARROW = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2}
+NARROW = {
+    TensorProto.INT8,
+    TensorProto.UINT8,
+    TensorProto.INT4,
+    TensorProto.UINT4,
+    TensorProto.INT2,
+    TensorProto.UINT2,
+}
 FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
 def list_scale_names(proto: onnx.ModelProto) -> set[str]:
     """Names of the steps, codebooks and factors: what dequantising nodes read beside the levels."""
     nodes = (node for graph in list_graphs(proto.graph) for node in graph.node)
-    return {name for node in nodes if node.domain == DOMAIN or node.op_type == "DequantizeLinear" for name in node.input[1:]}
+    return {
+        name
+        for node in nodes
+        if node.domain == DOMAIN or node.op_type == "DequantizeLinear"
+        for name in node.input[1:]
+    }
 
 
 def count_byte_parts(file: OnnxFile, scales: set[str]) -> dict[str, int]:
@@ -29,12 +41,16 @@ def count_byte_parts(file: OnnxFile, scales: set[str]) -> dict[str, int]:
             parts[name_purpose(tensor, scales)] += count_data_bytes(tensor)
             parts["names"] += len(tensor.name.encode())
         for sparse in graph.sparse_initializer:
-            parts["quantised integers"] += count_data_bytes(sparse.values) + count_data_bytes(sparse.indices)
+            parts["quantised integers"] += count_data_bytes(sparse.values) + count_data_bytes(
+                sparse.indices
+            )
             parts["names"] += len(sparse.values.name.encode())
         for value in (*graph.input, *graph.output, *graph.value_info):
             parts["names"] += len(value.name.encode())
         for node in graph.node:
-            parts["names"] += sum(len(name.encode()) for name in (node.name, *node.input, *node.output))
+            parts["names"] += sum(
+                len(name.encode()) for name in (node.name, *node.input, *node.output)
+            )
             for attribute in node.attribute:
                 if attribute.HasField("t"):
                     parts[name_purpose(attribute.t, scales)] += count_data_bytes(attribute.t)
@@ -60,6 +76,13 @@ def count_data_bytes(tensor: TensorProto) -> int:
         return len(tensor.raw_data)
     bare = TensorProto()
     bare.CopyFrom(tensor)
-    for name in ("float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data"):
+    for name in (
+        "float_data",
+        "double_data",
+        "int32_data",
+        "int64_data",
+        "uint64_data",
+        "string_data",
+    ):
         bare.ClearField(name)
     return tensor.ByteSize() - bare.ByteSize()

@@ -17,7 +17,12 @@ from typing import Any
 import onnx
 from ecqx_onnx_converters.dequantization.fused import expand_call
 from ecqx_onnx_converters.graph.graph import list_graphs
-from ecqx_onnx_converters.serialization.reading import StoredWeight, is_as_written, read_records, read_weights
+from ecqx_onnx_converters.serialization.reading import (
+    StoredWeight,
+    is_as_written,
+    read_records,
+    read_weights,
+)
 from ecqx_onnx_converters.storage import DOMAIN
 from onnx import TensorProto
 from rich.console import Group, RenderableType
@@ -48,8 +53,25 @@ class InspectedTensor:
     nbytes: int
 
     @classmethod
-    def of(cls, tensor: QuantTensor, sources: tuple[str, ...], storage: str, dequantization: str, nbytes: int) -> InspectedTensor:
-        return cls(tensor.name, sources, tensor.shape, tensor.bits, tensor.zeros, tensor.entropy, storage, dequantization, nbytes)
+    def of(
+        cls,
+        tensor: QuantTensor,
+        sources: tuple[str, ...],
+        storage: str,
+        dequantization: str,
+        nbytes: int,
+    ) -> InspectedTensor:
+        return cls(
+            tensor.name,
+            sources,
+            tensor.shape,
+            tensor.bits,
+            tensor.zeros,
+            tensor.entropy,
+            storage,
+            dequantization,
+            nbytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,10 @@ class Inspection:
                 }
                 for row in self.tensors
             ],
-            "float": [{"name": row.name, "shape": list(row.shape), "bytes": row.nbytes} for row in self.floats],
+            "float": [
+                {"name": row.name, "shape": list(row.shape), "bytes": row.nbytes}
+                for row in self.floats
+            ],
             "parts": dict(self.parts),
             "recipe": dict(self.recipe),
             "preprocessing": dict(self.preprocessing),
@@ -113,8 +138,16 @@ class Inspection:
 
     def render(self) -> RenderableType:
         """As tables for a terminal."""
-        facts = Table(title=Text(f"{self.file}: {self.kind}, {self.nbytes:,} bytes"), title_justify="left", show_header=False)
-        rows = [*self.facts, ("recipe", format_fields(self.recipe)), ("preprocessing", format_fields(self.preprocessing))]
+        facts = Table(
+            title=Text(f"{self.file}: {self.kind}, {self.nbytes:,} bytes"),
+            title_justify="left",
+            show_header=False,
+        )
+        rows = [
+            *self.facts,
+            ("recipe", format_fields(self.recipe)),
+            ("preprocessing", format_fields(self.preprocessing)),
+        ]
         for name, value in [*rows, ("labels", ", ".join(self.labels))]:
             if value:
                 facts.add_row(name, Text(value))
@@ -126,21 +159,48 @@ class Inspection:
         if self.tensors:
             tables.append(self._weights())
         for row in self.floats[:SHOWN_FLOATS]:
-            tables.append(Text(f"float: {row.name} {list(row.shape)}, {row.nbytes:,} bytes", style="dim"))
+            tables.append(
+                Text(f"float: {row.name} {list(row.shape)}, {row.nbytes:,} bytes", style="dim")
+            )
         if len(self.floats) > SHOWN_FLOATS:
             rest = self.floats[SHOWN_FLOATS:]
-            tables.append(Text(f"float: {len(rest)} more weights, {sum(row.nbytes for row in rest):,} bytes", style="dim"))
+            tables.append(
+                Text(
+                    f"float: {len(rest)} more weights, {sum(row.nbytes for row in rest):,} bytes",
+                    style="dim",
+                )
+            )
         return Group(*tables, parts, *(Text(warning, style="yellow") for warning in self.warnings))
 
     def _weights(self) -> Table:
         table = Table()
-        for heading in ("weight", "shape", "bits", "zeros", "entropy", "stored", "storage", "bytes"):
-            table.add_column(heading, justify="left" if heading in ("weight", "storage") else "right", overflow="fold")
+        for heading in (
+            "weight",
+            "shape",
+            "bits",
+            "zeros",
+            "entropy",
+            "stored",
+            "storage",
+            "bytes",
+        ):
+            table.add_column(
+                heading,
+                justify="left" if heading in ("weight", "storage") else "right",
+                overflow="fold",
+            )
         for row in self.tensors:
             storage = f"{row.storage}, {row.dequantization}" if row.dequantization else row.storage
             shape = "x".join(map(str, row.shape))
             stored = f"{8 * row.nbytes / max(1, math.prod(row.shape)):.2f}"  # bits per weight, as is the entropy
-            numbers = (str(row.bits), f"{row.zeros:.1%}", f"{row.entropy:.2f}", stored, storage, f"{row.nbytes:,}")
+            numbers = (
+                str(row.bits),
+                f"{row.zeros:.1%}",
+                f"{row.entropy:.2f}",
+                stored,
+                storage,
+                f"{row.nbytes:,}",
+            )
             table.add_row(", ".join(row.sources), shape, *numbers)
         return table
 
@@ -165,12 +225,19 @@ def inspect_onnx(file: OnnxFile) -> Inspection:
         inflated = _is_inflated(file)
     if inflated:
         count = len(file.metadata["tensors"])
-        warnings.insert(0, f"INFLATED: the metadata lists {count} quantised weights, but some tool has turned them into floats")
+        warnings.insert(
+            0,
+            f"INFLATED: the metadata lists {count} quantised weights, but some tool has turned them into floats",
+        )
     wrong = [item.weight.name for item in stored if not item.crc_ok]
     if wrong:
-        warnings.append(f"the levels of {', '.join(wrong)} do not have the metadata's checksum; the file was changed")
+        warnings.append(
+            f"the levels of {', '.join(wrong)} do not have the metadata's checksum; the file was changed"
+        )
     elif is_as_written(file.with_data()) is False:
-        warnings.append("graph, parameters or metadata do not have the file's own checksum; the file was changed")
+        warnings.append(
+            "graph, parameters or metadata do not have the file's own checksum; the file was changed"
+        )
     scales = list_scale_names(proto)
     return Inspection(
         file=str(file.path),
@@ -192,18 +259,27 @@ def _is_inflated(file: OnnxFile) -> bool:
     """No listed weight has its integers in the file any more."""
     graph = file.proto.graph
     present = {tensor.name for tensor in graph.initializer if tensor.data_type in NARROW}
-    present |= {sparse.values.name for sparse in graph.sparse_initializer} | {name for node in graph.node for name in node.output}
+    present |= {sparse.values.name for sparse in graph.sparse_initializer} | {
+        name for node in graph.node for name in node.output
+    }
     listed = [record.levels or record.value for record in read_records(file.metadata)]
     return bool(listed) and not any(name in present for name in listed)
 
 
 def list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
     proto = file.proto
-    initializers = {tensor.name for tensor in proto.graph.initializer}  # old files list these among the inputs, too
+    initializers = {
+        tensor.name for tensor in proto.graph.initializer
+    }  # old files list these among the inputs, too
     inputs = [value for value in proto.graph.input if value.name not in initializers]
     operators = Counter(node.op_type for graph in list_graphs(proto.graph) for node in graph.node)
     facts = [
-        ("opset", ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import)),
+        (
+            "opset",
+            ", ".join(
+                f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in proto.opset_import
+            ),
+        ),
         ("IR version", str(proto.ir_version)),
         ("producer", f"{proto.producer_name} {proto.producer_version}".strip()),
         ("inputs", "; ".join(map(describe_signature, inputs))),
@@ -220,14 +296,28 @@ def describe_signature(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
         return value.name
-    kind = TensorProto.DataType.Name(tensor.elem_type) if tensor.elem_type in TensorProto.DataType.values() else "?"
-    lengths = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
+    kind = (
+        TensorProto.DataType.Name(tensor.elem_type)
+        if tensor.elem_type in TensorProto.DataType.values()
+        else "?"
+    )
+    lengths = [
+        str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
+        for d in tensor.shape.dim
+    ]
     return f"{value.name} {kind.lower()}[{', '.join(lengths)}]"
 
 
-def list_rows(stored: tuple[StoredWeight, ...], proto: onnx.ModelProto) -> Iterator[InspectedTensor]:
-    types = {tensor.name: TensorProto.DataType.Name(tensor.data_type) for tensor in proto.graph.initializer}
-    calls = [part for node in proto.graph.node for part in expand_call(node) if part.domain == DOMAIN]
+def list_rows(
+    stored: tuple[StoredWeight, ...], proto: onnx.ModelProto
+) -> Iterator[InspectedTensor]:
+    types = {
+        tensor.name: TensorProto.DataType.Name(tensor.data_type)
+        for tensor in proto.graph.initializer
+    }
+    calls = [
+        part for node in proto.graph.node for part in expand_call(node) if part.domain == DOMAIN
+    ]
     folded = {call.input[0] for call in calls if call.input}
     seen: set[str] = set()
     for item in stored:
@@ -254,7 +344,9 @@ def split_insight_bytes(insight: Insight) -> tuple[bytes, bytes]:
 
 
 def inspect_checkpoint(path: Path) -> Inspection:
-    from ecqx_onnx.checkpoint.checkpoint import load  # here, since it loads torch, which .onnx files do not need
+    from ecqx_onnx.checkpoint.checkpoint import (
+        load,
+    )  # here, since it loads torch, which .onnx files do not need
 
     checkpoint = load(path)
     nbytes = path.stat().st_size
@@ -262,7 +354,8 @@ def inspect_checkpoint(path: Path) -> Inspection:
         "quantised integers": sum(tensor.size for tensor in checkpoint.tensors),
         "float parameters": sum(value.nbytes for value in checkpoint.state.values()),
         "traced network": len(checkpoint.program),
-        "float ONNX graph": checkpoint.graph.proto.ByteSize() + sum(w.nbytes for w in checkpoint.graph.weights.values()),
+        "float ONNX graph": checkpoint.graph.proto.ByteSize()
+        + sum(w.nbytes for w in checkpoint.graph.weights.values()),
     }
     if checkpoint.insight is not None:
         parts["insight for the report"] = sum(map(len, split_insight_bytes(checkpoint.insight)))
@@ -273,11 +366,20 @@ def inspect_checkpoint(path: Path) -> Inspection:
         if value.ndim >= 2 and value.is_floating_point()
     ]
     integers = sum(tensor.size for tensor in checkpoint.tensors)
-    rows = [InspectedTensor.of(tensor, (tensor.name,), "int8 levels", "", tensor.size) for tensor in checkpoint.tensors]
+    rows = [
+        InspectedTensor.of(tensor, (tensor.name,), "int8 levels", "", tensor.size)
+        for tensor in checkpoint.tensors
+    ]
     facts = (
-        ("quantised", f"{len(rows)} weights of {integers:,} integers, {len(checkpoint.matching.found)} placed in the ONNX graph"),
+        (
+            "quantised",
+            f"{len(rows)} weights of {integers:,} integers, {len(checkpoint.matching.found)} placed in the ONNX graph",
+        ),
         ("notes", "; ".join(checkpoint.notes)),
-        ("not in the graph", "; ".join(f"{entry.name}: {entry.reason}" for entry in checkpoint.matching.missing)),
+        (
+            "not in the graph",
+            "; ".join(f"{entry.name}: {entry.reason}" for entry in checkpoint.matching.missing),
+        ),
     )
     return Inspection(
         file=str(path),
@@ -310,4 +412,8 @@ def read_labels(value: Any) -> tuple[str, ...]:
 def format_fields(fields: Mapping[str, Any]) -> str:
     """What is set, as `name value`."""
     unset: tuple[Any, ...] = (None, [], "", {})
-    return ", ".join(f"{name} {value}" for name, value in fields.items() if name != "version" and value not in unset)
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in fields.items()
+        if name != "version" and value not in unset
+    )

@@ -77,24 +77,34 @@ class Recipe:
             ("activations", get_args(Activations)),
         ):
             if getattr(self, name) not in choices:
-                raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")
+                raise OptionError(
+                    f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}"
+                )
         for name in ("entropy_weight", "keep", "prune", "zero_floor", "size_exponent"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1):
                 raise OptionError(f"{name} is {value}: choose a number from 0 to 1")
         if not 0 <= self.relevance_memory < 1:
-            raise OptionError(f"relevance_memory is {self.relevance_memory}: choose a number from 0 to below 1")
+            raise OptionError(
+                f"relevance_memory is {self.relevance_memory}: choose a number from 0 to below 1"
+            )
         if not (math.isfinite(self.rho) and self.rho > 1):
             raise OptionError(f"rho is {self.rho}: f(R) = ρ R^β needs ρ above 1")
         if not (math.isfinite(self.step_rate) and self.step_rate > 0):
-            raise OptionError(f"step_rate is {self.step_rate}: choose a positive number, such as 0.001")
+            raise OptionError(
+                f"step_rate is {self.step_rate}: choose a positive number, such as 0.001"
+            )
         if self.relevance_samples is not None and self.relevance_samples < 1:
-            raise OptionError(f"relevance_samples is {self.relevance_samples}: choose 1 or more, or None for the whole batch")
+            raise OptionError(
+                f"relevance_samples is {self.relevance_samples}: choose 1 or more, or None for the whole batch"
+            )
         if self.refresh_every < 1:
             raise OptionError(f"refresh_every is {self.refresh_every}: choose 1 or more steps")
         for bits in self.bits.values() if isinstance(self.bits, Mapping) else (self.bits,):
             if not (isinstance(bits, int) and 2 <= bits <= 8):
-                raise OptionError(f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8")
+                raise OptionError(
+                    f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8"
+                )
         if self.relevance == "none":  # as on the command line
             object.__setattr__(self, "relevance", None)
         if isinstance(self.exclude, str):
@@ -118,8 +128,14 @@ class Recipe:
     def unmatched(self, names: Sequence[str]) -> tuple[str, ...]:
         """The patterns of exclude and bits that none of these parameter names matches, each with its option."""
         patterns = [("exclude", pattern) for pattern in self.exclude]
-        patterns += [("bits", pattern) for pattern in (self.bits if isinstance(self.bits, Mapping) else ())]
-        return tuple(f"{option} '{p}'" for option, p in patterns if not any(fnmatchcase(name, p) for name in names))
+        patterns += [
+            ("bits", pattern) for pattern in (self.bits if isinstance(self.bits, Mapping) else ())
+        ]
+        return tuple(
+            f"{option} '{p}'"
+            for option, p in patterns
+            if not any(fnmatchcase(name, p) for name in names)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and strings only; a Composite or a function by its type's or its own name."""

@@ -29,23 +29,37 @@ class _Setup:
     relevance_until: float = 1.0  # a state written before there was this option has none
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1 or not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+        if (
+            self.epochs < 0
+            or self.batch_size < 1
+            or not (math.isfinite(self.learning_rate) and self.learning_rate >= 0)
+        ):
             raise OptionError(
                 f"epochs {self.epochs}, batch size {self.batch_size}, learning rate {self.learning_rate}: "
                 "they must be at least 0, 1 and 0"
             )
-        if not 0 <= self.validation < 1 or not 0 <= self.distillation <= 1 or not self.temperature > 0:
+        if (
+            not 0 <= self.validation < 1
+            or not 0 <= self.distillation <= 1
+            or not self.temperature > 0
+        ):
             raise OptionError(
                 f"validation {self.validation}, distillation {self.distillation}, temperature {self.temperature}: the first is a "
                 "share below 1, the second one up to 1, the third above 0"
             )
         if not 0 <= self.entropy_ramp < 1:
-            raise OptionError(f"entropy_ramp is {self.entropy_ramp}: choose a share of the training from 0 to below 1")
+            raise OptionError(
+                f"entropy_ramp is {self.entropy_ramp}: choose a share of the training from 0 to below 1"
+            )
         if not 0 < self.relevance_until <= 1:
-            raise OptionError(f"relevance_until is {self.relevance_until}: choose a share of the training above 0, up to 1")
+            raise OptionError(
+                f"relevance_until is {self.relevance_until}: choose a share of the training above 0, up to 1"
+            )
         for name, choices in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
-                raise OptionError(f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}")
+                raise OptionError(
+                    f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}"
+                )
 
     def rate_scale(self, done: float) -> float:
         """What the learning rates of weights and steps are multiplied by when this share of the training is done."""

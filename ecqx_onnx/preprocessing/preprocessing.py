@@ -48,19 +48,34 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise OptionError(f"a preprocessing's kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
+            raise OptionError(
+                f"a preprocessing's kind must be one of {', '.join(KINDS)}, not {self.kind!r}"
+            )
         if not _is_number(self.scale) or self.scale <= 0:
-            raise OptionError(f"a preprocessing's scale must be a finite number above 0, not {self.scale!r}")
+            raise OptionError(
+                f"a preprocessing's scale must be a finite number above 0, not {self.scale!r}"
+            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or not all(map(_is_number, values)):
-                raise OptionError(f"a preprocessing's {name} must be a tuple of finite numbers, not {str(values)[:80]}")
+                raise OptionError(
+                    f"a preprocessing's {name} must be a tuple of finite numbers, not {str(values)[:80]}"
+                )
             if len(values) > MOST_CHANNELS:
-                raise OptionError(f"a preprocessing's {name} has {len(values)} values, more than {MOST_CHANNELS}")
+                raise OptionError(
+                    f"a preprocessing's {name} has {len(values)} values, more than {MOST_CHANNELS}"
+                )
         if not all(np.float32(value) > 0 for value in self.std):
             raise OptionError(f"a preprocessing's std must be above 0, not {self.std!r}")
-        if self.mean and self.std and len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
-            raise OptionError(f"mean has {len(self.mean)} values and std has {len(self.std)}: give one for each channel in both")
+        if (
+            self.mean
+            and self.std
+            and len(self.mean) != len(self.std)
+            and 1 not in (len(self.mean), len(self.std))
+        ):
+            raise OptionError(
+                f"mean has {len(self.mean)} values and std has {len(self.std)}: give one for each channel in both"
+            )
         if self.image_shape is not None and not (
             isinstance(self.image_shape, tuple)
             and len(self.image_shape) == 3
@@ -68,10 +83,16 @@ class Preprocessing:
             and self.image_shape[2] in (1, 3)
             and self.image_shape[0] * self.image_shape[1] <= MOST_PIXELS
         ):
-            raise OptionError(f"image_shape must be (height, width, channels) with 1 or 3 channels, not {self.image_shape!r}")
+            raise OptionError(
+                f"image_shape must be (height, width, channels) with 1 or 3 channels, not {self.image_shape!r}"
+            )
         if self.samples is not None and not _is_count(self.samples, MOST_SAMPLES):
-            raise OptionError(f"samples must be a whole number from 1 to {MOST_SAMPLES}, not {str(self.samples)[:40]}")
-        if self.spectrum is not None and (not isinstance(self.spectrum, Spectrum) or self.kind != "waveform"):
+            raise OptionError(
+                f"samples must be a whole number from 1 to {MOST_SAMPLES}, not {str(self.samples)[:40]}"
+            )
+        if self.spectrum is not None and (
+            not isinstance(self.spectrum, Spectrum) or self.kind != "waveform"
+        ):
             raise OptionError(f"a spectrum needs waveforms, and the kind is {self.kind!r}")
         if self.kind == "indices" and (self.scale != 1 or self.mean or self.std):
             raise OptionError("indices reach the model unchanged: leave scale, mean and std out")
@@ -95,10 +116,13 @@ class Preprocessing:
             x = x / self._per_channel(self.std, x.shape)
         return x
 
-    def check(self, dtype: np.dtype, sample_shape: tuple[int, ...], *, where: str = "the data") -> None:
+    def check(
+        self, dtype: np.dtype, sample_shape: tuple[int, ...], *, where: str = "the data"
+    ) -> None:
         """DataError naming `where` if raw samples of this dtype and shape (without N) do not fit this preprocessing."""
         fits = {
-            "image": dtype == np.uint8 and (len(sample_shape) == 2 or (len(sample_shape) == 3 and sample_shape[2] <= 4)),
+            "image": dtype == np.uint8
+            and (len(sample_shape) == 2 or (len(sample_shape) == 3 and sample_shape[2] <= 4)),
             "waveform": (dtype == np.int16 or dtype.kind == "f") and len(sample_shape) == 1,
             "array": dtype.kind in "buif" and len(sample_shape) > 0,
             "indices": dtype.kind in "ui" and len(sample_shape) > 0,
@@ -111,11 +135,15 @@ class Preprocessing:
                 "indices": "integers [N, ...]",
             }[self.kind]
             found = f"{dtype} [N{''.join(f', {length}' for length in sample_shape)}]"
-            raise DataError(f"{where} holds {found} where the preprocessing of kind '{self.kind}' needs {needs}: change either")
+            raise DataError(
+                f"{where} holds {found} where the preprocessing of kind '{self.kind}' needs {needs}: change either"
+            )
         channels = self._channels(sample_shape)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) > 1 and len(values) != channels:
-                raise DataError(f"the preprocessing has {len(values)} values as {name}: give {channels} to fit {where}")
+                raise DataError(
+                    f"the preprocessing has {len(values)} values as {name}: give {channels} to fit {where}"
+                )
         if self.spectrum is not None and self.spectrum.frames(sample_shape[0]) < 1:
             raise DataError(
                 f"{where} holds waveforms of {sample_shape[0]} samples, less than a frame of {self.spectrum.frame_length}: "
@@ -164,10 +192,15 @@ class Preprocessing:
                 fields["spectrum"] = Spectrum(**spectrum)
             elif spectrum is not None:
                 raise OptionError(f"its spectrum is {type(spectrum).__name__}, not an object")
-            values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in fields.items()
+            }
             return cls(**values)
         except (OptionError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise FileError(f"the recorded preprocessing cannot be used: {error}; give the preprocessing anew") from error
+            raise FileError(
+                f"the recorded preprocessing cannot be used: {error}; give the preprocessing anew"
+            ) from error
 
     def _channels(self, sample_shape: tuple[int, ...]) -> int:
         if self.kind == "image":
@@ -183,7 +216,9 @@ class Preprocessing:
         return np.asarray(values, np.float32).reshape(1, -1, *(1,) * (len(shape) - 2))
 
 
-def infer_preprocessing(dtype: np.dtype, sample_shape: tuple[int, ...], *, where: str = "the data") -> Preprocessing:
+def infer_preprocessing(
+    dtype: np.dtype, sample_shape: tuple[int, ...], *, where: str = "the data"
+) -> Preprocessing:
     """The preprocessing that raw samples of this dtype and shape (without N) ask for, without mean and std. DataError if none."""
     channels_last = len(sample_shape) == 3 and sample_shape[2] in (1, 3)
     if dtype == np.uint8 and (len(sample_shape) == 2 or channels_last):

@@ -49,21 +49,31 @@ class Spectrum:
         ):
             value = getattr(self, name)
             if type(value) is not int or not lowest <= value <= highest:
-                raise OptionError(f"a spectrum's {name} must be a whole number from {lowest} to {highest}, not {value!r}")
+                raise OptionError(
+                    f"a spectrum's {name} must be a whole number from {lowest} to {highest}, not {value!r}"
+                )
         for name in ("low_hz", "high_hz", "floor"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise OptionError(f"a spectrum's {name} must be a finite number of at least 0, not {value!r}")
+                raise OptionError(
+                    f"a spectrum's {name} must be a finite number of at least 0, not {value!r}"
+                )
         if self.fft_length < self.frame_length:
-            raise OptionError(f"fft_length {self.fft_length} is shorter than frame_length {self.frame_length}: raise it")
+            raise OptionError(
+                f"fft_length {self.fft_length} is shorter than frame_length {self.frame_length}: raise it"
+            )
         if self.coefficients > self.mel_bands:
-            raise OptionError(f"{self.coefficients} coefficients cannot come from {self.mel_bands} mel_bands: ask for fewer")
+            raise OptionError(
+                f"{self.coefficients} coefficients cannot come from {self.mel_bands} mel_bands: ask for fewer"
+            )
         if not self.low_hz < self.high_hz <= self.sample_rate / 2:
             raise OptionError(
                 f"a spectrum's band {self.low_hz}-{self.high_hz} Hz must rise, up to half of {self.sample_rate} Hz at most"
             )
         if self.floor == 0:
-            raise OptionError("a spectrum's floor of 0 would take the logarithm of silence: use a small number such as 1e-6")
+            raise OptionError(
+                "a spectrum's floor of 0 would take the logarithm of silence: use a small number such as 1e-6"
+            )
 
     @property
     def bands(self) -> int:
@@ -82,11 +92,15 @@ class Spectrum:
         """waveforms: float [N, T] in [-1, 1] -> float32 [N, frames, bands]. OptionError if T is shorter than one frame."""
         count = self.frames(waveforms.shape[1])
         if count < 1:
-            raise OptionError(f"a waveform of {waveforms.shape[1]} samples is shorter than one frame of {self.frame_length}")
+            raise OptionError(
+                f"a waveform of {waveforms.shape[1]} samples is shorter than one frame of {self.frame_length}"
+            )
         if len(waveforms) > 1 and len(waveforms) * self.values(waveforms.shape[1]) > MOST_VALUES:
             return np.concatenate([self.apply(waveform) for waveform in waveforms[:, None]])
         starts = np.arange(count) * self.hop
-        framed = waveforms[:, starts[:, None] + np.arange(self.frame_length)]  # [N, frames, frame_length]
+        framed = waveforms[
+            :, starts[:, None] + np.arange(self.frame_length)
+        ]  # [N, frames, frame_length]
         spectrum = np.fft.rfft(framed * make_hann_window(self.frame_length), n=self.fft_length)
         energies = (spectrum.real**2 + spectrum.imag**2) @ make_mel_filters(self).T
         values = np.log(energies + self.floor)
@@ -102,10 +116,17 @@ def convert_to_mel(hertz: np.ndarray | float) -> np.ndarray | float:
 @lru_cache(maxsize=8)
 def make_mel_filters(spectrum: Spectrum) -> np.ndarray:
     """float64 [mel_bands, fft_length // 2 + 1]: triangles whose corners are evenly spaced in mel, linear in Hz, of height 1."""
-    corners = np.linspace(convert_to_mel(spectrum.low_hz), convert_to_mel(spectrum.high_hz), spectrum.mel_bands + 2)
-    left, centre, right = (700.0 * (10.0 ** (corners[i : i + spectrum.mel_bands, None] / 2595.0) - 1.0) for i in range(3))
+    corners = np.linspace(
+        convert_to_mel(spectrum.low_hz), convert_to_mel(spectrum.high_hz), spectrum.mel_bands + 2
+    )
+    left, centre, right = (
+        700.0 * (10.0 ** (corners[i : i + spectrum.mel_bands, None] / 2595.0) - 1.0)
+        for i in range(3)
+    )
     bins = np.arange(spectrum.fft_length // 2 + 1) * (spectrum.sample_rate / spectrum.fft_length)
-    return np.maximum(0.0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))
+    return np.maximum(
+        0.0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
+    )
 
 
 @lru_cache(maxsize=8)

@@ -35,19 +35,59 @@ PAIRS = ADDITIONS | list_spellings("mul", "multiply", "__mul__", "__rmul__")
 NORMS = list_spellings("batch_norm")
 MEANS = list_spellings("mean")
 UNARY = list_spellings(
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *(
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+    ),
     *("leaky_relu", "sigmoid"),
 )
 JOINS = list_spellings("cat", "concat")
 CLIPS = list_spellings("relu", "relu_", "relu6", "hardtanh", "clamp", "clip")
 DROPOUTS = list_spellings("dropout", "dropout1d", "dropout2d", "dropout3d")
 MOVES = list_spellings(
-    *("max_pool1d", "max_pool2d", "max_pool3d", "reshape", "view", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
-    *("transpose", "permute", "movedim", "swapaxes", "__getitem__", "narrow", "select", "pad", "expand", "expand_as"),
+    *(
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "reshape",
+        "view",
+        "view_as",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+    ),
+    *(
+        "transpose",
+        "permute",
+        "movedim",
+        "swapaxes",
+        "__getitem__",
+        "narrow",
+        "select",
+        "pad",
+        "expand",
+        "expand_as",
+    ),
     *("contiguous", "clone"),
 )
 LOOKS = list_spellings(
-    *("size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "register_hook", "__len__", "item", "tolist")
+    *(
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "is_floating_point",
+        "is_contiguous",
+        "register_hook",
+        "__len__",
+        "item",
+        "tolist",
+    )
 )
 
 
@@ -156,7 +196,9 @@ class ActivationRounding:
         if place not in self.ranges or self.seen is not None:
             return value
         scale, zero_point = choose_uint8_grid(self.ranges[place].to(value.device))
-        return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, LEVELS).to(value.dtype)
+        return torch.fake_quantize_per_tensor_affine(
+            value.float(), scale, zero_point, 0, LEVELS
+        ).to(value.dtype)
 
 
 def choose_uint8_grid(range: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,20 +216,31 @@ class _Mode(TorchFunctionMode):
         super().__init__()
         self.owner = owner
         self.made: dict[int, _Made] = {}
-        self.places: dict[int, tuple[Tensor, str]] = {}  # id of a source -> itself, so that the id stays its own, and its place
+        self.places: dict[
+            int, tuple[Tensor, str]
+        ] = {}  # id of a source -> itself, so that the id stays its own, and its place
         self.done: dict[int, tuple[Tensor, Tensor]] = {}  # id of a value -> itself and x̂
         self.counts: dict[str, int] = {}
 
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
-        if not args or not isinstance(args[0], (Tensor, list, tuple)) or name in ("__get__", "__set__") or func in LOOKS:
+        if (
+            not args
+            or not isinstance(args[0], (Tensor, list, tuple))
+            or name in ("__get__", "__set__")
+            or func in LOOKS
+        ):
             return func(*args, **kwargs)
         if name in AUGMENTED:  # Python rebinds the name, so the out-of-place operator says the same
             return self.__torch_function__(AUGMENTED[name], types, args, kwargs)
         if name in ("add_", "mul_"):
             target: Any = args[0]
-            return self._in_place(target, self.__torch_function__(getattr(Tensor, name[:-1]), types, args, kwargs))
+            return self._in_place(
+                target, self.__torch_function__(getattr(Tensor, name[:-1]), types, args, kwargs)
+            )
         if func in JOINS:
             return self._join(func, args, kwargs)
         if not isinstance(args[0], Tensor):
@@ -200,19 +253,32 @@ class _Mode(TorchFunctionMode):
             return self._pair(func, name, args, kwargs)
         if id(args[0]) in self.made:
             return self._next(self.made[id(args[0])], func, name, args, kwargs)
-        return func(*args, **kwargs) if func in MOVES | CLIPS | DROPOUTS else self._float_operator(func, args, kwargs)
+        return (
+            func(*args, **kwargs)
+            if func in MOVES | CLIPS | DROPOUTS
+            else self._float_operator(func, args, kwargs)
+        )
 
-    def _next(self, made: _Made, func: Callable, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _next(
+        self, made: _Made, func: Callable, name: str, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         """An operator whose first argument is what an integer kernel makes."""
         if func in NORMS and made.product:
             return self._make(func(*args, **kwargs), sums=made.sums)
         if func in UNARY or (func in MEANS and is_over_pixels(args, kwargs)):
             return self._make(func(self.read(args[0], self._counted(name)), *args[1:], **kwargs))
         if name == "silu":  # x sigmoid(x) in the exported graph
-            return self._pair(torch.mul, "mul", (args[0], self._next(made, torch.sigmoid, "sigmoid", args[:1], {})), {})
+            return self._pair(
+                torch.mul,
+                "mul",
+                (args[0], self._next(made, torch.sigmoid, "sigmoid", args[:1], {})),
+                {},
+            )
         if func in CLIPS:
             args = (args[0] if made.kernel is None else made.kernel, *args[1:])
-            if not keeps_zero(args[1:], kwargs):  # a range always holds zero, so such a clip is no end of one
+            if not keeps_zero(
+                args[1:], kwargs
+            ):  # a range always holds zero, so such a clip is no end of one
                 args = (self.read(args[0], self._counted(name)), *args[1:])
             return self._make(func(*args, **kwargs))
         if func in DROPOUTS:  # it scales what it keeps, so x̂ comes first
@@ -222,8 +288,14 @@ class _Mode(TorchFunctionMode):
             moved = func(*args, **kwargs)
             if moved is args[0]:
                 return moved
-            kernel = None if made.kernel is None else self._make(func(made.kernel, *args[1:], **kwargs), source=made.kernel)
-            return self._make(moved, source=made.source, sums=made.sums, rounded=made.rounded, kernel=kernel)
+            kernel = (
+                None
+                if made.kernel is None
+                else self._make(func(made.kernel, *args[1:], **kwargs), source=made.kernel)
+            )
+            return self._make(
+                moved, source=made.source, sums=made.sums, rounded=made.rounded, kernel=kernel
+            )
         return self._float_operator(func, args, kwargs)
 
     def read(self, value: Tensor, place: str) -> Tensor:
@@ -289,8 +361,13 @@ class _Mode(TorchFunctionMode):
         if isinstance(args[1], nn.Parameter):
             if id(args[1]) not in self.owner.weights:
                 return self._float_operator(func, args, kwargs)
-            return self._make(func(self.read(args[0], f"input of {self.owner.weights[id(args[1])]}"), args[1]), sums=True)
-        return self._make(func(*(self.read(x, self._counted(name)) for x in args), **kwargs), sums=True)
+            return self._make(
+                func(self.read(args[0], f"input of {self.owner.weights[id(args[1])]}"), args[1]),
+                sums=True,
+            )
+        return self._make(
+            func(*(self.read(x, self._counted(name)) for x in args), **kwargs), sums=True
+        )
 
     def _pair(self, func: Callable, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Addition or multiplication: of activations one of which a kernel makes, or of one such and a constant."""
@@ -300,7 +377,8 @@ class _Mode(TorchFunctionMode):
             return self._float_operator(func, args, kwargs)
         constants = [not isinstance(x, Tensor) or isinstance(x, nn.Parameter) for x in both]
         read = [
-            round_constant(x) if fixed else self.read(x, self._counted(name)) for x, fixed in zip(both, constants, strict=True)
+            round_constant(x) if fixed else self.read(x, self._counted(name))
+            for x, fixed in zip(both, constants, strict=True)
         ]
         if any(constants) and made[0].sums:
             return self._make(func(*both), sums=True, kernel=self._make(func(*read)))
@@ -310,7 +388,9 @@ class _Mode(TorchFunctionMode):
         parts = args[0]
         if not any(id(x) in self.made for x in parts):
             return func(*args, **kwargs)
-        return self._make(func([self.read(x, self._counted("cat")) for x in parts], *args[1:], **kwargs))
+        return self._make(
+            func([self.read(x, self._counted("cat")) for x in parts], *args[1:], **kwargs)
+        )
 
     def _float_operator(self, func: Callable, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*map_tensors(args, self.floats), **map_tensors(kwargs, self.floats))
@@ -321,12 +401,16 @@ def round_constant(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     scale, zero_point = choose_uint8_grid(torch.stack(torch.aminmax(value.detach().float())))
-    return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, LEVELS).to(value.dtype)
+    return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, LEVELS).to(
+        value.dtype
+    )
 
 
 def keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a clip leaves zero as it is. bounds: a clamp's or hardtanh's positional ones; True where they are tensors."""
-    named = dict(zip(("min", "max"), bounds, strict=False)) | {key[:3]: value for key, value in kwargs.items()}
+    named = dict(zip(("min", "max"), bounds, strict=False)) | {
+        key[:3]: value for key, value in kwargs.items()
+    }
     low, high = named.get("min"), named.get("max")
     return not (isinstance(low, float | int) and not isinstance(low, bool) and low > 0) and not (
         isinstance(high, float | int) and not isinstance(high, bool) and high < 0
@@ -337,4 +421,8 @@ def is_over_pixels(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a mean is over all dimensions behind the channels."""
     rank, axes = args[0].ndim, args[1] if len(args) > 1 else kwargs.get("dim")
     axes = (axes,) if isinstance(axes, int) else axes
-    return rank > 2 and isinstance(axes, (tuple, list)) and sorted(axis % rank for axis in axes) == list(range(2, rank))
+    return (
+        rank > 2
+        and isinstance(axes, (tuple, list))
+        and sorted(axis % rank for axis in axes) == list(range(2, rank))
+    )

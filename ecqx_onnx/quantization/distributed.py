@@ -54,11 +54,15 @@ def sum_numbers(values: Sequence[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
-def sum_over_processes(found: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def sum_over_processes(
+    found: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Add up each tensor over the processes. shapes: every name that some process may have, in one order for all."""
     if count_processes() == 1:
         return dict(found)
-    reached = torch.tensor([float(name in found) for name in shapes], device=next(iter(shapes.values())).device)
+    reached = torch.tensor(
+        [float(name in found) for name in shapes], device=next(iter(shapes.values())).device
+    )
     dist.all_reduce(reached)
     summed = {}
     for (name, like), anyone in zip(shapes.items(), reached.tolist(), strict=True):

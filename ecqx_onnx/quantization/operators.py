@@ -18,7 +18,9 @@ def list_spellings(*names: str) -> frozenset[Callable]:
 
 ADDITIONS = list_spellings("add", "__add__", "__radd__")
 
-AUGMENTED = {f"__i{name}__": getattr(Tensor, f"__{name}__") for name in ("add", "sub", "mul", "truediv")}
+AUGMENTED = {
+    f"__i{name}__": getattr(Tensor, f"__{name}__") for name in ("add", "sub", "mul", "truediv")
+}
 
 
 def find_tensors(value: Any) -> list[Tensor]:

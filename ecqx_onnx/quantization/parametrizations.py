@@ -67,7 +67,9 @@ def find_parametrized(model: nn.Module) -> tuple[Parametrized, ...]:
     Returns:
         One entry for each such weight; empty for most models.
     """
-    return tuple(entry for layer, module in model.named_modules() for entry in find_in_module(layer, module))
+    return tuple(
+        entry for layer, module in model.named_modules() for entry in find_in_module(layer, module)
+    )
 
 
 def find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
@@ -76,15 +78,25 @@ def find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
         parametrizations: Any = module.parametrizations
         for tensor, chain in parametrizations.items():
             kinds = [type(step).__name__.lstrip("_") for step in chain]
-            sources = [f"{prefix}parametrizations.{tensor}.{name}" for name, _ in chain.named_parameters()]
+            sources = [
+                f"{prefix}parametrizations.{tensor}.{name}" for name, _ in chain.named_parameters()
+            ]
             yield Parametrized(layer, tensor, " and ".join(kinds), None, tuple(sources))
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm):
-            names = [f"{hook.name}_g", f"{hook.name}_v"] if isinstance(hook, WeightNorm) else [f"{hook.name}_orig"]
-            yield Parametrized(layer, hook.name, type(hook).__name__, hook, tuple(prefix + name for name in names))
+            names = (
+                [f"{hook.name}_g", f"{hook.name}_v"]
+                if isinstance(hook, WeightNorm)
+                else [f"{hook.name}_orig"]
+            )
+            yield Parametrized(
+                layer, hook.name, type(hook).__name__, hook, tuple(prefix + name for name in names)
+            )
         if isinstance(hook, BasePruningMethod):
             tensor = hook._tensor_name
-            yield Parametrized(layer, tensor, f"pruning ({type(hook).__name__})", hook, (f"{prefix}{tensor}_orig",))
+            yield Parametrized(
+                layer, tensor, f"pruning ({type(hook).__name__})", hook, (f"{prefix}{tensor}_orig",)
+            )
 
 
 @torch.no_grad()
@@ -131,7 +143,14 @@ def merge_parametrizations(model: nn.Module) -> tuple[Parametrized, ...]:
     for entry in found:
         try:
             _merge(model.get_submodule(entry.layer), entry)
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+            LookupError,
+        ) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(
                 f"the weight '{entry.name}' is computed by {entry.kind} in every forward pass, and this cannot be merged into "
@@ -150,7 +169,11 @@ def _merge(module: nn.Module, entry: Parametrized) -> None:
     else:
         # A copy shares the class that torch made for its original, and removing takes the weight's property off the class.
         kind = type(module)
-        members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        members = {
+            name: value
+            for name, value in vars(kind).items()
+            if name not in ("__dict__", "__weakref__")
+        }
         module.__class__ = type(kind.__name__, kind.__bases__, members)
         was_training = module.training
         module.eval()  # spectral_norm moves its buffers in training

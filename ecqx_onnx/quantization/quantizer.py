@@ -31,7 +31,16 @@ from ecqx_onnx.quantization.parametrizations import find_parametrized
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 QUANTIZED: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(
+        nn.Linear,
+        nn.Bilinear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    ),
     *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
 )
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -73,12 +82,18 @@ class Report:
         unused = tuple(f"{pattern} matches no parameter" for pattern in self.unmatched)
         quantized = {tensor.name for tensor in self.tensors}
         failed = tuple(
-            f"no relevances, so plain ECQ for all weights: {why}" if what == "all weights" else f"{what}: {why}"
+            f"no relevances, so plain ECQ for all weights: {why}"
+            if what == "all weights"
+            else f"{what}: {why}"
             for what, why in self.relevance_failures
             if what not in quantized
         )
-        computed = {why: None for name, why in self.left_float if name in self.parametrized}  # one for g and v
-        single = tuple(f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings)
+        computed = {
+            why: None for name, why in self.left_float if name in self.parametrized
+        }  # one for g and v
+        single = tuple(
+            f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings
+        )
         return unused + failed + tuple(computed) + single
 
 
@@ -105,7 +120,9 @@ class _Weight:
     def gradient_factor(self) -> Tensor:
         """|kΔ|, and 1 for k = 0: what gradient="absolute" multiplies the gradient with."""
         magnitude = self.quantized().abs_()
-        return torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)).to(self.parameter.dtype)
+        return torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude)).to(
+            self.parameter.dtype
+        )
 
 
 class Quantizer:
@@ -127,20 +144,32 @@ class Quantizer:
         self._largest = max(weight.background.numel() for weight in self._weights)
         self._relevances = None
         if self.options.relevance is not None:
-            from ecqx_onnx.quantization.relevance.guard import GuardedRelevances  # zennit is loaded only by those who use it
+            from ecqx_onnx.quantization.relevance.guard import (
+                GuardedRelevances,
+            )  # zennit is loaded only by those who use it
 
             names = [weight.name for weight in self._weights]
-            self._relevances = GuardedRelevances(module, names, composite=self.options.relevance, start=self.options.start)
+            self._relevances = GuardedRelevances(
+                module, names, composite=self.options.relevance, start=self.options.start
+            )
         self.activations: ActivationRounding | None = None
         if self.options.activations == "int8" and hasattr(model, "_orig_mod"):
-            raise OptionError("activations='int8' cannot look into a compiled model: give the Quantizer the model itself")
-        if self.options.activations == "int8":  # behind the relevances, which look at float activations
-            self.activations = ActivationRounding(module, {id(weight.parameter): weight.name for weight in self._weights})
+            raise OptionError(
+                "activations='int8' cannot look into a compiled model: give the Quantizer the model itself"
+            )
+        if (
+            self.options.activations == "int8"
+        ):  # behind the relevances, which look at float activations
+            self.activations = ActivationRounding(
+                module, {id(weight.parameter): weight.name for weight in self._weights}
+            )
         self._hooks = []
         if self.options.gradient == "absolute":
             self._hooks = [
                 weight.parameter.register_hook(
-                    lambda gradient, weight=weight: gradient * weight.gradient_factor().to(gradient.device)
+                    lambda gradient, weight=weight: (
+                        gradient * weight.gradient_factor().to(gradient.device)
+                    )
                 )
                 for weight in self._weights
             ]
@@ -161,12 +190,19 @@ class Quantizer:
                     gradient = gradient / weight.gradient_factor()
                 weight.learner.rate = self.options.step_rate * self.step_rate_scale
                 weight.step = weight.learner.step(
-                    weight.name, gradient, weight.background, weight.levels, weight.step, weight.grid
+                    weight.name,
+                    gradient,
+                    weight.background,
+                    weight.levels,
+                    weight.step,
+                    weight.grid,
                 )
         refresh = self._steps % self.options.refresh_every == 0
         if self._relevances is not None and refresh and not self.relevances_rest:
             if inputs is None:
-                raise OptionError("quantizer.step() needs the batch, step(x, y), to take relevances; or use relevance=None")
+                raise OptionError(
+                    "quantizer.step() needs the batch, step(x, y), to take relevances; or use relevance=None"
+                )
             self.observe(*take_first((inputs, target), self.options.relevance_samples))
         self._steps += 1
         self.assign()
@@ -180,11 +216,17 @@ class Quantizer:
         """
         if self._relevances is None:
             return
-        found = self._relevances(inputs, target, {weight.name: weight.background for weight in self._weights})
+        found = self._relevances(
+            inputs, target, {weight.name: weight.background for weight in self._weights}
+        )
         self._agree_on_failure()
         found = sum_over_processes(found, self.background())
         magnitudes = {name: r.detach().abs_() for name, r in found.items()}
-        largest = torch.stack([magnitude.amax() for magnitude in magnitudes.values()]).tolist() if magnitudes else []
+        largest = (
+            torch.stack([magnitude.amax() for magnitude in magnitudes.values()]).tolist()
+            if magnitudes
+            else []
+        )
         for (name, magnitude), peak in zip(magnitudes.items(), largest, strict=True):
             self._remember(name, magnitude, peak)
         failures = dict(self._relevances.failures)
@@ -220,13 +262,20 @@ class Quantizer:
             return
         R = magnitude.div_(peak)  # R = |r| / max |r|
         memory = self.options.relevance_memory
-        weight.relevance = R if weight.relevance is None else weight.relevance.mul_(memory).add_(R, alpha=1 - memory)
+        weight.relevance = (
+            R
+            if weight.relevance is None
+            else weight.relevance.mul_(memory).add_(R, alpha=1 - memory)
+        )
 
     @torch.no_grad()
     def assign(self) -> None:
         """Assign every weight's level from background and relevances, and write kΔ to the parameters."""
         self._check_attached()
-        gamma, exponent = self.entropy_scale * self.options.entropy_weight, self.options.size_exponent
+        gamma, exponent = (
+            self.entropy_scale * self.options.entropy_weight,
+            self.options.size_exponent,
+        )
         for weight in self._weights:
             R = weight.relevance
             weight.last = assign(
@@ -234,7 +283,8 @@ class Quantizer:
                 weight.step,
                 weight.grid,
                 axis=weight.axis,
-                strength=gamma * compute_size_factor(weight.background.numel(), self._largest) ** exponent,
+                strength=gamma
+                * compute_size_factor(weight.background.numel(), self._largest) ** exponent,
                 relevance=None if R is None else R / R.amax(),
                 band=self.options.band,
                 rho=self.options.rho,
@@ -258,8 +308,14 @@ class Quantizer:
             weight.background += weight.parameter - weight.quantized()
         sums = torch.stack([weight.background.sum() for weight in self._weights])
         if not bool(sums.isfinite().all()):
-            broken = next(w.name for w, total in zip(self._weights, sums.tolist(), strict=True) if total - total != 0)
-            raise ModelError(f"the weights of '{broken}' became NaN or infinite: the training diverges, lower the learning rate")
+            broken = next(
+                w.name
+                for w, total in zip(self._weights, sums.tolist(), strict=True)
+                if total - total != 0
+            )
+            raise ModelError(
+                f"the weights of '{broken}' became NaN or infinite: the training diverges, lower the learning rate"
+            )
 
     def _check_attached(self) -> None:
         if not self._attached:
@@ -270,7 +326,11 @@ class Quantizer:
     def tensors(self) -> tuple[QuantTensor, ...]:
         """The quantised weights under their state-dict names (a tied one under its first); levels and step on the CPU."""
         return tuple(
-            QuantTensor(weight.name, weight.levels.cpu().numpy().copy(), Scale(weight.step.cpu().numpy().copy()))
+            QuantTensor(
+                weight.name,
+                weight.levels.cpu().numpy().copy(),
+                Scale(weight.step.cpu().numpy().copy()),
+            )
             for weight in self._weights
         )
 
@@ -281,20 +341,26 @@ class Quantizer:
     def relevances(self) -> dict[str, Tensor]:
         """R in [0, 1] by name, for the weights that have one."""
         return {
-            weight.name: weight.relevance / weight.relevance.amax() for weight in self._weights if weight.relevance is not None
+            weight.name: weight.relevance / weight.relevance.amax()
+            for weight in self._weights
+            if weight.relevance is not None
         }
 
     @property
     def zeros(self) -> float:
         """Share of zeros over all quantised weights."""
-        assigned = [(weight.last.zeros, weight.levels.numel()) for weight in self._weights if weight.last]
+        assigned = [
+            (weight.last.zeros, weight.levels.numel()) for weight in self._weights if weight.last
+        ]
         return sum(zeros * size for zeros, size in assigned) / sum(size for _, size in assigned)
 
     @property
     def bits_per_weight(self) -> float:
         """Zero-order entropy of the levels over all quantised weights, in bits."""
         tensors = self.tensors()
-        return sum(tensor.entropy * tensor.size for tensor in tensors) / sum(tensor.size for tensor in tensors)
+        return sum(tensor.entropy * tensor.size for tensor in tensors) / sum(
+            tensor.size for tensor in tensors
+        )
 
     def recipe(self) -> dict[str, Any]:
         """The options, JSON-able."""
@@ -308,7 +374,9 @@ class Quantizer:
             assert last is not None  # assigned at construction
             warnings = sorted(weight.warnings)
             if not last.in_band:
-                warnings.append(f"no exponent in [0, 1] meets the band: zeros {last.zeros:.3f}, plain ECQ {last.ecq_zeros:.3f}")
+                warnings.append(
+                    f"no exponent in [0, 1] meets the band: zeros {last.zeros:.3f}, plain ECQ {last.ecq_zeros:.3f}"
+                )
             if weight.relevance is None:
                 rule = "none (plain ECQ)"
             else:
@@ -329,9 +397,24 @@ class Quantizer:
         approximated = self._relevances.approximated if self._relevances is not None else ()
         names = [name for name, _ in unwrap_model(self.model).named_parameters()]
         failures = self._relevances.failures if self._relevances is not None else ()
-        sources = {source for entry in find_parametrized(unwrap_model(self.model)) for source in entry.sources}
-        parametrized = tuple(name for name, reason in self._left_float if name in sources and "excluded" not in reason)
-        return Report(tuple(entries), self._left_float, approximated, self.options.unmatched(names), failures, parametrized)
+        sources = {
+            source
+            for entry in find_parametrized(unwrap_model(self.model))
+            for source in entry.sources
+        }
+        parametrized = tuple(
+            name
+            for name, reason in self._left_float
+            if name in sources and "excluded" not in reason
+        )
+        return Report(
+            tuple(entries),
+            self._left_float,
+            approximated,
+            self.options.unmatched(names),
+            failures,
+            parametrized,
+        )
 
     # Leaving and coming back
 
@@ -370,18 +453,30 @@ class Quantizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """ModelError if the state belongs to another model or recipe."""
         if set(state["weights"]) != {weight.name for weight in self._weights}:
-            raise ModelError("the quantizer's state has other weights than this model: use the same model, bits and exclude")
-        self._steps, self.entropy_scale = int(state["steps"]), float(state.get("entropy_scale", 1.0))
+            raise ModelError(
+                "the quantizer's state has other weights than this model: use the same model, bits and exclude"
+            )
+        self._steps, self.entropy_scale = (
+            int(state["steps"]),
+            float(state.get("entropy_scale", 1.0)),
+        )
         if self._relevances is not None and state.get("relevance_failure"):
             self._relevances.give_up(str(state["relevance_failure"]))
         for weight in self._weights:
             saved, device = state["weights"][weight.name], weight.parameter.device
-            if saved["background"].shape != weight.background.shape or saved["step"].shape != weight.step.shape:
-                raise ModelError(f"the quantizer's state of '{weight.name}' has another shape: use the same model and recipe")
+            if (
+                saved["background"].shape != weight.background.shape
+                or saved["step"].shape != weight.step.shape
+            ):
+                raise ModelError(
+                    f"the quantizer's state of '{weight.name}' has another shape: use the same model and recipe"
+                )
             weight.background, weight.step, weight.levels = (
                 saved[key].to(device).clone() for key in ("background", "step", "levels")
             )
-            weight.relevance = None if saved["relevance"] is None else saved["relevance"].to(device).clone()
+            weight.relevance = (
+                None if saved["relevance"] is None else saved["relevance"].to(device).clone()
+            )
             if weight.learner is not None:
                 weight.learner.load(saved["learner"], device)
         if self.activations is not None:
@@ -397,7 +492,11 @@ def take_first(value: Any, samples: int | None) -> Any:
         return value[:samples]
     if isinstance(value, Mapping):
         return {key: take_first(item, samples) for key, item in value.items()}
-    return type(value)(take_first(item, samples) for item in value) if isinstance(value, (tuple, list)) else value
+    return (
+        type(value)(take_first(item, samples) for item in value)
+        if isinstance(value, (tuple, list))
+        else value
+    )
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -411,12 +510,16 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _choose_weights(model: nn.Module, recipe: Recipe) -> tuple[list[_Weight], tuple[tuple[str, str], ...]]:
+def _choose_weights(
+    model: nn.Module, recipe: Recipe
+) -> tuple[list[_Weight], tuple[tuple[str, str], ...]]:
     """The parameters to quantise, and (name, reason) of those that stay float. A tied parameter is met once, first name first."""
     chosen: list[_Weight] = []
     left: list[tuple[str, str]] = []
     seen: set[int] = set()
-    computed = {source: entry.advice for entry in find_parametrized(model) for source in entry.sources}
+    computed = {
+        source: entry.advice for entry in find_parametrized(model) for source in entry.sources
+    }
     for prefix, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
@@ -430,7 +533,9 @@ def _choose_weights(model: nn.Module, recipe: Recipe) -> tuple[list[_Weight], tu
                 chosen.append(attach_hook(name, module, parameter, recipe))
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left[:3])
-        raise ModelError(f"the model has no weight that can be quantised ({why or 'it has no parameters'})")
+        raise ModelError(
+            f"the model has no weight that can be quantised ({why or 'it has no parameters'})"
+        )
     return chosen, tuple(left)
 
 
@@ -463,7 +568,9 @@ def attach_hook(name: str, module: nn.Module, parameter: nn.Parameter, recipe: R
             "(torch.autocast gives the speed of half precision), or exclude it"
         )
     if not bool(parameter.detach().isfinite().all()):
-        raise ModelError(f"the weight '{name}' holds NaN or infinite values: train it again or repair it first")
+        raise ModelError(
+            f"the weight '{name}' holds NaN or infinite values: train it again or repair it first"
+        )
     bits = recipe.bits_of(name)
     assert bits is not None  # looked at before
     background = parameter.detach().clone()
@@ -473,7 +580,9 @@ def attach_hook(name: str, module: nn.Module, parameter: nn.Parameter, recipe: R
         # Transposed convolutions have their output channels second; an embedding's rows are looked up, its columns are scaled.
         axis = 1 if isinstance(module, TRANSPOSED + EMBEDDINGS) else 0
     learned = recipe.step == "learned"
-    step = fit_step(background, grid, axis=axis, rule="auto" if recipe.step == "learned" else recipe.step)
+    step = fit_step(
+        background, grid, axis=axis, rule="auto" if recipe.step == "learned" else recipe.step
+    )
     levels = torch.zeros(background.shape, dtype=torch.int8, device=background.device)
     learner = StepOptimizer(step, recipe.step_rate) if learned else None
     return _Weight(name, parameter, grid, axis, background, step, levels, learner=learner)

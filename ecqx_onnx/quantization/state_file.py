@@ -35,7 +35,9 @@ class StateFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._known: tuple[int, ...] | None = None  # what we read or wrote last, told by its place on the disk
+        self._known: tuple[int, ...] | None = (
+            None  # what we read or wrote last, told by its place on the disk
+        )
 
     def load(self) -> dict[str, Any] | None:
         """The state in the file; None if there is none.
@@ -52,10 +54,18 @@ class StateFile:
                 state = _read(self.path, file)
         except OSError as error:
             what = error.strerror or error
-            raise FileError(f"cannot read the training state '{self.path}' ({what}): delete it to start anew") from error
-        found = (state.get("format", FORMAT), state.get("version", VERSION)) if isinstance(state, dict) else None
+            raise FileError(
+                f"cannot read the training state '{self.path}' ({what}): delete it to start anew"
+            ) from error
+        found = (
+            (state.get("format", FORMAT), state.get("version", VERSION))
+            if isinstance(state, dict)
+            else None
+        )
         if found != (FORMAT, VERSION) or not set(state) >= KEYS:
-            raise FileError(f"'{self.path}' is no training state of this ecqx-onnx: move it away, or delete it to start anew")
+            raise FileError(
+                f"'{self.path}' is no training state of this ecqx-onnx: move it away, or delete it to start anew"
+            )
         return state
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -93,7 +103,12 @@ def _open(path: Path) -> BinaryIO:
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link, which is not followed")
     # Without O_NONBLOCK, opening a pipe would wait for its writer.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    flags = (
+        os.O_RDONLY
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_BINARY", 0)
+    )
     file = os.fdopen(os.open(path, flags), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -106,4 +121,6 @@ def _read(path: Path, file: BinaryIO) -> Any:
     try:
         return read_plain(file, str(path))
     except FileError as error:
-        raise FileError(f"cannot read the training state '{path}' ({error}): delete it to start anew") from error
+        raise FileError(
+            f"cannot read the training state '{path}' ({error}): delete it to start anew"
+        ) from error

@@ -25,7 +25,13 @@ from torch import Tensor
 from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
 from ecqx_onnx.options.quantizer import Recipe
 from ecqx_onnx.options.training import Precision, Schedule, _Setup
-from ecqx_onnx.quantization.distributed import copy_from_first, count_processes, find_rank, open_process_group, sum_numbers
+from ecqx_onnx.quantization.distributed import (
+    copy_from_first,
+    count_processes,
+    find_rank,
+    open_process_group,
+    sum_numbers,
+)
 from ecqx_onnx.quantization.quantizer import Quantizer
 from ecqx_onnx.quantization.state_file import StateFile
 
@@ -36,7 +42,9 @@ class TrainingSplit(Protocol):
     """What `train` needs of a split: see ecqx_onnx.data."""
 
     def __len__(self) -> int: ...
-    def batches(self, batch_size: int, **options: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+    def batches(
+        self, batch_size: int, **options: Any
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
     def divide(self, fraction: float, *, seed: int = 0) -> tuple[Any, Any]: ...
 
 
@@ -109,20 +117,35 @@ def train(
     state_file: written after each epoch; resume: go on from it.
     """
     setup = _Setup(
-        *(epochs, batch_size, learning_rate, schedule, validation, distillation, temperature, entropy_ramp, precision, seed),
+        *(
+            epochs,
+            batch_size,
+            learning_rate,
+            schedule,
+            validation,
+            distillation,
+            temperature,
+            entropy_ramp,
+            precision,
+            seed,
+        ),
         relevance_until=relevance_until,
     )
     split = dataset.train
     if split is None or len(split) == 0:
         raise DataError("the data set has no training samples")
     kept = None if state_file is None else StateFile(state_file)
-    state = None if kept is None else kept.load()  # without `resume`, too: it is going to be replaced
+    state = (
+        None if kept is None else kept.load()
+    )  # without `resume`, too: it is going to be replaced
     with open_process_group() as local:
         where = choose_device(device, local)
         run = _Run(model.to(where), setup, options, where, augment, progress)
         if epochs == 0:
             if run.quantizer.activations is not None:
-                raise OptionError("activations 'int8' are trained for, and 0 epochs train nothing: calibrate when you convert")
+                raise OptionError(
+                    "activations 'int8' are trained for, and 0 epochs train nothing: calibrate when you convert"
+                )
             run.assign_only(split)
             return Training(run.quantizer, (), 0, asdict(setup))
         rest, held_out = split.divide(validation, seed=seed) if validation else (split, None)
@@ -148,19 +171,33 @@ class _Run:
         progress: Callable[[Progress], None] | None,
     ) -> None:
         copy_from_first((*model.parameters(), *model.buffers()))
-        self.model, self.setup, self.device, self.augment, self.progress = model, setup, device, augment, progress
-        self.teacher = copy.deepcopy(model).eval().requires_grad_(False) if setup.distillation else None
+        self.model, self.setup, self.device, self.augment, self.progress = (
+            model,
+            setup,
+            device,
+            augment,
+            progress,
+        )
+        self.teacher = (
+            copy.deepcopy(model).eval().requires_grad_(False) if setup.distillation else None
+        )
         self.quantizer = Quantizer(model, **options)
         if setup.entropy_ramp:
             self.quantizer.entropy_scale = 0.0
             self.quantizer.assign()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
         # Averages the gradients over the processes; with one process the model itself.
-        self.parallel = nn.parallel.DistributedDataParallel(model) if count_processes() > 1 and setup.epochs else model
+        self.parallel = (
+            nn.parallel.DistributedDataParallel(model)
+            if count_processes() > 1 and setup.epochs
+            else model
+        )
         self.history: list[EpochRecord] = []
         self.best: dict[str, Any] | None = None
 
-    def batches(self, split: TrainingSplit, epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, split: TrainingSplit, epoch: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """On the device; shuffled by (seed, epoch), in order without an epoch."""
         options: dict[str, Any] = {}
         if epoch is not None:
@@ -178,7 +215,9 @@ class _Run:
         seen = correct = 0
         total = bits = 0.0
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence([setup.seed, epoch, find_rank()]).generate_state(1)[0]))
+            torch.manual_seed(
+                int(np.random.SeedSequence([setup.seed, epoch, find_rank()]).generate_state(1)[0])
+            )
             for step, (x, y) in enumerate(self.batches(split, epoch)):
                 if len(y) < count_processes():
                     continue  # a last batch with too few samples to go round
@@ -192,30 +231,60 @@ class _Run:
                 loss, hits, count = self.step(x, y)
                 seen, correct, total = seen + count, correct + hits, total + loss * count
                 if not math.isfinite(total):
-                    raise ModelError(f"the loss is {total} in epoch {epoch}, step {step + 1}: lower the learning rate")
+                    raise ModelError(
+                        f"the loss is {total} in epoch {epoch}, step {step + 1}: lower the learning rate"
+                    )
                 if self.progress is not None and find_rank() == 0:
                     bits = self.quantizer.bits_per_weight if step % ENTROPY_EVERY == 0 else bits
                     zeros = self.quantizer.zeros
-                    self.progress(Progress(epoch, setup.epochs, step + 1, steps, total / seen, correct / seen, zeros, bits))
-        copy_from_first(self.model.buffers())  # BatchNorm's statistics are each process's own, as are ranges
+                    self.progress(
+                        Progress(
+                            epoch,
+                            setup.epochs,
+                            step + 1,
+                            steps,
+                            total / seen,
+                            correct / seen,
+                            zeros,
+                            bits,
+                        )
+                    )
+        copy_from_first(
+            self.model.buffers()
+        )  # BatchNorm's statistics are each process's own, as are ranges
         if self.quantizer.activations is not None:
             copy_from_first(self.quantizer.activations.ranges.values())
         seen_by_all, correct_by_all, total_by_all = sum_numbers([seen, correct, total], self.device)
         score = self.accuracy(held_out) if held_out is not None else None
         loss, accuracy = total_by_all / seen_by_all, correct_by_all / seen_by_all
-        self.history.append(EpochRecord(epoch, loss, accuracy, score, self.quantizer.zeros, self.quantizer.bits_per_weight))
+        self.history.append(
+            EpochRecord(
+                epoch, loss, accuracy, score, self.quantizer.zeros, self.quantizer.bits_per_weight
+            )
+        )
         if not setup.counts(epoch):
             return
-        if self.best is None or score is None or score >= self.best["score"]:  # a tie goes to the later, longer trained epoch
-            model = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self.best = {"epoch": epoch, "score": score, "model": model, "quantizer": self.quantizer.state_dict()}
+        if (
+            self.best is None or score is None or score >= self.best["score"]
+        ):  # a tie goes to the later, longer trained epoch
+            model = {
+                name: value.detach().clone() for name, value in self.model.state_dict().items()
+            }
+            self.best = {
+                "epoch": epoch,
+                "score": score,
+                "model": model,
+                "quantizer": self.quantizer.state_dict(),
+            }
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int, int]:
         """(mean loss, correct ones, samples) of this process's share of the batch."""
         share = count_processes() / len(y)
         x, y = x[find_rank() :: count_processes()], y[find_rank() :: count_processes()]
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.setup.precision == "bfloat16"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.setup.precision == "bfloat16"
+        ):
             output = self.parallel(x)
             loss = compute_loss(output, y)
             if self.teacher is not None:
@@ -230,7 +299,9 @@ class _Run:
     @torch.no_grad()
     def accuracy(self, split: TrainingSplit) -> float:
         self.model.eval()
-        return sum(int((self.model(x).argmax(1) == y).sum()) for x, y in self.batches(split)) / len(split)
+        return sum(int((self.model(x).argmax(1) == y).sum()) for x, y in self.batches(split)) / len(
+            split
+        )
 
     def assign_only(self, split: TrainingSplit, *, batches: int = 8) -> None:
         self.model.eval()
@@ -262,21 +333,32 @@ class _Run:
     def restore(self, state: Mapping[str, Any]) -> None:
         setup = state["setup"]
         if not isinstance(setup, Mapping):
-            raise FileError("the training state is damaged, its setup is no table: delete it to start anew")
+            raise FileError(
+                "the training state is damaged, its setup is no table: delete it to start anew"
+            )
         for key, value in self.described().items():
             then = setup.get(key, getattr(_Setup, key, None))
-            if key == "recipe" and isinstance(then, Mapping):  # an option that is newer than the state had its default
+            if key == "recipe" and isinstance(
+                then, Mapping
+            ):  # an option that is newer than the state had its default
                 then = {**Recipe().to_json(), **then}
             if then != value:
-                raise OptionError(f"the run to resume had {key} {then}, this one has {value}: give the same, or start anew")
+                raise OptionError(
+                    f"the run to resume had {key} {then}, this one has {value}: give the same, or start anew"
+                )
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.quantizer.load_state_dict(state["quantizer"])
-            self.history, self.best = [EpochRecord(**record) for record in state["history"]], state["best"]
+            self.history, self.best = (
+                [EpochRecord(**record) for record in state["history"]],
+                state["best"],
+            )
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FileError(f"the training state does not fit this training ({reason}): delete it to start anew") from error
+            raise FileError(
+                f"the training state does not fit this training ({reason}): delete it to start anew"
+            ) from error
 
 
 def choose_device(wanted: str | torch.device | None, local: int) -> torch.device:
@@ -288,7 +370,9 @@ def choose_device(wanted: str | torch.device | None, local: int) -> torch.device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise OptionError(f"device '{wanted}' cannot be used ({reason}): use cpu, or cuda where there is one") from error
+        raise OptionError(
+            f"device '{wanted}' cannot be used ({reason}): use cpu, or cuda where there is one"
+        ) from error
     return device
 
 
@@ -296,7 +380,9 @@ def emulates_bfloat16(device: str | torch.device | None) -> bool:
     """Whether products in bfloat16 take longer than in float32 there, for want of instructions: ten times with AVX2 alone."""
     if choose_device(device, 0).type != "cpu":
         return False
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return not (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def compute_loss(output: Any, target: Tensor) -> Tensor:

@@ -186,9 +186,14 @@ def find_weights(program: torch.export.ExportedProgram) -> dict[str, Weight]:
         Parameter name -> Weight, for parameters of two or more dimensions. Of tied parameters those that the program reads.
     """
     signature = program.graph_signature
-    finder = _Finder(dict(signature.inputs_to_parameters), frozenset(map(str, signature.user_inputs)))
+    finder = _Finder(
+        dict(signature.inputs_to_parameters), frozenset(map(str, signature.user_inputs))
+    )
     finder.visit(program.graph_module, {})
-    shapes = {name: tuple(program.state_dict[name].shape) for name in signature.inputs_to_parameters.values()}
+    shapes = {
+        name: tuple(program.state_dict[name].shape)
+        for name in signature.inputs_to_parameters.values()
+    }
     found = {name: weight for name, weight in finder.found.items() if len(shapes[name]) >= 2}
     return {name: found[name] for name in shapes if name in found}
 
@@ -199,7 +204,9 @@ class _Finder:
     def __init__(self, parameters: Mapping[str, str], inputs: frozenset[str]) -> None:
         self.parameters, self.inputs = parameters, inputs
         self.found: dict[str, Weight] = {}
-        self.outer: dict[Node, Node] = {}  # an inner graph's placeholder -> what the outer graph hands it
+        self.outer: dict[
+            Node, Node
+        ] = {}  # an inner graph's placeholder -> what the outer graph hands it
         self.known: dict[Node, bool] = {}
 
     def visit(self, module: GraphModule, given: Mapping[Node, Node]) -> None:
@@ -225,7 +232,11 @@ class _Finder:
     def _axis(self, node: Node, position: int, axis: int | None) -> int:
         if axis is not None:
             return axis
-        transposed = _name(node) in ("convolution", "_convolution") and len(node.args) > 6 and node.args[6] is True
+        transposed = (
+            _name(node) in ("convolution", "_convolution")
+            and len(node.args) > 6
+            and node.args[6] is True
+        )
         return 1 if transposed else 0
 
     def _take(self, operand: Node, operator: str, axis: int) -> None:
@@ -240,7 +251,9 @@ class _Finder:
             if node.op == "placeholder":
                 name = self.parameters.get(node.name)
                 if name is not None and name not in self.found:
-                    self.found[name] = Weight(name, operator, _axis_in_parameter(operand, node, axis), computed)
+                    self.found[name] = Weight(
+                        name, operator, _axis_in_parameter(operand, node, axis), computed
+                    )
                 continue
             if node.op != "call_function":
                 continue
@@ -262,7 +275,9 @@ class _Finder:
             if node.op == "placeholder":
                 self.known[node] = node.name in self.inputs
             elif node.op == "call_function" and _name(node) not in SHAPES_ONLY:
-                self.known[node] = any(self._depends_on_values(source) for source in node.all_input_nodes)
+                self.known[node] = any(
+                    self._depends_on_values(source) for source in node.all_input_nodes
+                )
         return self.known[node]
 
 
@@ -270,7 +285,11 @@ def _axis_in_parameter(operand: Node, parameter: Node, axis: int) -> int:
     """The operand's axis in the parameter's layout: the same one, or for a transposed matrix the other."""
     dims, own = len(_shape(operand) or ()), len(_shape(parameter) or ())
     axis = axis % max(dims, 1)
-    if dims == own == 2 and _shape(operand) == tuple(reversed(_shape(parameter) or ())) and operand is not parameter:
+    if (
+        dims == own == 2
+        and _shape(operand) == tuple(reversed(_shape(parameter) or ()))
+        and operand is not parameter
+    ):
         turns = _turns(operand, parameter)
         return 1 - axis if turns % 2 else axis
     return min(axis, max(own - 1, 0))
@@ -280,8 +299,19 @@ def _turns(node: Node, end: Node) -> int:
     """How many transpositions lie between the two."""
     count = 0
     while node is not end and node.op == "call_function":
-        count += _name(node) in ("t", "transpose", "permute", "numpy_T", "mT", "T", "swapaxes", "swapdims")
-        sources = [source for source in _nodes_in((node.args, node.kwargs)) if _size(source) == _size(node)]
+        count += _name(node) in (
+            "t",
+            "transpose",
+            "permute",
+            "numpy_T",
+            "mT",
+            "T",
+            "swapaxes",
+            "swapdims",
+        )
+        sources = [
+            source for source in _nodes_in((node.args, node.kwargs)) if _size(source) == _size(node)
+        ]
         if not sources:
             break
         node = sources[0]
@@ -291,7 +321,11 @@ def _turns(node: Node, end: Node) -> int:
 def _inner_graphs(module: GraphModule, node: Node) -> Iterator[tuple[GraphModule, list[Node]]]:
     """The graphs that a branch, loop or context calls, and what it hands them, last argument last."""
     operands = list(_nodes_in((node.args, node.kwargs)))
-    graphs = [place for place in operands if place.op == "get_attr" and isinstance(_attribute(module, place), GraphModule)]
+    graphs = [
+        place
+        for place in operands
+        if place.op == "get_attr" and isinstance(_attribute(module, place), GraphModule)
+    ]
     handed = [place for place in operands if place not in graphs]
     for place in graphs:
         inner: Any = _attribute(module, place)

@@ -36,14 +36,23 @@ def rewrite_model(file: OnnxFile) -> ModelProto | None:
     graph = FloatGraph.load(file.path)
     qonnx.define_operators(graph.proto)
     raised = raise_graph(graph, find_target("onnxruntime"), None)
-    options: dict[str, Any] = {"storage": "auto", "dequantize": "auto", "target": "onnxruntime", "opset": None}
+    options: dict[str, Any] = {
+        "storage": "auto",
+        "dequantize": "auto",
+        "target": "onnxruntime",
+        "opset": None,
+    }
     plan, _, _ = plan_packing(raised or graph, options, fold_batchnorm=True)
     return build(plan).to_model() if plan.entries else None
 
 
 def raise_graph(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:
     """The graph in an opset that has more storages; None where it is in one, or can just be declared so, or can't be raised."""
-    for wanted in (step for step in RAISED_TO if graph.opset < step <= min(target.max_opset, opset or target.max_opset)):
+    for wanted in (
+        step
+        for step in RAISED_TO
+        if graph.opset < step <= min(target.max_opset, opset or target.max_opset)
+    ):
         if refuse_opset(graph.proto, wanted) is None:
             return None
         raised = raise_opset(graph, wanted)
@@ -69,7 +78,11 @@ def plan_packing(
     batchnorms: tuple[BatchNorm, ...] = ()
     while True:
         foreign = find_quantized(graph, leave=leave)
-        there = [recognized[name] for name in foreign.graph.weights if name in recognized and name not in leave]
+        there = [
+            recognized[name]
+            for name in foreign.graph.weights
+            if name in recognized and name not in leave
+        ]
         folded, matching = foreign.graph, Matching((*foreign.weights, *there), ())
         if fold_batchnorm:
             folded, matching, batchnorms = fold_batchnorms(folded, matching)
@@ -78,18 +91,28 @@ def plan_packing(
         if not useless:
             break
         leave |= {kept.name: kept for kept in useless}
-    floats = [Kept(kept.name, kept.shape, unrecognized[kept.name].reason) for kept in plan.kept if kept.name in unrecognized]
+    floats = [
+        Kept(kept.name, kept.shape, unrecognized[kept.name].reason)
+        for kept in plan.kept
+        if kept.name in unrecognized
+    ]
     refused = [Kept(name, (), reason) for name, reason in foreign.refused.items()]
     return plan, (*leave.values(), *refused, *floats), batchnorms
 
 
 def list_useless(plan: Plan, foreign: Foreign) -> list[Kept]:
     """Weights that the plan can't store, or stores in no fewer bytes than they had."""
-    found = {entry.weight.name for entry in plan.entries} | {weight.name for weight in foreign.weights}
+    found = {entry.weight.name for entry in plan.entries} | {
+        weight.name for weight in foreign.weights
+    }
     useless = [kept for kept in plan.kept if kept.name in found]
     if plan.entries:
         for row in build(plan).tensors:
-            before = foreign.replaced[row.name] if row.name in foreign.replaced else foreign.graph.weights[row.name].nbytes
+            before = (
+                foreign.replaced[row.name]
+                if row.name in foreign.replaced
+                else foreign.graph.weights[row.name].nbytes
+            )
             if row.nbytes + RECORD >= before:
                 reason = f"stored anew it would take {row.nbytes + RECORD:,} bytes, not {before:,}"
                 useless.append(Kept(row.name, row.shape, reason))

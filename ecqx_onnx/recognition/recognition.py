@@ -32,25 +32,38 @@ def recognize(name: str, weight: np.ndarray) -> QuantTensor | NotRecognized:
     if weight.ndim < 2:
         return NotRecognized(name, "a vector (bias or normalisation): stays float")
     if weight.size == 0 or not np.isfinite(weight).all():
-        return NotRecognized(name, "it is empty" if weight.size == 0 else "it holds NaN or infinite values")
+        return NotRecognized(
+            name, "it is empty" if weight.size == 0 else "it holds NaN or infinite values"
+        )
     found = fit_one_step(weight)
     if found is None:
-        found = next((f for axis in (0, 1) if (f := fit_channel_steps(weight, axis)) is not None), None)
+        found = next(
+            (f for axis in (0, 1) if (f := fit_channel_steps(weight, axis)) is not None), None
+        )
     if found is None:
         return NotRecognized(
-            name, f"its {weight.size} entries lie on more than {MAX_CODEBOOK} values and on no uniform grid per channel"
+            name,
+            f"its {weight.size} entries lie on more than {MAX_CODEBOOK} values and on no uniform grid per channel",
         )
     tensor = QuantTensor(name, *found)
-    table = tensor.meaning.step.size if isinstance(tensor.meaning, Scale) else tensor.meaning.values.size
+    table = (
+        tensor.meaning.step.size
+        if isinstance(tensor.meaning, Scale)
+        else tensor.meaning.values.size
+    )
     if tensor.size * tensor.bits + 32 * table >= 24 * tensor.size:
-        return NotRecognized(name, f"{table} scales or values for {tensor.size} entries would save next to nothing")
+        return NotRecognized(
+            name, f"{table} scales or values for {tensor.size} entries would save next to nothing"
+        )
     return tensor
 
 
 def fit_one_step(weight: np.ndarray) -> tuple[np.ndarray, Scale | Codebook] | None:
     if np.unique(weight.reshape(-1)[:SAMPLE]).size > MAX_CODEBOOK:
         return None
-    values, index = np.unique(weight + np.float32(0), return_inverse=True)  # -0.0 and 0.0 are one value
+    values, index = np.unique(
+        weight + np.float32(0), return_inverse=True
+    )  # -0.0 and 0.0 are one value
     if values.size > MAX_CODEBOOK:
         return None
     grid = fit_grid(values[None, :])
@@ -102,7 +115,9 @@ def fit_grid(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
             if chosen.size == 0:
                 continue
             k = np.rint(rows[chosen] / candidate[:, None])
-            exact = ((k * candidate[:, None] == rows[chosen]) & (np.abs(k) <= MAX_LEVEL)).all(axis=1)
+            exact = ((k * candidate[:, None] == rows[chosen]) & (np.abs(k) <= MAX_LEVEL)).all(
+                axis=1
+            )
             levels[chosen[exact]] = k[exact].astype(np.int8)
             step[chosen[exact]] = candidate[exact]
             pending = np.setdiff1d(pending, chosen[exact])

@@ -10,12 +10,16 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34  # pixels around the plotted area
 LOWEST_RELEVANCE = 1e-4  # below, points lie on the axis
 
 
-def draw_histogram(counts: Sequence[tuple[int, int]], total: int, *, width: int = 340, height: int = 210) -> str:
+def draw_histogram(
+    counts: Sequence[tuple[int, int]], total: int, *, width: int = 340, height: int = 210
+) -> str:
     """counts: (level, how many weights have it), levels rising. Bars are shares of all; the zero level stands out."""
     inner, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
     highest = max((count for _, count in counts), default=1) / max(1, total)
     slot = inner / max(1, len(counts))
-    parts = [draw_grid(choose_ticks(highest), highest, inner, tall, lambda share: f"{100 * share:g} %")]
+    parts = [
+        draw_grid(choose_ticks(highest), highest, inner, tall, lambda share: f"{100 * share:g} %")
+    ]
     every = math.ceil(len(counts) * 18 / inner)
     for i, (level, count) in enumerate(counts):
         share = count / max(1, total)
@@ -26,13 +30,25 @@ def draw_histogram(counts: Sequence[tuple[int, int]], total: int, *, width: int 
         place = f'x="{x:.1f}" y="{y:.1f}" width="{slot * 0.76:.1f}" height="{size:.1f}"'
         parts.append(f'<rect class="{kind}" {place}><title>{words}</title></rect>')
         if i % every == 0 or level == 0:
-            parts.append(draw_text(LEFT + (i + 0.5) * slot, height - BOTTOM + 15, str(level).replace("-", "−"), "middle"))
+            parts.append(
+                draw_text(
+                    LEFT + (i + 0.5) * slot,
+                    height - BOTTOM + 15,
+                    str(level).replace("-", "−"),
+                    "middle",
+                )
+            )
     parts.append(draw_text(LEFT + inner / 2, height - 3, "level", "middle"))
     return wrap_svg(width, height, parts, "share of the weights on each level")
 
 
 def draw_scatter(
-    magnitudes: Sequence[float], relevances: Sequence[float], levels: Sequence[int], *, width: int = 340, height: int = 210
+    magnitudes: Sequence[float],
+    relevances: Sequence[float],
+    levels: Sequence[int],
+    *,
+    width: int = 340,
+    height: int = 210,
 ) -> str:
     """|w| to the right, relevance upwards on a logarithmic axis; weights on the zero level are hollow grey, others filled."""
     inner, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
@@ -49,11 +65,17 @@ def draw_scatter(
         least = "≤ " if exponent == -int(decades) else ""
         power = "" if exponent == 0 else f'0<tspan dy="-4" font-size="8">−{-exponent}</tspan>'
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{inner}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{least}1{power}</text>')
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{least}1{power}</text>'
+        )
     for value in choose_ticks(most):
-        parts.append(draw_text(LEFT + inner * value / most, height - BOTTOM + 15, f"{value:.3g}", "middle"))
+        parts.append(
+            draw_text(LEFT + inner * value / most, height - BOTTOM + 15, f"{value:.3g}", "middle")
+        )
     parts.append(draw_text(LEFT + inner / 2, height - 3, "magnitude |w|", "middle"))
-    parts += [f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in points.items() if path]
+    parts += [
+        f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in points.items() if path
+    ]
     return wrap_svg(width, height, parts, "relevance against magnitude")
 
 
@@ -66,7 +88,12 @@ def draw_curves(
     height: int = 230,
 ) -> str:
     """series: (name, class, one value an epoch). best: the epoch, from 1, that a line marks. percent: values in [0, 1]."""
-    values = [value for _, _, line in series for value in line if value is not None and math.isfinite(value)]
+    values = [
+        value
+        for _, _, line in series
+        for value in line
+        if value is not None and math.isfinite(value)
+    ]
     epochs = max((len(line) for _, _, line in series), default=0)
     inner, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -85,30 +112,49 @@ def draw_curves(
     parts = []
     for tick in ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}h{inner}"/>')
-        parts.append(draw_text(LEFT - 6, y(tick) + 4, f"{100 * tick:.4g} %" if percent else f"{tick:.3g}", "end"))
+        parts.append(
+            draw_text(
+                LEFT - 6, y(tick) + 4, f"{100 * tick:.4g} %" if percent else f"{tick:.3g}", "end"
+            )
+        )
     every = max(1, math.ceil(epochs / 10))
     for epoch in range(1, epochs + 1):
         if epoch % every == 0 or epoch == 1:
             parts.append(draw_text(x(epoch), height - BOTTOM + 15, str(epoch), "middle"))
     parts.append(draw_text(LEFT + inner / 2, height - 3, "epoch", "middle"))
     if best:
-        parts.append(f'<path class="best" d="M{x(best):.1f} {TOP}v{tall}"><title>best epoch: {best}</title></path>')
+        parts.append(
+            f'<path class="best" d="M{x(best):.1f} {TOP}v{tall}"><title>best epoch: {best}</title></path>'
+        )
     for name, kind, line in series:
-        at = [(x(i + 1), y(value), value) for i, value in enumerate(line) if value is not None and math.isfinite(value)]
+        at = [
+            (x(i + 1), y(value), value)
+            for i, value in enumerate(line)
+            if value is not None and math.isfinite(value)
+        ]
         if at:
-            parts.append(f'<path class="line {kind}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b, _ in at)}"/>')
+            parts.append(
+                f'<path class="line {kind}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b, _ in at)}"/>'
+            )
         for i, (a, b, value) in enumerate(at):
             shown = f"{100 * value:.2f} %" if percent else f"{value:.4g}"
             words = f"{escape(name)}, epoch {i + 1}: {shown}"
-            parts.append(f'<circle class="dot {kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"><title>{words}</title></circle>')
+            parts.append(
+                f'<circle class="dot {kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"><title>{words}</title></circle>'
+            )
     return wrap_svg(width, height, parts, ", ".join(name for name, _, _ in series) + " by epoch")
 
 
-def draw_grid(ticks: Sequence[float], highest: float, inner: float, tall: float, show: Callable[[float], str]) -> str:
+def draw_grid(
+    ticks: Sequence[float], highest: float, inner: float, tall: float, show: Callable[[float], str]
+) -> str:
     lines = []
     for tick in ticks:
         y = TOP + tall * (1 - tick / highest) if highest else TOP + tall
-        lines.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{inner:.0f}"/>' + draw_text(LEFT - 6, y + 4, show(tick), "end"))
+        lines.append(
+            f'<path class="grid" d="M{LEFT} {y:.1f}h{inner:.0f}"/>'
+            + draw_text(LEFT - 6, y + 4, show(tick), "end")
+        )
     return "".join(lines)
 
 

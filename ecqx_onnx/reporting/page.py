@@ -60,7 +60,9 @@ class Written:
 
     def render(self) -> Text:
         what = f"{self.weights} weights, {self.relevances} with relevances"
-        return Text(f"{self.path}: {self.nbytes:,} bytes, {what}; open it in a browser", style="bold")
+        return Text(
+            f"{self.path}: {self.nbytes:,} bytes, {what}; open it in a browser", style="bold"
+        )
 
 
 def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = False) -> Written:
@@ -81,7 +83,9 @@ def render_page(path: Path) -> tuple[str, Checkpoint]:
 
     checkpoint = load(path)
     rows = {row.name: row for row in inspect(path).tensors}
-    seen = {weight.name: weight for weight in checkpoint.insight.weights} if checkpoint.insight else {}
+    seen = (
+        {weight.name: weight for weight in checkpoint.insight.weights} if checkpoint.insight else {}
+    )
     insight = checkpoint.insight
     some = any(len(weight.relevances) for weight in seen.values())
     values = {
@@ -93,11 +97,17 @@ def render_page(path: Path) -> tuple[str, Checkpoint]:
         "table": render_table(checkpoint.tensors, rows, seen),
         "kept_float": render_kept_float(checkpoint),
         "explanation": f"<p>{EXPLAINED if some else NO_RELEVANCES}</p>",
-        "layers": "\n".join(render_layer(tensor, rows[tensor.name], seen.get(tensor.name)) for tensor in checkpoint.tensors),
-        "recipe": "".join(
-            f"<tr><td>{escape(str(k))}</td><td class='left'>{escape(str(v))}</td></tr>" for k, v in list_recipe(checkpoint)
+        "layers": "\n".join(
+            render_layer(tensor, rows[tensor.name], seen.get(tensor.name))
+            for tensor in checkpoint.tensors
         ),
-        "footer": escape(f"{path.name}, {path.stat().st_size:,} bytes, read by ecqx-onnx {__version__}"),
+        "recipe": "".join(
+            f"<tr><td>{escape(str(k))}</td><td class='left'>{escape(str(v))}</td></tr>"
+            for k, v in list_recipe(checkpoint)
+        ),
+        "footer": escape(
+            f"{path.name}, {path.stat().st_size:,} bytes, read by ecqx-onnx {__version__}"
+        ),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values), checkpoint
 
@@ -106,7 +116,9 @@ def render_subtitle(checkpoint: Checkpoint) -> str:
     weights = sum(tensor.size for tensor in checkpoint.tensors)
     data = checkpoint.insight.data if checkpoint.insight else ""
     data = data or str(checkpoint.recipe.get("data", ""))
-    return f"{len(checkpoint.tensors)} quantised weight tensors, {weights:,} weights" + (f", trained on {data}" if data else "")
+    return f"{len(checkpoint.tensors)} quantised weight tensors, {weights:,} weights" + (
+        f", trained on {data}" if data else ""
+    )
 
 
 def list_facts(checkpoint: Checkpoint) -> Iterable[tuple[str, str, str]]:
@@ -139,10 +151,15 @@ def render_fact(what: str, value: str, note: str) -> str:
 def render_warnings(checkpoint: Checkpoint) -> str:
     insight = checkpoint.insight
     found = [*(insight.warnings if insight else ()), *checkpoint.notes]
-    found += [f"{entry.name} is not in the ONNX graph: {entry.reason}" for entry in checkpoint.matching.missing]
+    found += [
+        f"{entry.name} is not in the ONNX graph: {entry.reason}"
+        for entry in checkpoint.matching.missing
+    ]
     if insight and insight.approximated:
         crossed = ", ".join(insight.approximated)
-        found.append(f"relevance crosses these operators by gradient times input, which need not conserve it: {crossed}")
+        found.append(
+            f"relevance crosses these operators by gradient times input, which need not conserve it: {crossed}"
+        )
     if not found:
         return ""
     return f'<section class="warning"><h2>Warnings</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in found)}</ul></section>'
@@ -154,7 +171,9 @@ def render_curves(insight: Insight) -> str:
 
     best = insight.best_epoch
     held_out = any(value is not None for value in line("validation_accuracy"))
-    accuracy: list[tuple[str, str, Sequence[float | None]]] = [("training", "second", line("accuracy"))]
+    accuracy: list[tuple[str, str, Sequence[float | None]]] = [
+        ("training", "second", line("accuracy"))
+    ]
     keys = '<span class="key second"></span>training samples, quantised as they are trained'
     if held_out:
         accuracy.insert(0, ("validation", "first", line("validation_accuracy")))
@@ -162,20 +181,42 @@ def render_curves(insight: Insight) -> str:
     marked = f"; the dotted line is epoch {best}, whose weights these are" if best else ""
     figures = (
         (draw_curves(accuracy, best=best, percent=True), f"Accuracy. {keys}{marked}"),
-        (draw_curves([("zeros", "first", line("zeros"))], best=best, percent=True), "Share of zeros"),
+        (
+            draw_curves([("zeros", "first", line("zeros"))], best=best, percent=True),
+            "Share of zeros",
+        ),
         (
             draw_curves([("entropy", "first", line("bits_per_weight"))], best=best, percent=False),
             "Entropy of the levels, bits a weight",
         ),
         (draw_curves([("loss", "first", line("loss"))], best=best, percent=False), "Training loss"),
     )
-    shown = "".join(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for chart, caption in figures)
+    shown = "".join(
+        f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for chart, caption in figures
+    )
     return f'<section><h2>Training</h2><div class="pair">{shown}</div></section>'
 
 
-def render_table(tensors: Sequence[QuantTensor], rows: Mapping[str, InspectedTensor], seen: Mapping[str, WeightInsight]) -> str:
-    names = ("weight", "shape", "weights", "bits", "zeros", "plain ECQ's", "entropy", "correlation", "relevance by")
-    headings = [f'<th class="{"left" if name in ("weight", "relevance by") else ""}">{name}</th>' for name in names]
+def render_table(
+    tensors: Sequence[QuantTensor],
+    rows: Mapping[str, InspectedTensor],
+    seen: Mapping[str, WeightInsight],
+) -> str:
+    names = (
+        "weight",
+        "shape",
+        "weights",
+        "bits",
+        "zeros",
+        "plain ECQ's",
+        "entropy",
+        "correlation",
+        "relevance by",
+    )
+    headings = [
+        f'<th class="{"left" if name in ("weight", "relevance by") else ""}">{name}</th>'
+        for name in names
+    ]
     cells = ["<thead><tr>", *headings, "</tr></thead><tbody>"]
     for tensor in tensors:
         row, insight = rows[tensor.name], seen.get(tensor.name)
@@ -184,7 +225,11 @@ def render_table(tensors: Sequence[QuantTensor], rows: Mapping[str, InspectedTen
         shape = " × ".join(map(str, row.shape))
         numbers = [shape, f"{tensor.size:,}", str(row.bits), f"{bar}{100 * row.zeros:.1f} %"]
         ecq = f"{100 * insight.ecq_zeros:.1f} %" if insight else "–"
-        correlation = "–" if insight is None or insight.correlation is None else f"{insight.correlation:.2f}".replace("-", "−")
+        correlation = (
+            "–"
+            if insight is None or insight.correlation is None
+            else f"{insight.correlation:.2f}".replace("-", "−")
+        )
         numbers += [ecq, f"{row.entropy:.2f}", correlation]
         rule = escape(insight.rule) if insight else "–"
         cells.append(
@@ -200,8 +245,12 @@ def render_kept_float(checkpoint: Checkpoint) -> str:
         if name in checkpoint.state
     ]
     count = sum(value.numel() for value in checkpoint.state.values() if value.is_floating_point())
-    named = "; ".join(f"{name} ({reason})" for name, reason in left if reason != "bias, norm or scalar")
-    words = f"{count:,} parameters and buffers stay float" + (f": {named}" if named else " (biases, norms)")
+    named = "; ".join(
+        f"{name} ({reason})" for name, reason in left if reason != "bias, norm or scalar"
+    )
+    words = f"{count:,} parameters and buffers stay float" + (
+        f": {named}" if named else " (biases, norms)"
+    )
     return f'<p class="note">{escape(words)}.</p>' if count else ""
 
 
@@ -211,19 +260,30 @@ def render_layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight 
     low, high = tensor.range
     bars = [(level, found.get(level, 0)) for level in range(low, high + 1)]
     figures = [
-        (draw_histogram(bars, tensor.size), 'Levels. <span class="key grey"></span>zero <span class="key first"></span>others')
+        (
+            draw_histogram(bars, tensor.size),
+            'Levels. <span class="key grey"></span>zero <span class="key first"></span>others',
+        )
     ]
     if seen is not None and len(seen.relevances):
-        points = draw_scatter(seen.magnitudes.tolist(), seen.relevances.tolist(), seen.levels.tolist())
+        points = draw_scatter(
+            seen.magnitudes.tolist(), seen.relevances.tolist(), seen.levels.tolist()
+        )
         of = (
             f"{len(seen.magnitudes):,} of {tensor.size:,} weights"
             if len(seen.magnitudes) < tensor.size
             else f"all {tensor.size:,} weights"
         )
-        said = "" if seen.correlation is None else f"; correlation over all {seen.correlation:.2f}".replace("-", "−")
+        said = (
+            ""
+            if seen.correlation is None
+            else f"; correlation over all {seen.correlation:.2f}".replace("-", "−")
+        )
         keys = 'Relevance. <span class="key grey"></span>quantised to zero <span class="key first"></span>kept'
         figures.append((points, f"{keys}; {of}{said}"))
-    shown = "".join(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for chart, caption in figures)
+    shown = "".join(
+        f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for chart, caption in figures
+    )
     note = f"{' × '.join(map(str, row.shape))}, {row.bits} bits, {100 * row.zeros:.1f} % zeros, {row.entropy:.2f} bits entropy"
     return f'<section><h3>{escape(row.name)}</h3><p class="note">{note}</p><div class="pair">{shown}</div></section>'
 
@@ -231,5 +291,8 @@ def render_layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight 
 def list_recipe(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
     yield from sorted(checkpoint.recipe.items())
     if checkpoint.labels:
-        yield "labels", ", ".join(checkpoint.labels[:50]) + (" …" if len(checkpoint.labels) > 50 else "")
+        yield (
+            "labels",
+            ", ".join(checkpoint.labels[:50]) + (" …" if len(checkpoint.labels) > 50 else ""),
+        )
     yield "preprocessing", checkpoint.preprocessing.to_json()

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.32 would write files of events into the user's cache at its import
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # 1.32 would write files of events into the user's cache at its import
 import numpy as np
 import onnxruntime
 from ecqx_onnx_converters.graph.files import write_proto
@@ -32,7 +34,11 @@ IN_ONE_FILE = 2**30  # bytes of weights; larger models keep them beside the file
 
 
 def calibrate_ranges(
-    graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray], *, method: str = "minmax"
+    graph: FloatGraph,
+    values: Sequence[str],
+    batches: Iterable[np.ndarray],
+    *,
+    method: str = "minmax",
 ) -> Mapping[str, tuple[float, float]]:
     """value -> (lowest, highest) over the batches: their extremes ("minmax"), without the outermost 0.001 % ("percentile"), or
     the range that loses least information ("entropy").
@@ -41,7 +47,9 @@ def calibrate_ranges(
     take; ModelError where an activation is not finite.
     """
     if method not in METHODS:
-        raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
+        raise OptionError(
+            f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}"
+        )
     if not values:
         return {}
     with open_temporary_folder() as folder, silence_calibrators():
@@ -50,7 +58,9 @@ def calibrate_ranges(
         for batch in batches:
             calibrator.collect_data(_Reader([session.feed(batch)]))
         if not session.batches:
-            raise DataError("the calibration data hold no sample; give some with --calibration DATA")
+            raise DataError(
+                "the calibration data hold no sample; give some with --calibration DATA"
+            )
         try:
             found = calibrator.compute_data()
         except (ValueError, MemoryError, OverflowError, IndexError) as error:
@@ -60,7 +70,9 @@ def calibrate_ranges(
         return {name: read_bounds(name, found[name]) for name in values}
 
 
-def measure_channel_peaks(graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray]) -> Mapping[str, np.ndarray]:
+def measure_channel_peaks(
+    graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray]
+) -> Mapping[str, np.ndarray]:
     """value [N, C, ...] -> float32 [C]: the largest magnitude of each of its channels over the batches. {} without data."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
@@ -78,18 +90,31 @@ def measure_channel_peaks(graph: FloatGraph, values: Sequence[str], batches: Ite
 
 
 @contextlib.contextmanager
-def open_watched_session(proto: ModelProto, weights: Mapping[str, np.ndarray]) -> Iterator[_Watched]:
+def open_watched_session(
+    proto: ModelProto, weights: Mapping[str, np.ndarray]
+) -> Iterator[_Watched]:
     """Runs the model as it is written."""
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     with open_temporary_folder() as folder:
         path = folder / "float.onnx"
-        write_proto(proto, weights, path, external=sum(weight.nbytes for weight in weights.values()) > IN_ONE_FILE)
+        write_proto(
+            proto,
+            weights,
+            path,
+            external=sum(weight.nbytes for weight in weights.values()) > IN_ONE_FILE,
+        )
         try:
-            yield _Watched(onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"]))
+            yield _Watched(
+                onnxruntime.InferenceSession(
+                    str(path), settings, providers=["CPUExecutionProvider"]
+                )
+            )
         except RUNTIME_ERRORS as error:
-            raise ModelError(f"onnxruntime does not run the float model: {find_reason(error)}") from error
+            raise ModelError(
+                f"onnxruntime does not run the float model: {find_reason(error)}"
+            ) from error
 
 
 def find_ranges_by_value(
@@ -108,7 +133,9 @@ def find_ranges_by_value(
     for name, value in run_every_value(graph, inputs):
         mine = compute_signature(value)
         for place, wanted in known.items():
-            if mine[0] == wanted[0] and np.allclose(mine[1:], wanted[1:], rtol=1e-3, atol=1e-4 * wanted[1]):
+            if mine[0] == wanted[0] and np.allclose(
+                mine[1:], wanted[1:], rtol=1e-3, atol=1e-4 * wanted[1]
+            ):
                 found[name] = ranges[place]
                 break
     return found
@@ -119,16 +146,33 @@ def compute_signature(value: np.ndarray) -> tuple[float, ...]:
     x = value.astype(np.float64).reshape(-1)
     if not x.size:
         return (0.0,) * 6
-    return float(x.size), float(np.abs(x).max()), float(x.min()), float(x.max()), float(x.mean()), float(np.sqrt((x * x).mean()))
+    return (
+        float(x.size),
+        float(np.abs(x).max()),
+        float(x.min()),
+        float(x.max()),
+        float(x.mean()),
+        float(np.sqrt((x * x).mean())),
+    )
 
 
-def run_every_value(graph: FloatGraph, inputs: Sequence[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def run_every_value(
+    graph: FloatGraph, inputs: Sequence[np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Each float32 value of the graph outside its inner graphs, for these inputs."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     known = {value.name for value in proto.graph.output}
-    kinds = {value.name: value.type.tensor_type.elem_type for value in infer_shapes(proto).graph.value_info}
-    made = [name for node in proto.graph.node for name in node.output if name and kinds.get(name) == TensorProto.FLOAT]
+    kinds = {
+        value.name: value.type.tensor_type.elem_type
+        for value in infer_shapes(proto).graph.value_info
+    }
+    made = [
+        name
+        for node in proto.graph.node
+        for name in node.output
+        if name and kinds.get(name) == TensorProto.FLOAT
+    ]
     proto.graph.output.extend(declare_value(name) for name in made if name not in known)
     stored = {tensor.name for tensor in proto.graph.initializer}
     names = [value.name for value in proto.graph.input if value.name not in stored]
@@ -136,13 +180,17 @@ def run_every_value(graph: FloatGraph, inputs: Sequence[np.ndarray]) -> Iterator
     with open_watched_session(proto, graph.weights) as session:
         outputs = session.run(None, feeds)
     yield from feeds.items()
-    yield from ((node.name, value) for node, value in zip(session.get_outputs(), outputs, strict=True))
+    yield from (
+        (node.name, value) for node, value in zip(session.get_outputs(), outputs, strict=True)
+    )
 
 
 def read_bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
     low, high = (float(np.min(bound)) for bound in data.range_value)
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ModelError(f"activation '{name}' ranges from {low} to {high} on the calibration data: mend the model or the data")
+        raise ModelError(
+            f"activation '{name}' ranges from {low} to {high} on the calibration data: mend the model or the data"
+        )
     return low, high
 
 
@@ -156,20 +204,28 @@ def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folde
     base, options = kinds[method]
 
     class Chosen(base):  # type: ignore[misc, valid-type]
-        def select_tensors_to_calibrate(self, model: ModelProto) -> tuple[list[str], dict[str, Any]]:
+        def select_tensors_to_calibrate(
+            self, model: ModelProto
+        ) -> tuple[list[str], dict[str, Any]]:
             return list(values), {name: declare_value(name) for name in values}
 
         def create_inference_session(self) -> None:
             settings = onnxruntime.SessionOptions()
-            settings.log_severity_level = 3  # the calibrators leave unused constants in the graph, of which it would warn
+            settings.log_severity_level = (
+                3  # the calibrators leave unused constants in the graph, of which it would warn
+            )
             self.infer_session = _Watched(
-                onnxruntime.InferenceSession(self.augmented_model_path, settings, providers=["CPUExecutionProvider"])
+                onnxruntime.InferenceSession(
+                    self.augmented_model_path, settings, providers=["CPUExecutionProvider"]
+                )
             )
 
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
-    for index in reversed([i for i, value in enumerate(proto.graph.value_info) if value.name in values]):
+    for index in reversed(
+        [i for i, value in enumerate(proto.graph.value_info) if value.name in values]
+    ):
         del proto.graph.value_info[index]
     proto.graph.value_info.extend(declare_value(name) for name in values if name not in known)
     for name in values:
@@ -178,7 +234,9 @@ def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folde
     external = sum(weight.nbytes for weight in graph.weights.values()) > IN_ONE_FILE
     write_proto(proto, graph.weights, folder / "float.onnx", external=external)
     augmented = str(folder / "augmented.onnx")
-    calibrator = Chosen(folder / "float.onnx", None, augmented, use_external_data_format=external, **options)
+    calibrator = Chosen(
+        folder / "float.onnx", None, augmented, use_external_data_format=external, **options
+    )
     calibrator.augment_graph()
     try:
         calibrator.create_inference_session()
@@ -192,7 +250,13 @@ def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folde
 SUM = "/sum"
 
 
-RUNTIME_ERRORS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
+RUNTIME_ERRORS = (
+    state.Fail,
+    state.InvalidArgument,
+    state.InvalidGraph,
+    state.NotImplemented,
+    state.RuntimeException,
+)
 
 
 def find_reason(error: Exception) -> str:
@@ -214,10 +278,13 @@ class _Watched:
         inputs = self.session.get_inputs()
         if len(inputs) != 1:
             names = ", ".join(node.name for node in inputs)
-            raise ModelError(f"the model takes {len(inputs)} inputs ({names}), and calibration data give one")
+            raise ModelError(
+                f"the model takes {len(inputs)} inputs ({names}), and calibration data give one"
+            )
         shape = inputs[0].shape
         fits = len(shape) == batch.ndim and all(
-            not isinstance(wanted, int) or wanted == length for wanted, length in zip(shape, batch.shape, strict=True)
+            not isinstance(wanted, int) or wanted == length
+            for wanted, length in zip(shape, batch.shape, strict=True)
         )
         if not fits:
             wanted = ["any" if not isinstance(length, int) else length for length in shape]
@@ -227,15 +294,21 @@ class _Watched:
             )
         return {inputs[0].name: batch}
 
-    def run(self, names: Sequence[str] | None, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def run(
+        self, names: Sequence[str] | None, inputs: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
         try:
             outputs = self.session.run(names, inputs)
         except RUNTIME_ERRORS as error:
-            raise DataError(f"the model does not run on the calibration data: {find_reason(error)}") from error
+            raise DataError(
+                f"the model does not run on the calibration data: {find_reason(error)}"
+            ) from error
         for node, value in zip(self.session.get_outputs(), outputs, strict=True):
             if node.name.endswith(SUM) and not np.isfinite(value).all():
                 name = node.name.removesuffix(SUM)
-                raise ModelError(f"activation '{name}' holds NaN or infinity on the calibration data: mend the model or the data")
+                raise ModelError(
+                    f"activation '{name}' holds NaN or infinity on the calibration data: mend the model or the data"
+                )
         self.batches += 1
         return outputs
 

@@ -20,7 +20,15 @@ from ecqx_onnx.runtime.float_activations import remove_quantization
 from ecqx_onnx.runtime.sessions import open_session, run
 
 # Operators that give another result each time: never constant, whatever their inputs.
-RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
+RANDOM = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+    "Dropout",
+}
 SERIALIZED_LIMIT = 2**31 - 2**24  # bytes of tensors: protobuf's 2 GB, less the graph around them
 PIECE = 2**28  # bytes of constants that are decoded in one session
 
@@ -35,7 +43,9 @@ class DecodedModel:
 
     def serialize(self) -> bytes | None:
         """With its activations on floats, too. None if it is above protobuf's 2 GB."""
-        tensors = (tensor for graph in list_graphs(self.proto.graph) for tensor in graph.initializer)
+        tensors = (
+            tensor for graph in list_graphs(self.proto.graph) for tensor in graph.initializer
+        )
         if sum(map(count_stored_bytes, tensors)) > SERIALIZED_LIMIT:
             return None
         return remove_quantization(self.proto).SerializeToString()
@@ -48,16 +58,28 @@ def decode_model(model: ModelProto) -> DecodedModel:
     fold_constants(proto.graph, proto, {})
     del proto.metadata_props[:]
     tensors = [tensor for graph in list_graphs(proto.graph) for tensor in graph.initializer]
-    floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.FLOAT}
-    integers = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type == TensorProto.INT8}
+    floats = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in tensors
+        if tensor.data_type == TensorProto.FLOAT
+    }
+    integers = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in tensors
+        if tensor.data_type == TensorProto.INT8
+    }
     return DecodedModel(proto, floats, integers)
 
 
 def fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
     """Replace the nodes of `graph` that depend on constants only by initializers with their results; then its inner graphs."""
-    inputs = {value.name for value in graph.input}  # an initializer that is an input too may be overridden: not constant
+    inputs = {
+        value.name for value in graph.input
+    }  # an initializer that is an input too may be overridden: not constant
     constants = dict(outer)
-    constants.update({tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs})
+    constants.update(
+        {tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs}
+    )
     for sparse in graph.sparse_initializer:
         constants[sparse.values.name] = make_dense(sparse)
     constant, rest = split_graph(graph, set(constants))
@@ -68,7 +90,11 @@ def fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, Ten
     constants.update(computed)
     used = find_readers(rest, graph) | inputs
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    kept += [constants[sparse.values.name] for sparse in graph.sparse_initializer if sparse.values.name in used]
+    kept += [
+        constants[sparse.values.name]
+        for sparse in graph.sparse_initializer
+        if sparse.values.name in used
+    ]
     kept += list(computed.values())
     copies = [TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
     del graph.initializer[:]
@@ -92,12 +118,17 @@ def split_graph(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto]
 
 
 def reads_outside(graph: GraphProto) -> bool:
-    made = {value.name for value in (*graph.input, *graph.initializer)} | {name for node in graph.node for name in node.output}
+    made = {value.name for value in (*graph.input, *graph.initializer)} | {
+        name for node in graph.node for name in node.output
+    }
     return not find_readers(list(graph.node), graph) - {""} <= made
 
 
 def _evaluate(
-    nodes: list[NodeProto], names: list[str], constants: Mapping[str, TensorProto], model: ModelProto
+    nodes: list[NodeProto],
+    names: list[str],
+    constants: Mapping[str, TensorProto],
+    model: ModelProto,
 ) -> dict[str, TensorProto]:
     """What the runtime computes for `names`, without optimisations: each operator exactly as written. A piece at a time."""
     makers = {output: node for node in nodes for output in node.output}
@@ -107,9 +138,16 @@ def _evaluate(
     for name in names:
         piece.append(name)
         read |= find_ancestors(name, makers)
-        if name == names[-1] or sum(count_stored_bytes(constants[n]) for n in read & constants.keys()) > PIECE:
+        if (
+            name == names[-1]
+            or sum(count_stored_bytes(constants[n]) for n in read & constants.keys()) > PIECE
+        ):
             used = [node for node in nodes if not read.isdisjoint(node.output)]
-            results.update(run_piece(used, piece, [constants[n] for n in sorted(read & constants.keys())], model))
+            results.update(
+                run_piece(
+                    used, piece, [constants[n] for n in sorted(read & constants.keys())], model
+                )
+            )
             piece, read = [], set()
     return results
 
@@ -129,12 +167,22 @@ def run_piece(
     nodes: list[NodeProto], names: list[str], constants: list[TensorProto], model: ModelProto
 ) -> dict[str, TensorProto]:
     if sum(map(count_stored_bytes, constants)) > SERIALIZED_LIMIT:
-        raise CheckFailed(f"the constants behind '{names[-1]}' take more than 2 GB, more than a session can be given at once")
+        raise CheckFailed(
+            f"the constants behind '{names[-1]}' take more than 2 GB, more than a session can be given at once"
+        )
     outputs = [onnx.ValueInfoProto(name=name) for name in names]
     graph = onnx.helper.make_graph(nodes, "constants", [], outputs, constants)
-    part = onnx.helper.make_model(graph, functions=model.functions, opset_imports=model.opset_import, ir_version=model.ir_version)
+    part = onnx.helper.make_model(
+        graph,
+        functions=model.functions,
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+    )
     results = run(open_session(part.SerializeToString(), level="disabled"), ())
-    return {name: numpy_helper.from_array(array, name) for name, array in zip(names, results, strict=True)}
+    return {
+        name: numpy_helper.from_array(array, name)
+        for name, array in zip(names, results, strict=True)
+    }
 
 
 def find_readers(nodes: list[NodeProto], graph: GraphProto) -> set[str]:

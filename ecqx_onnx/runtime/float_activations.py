@@ -41,6 +41,8 @@ def convert_constants_to_floats(proto: ModelProto, nodes: list[NodeProto]) -> No
     del proto.graph.initializer[:]
     for tensor in tensors:
         if tensor.data_type == TensorProto.UINT8 and tensor.name in read:
-            tensor = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+            tensor = numpy_helper.from_array(
+                numpy_helper.to_array(tensor).astype(np.float32), tensor.name
+            )
         if tensor.name in read:
             proto.graph.initializer.append(tensor)

@@ -35,7 +35,12 @@ LONGEST = 10.0  # seconds for the whole measurement, after which it stops early
 
 
 def measure_latency(
-    model: Path | bytes, other: Path | bytes, inputs: Sequence[np.ndarray], *, runs: int, against: str = FLOAT
+    model: Path | bytes,
+    other: Path | bytes,
+    inputs: Sequence[np.ndarray],
+    *,
+    runs: int,
+    against: str = FLOAT,
 ) -> Latency:
     """runs: pairs of measurements, each of the two first in turn. against: what `other` is, in words.
 
@@ -45,7 +50,12 @@ def measure_latency(
     for session in sessions:
         for _ in range(WARM_UPS):
             run(session, inputs)
-    inner = max(1, round(SHORTEST / max(1e-6, min(measure_seconds(session, inputs, 1) for session in sessions))))
+    inner = max(
+        1,
+        round(
+            SHORTEST / max(1e-6, min(measure_seconds(session, inputs, 1) for session in sessions))
+        ),
+    )
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + LONGEST
     while len(times) < runs and (not times or time.perf_counter() < end):
@@ -54,10 +64,14 @@ def measure_latency(
         times.append((pair[0], pair[1]))
     table = np.array(times)
     ratio = float(np.median(table[:, 0] / table[:, 1]))
-    return Latency(float(np.median(table[:, 0])), float(np.median(table[:, 1])), ratio, len(times), against)
+    return Latency(
+        float(np.median(table[:, 0])), float(np.median(table[:, 1])), ratio, len(times), against
+    )
 
 
-def measure_seconds(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray], repeats: int) -> float:
+def measure_seconds(
+    session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray], repeats: int
+) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         run(session, inputs)

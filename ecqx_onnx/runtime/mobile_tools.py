@@ -17,16 +17,34 @@ from ecqx_onnx.runtime.sessions import RUNTIME_ERRORS, shorten_reason
 
 
 def convert_to_ort(source: Path, folder: Path) -> None:
-    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+    from onnxruntime.tools.convert_onnx_models_to_ort import (
+        OptimizationStyle,
+        convert_onnx_models_to_ort,
+    )
 
     with silence_tools():
         try:
             convert_onnx_models_to_ort(
-                source, folder, [OptimizationStyle.Fixed], target_platform="arm", enable_type_reduction=True
+                source,
+                folder,
+                [OptimizationStyle.Fixed],
+                target_platform="arm",
+                enable_type_reduction=True,
             )
-        except (*RUNTIME_ERRORS, KeyError, ValueError, RuntimeError) as error:  # KeyError: of a type that .ort files cannot have
-            what = f"its converter has no entry for {error}" if isinstance(error, KeyError) else shorten_reason(error)
-            raise ModelError(f"{source.stem}.ort was not written: onnxruntime does not convert it: {what}") from None
+        except (
+            *RUNTIME_ERRORS,
+            KeyError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # KeyError: of a type that .ort files cannot have
+            what = (
+                f"its converter has no entry for {error}"
+                if isinstance(error, KeyError)
+                else shorten_reason(error)
+            )
+            raise ModelError(
+                f"{source.stem}.ort was not written: onnxruntime does not convert it: {what}"
+            ) from None
 
 
 def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...]:
@@ -50,9 +68,15 @@ def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
         found = {name: checkers[name](model, True) for name in accelerators}
     notes = []
     for name, info in found.items():
-        share = f"{info.num_supported_nodes} of {info.num_nodes} nodes in {info.num_partitions} part(s)"
-        lacks = f"; it lacks {', '.join(sorted(info.unsupported_ops))}" if info.unsupported_ops else ""
-        notes.append(f"usability checker of onnxruntime: {name} {info.suitability().name}, {share}{lacks}")
+        share = (
+            f"{info.num_supported_nodes} of {info.num_nodes} nodes in {info.num_partitions} part(s)"
+        )
+        lacks = (
+            f"; it lacks {', '.join(sorted(info.unsupported_ops))}" if info.unsupported_ops else ""
+        )
+        notes.append(
+            f"usability checker of onnxruntime: {name} {info.suitability().name}, {share}{lacks}"
+        )
     return tuple(notes)
 
 

@@ -118,10 +118,14 @@ def run_session(
     try:
         return list(session.run(list(names), dict(feeds), options))
     except (*RUNTIME_ERRORS, ValueError, RuntimeError) as error:
-        raise DataError(f"the float model does not run on the data: {shorten_reason(error)}") from None
+        raise DataError(
+            f"the float model does not run on the data: {shorten_reason(error)}"
+        ) from None
 
 
-def load_session(proto: ModelProto, weights: Mapping[str, np.ndarray], threads: int) -> onnxruntime.InferenceSession:
+def load_session(
+    proto: ModelProto, weights: Mapping[str, np.ndarray], threads: int
+) -> onnxruntime.InferenceSession:
     """A session with all optimizations. The proto is used up.
 
     Args:
@@ -143,4 +147,6 @@ def load_session(proto: ModelProto, weights: Mapping[str, np.ndarray], threads: 
         try:
             return onnxruntime.InferenceSession(str(path), settings, providers=[PROVIDER])
         except RUNTIME_ERRORS as error:
-            raise ModelError(f"onnxruntime does not load the float model: {shorten_reason(error)}") from None
+            raise ModelError(
+                f"onnxruntime does not load the float model: {shorten_reason(error)}"
+            ) from None

@@ -55,11 +55,17 @@ class Segments:
         kept = [name for name in made if self._last_read.get(name, -1) >= position]
         for batch, new in enumerate(self._run(self.position, position, kept, weights)):
             alive = self.live[batch]
-            needed = {name: value for name, value in alive.items() if self._last_read.get(name, -1) >= position}
+            needed = {
+                name: value
+                for name, value in alive.items()
+                if self._last_read.get(name, -1) >= position
+            }
             self.live[batch] = {**needed, **new}
         self.position = position
 
-    def peek(self, position: int, names: Sequence[str], weights: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    def peek(
+        self, position: int, names: Sequence[str], weights: Mapping[str, np.ndarray]
+    ) -> list[dict[str, np.ndarray]]:
         """Values that the nodes up to `position` make, for each batch, without going there."""
         return list(self._run(self.position, position, names, weights))
 
@@ -95,8 +101,12 @@ class Segments:
                 inputs.append(helper.make_tensor_value_info(name, kind, [None] * value.ndim))
         outputs = [helper.make_empty_tensor_value_info(name) for name in wanted]
         graph = helper.make_graph(list(nodes), "segment", inputs, outputs)
-        graph.initializer.extend(tensor for name, tensor in self._initializers.items() if name in read)
-        model = helper.make_model(graph, opset_imports=whole.opset_import, functions=whole.functions)
+        graph.initializer.extend(
+            tensor for name, tensor in self._initializers.items() if name in read
+        )
+        model = helper.make_model(
+            graph, opset_imports=whole.opset_import, functions=whole.functions
+        )
         model.ir_version = whole.ir_version
         arrays = {name: values for name, values in self._graph.weights.items() if name in read}
         arrays |= {name: values for name, values in weights.items() if name in read}

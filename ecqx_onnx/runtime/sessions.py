@@ -14,7 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # 1.32 would write files of events into the user's cache at its import
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # 1.32 would write files of events into the user's cache at its import
 import onnxruntime
 from ecqx_onnx_converters.graph.outputs import open_temporary_folder
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -40,7 +42,9 @@ RUNTIME_ERRORS = (
     state.NotImplemented,
     state.RuntimeException,
 )
-SOURCE_LOCATION = re.compile(r"\S+\.(?:h|cc|cpp):\d+ [^()]*\([^()]*\)(?: const)? ?")  # file, line and C++ signature
+SOURCE_LOCATION = re.compile(
+    r"\S+\.(?:h|cc|cpp):\d+ [^()]*\([^()]*\)(?: const)? ?"
+)  # file, line and C++ signature
 PROVIDER = "CPUExecutionProvider"
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -66,7 +70,9 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # its messages reach us as exceptions; only fatal ones may go to stderr
+    options.log_severity_level = (
+        4  # its messages reach us as exceptions; only fatal ones may go to stderr
+    )
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -74,16 +80,22 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
     except RUNTIME_ERRORS as error:
-        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} does not load it: {shorten_reason(error)}") from None
+        raise CheckFailed(
+            f"onnxruntime {onnxruntime.__version__} does not load it: {shorten_reason(error)}"
+        ) from None
 
 
-def run(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def run(
+    session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
     """Outputs in the graph's order. CheckFailed if the runtime fails on inputs that fit."""
     names = [node.name for node in session.get_inputs()]
     try:
         outputs = session.run(None, dict(zip(names, inputs, strict=True)))
     except RUNTIME_ERRORS as error:
-        raise CheckFailed(f"onnxruntime {onnxruntime.__version__} fails while running it: {shorten_reason(error)}") from None
+        raise CheckFailed(
+            f"onnxruntime {onnxruntime.__version__} fails while running it: {shorten_reason(error)}"
+        ) from None
     for node, output in zip(session.get_outputs(), outputs, strict=True):
         if not isinstance(output, np.ndarray):
             raise ModelError(f"output '{node.name}' is a {node.type}: only tensors can be compared")
@@ -98,12 +110,16 @@ def shorten_reason(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def fit_inputs(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def fit_inputs(
+    session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
     """The inputs in the types that the graph declares. DataError where count, shape or kind of number do not fit."""
     nodes = session.get_inputs()
     if len(nodes) != len(inputs):
         names = ", ".join(node.name for node in nodes)
-        raise DataError(f"the model takes {len(nodes)} inputs ({names}), but the data set gives {len(inputs)}")
+        raise DataError(
+            f"the model takes {len(nodes)} inputs ({names}), but the data set gives {len(inputs)}"
+        )
     return tuple(_fit_one(node, array) for node, array in zip(nodes, inputs, strict=True))
 
 
@@ -112,19 +128,27 @@ def _fit_one(node: onnxruntime.NodeArg, array: np.ndarray) -> np.ndarray:
     if dtype is None:
         raise ModelError(f"input '{node.name}' has type {node.type}, which validation cannot feed")
     wanted = [length if isinstance(length, int) else None for length in node.shape]
-    fits = len(wanted) == array.ndim and all(w in (None, n) for w, n in zip(wanted, array.shape, strict=True))
+    fits = len(wanted) == array.ndim and all(
+        w in (None, n) for w, n in zip(wanted, array.shape, strict=True)
+    )
     if not fits:
         raise DataError(
             f"input '{node.name}' has shape {node.shape}, but the data set gives {list(array.shape)}; give data of that shape"
         )
     if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(dtype, np.floating):
-        raise DataError(f"input '{node.name}' takes {node.type}, but the data set gives {array.dtype}")
+        raise DataError(
+            f"input '{node.name}' takes {node.type}, but the data set gives {array.dtype}"
+        )
     return np.ascontiguousarray(array, dtype=dtype)
 
 
 def find_fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
     """The batch size that the graph insists on; None if it takes any."""
-    lengths = {node.shape[0] for node in session.get_inputs() if node.shape and isinstance(node.shape[0], int)}
+    lengths = {
+        node.shape[0]
+        for node in session.get_inputs()
+        if node.shape and isinstance(node.shape[0], int)
+    }
     return lengths.pop() if len(lengths) == 1 else None
 
 
@@ -137,10 +161,17 @@ def make_synthetic_inputs(
     for node in session.get_inputs():
         dtype = NUMPY_TYPES.get(node.type)
         if dtype is None:
-            raise ModelError(f"input '{node.name}' has type {node.type}, which validation cannot feed")
-        shape = [n if isinstance(n, int) else batch if axis == 0 else free for axis, n in enumerate(node.shape)]
+            raise ModelError(
+                f"input '{node.name}' has type {node.type}, which validation cannot feed"
+            )
+        shape = [
+            n if isinstance(n, int) else batch if axis == 0 else free
+            for axis, n in enumerate(node.shape)
+        ]
         if math.prod(shape) > MOST_VALUES:
-            raise ModelError(f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: give real ones")
+            raise ModelError(
+                f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: give real ones"
+            )
         floats = np.issubdtype(dtype, np.floating)
         values = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
         arrays.append(values.astype(dtype))
@@ -165,8 +196,15 @@ def count_executed_operators(model: Path | bytes, inputs: Sequence[np.ndarray]) 
         profile = Path(session.end_profiling())
         try:
             events = json.loads(profile.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # onnxruntime does not tell that it could not write all of it
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # onnxruntime does not tell that it could not write all of it
             raise FileError(
                 f"cannot read the profile that onnxruntime wrote to '{profile}' ({error}); free some space there"
             ) from error
-    return Counter(event["args"]["op_name"] for event in events if event.get("cat") == "Node" and event["args"].get("op_name"))
+    return Counter(
+        event["args"]["op_name"]
+        for event in events
+        if event.get("cat") == "Node" and event["args"].get("op_name")
+    )

@@ -19,7 +19,13 @@ from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 COMPILED = "_orig_mod."  # what torch.compile puts before names
 DEEPEST = 4  # dicts around a state dict
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # keys under which training scripts put the state dict
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "weights",
+)  # keys under which training scripts put the state dict
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +47,9 @@ def load_factory(spec: str) -> Loaded:
     Runs the user's own Python file. FileError or ModelError with the reason when that does not give an nn.Module.
     """
     if not is_function_spec(spec):
-        raise OptionError(f"{spec!r} does not name a model; write FILE.py:FACTORY, for example models/lenet5.py:lenet5")
+        raise OptionError(
+            f"{spec!r} does not name a model; write FILE.py:FACTORY, for example models/lenet5.py:lenet5"
+        )
     file, _, name = spec.rpartition(":")
     own = vars(run_file(file))
     factory = own.get(name)
@@ -50,12 +58,27 @@ def load_factory(spec: str) -> Loaded:
     try:
         model = factory()
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise ModelError(f"{spec}() failed with {type(error).__name__}: {error}; it must work without arguments") from error
+        raise ModelError(
+            f"{spec}() failed with {type(error).__name__}: {error}; it must work without arguments"
+        ) from error
     if not isinstance(model, torch.nn.Module):
-        raise ModelError(f"{spec}() returned {type(model).__name__}, not a torch.nn.Module; return the network")
-    home = vars(inspect.getmodule(factory) or object) if inspect.isclass(factory) else getattr(factory, "__globals__", {})
-    names = {**home, **own}  # a factory that was imported from elsewhere: what stands beside the import comes first
-    return Loaded(model, read_input_shape(names.get("INPUT_SHAPE"), file), read_preprocessing(names.get("PREPROCESSING"), file))
+        raise ModelError(
+            f"{spec}() returned {type(model).__name__}, not a torch.nn.Module; return the network"
+        )
+    home = (
+        vars(inspect.getmodule(factory) or object)
+        if inspect.isclass(factory)
+        else getattr(factory, "__globals__", {})
+    )
+    names = {
+        **home,
+        **own,
+    }  # a factory that was imported from elsewhere: what stands beside the import comes first
+    return Loaded(
+        model,
+        read_input_shape(names.get("INPUT_SHAPE"), file),
+        read_preprocessing(names.get("PREPROCESSING"), file),
+    )
 
 
 def read_input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
@@ -63,7 +86,9 @@ def read_input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
         return None
     lengths = shape if isinstance(shape, list | tuple | torch.Size) else (None,)
     if not all(isinstance(length, int) and length > 0 for length in lengths):
-        raise ModelError(f"INPUT_SHAPE in {file} is {shape!r}: write the shape of one sample, such as (3, 32, 32)")
+        raise ModelError(
+            f"INPUT_SHAPE in {file} is {shape!r}: write the shape of one sample, such as (3, 32, 32)"
+        )
     return tuple(lengths)
 
 
@@ -83,7 +108,11 @@ def load_state(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def apply_state(
-    model: torch.nn.Module, state: dict[str, torch.Tensor], source: str | Path, *, strict: bool = True
+    model: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    source: str | Path,
+    *,
+    strict: bool = True,
 ) -> tuple[str, ...]:
     """Load `state` into `model`.
 
@@ -102,7 +131,9 @@ def apply_state(
     own = model.state_dict()
     state, notes = _without_prefix(state, set(own))
     # BatchNorm's step counter plays no part in inference, and old checkpoints lack it.
-    missing = sorted(name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked"))
+    missing = sorted(
+        name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked")
+    )
     extra = sorted(state.keys() - own.keys())
     shapes = [
         f"{n} is {tuple(state[n].shape)}, the model wants {tuple(own[n].shape)}"
@@ -120,12 +151,17 @@ def apply_state(
             advice += ", or add --no-strict if what is missing or too many plays no part"
         raise ModelError(f"{source}: does not fit the model: {'; '.join(parts)}; {advice}")
     if parts:
-        notes = (*notes, f"{Path(source).name} does not fit the model exactly and was taken all the same: {'; '.join(parts)}")
+        notes = (
+            *notes,
+            f"{Path(source).name} does not fit the model exactly and was taken all the same: {'; '.join(parts)}",
+        )
     model.load_state_dict(state, strict=False)
     return notes
 
 
-def _without_prefix(state: dict[str, torch.Tensor], wanted: set[str]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+def _without_prefix(
+    state: dict[str, torch.Tensor], wanted: set[str]
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """The state by the model's names, as far as prefixes stand between them."""
     if any(COMPILED in name for name in state) and not any(COMPILED in name for name in wanted):
         state = {name.replace(COMPILED, ""): value for name, value in state.items()}
@@ -136,14 +172,20 @@ def _without_prefix(state: dict[str, torch.Tensor], wanted: set[str]) -> tuple[d
             break
         state = {name.removeprefix(prefix): value for name, value in state.items()}
         stripped += prefix
-    return state, (f"the prefix '{stripped}' that all weights had was left out",) if stripped else ()
+    return state, (
+        f"the prefix '{stripped}' that all weights had was left out",
+    ) if stripped else ()
 
 
-def load_model(path: str | Path, *, factory: str | None = None, trust_pickle: bool = False, strict: bool = True) -> Loaded:
+def load_model(
+    path: str | Path, *, factory: str | None = None, trust_pickle: bool = False, strict: bool = True
+) -> Loaded:
     """A .pt2 program, a state dict with its factory, or a trusted pickled module. strict: see apply_state."""
     path = Path(path)
     if is_safetensors(path) and factory is None:
-        raise ModelError(f"{path}: holds weights, which have no network in them; add --model FILE.py:FACTORY")
+        raise ModelError(
+            f"{path}: holds weights, which have no network in them; add --model FILE.py:FACTORY"
+        )
     if not is_safetensors(path) and is_program(path):
         return Loaded(load_program(path.read_bytes(), str(path)))
     if factory is not None:
@@ -164,7 +206,9 @@ def load_model(path: str | Path, *, factory: str | None = None, trust_pickle: bo
         document = load_plain(path)  # says it better when the file is damaged or a pickle
         if not is_checkpoint(document):
             find_state(document, path)
-    raise ModelError(f"{path}: is a state dict, which has no network in it; add --model FILE.py:FACTORY")
+    raise ModelError(
+        f"{path}: is a state dict, which has no network in it; add --model FILE.py:FACTORY"
+    )
 
 
 def find_state(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
@@ -175,7 +219,9 @@ def find_state(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
         )
     state = _innermost(document)
     if state is None:
-        raise ModelError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), FILE)")
+        raise ModelError(
+            f"{path}: holds no state dict; save one with torch.save(model.state_dict(), FILE)"
+        )
     return {str(name): value for name, value in state.items()}
 
 
@@ -188,7 +234,9 @@ def _innermost(document: Any, depth: int = 0) -> dict[Any, torch.Tensor] | None:
     usual = [key for key in WRAPPERS if isinstance(document.get(key), dict)]
     others = [key for key in document if key not in usual]
     for keys in (usual, others):
-        found = [state for key in keys if (state := _innermost(document[key], depth + 1)) is not None]
+        found = [
+            state for key in keys if (state := _innermost(document[key], depth + 1)) is not None
+        ]
         if found and (keys is usual or len(found) == 1):
             return found[0]
     return None

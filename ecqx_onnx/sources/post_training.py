@@ -30,7 +30,9 @@ class _Chosen:
         for option, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise OptionError(f"--{option} '{pattern}' matches no parameter; the first is '{next(iter(names), '')}'")
+                    raise OptionError(
+                        f"--{option} '{pattern}' matches no parameter; the first is '{next(iter(names), '')}'"
+                    )
 
     def included(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.include)
@@ -54,7 +56,12 @@ def find_quantized_tensors(
     refusals: list[NotRecognized] = []
     unused: list[str] = []
     for name, value in state.items():
-        if not value.is_floating_point() or value.ndim < 2 or not value.numel() or value.data_ptr() in seen:
+        if (
+            not value.is_floating_point()
+            or value.ndim < 2
+            or not value.numel()
+            or value.data_ptr() in seen
+        ):
             continue
         if chosen.excluded(name):
             continue
@@ -68,11 +75,15 @@ def find_quantized_tensors(
         if not np.isfinite(values).all():
             if not used:
                 continue
-            raise ModelError(f"the weight {name!r} holds NaN or infinite values; train it again or repair it before converting")
+            raise ModelError(
+                f"the weight {name!r} holds NaN or infinite values; train it again or repair it before converting"
+            )
         result = recognize(name, values)
         if isinstance(result, NotRecognized) and chosen.bits:
             axis = weight.axis if weight is not None and weight.operator in MATRIX_PRODUCTS else 0
-            result = quantize_weight(name, value.detach().cpu().float(), chosen.bits, chosen.entropy_weight, axis=axis)
+            result = quantize_weight(
+                name, value.detach().cpu().float(), chosen.bits, chosen.entropy_weight, axis=axis
+            )
         if isinstance(result, QuantTensor):
             found.append(result)
         else:
@@ -84,9 +95,13 @@ def find_quantized_tensors(
                 " want quantised with --include"
             )
         if chosen.bits and chosen.exclude:
-            raise OptionError(f"--exclude {' '.join(chosen.exclude)} leaves no weight to quantise; exclude fewer")
+            raise OptionError(
+                f"--exclude {' '.join(chosen.exclude)} leaves no weight to quantise; exclude fewer"
+            )
         if not refusals:
-            raise ModelError("the model has no weight of two or more dimensions, so there is nothing to quantise; give another")
+            raise ModelError(
+                "the model has no weight of two or more dimensions, so there is nothing to quantise; give another"
+            )
         first = f" ({refusals[0].name}: {refusals[0].reason})"
         raise ModelError(
             f"the model's weights are float, none lies on few values{first}; "
@@ -95,7 +110,9 @@ def find_quantized_tensors(
     return tuple(found)
 
 
-def quantize_weight(name: str, weight: torch.Tensor, bits: int, entropy_weight: float, *, axis: int = 0) -> QuantTensor:
+def quantize_weight(
+    name: str, weight: torch.Tensor, bits: int, entropy_weight: float, *, axis: int = 0
+) -> QuantTensor:
     """axis: of the output channels, which have a step each from 6 bits on."""
     from ecqx_onnx.quantization.levels.assignment import assign
     from ecqx_onnx.quantization.levels.grid import choose_grid, fit_step
@@ -110,7 +127,9 @@ def quantize_weight(name: str, weight: torch.Tensor, bits: int, entropy_weight: 
         others = tuple(place for place in range(weight.ndim) if place != axis)
         largest = weight.abs().amax(others, keepdim=True)
         smallest = torch.finfo(torch.float32).tiny
-        step = torch.where(largest > 0, (largest / max(grid.highest, -grid.lowest)).clamp(min=smallest), 1.0)
+        step = torch.where(
+            largest > 0, (largest / max(grid.highest, -grid.lowest)).clamp(min=smallest), 1.0
+        )
     else:
         step = fit_step(weight, grid)
     if entropy_weight:

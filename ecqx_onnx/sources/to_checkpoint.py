@@ -76,7 +76,12 @@ def as_checkpoint(
             raise ModelError(
                 f"{model}: is Python code; give the file of its weights, and the code beside it: --model FILE.py:FACTORY"
             )
-        if factory is None and not trust_pickle and not is_safetensors(Path(model)) and is_checkpoint_file(model):
+        if (
+            factory is None
+            and not trust_pickle
+            and not is_safetensors(Path(model))
+            and is_checkpoint_file(model)
+        ):
             refuse_second_quantization(bits, f"{model}: ")
             refuse_shape(input_shape, f"{model}: ")
             return load(model)
@@ -126,9 +131,13 @@ def as_checkpoint(
             if module is None:
                 probe.see_float(run_module(program), example_of(program), preprocessing)
             elif not fixed:
-                ran = copy_module(module) if written_buffers(program) else module  # the file holds buffers as they are now
+                ran = (
+                    copy_module(module) if written_buffers(program) else module
+                )  # the file holds buffers as they are now
                 probe.see_float(ran, _as_float32(example), preprocessing or loaded.preprocessing)
-        program.state_dict.update(write_back(before, tensors))  # the caller's program has its own again below
+        program.state_dict.update(
+            write_back(before, tensors)
+        )  # the caller's program has its own again below
         try:
             exported = _unfolded(Exported(program, export_float_graph(program), notes), tensors)
             return build(
@@ -158,7 +167,11 @@ def _as_float32(example: Any) -> Any:
 
 def _unfolded(exported: Exported, tensors: Sequence[QuantTensor]) -> Exported:
     """The same with a graph that computes with quantised weights itself, where the exporter had folded that into floats."""
-    absent = [t.name for t in tensors if t.size and t.size <= FOLDED_UP_TO and t.name not in exported.graph.weights]
+    absent = [
+        t.name
+        for t in tensors
+        if t.size and t.size <= FOLDED_UP_TO and t.name not in exported.graph.weights
+    ]
     if not absent:
         return exported
     missing = [entry.name for entry in match(exported.graph.weights, tensors).missing]
@@ -179,7 +192,9 @@ def refuse_second_quantization(bits: int | None, name: str = "") -> None:
 
 def refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
     if input_shape:
-        raise OptionError(f"{name}the model says itself what shape it takes; leave --input-shape out")
+        raise OptionError(
+            f"{name}the model says itself what shape it takes; leave --input-shape out"
+        )
 
 
 def find_ranges_in_graph(
@@ -190,18 +205,25 @@ def find_ranges_in_graph(
 
     example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
     generator = torch.Generator().manual_seed(0)
-    probe = [torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.cpu() for x in example]
+    probe = [
+        torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.cpu()
+        for x in example
+    ]
     device = next(rounding.module.parameters()).device
     seen = rounding.values(*(x.to(device) for x in probe))
     arrays = {place: value.float().cpu().numpy() for place, value in seen.items()}
-    return find_ranges_by_value(exported.graph, [x.numpy() for x in probe], arrays, rounding.bounds())
+    return find_ranges_by_value(
+        exported.graph, [x.numpy() for x in probe], arrays, rounding.bounds()
+    )
 
 
 def is_checkpoint_file(path: str | Path) -> bool:
     return not is_program(path) and is_checkpoint(load_plain(path))
 
 
-def write_back(state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]) -> dict[str, torch.Tensor]:
+def write_back(
+    state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]
+) -> dict[str, torch.Tensor]:
     """The state entries that hold quantised weights, with their dequantised values; tied entries stay one tensor."""
     owners = {state[tensor.name].data_ptr(): tensor for tensor in tensors}
     values: dict[str, torch.Tensor] = {}
@@ -213,13 +235,17 @@ def write_back(state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]
         if tensor.name not in values:
             value = torch.from_numpy(np.ascontiguousarray(tensor.dequantize())).to(old.dtype)
             is_parameter = isinstance(state[tensor.name], torch.nn.Parameter)
-            values[tensor.name] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+            values[tensor.name] = (
+                torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+            )
         changed[name] = values[tensor.name]
     return changed
 
 
 def make_example(
-    example: torch.Tensor | Sequence[torch.Tensor] | None, shape: Sequence[int] | None, preprocessing: Preprocessing | None
+    example: torch.Tensor | Sequence[torch.Tensor] | None,
+    shape: Sequence[int] | None,
+    preprocessing: Preprocessing | None,
 ) -> torch.Tensor | Sequence[torch.Tensor]:
     if example is not None:
         return example
@@ -228,7 +254,9 @@ def make_example(
             "the model's input shape is not known; add --input-shape 3,32,32 (no batch), or INPUT_SHAPE = (3, 32, 32) to FILE.py"
         )
     if math.prod(shape) > 2**28:
-        raise OptionError(f"an input of shape {tuple(shape)} has more than 2^28 entries; give the shape of one sample")
+        raise OptionError(
+            f"an input of shape {tuple(shape)} has more than 2^28 entries; give the shape of one sample"
+        )
     if preprocessing is not None and preprocessing.kind == "indices":
         return torch.zeros(2, *shape, dtype=torch.int64)
     return torch.zeros(2, *shape)

@@ -25,7 +25,9 @@ from ecqx_onnx.validation.metrics import find_largest_difference
 
 ORDER_FACTOR = 8.0  # other order of summation (4) and spread of maxima (2), see above
 FINAL_ULPS = 4.0
-FALLBACK_ULPS = 1024.0  # without float64: 2^10 roundings of the largest output or of 1, 1.2e-4 of it
+FALLBACK_ULPS = (
+    1024.0  # without float64: 2^10 roundings of the largest output or of 1, 1.2e-4 of it
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class Bound:
 
     @property
     def limit(self) -> float:
-        once = FALLBACK_ULPS * self.ulp if self.rounding is None else ORDER_FACTOR * self.rounding + FINAL_ULPS * self.ulp
+        once = (
+            FALLBACK_ULPS * self.ulp
+            if self.rounding is None
+            else ORDER_FACTOR * self.rounding + FINAL_ULPS * self.ulp
+        )
         return self.runs * once
 
     @property
@@ -55,7 +61,11 @@ class Bound:
     def widen(self, other: Bound) -> Bound:
         """The bound for both sets of inputs."""
         known = self.rounding is not None and other.rounding is not None
-        return Bound(max(self.rounding or 0.0, other.rounding or 0.0) if known else None, max(self.ulp, other.ulp), self.runs)
+        return Bound(
+            max(self.rounding or 0.0, other.rounding or 0.0) if known else None,
+            max(self.ulp, other.ulp),
+            self.runs,
+        )
 
 
 def derive_bound(output: np.ndarray, exact: np.ndarray | None, *, runs: int = 1) -> Bound:

@@ -36,17 +36,30 @@ QUANTIZING = {
 
 def check_format(file: OnnxFile) -> Check:
     """onnx's own checker, with full shape inference where it knows all that is in the file."""
-    sparse = bool(file.proto.graph.sparse_initializer)  # onnx's strict shape inference rejects these
+    sparse = bool(
+        file.proto.graph.sparse_initializer
+    )  # onnx's strict shape inference rejects these
     try:
         onnx.checker.check_model(str(file.path), full_check=not sparse)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        return Check("format", False, None, None, f"onnx's checker rejects the file: {join_lines(error)}")
+        return Check(
+            "format", False, None, None, f"onnx's checker rejects the file: {join_lines(error)}"
+        )
     without = ", without shape inference, which rejects sparse initializers" if sparse else ""
-    return Check("format", True, None, None, f"onnx's checker accepts the file (opset {find_opset(file.proto)}{without})")
+    return Check(
+        "format",
+        True,
+        None,
+        None,
+        f"onnx's checker accepts the file (opset {find_opset(file.proto)}{without})",
+    )
 
 
 def find_opset(proto: onnx.ModelProto) -> int:
-    return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    return max(
+        (entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+        default=0,
+    )
 
 
 def check_optimization(
@@ -70,14 +83,21 @@ def check_optimization(
         sentence = "largest difference between integer kernels and the same graph in floats; no bound, by rounding activations"
         return Check("optimisation", None, measured, None, sentence)
     measured, limit = max(
-        ((find_largest_difference(a, b), bound.limit) for a, b, bound in outputs), key=lambda pair: compute_excess(*pair)
+        ((find_largest_difference(a, b), bound.limit) for a, b, bound in outputs),
+        key=lambda pair: compute_excess(*pair),
     )
-    says = "agree" if measured <= limit else "do NOT agree: an optimisation of the runtime changes the result"
+    says = (
+        "agree"
+        if measured <= limit
+        else "do NOT agree: an optimisation of the runtime changes the result"
+    )
     sentence = f"outputs with all optimisations and with none {says} (largest difference)"
     return Check("optimisation", measured <= limit, measured, limit, sentence)
 
 
-def check_operators(file: OnnxFile, executed: Counter[str], *, original: Counter[str] | None = None) -> Check:
+def check_operators(
+    file: OnnxFile, executed: Counter[str], *, original: Counter[str] | None = None
+) -> Check:
     """Red if the runtime rounded activations that the file does not say are quantised; beside an original, if that one's are not.
 
     original: what the original executes.
@@ -86,14 +106,34 @@ def check_operators(file: OnnxFile, executed: Counter[str], *, original: Counter
     words = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
     total = sum(executed.values())
     if not found:
-        return Check("operators", True, 0, 0, f"{total} operators were executed, none of which quantises activations")
+        return Check(
+            "operators",
+            True,
+            0,
+            0,
+            f"{total} operators were executed, none of which quantises activations",
+        )
     if original is not None and any(map(rounds_activations, original)):
-        return Check("operators", True, sum(found.values()), None, f"activations are quantised, as in the original: {words}")
+        return Check(
+            "operators",
+            True,
+            sum(found.values()),
+            None,
+            f"activations are quantised, as in the original: {words}",
+        )
     if original is None and has_quantized_activations(file):
-        return Check("operators", True, sum(found.values()), None, f"activations are quantised, as the file says: {words}")
+        return Check(
+            "operators",
+            True,
+            sum(found.values()),
+            None,
+            f"activations are quantised, as the file says: {words}",
+        )
     asks = "the file does not ask for" if original is None else "the original does not do"
     sentence = f"the runtime SILENTLY QUANTISED ACTIVATIONS: it executed {words}, which {asks}"
-    return Check("operators", False, sum(found.values()), 0, f"{sentence}; convert with --dequantize folded")
+    return Check(
+        "operators", False, sum(found.values()), 0, f"{sentence}; convert with --dequantize folded"
+    )
 
 
 def rounds_activations(operator: str) -> bool:
@@ -104,7 +144,11 @@ def has_quantized_activations(file: OnnxFile) -> bool:
     """Whether the file itself says so: in our metadata, or, for a foreign file, by such operators in its graph."""
     if file.metadata:
         return bool(file.metadata.get("activations"))
-    return any(rounds_activations(node.op_type) for graph in list_graphs(file.proto.graph) for node in graph.node)
+    return any(
+        rounds_activations(node.op_type)
+        for graph in list_graphs(file.proto.graph)
+        for node in graph.node
+    )
 
 
 def check_weights(comparison: WeightsComparison, *, alone: bool = False) -> Check:
@@ -118,9 +162,7 @@ def check_weights(comparison: WeightsComparison, *, alone: bool = False) -> Chec
         return Check("weights", False, comparison.equal, comparison.total, f"{faults[0]}{more}")
     sentence = f"all {comparison.total} quantised weights are PyTorch's bit for bit, as stored and as the runtime decodes them"
     if alone:
-        sentence = (
-            f"all {comparison.total} quantised weights match the file's checksums, and the runtime decodes them bit for bit"
-        )
+        sentence = f"all {comparison.total} quantised weights match the file's checksums, and the runtime decodes them bit for bit"
     if comparison.rescaled:
         sentence += f"; {comparison.rescaled} of them up to a factor per channel (BatchNorm), for which the outputs vouch"
     if comparison.absent:
@@ -147,7 +189,13 @@ def check_contents(model: onnx.ModelProto) -> Check | None:
         sentence = "the file has no checksum of its graph and float parameters, as files of earlier versions; convert it again"
         return Check("contents", None, None, None, sentence)
     if intact:
-        return Check("contents", True, None, None, "graph, parameters and metadata have the checksum that they were written with")
+        return Check(
+            "contents",
+            True,
+            None,
+            None,
+            "graph, parameters and metadata have the checksum that they were written with",
+        )
     sentence = "graph, parameters or metadata don't have the file's own checksum: it is damaged, or some tool has changed it"
     return Check("contents", False, None, None, sentence)
 
@@ -187,7 +235,11 @@ def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
         sentence = f"{where}largest difference to PyTorch; no bound, because {inexact}"
         return Check("outputs", None, worst.measured, None, sentence)
     return Check(
-        "outputs", worst.within, worst.measured, worst.bound.limit, f"{where}{describe_difference(worst, comparison.samples)}"
+        "outputs",
+        worst.within,
+        worst.measured,
+        worst.bound.limit,
+        f"{where}{describe_difference(worst, comparison.samples)}",
     )
 
 
@@ -200,7 +252,9 @@ def check_agreement(comparison: Comparison, *, inexact: str | None) -> Check | N
     return check_classes(comparison.agreement, tie, reference="PyTorch", inexact=inexact)
 
 
-def check_classes(agreement: Agreement, tie: float, *, reference: str, inexact: str | None = None) -> Check:
+def check_classes(
+    agreement: Agreement, tie: float, *, reference: str, inexact: str | None = None
+) -> Check:
     """Every input gets the class that the reference gives, except where the reference's own lead is no more than rounding.
 
     tie: such a lead. inexact: see why_inexact.
@@ -209,12 +263,16 @@ def check_classes(agreement: Agreement, tie: float, *, reference: str, inexact: 
     share = 100 * same.share
     differ = f"{same.total - same.hits} of {same.total} samples get another class"
     if same.hits == same.total:
-        sentence = f"the file and {reference} give the same class to all {same.total} samples (per cent)"
+        sentence = (
+            f"the file and {reference} give the same class to all {same.total} samples (per cent)"
+        )
         return Check("top-1", True, share, 100, sentence)
     if inexact:
         return Check("top-1", None, share, None, f"{differ}; {inexact}")
     if margin <= tie:
-        sentence = f"{differ}, all of them ties in {reference} (lead {margin:.1e}, at most {tie:.1e})"
+        sentence = (
+            f"{differ}, all of them ties in {reference} (lead {margin:.1e}, at most {tie:.1e})"
+        )
         return Check("top-1", True, share, 100, sentence)
     sentence = f"{differ}, with a lead of up to {margin:.2e} in {reference}, which is no rounding"
     return Check("top-1", False, share, 100, sentence)
@@ -225,7 +283,9 @@ def check_accuracy(comparison: Comparison) -> Check | None:
     if comparison.onnx_accuracy is None:
         return None
     if comparison.pytorch_accuracy is None:
-        sentence = f"{comparison.onnx_accuracy} on {comparison.samples} samples, nothing to compare with"
+        sentence = (
+            f"{comparison.onnx_accuracy} on {comparison.samples} samples, nothing to compare with"
+        )
         return Check("accuracy", None, 100 * comparison.onnx_accuracy.share, None, sentence)
     return check_chance(comparison.onnx_accuracy, comparison.pytorch_accuracy, reference="PyTorch")
 
@@ -242,7 +302,12 @@ def check_latency(file: OnnxFile, latency: Latency | None, *, runtime: str) -> C
 
     runtime: its name; an emulator's times say nothing of the processor that it stands for.
     """
-    if latency is None or latency.ratio < 1 or not has_quantized_activations(file) or "emulated" in runtime:
+    if (
+        latency is None
+        or latency.ratio < 1
+        or not has_quantized_activations(file)
+        or "emulated" in runtime
+    ):
         return None
     sentence = (
         f"integer kernels took {latency.ratio:.2f} x the float model's time for one sample here, so they save none: unless"
@@ -253,7 +318,11 @@ def check_latency(file: OnnxFile, latency: Latency | None, *, runtime: str) -> C
 
 def describe_difference(difference: Difference, samples: int) -> str:
     verb = "lies within" if difference.within else "EXCEEDS"
-    rounded = f"; float16 parameters move outputs by {difference.moved:.2e}, left out of it" if difference.moved else ""
+    rounded = (
+        f"; float16 parameters move outputs by {difference.moved:.2e}, left out of it"
+        if difference.moved
+        else ""
+    )
     return f"the largest difference over {samples} samples {verb} the bound {difference.bound.formula}{rounded}"
 
 

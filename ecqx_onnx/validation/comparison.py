@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 
-EXACT_SAMPLES = 256  # the first ones get a float64 result in any case, later batches where they look suspicious
+EXACT_SAMPLES = (
+    256  # the first ones get a float64 result in any case, later batches where they look suspicious
+)
 
 Batch = tuple[Sequence[np.ndarray], np.ndarray | None]
 """(the model's inputs, class of each sample or None)"""
@@ -98,7 +100,11 @@ def compare(
     confusion: Confusion | None = None
     reach: InputRange | None = None
     distances: tuple[OutputDistance, ...] = ()
-    agreed, right, reference_right = Agreement(Proportion(0, 0), 0.0), Proportion(0, 0), Proportion(0, 0)
+    agreed, right, reference_right = (
+        Agreement(Proportion(0, 0), 0.0),
+        Proportion(0, 0),
+        Proportion(0, 0),
+    )
     for raw, labels in batches:
         count = len(raw[0]) if raw and raw[0].ndim else 1
         inputs = fit_inputs(session, [pad_batch(array, size) for array in raw])
@@ -113,9 +119,17 @@ def compare(
         if reference is not None:
             wanted = run_reference(reference, inputs)
             if [array.shape for array in wanted] != [array.shape for array in got]:
-                return Comparison(samples, first, onnx_accuracy=right or None, mismatch=describe_mismatch(got, wanted))
+                return Comparison(
+                    samples,
+                    first,
+                    onnx_accuracy=right or None,
+                    mismatch=describe_mismatch(got, wanted),
+                )
             parts = zip(session.get_outputs(), got, wanted, strict=True)
-            apart = [measure_output(node.name, _first(mine, count), _first(exact, count)) for node, mine, exact in parts]
+            apart = [
+                measure_output(node.name, _first(mine, count), _first(exact, count))
+                for node, mine, exact in parts
+            ]
             distances = add_distances(distances, apart)
             differences.judge(inputs, got, wanted, samples_before=samples - count)
             if classes:
@@ -148,7 +162,9 @@ def _first(array: np.ndarray, count: int) -> np.ndarray:
     return array[:count] if array.ndim else array
 
 
-def count_confusion(before: Confusion | None, labels: np.ndarray, scores: np.ndarray) -> Confusion | None:
+def count_confusion(
+    before: Confusion | None, labels: np.ndarray, scores: np.ndarray
+) -> Confusion | None:
     """scores: [N, C]. None where there are too many classes to count pairs of them."""
     classes = scores.shape[1]
     if classes > MOST_CLASSES:
@@ -160,7 +176,9 @@ def count_confusion(before: Confusion | None, labels: np.ndarray, scores: np.nda
 class _Differences:
     """The worst difference of each output so far, and its bound, which grows with the data."""
 
-    def __init__(self, session: Session, reference: torch.nn.Module | None, shift: Shift | None = None) -> None:
+    def __init__(
+        self, session: Session, reference: torch.nn.Module | None, shift: Shift | None = None
+    ) -> None:
         self.shift = shift
         self.names = [node.name for node in session.get_outputs()]
         self.reference = reference
@@ -168,7 +186,12 @@ class _Differences:
         self.has_exact = reference is not None
 
     def judge(
-        self, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], *, samples_before: int
+        self,
+        inputs: Sequence[np.ndarray],
+        got: Sequence[np.ndarray],
+        wanted: Sequence[np.ndarray],
+        *,
+        samples_before: int,
     ) -> None:
         """Against the float64 result for the first samples, and later wherever PyTorch's own is not close enough."""
         to_pytorch = [find_largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
@@ -187,18 +210,27 @@ class _Differences:
             self.has_exact = exact is not None
         for i, name in enumerate(self.names):
             measured = between[i] if exact is None else find_largest_difference(got[i], exact[i])
-            limit = derive_bound(wanted[i], None if exact is None else exact[i], runs=1 if self.shift is None else RUNS)
+            limit = derive_bound(
+                wanted[i],
+                None if exact is None else exact[i],
+                runs=1 if self.shift is None else RUNS,
+            )
             if i == len(self.worst):
                 self.worst.append(Difference(name, measured, to_pytorch[i], limit, moved[i]))
                 continue
             before = self.worst[i]
             limit = before.bound if exact is None else before.bound.widen(limit)
             furthest = max(before.to_pytorch, to_pytorch[i])
-            self.worst[i] = Difference(name, max(before.measured, measured), furthest, limit, max(before.moved, moved[i]))
+            self.worst[i] = Difference(
+                name, max(before.measured, measured), furthest, limit, max(before.moved, moved[i])
+            )
 
     def _undecided(self, between: Sequence[float]) -> bool:
         """Some output lies too far from PyTorch's, and none had failed before: only then is the float64 result worth its time."""
-        far = any(difference > before.bound.limit for difference, before in zip(between, self.worst, strict=True))
+        far = any(
+            difference > before.bound.limit
+            for difference, before in zip(between, self.worst, strict=True)
+        )
         return far and all(before.within for before in self.worst)
 
 

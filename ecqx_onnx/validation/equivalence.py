@@ -39,7 +39,13 @@ from ecqx_onnx.validation.metrics import (
 )
 from ecqx_onnx.validation.report import Check
 
-FREE_LENGTHS = (1, 2, 16, 64, 512)  # tried for an input's free dimensions until the original takes them
+FREE_LENGTHS = (
+    1,
+    2,
+    16,
+    64,
+    512,
+)  # tried for an input's free dimensions until the original takes them
 SEEDS = 2
 
 
@@ -67,11 +73,17 @@ class Equivalence:
 
     @property
     def failure(self) -> str:
-        return "; ".join(f"{check.name}: {check.sentence}" for check in self.checks if check.passed is False)
+        return "; ".join(
+            f"{check.name}: {check.sentence}" for check in self.checks if check.passed is False
+        )
 
     def render(self) -> RenderableType:
         marks = {True: "ok", False: "FAILED", None: "-"}
-        return Text("\n".join(f"{marks[check.passed]} {check.name}: {check.sentence}" for check in self.checks))
+        return Text(
+            "\n".join(
+                f"{marks[check.passed]} {check.name}: {check.sentence}" for check in self.checks
+            )
+        )
 
 
 def compare_models(
@@ -91,13 +103,17 @@ def compare_models(
     except CheckFailed as error:
         return run_without(second, str(error))
     try:
-        other, other_optimized = (open_session(second, level=level) for level in ("disabled", "all"))
+        other, other_optimized = (
+            open_session(second, level=level) for level in ("disabled", "all")
+        )
     except CheckFailed as error:
         return Equivalence((Check("load", False, None, None, str(error)),), 0)
     names = [node.name for node in written.get_inputs()]
     there = [node.name for node in other.get_inputs()]  # weights may be inputs no more
     if unknown := [name for name in there if name not in names]:
-        sentence = f"it takes an input '{unknown[0]}', which the original has not ({', '.join(names)})"
+        sentence = (
+            f"it takes an input '{unknown[0]}', which the original has not ({', '.join(names)})"
+        )
         return Equivalence((Check("inputs", False, None, None, sentence),), 0)
     sets: Iterable[Batch] = draw_random_inputs(written)
     if batches is not None:
@@ -107,7 +123,12 @@ def compare_models(
     exact, worst = True, [(0.0, 0.0), (0.0, 0.0)]
     count, samples, outputs = 0, 0, 0
     shown: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] = ((), ())
-    same, tie, right, original_right = Agreement(Proportion(0, 0), 0.0), 0.0, Proportion(0, 0), Proportion(0, 0)
+    same, tie, right, original_right = (
+        Agreement(Proportion(0, 0), 0.0),
+        0.0,
+        Proportion(0, 0),
+        Proportion(0, 0),
+    )
     for given, labels in sets:
         values = tuple(pad_batch(array, find_fixed_batch(written)) for array in given)
         kept = tuple(values[names.index(name)] for name in there)
@@ -121,13 +142,20 @@ def compare_models(
         size = len(given[0]) if given and given[0].ndim else 1
         shown = shown if count else (kept, values)
         count, samples, outputs = count + 1, samples + size, len(references[0])
-        exact = exact and all(are_equal(a, b) for a, b in zip(references[0], results[0], strict=True))
+        exact = exact and all(
+            are_equal(a, b) for a, b in zip(references[0], results[0], strict=True)
+        )
         worst[0] = max(find_worst(references[0], results[0]), worst[0], key=compute_excess)
-        nearest = min(references, key=lambda reference: compute_excess(find_worst(reference, results[1])))
+        nearest = min(
+            references, key=lambda reference: compute_excess(find_worst(reference, results[1]))
+        )
         worst[1] = max(find_worst(nearest, results[1]), worst[1], key=compute_excess)
         if outputs and is_classification(nearest[0]):
             mine, original = results[1][0][:size], nearest[0][:size]
-            same, tie = same + measure_agreement(original, mine), max(tie, 2 * derive_bound(original, None).limit)
+            same, tie = (
+                same + measure_agreement(original, mine),
+                max(tie, 2 * derive_bound(original, None).limit),
+            )
             if labels is not None:
                 right, original_right = (
                     right + measure_accuracy(mine, labels),
@@ -145,19 +173,39 @@ def compare_models(
     what = what if batches is None else f"{samples} samples of the data"
     checks = tuple(judge_outputs(exact, worst, outputs, what))
     found = same if same.same else None
-    return Equivalence(checks, count, samples, *shown, found, tie, right or None, original_right or None)
+    return Equivalence(
+        checks, count, samples, *shown, found, tie, right or None, original_right or None
+    )
 
 
 def find_mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str | None:
     """A sentence where the outputs cannot be paired."""
     shapes = [str([list(array.shape) for array in arrays]) for arrays in (results, references)]
-    return None if shapes[0] == shapes[1] else f"its outputs have other shapes than the original's: {' and '.join(shapes)}"
+    return (
+        None
+        if shapes[0] == shapes[1]
+        else f"its outputs have other shapes than the original's: {' and '.join(shapes)}"
+    )
 
 
-def judge_outputs(exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str) -> Iterator[Check]:
+def judge_outputs(
+    exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str
+) -> Iterator[Check]:
     (plain, limit), (fast, fast_limit) = worst
-    says = "are equal bit for bit" if exact else "differ within rounding" if plain <= limit else "DIFFER"
-    yield Check("as written", plain <= limit, plain, limit, f"all {outputs} outputs {says}, on {what}, without optimisations")
+    says = (
+        "are equal bit for bit"
+        if exact
+        else "differ within rounding"
+        if plain <= limit
+        else "DIFFER"
+    )
+    yield Check(
+        "as written",
+        plain <= limit,
+        plain,
+        limit,
+        f"all {outputs} outputs {says}, on {what}, without optimisations",
+    )
     says = "agree" if fast <= fast_limit else "do NOT agree"
     sentence = f"with all optimisations they {says} with the original's (largest difference {fast:.2g}, limit {fast_limit:.2g})"
     yield Check("optimised", fast <= fast_limit, fast, fast_limit, sentence)
@@ -169,12 +217,12 @@ def run_without(second: Path, why: str) -> Equivalence:
         for level in ("disabled", "all"):
             session = open_session(second, level=level)
     except CheckFailed:
-        sentence = f"onnxruntime can run neither model, so they can't be compared; the original: {why}"
+        sentence = (
+            f"onnxruntime can run neither model, so they can't be compared; the original: {why}"
+        )
         return Equivalence((Check("load", False, None, None, sentence),), 0)
     ran = any(True for _ in draw_random_inputs(session))
-    sentence = (
-        f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there is nothing to compare with"
-    )
+    sentence = f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there is nothing to compare with"
     return Equivalence((Check("outputs", None, None, None, sentence),), 0)
 
 
@@ -203,7 +251,9 @@ def take_given_inputs(session: Session, inputs: Mapping[str, np.ndarray]) -> tup
     names = [node.name for node in session.get_inputs()]
     missing = [name for name in names if name not in inputs]
     if missing:
-        raise DataError(f"the model's input '{missing[0]}' is not among those given ({', '.join(inputs)})")
+        raise DataError(
+            f"the model's input '{missing[0]}' is not among those given ({', '.join(inputs)})"
+        )
     return fit_inputs(session, [inputs[name] for name in names])
 
 
@@ -211,7 +261,9 @@ def fit_batches(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
     """In the types that the model declares, before a batch is filled up."""
     for given, labels in batches:
         size = len(given[0])
-        whole = fit_inputs(session, [pad_batch(array, find_fixed_batch(session)) for array in given])
+        whole = fit_inputs(
+            session, [pad_batch(array, find_fixed_batch(session)) for array in given]
+        )
         yield tuple(array[:size] for array in whole), labels
 
 
@@ -231,7 +283,9 @@ def draw_random_inputs(session: Session) -> Iterator[Batch]:
                 return
 
 
-def find_worst(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> tuple[float, float]:
+def find_worst(
+    references: Sequence[np.ndarray], results: Sequence[np.ndarray]
+) -> tuple[float, float]:
     """(largest difference, its limit) of the output that is nearest to its limit, or furthest past it."""
     pairs = [
         (find_largest_difference(result, reference), derive_bound(reference, None).limit)
@@ -246,4 +300,8 @@ def compute_excess(pair: tuple[float, float]) -> float:
 
 
 def are_equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
+    )

@@ -40,11 +40,17 @@ class FloatBounds:
         if share is not None and 0 < share <= 1:
             raise OptionError(f"--min-agreement {share:g} is in per cent: write {100 * share:g}")
         if share is not None and not 0 <= share <= 100:
-            raise OptionError(f"--min-agreement {share:g} is no percentage: write a number from 0 to 100, such as 98")
+            raise OptionError(
+                f"--min-agreement {share:g} is no percentage: write a number from 0 to 100, such as 98"
+            )
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
-            raise OptionError(f"--max-error {self.max_error:g} is no relative error: write a number such as 0.1")
+            raise OptionError(
+                f"--max-error {self.max_error:g} is no relative error: write a number such as 0.1"
+            )
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise OptionError(f"--max-drop {self.max_drop:g} is not in points of accuracy: write 0 to 100, such as 0.5")
+            raise OptionError(
+                f"--max-drop {self.max_drop:g} is not in points of accuracy: write 0 to 100, such as 0.5"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,10 @@ class OutputDistance:
         return math.sqrt(self.squares / self.float_squares) if self.float_squares > 0 else math.inf
 
     def __add__(self, other: OutputDistance) -> OutputDistance:
-        squares, float_squares = self.squares + other.squares, self.float_squares + other.float_squares
+        squares, float_squares = (
+            self.squares + other.squares,
+            self.float_squares + other.float_squares,
+        )
         return OutputDistance(self.name, squares, float_squares, self.same + other.same)
 
 
@@ -96,14 +105,18 @@ def measure_output(name: str, quantized: np.ndarray, exact: np.ndarray) -> Outpu
     return OutputDistance(name, squares, float(np.square(finite).sum()), same)
 
 
-def add_distances(before: Sequence[OutputDistance], new: Sequence[OutputDistance]) -> tuple[OutputDistance, ...]:
+def add_distances(
+    before: Sequence[OutputDistance], new: Sequence[OutputDistance]
+) -> tuple[OutputDistance, ...]:
     """Of one batch more."""
     if not before:
         return tuple(new)
     return tuple(a + b for a, b in zip(before, new, strict=True))
 
 
-def measure_weight(name: str, quantized: np.ndarray, exact: np.ndarray, *, rescaled: bool = False) -> LayerError:
+def measure_weight(
+    name: str, quantized: np.ndarray, exact: np.ndarray, *, rescaled: bool = False
+) -> LayerError:
     """quantised, exact: the same weight. rescaled: the first carries a factor per output channel (axis 0), left out here."""
     a, b = quantized.astype(np.float64), exact.astype(np.float64)
     if rescaled:
@@ -145,11 +158,16 @@ def judge_distance(
         if classes:
             share, least = 100 * distance.same.share, _or(bounds.min_agreement, LEAST_AGREEMENT)
             measured, limit = share, least
-            parts.append(f"{share:.2f} % of its classes are the same, relative error {distance.error:.3g}")
+            parts.append(
+                f"{share:.2f} % of its classes are the same, relative error {distance.error:.3g}"
+            )
             if share < least:
                 faults.append(f"{least:g} % are wanted (--min-agreement)")
         else:
-            parts.append(f"relative error {distance.error:.3g}" + (f" of '{distance.name}'" if len(distances) > 1 else ""))
+            parts.append(
+                f"relative error {distance.error:.3g}"
+                + (f" of '{distance.name}'" if len(distances) > 1 else "")
+            )
         allowed = bounds.max_error if classes else _or(bounds.max_error, LARGEST_ERROR)
         if measured is None:
             measured, limit = distance.error, allowed
@@ -164,7 +182,9 @@ def judge_distance(
     sentence = f"against the float model, on {on}: {'; '.join(parts[:SHOWN_OUTPUTS])}{more}"
     worst = sorted(layers, key=lambda layer: layer.error, reverse=True)[:SHOWN_LAYERS]
     if worst:
-        sentence += "; worst weights " + ", ".join(f"{layer.name} {layer.error:.2g}" for layer in worst)
+        sentence += "; worst weights " + ", ".join(
+            f"{layer.name} {layer.error:.2g}" for layer in worst
+        )
     if faults:
         sentence += f": TOO FAR, {faults[0]}; quantise to more bits, --exclude the worst weights, or train with `quantize`"
     return Check(NAME, not faults, measured, limit, sentence)

@@ -46,13 +46,17 @@ class FloatProbe:
         self.trouble: str | None = "there is no example input to run them on"
         self.error: float | None = None  # the largest relative error of an output
 
-    def see_weights(self, state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]) -> None:
+    def see_weights(
+        self, state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]
+    ) -> None:
         """state: the float model's, with the weights that `tensors` stand for still as they were."""
         for tensor in tensors:
             weight = state[tensor.name].detach().cpu().float().numpy()
             self._layers.append(measure_weight(tensor.name, tensor.dequantize(), weight))
 
-    def see_float(self, model: torch.nn.Module, example: object, preprocessing: Preprocessing | None) -> None:
+    def see_float(
+        self, model: torch.nn.Module, example: object, preprocessing: Preprocessing | None
+    ) -> None:
         """example: as the model is traced with; tensors, in any nest."""
 
         import torch
@@ -78,7 +82,13 @@ class FloatProbe:
                 return self._judge(model, class_names=class_names)
             except InputError as error:
                 self.trouble = str(error)
-        return Check("float model", None, None, None, f"how far this is from the float model is not known: {self.trouble}")
+        return Check(
+            "float model",
+            None,
+            None,
+            None,
+            f"how far this is from the float model is not known: {self.trouble}",
+        )
 
     def _judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
         from ecqx_onnx.validation.pytorch_outputs import run_reference
@@ -96,7 +106,11 @@ class FloatProbe:
                 right += measure_accuracy(found[0], labels)
                 float_right += measure_accuracy(exact[0], labels)
         self.error = max((distance.error for distance in distances), default=None)
-        on = f"{samples} random inputs" if self._split is None else f"{samples} samples of {self._split.source.name}"
+        on = (
+            f"{samples} random inputs"
+            if self._split is None
+            else f"{samples} samples of {self._split.source.name}"
+        )
         return judge_distance(
             distances,
             self._bounds,
@@ -114,7 +128,9 @@ class FloatProbe:
                 generator = np.random.default_rng(seed)
                 yield tuple(_random(leaf, generator) for leaf in leaves), None
             return
-        split = self._split if preprocessing is None else self._split.with_preprocessing(preprocessing)
+        split = (
+            self._split if preprocessing is None else self._split.with_preprocessing(preprocessing)
+        )
         for x, y in split.fitted(tuple(leaves[0].shape[1:])).batches(BATCH):
             yield (x,), y
 
@@ -125,10 +141,20 @@ def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...
     import torch
 
     inputs = set(program.graph_signature.user_inputs)
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    values = [
+        node.meta.get("val")
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in inputs
+    ]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    shapes = [[length if isinstance(length, int) else FREE for length in tensor.shape] for tensor in tensors]
-    return tuple(torch.zeros(shape, dtype=tensor.dtype) for tensor, shape in zip(tensors, shapes, strict=True))
+    shapes = [
+        [length if isinstance(length, int) else FREE for length in tensor.shape]
+        for tensor in tensors
+    ]
+    return tuple(
+        torch.zeros(shape, dtype=tensor.dtype)
+        for tensor, shape in zip(tensors, shapes, strict=True)
+    )
 
 
 def _random(leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
@@ -137,5 +163,9 @@ def _random(leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
     import torch
 
     shape = tuple(leaf.shape)
-    values = generator.standard_normal(shape) if leaf.is_floating_point() else generator.integers(0, 2, shape)
+    values = (
+        generator.standard_normal(shape)
+        if leaf.is_floating_point()
+        else generator.integers(0, 2, shape)
+    )
     return torch.from_numpy(np.asarray(values)).to(leaf.dtype).numpy()

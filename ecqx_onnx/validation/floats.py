@@ -26,7 +26,9 @@ Shift = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, ...]]
 """Inputs -> for each output, what rounded parameters add to it."""
 
 
-def measure_float16_shift(file: OnnxFile, float_model: Callable[..., bytes | None] | None) -> Shift | None:
+def measure_float16_shift(
+    file: OnnxFile, float_model: Callable[..., bytes | None] | None
+) -> Shift | None:
     """None for a file of float32 parameters, and where there is no float model to round.
 
     float_model: called with floats="float32" and floats="float16" it makes w32 and w16.

@@ -76,15 +76,21 @@ def check_stored_weights(
         return [Check("weights", False, None, None, str(error))]
     if stored or tensors:
         decoded = {**decoded_model.integers, **decoded_model.weights}
-        found.append(checks.check_weights(compare_weights(stored, decoded, tensors), alone=not tensors))
+        found.append(
+            checks.check_weights(compare_weights(stored, decoded, tensors), alone=not tensors)
+        )
     metadata = read_metadata(model)
-    if float_model is None or not metadata or metadata.get("activations"):  # integer kernels: scales wander into parameters
+    if (
+        float_model is None or not metadata or metadata.get("activations")
+    ):  # integer kernels: scales wander into parameters
         return found
     serialized = float_model(floats=metadata.get("floats") or "float32")
     if serialized is None:
         return found
     wanted = decode_model(onnx.load_model_from_string(serialized))
-    compared = compare_parameters(list_float_tensors(decoded_model.proto), list_float_tensors(wanted.proto), stored=stored)
+    compared = compare_parameters(
+        list_float_tensors(decoded_model.proto), list_float_tensors(wanted.proto), stored=stored
+    )
     found.append(checks.check_parameters(compared, reference="PyTorch's model"))
     return found
 
@@ -93,12 +99,16 @@ def decode_or_report(model: onnx.ModelProto, found: list[Check]) -> DecodedModel
     try:
         return decode_model(model)
     except CheckFailed as error:
-        found.append(Check("weights", False, None, None, f"the runtime cannot decode the weights: {error}"))
+        found.append(
+            Check("weights", False, None, None, f"the runtime cannot decode the weights: {error}")
+        )
         return None
 
 
 def choose_latency_baseline(
-    file: OnnxFile, decoded_model: DecodedModel | None, float_model: Callable[..., bytes | None] | None
+    file: OnnxFile,
+    decoded_model: DecodedModel | None,
+    float_model: Callable[..., bytes | None] | None,
 ) -> bytes | None:
     """What latency is compared with: the file's float twin; for integer kernels the model before them, where it is known."""
     if float_model is not None and checks.has_quantized_activations(file):

@@ -32,7 +32,9 @@ class Proportion:
         half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
         scale = 1 + Z95**2 / n
         # At none and at all of n the formula gives 0 and 1, which rounding must not miss.
-        return (centre - half) / scale if self.hits else 0.0, (centre + half) / scale if self.hits < n else 1.0
+        return (centre - half) / scale if self.hits else 0.0, (
+            centre + half
+        ) / scale if self.hits < n else 1.0
 
     def __add__(self, other: Proportion) -> Proportion:
         return Proportion(self.hits + other.hits, self.total + other.total)
@@ -46,7 +48,13 @@ class Proportion:
 
     def to_json(self) -> dict[str, float | int]:
         low, high = self.interval
-        return {"hits": self.hits, "total": self.total, "share": self.share, "low": low, "high": high}
+        return {
+            "hits": self.hits,
+            "total": self.total,
+            "share": self.share,
+            "low": low,
+            "high": high,
+        }
 
 
 def is_classification(output: np.ndarray) -> bool:
@@ -59,7 +67,9 @@ def measure_accuracy(output: np.ndarray, labels: np.ndarray) -> Proportion:
     classes = output.shape[1]
     wrong = labels[(labels < 0) | (labels >= classes)]
     if wrong.size:
-        raise DataError(f"label {wrong[0]} is out of range: the model tells {classes} classes apart (0 to {classes - 1})")
+        raise DataError(
+            f"label {wrong[0]} is out of range: the model tells {classes} classes apart (0 to {classes - 1})"
+        )
     return Proportion(int(np.count_nonzero(output.argmax(1) == labels)), len(labels))
 
 
@@ -83,7 +93,9 @@ def measure_agreement(first: np.ndarray, second: np.ndarray) -> Agreement:
     a, b, rows = first.argmax(1), second.argmax(1), np.arange(len(first))
     lead = np.nan_to_num((first[rows, a] - first[rows, b]).astype(np.float64), nan=math.inf)
     same = a == b
-    return Agreement(Proportion(int(np.count_nonzero(same)), len(same)), float(lead[~same].max(initial=0.0)))
+    return Agreement(
+        Proportion(int(np.count_nonzero(same)), len(same)), float(lead[~same].max(initial=0.0))
+    )
 
 
 def find_largest_difference(first: np.ndarray, second: np.ndarray) -> float:

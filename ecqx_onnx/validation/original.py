@@ -27,7 +27,12 @@ from ecqx_onnx.runtime.sessions import (
 )
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
-from ecqx_onnx.validation.judgement import check_stored_weights, decode_or_report, preprocess_batches, read_preprocessing
+from ecqx_onnx.validation.judgement import (
+    check_stored_weights,
+    decode_or_report,
+    preprocess_batches,
+    read_preprocessing,
+)
 from ecqx_onnx.validation.parameters import compare_parameters, list_float_tensors
 from ecqx_onnx.validation.report import Check, ValidationReport
 from ecqx_onnx.validation.validator import prepare_samples
@@ -67,7 +72,9 @@ def validate_against_original(
             raise DataError(f"{path}: {check.sentence}")
     found += same.checks
     if not same.samples:
-        return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes))
+        return ValidationReport(
+            str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes)
+        )
     executed, before = count_executed_operators(file.path, same.first), Counter[str]()
     if any(map(checks.rounds_activations, executed)):
         before = count_executed_operators(source.path, same.original_first)
@@ -81,7 +88,9 @@ def validate_against_original(
     if same.agreement is not None:
         found.append(checks.check_classes(same.agreement, same.tie, reference="the original"))
     if same.accuracy is not None and same.original_accuracy is not None:
-        found.append(checks.check_chance(same.accuracy, same.original_accuracy, reference="the original"))
+        found.append(
+            checks.check_chance(same.accuracy, same.original_accuracy, reference="the original")
+        )
     return ValidationReport(
         file=str(path),
         runtime=describe_runtime(),
@@ -97,7 +106,9 @@ def validate_against_original(
     )
 
 
-def check_original_parameters(source: OnnxFile, model: onnx.ModelProto, decoded: DecodedModel) -> Check | None:
+def check_original_parameters(
+    source: OnnxFile, model: onnx.ModelProto, decoded: DecodedModel
+) -> Check | None:
     """The original's float tensors are in the file: as they are, or as `pack` rewrites BatchNormalization and old opsets."""
     try:
         before = list_float_tensors(decode_model(source.with_data()).proto)
@@ -115,13 +126,17 @@ def check_original_parameters(source: OnnxFile, model: onnx.ModelProto, decoded:
 
 
 def rewrite_parameters(source: OnnxFile) -> dict[str, np.ndarray] | None:
-    from ecqx_onnx.recognition.packing_plan import rewrite_model  # here, since packing compares models by this room
+    from ecqx_onnx.recognition.packing_plan import (
+        rewrite_model,
+    )  # here, since packing compares models by this room
 
     model = rewrite_model(source)
     return None if model is None else list_float_tensors(decode_model(model).proto)
 
 
-def measure_against_original(original: Path, path: Path, same: Equivalence, runs: int) -> Latency | None:
+def measure_against_original(
+    original: Path, path: Path, same: Equivalence, runs: int
+) -> Latency | None:
     """Of one sample; None where the two don't take the same inputs, or not a single sample."""
     if not runs or len(same.first) != len(same.original_first):
         return None

@@ -39,7 +39,11 @@ def list_float_tensors(model: ModelProto) -> dict[str, np.ndarray]:
         Values by name; two of one name in two subgraphs count as one.
     """
     tensors = (tensor for graph in list_graphs(model.graph) for tensor in graph.initializer)
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.data_type in FLOATS}
+    return {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in tensors
+        if tensor.data_type in FLOATS
+    }
 
 
 def compare_parameters(
@@ -58,7 +62,11 @@ def compare_parameters(
     Returns:
         How many are there, and a sentence for each that is not.
     """
-    dequantized = [np.ascontiguousarray(item.weight.dequantize()) for item in stored if item.weight.integers is None]
+    dequantized = [
+        np.ascontiguousarray(item.weight.dequantize())
+        for item in stored
+        if item.weight.integers is None
+    ]
     there = Counter(make_key(values) for values in (*found.values(), *dequantized))
     missing = dict[str, np.ndarray]()
     for name, values in wanted.items():
@@ -77,13 +85,21 @@ def make_key(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
     return values.dtype.name, values.shape, digest
 
 
-def describe_fault(name: str, values: np.ndarray, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> str:
+def describe_fault(
+    name: str, values: np.ndarray, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
+) -> str:
     """With the number of values that differ from the most similar tensor in the file, which is probably meant for it."""
     known = {make_key(other) for other in wanted.values()}
     alike = defaultdict(list)
     for other in found.values():
-        if other.dtype == values.dtype and other.shape == values.shape and make_key(other) not in known:
-            alike[int(np.count_nonzero(view_as_integers(other) != view_as_integers(values)))].append(other)
+        if (
+            other.dtype == values.dtype
+            and other.shape == values.shape
+            and make_key(other) not in known
+        ):
+            alike[
+                int(np.count_nonzero(view_as_integers(other) != view_as_integers(values)))
+            ].append(other)
     shape = f"'{name}' {list(values.shape)}"
     if not alike:
         return f"parameter {shape} is not in the file"

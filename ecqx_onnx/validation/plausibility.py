@@ -28,7 +28,9 @@ class Confusion:
     @classmethod
     def count(cls, labels: np.ndarray, answers: np.ndarray, classes: int) -> Confusion:
         """labels, answers: int64 [N], each in [0, classes)."""
-        cells = np.bincount(labels.astype(np.int64) * classes + answers, minlength=classes * classes)
+        cells = np.bincount(
+            labels.astype(np.int64) * classes + answers, minlength=classes * classes
+        )
         return cls(cells.reshape(classes, classes))
 
     def __add__(self, other: Confusion) -> Confusion:
@@ -62,7 +64,11 @@ class InputRange:
 
 
 def doubt_accuracy(
-    confusion: Confusion | None, *, who: str, inputs: InputRange | None = None, recorded: bool = True
+    confusion: Confusion | None,
+    *,
+    who: str,
+    inputs: InputRange | None = None,
+    recorded: bool = True,
 ) -> tuple[str, ...]:
     """Say why a model that should know its classes does not.
 
@@ -96,7 +102,9 @@ def doubt_accuracy(
     )
 
 
-def doubt_range(inputs: InputRange | None, calibrated: tuple[float, float] | None) -> tuple[str, ...]:
+def doubt_range(
+    inputs: InputRange | None, calibrated: tuple[float, float] | None
+) -> tuple[str, ...]:
     """Say that the inputs are not those that the 8 bit activations were calibrated on. calibrated: lowest and highest value."""
     if inputs is None or calibrated is None:
         return ()

@@ -16,7 +16,9 @@ from ecqx_onnx.errors import ModelError
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def run_reference(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def run_reference(
+    reference: torch.nn.Module, inputs: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
     """PyTorch's outputs as they are, in evaluation mode. ModelError if the model does not take these inputs."""
     arguments = [torch.from_numpy(array) for array in inputs]
     with torch.no_grad(), hold_evaluation_mode(reference):
@@ -25,10 +27,14 @@ def run_reference(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> t
         except Exception as error:  # the network is anybody's, and torch raises anything
             shapes = ", ".join(str(list(array.shape)) for array in inputs)
             message = " ".join(str(error).split())[:200]
-            raise ModelError(f"the PyTorch model cannot run on the data (inputs of shape {shapes}): {message}") from None
+            raise ModelError(
+                f"the PyTorch model cannot run on the data (inputs of shape {shapes}): {message}"
+            ) from None
 
 
-def run_reference_exactly(reference: torch.nn.Module, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...] | None:
+def run_reference_exactly(
+    reference: torch.nn.Module, inputs: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...] | None:
     """PyTorch's outputs in float64; None if some operation of the model has no float64 form.
 
     The parameters are replaced by float64 ones for this call only. Whatever the code still makes in a lower precision
@@ -39,11 +45,15 @@ def run_reference_exactly(reference: torch.nn.Module, inputs: Sequence[np.ndarra
     arguments = [raise_precision(torch.from_numpy(array)) for array in inputs]
     with torch.no_grad(), hold_evaluation_mode(reference), _Float64():
         try:
-            outputs = torch.func.functional_call(reference, raised, tuple(place_on_device(reference, arguments)))
+            outputs = torch.func.functional_call(
+                reference, raised, tuple(place_on_device(reference, arguments))
+            )
         except Exception:  # the network is anybody's, and torch raises anything
             return None
         arrays = convert_to_arrays(outputs)
-    low = any(np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64 for array in arrays)
+    low = any(
+        np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64 for array in arrays
+    )
     return None if low else arrays
 
 
@@ -63,7 +73,9 @@ def hold_evaluation_mode(reference: torch.nn.Module) -> Iterator[None]:
 class _Float64(TorchDispatchMode):
     """Every operation gets float64 where it would have got, or was told to make, a lower precision."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return function(*tree_map(raise_precision, args), **tree_map(raise_precision, kwargs or {}))
 
 
@@ -73,10 +85,18 @@ def raise_precision(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in LOW_PRECISION else value
 
 
-def place_on_device(reference: torch.nn.Module, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def place_on_device(
+    reference: torch.nn.Module, arguments: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     parameter = next(reference.parameters(), None)
-    return [argument if parameter is None else argument.to(parameter.device) for argument in arguments]
+    return [
+        argument if parameter is None else argument.to(parameter.device) for argument in arguments
+    ]
 
 
 def convert_to_arrays(outputs: Any) -> tuple[np.ndarray, ...]:
-    return tuple(leaf.detach().cpu().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+    return tuple(
+        leaf.detach().cpu().numpy()
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, torch.Tensor)
+    )

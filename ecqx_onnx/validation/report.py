@@ -79,7 +79,13 @@ class ValidationReport:
         for heading in ("", "check", "measured", "limit", "what it says"):
             checks.add_column(heading, overflow="fold")
         for check in self.checks:
-            checks.add_row(draw_mark(check), check.name, show(check.measured), show(check.limit), Text(check.sentence))
+            checks.add_row(
+                draw_mark(check),
+                check.name,
+                show(check.measured),
+                show(check.limit),
+                Text(check.sentence),
+            )
         numbers = Table(show_header=False)
         for name, value in list_numbers(self):
             numbers.add_row(name, Text(value))
@@ -101,7 +107,9 @@ class ValidationReport:
             "largest_difference": drop_infinity(self.largest_difference),
             "load_seconds": self.load_seconds,
             "latency_seconds": self.latency.seconds if self.latency else None,
-            "float_latency_seconds": self.latency.other_seconds if self.latency and self.latency.against == FLOAT else None,
+            "float_latency_seconds": self.latency.other_seconds
+            if self.latency and self.latency.against == FLOAT
+            else None,
             "latency_ratio": self.latency.ratio if self.latency else None,
             "latency_against": self.latency.against if self.latency else None,
             "peak_memory_bytes": self.peak_memory,
@@ -129,11 +137,21 @@ def list_numbers(report: ValidationReport) -> list[tuple[str, str]]:
         rows.append(("load time", f"{1e3 * report.load_seconds:.1f} ms"))
     if report.latency:
         latency = report.latency
-        rows.append(("latency, one sample", f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x {latency.against}"))
+        rows.append(
+            (
+                "latency, one sample",
+                f"{1e3 * latency.seconds:.3f} ms, {latency.ratio:.2f} x {latency.against}",
+            )
+        )
     if report.peak_memory is not None:
         rows.append(("peak memory", f"{report.peak_memory / 2**20:.1f} MiB"))
     if report.operators:
-        rows.append(("executed operators", ", ".join(f"{count} {name}" for name, count in sorted(report.operators.items()))))
+        rows.append(
+            (
+                "executed operators",
+                ", ".join(f"{count} {name}" for name, count in sorted(report.operators.items())),
+            )
+        )
     return rows
 
 
@@ -148,7 +166,10 @@ def draw_verdict(report: ValidationReport) -> Text:
     if report.ok:
         return Text(f"All {done} checks passed.", style="bold green")
     names = ", ".join(check.name for check in report.failures)
-    return Text(f"{len(report.failures)} of {done + len(report.failures)} checks failed: {names}.", style="bold red")
+    return Text(
+        f"{len(report.failures)} of {done + len(report.failures)} checks failed: {names}.",
+        style="bold red",
+    )
 
 
 def drop_infinity(value: Value) -> Value:

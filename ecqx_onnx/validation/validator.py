@@ -91,15 +91,28 @@ def validate(
         plain = open_session(file.path, level="disabled")
     except CheckFailed as error:
         found.append(Check("load", False, None, None, str(error)))
-        return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes))
-    found.append(Check("load", True, None, None, f"{describe_runtime()} loads it with all optimisations and with none"))
+        return ValidationReport(
+            str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes)
+        )
+    found.append(
+        Check(
+            "load",
+            True,
+            None,
+            None,
+            f"{describe_runtime()} loads it with all optimisations and with none",
+        )
+    )
     inexact = checks.explain_inexactness(file, float_reference=float_reference)
 
     untrained = float_reference and is_untrained(file.metadata)
     seeds = range(UNTRAINED_SETS if untrained else 1)
     total = len(seeds) * SYNTHETIC_BATCH if split is None else len(split)
     if split is None:
-        batches: Iterator[Batch] = ((make_synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed), None) for seed in seeds)
+        batches: Iterator[Batch] = (
+            (make_synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed), None)
+            for seed in seeds
+        )
     else:
         split, told = prepare_samples(file, split, preprocessing, session)
         notes = (*notes, told)
@@ -110,14 +123,25 @@ def validate(
         comparison = compare(session, reference, batches, progress=counted, shift=shift)
     except CheckFailed as error:
         if split is None:  # the shapes or values may be what it cannot take
-            raise DataError(f"{path}: does not run on synthetic inputs, so give it real data: {error}") from error
+            raise DataError(
+                f"{path}: does not run on synthetic inputs, so give it real data: {error}"
+            ) from error
         found.append(Check("run", False, None, None, str(error)))
-        return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes))
-    few = tuple(array[: find_fixed_batch(session) or 8] if array.ndim else array for array in comparison.first)
+        return ValidationReport(
+            str(path), describe_runtime(), file.size, 0, tuple(found), notes=tuple(notes)
+        )
+    few = tuple(
+        array[: find_fixed_batch(session) or 8] if array.ndim else array
+        for array in comparison.first
+    )
 
     found.append(
         checks.check_optimization(
-            session, plain, few, derive_bounds(comparison, run(session, few)), quantized=checks.has_quantized_activations(file)
+            session,
+            plain,
+            few,
+            derive_bounds(comparison, run(session, few)),
+            quantized=checks.has_quantized_activations(file),
         )
     )
     operators = count_executed_operators(file.path, few)
@@ -140,12 +164,21 @@ def validate(
                 data=None if split is None else split.source.name,
             )
         )
-    for check in (checks.check_agreement(comparison, inexact=inexact), checks.check_accuracy(comparison)):
+    for check in (
+        checks.check_agreement(comparison, inexact=inexact),
+        checks.check_accuracy(comparison),
+    ):
         if check is not None:
             found.append(check)
-    one = tuple(array[: find_fixed_batch(session) or 1] if array.ndim else array for array in comparison.first)
+    one = tuple(
+        array[: find_fixed_batch(session) or 1] if array.ndim else array
+        for array in comparison.first
+    )
     latency = measure_against_baseline(
-        file, choose_latency_baseline(file, decoded, float_model) if latency_runs else None, one, latency_runs
+        file,
+        choose_latency_baseline(file, decoded, float_model) if latency_runs else None,
+        one,
+        latency_runs,
     )
     if (slow := checks.check_latency(file, latency, runtime=describe_runtime())) is not None:
         found.append(slow)
@@ -166,7 +199,9 @@ def validate(
     )
 
 
-def choose_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | None) -> tuple[Preprocessing, str]:
+def choose_preprocessing(
+    file: OnnxFile, split: Split, given: Preprocessing | None
+) -> tuple[Preprocessing, str]:
     """(what brings raw samples to the model, a sentence that says so and where it comes from)."""
     stored = read_preprocessing(file)
     if given is not None:
@@ -174,26 +209,39 @@ def choose_preprocessing(file: OnnxFile, split: Split, given: Preprocessing | No
     if stored is not None:
         return stored, f"preprocessing: {stored.describe()} (recorded in {file.path.name})"
     own = split.preprocessing
-    return own, f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records none)"
+    return (
+        own,
+        f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records none)",
+    )
 
 
-def prepare_samples(file: OnnxFile, split: Split, given: Preprocessing | None, session: Session) -> tuple[Split, str]:
+def prepare_samples(
+    file: OnnxFile, split: Split, given: Preprocessing | None, session: Session
+) -> tuple[Split, str]:
     """(the samples as the model takes them, a sentence that says how they are preprocessed and who decided it)."""
     preprocessing, told = choose_preprocessing(file, split, given)
     shape = session.get_inputs()[0].shape[1:] if session.get_inputs() else ()
     lengths = [length if isinstance(length, int) else None for length in shape]
-    channels = lengths[0] if len(lengths) == 3 and preprocessing.kind == "image" and lengths[0] in (1, 3) else None
+    channels = (
+        lengths[0]
+        if len(lengths) == 3 and preprocessing.kind == "image" and lengths[0] in (1, 3)
+        else None
+    )
     return split.with_preprocessing(preprocessing, channels=channels).fitted(lengths), told
 
 
-def list_doubts(file: OnnxFile, comparison: Comparison, split: Split | None, *, has_reference: bool) -> tuple[str, ...]:
+def list_doubts(
+    file: OnnxFile, comparison: Comparison, split: Split | None, *, has_reference: bool
+) -> tuple[str, ...]:
     """Sentences on what is probably wrong with the data, their labels or their preprocessing; none without data."""
     if split is None:
         return ()
     range_doubts = doubt_range(comparison.inputs, find_calibrated_input_range(file))
     recorded = read_preprocessing(file) is not None
     who = "PyTorch's model" if has_reference else "the model"
-    found = doubt_accuracy(comparison.confusion, who=who, inputs=comparison.inputs, recorded=recorded)
+    found = doubt_accuracy(
+        comparison.confusion, who=who, inputs=comparison.inputs, recorded=recorded
+    )
     return (*range_doubts, *found)
 
 
@@ -210,9 +258,15 @@ def float_check(
     accuracies = None
     if comparison.onnx_accuracy is not None and comparison.pytorch_accuracy is not None:
         accuracies = (comparison.onnx_accuracy, comparison.pytorch_accuracy)
-    on = f"{comparison.samples} random inputs" if data is None else f"{comparison.samples} samples of {data}"
+    on = (
+        f"{comparison.samples} random inputs"
+        if data is None
+        else f"{comparison.samples} samples of {data}"
+    )
     layers = weight_errors(file, reference)
-    return judge_distance(comparison.distances, bounds, on=on, scores=scores, layers=layers, accuracies=accuracies)
+    return judge_distance(
+        comparison.distances, bounds, on=on, scores=scores, layers=layers, accuracies=accuracies
+    )
 
 
 def weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError]:
@@ -242,8 +296,14 @@ def find_calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     if not graph.input:
         return None
     floats = {value.name: value for value in graph.initializer}
-    reading = [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == graph.input[0].name]
-    if not reading or len(reading[0].input) < 3 or not all(name in floats for name in reading[0].input[1:3]):
+    reading = [
+        n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == graph.input[0].name
+    ]
+    if (
+        not reading
+        or len(reading[0].input) < 3
+        or not all(name in floats for name in reading[0].input[1:3])
+    ):
         return None
     scale, zero = (onnx.numpy_helper.to_array(floats[name]) for name in reading[0].input[1:3])
     if scale.size != 1 or zero.dtype.kind not in "iu":
@@ -253,7 +313,9 @@ def find_calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     return step * (limits.min - place), step * (limits.max - place)
 
 
-def measure_against_baseline(file: OnnxFile, baseline: bytes | None, inputs: Sequence, runs: int) -> Latency | None:
+def measure_against_baseline(
+    file: OnnxFile, baseline: bytes | None, inputs: Sequence, runs: int
+) -> Latency | None:
     if baseline is None:
         return None
     try:

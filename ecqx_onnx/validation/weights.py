@@ -27,7 +27,9 @@ class WeightsComparison:
 
 
 def compare_weights(
-    stored: Sequence[StoredWeight], decoded: Mapping[str, np.ndarray], tensors: Sequence[QuantTensor]
+    stored: Sequence[StoredWeight],
+    decoded: Mapping[str, np.ndarray],
+    tensors: Sequence[QuantTensor],
 ) -> WeightsComparison:
     """stored: empty for a foreign file, whose float weights are compared as they are. tensors: empty to check the file in itself.
 
@@ -35,8 +37,12 @@ def compare_weights(
     of which it dequantises only the rows that are asked for.
     """
     own = {name for item in stored for name in (item.value, item.levels_name)}
-    values = {name: weight for name, weight in decoded.items() if weight.ndim >= 2 and name not in own}
-    values.update({item.weight.name: np.ascontiguousarray(item.weight.dequantize()) for item in stored})
+    values = {
+        name: weight for name, weight in decoded.items() if weight.ndim >= 2 and name not in own
+    }
+    values.update(
+        {item.weight.name: np.ascontiguousarray(item.weight.dequantize()) for item in stored}
+    )
     matching = match(values, tensors)
     matched = {weight.name: weight for weight in matching.found}
     faults: dict[str, str] = {}
@@ -46,14 +52,18 @@ def compare_weights(
         if fault is None and tensors:
             found = matched.get(name)
             fault = (
-                describe_other_values(values[name], name, tensors) if found is None else find_rescaling_fault(item.weight, found)
+                describe_other_values(values[name], name, tensors)
+                if found is None
+                else find_rescaling_fault(item.weight, found)
             )
         if fault is not None:
             faults[name] = f"weight '{name}' {fault}"
     named = {item.weight.name for item in stored}
     for missing in matching.missing:
         if missing.name in values and missing.name not in named:
-            faults[missing.name] = f"weight '{missing.name}' {describe_other_values(values[missing.name], missing.name, tensors)}"
+            faults[missing.name] = (
+                f"weight '{missing.name}' {describe_other_values(values[missing.name], missing.name, tensors)}"
+            )
     absent = tuple(missing.name for missing in matching.missing if missing.name not in values)
     total = len(stored) or len(tensors) - len(absent)
     rescaled = sum(weight.rescaled for weight in matching.found)
@@ -61,7 +71,11 @@ def compare_weights(
 
 
 def find_stored_fault(item: StoredWeight) -> str | None:
-    return None if item.crc_ok else "has other integers than the file's own checksum says: it was changed after it was written"
+    return (
+        None
+        if item.crc_ok
+        else "has other integers than the file's own checksum says: it was changed after it was written"
+    )
 
 
 def find_decoding_fault(item: StoredWeight, decoded: Mapping[str, np.ndarray]) -> str | None:

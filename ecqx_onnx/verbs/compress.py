@@ -206,14 +206,18 @@ def _silent(text: str) -> None:
 
 def _check_options(options: FileOptions, out: Path, model: Any, force: bool) -> None:
     if options.floats not in ("float32", "float16"):
-        raise OptionError(f"float parameters cannot be stored as '{options.floats}'; choose float32 or float16")
+        raise OptionError(
+            f"float parameters cannot be stored as '{options.floats}'; choose float32 or float16"
+        )
     check_forms(options.storage, options.dequantize)
     find_target(options.target)
     check_output(out, force=force, source=model)
     check_name(out, options.target)
 
 
-def _preprocessing(model: FloatModel, mean: Sequence[float], std: Sequence[float]) -> Preprocessing | None:
+def _preprocessing(
+    model: FloatModel, mean: Sequence[float], std: Sequence[float]
+) -> Preprocessing | None:
     """What the model's own file says; None where the data say it."""
     known = model.preprocessing
     if known is None or known == Preprocessing("array"):
@@ -283,7 +287,9 @@ def _select(
 
 def _why_no_weights(model: FloatModel, passed: Sequence[Passed]) -> str:
     if not passed:
-        return f"{model.source}: has no weight that an operator multiplies with; nothing to compress"
+        return (
+            f"{model.source}: has no weight that an operator multiplies with; nothing to compress"
+        )
     first = passed[0]
     return (
         f"{model.source}: none of its {len(passed)} tensors is a weight to compress"
@@ -373,7 +379,9 @@ def _metadata(prepared: _Prepared) -> dict[str, Any]:
     used = prepared.splits.statistics.preprocessing
     if used is not None:
         fields = json.loads(used.to_json())
-        document["preprocessing"] = {name: value for name, value in fields.items() if value is not None}
+        document["preprocessing"] = {
+            name: value for name, value in fields.items() if value is not None
+        }
     labels = prepared.splits.labels or prepared.model.labels
     if labels and labels != tuple(map(str, range(len(labels)))):
         document["labels"] = list(labels)

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from ecqx_onnx_converters import WriteReport, make_plan
 from ecqx_onnx_converters.graph.outputs import check_output
-from ecqx_onnx_converters.passes.activations import carry_ranges, quantize_activations, replace_pooling
+from ecqx_onnx_converters.passes.activations import (
+    carry_ranges,
+    quantize_activations,
+    replace_pooling,
+)
 from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.passes.equalization import equalize, find_places
 from ecqx_onnx_converters.passes.float16 import store_float16, store_half_steps
@@ -77,13 +81,17 @@ def convert(
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 
     if floats not in ("float32", "float16"):
-        raise OptionError(f"float parameters cannot be stored as '{floats}'; choose float32 or float16")
+        raise OptionError(
+            f"float parameters cannot be stored as '{floats}'; choose float32 or float16"
+        )
     given = {"--entropy-weight": entropy_weight, "--exclude": exclude, "--include": include}
     without_bits = [option for option, value in given.items() if value]
     if not bits and without_bits:
         raise OptionError(f"{without_bits[0]} goes with --bits, which quantises a float model")
     if not bits and (data is not None or float_bounds is not None):
-        raise OptionError("--data and bounds on the distance from the float model go with --bits; leave them out")
+        raise OptionError(
+            "--data and bounds on the distance from the float model go with --bits; leave them out"
+        )
     check_output(out, force=force, source=model)
     check_name(out, target)
     probe = FloatProbe(_test_split(data), float_bounds or FloatBounds()) if bits else None
@@ -105,17 +113,23 @@ def convert(
         check = probe.judge(checkpoint.module(), class_names=bool(checkpoint.labels))
         told = (("warning: " if check.passed is False else "") + check.sentence,)
         if probe.error is not None and math.isfinite(probe.error):
-            checkpoint = replace(checkpoint, recipe={**checkpoint.recipe, "float_error": float(f"{probe.error:.3g}")})
+            checkpoint = replace(
+                checkpoint, recipe={**checkpoint.recipe, "float_error": float(f"{probe.error:.3g}")}
+            )
     graph, matching, batchnorms = fold_batchnorms(checkpoint.graph, checkpoint.matching)
     matching, steps = store_half_steps(matching) if floats == "float16" else (matching, 0)
     checkpoint, quantized = replace(checkpoint, graph=graph, matching=matching), None
     if activations != "float32":
         checkpoint = replace(checkpoint, graph=replace_pooling(graph))
-        checkpoint, ranges = find_ranges(checkpoint, activations, target, calibration, calibration_method, calibration_samples)
+        checkpoint, ranges = find_ranges(
+            checkpoint, activations, target, calibration, calibration_method, calibration_samples
+        )
         quantized = quantize_activations(checkpoint.graph, checkpoint.matching.found, ranges)
         graph, matching = quantized.graph, replace(matching, found=quantized.found)
     elif calibration is not None:
-        raise OptionError("calibration data are for --activations int8; add it, or leave the data out")
+        raise OptionError(
+            "calibration data are for --activations int8; add it, or leave the data out"
+        )
     notes = (*checkpoint.notes, *told, *notes_on_unfolded_batchnorms(batchnorms))
     if floats == "float16":
         graph, halved = store_float16(graph, {weight.name for weight in matching.found})
@@ -133,8 +147,13 @@ def convert(
     metadata: dict[str, Any] = {"version": __version__, "recipe": drop_defaults(checkpoint.recipe)}
     if checkpoint.preprocessing_known:
         recorded = json.loads(checkpoint.preprocessing.to_json())
-        metadata["preprocessing"] = {key: value for key, value in recorded.items() if value is not None}
-        notes = (*notes, f"preprocessing that the file records: {checkpoint.preprocessing.describe()}")
+        metadata["preprocessing"] = {
+            key: value for key, value in recorded.items() if value is not None
+        }
+        notes = (
+            *notes,
+            f"preprocessing that the file records: {checkpoint.preprocessing.describe()}",
+        )
     else:
         notes = (*notes, NO_PREPROCESSING)
     if checkpoint.labels != tuple(map(str, range(len(checkpoint.labels)))):
@@ -147,11 +166,19 @@ def convert(
         notes = (*notes, RANGES_FROM[source == "trained"])
     report = deliver(plan, out, metadata=metadata, force=force)
     report = replace(report, notes=(*report.notes, *notes))
-    return report if quantized is None else replace(report, kernels=quantized.kernels, stays=quantized.stays)
+    return (
+        report
+        if quantized is None
+        else replace(report, kernels=quantized.kernels, stays=quantized.stays)
+    )
 
 
 def notes_on_unfolded_batchnorms(batchnorms: Sequence[BatchNorm]) -> tuple[str, ...]:
-    return tuple(f"BatchNormalization '{entry.name}' stays: {entry.reason}" for entry in batchnorms if entry.weight is None)
+    return tuple(
+        f"BatchNormalization '{entry.name}' stays: {entry.reason}"
+        for entry in batchnorms
+        if entry.weight is None
+    )
 
 
 NO_PREPROCESSING = (
@@ -159,11 +186,19 @@ NO_PREPROCESSING = (
     " a PREPROCESSING"
 )
 CALIBRATION_BATCH = 64
-RANGES_FROM = ("ranges of activations: calibrated on the data given", "ranges of activations: those that training ended with")
+RANGES_FROM = (
+    "ranges of activations: calibrated on the data given",
+    "ranges of activations: those that training ended with",
+)
 
 
 def find_ranges(
-    checkpoint: Checkpoint, activations: str, target: str, calibration: Any, method: str, samples: int
+    checkpoint: Checkpoint,
+    activations: str,
+    target: str,
+    calibration: Any,
+    method: str,
+    samples: int,
 ) -> tuple[Checkpoint, Mapping[str, tuple[float, float]]]:
     """Of the activations that are to be 8 bits: what they are on the calibration data, else what they were trained with. On data,
     channels are made equally large first, where that costs nothing."""
@@ -171,16 +206,24 @@ def find_ranges(
     from ecqx_onnx.runtime.calibration import METHODS, calibrate_ranges, measure_channel_peaks
 
     if activations != "int8":
-        raise OptionError(f"there are no activations of type '{activations}'; choose float32 or int8")
+        raise OptionError(
+            f"there are no activations of type '{activations}'; choose float32 or int8"
+        )
     if method not in METHODS:
-        raise OptionError(f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}")
+        raise OptionError(
+            f"there is no calibration method '{method}'; choose one of {', '.join(METHODS)}"
+        )
     if find_target(target).no_integers:
-        raise OptionError(f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}")
+        raise OptionError(
+            f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}"
+        )
     graph, matching = checkpoint.graph, checkpoint.matching
     values = find_integer_nodes(graph, matching.found).ranges
     if calibration is None:
         if not checkpoint.ranges:
-            raise OptionError("--activations int8 needs data that activations take their ranges from; add --calibration DATA")
+            raise OptionError(
+                "--activations int8 needs data that activations take their ranges from; add --calibration DATA"
+            )
         return checkpoint, carry_ranges(graph, values, checkpoint.ranges)
     data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
     split = (data.train or data.test) if isinstance(data, Dataset) else data
@@ -194,12 +237,16 @@ def find_ranges(
         )
     places = [place for place in find_places(graph, matching) if place.value in values]
     peaks = measure_channel_peaks(
-        restore_float_weights(graph, matching), [p.value for p in places], (x for x, _ in split.batches(CALIBRATION_BATCH))
+        restore_float_weights(graph, matching),
+        [p.value for p in places],
+        (x for x, _ in split.batches(CALIBRATION_BATCH)),
     )
     if peaks:
         graph, matching = equalize(graph, matching, places, peaks)
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
-    ranges = calibrate_ranges(restore_float_weights(graph, matching), values, batches, method=method)
+    ranges = calibrate_ranges(
+        restore_float_weights(graph, matching), values, batches, method=method
+    )
     return replace(checkpoint, graph=graph, matching=matching), ranges
 
 
@@ -213,10 +260,18 @@ def drop_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were chosen: all of them would outweigh a small net's weights. Of the data, the name without its path."""
     from ecqx_onnx.quantization import Recipe, train
 
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(train).parameters.items()
+    }
     defaults |= Recipe().to_json()
-    chosen = {name: v for name, v in recipe.items() if name == "bits" or v != defaults.get(name, inspect.Signature.empty)}
-    return chosen | ({"data": Path(chosen["data"]).name} if isinstance(chosen.get("data"), str) else {})
+    chosen = {
+        name: v
+        for name, v in recipe.items()
+        if name == "bits" or v != defaults.get(name, inspect.Signature.empty)
+    }
+    return chosen | (
+        {"data": Path(chosen["data"]).name} if isinstance(chosen.get("data"), str) else {}
+    )
 
 
 def _test_split(data: Any) -> Split | None:

@@ -73,30 +73,47 @@ def pack(
     """
     out = Path(out)
     if (suffix := find_target(target).suffix) != ".onnx":
-        raise OptionError(f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack, the model for it")
+        raise OptionError(
+            f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack, the model for it"
+        )
     check_forms(storage, dequantize)
     check_output(out, force=force, source=model)
     check_name(out, target)
     file = read_onnx(model)
     if file.metadata.get("tensors"):
-        return pass_through(file, out, "its weights are stored by ecqx-onnx already", (), (), force=force)
+        return pass_through(
+            file, out, "its weights are stored by ecqx-onnx already", (), (), force=force
+        )
     graph = FloatGraph.load(file.path)
     notes = list_notes(file.proto)
     defined = qonnx.define_operators(graph.proto)
-    options: dict[str, Any] = {"storage": storage, "dequantize": dequantize, "target": target, "opset": opset}
+    options: dict[str, Any] = {
+        "storage": storage,
+        "dequantize": dequantize,
+        "target": target,
+        "opset": opset,
+    }
     raised = raise_graph(graph, find_target(target), opset) if rewrite else None
     if raised is not None:
-        notes = (*notes, f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter")
+        notes = (
+            *notes,
+            f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter",
+        )
     plan, kept, batchnorms = plan_packing(raised or graph, options, fold_batchnorm=rewrite)
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
     if not plan.entries and defined is None:
         return pass_through(file, out, explain_nothing(kept), kept, notes, force=force)
     if folded:
-        notes = (*notes, f"{len(folded)} BatchNormalization went into the scales of the weights before, up to rounding")
+        notes = (
+            *notes,
+            f"{len(folded)} BatchNormalization went into the scales of the weights before, up to rounding",
+        )
     if defined is not None:
         notes = (*notes, defined)
     elif (fault := find_fault(file)) is not None:  # the writer would refuse it, too
-        return pass_through(file, out, f"onnx's checker rejects the original: {fault}", kept, notes, force=force)
+        return pass_through(
+            file, out, f"onnx's checker rejects the original: {fault}", kept, notes, force=force
+        )
     equivalence, reason, again = None, "", False
     with replace_model(out, force=force, sources=list_sources(file)) as temporary:
         written = write(plan, temporary, metadata={"version": __version__})
@@ -106,7 +123,9 @@ def pack(
             equivalence = compare_models(file.path, temporary, inputs=inputs)
             again = (bool(folded) or raised is not None) and not equivalence.ok
             if not equivalence.ok and not again:
-                raise CheckFailed(f"{out}: not written, the packed model is not the original: {equivalence.failure}")
+                raise CheckFailed(
+                    f"{out}: not written, the packed model is not the original: {equivalence.failure}"
+                )
         if reason or again:
             for part in list(temporary.parent.iterdir()):
                 part.unlink()
@@ -141,15 +160,26 @@ def unpack(
     graph, matching, kernels = unpacked.graph, unpacked.matching, unpacked.kernels
     if floats:
         graph, matching, kernels = unpacked.with_floats(), Matching((), ()), ()
-    options: dict[str, Any] = {"target": target, "storage": "dense", "dequantize": dequantize, "opset": opset}
+    options: dict[str, Any] = {
+        "target": target,
+        "storage": "dense",
+        "dequantize": dequantize,
+        "opset": opset,
+    }
     plan = make_plan(graph, matching, **options, integer=kernels)
     if floats:
-        plan = replace(plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept))
+        plan = replace(
+            plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept)
+        )
     report = deliver(plan, out, metadata=unpacked.metadata, force=force, sources=list_sources(file))
     if not is_untrained(unpacked.metadata):
         return report
     error = recipe_of(unpacked.metadata).get("float_error")
-    known = f", and lay {error:g} (relative error) from it then" if isinstance(error, int | float) else ""
+    known = (
+        f", and lay {error:g} (relative error) from it then"
+        if isinstance(error, int | float)
+        else ""
+    )
     told = f"its weights were quantised from a float model without training{known}; `validate --against` it tells how far"
     return replace(report, notes=(*report.notes, told))
 
@@ -159,7 +189,9 @@ def list_notes(proto: ModelProto) -> tuple[str, ...]:
     listed = [tensor.name for tensor in proto.graph.initializer if tensor.name in inputs]
     if proto.ir_version < 4 or not listed:  # before, every initializer had to be listed as an input
         return ()
-    return (f"{len(listed)} of its tensors are optional inputs; packed ones can't be overridden any more",)
+    return (
+        f"{len(listed)} of its tensors are optional inputs; packed ones can't be overridden any more",
+    )
 
 
 def find_fault(file: OnnxFile) -> str | None:
@@ -183,7 +215,13 @@ def list_sources(file: OnnxFile) -> tuple[Path, ...]:
 
 
 def pass_through(
-    file: OnnxFile, out: Path, reason: str, kept: tuple[Kept, ...], notes: tuple[str, ...], *, force: bool
+    file: OnnxFile,
+    out: Path,
+    reason: str,
+    kept: tuple[Kept, ...],
+    notes: tuple[str, ...],
+    *,
+    force: bool,
 ) -> PackReport:
     """The same bytes; external data go to a file beside it that is named after `out`."""
     if file.external:

@@ -87,8 +87,14 @@ def quantize(
     out = Path(out)
     check_output(out, force=force, source=weights)
     if out.suffix.lower() == ".onnx":
-        raise FileError(f"{out}: what is written is a checkpoint, not an .onnx file; name it {out.with_suffix('.pt')}")
-    named: dict[str, Any] = {name: show_option(options[name]) for name in ("augment", "relevance", "start") if name in options}
+        raise FileError(
+            f"{out}: what is written is a checkpoint, not an .onnx file; name it {out.with_suffix('.pt')}"
+        )
+    named: dict[str, Any] = {
+        name: show_option(options[name])
+        for name in ("augment", "relevance", "start")
+        if name in options
+    }
     options = {**options, **load_named_options(options)}
     torch.manual_seed(seed)
     loaded = load_factory(factory)
@@ -116,11 +122,22 @@ def quantize(
         before = accuracy(loaded.model, dataset.test) if confusion is None else confusion.right
     told = (*state_notes, *dataset.notes, told, *doubt_accuracy(confusion, who="the float model"))
     if weights is None:
-        told = (*told, "no --weights are given: the network starts from random values and is trained from scratch")
+        told = (
+            *told,
+            "no --weights are given: the network starts from random values and is trained from scratch",
+        )
     state_file = state_path(out)
     shown = None if progress is None else training_progress(progress)
     with open_process_group():
-        trained = train(loaded.model, dataset, seed=seed, progress=shown, state_file=state_file, resume=resume, **options)
+        trained = train(
+            loaded.model,
+            dataset,
+            seed=seed,
+            progress=shown,
+            state_file=state_file,
+            resume=resume,
+            **options,
+        )
         first = find_rank() == 0
     after = accuracy(trained.quantizer.model, dataset.test)
     trained.quantizer.model.to("cpu")
@@ -160,26 +177,41 @@ def fit_channels(dataset: Dataset, loaded: Loaded) -> Dataset:
     with torch.no_grad():
         if loaded.input_shape is not None:
             return dataset.fitted(loaded.input_shape)
-        for candidate in (dataset, *(dataset.fitted((channels, None, None)) for channels in (1, 3))):
+        for candidate in (
+            dataset,
+            *(dataset.fitted((channels, None, None)) for channels in (1, 3)),
+        ):
             x, _ = next(candidate.test.batches(2))
-            with contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            with contextlib.suppress(
+                RuntimeError, ValueError, TypeError, IndexError, AssertionError
+            ):
                 loaded.model.eval()(torch.from_numpy(x))
                 return candidate
         return dataset
 
 
 def preprocess_data(
-    dataset: Dataset, loaded: Loaded, mean: Sequence[float] | None, std: Sequence[float] | None, *, factory: str
+    dataset: Dataset,
+    loaded: Loaded,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    *,
+    factory: str,
 ) -> tuple[Dataset, str]:
     """(the data as the training takes them, a sentence that says how and who decided it)."""
     if bool(mean) != bool(std):
         given, missing = ("--mean", "--std") if mean else ("--std", "--mean")
         neutral = "1" if mean else "0"
-        raise OptionError(f"{given} goes with {missing}: give both ({missing} {neutral} changes nothing)")
+        raise OptionError(
+            f"{given} goes with {missing}: give both ({missing} {neutral} changes nothing)"
+        )
     file = Path(factory.rpartition(":")[0]).name
     where = f"the data's type decided; {file} has no PREPROCESSING"
     if loaded.preprocessing is not None:
-        dataset, where = dataset.with_preprocessing(loaded.preprocessing), f"PREPROCESSING of {file}"
+        dataset, where = (
+            dataset.with_preprocessing(loaded.preprocessing),
+            f"PREPROCESSING of {file}",
+        )
     if mean and std:
         dataset, where = dataset.normalized(mean, std), "mean and std as given, " + where
     elif loaded.preprocessing is None and dataset.preprocessing.kind != "indices":
@@ -189,7 +221,12 @@ def preprocess_data(
 
 
 def with_history(
-    checkpoint: Checkpoint, trained: Training, *, before: Proportion | None, after: Proportion | None, data: str
+    checkpoint: Checkpoint,
+    trained: Training,
+    *,
+    before: Proportion | None,
+    after: Proportion | None,
+    data: str,
 ) -> Checkpoint:
     """The checkpoint of a training, with what a report shows of it. before, after: accuracies on the test split."""
     assert checkpoint.insight is not None  # it was made from a Quantizer
@@ -225,7 +262,9 @@ def load_named_options(options: Mapping[str, Any]) -> dict[str, Any]:
     augment = options.get("augment")
     if isinstance(augment, str) and "augment" not in found:
         if augment not in AUGMENTATIONS:
-            raise OptionError(f"augmentation '{augment}' is unknown: use one of {', '.join(AUGMENTATIONS)}, or FILE.py:FUNCTION")
+            raise OptionError(
+                f"augmentation '{augment}' is unknown: use one of {', '.join(AUGMENTATIONS)}, or FILE.py:FUNCTION"
+            )
         found["augment"] = AUGMENTATIONS[augment]
     return found
 
@@ -235,7 +274,9 @@ def show_option(value: Any) -> Any:
     if isinstance(value, str) and is_function_spec(value):
         file, _, function = value.rpartition(":")
         return f"{Path(file).name}:{function}"
-    return value if isinstance(value, str | None) else getattr(value, "__name__", type(value).__name__)
+    return (
+        value if isinstance(value, str | None) else getattr(value, "__name__", type(value).__name__)
+    )
 
 
 def _check_patterns(options: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -244,7 +285,9 @@ def _check_patterns(options: Mapping[str, Any], names: Sequence[str]) -> None:
 
     patterns = {name: options[name] for name in ("exclude", "bits") if name in options}
     for unmatched in Recipe(**patterns).unmatched(names):
-        raise OptionError(f"--{unmatched} matches no parameter; the first is '{next(iter(names), '')}'")
+        raise OptionError(
+            f"--{unmatched} matches no parameter; the first is '{next(iter(names), '')}'"
+        )
 
 
 def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Proportion:
@@ -252,7 +295,9 @@ def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Pr
 
     import torch
 
-    with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only
+    with contextlib.suppress(
+        NotImplementedError
+    ):  # an exported program has its evaluation mode only
         model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right = 0
@@ -268,7 +313,9 @@ def confuse(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Con
     import torch
 
     with torch.no_grad():
-        with contextlib.suppress(NotImplementedError):  # an exported program has its evaluation mode only
+        with contextlib.suppress(
+            NotImplementedError
+        ):  # an exported program has its evaluation mode only
             model.eval()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         found: Confusion | None = None

@@ -33,6 +33,8 @@ def save(
     from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 
-    checkpoint = as_checkpoint(source, example=example, preprocessing=preprocessing, labels=labels, recipe=recipe)
+    checkpoint = as_checkpoint(
+        source, example=example, preprocessing=preprocessing, labels=labels, recipe=recipe
+    )
     save_checkpoint(checkpoint, path, force=force)
     return checkpoint

@@ -54,9 +54,17 @@ def validate(
 
     if is_onnx(against):
         if factory is not None:
-            raise OptionError(f"--model names the network of a state dict, and {against} is an .onnx file: leave it out")
-        if Path(against).is_file() and Path(onnx_file).is_file() and Path(against).samefile(onnx_file):
-            raise OptionError(f"{against} is the file itself, which proves nothing; give what it was made from")
+            raise OptionError(
+                f"--model names the network of a state dict, and {against} is an .onnx file: leave it out"
+            )
+        if (
+            Path(against).is_file()
+            and Path(onnx_file).is_file()
+            and Path(against).samefile(onnx_file)
+        ):
+            raise OptionError(
+                f"{against} is the file itself, which proves nothing; give what it was made from"
+            )
         if inputs is not None and data is not None:
             raise OptionError("--inputs and --data both say what to run on; give one of them")
         sides, _ = load_sides(
@@ -80,7 +88,9 @@ def validate(
             progress=progress,
         )
     if inputs is not None:
-        raise OptionError("--inputs are for a validation against an .onnx file; beside PyTorch give --data, or nothing")
+        raise OptionError(
+            "--inputs are for a validation against an .onnx file; beside PyTorch give --data, or nothing"
+        )
     sides, _ = load_sides(
         against,
         data,
@@ -128,7 +138,9 @@ def validate_on(
 
     read_onnx(onnx_file)  # a damaged file is no device's trouble
     if is_onnx(against):
-        raise OptionError(f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave --device out")
+        raise OptionError(
+            f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave --device out"
+        )
     found = [room.find_device(name) for name in devices]
     sides, _ = load_sides(
         against,
@@ -142,7 +154,9 @@ def validate_on(
     )
     reports, troubles = [], []
     for device in found:
-        shown = None if progress is None else functools.partial(report_on_device, progress, device.name)
+        shown = (
+            None if progress is None else functools.partial(report_on_device, progress, device.name)
+        )
         try:
             report = room.validate_on(
                 device,
@@ -160,7 +174,9 @@ def validate_on(
     return room.DeviceTable(tuple(reports), tuple(troubles))
 
 
-def report_on_device(progress: Callable[[int, int, str], None], device: str, done: int, total: int) -> None:
+def report_on_device(
+    progress: Callable[[int, int, str], None], device: str, done: int, total: int
+) -> None:
     progress(done, total, device)
 
 
@@ -212,7 +228,9 @@ def load_sides(
         "reference": None if checkpoint is None else checkpoint.module(),
         "tensors": () if checkpoint is None else checkpoint.tensors,
         "float_reference": checkpoint is not None and not checkpoint.tensors,
-        "float_model": None if checkpoint is None else functools.partial(make_float_model, checkpoint),
+        "float_model": None
+        if checkpoint is None
+        else functools.partial(make_float_model, checkpoint),
         "split": split,
         "notes": notes,
         "class_names": checkpoint is not None and bool(checkpoint.labels),

@@ -62,7 +62,9 @@ def main() -> int:
 def print_row(score: Score, *, heading: bool) -> None:
     """One line of the table, and one for each kind of failure."""
     if heading:
-        print(f"{'reader':<16}{'inputs':>8}{'refused':>9}{'read':>8}{'failures':>10}{'slowest':>10}{'memory':>9}")
+        print(
+            f"{'reader':<16}{'inputs':>8}{'refused':>9}{'read':>8}{'failures':>10}{'slowest':>10}{'memory':>9}"
+        )
     counts = f"{score.inputs:>8}{score.refused:>9}{score.read:>8}{score.failures:>10}"
     print(f"{score.name:<16}{counts}{score.slowest:>8.1f} s{score.peak / 1e6:>6.0f} MB", flush=True)
     for kind, count in sorted(score.kinds.items()):
@@ -83,7 +85,9 @@ def fuzz(reader: ModuleType, *, seconds: float, seed: int) -> Score:
     return score
 
 
-def _one_process(reader: ModuleType, folder: Path, seed: int, first: int, seconds: float, score: Score) -> tuple[int, float]:
+def _one_process(
+    reader: ModuleType, folder: Path, seed: int, first: int, seconds: float, score: Score
+) -> tuple[int, float]:
     """(number of the next input, seconds spent reading)."""
     command = [
         sys.executable,
@@ -174,7 +178,9 @@ def _count(reader: ModuleType, folder: Path, seed: int, score: Score, said: dict
         score.read += 1
 
 
-def _fail(file: Path, reader: ModuleType, seed: int, number: int, score: Score, where: str, text: str) -> None:
+def _fail(
+    file: Path, reader: ModuleType, seed: int, number: int, score: Score, where: str, text: str
+) -> None:
     """Counts the failure and keeps the first input of its kind."""
     score.failures += 1
     known = where in score.kinds

@@ -17,21 +17,67 @@ from tests.fuzz.mutation import INTEGERS, mutate_bytes
 Random = random_module.Random
 SIGNED = [number for number in INTEGERS if -(2**63) <= number < 2**63]
 
-NAMES = ("", "x", "y", "w0", "w1", "b0", "nowhere", "\x1b[31m", "n" * 5000, "[/x]", "a\0b", "\u202e")
-OPERATORS = ("Conv", "Gemm", "MatMul", "Transpose", "DequantizeLinear", "QuantizeLinear", "Clip", "Cast", "Gather")
-OPERATORS += ("BatchNormalization", "Constant", "If", "Loop", "Split", "Quant", "D", "Levels", "V", "r", "Identity", "")
+NAMES = (
+    "",
+    "x",
+    "y",
+    "w0",
+    "w1",
+    "b0",
+    "nowhere",
+    "\x1b[31m",
+    "n" * 5000,
+    "[/x]",
+    "a\0b",
+    "\u202e",
+)
+OPERATORS = (
+    "Conv",
+    "Gemm",
+    "MatMul",
+    "Transpose",
+    "DequantizeLinear",
+    "QuantizeLinear",
+    "Clip",
+    "Cast",
+    "Gather",
+)
+OPERATORS += (
+    "BatchNormalization",
+    "Constant",
+    "If",
+    "Loop",
+    "Split",
+    "Quant",
+    "D",
+    "Levels",
+    "V",
+    "r",
+    "Identity",
+    "",
+)
 METADATA = {"version": "0", "labels": ["a", "b"], "recipe": {"bits": 4, "data": "x"}}
-METADATA |= {"preprocessing": {"version": 1, "kind": "array", "scale": 2.0, "mean": [0.5], "std": [2.0]}}
+METADATA |= {
+    "preprocessing": {"version": 1, "kind": "array", "scale": 2.0, "mean": [0.5], "std": [2.0]}
+}
 
 
 def foreign_models() -> list[bytes]:
     """Someone else's: Gemm and MatMul with weights as floats on few values, DequantizeLinear, a branch."""
-    return [_serialized(_foreign(style)) for style in ("levels", "dequantized", "branch", "quantized", "bn")]
+    return [
+        _serialized(_foreign(style))
+        for style in ("levels", "dequantized", "branch", "quantized", "bn")
+    ]
 
 
 def our_models() -> list[bytes]:
     """Written by the converter: dense, sparse, packed, for DequantizeLinear."""
-    options: list[dict[str, Any]] = [{"storage": "dense"}, {"storage": "sparse"}, {"storage": "packed"}, {"target": "qdq"}]
+    options: list[dict[str, Any]] = [
+        {"storage": "dense"},
+        {"storage": "sparse"},
+        {"storage": "packed"},
+        {"target": "qdq"},
+    ]
     return [_written(shape=(24, 16), **option) for option in options]
 
 
@@ -52,7 +98,10 @@ def _levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def _tensors(shape: tuple[int, int]) -> list[QuantTensor]:
     shapes = [shape, (5, shape[0])]
-    return [QuantTensor(f"w{i}", _levels(of, i), Scale(np.float32(0.05 + i))) for i, of in enumerate(shapes)]
+    return [
+        QuantTensor(f"w{i}", _levels(of, i), Scale(np.float32(0.05 + i)))
+        for i, of in enumerate(shapes)
+    ]
 
 
 def _float_model(shape: tuple[int, int]) -> tuple[ModelProto, list[QuantTensor]]:
@@ -88,8 +137,12 @@ def _foreign(style: str) -> ModelProto:
     if style == "dequantized" or style == "branch":
         for tensor in tensors:
             _replace(graph, tensor.name, numpy_helper.from_array(tensor.levels, f"{tensor.name}.q"))
-            graph.initializer.append(numpy_helper.from_array(np.array(tensor.meaning.step), f"{tensor.name}.s"))  # type: ignore[union-attr]
-            made = helper.make_node("DequantizeLinear", [f"{tensor.name}.q", f"{tensor.name}.s"], [tensor.name])
+            graph.initializer.append(
+                numpy_helper.from_array(np.array(tensor.meaning.step), f"{tensor.name}.s")
+            )  # type: ignore[union-attr]
+            made = helper.make_node(
+                "DequantizeLinear", [f"{tensor.name}.q", f"{tensor.name}.s"], [tensor.name]
+            )
             graph.node.insert(0, made)
     if style == "quantized":
         nodes = [
@@ -103,14 +156,18 @@ def _foreign(style: str) -> ModelProto:
             graph.node.insert(0, node)
     if style == "bn":
         names = ["scale", "shift", "mean", "variance"]
-        graph.initializer.extend(numpy_helper.from_array(np.full(24, 0.5, np.float32), name) for name in names)
+        graph.initializer.extend(
+            numpy_helper.from_array(np.full(24, 0.5, np.float32), name) for name in names
+        )
         graph.node[0].output[0] = "p"
         graph.node.insert(1, helper.make_node("BatchNormalization", ["p", *names], ["h"]))
     if style == "branch":
         last = graph.node.pop()
         inner = helper.make_graph([last], "inner", [], [graph.output[0]])
         graph.initializer.append(numpy_helper.from_array(np.array(True), "t"))
-        graph.node.append(helper.make_node("If", ["t"], ["y"], then_branch=inner, else_branch=inner))
+        graph.node.append(
+            helper.make_node("If", ["t"], ["y"], then_branch=inner, else_branch=inner)
+        )
     return model
 
 
@@ -159,7 +216,9 @@ def mutate_tensor(tensor: TensorProto, random: Random) -> None:
     elif kind == 1 and tensor.dims:
         tensor.dims[random.randrange(len(tensor.dims))] = random.choice(SIGNED)
     elif kind == 2:
-        tensor.dims[:] = random.choice(([], [0], [1], [2**40, 2**40], [-1], [*tensor.dims, 1], list(tensor.dims)[::-1]))
+        tensor.dims[:] = random.choice(
+            ([], [0], [1], [2**40, 2**40], [-1], [*tensor.dims, 1], list(tensor.dims)[::-1])
+        )
     elif kind == 3:
         tensor.raw_data = mutate_bytes(tensor.raw_data, random)
     elif kind == 4 and tensor.int64_data:
@@ -168,22 +227,32 @@ def mutate_tensor(tensor: TensorProto, random: Random) -> None:
         tensor.name = random.choice(NAMES)
     elif kind == 6:
         tensor.data_location = TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value=random.choice(("input.onnx", "..", "x\0", "n" * 300, "/dev/zero", "")))
+        tensor.external_data.add(
+            key="location",
+            value=random.choice(("input.onnx", "..", "x\0", "n" * 300, "/dev/zero", "")),
+        )
     elif tensor.raw_data:
         at = random.randrange(len(tensor.raw_data))
         changed = bytearray(tensor.raw_data)
-        changed[at] = random.choice((0, 1, 0x7F, 0x80, 0xFF, changed[at] ^ 1 << random.randrange(8)))
+        changed[at] = random.choice(
+            (0, 1, 0x7F, 0x80, 0xFF, changed[at] ^ 1 << random.randrange(8))
+        )
         tensor.raw_data = bytes(changed)
 
 
 def mutate_node(node: NodeProto, model: ModelProto, random: Random) -> None:
     """Inputs, outputs, operator, attributes."""
-    names = [*NAMES, *(name for other in model.graph.node for name in (*other.input, *other.output))]
+    names = [
+        *NAMES,
+        *(name for other in model.graph.node for name in (*other.input, *other.output)),
+    ]
     kind = random.randrange(8)
     if kind == 0:
         node.op_type = random.choice(OPERATORS)
     elif kind == 1:
-        node.domain = random.choice(("", "ai.onnx", "qx", "com.microsoft", "qonnx.custom_op.general", "nowhere"))
+        node.domain = random.choice(
+            ("", "ai.onnx", "qx", "com.microsoft", "qonnx.custom_op.general", "nowhere")
+        )
     elif kind in (2, 3) and node.input:
         node.input[random.randrange(len(node.input))] = random.choice(names)
     elif kind == 4:
@@ -198,8 +267,12 @@ def mutate_node(node: NodeProto, model: ModelProto, random: Random) -> None:
 
 def _mutate_attribute(node: NodeProto, random: Random) -> None:
     if not node.attribute or random.random() < 0.3:
-        name = random.choice(("axis", "to", "perm", "transB", "group", "value", "alpha", "epsilon", "bits"))
-        value = random.choice((0, -1, 2**31 - 1, -(2**63), [1, 0], [7, -7], 0.5, float("nan"), "text", b"\xff"))
+        name = random.choice(
+            ("axis", "to", "perm", "transB", "group", "value", "alpha", "epsilon", "bits")
+        )
+        value = random.choice(
+            (0, -1, 2**31 - 1, -(2**63), [1, 0], [7, -7], 0.5, float("nan"), "text", b"\xff")
+        )
         node.attribute.append(helper.make_attribute(name, value))
         return
     attribute = random.choice(node.attribute)
@@ -220,9 +293,16 @@ def _sparse(model: ModelProto, random: Random) -> None:
     positions = np.array(sorted(random.sample(range(64), 3)), np.int64)
     if random.random() < 0.5:
         positions[random.randrange(3)] = random.choice(SIGNED)
-    values = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[3], raw_data=bytes(3 * random.choice((1, 4, 8))))
+    values = TensorProto(
+        name=tensor.name,
+        data_type=tensor.data_type,
+        dims=[3],
+        raw_data=bytes(3 * random.choice((1, 4, 8))),
+    )
     dims = random.choice((list(tensor.dims), [64], [2**20, 2**20], [-1], [2**31], []))
-    model.graph.sparse_initializer.add(values=values, indices=numpy_helper.from_array(positions), dims=dims)
+    model.graph.sparse_initializer.add(
+        values=values, indices=numpy_helper.from_array(positions), dims=dims
+    )
     if random.random() < 0.7:
         model.graph.initializer.remove(tensor)
 

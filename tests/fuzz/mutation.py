@@ -192,7 +192,9 @@ def write_zip(members: list[tuple[str, bytes]], *, stored: bool = True) -> bytes
     method = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in members:
-            info = zipfile.ZipInfo(name.encode("utf-8", "replace")[:60_000].decode("utf-8", "ignore"))
+            info = zipfile.ZipInfo(
+                name.encode("utf-8", "replace")[:60_000].decode("utf-8", "ignore")
+            )
             info.compress_type = method
             archive.fp.seek(archive.start_dir)  # type: ignore[union-attr]
             archive.NameToInfo.pop(info.filename, None)  # so that no warning tells of doubled names

@@ -33,7 +33,13 @@ def checkpoint(tmp_path_factory):
 
 
 def data(path, x):
-    np.savez(path, x_train=x, y_train=np.arange(len(x)) % 3, x_test=x[:1], y_test=np.zeros(len(x[:1]), np.int64))
+    np.savez(
+        path,
+        x_train=x,
+        y_train=np.arange(len(x)) % 3,
+        x_test=x[:1],
+        y_test=np.zeros(len(x[:1]), np.int64),
+    )
     return path
 
 
@@ -66,8 +72,14 @@ INT8 = ("--activations", "int8")
             (*INT8, "--calibration", "x.npz", "--calibration-method", "guess"),
             "no calibration method 'guess'; choose one of minmax",
         ),
-        ((*INT8, "--calibration", "x.npz", "--target", "coreml"), "target 'coreml' cannot have int8 activations"),
-        ((*INT8, "--calibration", "x.npz", "--target", "nnapi"), "target 'nnapi' cannot have int8 activations"),
+        (
+            (*INT8, "--calibration", "x.npz", "--target", "coreml"),
+            "target 'coreml' cannot have int8 activations",
+        ),
+        (
+            (*INT8, "--calibration", "x.npz", "--target", "nnapi"),
+            "target 'nnapi' cannot have int8 activations",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(checkpoint, tmp_path, arguments, words):
@@ -83,7 +95,9 @@ def test_data_without_a_sample_are_refused(checkpoint, tmp_path):
 def test_data_of_another_shape_are_refused(checkpoint, tmp_path, channels, shape):
     path = data(tmp_path / "shape.npz", images(8, channels))
     message = refused(checkpoint, tmp_path, *INT8, "--calibration", path)
-    assert "the model takes inputs of shape ['any', " in message  # not torch's name for a free length
+    assert (
+        "the model takes inputs of shape ['any', " in message
+    )  # not torch's name for a free length
     assert "calibrate on data as the model was trained on" in message
     assert shape in message
 
@@ -91,7 +105,9 @@ def test_data_of_another_shape_are_refused(checkpoint, tmp_path, channels, shape
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
 def test_data_of_a_single_value_are_refused(checkpoint, tmp_path, method):
     path = data(tmp_path / "blank.npz", np.zeros((100, 1, 8, 8), np.float32))
-    message = refused(checkpoint, tmp_path, *INT8, "--calibration", path, "--calibration-method", method)
+    message = refused(
+        checkpoint, tmp_path, *INT8, "--calibration", path, "--calibration-method", method
+    )
     assert "x_train in blank.npz" in message
     assert "nothing but the value 0 in the 100 samples" in message
 
@@ -101,9 +117,13 @@ def test_blank_images_are_refused_whatever_normalisation_makes_of_them(tmp_path)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     quantize_model(model)
     preprocessing = Preprocessing("image", scale=255.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
-    api.save(model, tmp_path / "model.pt", example=torch.zeros(2, 3, 8, 8), preprocessing=preprocessing)
+    api.save(
+        model, tmp_path / "model.pt", example=torch.zeros(2, 3, 8, 8), preprocessing=preprocessing
+    )
     path = data(tmp_path / "white.npz", np.full((8, 8, 8, 3), 255, np.uint8))
-    assert "nothing but the value 255" in refused(tmp_path / "model.pt", tmp_path, *INT8, "--calibration", path)
+    assert "nothing but the value 255" in refused(
+        tmp_path / "model.pt", tmp_path, *INT8, "--calibration", path
+    )
 
 
 def test_one_other_value_among_many_is_enough(checkpoint, tmp_path):
@@ -116,7 +136,9 @@ def test_one_other_value_among_many_is_enough(checkpoint, tmp_path):
 def test_data_that_hold_no_numbers_are_refused(checkpoint, tmp_path):
     x = images()
     x[3, 0, 2, 2] = np.nan
-    assert "NaN" in refused(checkpoint, tmp_path, *INT8, "--calibration", data(tmp_path / "nan.npz", x))
+    assert "NaN" in refused(
+        checkpoint, tmp_path, *INT8, "--calibration", data(tmp_path / "nan.npz", x)
+    )
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
@@ -130,7 +152,9 @@ def test_an_activation_that_is_no_number_is_named(method, value):
 
     graph = float_graph(Root().eval(), [torch.ones(2, 4)])
     x = np.array([[1, 4, 9, 16], [1, 1, 1, -1 if np.isnan(value) else np.inf]], np.float32)
-    with pytest.raises(ModelError, match="activation 'output' holds NaN or infinity on the calibration data"):
+    with pytest.raises(
+        ModelError, match="activation 'output' holds NaN or infinity on the calibration data"
+    ):
         calibrate_ranges(graph, ["output"], [x], method=method)
 
 
@@ -141,9 +165,17 @@ def test_activations_that_are_always_zero_convert(method, tmp_path):
     with torch.no_grad():
         model[0].bias.fill_(-100.0)  # Relu lets nothing through
     quantize_model(model)
-    dataset = Dataset.from_arrays("x", {"x": images(), "y": np.arange(8) % 3}, preprocessing=Preprocessing("array"))
+    dataset = Dataset.from_arrays(
+        "x", {"x": images(), "y": np.arange(8) % 3}, preprocessing=Preprocessing("array")
+    )
     checkpoint = api.as_checkpoint(model, example=torch.zeros(2, 1, 8, 8))
-    api.convert(checkpoint, tmp_path / "out.onnx", activations="int8", calibration=dataset, calibration_method=method)
+    api.convert(
+        checkpoint,
+        tmp_path / "out.onnx",
+        activations="int8",
+        calibration=dataset,
+        calibration_method=method,
+    )
     outputs = run(open_session(tmp_path / "out.onnx"), (images(),))[0]
     with torch.no_grad():
         np.testing.assert_allclose(outputs, model(torch.from_numpy(images())).numpy(), atol=1e-2)
@@ -177,7 +209,10 @@ def test_memory_does_not_grow_with_the_data():
     for count in (2, 40):
         tracemalloc.start()
         calibrate_ranges(
-            graph, [graph.proto.graph.input[0].name], (images(256, seed=seed) for seed in range(count)), method="percentile"
+            graph,
+            [graph.proto.graph.input[0].name],
+            (images(256, seed=seed) for seed in range(count)),
+            method="percentile",
         )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

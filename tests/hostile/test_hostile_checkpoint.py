@@ -124,21 +124,45 @@ def first(document):
 
 LIES = {
     "a version of the future": (lambda d: d.update(version=99), "version 99"),
-    "levels of another type": (lambda d: [e.update(levels=e["levels"].float()) for e in first(d)], "not int8"),
-    "levels of another shape": (lambda d: [e.update(levels=e["levels"][:2]) for e in first(d)], "shape"),
-    "a step of NaN": (lambda d: [e.update(step=torch.tensor(float("nan"))) for e in first(d)], "not positive and finite"),
-    "an infinite step": (lambda d: [e.update(step=torch.tensor(float("inf"))) for e in first(d)], "not positive and finite"),
-    "a negative step": (lambda d: [e.update(step=torch.tensor(-1.0)) for e in first(d)], "not positive and finite"),
-    "a step of another shape": (lambda d: [e.update(step=torch.ones(5)) for e in first(d)], "shape"),
+    "levels of another type": (
+        lambda d: [e.update(levels=e["levels"].float()) for e in first(d)],
+        "not int8",
+    ),
+    "levels of another shape": (
+        lambda d: [e.update(levels=e["levels"][:2]) for e in first(d)],
+        "shape",
+    ),
+    "a step of NaN": (
+        lambda d: [e.update(step=torch.tensor(float("nan"))) for e in first(d)],
+        "not positive and finite",
+    ),
+    "an infinite step": (
+        lambda d: [e.update(step=torch.tensor(float("inf"))) for e in first(d)],
+        "not positive and finite",
+    ),
+    "a negative step": (
+        lambda d: [e.update(step=torch.tensor(-1.0)) for e in first(d)],
+        "not positive and finite",
+    ),
+    "a step of another shape": (
+        lambda d: [e.update(step=torch.ones(5)) for e in first(d)],
+        "shape",
+    ),
     "a codebook too short": (
         lambda d: [(e.pop("step"), e.update(codebook=torch.ones(2))) for e in first(d)],
         "beyond its codebook",
     ),
-    "a graph of random bytes": (lambda d: d.update(graph=torch.randint(0, 256, (500,), dtype=torch.uint8)), "damaged"),
+    "a graph of random bytes": (
+        lambda d: d.update(graph=torch.randint(0, 256, (500,), dtype=torch.uint8)),
+        "damaged",
+    ),
     "a recipe that is no JSON": (lambda d: d.update(recipe="{"), "damaged"),
     "a preprocessing that is no JSON": (lambda d: d.update(preprocessing="]"), "preprocessing"),
     "tensors that are numbers": (lambda d: d.update(tensors=[1, 2]), "damaged"),
-    "a placed weight that the graph lacks": (lambda d: first(d)[1].update(initializer="nowhere"), "nowhere"),
+    "a placed weight that the graph lacks": (
+        lambda d: first(d)[1].update(initializer="nowhere"),
+        "nowhere",
+    ),
 }
 
 
@@ -174,7 +198,10 @@ def test_a_pickled_object_is_never_unpickled(tmp_path):
 
 def test_a_zip_bomb_is_refused_before_anything_is_unpacked(good, tmp_path):
     path = tmp_path / "model.pt"
-    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(good) as source,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
         target.writestr("archive/data/999", bytes(50_000_000))
@@ -235,26 +262,49 @@ def user_file(tmp_path):
 def test_factories_that_give_no_network_are_refused(user_file, factory, why):
     (user_file / "bad.py").write_text("def net(:\n")
     out = user_file / "out.onnx"
-    refused(["convert", user_file / "sd.pt", out, "--model", f"{user_file}/{factory}"], why, out=out)
+    refused(
+        ["convert", user_file / "sd.pt", out, "--model", f"{user_file}/{factory}"], why, out=out
+    )
 
 
 def test_a_state_dict_of_another_network_is_refused_with_what_differs(user_file):
-    torch.save({"fc1.weight": torch.zeros(8, 6), "fc9.bias": torch.zeros(3)}, user_file / "other.pt")
+    torch.save(
+        {"fc1.weight": torch.zeros(8, 6), "fc9.bias": torch.zeros(3)}, user_file / "other.pt"
+    )
     refused(
-        ["convert", user_file / "other.pt", user_file / "out.onnx", "--model", f"{user_file}/net.py:net"],
+        [
+            "convert",
+            user_file / "other.pt",
+            user_file / "out.onnx",
+            "--model",
+            f"{user_file}/net.py:net",
+        ],
         "fc2.weight",
         out=user_file / "out.onnx",
     )
 
 
 def test_a_state_dict_alone_is_refused_with_the_way_forward(user_file):
-    refused(["convert", user_file / "sd.pt", user_file / "out.onnx"], "--model", out=user_file / "out.onnx")
+    refused(
+        ["convert", user_file / "sd.pt", user_file / "out.onnx"],
+        "--model",
+        out=user_file / "out.onnx",
+    )
 
 
 def test_a_float_model_is_refused_with_both_ways_forward(user_file):
     torch.manual_seed(1)
-    torch.save({k: torch.randn_like(v) for k, v in quantized_net().state_dict().items()}, user_file / "float.pt")
-    arguments = ["convert", user_file / "float.pt", user_file / "out.onnx", "--model", f"{user_file}/net.py:net"]
+    torch.save(
+        {k: torch.randn_like(v) for k, v in quantized_net().state_dict().items()},
+        user_file / "float.pt",
+    )
+    arguments = [
+        "convert",
+        user_file / "float.pt",
+        user_file / "out.onnx",
+        "--model",
+        f"{user_file}/net.py:net",
+    ]
     refused(arguments, "--bits", out=user_file / "out.onnx")
     refused(arguments, "ecqx-onnx quantize", out=user_file / "out.onnx")
 
@@ -282,10 +332,16 @@ def test_a_full_disk_leaves_nothing_behind(good, tmp_path):
     )
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "converters")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "converters")]
+        ),
     }
     result = subprocess.run(
-        [sys.executable, "-c", code, "convert", good, out], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", code, "convert", good, out],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert result.returncode == 2, result.stderr
     assert "cannot" in result.stderr
@@ -323,7 +379,11 @@ def test_the_checkpoint_itself_is_good(good):
 )
 def test_a_broken_file_is_told_without_the_names_of_exceptions(good, tmp_path, content, sentence):
     (tmp_path / "broken.pt").write_bytes(content(good.read_bytes()))
-    refused(["convert", tmp_path / "broken.pt", tmp_path / "out.onnx"], f"broken.pt: {sentence}", out=tmp_path / "out.onnx")
+    refused(
+        ["convert", tmp_path / "broken.pt", tmp_path / "out.onnx"],
+        f"broken.pt: {sentence}",
+        out=tmp_path / "out.onnx",
+    )
 
 
 def test_a_file_without_permission_is_not_called_damaged(good, tmp_path, monkeypatch):
@@ -332,7 +392,9 @@ def test_a_file_without_permission_is_not_called_damaged(good, tmp_path, monkeyp
 
     monkeypatch.setattr(torch, "load", denied)
     refused(
-        ["convert", good, tmp_path / "out.onnx"], "model.pt: may not be read; check its permissions", out=tmp_path / "out.onnx"
+        ["convert", good, tmp_path / "out.onnx"],
+        "model.pt: may not be read; check its permissions",
+        out=tmp_path / "out.onnx",
     )
 
 
@@ -454,16 +516,27 @@ def test_labels_that_are_no_utf8_do_not_lose_the_training(good, tmp_path):
 
 
 TEXTS = {
-    "a recipe of many items": (lambda d: d.update(recipe='{"a": [' + "{}," * 90_000 + "{}]}"), "items"),
+    "a recipe of many items": (
+        lambda d: d.update(recipe='{"a": [' + "{}," * 90_000 + "{}]}"),
+        "items",
+    ),
     "a recipe of many bytes": (lambda d: d.update(recipe='{"a": "' + "x" * 2**21 + '"}'), "recipe"),
     "a deep recipe": (lambda d: d.update(recipe="[" * 40_000), "deep"),
     "a recipe of depth 200": (lambda d: d.update(recipe='{"a":' * 200 + "1" + "}" * 200), "deep"),
     "a recipe with a key twice": (lambda d: d.update(recipe='{"a": 1, "a": 2}'), "twice"),
     "a recipe that is a list": (lambda d: d.update(recipe="[1]"), "recipe"),
-    "a recipe with a long number": (lambda d: d.update(recipe='{"a": ' + "9" * 9999 + "}"), "recipe"),
-    "a preprocessing of many bytes": (lambda d: d.update(preprocessing="[" * 10**6), "preprocessing"),
+    "a recipe with a long number": (
+        lambda d: d.update(recipe='{"a": ' + "9" * 9999 + "}"),
+        "recipe",
+    ),
+    "a preprocessing of many bytes": (
+        lambda d: d.update(preprocessing="[" * 10**6),
+        "preprocessing",
+    ),
     "samples of 16 GiB": (
-        lambda d: d.update(preprocessing='{"version": 1, "kind": "waveform", "samples": 2147483647}'),
+        lambda d: d.update(
+            preprocessing='{"version": 1, "kind": "waveform", "samples": 2147483647}'
+        ),
         "samples",
     ),
     "an insight of many items": (
@@ -505,7 +578,9 @@ def test_a_program_that_wants_another_weight_is_refused(good, tmp_path):
     assert CliRunner().invoke(app, ["convert", str(good), str(onnx_file)]).exit_code == 0
     path = changed(good, tmp_path, lambda d: d["state"].pop("fc1.bias"))
     refused(["validate", onnx_file, "--against", path], "lacks 'fc1.bias'")
-    path = changed(good, tmp_path, lambda d: d["state"].update({"fc1.bias": torch.ones(8).double()}))
+    path = changed(
+        good, tmp_path, lambda d: d["state"].update({"fc1.bias": torch.ones(8).double()})
+    )
     refused(["validate", onnx_file, "--against", path], "float64")
 
 
@@ -525,7 +600,9 @@ def rewritten(good, change):
 
 
 def with_pickle(opcodes):
-    return lambda members: [(name, opcodes if name.endswith("/data.pkl") else data) for name, data in members]
+    return lambda members: [
+        (name, opcodes if name.endswith("/data.pkl") else data) for name, data in members
+    ]
 
 
 ARCHIVES = {

@@ -16,7 +16,15 @@ import onnx
 import pytest
 from ecqx_onnx_converters import FloatGraph, make_plan, match, write
 from ecqx_onnx_converters.serialization.metadata import DICTIONARY, METADATA_KEY, from_text
-from onnx import AttributeProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
 from ecqx_onnx.errors import EcqxError, FileError, OptionError
 from ecqx_onnx.inputs.onnx_file import read_onnx
@@ -40,9 +48,20 @@ def end_in_words(path: Path, *commands: str) -> list[str]:
     began, before, said = time.monotonic(), peak(), []
     out = path.with_suffix(".out.onnx")
     for command in commands or ("inspect", "validate", "pack", "unpack"):
-        output = {"pack": [out, "--force"], "unpack": [out, "--force"], "deploy": [path.parent / "web", "--to", "linux"]}
+        output = {
+            "pack": [out, "--force"],
+            "unpack": [out, "--force"],
+            "deploy": [path.parent / "web", "--to", "linux"],
+        }
         try:
-            said.append(run_command(command, path, *output.get(command, []), *(["--json"] if command != "deploy" else [])))
+            said.append(
+                run_command(
+                    command,
+                    path,
+                    *output.get(command, []),
+                    *(["--json"] if command != "deploy" else []),
+                )
+            )
         except EcqxError as error:
             said.append(str(error))
     assert all(len(sentence) < 700 for sentence in said if sentence.startswith("error"))
@@ -59,7 +78,11 @@ def ours(tmp_path: Path) -> ModelProto:
     """What the converter makes of the pair."""
     pair = make_pair(decoding="float")
     graph = FloatGraph.from_model(pair.model)
-    write(make_plan(graph, match(graph.weights, pair.tensors)), tmp_path / "ours.onnx", metadata={"version": "0"})
+    write(
+        make_plan(graph, match(graph.weights, pair.tensors)),
+        tmp_path / "ours.onnx",
+        metadata={"version": "0"},
+    )
     return onnx.load(tmp_path / "ours.onnx")
 
 
@@ -83,7 +106,9 @@ def calls_twice(depth: int, name: str = "f") -> Callable[[ModelProto], None]:
                 helper.make_node(inner[0], ["b"], ["c"], domain=inner[1]),
             ]
             imports = [helper.make_opsetid("", 21), helper.make_opsetid("mine", 1)]
-            model.functions.append(helper.make_function("mine", f"{name}{index}", ["a"], ["c"], nodes, imports))
+            model.functions.append(
+                helper.make_function("mine", f"{name}{index}", ["a"], ["c"], nodes, imports)
+            )
         call(model, f"{name}0")
 
     return change
@@ -107,7 +132,9 @@ def calls_in_a_circle(model: ModelProto) -> None:
     for index in range(3):
         nodes = [helper.make_node(f"f{(index + 1) % 3}", ["a"], ["b"], domain="mine")]
         imports = [helper.make_opsetid("mine", 1)]
-        model.functions.append(helper.make_function("mine", f"f{index}", ["a"], ["b"], nodes, imports))
+        model.functions.append(
+            helper.make_function("mine", f"f{index}", ["a"], ["b"], nodes, imports)
+        )
     call(model, "f0")
 
 
@@ -116,7 +143,9 @@ def calls_in_a_long_chain(model: ModelProto) -> None:
         inner, domain = ("Neg", "") if index == 4999 else (f"f{index + 1}", "mine")
         nodes = [helper.make_node(inner, ["a"], ["b"], domain=domain)]
         imports = [helper.make_opsetid("", 21), helper.make_opsetid("mine", 1)]
-        model.functions.append(helper.make_function("mine", f"f{index}", ["a"], ["b"], nodes, imports))
+        model.functions.append(
+            helper.make_function("mine", f"f{index}", ["a"], ["b"], nodes, imports)
+        )
     call(model, "f0")
 
 
@@ -154,15 +183,26 @@ def wild_type_of_a_cast(model: ModelProto) -> None:
 
 def undefined_type_of_a_constant(model: ModelProto) -> None:
     node = helper.make_node("Constant", [], ["k"])
-    node.attribute.add(name="value", type=AttributeProto.TENSOR, t=TensorProto(dims=[2], raw_data=b"12"))
+    node.attribute.add(
+        name="value", type=AttributeProto.TENSOR, t=TensorProto(dims=[2], raw_data=b"12")
+    )
     model.graph.node.insert(0, node)
 
 
 def deep_branches(model: ModelProto) -> None:
     """As deep as protobuf lets a message be."""
-    inner = helper.make_graph([helper.make_node("Neg", ["x"], ["b"])], "g", [], [helper.make_tensor_value_info("b", 1, None)])
+    inner = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["b"])],
+        "g",
+        [],
+        [helper.make_tensor_value_info("b", 1, None)],
+    )
     for _ in range(30):
-        node = helper.make_node("If", ["t"], ["b"], then_branch=inner, else_branch=inner) if _ < 3 else NodeProto()
+        node = (
+            helper.make_node("If", ["t"], ["b"], then_branch=inner, else_branch=inner)
+            if _ < 3
+            else NodeProto()
+        )
         if not node.op_type:
             node = NodeProto(op_type="If", input=["t"], output=["b"])
             node.attribute.add(name="then_branch", type=AttributeProto.GRAPH, g=inner)
@@ -172,7 +212,9 @@ def deep_branches(model: ModelProto) -> None:
 
 
 def terabytes_without_data(model: ModelProto) -> None:
-    edit(model, BIAS).CopyFrom(TensorProto(name=BIAS, data_type=TensorProto.FLOAT, dims=[2**20, 2**22]))
+    edit(model, BIAS).CopyFrom(
+        TensorProto(name=BIAS, data_type=TensorProto.FLOAT, dims=[2**20, 2**22])
+    )
 
 
 def terabytes_of_a_constant(model: ModelProto) -> None:
@@ -192,9 +234,16 @@ def many_dimensions(model: ModelProto) -> None:
 
 def sparse(model: ModelProto, dims: list[int], positions: list[int]) -> None:
     model.graph.initializer.remove(edit(model, LEVELS))
-    values = TensorProto(name=LEVELS, data_type=TensorProto.INT8, dims=[len(positions)], raw_data=bytes(len(positions)))
+    values = TensorProto(
+        name=LEVELS,
+        data_type=TensorProto.INT8,
+        dims=[len(positions)],
+        raw_data=bytes(len(positions)),
+    )
     model.graph.sparse_initializer.append(
-        SparseTensorProto(values=values, indices=numpy_helper.from_array(np.array(positions, np.int64)), dims=dims)
+        SparseTensorProto(
+            values=values, indices=numpy_helper.from_array(np.array(positions, np.int64)), dims=dims
+        )
     )
 
 
@@ -284,17 +333,25 @@ def unknown_type_of_an_inner_value(model: ModelProto) -> None:
 
 def zero_points_for_no_scales(model: ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((16, 8), np.int8), "zeros"))
-    next(node for node in model.graph.node if node.op_type == "DequantizeLinear").input.append("zeros")
+    next(node for node in model.graph.node if node.op_type == "DequantizeLinear").input.append(
+        "zeros"
+    )
 
 
 def bounds_that_are_empty(model: ModelProto) -> None:
     """Of a Clip between QuantizeLinear and DequantizeLinear."""
     node = next(node for node in model.graph.node if node.op_type == "DequantizeLinear")
-    values = {"floats": np.ones((16, 8), np.float32), "none": np.zeros(0, np.int8), "zero": np.int8(0)}
+    values = {
+        "floats": np.ones((16, 8), np.float32),
+        "none": np.zeros(0, np.int8),
+        "zero": np.int8(0),
+    }
     for name, value in values.items():
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     model.graph.node.insert(0, helper.make_node("Clip", ["integers", "none", "none"], ["clipped"]))
-    model.graph.node.insert(0, helper.make_node("QuantizeLinear", ["floats", STEP, "zero"], ["integers"]))
+    model.graph.node.insert(
+        0, helper.make_node("QuantizeLinear", ["floats", STEP, "zero"], ["integers"])
+    )
     node.input[0] = "clipped"
 
 
@@ -370,7 +427,13 @@ def test_a_graph_that_claims_too_much_ends_in_words(name, tmp_path):
     end_in_words(saved(model, tmp_path))
 
 
-OF_OURS = ["a name of 1 MB", "two tensors of one name", "empty names", "nodes without outputs", "a circle"]
+OF_OURS = [
+    "a name of 1 MB",
+    "two tensors of one name",
+    "empty names",
+    "nodes without outputs",
+    "a circle",
+]
 
 
 @pytest.mark.parametrize("name", OF_OURS)
@@ -439,7 +502,9 @@ def test_external_data_that_are_not_there_end_in_words(entries, tmp_path):
     (tmp_path / "link").symlink_to("/etc/passwd")
     (tmp_path / "loop").symlink_to("loop")
     said = end_in_words(saved(model, tmp_path))
-    assert all(LEVELS in sentence or "name of" in sentence or "external" in sentence for sentence in said), said
+    assert all(
+        LEVELS in sentence or "name of" in sentence or "external" in sentence for sentence in said
+    ), said
 
 
 @pytest.mark.parametrize("kind", [0, 99, 2**31 - 1, TensorProto.STRING])
@@ -470,8 +535,12 @@ def deflated(content: bytes, dictionary: bytes = DICTIONARY) -> str:
 
 TEXTS = {
     "64 MB of zeros": deflated(b'{"format":5,"tensors":[' + b"0," * (1 << 25) + b"0]}"),
-    "a list of tensors of 64 MB": json.dumps({"format": 4, "tensors": deflated(b"[" + b"[]," * (1 << 24) + b"[]]", b"")}),
-    "brackets 900 deep": deflated(b'{"format":5,"tensors":[],"recipe":{"a":' + b"[" * 900 + b"]" * 900 + b"}}"),
+    "a list of tensors of 64 MB": json.dumps(
+        {"format": 4, "tensors": deflated(b"[" + b"[]," * (1 << 24) + b"[]]", b"")}
+    ),
+    "brackets 900 deep": deflated(
+        b'{"format":5,"tensors":[],"recipe":{"a":' + b"[" * 900 + b"]" * 900 + b"}}"
+    ),
     "brackets 100,000 deep": deflated(b"[" * 100_000),
     "half a character": deflated(b'{"format":5,"tensors":[],"labels":["\\ud800"]}'),
     "half a character as a key": deflated(b'{"format":5,"tensors":[],"recipe":{"\\udfff":1}}'),
@@ -481,7 +550,9 @@ TEXTS = {
     "a preprocessing that is a number": deflated(b'{"format":5,"tensors":[],"preprocessing":1}'),
     "activations that are a number": deflated(b'{"format":5,"tensors":[],"activations":1e999}'),
     "floats that are a list": deflated(b'{"format":5,"tensors":[],"floats":[]}'),
-    "a number of 5000 digits": deflated(b'{"format":5,"tensors":[],"recipe":{"a":' + b"9" * 5000 + b"}}"),
+    "a number of 5000 digits": deflated(
+        b'{"format":5,"tensors":[],"recipe":{"a":' + b"9" * 5000 + b"}}"
+    ),
     "a format that is a list": deflated(b'{"format":[5],"tensors":[]}'),
     "a stream that never ends": deflated(b'{"format":5,"tensors":[]}')[:-5],
     "bytes behind the stream": deflated(b'{"format":5,"tensors":[]}') + "00000",

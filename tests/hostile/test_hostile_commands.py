@@ -33,7 +33,9 @@ def test_bits_for_a_checkpoint_that_has_them_are_refused(tmp_path):
 
 @pytest.mark.parametrize("option", [("--entropy-weight", "0.1"), ("--exclude", "*.bias")])
 def test_options_of_a_quantisation_without_bits_are_refused(tmp_path, option):
-    assert f"{option[0]} goes with --bits" in refused("convert", CHECKPOINT, tmp_path / "out.onnx", *option)
+    assert f"{option[0]} goes with --bits" in refused(
+        "convert", CHECKPOINT, tmp_path / "out.onnx", *option
+    )
 
 
 @pytest.mark.parametrize("model", [NETWORK, NETWORK.partition(":")[0]])
@@ -65,7 +67,10 @@ def test_a_flipped_byte_of_a_weight_is_told(tmp_path):
         largest = max(members.infolist(), key=lambda member: member.file_size)
     content[largest.header_offset + largest.file_size // 2] ^= 1
     (tmp_path / "model.pt").write_bytes(content)
-    for command in (("convert", tmp_path / "model.pt", tmp_path / "out.onnx"), ("inspect", tmp_path / "model.pt")):
+    for command in (
+        ("convert", tmp_path / "model.pt", tmp_path / "out.onnx"),
+        ("inspect", tmp_path / "model.pt"),
+    ):
         assert "is damaged: its part" in refused(*command)
 
 
@@ -86,7 +91,10 @@ def test_an_npz_is_no_checkpoint(tmp_path):
 )
 def test_a_torch_file_where_an_onnx_file_belongs_is_told(tmp_path, arguments):
     message = refused(*(str(argument).format(tmp_path) for argument in arguments))
-    assert "is not an ONNX model but a zip archive, as PyTorch's files are; give an .onnx file" in message
+    assert (
+        "is not an ONNX model but a zip archive, as PyTorch's files are; give an .onnx file"
+        in message
+    )
 
 
 def test_an_onnx_file_where_a_torch_file_belongs_is_told(tmp_path):
@@ -94,7 +102,16 @@ def test_an_onnx_file_where_a_torch_file_belongs_is_told(tmp_path):
     for command in (
         ("report", tmp_path / "model.onnx", "-o", tmp_path / "r.html"),
         ("convert", tmp_path / "model.onnx", tmp_path / "out.onnx", "--trust-pickle"),
-        ("quantize", NETWORK, "--weights", tmp_path / "model.onnx", "--data", "sklearn:digits", "--out", tmp_path / "m.pt"),
+        (
+            "quantize",
+            NETWORK,
+            "--weights",
+            tmp_path / "model.onnx",
+            "--data",
+            "sklearn:digits",
+            "--out",
+            tmp_path / "m.pt",
+        ),
     ):
         assert "is an .onnx file where a PyTorch model is needed" in refused(*command)
 
@@ -106,7 +123,9 @@ def test_inputs_that_are_no_npz_are_told_without_numpys_advice(tmp_path):
     np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
     onnx.save(CASES["int8"].model, tmp_path / "a.onnx")
     for name in ("x.txt", "x.npy", "x.pt", "objects.npz", "missing.npz"):
-        message = refused("pack", tmp_path / "a.onnx", tmp_path / "out.onnx", "--inputs", tmp_path / name)
+        message = refused(
+            "pack", tmp_path / "a.onnx", tmp_path / "out.onnx", "--inputs", tmp_path / name
+        )
         assert "as an .npz of the model's inputs" in message
         assert "allow_pickle" not in message
         assert "attribute" not in message
@@ -124,16 +143,37 @@ def save_program(file):
 
 def test_a_program_where_a_state_dict_belongs_is_called_one(tmp_path):
     program = save_program(tmp_path / "model.pt2")
-    train = ("quantize", NETWORK, "--weights", program, "--data", "sklearn:digits", "--out", tmp_path / "m.pt")
+    train = (
+        "quantize",
+        NETWORK,
+        "--weights",
+        program,
+        "--data",
+        "sklearn:digits",
+        "--out",
+        tmp_path / "m.pt",
+    )
     for command in (train, ("inspect", program), ("report", program, "-o", tmp_path / "r.html")):
         assert "is a .pt2 program, where a checkpoint or state dict is needed" in refused(*command)
 
 
 def test_a_checkpoint_where_a_state_dict_belongs_is_called_one(tmp_path):
     np.savez(tmp_path / "d.npz", x=np.zeros((4, 28, 28), np.uint8), y=np.arange(4))
-    train = ("quantize", NETWORK, "--weights", CHECKPOINT, "--data", tmp_path / "d.npz", "--out", tmp_path / "m.pt")
+    train = (
+        "quantize",
+        NETWORK,
+        "--weights",
+        CHECKPOINT,
+        "--data",
+        tmp_path / "d.npz",
+        "--out",
+        tmp_path / "m.pt",
+    )
     for command in (train, ("convert", CHECKPOINT, tmp_path / "out.onnx", "--model", NETWORK)):
-        assert "is a checkpoint of ecqx-onnx, quantised already and with its network in it" in refused(*command)
+        assert (
+            "is a checkpoint of ecqx-onnx, quantised already and with its network in it"
+            in refused(*command)
+        )
 
 
 def test_what_is_no_state_dict_is_not_sent_for_a_network(tmp_path):
@@ -152,40 +192,76 @@ def test_what_inspect_and_report_cannot_take_names_no_option_that_they_lack(tmp_
 def test_a_model_without_weights_is_not_advised_to_quantise_them(tmp_path):
     program = save_program(tmp_path / "model.pt2")
     for bits in ((), ("--bits", 4)):
-        assert "no weight of two or more dimensions" in refused("convert", program, tmp_path / "out.onnx", *bits)
+        assert "no weight of two or more dimensions" in refused(
+            "convert", program, tmp_path / "out.onnx", *bits
+        )
 
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("nosuch*", "--exclude 'nosuch*' matches no parameter"), ("*", "--exclude * leaves no weight to quantise")],
+    [
+        ("nosuch*", "--exclude 'nosuch*' matches no parameter"),
+        ("*", "--exclude * leaves no weight to quantise"),
+    ],
 )
 def test_a_pattern_that_excludes_nothing_or_everything_is_told(tmp_path, pattern, words):
-    (tmp_path / "net.py").write_text("import torch\nINPUT_SHAPE = (4,)\ndef net(): return torch.nn.Linear(4, 3)\n")
+    (tmp_path / "net.py").write_text(
+        "import torch\nINPUT_SHAPE = (4,)\ndef net(): return torch.nn.Linear(4, 3)\n"
+    )
     torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / "float.pt")
-    command = ("convert", tmp_path / "float.pt", tmp_path / "out.onnx", "--model", f"{tmp_path}/net.py:net", "--bits", 4)
+    command = (
+        "convert",
+        tmp_path / "float.pt",
+        tmp_path / "out.onnx",
+        "--model",
+        f"{tmp_path}/net.py:net",
+        "--bits",
+        4,
+    )
     assert words in refused(*command, "--exclude", pattern)
     assert not (tmp_path / "out.onnx").exists()
 
 
 @pytest.mark.parametrize("option", [("--exclude", "nosuch*"), ("--bits", "*=4,nosuch*=2")])
 def test_a_pattern_without_a_parameter_is_told_before_training(tmp_path, option):
-    command = ("quantize", NETWORK, "--data", "sklearn:digits", "--out", tmp_path / "m.pt", "--epochs", 100000)
-    assert f"{option[0]} 'nosuch*' matches no parameter; the first is '" in refused(*command, *option)
+    command = (
+        "quantize",
+        NETWORK,
+        "--data",
+        "sklearn:digits",
+        "--out",
+        tmp_path / "m.pt",
+        "--epochs",
+        100000,
+    )
+    assert f"{option[0]} 'nosuch*' matches no parameter; the first is '" in refused(
+        *command, *option
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_an_input_shape_for_what_has_one_is_refused(tmp_path):
-    assert "leave --input-shape out" in refused("convert", CHECKPOINT, tmp_path / "out.onnx", "--input-shape", "1,2,3")
+    assert "leave --input-shape out" in refused(
+        "convert", CHECKPOINT, tmp_path / "out.onnx", "--input-shape", "1,2,3"
+    )
     program = save_program(tmp_path / "model.pt2")
-    assert "leave --input-shape out" in refused("convert", program, tmp_path / "out.onnx", "--bits", 4, "--input-shape", 3)
+    assert "leave --input-shape out" in refused(
+        "convert", program, tmp_path / "out.onnx", "--bits", 4, "--input-shape", 3
+    )
 
 
-@pytest.mark.parametrize("code", ["import sys\nsys.exit(3)\ndef net(): pass\n", "def net(): raise SystemExit(3)\n"])
+@pytest.mark.parametrize(
+    "code", ["import sys\nsys.exit(3)\ndef net(): pass\n", "def net(): raise SystemExit(3)\n"]
+)
 def test_a_script_that_ends_the_program_is_told(tmp_path, code):
     (tmp_path / "script.py").write_text(code)
     torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "float.pt")
     assert "SystemExit: 3" in refused(
-        "convert", tmp_path / "float.pt", tmp_path / "o.onnx", "--model", f"{tmp_path}/script.py:net"
+        "convert",
+        tmp_path / "float.pt",
+        tmp_path / "o.onnx",
+        "--model",
+        f"{tmp_path}/script.py:net",
     )
 
 
@@ -198,11 +274,16 @@ def test_a_file_beside_itself_proves_nothing(tmp_path):
 def test_an_npz_of_other_names_is_told_which_it_has(tmp_path):
     np.savez(tmp_path / "d.npz", images=np.zeros((4, 28, 28)), targets=np.arange(4))
     message = refused("quantize", NETWORK, "--data", tmp_path / "d.npz", "--out", tmp_path / "m.pt")
-    assert "has no 'x' (found: images, targets): save x_train, y_train, x_test, y_test, or x and y" in message
+    assert (
+        "has no 'x' (found: images, targets): save x_train, y_train, x_test, y_test, or x and y"
+        in message
+    )
 
 
 def test_a_missing_recipe_is_told_without_a_number(tmp_path):
-    result = CliRunner().invoke(app, ["quantize", NETWORK, "--data", "d.npz", "--out", "m.pt", "--recipe", "no.toml"])
+    result = CliRunner().invoke(
+        app, ["quantize", NETWORK, "--data", "d.npz", "--out", "m.pt", "--recipe", "no.toml"]
+    )
     assert result.exit_code == 2
     assert "Errno" not in result.stderr
     assert "no.toml is no recipe" in result.stderr
@@ -212,7 +293,15 @@ def test_with_json_stdout_holds_nothing_else_even_if_the_users_code_prints(tmp_p
     code = "import torch\nprint('hello')\nINPUT_SHAPE = 40,\ndef net():\n  print('building')\n  return torch.nn.Linear(40, 30)\n"
     (tmp_path / "net.py").write_text(code)
     torch.save(torch.nn.Linear(40, 30).state_dict(), tmp_path / "float.pt")
-    command = ["convert", f"{tmp_path}/float.pt", f"{tmp_path}/out.onnx", "--model", f"{tmp_path}/net.py:net", "--bits", "4"]
+    command = [
+        "convert",
+        f"{tmp_path}/float.pt",
+        f"{tmp_path}/out.onnx",
+        "--model",
+        f"{tmp_path}/net.py:net",
+        "--bits",
+        "4",
+    ]
     result = CliRunner().invoke(app, [*command, "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)
@@ -220,7 +309,9 @@ def test_with_json_stdout_holds_nothing_else_even_if_the_users_code_prints(tmp_p
     assert "building" in result.stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is played by Linux's /dev/full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="a disk that is full is played by Linux's /dev/full"
+)
 @pytest.mark.parametrize("option", [[], ["--json"]])
 def test_a_full_disk_behind_stdout_is_told(option):
     command = [sys.executable, "-m", "ecqx_onnx", "inspect", str(CHECKPOINT), *option]
@@ -233,7 +324,9 @@ def test_a_full_disk_behind_stdout_is_told(option):
 
 
 def test_every_refusal_is_one_line_on_stderr_and_nothing_on_stdout(tmp_path):
-    result = CliRunner().invoke(app, ["convert", str(Path("no") / "model.pt"), str(tmp_path / "out.onnx"), "--json"])
+    result = CliRunner().invoke(
+        app, ["convert", str(Path("no") / "model.pt"), str(tmp_path / "out.onnx"), "--json"]
+    )
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")

@@ -20,7 +20,9 @@ from tests.test_data import save_image, save_wav
 X, Y = np.zeros((10, 3), np.float32), np.arange(10) % 3
 
 
-def refusal(spec: object, *, preprocessing: Preprocessing | None = None, kind: type[InputError] = DataError) -> str:
+def refusal(
+    spec: object, *, preprocessing: Preprocessing | None = None, kind: type[InputError] = DataError
+) -> str:
     """The one sentence with which the data set is refused, at the latest when its batches are read."""
     with pytest.raises(InputError) as caught:
         read_all(str(spec), preprocessing)
@@ -73,7 +75,10 @@ def save_members(path: Path, **members: bytes) -> Path:
         ({"x_train": X, "y_train": Y}, "no 'x_test'"),
         ({"x_train": X, "x_test": X, "y_test": Y}, "no 'y_train'"),
         ({"x": X[:0], "y": Y[:0]}, "empty"),
-        ({"x_train": X[:0], "y_train": Y[:0], "x_test": X, "y_test": Y}, "x_train in data.npz is empty"),
+        (
+            {"x_train": X[:0], "y_train": Y[:0], "x_test": X, "y_test": Y},
+            "x_train in data.npz is empty",
+        ),
         ({"x": X, "y": Y[:9]}, "10 samples in 'x' and 9 labels"),
         ({"x": X, "y": Y - 1}, "label -1 in row 0"),
         ({"x": X, "y": np.where(Y == 2, 10**9, Y)}, "label 1000000000 in row 2"),
@@ -95,7 +100,10 @@ def save_members(path: Path, **members: bytes) -> Path:
         ({"x": X, "y": Y, "is_test": np.ones(9, bool)}, "is_test"),
         ({"x": X, "y": Y, "is_test": np.ones(10, int)}, "is_test"),
         ({"x_train": X, "y_train": Y, "x_test": X[:, :2], "y_test": Y}, "make them alike"),
-        ({"x_train": X, "y_train": Y, "x_test": X.astype(np.float64), "y_test": Y}, "make them alike"),
+        (
+            {"x_train": X, "y_train": Y, "x_test": X.astype(np.float64), "y_test": Y},
+            "make them alike",
+        ),
     ],
 )
 def test_arrays_that_are_no_labelled_data_set(tmp_path, arrays, says):
@@ -121,14 +129,24 @@ def test_jpeg_arrays_that_lie(tmp_path, jpeg, offsets, says):
         Image.new("RGB", (8, 8)).save(buffer, "jpeg")
         jpeg = buffer.getvalue()
     arrays = {"jpeg_test": np.frombuffer(jpeg, np.uint8), "y_test": np.array([0])}
-    assert says in refusal(save(tmp_path, **arrays, **({} if offsets is None else {"offset_test": np.array(offsets)})))
+    assert says in refusal(
+        save(tmp_path, **arrays, **({} if offsets is None else {"offset_test": np.array(offsets)}))
+    )
 
 
 # What the file is
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x00" * 100, b"PK\x03\x04", b"\x93NUMPY", b"PK\x05\x06" + b"\xff" * 18, bytes(range(256)) * 9]
+    "content",
+    [
+        b"",
+        b"\x00" * 100,
+        b"PK\x03\x04",
+        b"\x93NUMPY",
+        b"PK\x05\x06" + b"\xff" * 18,
+        bytes(range(256)) * 9,
+    ],
 )
 def test_files_that_are_no_npz(tmp_path, content):
     (tmp_path / "data.npz").write_bytes(content)
@@ -218,7 +236,18 @@ def test_a_wrong_checksum_is_noticed(tmp_path):
 
 @pytest.mark.parametrize(
     "spec",
-    ["nothing.npz", "no/such/folder", "", "sklearn", "photo.png", "nothing.py:data", "nothing.py:", ":", "\x00.npz", "a" * 5000],
+    [
+        "nothing.npz",
+        "no/such/folder",
+        "",
+        "sklearn",
+        "photo.png",
+        "nothing.py:data",
+        "nothing.py:",
+        ":",
+        "\x00.npz",
+        "a" * 5000,
+    ],
 )
 def test_data_that_does_not_exist(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -232,7 +261,9 @@ def test_a_data_set_that_scikit_learn_has_and_we_do_not():
 def test_a_folder_called_npz_and_a_file_without_ending(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     (tmp_path / "file").write_text("x")
-    assert "folder.npz" in refusal(tmp_path / "folder.npz")  # read as a folder of classes, and it has none
+    assert "folder.npz" in refusal(
+        tmp_path / "folder.npz"
+    )  # read as a folder of classes, and it has none
     assert "file" in refusal(tmp_path / "file", kind=FileError)
 
 
@@ -266,10 +297,17 @@ def test_images_beside_wavs(tmp_path):
 
 def png_that_claims(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     size = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", zlib.compress(b"\x00" * 10)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + size
+        + chunk(b"IDAT", zlib.compress(b"\x00" * 10))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +331,10 @@ def test_an_image_larger_than_the_limit_is_not_decoded(tmp_path):
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_truncated_images(tmp_path, share):
-    save_image(tmp_path / "cat" / "bad.jpg", np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    save_image(
+        tmp_path / "cat" / "bad.jpg",
+        np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8),
+    )
     data = (tmp_path / "cat" / "bad.jpg").read_bytes()
     (tmp_path / "cat" / "bad.jpg").write_bytes(data[: int(share * len(data))])
     assert "bad.jpg" in refusal(tmp_path)
@@ -315,11 +356,27 @@ def test_a_folder_called_like_an_image(tmp_path):
 
 
 def wav_bytes(
-    *, channels: int = 1, bits: int = 16, rate: int = 8000, kind: int = 1, claimed: int = 8, data: bytes = bytes(8)
+    *,
+    channels: int = 1,
+    bits: int = 16,
+    rate: int = 8000,
+    kind: int = 1,
+    claimed: int = 8,
+    data: bytes = bytes(8),
 ) -> bytes:
     block = channels * bits // 8
-    form = struct.pack("<HHIIHH", kind, channels, rate, rate * block & 0xFFFFFFFF, block & 0xFFFF, bits)
-    body = b"WAVE" + b"fmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", claimed) + data
+    form = struct.pack(
+        "<HHIIHH", kind, channels, rate, rate * block & 0xFFFFFFFF, block & 0xFFFF, bits
+    )
+    body = (
+        b"WAVE"
+        + b"fmt "
+        + struct.pack("<I", 16)
+        + form
+        + b"data"
+        + struct.pack("<I", claimed)
+        + data
+    )
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
@@ -333,13 +390,19 @@ def test_damaged_or_other_wavs(tmp_path, content):
     spectrum = Spectrum(8000, frame_length=256, hop=160, fft_length=256, mel_bands=40)
     (tmp_path / "yes").mkdir()
     (tmp_path / "yes" / "bad.wav").write_bytes(content)
-    assert "bad.wav" in refusal(tmp_path, preprocessing=Preprocessing("waveform", spectrum=spectrum))
+    assert "bad.wav" in refusal(
+        tmp_path, preprocessing=Preprocessing("waveform", spectrum=spectrum)
+    )
 
 
 def test_a_wav_that_claims_gigabytes_is_read_as_what_it_is(tmp_path):
     (tmp_path / "test" / "yes").mkdir(parents=True)
-    (tmp_path / "test" / "yes" / "1.wav").write_bytes(wav_bytes(claimed=2**32 - 2, data=b"\x05\x00\x06\x00\x07"))
-    ((x, _),) = load_dataset(str(tmp_path), preprocessing=Preprocessing("waveform", samples=4)).test.batches(1)
+    (tmp_path / "test" / "yes" / "1.wav").write_bytes(
+        wav_bytes(claimed=2**32 - 2, data=b"\x05\x00\x06\x00\x07")
+    )
+    ((x, _),) = load_dataset(
+        str(tmp_path), preprocessing=Preprocessing("waveform", samples=4)
+    ).test.batches(1)
     assert x.tolist() == [[[5, 6, 0, 0]]]
 
 
@@ -351,7 +414,11 @@ def test_a_wav_that_claims_gigabytes_is_read_as_what_it_is(tmp_path):
     [
         ("def data(): return 5", DataError, "returns int"),
         ("def data(): return {}", DataError, "no 'x'"),
-        ("def data(): return {'x': [[1.0], [2.0]], 'y': [0.5, 1.5]}", DataError, "labels must be integers"),
+        (
+            "def data(): return {'x': [[1.0], [2.0]], 'y': [0.5, 1.5]}",
+            DataError,
+            "labels must be integers",
+        ),
         ("def data(): return {'x': [[1.0], [2.0, 3.0]], 'y': [0, 1]}", DataError, "data.py:data"),
         ("def data(): return {'x': [object()], 'y': [0]}", DataError, "data.py:data"),
         ("def data(): 1 / 0", DataError, "ZeroDivisionError"),

@@ -30,7 +30,9 @@ def saved_as(kind: str) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [POSTSCRIPT, DDS, saved_as("tga"), saved_as("pcx"), saved_as("ico"), saved_as("sgi")])
+@pytest.mark.parametrize(
+    "content", [POSTSCRIPT, DDS, saved_as("tga"), saved_as("pcx"), saved_as("ico"), saved_as("sgi")]
+)
 def test_only_named_formats_are_opened_whatever_a_file_is_called(tmp_path, content, monkeypatch):
     def start(*arguments: object, **options: object) -> None:
         raise AssertionError(f"a program was started: {arguments}")
@@ -119,7 +121,9 @@ def test_a_bomb_whose_headers_are_honest_is_not_inflated(tmp_path, monkeypatch):
 def test_more_arrays_than_anyone_saves_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(npz, "MOST_MEMBERS", 3)
     with pytest.raises(FileError, match="holds 4 arrays, more than 3"):
-        load_inputs(save_members(tmp_path, **{name: npy(header((1,)), bytes(4)) for name in "abcd"}))
+        load_inputs(
+            save_members(tmp_path, **{name: npy(header((1,)), bytes(4)) for name in "abcd"})
+        )
 
 
 def test_a_batch_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):

@@ -54,7 +54,9 @@ def test_random_bytes(tmp_path):
         assert_refused(path, "not an ONNX")
 
 
-@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x04\x95", b"\x89PNG\r\n", b"#!/bin/sh\n", b"\x08\x0a"])
+@pytest.mark.parametrize(
+    "start", [b"PK\x03\x04", b"\x80\x04\x95", b"\x89PNG\r\n", b"#!/bin/sh\n", b"\x08\x0a"]
+)
 def test_a_file_of_another_kind(tmp_path, start):
     path = tmp_path / "other.onnx"
     path.write_bytes(start + bytes(64))
@@ -136,21 +138,27 @@ def nan_step(model):
 
 
 def short_typed_data(model):
-    edit(model, BIAS).CopyFrom(TensorProto(name=BIAS, data_type=TensorProto.FLOAT, dims=[16], float_data=[1.0] * 15))
+    edit(model, BIAS).CopyFrom(
+        TensorProto(name=BIAS, data_type=TensorProto.FLOAT, dims=[16], float_data=[1.0] * 15)
+    )
 
 
 def sparse_index_outside(model):
     model.graph.initializer.remove(edit(model, LEVELS))
     values = helper.make_tensor(LEVELS, TensorProto.INT8, [2], b"\1\2", raw=True)
     model.graph.sparse_initializer.append(
-        helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([3, 128], np.int64)), [16, 8])
+        helper.make_sparse_tensor(
+            values, numpy_helper.from_array(np.array([3, 128], np.int64)), [16, 8]
+        )
     )
 
 
 def sparse_counts_differ(model):
     model.graph.initializer.remove(edit(model, LEVELS))
     values = helper.make_tensor(LEVELS, TensorProto.INT8, [2], b"\1\2", raw=True)
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, numpy_helper.from_array(np.arange(3)), [16, 8]))
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.arange(3)), [16, 8])
+    )
 
 
 def metadata_no_json(model):
@@ -201,7 +209,12 @@ def external(folder: Path, **entries: str) -> Path:
     (folder / "weights.bin").write_bytes(tensor.raw_data)
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": "weights.bin", "offset": "0", "length": "128", **entries}.items():
+    for key, value in {
+        "location": "weights.bin",
+        "offset": "0",
+        "length": "128",
+        **entries,
+    }.items():
         tensor.external_data.add(key=key, value=value)
     path = folder / "external.onnx"
     path.write_bytes(pair.model.SerializeToString())

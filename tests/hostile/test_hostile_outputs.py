@@ -54,7 +54,17 @@ def test_a_checkpoint_is_never_replaced_by_what_is_made_of_it(checkpoint, comman
 def test_float_weights_are_never_replaced_by_the_checkpoint_that_is_trained_from_them(checkpoint):
     before = checkpoint.read_bytes()
     network = f"{MODELS}/lenet_300_100.py:lenet_300_100"
-    message = refused("quantize", network, "--weights", checkpoint, "--data", "sklearn:digits", "--out", checkpoint, "--force")
+    message = refused(
+        "quantize",
+        network,
+        "--weights",
+        checkpoint,
+        "--data",
+        "sklearn:digits",
+        "--out",
+        checkpoint,
+        "--force",
+    )
     assert "is what is read" in message
     assert checkpoint.read_bytes() == before
 
@@ -75,13 +85,18 @@ def test_a_folder_is_called_a_folder(checkpoint, tmp_path, force):
     onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
     for command in (("convert", checkpoint), ("pack", tmp_path / "original.onnx")):
         assert "is a folder; name a file" in refused(*command, tmp_path / "folder", *force)
-    assert "is a folder; name a file" in refused("report", checkpoint, "-o", tmp_path / "folder", *force)
+    assert "is a folder; name a file" in refused(
+        "report", checkpoint, "-o", tmp_path / "folder", *force
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX only")
 def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileError, match="is no regular file"), replace_on_success(tmp_path / "pipe", force=True):
+    with (
+        pytest.raises(FileError, match="is no regular file"),
+        replace_on_success(tmp_path / "pipe", force=True),
+    ):
         raise AssertionError("nothing may be written")
     assert (tmp_path / "pipe").is_fifo()
 
@@ -90,13 +105,21 @@ def test_what_is_no_regular_file_stays_what_it_is(tmp_path):
 def test_no_onnx_file_gets_the_name_of_another_format(checkpoint, name, tmp_path):
     onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
     pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
-    for command in (("convert", checkpoint), ("pack", tmp_path / "original.onnx"), ("unpack", tmp_path / "packed.onnx")):
-        assert f"loads .onnx files; name it {tmp_path / 'out.onnx'}" in refused(*command, tmp_path / name)
+    for command in (
+        ("convert", checkpoint),
+        ("pack", tmp_path / "original.onnx"),
+        ("unpack", tmp_path / "packed.onnx"),
+    ):
+        assert f"loads .onnx files; name it {tmp_path / 'out.onnx'}" in refused(
+            *command, tmp_path / name
+        )
     assert not (tmp_path / name).exists()
 
 
 def test_a_phones_file_gets_no_other_name(checkpoint, tmp_path):
-    message = refused("convert", checkpoint, tmp_path / "out.onnx", "--target", "onnxruntime-mobile")
+    message = refused(
+        "convert", checkpoint, tmp_path / "out.onnx", "--target", "onnxruntime-mobile"
+    )
     assert f"'onnxruntime-mobile' loads .ort files; name it {tmp_path / 'out.ort'}" in message
 
 
@@ -128,20 +151,31 @@ def test_the_demo_makes_no_folder_of_a_file(tmp_path, place):
 def test_pack_knows_its_options_for_a_file_that_it_copies_too(tmp_path, option):
     onnx.save(CASES["int8"].model, tmp_path / "original.onnx")
     pack(tmp_path / "original.onnx", tmp_path / "packed.onnx")
-    assert "there is no" in refused("pack", tmp_path / "packed.onnx", tmp_path / "again.onnx", option, "misspelt")
+    assert "there is no" in refused(
+        "pack", tmp_path / "packed.onnx", tmp_path / "again.onnx", option, "misspelt"
+    )
     assert not (tmp_path / "again.onnx").exists()
 
 
 def test_a_folder_with_too_few_labels_is_not_deployed(checkpoint, tmp_path):
-    assert CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "m.onnx")]).exit_code == 0
-    message = refused("deploy", tmp_path / "m.onnx", tmp_path / "web", "--to", "linux", "--labels", "cat,dog")
+    assert (
+        CliRunner().invoke(app, ["convert", str(checkpoint), str(tmp_path / "m.onnx")]).exit_code
+        == 0
+    )
+    message = refused(
+        "deploy", tmp_path / "m.onnx", tmp_path / "web", "--to", "linux", "--labels", "cat,dog"
+    )
     assert "--labels names 2 classes, and the model tells 10 apart" in message
     assert not (tmp_path / "web").exists()
 
 
 def files(folder):
     """What lies in a folder, hidden files too."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def done(*arguments):
@@ -170,7 +204,9 @@ def a_stranger(path, *locations, offset=0):
     graph = onnx.helper.make_graph(nodes, "g", inputs, outputs, tensors)
     imports = [onnx.helper.make_opsetid("", 17)]
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8).SerializeToString())
+    path.write_bytes(
+        onnx.helper.make_model(graph, opset_imports=imports, ir_version=8).SerializeToString()
+    )
     for location in locations:
         (path.parent / location).parent.mkdir(parents=True, exist_ok=True)
         (path.parent / location).write_bytes(bytes(offset) + EIGHT_BYTES)
@@ -183,7 +219,15 @@ def outcome(path):
     return run(open_session(path), [np.zeros(2, np.float32)])[0].tolist()
 
 
-LOCATIONS = [".bashrc", "json.py", "deep/.ssh/authorized_keys", "out.onnx", "model.onnx.data", "manifest.json", "out.onnx.data"]
+LOCATIONS = [
+    ".bashrc",
+    "json.py",
+    "deep/.ssh/authorized_keys",
+    "out.onnx",
+    "model.onnx.data",
+    "manifest.json",
+    "out.onnx.data",
+]
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
@@ -238,13 +282,20 @@ def test_external_data_of_a_constant_or_of_a_branch_get_our_name_too(tmp_path):
     inner.output.append(onnx.helper.make_tensor_value_info("w0", onnx.TensorProto.FLOAT, [2]))
     proto.graph.node.insert(0, constant)
     proto.graph.node[1].input[1] = "c"
-    proto.graph.node.append(onnx.helper.make_node("If", ["k"], ["z"], then_branch=inner, else_branch=inner))
+    proto.graph.node.append(
+        onnx.helper.make_node("If", ["k"], ["z"], then_branch=inner, else_branch=inner)
+    )
     del proto.graph.initializer[:]
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "k"))
     model.write_bytes(proto.SerializeToString())
     copy_model(read_onnx(model), tmp_path / "out.onnx")
     assert b".bashrc" not in (tmp_path / "out.onnx").read_bytes()
-    assert sorted(files(tmp_path)) == ["out.onnx", "out.onnx.data", "there/.bashrc", "there/model.onnx"]
+    assert sorted(files(tmp_path)) == [
+        "out.onnx",
+        "out.onnx.data",
+        "there/.bashrc",
+        "there/model.onnx",
+    ]
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
@@ -255,7 +306,9 @@ def test_a_file_called_like_the_outputs_data_is_replaced_only_with_force(force, 
         done("pack", model, tmp_path / "out.onnx", *force)
         assert (tmp_path / "out.onnx.data").read_bytes() == EIGHT_BYTES
     else:
-        assert f"{tmp_path / 'out.onnx.data'}: exists already" in refused("pack", model, tmp_path / "out.onnx")
+        assert f"{tmp_path / 'out.onnx.data'}: exists already" in refused(
+            "pack", model, tmp_path / "out.onnx"
+        )
         assert files(tmp_path).keys() == {"out.onnx.data", "there/model.onnx", "there/w.bin"}
         assert (tmp_path / "out.onnx.data").read_text() == "mine"
 
@@ -291,7 +344,9 @@ def test_a_copy_that_fails_half_way_leaves_both_files_as_they_were(tmp_path, mon
         real(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    assert "Input/output error; nothing was left behind" in refused("pack", model, tmp_path / "out.onnx", "--force")
+    assert "Input/output error; nothing was left behind" in refused(
+        "pack", model, tmp_path / "out.onnx", "--force"
+    )
     assert files(tmp_path) == before
 
 
@@ -305,7 +360,9 @@ def test_data_that_cannot_be_read_are_not_called_a_fault_of_writing(tmp_path, mo
         return real(path, *mode, **options)
 
     monkeypatch.setattr("builtins.open", forbidden)
-    with pytest.raises(FileError, match=r"cannot read '.*w\.bin', the model's data: Permission denied"):
+    with pytest.raises(
+        FileError, match=r"cannot read '.*w\.bin', the model's data: Permission denied"
+    ):
         copy_model(model, tmp_path / "out.onnx")
 
 
@@ -316,7 +373,9 @@ def test_no_program_beside_a_deployed_model_comes_from_its_author(location, tmp_
     manifest = json.loads((tmp_path / "folder" / "manifest.json").read_text())
     assert [entry["file"] for entry in manifest["external"]] == ["model.onnx.data"]
     assert (tmp_path / "folder" / "model.onnx.data").read_bytes() == EIGHT_BYTES
-    assert EIGHT_BYTES not in [content for name, content in files(tmp_path / "folder").items() if name.endswith(".py")]
+    assert EIGHT_BYTES not in [
+        content for name, content in files(tmp_path / "folder").items() if name.endswith(".py")
+    ]
     assert outcome(tmp_path / "folder" / "model.onnx") == [1.5, -2.5]
 
 
@@ -328,7 +387,9 @@ def test_no_program_in_a_devices_job_comes_from_the_models_author(tmp_path):
     feed = {"x": np.zeros(2, np.float32)}
     write_job(read_onnx(model), tmp_path / "job", iter([feed]), feed)
     assert not (tmp_path / "job" / "json.py").exists()
-    assert json.loads((tmp_path / "job" / "job.json").read_text())["external"] == ["model.onnx.data"]
+    assert json.loads((tmp_path / "job" / "job.json").read_text())["external"] == [
+        "model.onnx.data"
+    ]
     assert outcome(tmp_path / "job" / "model.onnx") == [1.5, -2.5]
 
 
@@ -354,7 +415,17 @@ def small(tmp_path_factory):
 
 
 def quantizing(small, out, *options):
-    fixed = ("--data", small / "data.npz", "--epochs", 2, "--device", "cpu", "--validation", 0, "--quiet")
+    fixed = (
+        "--data",
+        small / "data.npz",
+        "--epochs",
+        2,
+        "--device",
+        "cpu",
+        "--validation",
+        0,
+        "--quiet",
+    )
     return ("quantize", f"{small / 'net.py'}:net", "--out", out, *fixed, *options)
 
 
@@ -370,13 +441,24 @@ def writing(small, command, out):
     }[command]
 
 
-SUFFIXES = {"quantize": ".pt", "convert": ".onnx", "pack": ".onnx", "unpack": ".onnx", "report": ".html", "deploy": ""}
+SUFFIXES = {
+    "quantize": ".pt",
+    "convert": ".onnx",
+    "pack": ".onnx",
+    "unpack": ".onnx",
+    "report": ".html",
+    "deploy": "",
+}
 COMMANDS = [pytest.param(name, suffix, id=name) for name, suffix in SUFFIXES.items()]
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling link", "text", "state dict", "pickle", "folder", "pipe"])
+@pytest.mark.parametrize(
+    "kind", ["link", "dangling link", "text", "state dict", "pickle", "folder", "pipe"]
+)
 @pytest.mark.parametrize("options", [(), ("--resume",), ("--force",), ("--epochs", 0)])
-def test_what_is_called_like_the_state_of_a_training_and_is_none_stays(kind, options, small, tmp_path):
+def test_what_is_called_like_the_state_of_a_training_and_is_none_stays(
+    kind, options, small, tmp_path
+):
     state, precious = tmp_path / "model.pt.training", tmp_path / "precious"
     precious.write_text("mine")
     marker = tmp_path / "marker"
@@ -411,7 +493,13 @@ class Marks:
 def test_a_state_of_ours_with_foreign_parts_is_refused(small, tmp_path):
     state = tmp_path / "model.pt.training"
     table = dict.fromkeys(("setup", "model", "optimizer", "quantizer", "history", "best"))
-    for changes in ({}, {"format": "another"}, {"version": 9}, {"setup": {"epochs": 2}}, {"setup": 3}):
+    for changes in (
+        {},
+        {"format": "another"},
+        {"version": 9},
+        {"setup": {"epochs": 2}},
+        {"setup": 3},
+    ):
         torch.save({**table, **changes}, state)
         before = state.read_bytes()
         refused(*quantizing(small, tmp_path / "model.pt", "--resume"))
@@ -437,8 +525,12 @@ def test_long_names_work(command, suffix, length, small, tmp_path):
 @pytest.mark.parametrize(("command", "suffix"), COMMANDS)
 def test_names_that_are_too_long_are_refused(command, suffix, small, tmp_path):
     out = tmp_path / ("n" * (256 - len(suffix)) + suffix)
-    assert "a name can have 255 bytes, and this one has 256" in refused(*writing(small, command, out))
-    assert "File name too long" in refused(*writing(small, command, tmp_path / ("n" * 300) / f"out{suffix}"))
+    assert "a name can have 255 bytes, and this one has 256" in refused(
+        *writing(small, command, out)
+    )
+    assert "File name too long" in refused(
+        *writing(small, command, tmp_path / ("n" * 300) / f"out{suffix}")
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -463,14 +555,22 @@ def test_force_replaces_a_link_and_not_what_it_leads_to(command, suffix, there, 
     done(*writing(small, command, out), "--force")
     assert not out.is_symlink()
     assert precious.exists() == there
-    assert list(precious.iterdir()) == [] if command == "deploy" and there else not there or precious.read_text() == "mine"
+    assert (
+        list(precious.iterdir()) == []
+        if command == "deploy" and there
+        else not there or precious.read_text() == "mine"
+    )
 
 
 @pytest.mark.parametrize(("command", "suffix"), COMMANDS)
 def test_a_file_where_a_folder_is_meant_is_told(command, suffix, small, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "is a file, not a folder" in refused(*writing(small, command, tmp_path / "file" / f"out{suffix}"))
-    assert "does not exist" in refused(*writing(small, command, tmp_path / "file" / "deep" / f"out{suffix}"))
+    assert "is a file, not a folder" in refused(
+        *writing(small, command, tmp_path / "file" / f"out{suffix}")
+    )
+    assert "does not exist" in refused(
+        *writing(small, command, tmp_path / "file" / "deep" / f"out{suffix}")
+    )
     assert files(tmp_path) == {"file": b"mine"}
 
 
@@ -522,7 +622,13 @@ def test_a_folder_that_may_not_be_written_to_is_told(command, suffix, small, tmp
 def test_a_phones_configuration_is_replaced_only_with_force(small, tmp_path):
     other = tmp_path / "out.required_operators_and_types.config"
     other.write_text("mine")
-    command = ("convert", small / "model.pt", tmp_path / "out.ort", "--target", "onnxruntime-mobile")
+    command = (
+        "convert",
+        small / "model.pt",
+        tmp_path / "out.ort",
+        "--target",
+        "onnxruntime-mobile",
+    )
     assert f"{other}: exists already" in refused(*command)
     assert files(tmp_path) == {other.name: b"mine"}
     done(*command, "--force")
@@ -535,7 +641,9 @@ def test_deploy_makes_no_folder_of_what_is_none(small, tmp_path):
     (tmp_path / "file").write_text("mine")
     for name in ("pipe", "file"):
         for force in ((), ("--force",)):
-            assert "is a file, not a folder" in refused("deploy", small / "model.onnx", tmp_path / name, "--to", "linux", *force)
+            assert "is a file, not a folder" in refused(
+                "deploy", small / "model.onnx", tmp_path / name, "--to", "linux", *force
+            )
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -544,6 +652,13 @@ def test_a_devices_runner_is_not_written_through_a_link(small, tmp_path):
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "job.json").write_text("{}")
     (tmp_path / "job" / "run.py").symlink_to(tmp_path / "precious")
-    command = ("validate", small / "model.onnx", "--against", small / "model.pt", "--device", f"folder:{tmp_path / 'job'}")
+    command = (
+        "validate",
+        small / "model.onnx",
+        "--against",
+        small / "model.pt",
+        "--device",
+        f"folder:{tmp_path / 'job'}",
+    )
     assert "is a link" in refused(*command)
     assert (tmp_path / "precious").read_text() == "mine"

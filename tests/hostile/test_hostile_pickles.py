@@ -56,7 +56,9 @@ PLANTED = {
     "torch legacy": torch_pickle(legacy=True),
     "numpy objects": object_npy(),
     "npz of objects": npz(x=object_npy(), y=object_npy()),
-    "safetensors": safetensors(b'{"weight": {"dtype": "F32", "shape": [3, 6], "data_offsets": [0, 72]}}'),
+    "safetensors": safetensors(
+        b'{"weight": {"dtype": "F32", "shape": [3, 6], "data_offsets": [0, 72]}}'
+    ),
     "safetensors with a pickle": safetensors(pickle.dumps(Evil(), 2)),
     "text": CALL.encode(),
 }

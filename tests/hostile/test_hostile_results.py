@@ -49,7 +49,9 @@ def test_honest_results_are_read_where_they_lie(results):
     assert report.runtime.startswith("onnxruntime")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ufeff{}", "\0", "NaN"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\ufeff{}", "\0", "NaN"]
+)
 def test_json_that_is_deep_or_none_is_refused(results, text):
     (results / "result.json").write_text(text, encoding="utf-8")
     with pytest.raises(FileError, match=r"result\.json"):

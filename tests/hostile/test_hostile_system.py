@@ -136,7 +136,9 @@ def test_what_may_not_be_read_is_told(command, what, place, onnx):
         closed.chmod(0o700)
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EINVAL])
+@pytest.mark.parametrize(
+    "code", [errno.EACCES, errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EINVAL]
+)
 def test_every_refusal_of_the_system_says_which_file_and_what_to_do(code, place, onnx, monkeypatch):
     def refuse(path):
         raise OSError(code, os.strerror(code), "secret\x1b[31m.onnx")
@@ -197,7 +199,10 @@ def test_what_nobody_foresaw_is_one_sentence_and_status_70(error, place, onnx, m
 
     monkeypatch.setattr(inspection, "inspect", fail)
     message = run("inspect", onnx, place / "out", onnx, code=70)
-    assert f"inspect of '{onnx}' failed in a way that nobody foresaw ({type(error).__name__}: " in message
+    assert (
+        f"inspect of '{onnx}' failed in a way that nobody foresaw ({type(error).__name__}: "
+        in message
+    )
     assert "--debug shows where; please report it" in message
 
 
@@ -313,7 +318,9 @@ def test_a_class_of_another_encoding_is_refused_before_a_training_is_begun(tmp_p
         os.makedirs(name)
     except OSError:
         pytest.skip("this file system has only names in UTF-8")
-    result = CliRunner().invoke(app, ["quantize", NETWORK, "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/m.pt"])
+    result = CliRunner().invoke(
+        app, ["quantize", NETWORK, "--data", f"{tmp_path}/data", "--out", f"{tmp_path}/m.pt"]
+    )
     assert result.exit_code == 2
     assert "not UTF-8: rename it" in result.stderr
     shutil.rmtree(tmp_path / "data")

@@ -53,9 +53,15 @@ def has_only_what_shows(text: str) -> bool:
 def model_named(path: Path, name: str) -> Path:
     """An .onnx file with a weight, a node, an input, an operator's domain and a producer of that name."""
     weight = numpy_helper.from_array(np.eye(40, dtype=np.float32), name)
-    x, y = (helper.make_tensor_value_info(key, TensorProto.FLOAT, [1, 40]) for key in (name + "x", "y"))
-    graph = helper.make_graph([helper.make_node("MatMul", [name + "x", name], ["y"], name)], name, [x], [y], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10, producer_name=name)
+    x, y = (
+        helper.make_tensor_value_info(key, TensorProto.FLOAT, [1, 40]) for key in (name + "x", "y")
+    )
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [name + "x", name], ["y"], name)], name, [x], [y], [weight]
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10, producer_name=name
+    )
     onnx.save(model, path)
     return path
 
@@ -179,7 +185,9 @@ def test_a_terminal_of_another_encoding_breaks_nothing(encoding, tmp_path, monke
     try:
         with pytest.raises(SystemExit) as ended:
             main()
-        monkeypatch.setattr(sys, "argv", ["ecqx-onnx", "inspect", str(tmp_path / "none_\U0001f600.onnx")])
+        monkeypatch.setattr(
+            sys, "argv", ["ecqx-onnx", "inspect", str(tmp_path / "none_\U0001f600.onnx")]
+        )
         with pytest.raises(SystemExit) as refused:
             main()
     finally:
@@ -208,12 +216,16 @@ def test_a_path_that_is_not_utf8_is_shown_and_its_json_is_read_by_everyone(tmp_p
     found["file"].encode("utf-8")
 
 
-@pytest.mark.parametrize("command", [("convert", CHECKPOINT, "{}"), ("inspect", "{}"), ("pack", "{}", "out.onnx")])
+@pytest.mark.parametrize(
+    "command", [("convert", CHECKPOINT, "{}"), ("inspect", "{}"), ("pack", "{}", "out.onnx")]
+)
 def test_an_onnx_file_whose_path_is_not_utf8_is_refused_before_work_is_done(tmp_path, command):
     path = tmp_path / "caf\udce9.onnx"
     result = CliRunner().invoke(app, [str(part).format(path) for part in command])
     assert result.exit_code == 2
-    assert "caf\\udce9.onnx' is not UTF-8, and ONNX's libraries open no other names" in result.stderr
+    assert (
+        "caf\\udce9.onnx' is not UTF-8, and ONNX's libraries open no other names" in result.stderr
+    )
 
 
 def test_json_has_no_values_that_other_parsers_refuse(capsys):
@@ -245,7 +257,9 @@ def test_json_has_no_values_that_other_parsers_refuse(capsys):
 def test_what_a_progress_bar_says_is_no_markup(monkeypatch):
     said = []
     monkeypatch.setattr(type(terminal_module.stderr), "is_terminal", property(lambda console: True))
-    monkeypatch.setattr(Progress, "update", lambda bar, task, **fields: said.append(fields["description"]))
+    monkeypatch.setattr(
+        Progress, "update", lambda bar, task, **fields: said.append(fields["description"])
+    )
     with frame.show_progress(False) as show:
         show(1, 2, "[/x] \x1b[31m\n")
         show(2, 2)

@@ -41,7 +41,9 @@ def run(*arguments):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "ecqx_onnx", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=limit, cwd="/")
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, preexec_fn=limit, cwd="/"
+    )
 
 
 def ends_in_words(result):
@@ -66,7 +68,9 @@ def holes(nbytes):
 def graph_of(tensor):
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
     length = tensor.dims[0]
-    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", length]) for n in "xy"]
+    ends = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", length]) for n in "xy"
+    ]
     graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [tensor])
     imports = [onnx.helper.make_opsetid("", 17)]
     return onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
@@ -120,7 +124,9 @@ def large_storage(path):
 
 def large_array(path):
     """An .npz whose arrays claim 4.66 TiB."""
-    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (640000000000, 2)}".ljust(117) + b"\n"
+    header = (
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (640000000000, 2)}".ljust(117) + b"\n"
+    )
     array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("x_train", "y_train", "x_test", "y_test"):

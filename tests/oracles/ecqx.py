@@ -49,7 +49,9 @@ def lambda_max(weights, step, levels, info):
 
 def brute_force_level(w, step, costs):
     """argmin_k (w - kΔ)^2 + c_k in exact arithmetic; costs: {level: c_k}; a tie goes to the lower level."""
-    return min(costs, key=lambda k: ((Fraction(w) - k * Fraction(step)) ** 2 + Fraction(costs[k]), k))
+    return min(
+        costs, key=lambda k: ((Fraction(w) - k * Fraction(step)) ** 2 + Fraction(costs[k]), k)
+    )
 
 
 def ecq(weights, step, levels, strength):
@@ -62,7 +64,10 @@ def ecq(weights, step, levels, strength):
 def ecqx_costs(w, R, step, costs, rho, beta):
     """{level: cost}, zero's multiplied by f(R) = ρ R^β; R = 0 counts as 1e-12."""
     R = max(R, 1e-12)
-    return {k: (rho * R**beta * (w * w + c) if k == 0 else (w - k * step) ** 2 + c) for k, c in costs.items()}
+    return {
+        k: (rho * R**beta * (w * w + c) if k == 0 else (w - k * step) ** 2 + c)
+        for k, c in costs.items()
+    }
 
 
 def ecqx_levels(weights, relevances, step, costs, rho, beta):

@@ -63,7 +63,10 @@ def windows_by_hand(image, kernel, strides, pads, dilations):
             for channel in range(image.shape[0]):
                 for y in range(kernel[0]):
                     for x in range(kernel[1]):
-                        at = (row * strides[0] + y * dilations[0], column * strides[1] + x * dilations[1])
+                        at = (
+                            row * strides[0] + y * dilations[0],
+                            column * strides[1] + x * dilations[1],
+                        )
                         vector.append(padded[channel, at[0], at[1]])
             found.append(vector)
     return np.array(found)

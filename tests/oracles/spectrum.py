@@ -16,14 +16,26 @@ def to_hertz(mel: float) -> float:
 
 
 def log_mel_frame(
-    frame: Sequence[float], *, sample_rate: int, fft_length: int, bands: int, low_hz: float, high_hz: float, floor: float
+    frame: Sequence[float],
+    *,
+    sample_rate: int,
+    fft_length: int,
+    bands: int,
+    low_hz: float,
+    high_hz: float,
+    floor: float,
 ) -> list[float]:
     """The log energies of one frame in each mel band."""
     length = len(frame)
-    windowed = [value * (0.5 - 0.5 * math.cos(2 * math.pi * n / length)) for n, value in enumerate(frame)]
+    windowed = [
+        value * (0.5 - 0.5 * math.cos(2 * math.pi * n / length)) for n, value in enumerate(frame)
+    ]
     power = []
     for k in range(fft_length // 2 + 1):
-        total = sum(value * cmath.exp(-2j * math.pi * k * n / fft_length) for n, value in enumerate(windowed))
+        total = sum(
+            value * cmath.exp(-2j * math.pi * k * n / fft_length)
+            for n, value in enumerate(windowed)
+        )
         power.append(abs(total) ** 2)
 
     spacing = (to_mel(high_hz) - to_mel(low_hz)) / (bands + 1)
@@ -47,6 +59,9 @@ def mfcc_frame(log_energies: Sequence[float], coefficients: int) -> list[float]:
     bands = len(log_energies)
     result = []
     for i in range(coefficients):
-        total = sum(value * math.cos(math.pi * i * (j + 0.5) / bands) for j, value in enumerate(log_energies))
+        total = sum(
+            value * math.cos(math.pi * i * (j + 0.5) / bands)
+            for j, value in enumerate(log_energies)
+        )
         result.append(total * math.sqrt((1 if i == 0 else 2) / bands))
     return result

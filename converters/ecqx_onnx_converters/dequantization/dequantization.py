@@ -27,7 +27,10 @@ from ecqx_onnx_converters.storage import DOMAIN
 # negative: Gather counts negative indices from the end, as Codebook does.
 BODIES = {
     "Dequantize": ("ls", (("Cast", "l", "a"), ("Mul", "as", "w"))),
-    "DequantizeHalf": ("ls", (("Cast", "l", "a"), ("Cast", "s", "b"), ("Mul", "ab", "w"))),  # steps in float16
+    "DequantizeHalf": (
+        "ls",
+        (("Cast", "l", "a"), ("Cast", "s", "b"), ("Mul", "ab", "w")),
+    ),  # steps in float16
     "LookUp": ("lv", (("CastIndex", "l", "a"), ("Gather", "va", "w"))),
     "LookUpScaled": ("lvf", (("CastIndex", "l", "a"), ("Gather", "va", "b"), ("Mul", "bf", "w"))),
 }
@@ -55,20 +58,36 @@ class Dequantization:
 
 
 def make_folded(
-    tensor: QuantTensor, *, levels: str, output: str, constant: str, factor: np.ndarray | None = None
+    tensor: QuantTensor,
+    *,
+    levels: str,
+    output: str,
+    constant: str,
+    factor: np.ndarray | None = None,
 ) -> Dequantization:
     """`constant` names the step or the codebook; a factor's name is that with an f appended."""
     if isinstance(tensor.meaning, Scale):
         half = is_half(tensor.meaning.step)
         inputs, step = [constant], tensor.meaning.step.astype(np.float16 if half else np.float32)
-        constants, name = [numpy_helper.from_array(step, constant)], "DequantizeHalf" if half else "Dequantize"
+        constants, name = (
+            [numpy_helper.from_array(step, constant)],
+            "DequantizeHalf" if half else "Dequantize",
+        )
     else:
-        inputs, constants = [constant], [numpy_helper.from_array(tensor.meaning.values.astype(np.float32), constant)]
+        inputs, constants = (
+            [constant],
+            [numpy_helper.from_array(tensor.meaning.values.astype(np.float32), constant)],
+        )
         name = "LookUp"
         if factor is not None:
             name, inputs = "LookUpScaled", [constant, constant + "f"]
             constants.append(numpy_helper.from_array(factor.astype(np.float32), constant + "f"))
-    return Dequantization("folded", helper.make_node(name, [levels, *inputs], [output], domain=DOMAIN), tuple(constants), name)
+    return Dequantization(
+        "folded",
+        helper.make_node(name, [levels, *inputs], [output], domain=DOMAIN),
+        tuple(constants),
+        name,
+    )
 
 
 def is_half(steps: np.ndarray) -> bool:
@@ -77,21 +96,27 @@ def is_half(steps: np.ndarray) -> bool:
         return steps.size > 1 and bool((steps.astype(np.float16) == steps).all())
 
 
-def make_standard(tensor: QuantTensor, *, levels: str, output: str, constant: str) -> Dequantization | Refusal:
+def make_standard(
+    tensor: QuantTensor, *, levels: str, output: str, constant: str
+) -> Dequantization | Refusal:
     """DequantizeLinear: one step, or one per index along one axis."""
     refusal = refuse_standard(tensor)
     if refusal is not None:
         return refusal
     assert isinstance(tensor.meaning, Scale)  # narrowed by why_not_standard
     axis = tensor.meaning.axis
-    step = numpy_helper.from_array(tensor.meaning.step.reshape(() if axis is None else (-1,)).astype(np.float32), constant)
+    step = numpy_helper.from_array(
+        tensor.meaning.step.reshape(() if axis is None else (-1,)).astype(np.float32), constant
+    )
     node = helper.make_node("DequantizeLinear", [levels, constant], [output])
     if axis is not None:
         node.attribute.append(helper.make_attribute("axis", axis))
     return Dequantization("standard", node, (step,))
 
 
-def make_integer(tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str) -> Dequantization | Refusal:
+def make_integer(
+    tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str
+) -> Dequantization | Refusal:
     """DequantizeLinear in front of an integer kernel: of INT8, since onnxruntime fuses no narrower type (a Cast in front folds at
     load), and with a zero point, without which QGemm fails at run time up to 1.27. Zero points of one shape have one name, so
     that a file needs them once. `type`: of the levels."""
@@ -99,7 +124,9 @@ def make_integer(tensor: QuantTensor, *, levels: str, type: int, output: str, co
     if isinstance(made, Refusal):
         return made
     dims = tuple(made.initializers[0].dims)
-    zero = numpy_helper.from_array(np.zeros(dims, np.int8), "ecqx.zero" + "".join(f".{length}" for length in dims))
+    zero = numpy_helper.from_array(
+        np.zeros(dims, np.int8), "ecqx.zero" + "".join(f".{length}" for length in dims)
+    )
     made.node.input.append(zero.name)
     cast = helper.make_node("Cast", [levels], [constant + "i"], to=TensorProto.INT8)
     if type == TensorProto.INT8:
@@ -111,17 +138,33 @@ def make_integer(tensor: QuantTensor, *, levels: str, type: int, output: str, co
 def make_integers(form: Integers, *, levels: str, output: str, constant: str) -> Dequantization:
     """level + form.offset as form.type. `constant` names the offset."""
     if not form.offset:
-        return Dequantization("none", helper.make_node("Cast", [levels], [output], to=form.type), ())
+        return Dequantization(
+            "none", helper.make_node("Cast", [levels], [output], to=form.type), ()
+        )
     node = helper.make_node("Offset", [levels, constant], [output], domain=DOMAIN, to=form.type)
-    return Dequantization("none", node, (numpy_helper.from_array(np.array(form.offset, np.int32), constant),), "Offset")
+    return Dequantization(
+        "none",
+        node,
+        (numpy_helper.from_array(np.array(form.offset, np.int32), constant),),
+        "Offset",
+    )
 
 
 def read_integers(node: NodeProto, offset: np.ndarray | None) -> Integers:
     """The inverse of `make_integers`. offset: what the node's second input holds."""
     to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
-    wanted = node.op_type == "Offset" and node.domain == DOMAIN and offset is not None and offset.size == 1
-    if to not in NARROW or not (wanted or (node.op_type == "Cast" and node.domain in ("", "ai.onnx"))):
-        raise FileError(f"the integers '{node.output[0]}' are made by {node.op_type} to type {to}; the ONNX file is damaged")
+    wanted = (
+        node.op_type == "Offset"
+        and node.domain == DOMAIN
+        and offset is not None
+        and offset.size == 1
+    )
+    if to not in NARROW or not (
+        wanted or (node.op_type == "Cast" and node.domain in ("", "ai.onnx"))
+    ):
+        raise FileError(
+            f"the integers '{node.output[0]}' are made by {node.op_type} to type {to}; the ONNX file is damaged"
+        )
     return Integers(to, int(offset.reshape(())) if wanted and offset is not None else 0)
 
 
@@ -139,11 +182,15 @@ def make_function(name: str, opset: int) -> FunctionProto:
     """One of BODIES, or Offset, as a model-local function."""
     if name == "Offset":
         cast = helper.make_node("Cast", ["sum"], ["integers"])
-        cast.attribute.append(AttributeProto(name="to", ref_attr_name="to", type=AttributeProto.INT))
+        cast.attribute.append(
+            AttributeProto(name="to", ref_attr_name="to", type=AttributeProto.INT)
+        )
         wide = helper.make_node("Cast", ["levels"], ["wide"], to=TensorProto.INT32)
         nodes = [wide, helper.make_node("Add", ["wide", "offset"], ["sum"]), cast]
         imports = [helper.make_opsetid("", opset)]
-        return helper.make_function(DOMAIN, name, ["levels", "offset"], ["integers"], nodes, imports, ["to"])
+        return helper.make_function(
+            DOMAIN, name, ["levels", "offset"], ["integers"], nodes, imports, ["to"]
+        )
     inputs, body = BODIES[name]
     nodes = []
     for operation, sources, result in body:
@@ -152,13 +199,21 @@ def make_function(name: str, opset: int) -> FunctionProto:
             nodes.append(helper.make_node("Cast", [sources], [result], to=to))
         else:
             nodes.append(helper.make_node(operation, list(sources), [result]))
-    return helper.make_function(DOMAIN, name, list(inputs), ["w"], nodes, [helper.make_opsetid("", opset)])
+    return helper.make_function(
+        DOMAIN, name, list(inputs), ["w"], nodes, [helper.make_opsetid("", opset)]
+    )
 
 
-def read_meaning(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -> tuple[Scale | Codebook, np.ndarray | None]:
+def read_meaning(
+    node: NodeProto, constants: dict[str, np.ndarray], rank: int
+) -> tuple[Scale | Codebook, np.ndarray | None]:
     """The inverse of `make_folded` and `make_standard`: (what the node's levels stand for, factor). rank: of the integer
     tensor."""
-    missing = [name for name in node.input[1 : 2 if node.op_type == "DequantizeLinear" else None] if name not in constants]
+    missing = [
+        name
+        for name in node.input[1 : 2 if node.op_type == "DequantizeLinear" else None]
+        if name not in constants
+    ]
     if missing or len(node.input) < 2:
         raise FileError(
             f"the dequantisation of '{node.input[0]}' reads '{missing[:1] or node.op_type}', not a constant; the file is damaged"
@@ -169,8 +224,12 @@ def read_meaning(node: NodeProto, constants: dict[str, np.ndarray], rank: int) -
             return Scale(first), None
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
         if first.ndim != 1 or not -rank <= axis < rank:
-            raise FileError(f"the step of '{node.input[0]}' has shape {list(first.shape)} and axis {axis}; the file is damaged")
-        return Scale(first.reshape([-1 if dimension == axis % rank else 1 for dimension in range(rank)])), None
+            raise FileError(
+                f"the step of '{node.input[0]}' has shape {list(first.shape)} and axis {axis}; the file is damaged"
+            )
+        return Scale(
+            first.reshape([-1 if dimension == axis % rank else 1 for dimension in range(rank)])
+        ), None
     if node.op_type == "Mul":  # of an embedding's rows, whose columns may have steps of their own
         return Scale(first.reshape((*(1,) * (rank - 1), -1)) if first.ndim else first), None
     if node.op_type in ("Dequantize", "DequantizeHalf"):

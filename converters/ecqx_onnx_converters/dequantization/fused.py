@@ -31,7 +31,9 @@ FUSED = {"V": "Dequantize", "W": "DequantizeHalf", "B": "LookUp", "F": "LookUpSc
 def find_permutation(stored: Stored) -> tuple[int, ...] | None:
     """The weight's axes in the order in which it is coded, where that isn't their own."""
     turn = stored.nodes[-1]
-    return tuple(np.argsort(turn.attribute[0].ints).tolist()) if turn.op_type == "Transpose" else None
+    return (
+        tuple(np.argsort(turn.attribute[0].ints).tolist()) if turn.op_type == "Transpose" else None
+    )
 
 
 def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
@@ -40,7 +42,9 @@ def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
     turn = nodes.pop() if nodes[-1].op_type == "Transpose" else None
     decode = nodes.pop()
     output = dequantize.output[0] if turn is None else decode.output[0]
-    nodes.append(helper.make_node(name, [*decode.input, *dequantize.input[1:]], [output], domain=DOMAIN))
+    nodes.append(
+        helper.make_node(name, [*decode.input, *dequantize.input[1:]], [output], domain=DOMAIN)
+    )
     if turn is not None:
         nodes.append(helper.make_node("Transpose", [output], dequantize.output))
         nodes[-1].attribute.extend(turn.attribute)
@@ -50,10 +54,19 @@ def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
 def fold_transpose_into_gemm(graph: GraphProto) -> set[str]:
     """Removes, in place, the Transpose behind a fused call where Gemm alone reads it, whose transB says the same. -> The names of
     these weights."""
-    calls = {node.output[0]: node for node in graph.node if node.domain == DOMAIN and node.op_type in FUSED}
-    uses, outputs = find_uses(graph), {value.name for scope in list_graphs(graph) for value in scope.output}
+    calls = {
+        node.output[0]: node
+        for node in graph.node
+        if node.domain == DOMAIN and node.op_type in FUSED
+    }
+    uses, outputs = (
+        find_uses(graph),
+        {value.name for scope in list_graphs(graph) for value in scope.output},
+    )
     turned = set()
-    for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in calls]:
+    for node in [
+        node for node in graph.node if node.op_type == "Transpose" and node.input[0] in calls
+    ]:
         readers = uses.get(node.output[0], [])
         gemm = all(use.node.op_type == "Gemm" and use.position == 1 for use in readers)
         if list(node.attribute[0].ints) != [1, 0] or not gemm or node.output[0] in outputs:
@@ -83,28 +96,41 @@ def make_scaled(levels: FunctionProto) -> FunctionProto:
     for a positive step."""
     values = levels.input[2]
     step, floats, products = islice(list_free_letters(levels), 3)
-    nodes = [helper.make_node("CastLike", [values, step], [floats]), helper.make_node("Mul", [floats, step], [products])]
+    nodes = [
+        helper.make_node("CastLike", [values, step], [floats]),
+        helper.make_node("Mul", [floats, step], [products]),
+    ]
     for node in levels.node:
         nodes.append(NodeProto())
         nodes[-1].CopyFrom(node)
         nodes[-1].input[:] = [products if value == values else value for value in node.input]
         if node.op_type == "ConstantOfShape":
             del nodes[-1].attribute[:]  # float32
-    return helper.make_function(DOMAIN, "V", [*levels.input, step], list(levels.output), nodes, list(levels.opset_import))
+    return helper.make_function(
+        DOMAIN, "V", [*levels.input, step], list(levels.output), nodes, list(levels.opset_import)
+    )
 
 
 def compose(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
     """One function that does what the first does, and to its output what the second does."""
     letters = list_free_letters(first)
     new = {second.input[0]: first.output[0]}
-    new |= {value: next(letters) for value in (*second.input[1:], *(made for node in second.node for made in node.output))}
+    new |= {
+        value: next(letters)
+        for value in (*second.input[1:], *(made for node in second.node for made in node.output))
+    }
     nodes = list(first.node)
     for node in second.node:
         own = NodeProto()
         own.CopyFrom(node)
-        own.input[:], own.output[:] = ([new[value] for value in values] for values in (node.input, node.output))
+        own.input[:], own.output[:] = (
+            [new[value] for value in values] for values in (node.input, node.output)
+        )
         nodes.append(own)
-    inputs, outputs = [*first.input, *(new[value] for value in second.input[1:])], [new[value] for value in second.output]
+    inputs, outputs = (
+        [*first.input, *(new[value] for value in second.input[1:])],
+        [new[value] for value in second.output],
+    )
     return helper.make_function(DOMAIN, name, inputs, outputs, nodes, list(first.opset_import))
 
 

@@ -44,12 +44,18 @@ def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm
             return kind
     axis = tensor.meaning.axis if isinstance(tensor.meaning, Scale) else None
     if "gather" in kinds and axis == 0:
-        return Refusal("rows of an embedding with one step each would need their steps gathered, too")
+        return Refusal(
+            "rows of an embedding with one step each would need their steps gathered, too"
+        )
     if "gemm" in kinds and axis == 1 - (find_output_axis(uses)):
-        return Refusal("the step varies along the inputs of a matrix product; onnxruntime is exact with a step along its outputs")
+        return Refusal(
+            "the step varies along the inputs of a matrix product; onnxruntime is exact with a step along its outputs"
+        )
     dense = {kind for kind in kinds if kind != "gather"}
     layouts = {
-        kind == "gemm" and not read_attribute(use, "transB") for kind, use in zip(kinds, uses, strict=True) if kind != "gather"
+        kind == "gemm" and not read_attribute(use, "transB")
+        for kind, use in zip(kinds, uses, strict=True)
+        if kind != "gather"
     }
     if len(layouts) > 1:
         return Refusal("its consumers want it both as it is and transposed")
@@ -61,7 +67,11 @@ def read_attribute(use: Use, name: str) -> int:
 
 
 def find_output_axis(uses: Sequence[Use]) -> int:
-    return 0 if any(use.node.op_type == "Gemm" and read_attribute(use, "transB") for use in uses) else 1
+    return (
+        0
+        if any(use.node.op_type == "Gemm" and read_attribute(use, "transB") for use in uses)
+        else 1
+    )
 
 
 def classify_use(use: Use) -> str | Refusal:
@@ -74,11 +84,20 @@ def classify_use(use: Use) -> str | Refusal:
             return "gemm"
         if operator == "Gather" and position == 0 and read_attribute(use, "axis") == 0:
             return "gather"
-    return Refusal(f"its consumer {operator} isn't known to keep float arithmetic behind DequantizeLinear")
+    return Refusal(
+        f"its consumer {operator} isn't known to keep float arithmetic behind DequantizeLinear"
+    )
 
 
 def apply_standard(
-    tensor: QuantTensor, uses: Sequence[Use], *, weight: str, levels: str, type: int, step: str, names: NameMaker
+    tensor: QuantTensor,
+    uses: Sequence[Use],
+    *,
+    weight: str,
+    levels: str,
+    type: int,
+    step: str,
+    names: NameMaker,
 ) -> None:
     """Edits the consumers in place. tensor: in the graph's layout. weight: the value that DequantizeLinear makes, [out, in] for
     products; levels: the integers, of TensorProto type `type`; step: what dequantises them."""
@@ -96,7 +115,10 @@ def gather_integers(use: Use, levels: str, type: int, step: str, names: NameMake
     with a QuantizeLinear in between, to uint8, and negative levels become zero. step: (), or [columns]."""
     output, attributes = use.node.output[0], use.attributes
     before = []
-    if type not in (TensorProto.INT8, TensorProto.UINT8):  # Gather takes no 4- and 2-bit types; this Cast folds at load
+    if type not in (
+        TensorProto.INT8,
+        TensorProto.UINT8,
+    ):  # Gather takes no 4- and 2-bit types; this Cast folds at load
         before.append(helper.make_node("Cast", [levels], [names("g")], to=TensorProto.INT8))
         levels = before[0].output[0]
     rows, floats = names("g"), names("g")
@@ -112,7 +134,10 @@ def put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: Na
     flat, product, whole, leading, full = (names("m") for _ in range(5))
     constants = {key: names("c") for key in ("flat", "start", "end", "out")}
     values = {"flat": [-1, inputs], "start": [0], "end": [-1], "out": [outputs]}
-    use.scope.initializer.extend(numpy_helper.from_array(np.array(values[key], np.int64), constants[key]) for key in constants)
+    use.scope.initializer.extend(
+        numpy_helper.from_array(np.array(values[key], np.int64), constants[key])
+        for key in constants
+    )
     nodes = [
         helper.make_node("Reshape", [x, constants["flat"]], [flat]),
         helper.make_node("Gemm", [flat, weight], [product], transB=1),
@@ -126,7 +151,9 @@ def put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: Na
 
 def replace_nodes(use: Use, nodes: Sequence[NodeProto]) -> None:
     """Puts the nodes where the consumer was; its own message becomes the last of them, so that other Uses of it stay valid."""
-    position = next(index for index, node in enumerate(use.scope.node) if node is use.node or node == use.node)
+    position = next(
+        index for index, node in enumerate(use.scope.node) if node is use.node or node == use.node
+    )
     use.node.CopyFrom(nodes[-1])
     for offset, node in enumerate(nodes[:-1]):
         use.scope.node.insert(position + offset, node)

@@ -73,11 +73,19 @@ def find_quantized(graph: FloatGraph, *, leave: Collection[str] = ()) -> Foreign
     gone = _drop_unread(proto, before)
     weights = tuple(search.found.values())
     for values in (proto.graph.initializer, proto.graph.input):
-        for index in reversed([index for index, value in enumerate(values) if value.name in search.found]):
+        for index in reversed(
+            [index for index, value in enumerate(values) if value.name in search.found]
+        ):
             gone.add(values[index].name)
             del values[index]
-    sizes = {tensor.name: count_bytes(tensor, graph) for tensor in graph.proto.graph.initializer if tensor.name in gone}
-    replaced = {weight.name: sizes.pop(weight.sources[0], 0) for weight in weights}  # a shared tensor counts once
+    sizes = {
+        tensor.name: count_bytes(tensor, graph)
+        for tensor in graph.proto.graph.initializer
+        if tensor.name in gone
+    }
+    replaced = {
+        weight.name: sizes.pop(weight.sources[0], 0) for weight in weights
+    }  # a shared tensor counts once
     left = {name: values for name, values in graph.weights.items() if name not in gone}
     refused = {name: reason for name, reason in search.refused.items() if name not in search.found}
     return Foreign(FloatGraph(proto, left), weights, replaced, refused)
@@ -98,7 +106,12 @@ class _Search:
     def __post_init__(self) -> None:
         main = self.graph.proto.graph
         self.uses = find_uses(main)
-        self.makers = {output: node for scope in list_graphs(main) for node in scope.node for output in node.output}
+        self.makers = {
+            output: node
+            for scope in list_graphs(main)
+            for node in scope.node
+            for output in node.output
+        }
         self.taken = list_value_names(main)
 
     def visit(self, scope: GraphProto, outer: Known) -> None:
@@ -115,7 +128,9 @@ class _Search:
             elif isinstance(made, Grid) and node.output[0] not in outputs:
                 self.take_grid(scope, node, made)
             elif isinstance(made, Refusal) and not self.take_integers(scope, node, known):
-                self.refused[node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]] = made.reason
+                self.refused[
+                    node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]
+                ] = made.reason
             for inner in list_subgraphs(node):
                 self.visit(inner, known)
 
@@ -123,12 +138,18 @@ class _Search:
         """What the node makes of constants; None for a node of no interest, or one that reads something else."""
         rule = find_rule(node)
         inputs = [self.constant(name, known) if name else None for name in node.input]
-        if rule is None or any(value is None and name for value, name in zip(inputs, node.input, strict=True)):
+        if rule is None or any(
+            value is None and name for value, name in zip(inputs, node.input, strict=True)
+        ):
             return None
         if inputs[0] is not None and inputs[0].values.ndim < 2:
             return None  # a bias, or an activation's scale
         made = rule(node, inputs)
-        if isinstance(made, Grid) and node.op_type == "DequantizeLinear" and self.meets_integers(node, known):
+        if (
+            isinstance(made, Grid)
+            and node.op_type == "DequantizeLinear"
+            and self.meets_integers(node, known)
+        ):
             return Refusal("its consumer computes with integers")
         return made
 
@@ -139,14 +160,23 @@ class _Search:
         if value.data_type not in READABLE:
             return None
         values = self.graph.weights[name] if name in self.graph.weights else read_values(value)
-        wide = values.astype(np.float32 if value.data_type == TensorProto.FLOAT else np.int32, copy=False)
+        wide = values.astype(
+            np.float32 if value.data_type == TensorProto.FLOAT else np.int32, copy=False
+        )
         return Constant(wide, value.data_type, name)
 
     def meets_integers(self, node: NodeProto, known: Known) -> bool:
         """Some consumer reads another dequantised value, one that varies."""
         for use in self.uses.get(node.output[0], []):
-            makers = [self.makers[name] for name in use.node.input if name in self.makers and name != node.output[0]]
-            if any(maker.op_type == "DequantizeLinear" and maker.input[0] not in known for maker in makers):
+            makers = [
+                self.makers[name]
+                for name in use.node.input
+                if name in self.makers and name != node.output[0]
+            ]
+            if any(
+                maker.op_type == "DequantizeLinear" and maker.input[0] not in known
+                for maker in makers
+            ):
                 return True
         return False
 
@@ -156,10 +186,15 @@ class _Search:
         name = self.name(scope, node if transpose is None else transpose)
         if name in self.leave:
             return
-        if transpose is not None:  # a Linear weight on its way to MatMul: stored as the product reads it
+        if (
+            transpose is not None
+        ):  # a Linear weight on its way to MatMul: stored as the product reads it
             scope.node.remove(node)
             order = [list(entry.ints) for entry in transpose.attribute if entry.name == "perm"]
-            node, tensor = transpose, tensor.transpose(order[0] if order else range(made.levels.ndim)[::-1])
+            node, tensor = (
+                transpose,
+                tensor.transpose(order[0] if order else range(made.levels.ndim)[::-1]),
+            )
         self.take(scope, node, name)
         self.found[name] = GraphWeight(name, replace(tensor, name=name), (made.source,))
 
@@ -174,16 +209,26 @@ class _Search:
     def take_integers(self, scope: GraphProto, node: NodeProto, known: Known) -> bool:
         """Of a DequantizeLinear that stays: the integers that QuantizeLinear makes for it of floats. Whether it was so."""
         value = known.get(node.input[0])
-        if node.op_type != "DequantizeLinear" or not isinstance(value, Constant) or value.maker is None:
+        if (
+            node.op_type != "DequantizeLinear"
+            or not isinstance(value, Constant)
+            or value.maker is None
+        ):
             return False
         if node.input[0] in {output.name for output in scope.output}:
             return False
-        if value.maker in scope.node:  # else an outer graph's node, taken there for another consumer
+        if (
+            value.maker in scope.node
+        ):  # else an outer graph's node, taken there for another consumer
             name = self.name(scope, value.maker)
             if name in self.leave:
                 return False
             self.take(scope, value.maker, name)
-            zero = self.constant(node.input[2], known) if len(node.input) > 2 and node.input[2] else None
+            zero = (
+                self.constant(node.input[2], known)
+                if len(node.input) > 2 and node.input[2]
+                else None
+            )
             self.found[name] = make_integer_weight(name, value, zero)
         return True
 
@@ -203,17 +248,29 @@ class _Search:
         """Narrow integer initializers that something still reads."""
         graph = self.graph.proto.graph
         uses = find_uses(graph)
-        known: dict[str, TensorProto | Constant] = {tensor.name: tensor for tensor in graph.initializer}
+        known: dict[str, TensorProto | Constant] = {
+            tensor.name: tensor for tensor in graph.initializer
+        }
         for name, maker in self.makers.items():
             value = find_constant(maker)
             if value is not None:
                 known[name] = value
         for tensor in graph.initializer:
             wanted = tensor.data_type in NARROW and len(tensor.dims) >= 2 and tensor.name in uses
-            if wanted and tensor.name not in self.leave and not any(tensor.name == value.name for value in graph.output):
+            if (
+                wanted
+                and tensor.name not in self.leave
+                and not any(tensor.name == value.name for value in graph.output)
+            ):
                 use = uses[tensor.name][0]
-                position = ZERO_POINTS.get(use.node.op_type, {}).get(use.position, len(use.node.input))
-                zero = self.constant(use.node.input[position], known) if position < len(use.node.input) else None
+                position = ZERO_POINTS.get(use.node.op_type, {}).get(
+                    use.position, len(use.node.input)
+                )
+                zero = (
+                    self.constant(use.node.input[position], known)
+                    if position < len(use.node.input)
+                    else None
+                )
                 constant = self.constant(tensor.name, known)
                 if constant is not None and constant.values.size:
                     self.found[tensor.name] = make_integer_weight(tensor.name, constant, zero)
@@ -232,7 +289,9 @@ def make_integer_weight(name: str, integers: Constant, zero: Constant | None) ->
         values, counts = np.unique(zero.values, return_counts=True)
         offset = int(values[counts.argmax()])
     lowest, highest = int(integers.values.min()), int(integers.values.max())
-    offset = next(least for least in (offset, 0, 128) if lowest - least >= -128 and highest - least <= 127)
+    offset = next(
+        least for least in (offset, 0, 128) if lowest - least >= -128 and highest - least <= 127
+    )
     levels = (integers.values - offset).astype(np.int8)
     tensor = QuantTensor(name, levels, Scale(np.ones((), np.float32)))
     return GraphWeight(name, tensor, (integers.source,), integers=Integers(integers.type, offset))
@@ -242,7 +301,9 @@ def _drop_unread(proto: ModelProto, read_before: set[str]) -> set[str]:
     """Removes, in place, constants and quantising nodes that were read before and no longer are. Names of what went."""
     gone: set[str] = set()
     while True:
-        read = set(find_uses(proto.graph)) | {value.name for scope in list_graphs(proto.graph) for value in scope.output}
+        read = set(find_uses(proto.graph)) | {
+            value.name for scope in list_graphs(proto.graph) for value in scope.output
+        }
         names = read_before - read
         size = len(gone)
         for scope in list_graphs(proto.graph):
@@ -259,7 +320,9 @@ def _remove(scope: GraphProto, names: set[str]) -> Iterator[str]:
             del scope.node[index]
     constants = {tensor.name for tensor in scope.initializer} & names
     for values in (scope.initializer, scope.input):
-        for index in reversed([index for index, value in enumerate(values) if value.name in constants]):
+        for index in reversed(
+            [index for index, value in enumerate(values) if value.name in constants]
+        ):
             yield values[index].name
             del values[index]
 

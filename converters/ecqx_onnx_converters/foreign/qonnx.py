@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorProto, helper
 
-from ecqx_onnx_converters.foreign.quantization_nodes import Constant, Grid, Rule, make_grid, read_attribute
+from ecqx_onnx_converters.foreign.quantization_nodes import (
+    Constant,
+    Grid,
+    Rule,
+    make_grid,
+    read_attribute,
+)
 from ecqx_onnx_converters.graph.graph import find_opset, list_graphs
 from ecqx_onnx_converters.graph.opsets import refuse_opset, set_opset
 from ecqx_onnx_converters.refusal import Refusal
@@ -29,27 +35,39 @@ OPSET = 12  # of the functions: the first with Round and with Constants of a pla
 
 
 def read_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
-    if len(inputs) != 4 or any(constant is None or constant.type != TensorProto.FLOAT for constant in inputs):
+    if len(inputs) != 4 or any(
+        constant is None or constant.type != TensorProto.FLOAT for constant in inputs
+    ):
         return Refusal("its Quant has inputs that aren't four float32 tensors")
     x, scale, zero, bits = (constant.values for constant in inputs if constant is not None)
     rounding = ROUNDINGS.get(read_rounding_mode(node))
     if rounding is None:
-        return Refusal(f"it is rounded by {read_rounding_mode(node)}, which QONNX calls none of {', '.join(ROUNDINGS)}")
+        return Refusal(
+            f"it is rounded by {read_rounding_mode(node)}, which QONNX calls none of {', '.join(ROUNDINGS)}"
+        )
     signed, narrow = read_attribute(node, "signed", 1), read_attribute(node, "narrow", 0)
-    if bits.size != 1 or not (1 + signed <= float(bits.reshape(())) <= 8 and (bits == np.rint(bits)).all()):
-        return Refusal(f"its bit width {bits.reshape(-1)[:4].tolist()} isn't one whole number from {1 + signed} to 8")
+    if bits.size != 1 or not (
+        1 + signed <= float(bits.reshape(())) <= 8 and (bits == np.rint(bits)).all()
+    ):
+        return Refusal(
+            f"its bit width {bits.reshape(-1)[:4].tolist()} isn't one whole number from {1 + signed} to 8"
+        )
     if not (zero == np.rint(zero)).all() or not (np.isfinite(scale) & (scale > 0)).all():
         return Refusal("its zero point isn't whole or its scale isn't positive and finite")
     step, shift = broadcast_part(scale, x.shape), broadcast_part(zero, x.shape)
     if step is None or shift is None:
         return Refusal("its scale or zero point doesn't broadcast against it")
-    lowest, highest = compute_bounds(int(bits.reshape(())), signed=bool(signed), narrow=bool(narrow))
+    lowest, highest = compute_bounds(
+        int(bits.reshape(())), signed=bool(signed), narrow=bool(narrow)
+    )
     levels = rounding(np.clip(x / step + shift, np.float32(lowest), np.float32(highest))) - shift
     return make_grid(levels.astype(np.int32), step, name_source(inputs))
 
 
 def read_bipolar_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
-    if len(inputs) != 2 or any(constant is None or constant.type != TensorProto.FLOAT for constant in inputs):
+    if len(inputs) != 2 or any(
+        constant is None or constant.type != TensorProto.FLOAT for constant in inputs
+    ):
         return Refusal("its BipolarQuant has inputs that aren't two float32 tensors")
     x, scale = (constant.values for constant in inputs if constant is not None)
     step = broadcast_part(scale, x.shape)
@@ -69,15 +87,26 @@ def compute_bounds(bits: int, *, signed: bool, narrow: bool) -> tuple[int, int]:
 
 
 def read_rounding_mode(node: NodeProto) -> str:
-    return next((entry.s.decode(errors="replace") for entry in node.attribute if entry.name == "rounding_mode"), "ROUND").upper()
+    return next(
+        (
+            entry.s.decode(errors="replace")
+            for entry in node.attribute
+            if entry.name == "rounding_mode"
+        ),
+        "ROUND",
+    ).upper()
 
 
 def define_operators(model: ModelProto) -> str | None:
     """Adds, in place, a definition of each QONNX operator that nodes still use. A sentence for the report, or None."""
     present = {(function.domain, function.name) for function in model.functions}
     imported = {entry.domain for entry in model.opset_import}
-    nodes = [node for scope in list_graphs(model.graph) for node in scope.node if node.domain in DOMAINS]
-    wanted = sorted({(node.domain, node.op_type) for node in nodes if node.op_type in RULES} - present)
+    nodes = [
+        node for scope in list_graphs(model.graph) for node in scope.node if node.domain in DOMAINS
+    ]
+    wanted = sorted(
+        {(node.domain, node.op_type) for node in nodes if node.op_type in RULES} - present
+    )
     if not wanted or refuse_opset(model, OPSET) is not None:
         return None
     defined = []
@@ -90,7 +119,9 @@ def define_operators(model: ModelProto) -> str | None:
             for node in users:  # a function has no default attributes: each node states its own
                 present_names = {entry.name for entry in node.attribute}
                 missing = {"signed": 1, "narrow": 0}.items()
-                node.attribute.extend(helper.make_attribute(*pair) for pair in missing if pair[0] not in present_names)
+                node.attribute.extend(
+                    helper.make_attribute(*pair) for pair in missing if pair[0] not in present_names
+                )
             model.functions.append(make_quant_function(domain, ROUNDING_OPERATORS[modes.pop()]))
         else:
             model.functions.append(make_bipolar_function(domain))
@@ -115,7 +146,9 @@ def make_quant_function(domain: str, rounding: str) -> FunctionProto:
     nodes = []
     for name in ("signed", "narrow"):
         nodes.append(helper.make_node("Constant", [], [name + "_integer"]))
-        nodes[-1].attribute.append(AttributeProto(name="value_int", ref_attr_name=name, type=AttributeProto.INT))
+        nodes[-1].attribute.append(
+            AttributeProto(name="value_int", ref_attr_name=name, type=AttributeProto.INT)
+        )
         nodes.append(helper.make_node("Cast", [name + "_integer"], [name], to=TensorProto.FLOAT))
     steps: Steps = (
         ("Constant", "", "one", {"value_float": 1.0}),
@@ -138,7 +171,9 @@ def make_quant_function(domain: str, rounding: str) -> FunctionProto:
     )
     nodes += make_nodes(steps)
     imports = [helper.make_opsetid("", OPSET)]
-    return helper.make_function(domain, "Quant", ["x", "scale", "zero", "bits"], ["y"], nodes, imports, ["signed", "narrow"])
+    return helper.make_function(
+        domain, "Quant", ["x", "scale", "zero", "bits"], ["y"], nodes, imports, ["signed", "narrow"]
+    )
 
 
 def make_bipolar_function(domain: str) -> FunctionProto:
@@ -149,20 +184,34 @@ def make_bipolar_function(domain: str) -> FunctionProto:
         ("Where", "negative opposite scale", "y", {}),
     )
     return helper.make_function(
-        domain, "BipolarQuant", ["x", "scale"], ["y"], make_nodes(steps), [helper.make_opsetid("", OPSET)]
+        domain,
+        "BipolarQuant",
+        ["x", "scale"],
+        ["y"],
+        make_nodes(steps),
+        [helper.make_opsetid("", OPSET)],
     )
 
 
 def make_nodes(steps: Steps) -> list[NodeProto]:
-    return [helper.make_node(operator, inputs.split(), [output], **values) for operator, inputs, output, values in steps]
+    return [
+        helper.make_node(operator, inputs.split(), [output], **values)
+        for operator, inputs, output, values in steps
+    ]
 
 
 def broadcast_part(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """The part in as many dimensions as `shape`, or none for a single value; None when it doesn't broadcast against it."""
     if part.size == 1:
         return part.reshape(())
-    part = part.reshape((1,) * (len(shape) - part.ndim) + part.shape) if part.ndim <= len(shape) else part
-    fits = part.ndim == len(shape) and all(length in (1, full) for length, full in zip(part.shape, shape, strict=True))
+    part = (
+        part.reshape((1,) * (len(shape) - part.ndim) + part.shape)
+        if part.ndim <= len(shape)
+        else part
+    )
+    fits = part.ndim == len(shape) and all(
+        length in (1, full) for length, full in zip(part.shape, shape, strict=True)
+    )
     return part if fits else None
 
 

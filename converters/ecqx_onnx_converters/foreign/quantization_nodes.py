@@ -19,7 +19,10 @@ from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage.dense import TYPES
 
 # TensorProto type -> (lowest, highest) integer.
-RANGES = {**{kind: (least, most) for kind, (_, least, most) in TYPES.items()}, TensorProto.UINT8: (0, 255)}
+RANGES = {
+    **{kind: (least, most) for kind, (_, least, most) in TYPES.items()},
+    TensorProto.UINT8: (0, 255),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +58,15 @@ def read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> 
     x, scale, zero = take_three(inputs)
     if x is None or scale is None or x.type != TensorProto.FLOAT or scale.type != TensorProto.FLOAT:
         return Refusal("it isn't quantised from float32 by a float32 scale")
-    kind = zero.type if zero is not None else read_attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    kind = (
+        zero.type
+        if zero is not None
+        else read_attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    )
     if kind not in RANGES:
-        return Refusal(f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can be packed")
+        return Refusal(
+            f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can be packed"
+        )
     along = place_along_axis(node, x.values, scale.values)
     if isinstance(along, Refusal):
         return along
@@ -78,7 +87,9 @@ def read_clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | 
         return None
     if any(bound is not None and bound.values.size != 1 for bound in (lowest, highest)):
         return None
-    least, most = (bound.values.reshape(-1)[0] if bound is not None else None for bound in (lowest, highest))
+    least, most = (
+        bound.values.reshape(-1)[0] if bound is not None else None for bound in (lowest, highest)
+    )
     values = x.values if least is None and most is None else np.clip(x.values, least, most)
     return Constant(values.astype(np.int32), x.type, x.source, node)
 
@@ -87,7 +98,11 @@ def read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -
     integers, scale, zero = take_three(inputs)
     if integers is None or integers.type not in RANGES:
         return Refusal("it has more than 8 bits")
-    if scale is None or scale.type != TensorProto.FLOAT or read_attribute(node, "output_dtype", 1) != TensorProto.FLOAT:
+    if (
+        scale is None
+        or scale.type != TensorProto.FLOAT
+        or read_attribute(node, "output_dtype", 1) != TensorProto.FLOAT
+    ):
         return Refusal("it isn't dequantised to float32")
     along = place_along_axis(node, integers.values, scale.values)
     if isinstance(along, Refusal):
@@ -103,25 +118,35 @@ def make_grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refus
     if not levels.size:
         return Refusal("it is empty")
     if levels.min() < -128 or levels.max() > 127:
-        return Refusal(f"its levels go from {int(levels.min())} to {int(levels.max())}, less the zero point, past int8")
+        return Refusal(
+            f"its levels go from {int(levels.min())} to {int(levels.max())}, less the zero point, past int8"
+        )
     if not ((step > 0) & np.isfinite(step)).all():
         return Refusal("its scale isn't positive and finite")
     return Grid(levels.astype(np.int8), step.reshape(()) if step.size == 1 else step, source)
 
 
-def take_three(inputs: Sequence[Constant | None]) -> tuple[Constant | None, Constant | None, Constant | None]:
+def take_three(
+    inputs: Sequence[Constant | None],
+) -> tuple[Constant | None, Constant | None, Constant | None]:
     first, second, third = (*inputs, None, None, None)[:3]
     return first, second, third
 
 
-def place_along_axis(node: NodeProto, values: np.ndarray, scale: np.ndarray) -> np.ndarray | Refusal:
+def place_along_axis(
+    node: NodeProto, values: np.ndarray, scale: np.ndarray
+) -> np.ndarray | Refusal:
     """The scale in a shape that broadcasts against the values: one, or one per index of the node's axis."""
     if scale.size == 1 and scale.ndim <= 1:
         return scale.reshape(())
     axis = read_attribute(node, "axis", 1)
     if scale.ndim == 1 and -values.ndim <= axis < values.ndim and values.shape[axis] == scale.size:
-        return scale.reshape([-1 if dimension == axis % values.ndim else 1 for dimension in range(values.ndim)])
-    return Refusal(f"it has a scale of shape {list(scale.shape)}, neither one nor one per index of an axis")
+        return scale.reshape(
+            [-1 if dimension == axis % values.ndim else 1 for dimension in range(values.ndim)]
+        )
+    return Refusal(
+        f"it has a scale of shape {list(scale.shape)}, neither one nor one per index of an axis"
+    )
 
 
 def spread_zero(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:

@@ -39,7 +39,9 @@ class Constants:
 
 
 def has_data(tensor: TensorProto) -> bool:
-    return math.prod(tensor.dims) == 0 or any(field.name.endswith("_data") for field, _ in tensor.ListFields())
+    return math.prod(tensor.dims) == 0 or any(
+        field.name.endswith("_data") for field, _ in tensor.ListFields()
+    )
 
 
 def list_names_inside(node: NodeProto) -> Iterator[str]:

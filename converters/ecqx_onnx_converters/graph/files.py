@@ -30,12 +30,18 @@ def read_proto(path: Path | str) -> ModelProto:
     try:
         size = path.stat().st_size
         if size > PROTOBUF_LIMIT:
-            raise FileError(f"'{path}' has {size} bytes, more than the 2 GB that an ONNX file can have; is it an ONNX model?")
+            raise FileError(
+                f"'{path}' has {size} bytes, more than the 2 GB that an ONNX file can have; is it an ONNX model?"
+            )
         data = path.read_bytes()
     except OSError as error:
-        raise FileError(f"cannot read '{path}': {error.strerror or error}; check the path") from error
+        raise FileError(
+            f"cannot read '{path}': {error.strerror or error}; check the path"
+        ) from error
     if data[4:8] == b"ORTM":  # the identifier of a flatbuffer
-        raise FileError(f"'{path}' is in onnxruntime's own format (.ort), not ONNX; give the .onnx of the same model")
+        raise FileError(
+            f"'{path}' is in onnxruntime's own format (.ort), not ONNX; give the .onnx of the same model"
+        )
     if data[:4] == b"PK\x03\x04":
         raise FileError(
             f"'{path}' is not an ONNX model but a zip archive, as PyTorch's files are;"
@@ -48,7 +54,9 @@ def read_proto(path: Path | str) -> ModelProto:
             f"'{path}' is not an ONNX model ({error or 'cannot be parsed'}); it may be damaged or truncated"
         ) from error
     if not model.HasField("graph") or not model.opset_import:
-        raise FileError(f"'{path}' is not an ONNX model (it has no graph or imports no operators); it may be damaged or empty")
+        raise FileError(
+            f"'{path}' is not an ONNX model (it has no graph or imports no operators); it may be damaged or empty"
+        )
     check_model(path, model)
     return model
 
@@ -58,8 +66,14 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     path = folder / location
-    if not location or Path(location).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise FileError(f"the data of tensor '{tensor.name}' lies in '{location}', outside the model's folder; it is not opened")
+    if (
+        not location
+        or Path(location).is_absolute()
+        or not path.resolve().is_relative_to(folder.resolve())
+    ):
+        raise FileError(
+            f"the data of tensor '{tensor.name}' lies in '{location}', outside the model's folder; it is not opened"
+        )
     try:
         needed = (math.prod(tensor.dims) * count_bits(tensor.data_type) + 7) // 8
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
@@ -73,17 +87,23 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
             data.seek(offset)
             return data.read(length)
     except (KeyError, ValueError) as error:
-        raise FileError(f"tensor '{tensor.name}' describes its external data wrongly ({error}); the model is damaged") from error
+        raise FileError(
+            f"tensor '{tensor.name}' describes its external data wrongly ({error}); the model is damaged"
+        ) from error
     except OSError as error:
         why = error.strerror or error
-        raise FileError(f"cannot read '{path}', the data of tensor '{tensor.name}': {why}; keep both files together") from error
+        raise FileError(
+            f"cannot read '{path}', the data of tensor '{tensor.name}': {why}; keep both files together"
+        ) from error
 
 
 def read_external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
     """The same as an array; for types that numpy has."""
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     return (
-        np.frombuffer(read_external_bytes(tensor, folder), dtype.newbyteorder("<")).astype(dtype, copy=False).reshape(tensor.dims)
+        np.frombuffer(read_external_bytes(tensor, folder), dtype.newbyteorder("<"))
+        .astype(dtype, copy=False)
+        .reshape(tensor.dims)
     )
 
 
@@ -105,7 +125,9 @@ def replace_model(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> I
     """As `outputs.replace_on_success`, for an .onnx file and the external data beside it, which go and come together."""
     data = find_data_path(path)
     superseded = [data] if force and _refers_to(path, data.name) else []
-    with replace_on_success(path, force=force, beside=[data], superseded=superseded, sources=sources) as temporary:
+    with replace_on_success(
+        path, force=force, beside=[data], superseded=superseded, sources=sources
+    ) as temporary:
         yield temporary
 
 
@@ -120,7 +142,9 @@ def _refers_to(path: Path, location: str) -> bool:
     return any(entry.value == location for tensor in tensors for entry in tensor.external_data)
 
 
-def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Path, *, external: bool) -> None:
+def write_proto(
+    model: ModelProto, payloads: Mapping[str, np.ndarray], path: Path, *, external: bool
+) -> None:
     """Writes the model; `payloads` are the values of initializers that `model` declares without data. With `external`, tensors of
     more than INLINE bytes go to `<path>.data`, one at a time. The model is used up: data is moved into or out of it."""
     if not external:
@@ -131,13 +155,21 @@ def write_proto(model: ModelProto, payloads: Mapping[str, np.ndarray], path: Pat
         return
     with open(find_data_path(path), "wb") as data:
         for tensor in model.graph.initializer:
-            content = to_little_endian(payloads[tensor.name]) if tensor.name in payloads else tensor.raw_data
+            content = (
+                to_little_endian(payloads[tensor.name])
+                if tensor.name in payloads
+                else tensor.raw_data
+            )
             if len(content) <= INLINE:
                 if tensor.name in payloads:
                     tensor.raw_data = content
                 continue
             data.write(bytes(-data.tell() % ALIGNMENT))
-            where = {"location": find_data_path(path).name, "offset": str(data.tell()), "length": str(len(content))}
+            where = {
+                "location": find_data_path(path).name,
+                "offset": str(data.tell()),
+                "length": str(len(content)),
+            }
             data.write(content)
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL

@@ -16,9 +16,16 @@ from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ecqx_onnx.errors import FileError
-from ecqx_onnx_converters.graph.files import read_external_bytes, read_external_values, read_proto, to_little_endian
+from ecqx_onnx_converters.graph.files import (
+    read_external_bytes,
+    read_external_values,
+    read_proto,
+    to_little_endian,
+)
 
-LARGE = 1 << 16  # bytes; tensors of any number of dimensions and type from this size on are kept outside the proto
+LARGE = (
+    1 << 16
+)  # bytes; tensors of any number of dimensions and type from this size on are kept outside the proto
 NATIVE = {  # types that numpy holds without help
     TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BOOL,
     TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
@@ -91,7 +98,9 @@ def find_opset(model: ModelProto) -> int:
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             return int(entry.version)
-    raise FileError("the ONNX model imports no standard operator set; it is not a model that onnxruntime could run")
+    raise FileError(
+        "the ONNX model imports no standard operator set; it is not a model that onnxruntime could run"
+    )
 
 
 def list_subgraphs(node: NodeProto) -> Iterator[GraphProto]:
@@ -126,7 +135,9 @@ def read_values(tensor: TensorProto) -> np.ndarray:
     """The values of an initializer or Constant; FileError when data and declaration disagree; nothing is allocated
     on the declaration's word."""
     if any(length < 0 for length in tensor.dims):
-        raise FileError(f"tensor '{tensor.name}' declares dims {list(tensor.dims)}; the ONNX file is damaged, export it again")
+        raise FileError(
+            f"tensor '{tensor.name}' declares dims {list(tensor.dims)}; the ONNX file is damaged, export it again"
+        )
     if tensor.data_location == TensorProto.EXTERNAL:
         raise FileError(
             f"the data of tensor '{tensor.name}' lies in another file; load the model by its path, not as a single message"
@@ -156,7 +167,11 @@ def clear_data(tensor: TensorProto) -> None:
 
 def strip_metadata(model: ModelProto) -> None:
     """Removes documentation, stack traces, paths and node names, in place; metadata that a user put on the model itself stays."""
-    kept = [(entry.key, entry.value) for entry in model.metadata_props if not entry.key.startswith(("pkg.", "namespace"))]
+    kept = [
+        (entry.key, entry.value)
+        for entry in model.metadata_props
+        if not entry.key.startswith(("pkg.", "namespace"))
+    ]
     _strip(model)
     for key, value in kept:
         model.metadata_props.add(key=key, value=value)
@@ -180,7 +195,9 @@ def _strip(message: Message) -> None:
 
 def _is_weight(tensor: TensorProto) -> bool:
     floats = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) >= 2
-    return tensor.data_type in NATIVE and (floats or tensor.ByteSize() >= LARGE or tensor.data_location == TensorProto.EXTERNAL)
+    return tensor.data_type in NATIVE and (
+        floats or tensor.ByteSize() >= LARGE or tensor.data_location == TensorProto.EXTERNAL
+    )
 
 
 def _is_hoisted(tensor: TensorProto) -> bool:
@@ -194,10 +211,15 @@ def _hoist(main: GraphProto) -> None:
     """
     taken = list_value_names(main)
     for scope in list(list_graphs(main)):
-        outputs = {value.name for value in scope.output}  # a graph's own output must be made inside it
+        outputs = {
+            value.name for value in scope.output
+        }  # a graph's own output must be made inside it
         moved = []
         for position in reversed(range(len(scope.initializer) if scope is not main else 0)):
-            if _is_hoisted(scope.initializer[position]) and scope.initializer[position].name not in outputs:
+            if (
+                _is_hoisted(scope.initializer[position])
+                and scope.initializer[position].name not in outputs
+            ):
                 moved.append(_copy(scope.initializer[position], scope.initializer[position].name))
                 del scope.initializer[position]
         for position in reversed(range(len(scope.node))):

@@ -21,12 +21,19 @@ from ecqx_onnx.errors import FileError
 HIGHEST_OPSET = 1 << 20  # of any domain
 LONGEST_NAME = 4096  # bytes; exporters' names have some hundreds at most
 MOST_NODES = 200_000  # of the graph with every function call replaced by the function
-USUAL_CALL = 5  # depth of calls up to which a runtime's time grows with the nodes; beyond, with their square
+USUAL_CALL = (
+    5  # depth of calls up to which a runtime's time grows with the nodes; beyond, with their square
+)
 MOST_NESTED_NODES = 10_000
 DEEPEST_CALL = 100  # functions that call each other
-LARGEST_RATIO = 4096  # weights for each number that says where they lie, in a tensor of mostly zeros
+LARGEST_RATIO = (
+    4096  # weights for each number that says where they lie, in a tensor of mostly zeros
+)
 SMALL = 1 << 26  # weights that any tensor may have, even of nothing but zeros
-FREE_TEXT = {"doc_string", "value"}  # fields that hold no names: documentation; of metadata and external data
+FREE_TEXT = {
+    "doc_string",
+    "value",
+}  # fields that hold no names: documentation; of metadata and external data
 
 Calls = dict[tuple[str, str], FunctionProto]
 
@@ -43,18 +50,33 @@ def check_model(path: Path | str, model: ModelProto) -> None:
     """
     _check_text(path, model)
     _check_calls(path, model)
-    imports = [*model.opset_import, *(entry for function in model.functions for entry in function.opset_import)]
+    imports = [
+        *model.opset_import,
+        *(entry for function in model.functions for entry in function.opset_import),
+    ]
     for entry in imports:
         if not 0 <= entry.version <= HIGHEST_OPSET:
-            raise FileError(f"{path}: imports opset {entry.version} of '{entry.domain}', and there is none; the file is damaged")
+            raise FileError(
+                f"{path}: imports opset {entry.version} of '{entry.domain}', and there is none; the file is damaged"
+            )
     versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     for node in _nodes(model.graph.node):
         _check_node(path, node, versions)
-    for graph in [model.graph, *(graph for node in _nodes(model.graph.node) for a in node.attribute for graph in _graphs(a))]:
+    for graph in [
+        model.graph,
+        *(
+            graph
+            for node in _nodes(model.graph.node)
+            for a in node.attribute
+            for graph in _graphs(a)
+        ),
+    ]:
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type not in TensorProto.DataType.values():
                 kind = value.type.tensor_type.elem_type
-                raise FileError(f"{path}: value '{value.name}' has data type {kind}, which ONNX does not know")
+                raise FileError(
+                    f"{path}: value '{value.name}' has data type {kind}, which ONNX does not know"
+                )
     for function in model.functions:
         own = {entry.domain or "ai.onnx": entry.version for entry in function.opset_import}
         for node in _nodes(function.node):
@@ -88,9 +110,13 @@ def _check_text(path: Path | str, message: Message) -> None:
 
 def _check_name(path: Path | str, text: Any, *, free: bool) -> None:
     if not isinstance(text, str):
-        raise FileError(f"{path}: holds a name that is no text ({bytes(text)[:40]!r}); the file is damaged")
+        raise FileError(
+            f"{path}: holds a name that is no text ({bytes(text)[:40]!r}); the file is damaged"
+        )
     if not free and len(text) > LONGEST_NAME:
-        raise FileError(f"{path}: holds a name of {len(text)} characters ({text[:40]!r}...), more than {LONGEST_NAME}; rename it")
+        raise FileError(
+            f"{path}: holds a name of {len(text)} characters ({text[:40]!r}...), more than {LONGEST_NAME}; rename it"
+        )
 
 
 def _check_calls(path: Path | str, model: ModelProto) -> None:
@@ -103,8 +129,14 @@ def _check_calls(path: Path | str, model: ModelProto) -> None:
         """(nodes, depth of calls) of a function."""
         if key not in sizes:
             if key in open_calls or len(open_calls) >= DEEPEST_CALL:
-                why = "calls itself" if key in open_calls else f"is called by more than {DEEPEST_CALL} others"
-                raise FileError(f"{path}: function '{key[1]}' {why}; the file can't be run, export the model again")
+                why = (
+                    "calls itself"
+                    if key in open_calls
+                    else f"is called by more than {DEEPEST_CALL} others"
+                )
+                raise FileError(
+                    f"{path}: function '{key[1]}' {why}; the file can't be run, export the model again"
+                )
             open_calls.append(key)
             sizes[key] = total(functions[key].node)
             open_calls.pop()
@@ -155,14 +187,22 @@ def _check_node(path: Path | str, node: NodeProto, versions: dict[str, int]) -> 
         ("outputs", len(node.output), schema.min_output, schema.max_output),
     ):
         if not least <= count <= most:
-            raise FileError(f"{name} has {count} {what}, where {least} to {most} are possible; the file is damaged")
+            raise FileError(
+                f"{name} has {count} {what}, where {least} to {most} are possible; the file is damaged"
+            )
     found = {attribute.name: attribute for attribute in node.attribute}
     for wanted in schema.attributes.values():
         attribute = found.get(wanted.name)
         if attribute is None and wanted.required:
             raise FileError(f"{name} lacks the attribute '{wanted.name}'; the file is damaged")
-        if attribute is not None and not attribute.ref_attr_name and attribute.type != wanted.type.value:
-            raise FileError(f"{name} has an attribute '{wanted.name}' of another type than its operator's; the file is damaged")
+        if (
+            attribute is not None
+            and not attribute.ref_attr_name
+            and attribute.type != wanted.type.value
+        ):
+            raise FileError(
+                f"{name} has an attribute '{wanted.name}' of another type than its operator's; the file is damaged"
+            )
 
 
 @cache

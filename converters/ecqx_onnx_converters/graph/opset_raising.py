@@ -22,10 +22,14 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
     if opset <= present:
         return graph
     scopes = list_graphs(graph.proto.graph)
-    operators = {node.op_type for scope in scopes for node in scope.node if node.domain in ("", "ai.onnx")}
+    operators = {
+        node.op_type for scope in scopes for node in scope.node if node.domain in ("", "ai.onnx")
+    }
     for name in UNTRUSTED:
         if name in operators and present < CHANGED[name] <= opset:
-            return Refusal(f"{name} changes between opset {present} and {opset}, which onnx's version converter overlooks")
+            return Refusal(
+                f"{name} changes between opset {present} and {opset}, which onnx's version converter overlooks"
+            )
     functions = ModelProto(opset_import=graph.proto.opset_import, functions=graph.proto.functions)
     refusal = refuse_opset(functions, opset)
     if refusal is not None:
@@ -33,14 +37,18 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
     try:
         converted = version_converter.convert_version(strip_weights(graph), opset)
     except REFUSALS as error:
-        return Refusal(f"onnx's version converter doesn't take it to opset {opset}: {' '.join(str(error).split())[:200]}")
+        return Refusal(
+            f"onnx's version converter doesn't take it to opset {opset}: {' '.join(str(error).split())[:200]}"
+        )
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     # The converter gets neither the data of weights nor the functions, and gives back more value_info than it got.
     del proto.graph.node[:]
     proto.graph.node.extend(converted.graph.node)
     there = {tensor.name for tensor in proto.graph.initializer}
-    proto.graph.initializer.extend(tensor for tensor in converted.graph.initializer if tensor.name not in there)
+    proto.graph.initializer.extend(
+        tensor for tensor in converted.graph.initializer if tensor.name not in there
+    )
     for scope in list_graphs(proto.graph):
         scope.ClearField("value_info")
     set_opset(proto, opset)
@@ -48,7 +56,12 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
 
 
 # What onnx's version converter raises where it can't.
-REFUSALS = (RuntimeError, ValueError, onnx.shape_inference.InferenceError, version_converter.ConvertError)
+REFUSALS = (
+    RuntimeError,
+    ValueError,
+    onnx.shape_inference.InferenceError,
+    version_converter.ConvertError,
+)
 
 
 def strip_weights(graph: FloatGraph) -> ModelProto:
@@ -60,6 +73,8 @@ def strip_weights(graph: FloatGraph) -> ModelProto:
         tensor = model.graph.initializer[index]
         if tensor.name in graph.weights:
             if tensor.name not in listed:
-                model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+                model.graph.input.append(
+                    helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                )
             del model.graph.initializer[index]
     return model

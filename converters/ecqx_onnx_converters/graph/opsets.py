@@ -25,7 +25,10 @@ def refuse_opset(model: ModelProto, opset: int) -> Refusal | None:
     present = find_opset(model)
     if opset <= present:
         return None
-    scopes = [*(nodes.node for nodes in list_graphs(model.graph)), *(function.node for function in model.functions)]
+    scopes = [
+        *(nodes.node for nodes in list_graphs(model.graph)),
+        *(function.node for function in model.functions),
+    ]
     for node in (node for nodes in scopes for node in nodes if node.domain in ("", "ai.onnx")):
         if not has_same_meaning(node, present, opset):
             return Refusal(
@@ -44,14 +47,21 @@ def has_same_meaning(node: NodeProto, old: int, new: int) -> bool:
     if after.deprecated or old < CHANGED.get(node.op_type, 0) <= new:
         return False
     single = defs.OpSchema.FormalParameterOption.Single
-    if len(before.inputs) > len(after.inputs) or any(port.option == single for port in after.inputs[len(before.inputs) :]):
+    if len(before.inputs) > len(after.inputs) or any(
+        port.option == single for port in after.inputs[len(before.inputs) :]
+    ):
         return False
     stated = {attribute.name for attribute in node.attribute}
     for name, attribute in before.attributes.items():
         if name in after.attributes:
-            if after.attributes[name].default_value.SerializeToString() != attribute.default_value.SerializeToString():
+            if (
+                after.attributes[name].default_value.SerializeToString()
+                != attribute.default_value.SerializeToString()
+            ):
                 return False
-        elif name in stated:  # gone, or an input now; what it is when nobody states it has not changed
+        elif (
+            name in stated
+        ):  # gone, or an input now; what it is when nobody states it has not changed
             return False
     return True
 
@@ -76,8 +86,15 @@ def lower_opset(model: ModelProto, opset: int) -> None:
 
 def has_newer_form(model: ModelProto, opset: int) -> bool:
     """Some node has an attribute or an input that its operator lacks in `opset`."""
-    for node in (node for scope in list_graphs(model.graph) for node in scope.node if node.domain in ("", "ai.onnx")):
+    for node in (
+        node
+        for scope in list_graphs(model.graph)
+        for node in scope.node
+        if node.domain in ("", "ai.onnx")
+    ):
         schema = defs.get_schema(node.op_type, opset)
-        if len(node.input) > schema.max_input or any(part.name not in schema.attributes for part in node.attribute):
+        if len(node.input) > schema.max_input or any(
+            part.name not in schema.attributes for part in node.attribute
+        ):
             return True
     return False

@@ -44,13 +44,17 @@ except ImportError:  # Windows: nothing tells whether a writer lives, so nothing
 NAME_LIMIT = 255  # bytes of one name, on every file system in use
 SUFFIX = ".ecqx-onnx"
 RANDOM_BYTES = 6
-RANDOM_NAME = re.compile(rb"\.[0-9a-f]{12}\.ecqx-onnx")  # what follows the output's name in a temporary one
+RANDOM_NAME = re.compile(
+    rb"\.[0-9a-f]{12}\.ecqx-onnx"
+)  # what follows the output's name in a temporary one
 TEMPORARY_NAME = "ecqx-onnx"  # of folders in the system's place for temporaries
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 # How file systems without hard links refuse one.
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 NOT_EXCHANGED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
-ALIVE: set[Path] = set()  # temporary folders of this process; on some network file systems a lock does not tell itself
+ALIVE: set[Path] = (
+    set()
+)  # temporary folders of this process; on some network file systems a lock does not tell itself
 AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -97,15 +101,21 @@ def check_output(path: Path | str, *, force: bool, source: object = None) -> Non
         if path.is_dir():
             raise FileError(f"{path}: is a folder; name a file in it")
         if path.exists() and not path.is_file():
-            raise FileError(f"{path}: is no regular file, so it is not replaced; choose another name")
+            raise FileError(
+                f"{path}: is no regular file, so it is not replaced; choose another name"
+            )
         if isinstance(source, str | Path) and is_same_file(path, Path(source), follow=True):
             raise FileError(f"{path}: is what is read: choose another name, so that it is not lost")
         if path.is_symlink() and not path.exists() and not force:
-            raise FileError(f"{path}: is a link to {os.readlink(path)}, which does not exist; use --force to replace the link")
+            raise FileError(
+                f"{path}: is a link to {os.readlink(path)}, which does not exist; use --force to replace the link"
+            )
         if path.exists() and not force:
             raise FileError(f"{path}: exists already; use --force to replace it")
     except OSError as error:
-        raise FileError(f"cannot write '{path}': {error.strerror or error}; choose another place") from error
+        raise FileError(
+            f"cannot write '{path}': {error.strerror or error}; choose another place"
+        ) from error
 
 
 def check_name_and_folder(path: Path) -> None:
@@ -116,13 +126,19 @@ def check_name_and_folder(path: Path) -> None:
         OSError: if it cannot be told.
     """
     if "\0" in str(path):
-        raise FileError(f"{str(path)!r}: has a zero character in it, which no file name can have; choose another name")
+        raise FileError(
+            f"{str(path)!r}: has a zero character in it, which no file name can have; choose another name"
+        )
     if (length := len(os.fsencode(path.name))) > NAME_LIMIT:
-        raise FileError(f"{path}: a name can have {NAME_LIMIT} bytes, and this one has {length}; choose a shorter one")
+        raise FileError(
+            f"{path}: a name can have {NAME_LIMIT} bytes, and this one has {length}; choose a shorter one"
+        )
     try:
         found = os.stat(path.parent)
     except (FileNotFoundError, NotADirectoryError):
-        raise FileError(f"{path}: the folder {path.parent} does not exist; create it first") from None
+        raise FileError(
+            f"{path}: the folder {path.parent} does not exist; create it first"
+        ) from None
     if not stat.S_ISDIR(found.st_mode):
         raise FileError(f"{path}: {path.parent} is a file, not a folder; choose another place")
 
@@ -168,7 +184,9 @@ def replace_on_success(
 
 
 @contextmanager
-def replace_folder_on_success(folder: Path, *, check: Callable[[], None], force: bool) -> Iterator[Path]:
+def replace_folder_on_success(
+    folder: Path, *, check: Callable[[], None], force: bool
+) -> Iterator[Path]:
     """Gives an empty folder, which takes its place when the block ends well, else vanishes.
 
     Args:
@@ -239,7 +257,9 @@ def _remove_leftover(path: Path, folder: Path) -> None:
         try:
             lock = os.open(folder / "lock", os.O_RDWR | NO_FOLLOW)
         except FileNotFoundError:
-            os.rmdir(folder)  # killed before it was locked; if it is just being made, its process makes another
+            os.rmdir(
+                folder
+            )  # killed before it was locked; if it is just being made, its process makes another
             return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,7 +281,9 @@ class _Place:
     def new(self) -> Path:
         return self.folder / "new"
 
-    def commit(self, names: Sequence[str], force: bool, superseded: Sequence[Path], sources: Sequence[Path]) -> None:
+    def commit(
+        self, names: Sequence[str], force: bool, superseded: Sequence[Path], sources: Sequence[Path]
+    ) -> None:
         """Moves the files `names` of new/ into place; the last one is the output itself."""
         if self.path.name not in names:
             return
@@ -269,7 +291,9 @@ class _Place:
             final = self.path.with_name(name)
             check_output(final, force=force)
             if any(is_same_file(final, source, follow=True) for source in sources):
-                raise FileError(f"{final}: is what is read: choose another name, so that it is not lost")
+                raise FileError(
+                    f"{final}: is what is read: choose another name, so that it is not lost"
+                )
             flush_file(self.new / name)
         without_links = self._mark_superseded(names, superseded, sources)
         try:
@@ -286,11 +310,15 @@ class _Place:
             other.unlink(missing_ok=True)
         flush_folder(self.path.parent)
 
-    def _mark_superseded(self, names: Sequence[str], superseded: Sequence[Path], sources: Sequence[Path]) -> list[Path]:
+    def _mark_superseded(
+        self, names: Sequence[str], superseded: Sequence[Path], sources: Sequence[Path]
+    ) -> list[Path]:
         """Gives files that are to go a second name in gone/. -> those that can have none."""
         without_links = []
         for other in superseded:
-            kept = other.name in names or any(is_same_file(other, source, follow=True) for source in sources)
+            kept = other.name in names or any(
+                is_same_file(other, source, follow=True) for source in sources
+            )
             if kept or other.is_symlink() or not other.is_file():
                 continue
             try:
@@ -351,7 +379,9 @@ def open_temporary(path: Path, left: list[Path]) -> Iterator[_Place]:
     lock: int | None = None
     try:
         while lock is None:
-            folder = path.with_name(os.fsdecode(make_prefix(path)) + f".{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}")
+            folder = path.with_name(
+                os.fsdecode(make_prefix(path)) + f".{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}"
+            )
             ALIVE.add(folder)
             lock = _make(folder)
         assert folder is not None
@@ -430,7 +460,9 @@ def is_same_file(one: Path, other: Path, *, follow: bool = False) -> bool:
 
 
 def make_taken_error(path: Path) -> FileError:
-    return FileError(f"{path}: exists already, another process has just written it; use --force to replace it")
+    return FileError(
+        f"{path}: exists already, another process has just written it; use --force to replace it"
+    )
 
 
 def _link_to_free(new: Path, final: Path) -> None:

@@ -20,7 +20,10 @@ class Use:
 
     @property
     def attributes(self) -> dict:
-        return {attribute.name: helper.get_attribute_value(attribute) for attribute in self.node.attribute}
+        return {
+            attribute.name: helper.get_attribute_value(attribute)
+            for attribute in self.node.attribute
+        }
 
 
 def find_uses(graph: GraphProto) -> Mapping[str, Sequence[Use]]:

@@ -76,7 +76,11 @@ class Matching:
 
 def match(weights: Mapping[str, np.ndarray], tensors: Sequence[QuantTensor]) -> Matching:
     """weights: initializer name -> float32 values (other types are passed over). Order of `found`: that of `weights`."""
-    floats = {name: values for name, values in weights.items() if values.dtype == np.float32 and values.size}
+    floats = {
+        name: values
+        for name, values in weights.items()
+        if values.dtype == np.float32 and values.size
+    }
     tensors = [tensor for tensor in tensors if tensor.size]
     found: dict[str, GraphWeight] = {}
     for tensor in tensors:
@@ -127,11 +131,14 @@ def match_rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | Non
     for split, others in list_channel_shapes(values.shape):
         factor, dead = find_factor(base.reshape(split), values.reshape(split), others)
         if factor is not None:
-            per_channel = tuple(1 if length == 1 else full for length, full in zip(factor.shape, split, strict=True))
+            per_channel = tuple(
+                1 if length == 1 else full for length, full in zip(factor.shape, split, strict=True)
+            )
             if len(split) > values.ndim:  # [groups, 1, out, …] -> [in, out, …]
                 spread = (split[0], split[1], *per_channel[2:])
                 factor, dead = (
-                    np.broadcast_to(part, spread).reshape(values.shape[0], *per_channel[2:]) for part in (factor, dead)
+                    np.broadcast_to(part, spread).reshape(values.shape[0], *per_channel[2:])
+                    for part in (factor, dead)
                 )
             weight = with_factor(layout, factor, dead, scaled=scaled)
             if weight is not None:
@@ -139,7 +146,9 @@ def match_rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | Non
     return None
 
 
-def list_channel_shapes(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def list_channel_shapes(
+    shape: tuple[int, ...],
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(shape to see the weight in, dimensions that share a factor): output channels first, then inputs, then a ConvTranspose's
     outputs in each of its groups, [groups, in / groups, out / groups, …]."""
     for axis in range(min(2, len(shape))):
@@ -149,19 +158,30 @@ def list_channel_shapes(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...
             yield (groups, shape[0] // groups, *shape[1:]), (1, *range(3, len(shape) + 1))
 
 
-def find_factor(base: np.ndarray, values: np.ndarray, shared: tuple[int, ...]) -> tuple[np.ndarray | None, np.ndarray]:
+def find_factor(
+    base: np.ndarray, values: np.ndarray, shared: tuple[int, ...]
+) -> tuple[np.ndarray | None, np.ndarray]:
     """(float32 factor with base · factor = values to BATCHNORM_ROUNDING, or None; where all values are zero), keepdims."""
-    dead = ~(values != 0).any(axis=shared, keepdims=True)  # a BatchNorm weight of 0, say: any factor will do
+    dead = ~(values != 0).any(
+        axis=shared, keepdims=True
+    )  # a BatchNorm weight of 0, say: any factor will do
     with np.errstate(all="ignore"):
         ratio = values.astype(np.float64) / base  # NaN where both are zero: no condition
         # The middle of a channel's ratios: none is further from it than half their spread.
-        factor = (np.fmin.reduce(ratio, axis=shared, keepdims=True) + np.fmax.reduce(ratio, axis=shared, keepdims=True)) / 2
+        factor = (
+            np.fmin.reduce(ratio, axis=shared, keepdims=True)
+            + np.fmax.reduce(ratio, axis=shared, keepdims=True)
+        ) / 2
         factor = np.where(dead, 1.0, factor).astype(np.float32)
-        close = np.abs(np.where(dead, np.float32(0), base * factor) - values) <= BATCHNORM_ROUNDING * np.abs(values)
+        close = np.abs(
+            np.where(dead, np.float32(0), base * factor) - values
+        ) <= BATCHNORM_ROUNDING * np.abs(values)
     return (factor if close.all() else None), dead
 
 
-def with_factor(layout: QuantTensor, factor: np.ndarray, dead: np.ndarray, *, scaled: bool) -> GraphWeight | None:
+def with_factor(
+    layout: QuantTensor, factor: np.ndarray, dead: np.ndarray, *, scaled: bool
+) -> GraphWeight | None:
     """The levels with what they stand for times `factor` per channel. dead: where that is zero, so that levels become 0.
     `scaled`: the factor multiplies the levels themselves. None where a level's sign would leave int8."""
     if isinstance(layout.meaning, Codebook):
@@ -212,13 +232,18 @@ SAMPLED = 64  # values that are compared before whole tensors are
 
 def sample_values(shape: tuple[int, ...], source: np.ndarray | QuantTensor) -> tuple:
     """(shape, some values as bytes), the same for equal tensors."""
-    where = np.unravel_index(np.linspace(0, np.prod(shape, dtype=np.int64) - 1, SAMPLED).astype(np.int64), shape)
+    where = np.unravel_index(
+        np.linspace(0, np.prod(shape, dtype=np.int64) - 1, SAMPLED).astype(np.int64), shape
+    )
     if isinstance(source, np.ndarray):
         values = source[where]
     elif isinstance(source.meaning, Codebook):
         values = source.meaning.values[source.levels[where]]
     else:
-        values = source.levels[where].astype(np.float32) * np.broadcast_to(source.meaning.step, shape)[where]
+        values = (
+            source.levels[where].astype(np.float32)
+            * np.broadcast_to(source.meaning.step, shape)[where]
+        )
     return shape, (values + np.float32(0)).tobytes()  # + 0: a negative zero equals a positive one
 
 
@@ -228,7 +253,11 @@ def match_by_rows(rows: RowIndex, name: str, values: np.ndarray) -> GraphWeight 
     if gathered is not None:
         return GraphWeight(name, flatten_step(gathered.tensor), gathered.sources)
     gathered = rows.find(name, values.T) if values.ndim == 2 else None
-    return None if gathered is None else GraphWeight(name, flatten_step(gathered.tensor.transpose((1, 0))), gathered.sources)
+    return (
+        None
+        if gathered is None
+        else GraphWeight(name, flatten_step(gathered.tensor.transpose((1, 0))), gathered.sources)
+    )
 
 
 def explain_missing(tensor: QuantTensor, floats: Mapping[str, np.ndarray]) -> str:
@@ -236,4 +265,6 @@ def explain_missing(tensor: QuantTensor, floats: Mapping[str, np.ndarray]) -> st
         return "no weight of the graph has its name or its values; the exporter may have merged it with another operation"
     if floats[tensor.name].size != tensor.size:
         return f"the graph's weight of this name has shape {floats[tensor.name].shape}, not {tensor.shape}"
-    return "the graph's weight of this name has other values, and no factor per channel relates them"
+    return (
+        "the graph's weight of this name has other values, and no factor per channel relates them"
+    )

@@ -27,7 +27,9 @@ class RowIndex:
         self.tensors: dict[int, list[QuantTensor]] = {}
         for tensor in tensors:
             if len(tensor.shape) >= 2:
-                for layout in [tensor, tensor.transpose((1, 0))] if len(tensor.shape) == 2 else [tensor]:
+                for layout in (
+                    [tensor, tensor.transpose((1, 0))] if len(tensor.shape) == 2 else [tensor]
+                ):
                     self.tensors.setdefault(layout.shape[-1], []).append(layout)
         self.tables: dict[int, _Table] = {}
 
@@ -53,16 +55,23 @@ class _Table:
         length = tensors[0].shape[-1]
         self.levels = np.concatenate([tensor.levels.reshape(-1, length) for tensor in tensors])
         self.rows = np.concatenate([normalize_rows(tensor.dequantize()) for tensor in tensors])
-        self.owner = np.concatenate([np.full(tensor.size // length, index) for index, tensor in enumerate(tensors)])
+        self.owner = np.concatenate(
+            [np.full(tensor.size // length, index) for index, tensor in enumerate(tensors)]
+        )
         self.step = np.concatenate([list_row_steps(tensor) for tensor in tensors])
-        self.multipliers = np.random.default_rng(0).integers(0, 1 << 63, length, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        self.multipliers = np.random.default_rng(0).integers(
+            0, 1 << 63, length, dtype=np.uint64
+        ) * np.uint64(2) + np.uint64(1)
         hashes = self._hash(self.rows)
         self.order = np.argsort(hashes, kind="stable")
         self.hashes = hashes[self.order]
 
     def _hash(self, rows: np.ndarray) -> np.ndarray:
         """uint64 [R]; equal rows have equal hashes. Whether unequal ones differ is checked afterwards."""
-        blocks = [(rows[i : i + BLOCK].view(np.uint32) * self.multipliers).sum(axis=1) for i in range(0, len(rows), BLOCK)]
+        blocks = [
+            (rows[i : i + BLOCK].view(np.uint32) * self.multipliers).sum(axis=1)
+            for i in range(0, len(rows), BLOCK)
+        ]
         return np.concatenate(blocks)
 
     def find(self, name: str, values: np.ndarray) -> Gathered | None:
@@ -80,23 +89,35 @@ class _Table:
         if meaning is None:
             return None
         return Gathered(
-            QuantTensor(name, self.levels[place].reshape(values.shape), meaning), tuple(owner.name for owner in owners)
+            QuantTensor(name, self.levels[place].reshape(values.shape), meaning),
+            tuple(owner.name for owner in owners),
         )
 
-    def _meaning(self, owners: Sequence[QuantTensor], like: np.ndarray, shape: tuple[int, ...]) -> Scale | Codebook | None:
+    def _meaning(
+        self, owners: Sequence[QuantTensor], like: np.ndarray, shape: tuple[int, ...]
+    ) -> Scale | Codebook | None:
         """What the gathered levels stand for: one step per row, or what all owners share. None when they share nothing."""
         if not np.isnan(self.step[like]).any():
             return Scale(self.step[like].reshape((*shape[:-1], 1)))
         first = owners[0].meaning
         if isinstance(first, Codebook):
-            books = [owner.meaning.values for owner in owners if isinstance(owner.meaning, Codebook)]
-            return first if len(books) == len(owners) and all(np.array_equal(book, first.values) for book in books) else None
+            books = [
+                owner.meaning.values for owner in owners if isinstance(owner.meaning, Codebook)
+            ]
+            return (
+                first
+                if len(books) == len(owners)
+                and all(np.array_equal(book, first.values) for book in books)
+                else None
+            )
         along = [
             owner.meaning.step
             for owner in owners
             if isinstance(owner.meaning, Scale) and owner.meaning.axis == len(owner.shape) - 1
         ]
-        if len(along) != len(owners) or not all(np.array_equal(step.reshape(-1), along[0].reshape(-1)) for step in along):
+        if len(along) != len(owners) or not all(
+            np.array_equal(step.reshape(-1), along[0].reshape(-1)) for step in along
+        ):
             return None
         return Scale(along[0].reshape((1,) * (len(shape) - 1) + (-1,)))
 
@@ -112,6 +133,10 @@ def normalize_rows(values: np.ndarray) -> np.ndarray:
 def list_row_steps(tensor: QuantTensor) -> np.ndarray:
     """float32 [R]: the step of each row; NaN where a row has no single one."""
     rows = tensor.size // tensor.shape[-1]
-    if isinstance(tensor.meaning, Codebook) or (tensor.meaning.step.ndim and tensor.meaning.step.shape[-1] > 1):
+    if isinstance(tensor.meaning, Codebook) or (
+        tensor.meaning.step.ndim and tensor.meaning.step.shape[-1] > 1
+    ):
         return np.full(rows, np.nan, np.float32)
-    return np.broadcast_to(tensor.meaning.step.reshape(tensor.meaning.step.shape[:-1]), tensor.shape[:-1]).reshape(rows)
+    return np.broadcast_to(
+        tensor.meaning.step.reshape(tensor.meaning.step.shape[:-1]), tensor.shape[:-1]
+    ).reshape(rows)

@@ -23,11 +23,21 @@ from ecqx_onnx_converters.graph.constants import Constants, list_names_inside
 from ecqx_onnx_converters.graph.graph import FloatGraph, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.matching.matching import GraphWeight
-from ecqx_onnx_converters.passes.integer_nodes import FloatNode, IntegerNode, IntegerNodes, find_clip_bounds, find_integer_nodes
+from ecqx_onnx_converters.passes.integer_nodes import (
+    FloatNode,
+    IntegerNode,
+    IntegerNodes,
+    find_clip_bounds,
+    find_integer_nodes,
+)
 
 LEVELS = 255  # uint8 has so many steps
 SMALLEST = float(np.finfo(np.float32).tiny)
-ROUNDED_BY_RUNTIME = ("Conv", "ConvTranspose", "Gemm")  # whose float weights onnxruntime 1.32 may take to 8 bits by itself
+ROUNDED_BY_RUNTIME = (
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+)  # whose float weights onnxruntime 1.32 may take to 8 bits by itself
 RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 LARGEST_BIAS = 2**30  # steps; leaves the other half of int32 to the sums
 
@@ -76,33 +86,53 @@ def replace_pooling(graph: FloatGraph) -> FloatGraph:
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     inferred = onnx.shape_inference.infer_shapes(proto).graph
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*inferred.value_info, *inferred.input)}
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.input)
+    }
     constants, names = Constants(graph), NameMaker(list_value_names(proto.graph))
     nodes: list[NodeProto] = []
     for node in proto.graph.node:
-        nodes += make_pooling(node, ranks.get(node.input[0], 0) if node.input else 0, constants, names) or [node]
+        nodes += make_pooling(
+            node, ranks.get(node.input[0], 0) if node.input else 0, constants, names
+        ) or [node]
     return put_nodes(proto, nodes, graph.weights)
 
 
-def put_nodes(proto: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[str, np.ndarray]) -> FloatGraph:
+def put_nodes(
+    proto: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[str, np.ndarray]
+) -> FloatGraph:
     """`proto`, which is changed, with these nodes and no initializer that nothing reads any more."""
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]  # some are still owned by the graph
+    copies = [
+        NodeProto.FromString(node.SerializeToString()) for node in nodes
+    ]  # some are still owned by the graph
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
     read = {value.name for value in proto.graph.output}
     for node in copies:
         read.update((*node.input, *list_names_inside(node)))
     unread = {tensor.name for tensor in proto.graph.initializer} - read
-    for values in (proto.graph.initializer, proto.graph.input):  # old exporters list weights among the inputs, too
-        for index in reversed([index for index, value in enumerate(values) if value.name in unread]):
+    for values in (
+        proto.graph.initializer,
+        proto.graph.input,
+    ):  # old exporters list weights among the inputs, too
+        for index in reversed(
+            [index for index, value in enumerate(values) if value.name in unread]
+        ):
             del values[index]
-    return FloatGraph(proto, {name: values for name, values in weights.items() if name not in unread})
+    return FloatGraph(
+        proto, {name: values for name, values in weights.items() if name not in unread}
+    )
 
 
-def make_pooling(node: NodeProto, rank: int, constants: Constants, names: NameMaker) -> list[NodeProto] | None:
+def make_pooling(
+    node: NodeProto, rank: int, constants: Constants, names: NameMaker
+) -> list[NodeProto] | None:
     if node.op_type != "ReduceMean" or node.domain not in ("", "ai.onnx") or rank < 3:
         return None
-    numbers = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    numbers = {
+        attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute
+    }
     axes = constants.get(node.input[1]) if len(node.input) > 1 else numbers.get("axes")
     if axes is None or sorted(int(axis) % rank for axis in axes) != list(range(2, rank)):
         return None
@@ -132,14 +162,22 @@ def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ran
     return {name: ranges[name] for name in values}
 
 
-def quantize_activations(graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges) -> IntegerGraph:
+def quantize_activations(
+    graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges
+) -> IntegerGraph:
     """ranges: of every value in `find_integer_nodes(graph, found).ranges`. ModelError if there is nothing to run on integers."""
     refused: dict[str, str] = {}
     while True:
         plan = find_integer_nodes(graph, found, refused=refused)
         if not plan.weights:
-            first = f" ({plan.stays[0].operator} '{plan.stays[0].name}': {plan.stays[0].reason})" if plan.stays else ""
-            raise ModelError(f"no node of the model can run on integers{first}; convert without --activations int8")
+            first = (
+                f" ({plan.stays[0].operator} '{plan.stays[0].name}': {plan.stays[0].reason})"
+                if plan.stays
+                else ""
+            )
+            raise ModelError(
+                f"no node of the model can run on integers{first}; convert without --activations int8"
+            )
         rewriter = _Rewriter(graph, found, plan, ranges)
         too_large = rewriter.run()
         if not too_large:
@@ -150,7 +188,9 @@ def quantize_activations(graph: FloatGraph, found: Sequence[GraphWeight], ranges
 class _Rewriter:
     """Emits the new nodes in order. bytes: value -> its uint8 twin; floats: value -> where operators read it as a float."""
 
-    def __init__(self, graph: FloatGraph, found: Sequence[GraphWeight], plan: IntegerNodes, ranges: Ranges) -> None:
+    def __init__(
+        self, graph: FloatGraph, found: Sequence[GraphWeight], plan: IntegerNodes, ranges: Ranges
+    ) -> None:
         self.source, self.plan, self.ranges = graph, plan, ranges
         self.proto = ModelProto()
         self.proto.CopyFrom(graph.proto)
@@ -163,7 +203,9 @@ class _Rewriter:
         self.floats: dict[str, str] = {}
         self.stored: dict[tuple[str, bytes], str] = {}
         self.too_large: dict[str, str] = {}
-        self.made = {done.output for done in plan.nodes.values() if not done.float_output}  # values that integer nodes make
+        self.made = {
+            done.output for done in plan.nodes.values() if not done.float_output
+        }  # values that integer nodes make
 
     def run(self) -> Mapping[str, str]:
         """Weights that cannot stay, with the reason; empty when the graph is done."""
@@ -188,7 +230,9 @@ class _Rewriter:
             operator = self.source.proto.graph.node[index].op_type
             kernels[operator] = kernels.get(operator, 0) + 1
         graph = put_nodes(self.proto, self.nodes, self.source.weights)
-        return IntegerGraph(graph, self.plan.weights, tuple(self.weights.values()), kernels, self.plan.stays)
+        return IntegerGraph(
+            graph, self.plan.weights, tuple(self.weights.values()), kernels, self.plan.stays
+        )
 
     def _kept_float(self, node: NodeProto) -> NodeProto:
         """onnxruntime rounds float weights to 8 bits, unasked and with one step for all, where their operator stands between
@@ -212,11 +256,17 @@ class _Rewriter:
         self.bytes[how.output] = changed.output[0] = self.names("u")
         if how.kind == "clip":
             low, high = find_clip_bounds(node, self.constants) or (-np.inf, np.inf)
-            bounds = [self._store(self.formats[source].quantize(np.array(bound))) for bound in (low, high)]
+            bounds = [
+                self._store(self.formats[source].quantize(np.array(bound))) for bound in (low, high)
+            ]
             changed = helper.make_node("Clip", [changed.input[0], *bounds], list(changed.output))
         elif node.op_type == "Pad":
-            value = self.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-            padding = self._store(self.formats[source].quantize(np.zeros(()) if value is None else value.reshape(())))
+            value = (
+                self.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+            )
+            padding = self._store(
+                self.formats[source].quantize(np.zeros(()) if value is None else value.reshape(()))
+            )
             changed.input[:] = [changed.input[0], node.input[1], padding, *node.input[3:]]
         self.nodes.append(changed)
 
@@ -228,7 +278,11 @@ class _Rewriter:
             values = self.constants.get(node.input[position])
             assert values is not None  # find_integer_nodes takes stored constants only
             node.input[position] = self._constant(values)
-        weight = self.weights.get(node.input[1]) if len(node.input) > 1 and node.input[1] in self.plan.weights else None
+        weight = (
+            self.weights.get(node.input[1])
+            if len(node.input) > 1 and node.input[1] in self.plan.weights
+            else None
+        )
         if weight is not None and len(node.input) > 2 and node.input[2]:
             node.input[2] = self._bias(node.input[2], weight, first)
         self.nodes.append(node)
@@ -241,7 +295,9 @@ class _Rewriter:
     def _range(self, name: str) -> tuple[float, float]:
         low, high = self.ranges[name]
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise ModelError(f"activation '{name}' ranges from {low} to {high}: only finite values can be quantised")
+            raise ModelError(
+                f"activation '{name}' ranges from {low} to {high}: only finite values can be quantised"
+            )
         return low, high
 
     def _bytes(self, name: str) -> str:
@@ -252,7 +308,13 @@ class _Rewriter:
 
     def _quantize(self, source: str, name: str) -> None:
         self.bytes[name] = self.names("u")
-        self.nodes.append(helper.make_node("QuantizeLinear", [source, *self._parameters(self.formats[name])], [self.bytes[name]]))
+        self.nodes.append(
+            helper.make_node(
+                "QuantizeLinear",
+                [source, *self._parameters(self.formats[name])],
+                [self.bytes[name]],
+            )
+        )
 
     def _float(self, name: str) -> str:
         """What reads as the dequantised value: it has the value's own name where no float operator makes that."""
@@ -264,12 +326,18 @@ class _Rewriter:
         return self.floats[name]
 
     def _parameters(self, format: UInt8) -> tuple[str, str]:
-        return self._store(np.array(format.scale, np.float32)), self._store(np.array(format.zero_point, np.uint8))
+        return self._store(np.array(format.scale, np.float32)), self._store(
+            np.array(format.zero_point, np.uint8)
+        )
 
     def _constant(self, values: np.ndarray) -> str:
         format = UInt8.of(float(values.min()), float(values.max()))
         output = self.names("d")
-        node = helper.make_node("DequantizeLinear", [self._store(format.quantize(values)), *self._parameters(format)], [output])
+        node = helper.make_node(
+            "DequantizeLinear",
+            [self._store(format.quantize(values)), *self._parameters(format)],
+            [output],
+        )
         self.nodes.append(node)
         return output
 
@@ -280,32 +348,48 @@ class _Rewriter:
         """
         bias = self.constants.get(name)
         assert bias is not None  # find_integer_nodes takes stored ones only
-        weight = self.weights[weight.name] = self._with_room_for(bias.reshape(-1), weight, self.formats[source].scale)
+        weight = self.weights[weight.name] = self._with_room_for(
+            bias.reshape(-1), weight, self.formats[source].scale
+        )
         meaning = weight.tensor.meaning
         assert isinstance(meaning, Scale)  # find_integer_nodes takes no other
-        scale = np.asarray(self.formats[source].scale * meaning.step, np.float32).reshape(() if meaning.axis is None else (-1,))
+        scale = np.asarray(self.formats[source].scale * meaning.step, np.float32).reshape(
+            () if meaning.axis is None else (-1,)
+        )
         with np.errstate(over="ignore", divide="ignore"):
             levels = np.rint(bias.reshape(-1).astype(np.float64) / scale)
         if not (np.abs(levels) <= LARGEST_BIAS).all():
             worst = int(np.argmax(np.abs(levels)))
             reason = f"the bias of output {worst} is {np.abs(levels[worst]):.1e} steps of its sums, more than int32 holds"
             self.too_large[weight.name] = reason
-        inputs = [self._store(np.clip(levels, -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)), self._store(scale)]
+        inputs = [
+            self._store(np.clip(levels, -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)),
+            self._store(scale),
+        ]
         dequantize = helper.make_node("DequantizeLinear", inputs, [self.names("d")])
         if scale.ndim:
             dequantize.attribute.append(helper.make_attribute("axis", 0))
         self.nodes.append(dequantize)
         return dequantize.output[0]
 
-    def _with_room_for(self, bias: np.ndarray, weight: GraphWeight, scale: np.float32) -> GraphWeight:
+    def _with_room_for(
+        self, bias: np.ndarray, weight: GraphWeight, scale: np.float32
+    ) -> GraphWeight:
         """BatchNorm leaves channels that died in training a factor of almost nothing, so that their bias would be too many steps.
         Such a channel's step is raised: its n weights then move the output by less than n·2^-18 of the bias, and before by less.
         """
         meaning = weight.tensor.meaning
         uses = sum(weight.name in node.input for node in self.source.proto.graph.node)
-        if not weight.rescaled or uses > 1 or not isinstance(meaning, Scale) or meaning.axis is None:
+        if (
+            not weight.rescaled
+            or uses > 1
+            or not isinstance(meaning, Scale)
+            or meaning.axis is None
+        ):
             return weight
-        least = (np.abs(bias.astype(np.float64)) / (float(scale) * (LARGEST_BIAS - 1))).astype(np.float32)
+        least = (np.abs(bias.astype(np.float64)) / (float(scale) * (LARGEST_BIAS - 1))).astype(
+            np.float32
+        )
         step = np.maximum(meaning.step, least.reshape(meaning.step.shape))
         return replace(weight, tensor=replace(weight.tensor, meaning=Scale(step)))
 

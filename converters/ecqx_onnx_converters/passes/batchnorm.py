@@ -31,7 +31,16 @@ from ecqx_onnx_converters.matching.matching import GraphWeight, Matching, with_f
 from ecqx_onnx_converters.refusal import Refusal
 
 BIASED = ("Conv", "ConvTranspose", "Gemm")
-ROUNDING = ("Quant", "BipolarQuant", "QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil", "Sign")
+ROUNDING = (
+    "Quant",
+    "BipolarQuant",
+    "QuantizeLinear",
+    "DynamicQuantizeLinear",
+    "Round",
+    "Floor",
+    "Ceil",
+    "Sign",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,9 @@ class _Product:
     bias: np.ndarray
 
 
-def fold_batchnorms(graph: FloatGraph, matching: Matching) -> tuple[FloatGraph, Matching, tuple[BatchNorm, ...]]:
+def fold_batchnorms(
+    graph: FloatGraph, matching: Matching
+) -> tuple[FloatGraph, Matching, tuple[BatchNorm, ...]]:
     """Neither argument is changed. One BatchNorm for each such node of the main graph."""
     if not any(node.op_type == "BatchNormalization" for node in graph.proto.graph.node):
         return graph, matching, ()
@@ -63,9 +74,17 @@ def fold_batchnorms(graph: FloatGraph, matching: Matching) -> tuple[FloatGraph, 
         if untyped := [value.name for value in ends if not value.type.tensor_type.elem_type]:
             raise ValueError(f"'{untyped[0]}' has no type")
         surgeon = gs.import_onnx(graph.proto)
-    except (KeyError, ValueError, TypeError) as error:  # an attribute of bytes that are no text, say
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+    ) as error:  # an attribute of bytes that are no text, say
         reason = f"the graph can't be edited ({error})"
-        nodes = [node for node in graph.proto.graph.node if node.op_type == "BatchNormalization" and node.output]
+        nodes = [
+            node
+            for node in graph.proto.graph.node
+            if node.op_type == "BatchNormalization" and node.output
+        ]
         return graph, matching, tuple(BatchNorm(node.output[0], None, reason) for node in nodes)
     taken = list_value_names(graph.proto.graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
@@ -75,7 +94,11 @@ def fold_batchnorms(graph: FloatGraph, matching: Matching) -> tuple[FloatGraph, 
     for node in [node for node in surgeon.nodes if node.op == "BatchNormalization"]:
         name = node.outputs[0].name
         product = find_product(node, surgeon, weights, constants, uses, ranks)
-        folded = product if isinstance(product, Refusal) else fold_one(node, product, surgeon, constants, taken)
+        folded = (
+            product
+            if isinstance(product, Refusal)
+            else fold_one(node, product, surgeon, constants, taken)
+        )
         if isinstance(folded, Refusal):
             results.append(BatchNorm(name, None, folded.reason))
         else:
@@ -124,20 +147,32 @@ def find_product(
         return Refusal("the weight before it is float, and the runtime fuses these")
     if weight.integers is not None:
         return Refusal(f"'{weight.name}' is read as integers")
-    if uses[before.outputs[0].name] > 1 or any(output is before.outputs[0] for output in surgeon.outputs):
+    if uses[before.outputs[0].name] > 1 or any(
+        output is before.outputs[0] for output in surgeon.outputs
+    ):
         return Refusal("something else reads what it normalises, too")
     if any(user.op in ROUNDING for user in node.outputs[0].outputs):
-        return Refusal("what follows it rounds to integers, where the last bit of a float can become a whole level")
+        return Refusal(
+            "what follows it rounds to integers, where the last bit of a float can become a whole level"
+        )
     if uses[weight.name] > 1:
         return Refusal(f"'{weight.name}' feeds other nodes, too")
     if before.op == "MatMul" and ranks.get(before.outputs[0].name) != 2:
-        return Refusal("it normalises another axis than the product's last, as far as shapes are known")
-    if before.op == "Gemm" and any(before.attrs.get(name, default) != default for name, default in GEMM.items()):
+        return Refusal(
+            "it normalises another axis than the product's last, as far as shapes are known"
+        )
+    if before.op == "Gemm" and any(
+        before.attrs.get(name, default) != default for name, default in GEMM.items()
+    ):
         return Refusal("the Gemm before it scales or transposes its operands")
     channels = count_channels(before, weight.tensor.shape)
     named = before.inputs[2].name if len(before.inputs) > 2 else ""
     bias = constants.get(named) if named else np.zeros(channels, np.float32)
-    if bias is None or bias.size not in (1, channels) or (bias.size > 1 and bias.shape[-1] != channels):
+    if (
+        bias is None
+        or bias.size not in (1, channels)
+        or (bias.size > 1 and bias.shape[-1] != channels)
+    ):
         return Refusal("the bias before it is no constant of one value per channel")
     return _Product(before, weight, np.broadcast_to(bias.reshape(-1), channels))
 
@@ -149,7 +184,10 @@ def infer_ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[st
     """Value name -> its number of dimensions, as far as shape inference tells."""
     model = ModelProto()
     model.CopyFrom(graph.proto)
-    present = {value.name for value in (*model.graph.initializer, *model.graph.input, *model.graph.value_info)}
+    present = {
+        value.name
+        for value in (*model.graph.initializer, *model.graph.input, *model.graph.value_info)
+    }
     model.graph.value_info.extend(
         helper.make_tensor_value_info(weight.name, TensorProto.FLOAT, weight.tensor.shape)
         for weight in weights
@@ -159,7 +197,11 @@ def infer_ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[st
         inferred = onnx.shape_inference.infer_shapes(model).graph
     except (onnx.shape_inference.InferenceError, ValueError):
         return {}
-    typed = [value for value in (*inferred.value_info, *inferred.output) if value.type.tensor_type.HasField("shape")]
+    typed = [
+        value
+        for value in (*inferred.value_info, *inferred.output)
+        if value.type.tensor_type.HasField("shape")
+    ]
     return {value.name: len(value.type.tensor_type.shape.dim) for value in typed}
 
 
@@ -174,11 +216,15 @@ def count_channels(product: gs.Node, shape: Sequence[int]) -> int:
 def place_along_channels(product: gs.Node, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
     """values [C], one per output channel, in a shape that broadcasts against the weight."""
     rest = (1,) * (len(shape) - 2)
-    if product.op == "ConvTranspose":  # [in, out / groups, …]: input channel i belongs to group i // (in / groups)
+    if (
+        product.op == "ConvTranspose"
+    ):  # [in, out / groups, …]: input channel i belongs to group i // (in / groups)
         groups = int(product.attrs.get("group", 1))
         if groups == 1:
             return values.reshape(1, -1, *rest)
-        return np.repeat(values.reshape(groups, -1), shape[0] // groups, axis=0).reshape(shape[0], shape[1], *rest)
+        return np.repeat(values.reshape(groups, -1), shape[0] // groups, axis=0).reshape(
+            shape[0], shape[1], *rest
+        )
     if product.op == "Conv" or product.attrs.get("transB", 0):
         return values.reshape(-1, 1, *rest)
     return values.reshape(1, -1)
@@ -190,9 +236,13 @@ def fold_one(
     """Takes the node out; the weight with the factor in it."""
     parameters = [constants.get(tensor.name) for tensor in node.inputs[1:5]]
     channels = product.bias.size
-    if len(parameters) != 4 or any(values is None or values.shape != (channels,) for values in parameters):
+    if len(parameters) != 4 or any(
+        values is None or values.shape != (channels,) for values in parameters
+    ):
         return Refusal("its parameters are no float32 constants of one value per channel")
-    gamma, beta, mean, variance = (values.astype(np.float64) for values in parameters if values is not None)
+    gamma, beta, mean, variance = (
+        values.astype(np.float64) for values in parameters if values is not None
+    )
     with np.errstate(all="ignore"):
         factor = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
         bias = (factor * product.bias + beta - factor * mean).astype(np.float32)
@@ -220,7 +270,9 @@ def rescale_weight(product: _Product, factor: np.ndarray) -> GraphWeight | None:
     made = with_factor(tensor, np.where(dead, np.float32(0), spread), dead, scaled=False)
     if made is None:
         return None
-    together = made.factor if made.factor is None or weight.factor is None else made.factor * weight.factor
+    together = (
+        made.factor if made.factor is None or weight.factor is None else made.factor * weight.factor
+    )
     return replace(made, name=weight.name, sources=weight.sources, factor=together)
 
 
@@ -228,7 +280,9 @@ def export_graph(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
     """Nodes and initializers come from graphsurgeon, everything else from the graph: graphsurgeon keeps no metadata of a model,
     and it moves initializers that only a subgraph reads into that subgraph, so these nodes come from the graph, too."""
     exported = gs.export_onnx(surgeon).graph
-    branching = {node.output[0]: node for node in graph.proto.graph.node if any(list_subgraphs(node))}
+    branching = {
+        node.output[0]: node for node in graph.proto.graph.node if any(list_subgraphs(node))
+    }
     for node in exported.node:
         if any(list_subgraphs(node)):
             node.CopyFrom(branching[node.output[0]])
@@ -238,12 +292,20 @@ def export_graph(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
     proto.graph.node.extend(exported.node)
     kept = {tensor.name for tensor in exported.initializer} | set(find_uses(proto.graph))
     kept |= {value.name for value in proto.graph.output}
-    for index in reversed([index for index, tensor in enumerate(proto.graph.initializer) if tensor.name not in kept]):
+    for index in reversed(
+        [index for index, tensor in enumerate(proto.graph.initializer) if tensor.name not in kept]
+    ):
         del proto.graph.initializer[index]
     present = {tensor.name for tensor in proto.graph.initializer}
-    proto.graph.initializer.extend(tensor for tensor in exported.initializer if tensor.name not in present)
+    proto.graph.initializer.extend(
+        tensor for tensor in exported.initializer if tensor.name not in present
+    )
     left = {name: values for name, values in graph.weights.items() if name in kept}
-    inputs = [value for value in proto.graph.input if value.name in kept or value.name not in list_initialized(graph)]
+    inputs = [
+        value
+        for value in proto.graph.input
+        if value.name in kept or value.name not in list_initialized(graph)
+    ]
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
     return FloatGraph(proto, left)

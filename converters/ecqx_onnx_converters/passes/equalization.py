@@ -43,7 +43,9 @@ def find_places(graph: FloatGraph, matching: Matching) -> tuple[Place, ...]:
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     outputs = {value.name for value in graph.proto.graph.output}
     makers = {name: index for index, node in enumerate(nodes) for name in node.output}
-    weights = {weight.name: weight for weight in matching.found if isinstance(weight.tensor.meaning, Scale)}
+    weights = {
+        weight.name: weight for weight in matching.found if isinstance(weight.tensor.meaning, Scale)
+    }
 
     def alone(name: str) -> bool:
         return uses.get(name, 0) == 1 and name not in outputs
@@ -59,7 +61,11 @@ def find_places(graph: FloatGraph, matching: Matching) -> tuple[Place, ...]:
 
     found = []
     for behind, node in enumerate(nodes):
-        if not quantized(node) or not _is_depthwise(node, weights[node.input[1]]) or not alone(node.input[0]):
+        if (
+            not quantized(node)
+            or not _is_depthwise(node, weights[node.input[1]])
+            or not alone(node.input[0])
+        ):
             continue
         before = makers.get(node.input[0])
         if before is not None and nodes[before].op_type == "Relu" and alone(nodes[before].input[0]):
@@ -81,7 +87,11 @@ def equalize(
     """peaks: of each place's value, the largest magnitude of each channel. Neither argument is changed."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
-    nodes, constants, names = proto.graph.node, Constants(graph), NameMaker(list_value_names(proto.graph))
+    nodes, constants, names = (
+        proto.graph.node,
+        Constants(graph),
+        NameMaker(list_value_names(proto.graph)),
+    )
     weights = {weight.name: weight for weight in matching.found}
     for place in places:
         factor = choose_factors(peaks[place.value])
@@ -90,13 +100,21 @@ def equalize(
         before, behind = nodes[place.before], nodes[place.behind]
         weights[before.input[1]] = scale_weight(weights[before.input[1]], factor)
         each = len(weights[behind.input[1]].tensor.levels) // len(factor)
-        weights[behind.input[1]] = scale_weight(weights[behind.input[1]], np.repeat(1 / factor, each))
+        weights[behind.input[1]] = scale_weight(
+            weights[behind.input[1]], np.repeat(1 / factor, each)
+        )
         if len(before.input) > 2 and before.input[2]:
             bias = next((t for t in proto.graph.initializer if t.name == before.input[2]), None)
-            values = constants.get(before.input[2]) if bias is None or bias.name in graph.weights else numpy_helper.to_array(bias)
+            values = (
+                constants.get(before.input[2])
+                if bias is None or bias.name in graph.weights
+                else numpy_helper.to_array(bias)
+            )
             assert values is not None  # find_places takes stored ones only
             before.input[2] = names("b")
-            proto.graph.initializer.append(numpy_helper.from_array((values * factor).astype(np.float32), before.input[2]))
+            proto.graph.initializer.append(
+                numpy_helper.from_array((values * factor).astype(np.float32), before.input[2])
+            )
     found = tuple(weights[weight.name] for weight in matching.found)
     return FloatGraph(proto, graph.weights), replace(matching, found=found)
 
@@ -104,7 +122,9 @@ def equalize(
 def choose_factors(peaks: np.ndarray) -> np.ndarray:
     """float32 [C], powers of two from 1 up; 1 for a channel that is always zero."""
     largest = float(peaks.max(initial=0.0))
-    room = largest / np.maximum(peaks.astype(np.float64), max(largest / LARGEST_FACTOR, float(np.finfo(np.float32).tiny)))
+    room = largest / np.maximum(
+        peaks.astype(np.float64), max(largest / LARGEST_FACTOR, float(np.finfo(np.float32).tiny))
+    )
     room = np.where(peaks > 0, room, 1.0)
     return np.exp2(np.floor(np.log2(np.maximum(room, 1.0)))).astype(np.float32)
 
@@ -113,4 +133,8 @@ def scale_weight(weight: GraphWeight, factor: np.ndarray) -> GraphWeight:
     tensor = weight.tensor
     assert isinstance(tensor.meaning, Scale)  # find_places takes no other
     step = tensor.meaning.step * factor.reshape(-1, *(1,) * (tensor.levels.ndim - 1))
-    return replace(weight, tensor=QuantTensor(tensor.name, tensor.levels, Scale(step.astype(np.float32))), rescaled=True)
+    return replace(
+        weight,
+        tensor=QuantTensor(tensor.name, tensor.levels, Scale(step.astype(np.float32))),
+        rescaled=True,
+    )

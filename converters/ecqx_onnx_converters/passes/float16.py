@@ -20,7 +20,14 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from ecqx_onnx.tensors import Scale
 from ecqx_onnx_converters.graph.files import to_little_endian
-from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, list_value_names, make_fresh_name, read_values, rename_values
+from ecqx_onnx_converters.graph.graph import (
+    FloatGraph,
+    clear_data,
+    list_value_names,
+    make_fresh_name,
+    read_values,
+    rename_values,
+)
 from ecqx_onnx_converters.graph.uses import find_uses
 from ecqx_onnx_converters.matching.matching import Matching
 
@@ -28,7 +35,10 @@ FEWEST = 16  # entries; a Cast node with short names has up to 30 bytes, and an 
 RELATIVE = 2.0**-11
 # Operators that are linear in their constants. (In a variance, say, a small entry counts as much as a large one.)
 LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "LSTM", "GRU", "RNN", "Gather"}
-SCALED = {"QuantizeLinear", "DequantizeLinear"}  # a bias's scale is the product of two others, exactly
+SCALED = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+}  # a bias's scale is the product of two others, exactly
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,9 @@ def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatG
     proto, weights = _copy(graph)
     main, taken = proto.graph, list_value_names(proto.graph)
     parameters = list_parameters(proto, weights, quantized)
-    vectors = [parameter for parameter in parameters if parameter.half.ndim == 1 and graph.opset >= 13]
+    vectors = [
+        parameter for parameter in parameters if parameter.half.ndim == 1 and graph.opset >= 13
+    ]
     names = tuple(parameter.tensor.name for parameter in parameters)
     nodes = join_vectors(main, weights, vectors, taken) if len(vectors) > 1 else []
     for parameter in parameters:
@@ -97,19 +109,31 @@ def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatG
     for index in reversed([index for index, value in enumerate(main.input) if value.name in names]):
         del main.input[index]
     entries = sum(parameter.half.size for parameter in parameters)
-    return FloatGraph(proto, weights), Halved(names, entries, max((parameter.moved for parameter in parameters), default=0.0))
+    return FloatGraph(proto, weights), Halved(
+        names, entries, max((parameter.moved for parameter in parameters), default=0.0)
+    )
 
 
-def join_vectors(main: GraphProto, weights: dict[str, np.ndarray], vectors: list[Parameter], taken: set[str]) -> list[NodeProto]:
+def join_vectors(
+    main: GraphProto, weights: dict[str, np.ndarray], vectors: list[Parameter], taken: set[str]
+) -> list[NodeProto]:
     """Takes the vectors out of the graph's initializers; nodes that make them again under their names, from one tensor."""
-    halves, wide, lengths = (make_fresh_name(name, taken) for name in ("float16", "float32", "lengths"))
+    halves, wide, lengths = (
+        make_fresh_name(name, taken) for name in ("float16", "float32", "lengths")
+    )
     names = [parameter.tensor.name for parameter in vectors]
-    for index in reversed([index for index, tensor in enumerate(main.initializer) if tensor.name in names]):
+    for index in reversed(
+        [index for index, tensor in enumerate(main.initializer) if tensor.name in names]
+    ):
         weights.pop(main.initializer[index].name, None)
         del main.initializer[index]
-    main.initializer.append(numpy_helper.from_array(np.concatenate([parameter.half for parameter in vectors]), halves))
+    main.initializer.append(
+        numpy_helper.from_array(np.concatenate([parameter.half for parameter in vectors]), halves)
+    )
     sizes = [parameter.half.size for parameter in vectors]
-    main.initializer.append(TensorProto(name=lengths, data_type=TensorProto.INT64, dims=[len(sizes)], int64_data=sizes))
+    main.initializer.append(
+        TensorProto(name=lengths, data_type=TensorProto.INT64, dims=[len(sizes)], int64_data=sizes)
+    )
     cast = helper.make_node("Cast", [halves], [wide], to=TensorProto.FLOAT)
     return [cast, helper.make_node("Split", [wide, lengths], names)]
 
@@ -119,10 +143,16 @@ def store_half_steps(matching: Matching) -> tuple[Matching, int]:
     found, entries = [], 0
     for weight in matching.found:
         meaning = weight.tensor.meaning
-        half = round_to_float16(meaning.step, linear=False) if isinstance(meaning, Scale) and weight.integers is None else None
+        half = (
+            round_to_float16(meaning.step, linear=False)
+            if isinstance(meaning, Scale) and weight.integers is None
+            else None
+        )
         if half is not None:
             entries += half.size
-            weight = replace(weight, tensor=replace(weight.tensor, meaning=Scale(half.astype(np.float32))))
+            weight = replace(
+                weight, tensor=replace(weight.tensor, meaning=Scale(half.astype(np.float32)))
+            )
         found.append(weight)
     return replace(matching, found=tuple(found)), entries
 
@@ -141,16 +171,23 @@ def _copy(graph: FloatGraph) -> tuple[ModelProto, dict[str, np.ndarray]]:
     return proto, dict(graph.weights)
 
 
-def list_parameters(proto: ModelProto, weights: Mapping[str, np.ndarray], quantized: Collection[str]) -> list[Parameter]:
+def list_parameters(
+    proto: ModelProto, weights: Mapping[str, np.ndarray], quantized: Collection[str]
+) -> list[Parameter]:
     left, uses = {*quantized, *(value.name for value in proto.graph.output)}, find_uses(proto.graph)
     found = []
     for tensor in proto.graph.initializer:
         scale = any(use.node.op_type in SCALED for use in uses.get(tensor.name, []))
         if tensor.data_type == TensorProto.FLOAT and tensor.name not in left and not scale:
             values = weights[tensor.name] if tensor.name in weights else read_values(tensor)
-            half = round_to_float16(values, linear=all(use.node.op_type in LINEAR for use in uses.get(tensor.name, [])))
+            half = round_to_float16(
+                values, linear=all(use.node.op_type in LINEAR for use in uses.get(tensor.name, []))
+            )
             if half is not None:
-                error, largest = np.abs(half.astype(np.float64) - values).max(), np.abs(values).max()
+                error, largest = (
+                    np.abs(half.astype(np.float64) - values).max(),
+                    np.abs(values).max(),
+                )
                 found.append(Parameter(tensor, half, float(error / largest) if largest else 0.0))
     return found
 

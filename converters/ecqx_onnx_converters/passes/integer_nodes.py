@@ -25,7 +25,18 @@ from ecqx_onnx_converters.matching.matching import GraphWeight
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 PAIRS = ("Add", "Mul")
 UNARY = ("GlobalAveragePool", "AveragePool", "LeakyRelu", "Sigmoid")
-MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad", "Expand", "Identity")
+MOVES = (
+    "MaxPool",
+    "Reshape",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Slice",
+    "Pad",
+    "Expand",
+    "Identity",
+)
 CLIPS = ("Relu", "Clip")
 
 
@@ -82,7 +93,9 @@ def find_integer_nodes(
 class _Search:
     """Nodes are visited in the order of the graph, which is that of execution."""
 
-    def __init__(self, graph: FloatGraph, found: Sequence[GraphWeight], refused: Mapping[str, str]) -> None:
+    def __init__(
+        self, graph: FloatGraph, found: Sequence[GraphWeight], refused: Mapping[str, str]
+    ) -> None:
         self.graph, self.nodes = graph, graph.proto.graph.node
         self.constants = Constants(graph)
         self.weights = {weight.name: weight for weight in found}
@@ -106,10 +119,18 @@ class _Search:
         stays = tuple(
             FloatNode(node.op_type, self._name(node), self.reasons[index])
             for index, node in enumerate(self.nodes)
-            if index in self.reasons and index not in absorbed and self.types.get(node.output[0], TensorProto.FLOAT) in FLOATS
+            if index in self.reasons
+            and index not in absorbed
+            and self.types.get(node.output[0], TensorProto.FLOAT) in FLOATS
         )
-        weights = {self.nodes[index].input[1] for index in self.integer if self._weight_of(self.nodes[index])}
-        return IntegerNodes(self.integer, stays, tuple(dict.fromkeys(self._ranges())), frozenset(weights))
+        weights = {
+            self.nodes[index].input[1]
+            for index in self.integer
+            if self._weight_of(self.nodes[index])
+        }
+        return IntegerNodes(
+            self.integer, stays, tuple(dict.fromkeys(self._ranges())), frozenset(weights)
+        )
 
     def _readers(self) -> Mapping[str, list[int]]:
         """Value -> indices of the nodes that read it, in themselves or in a graph inside them."""
@@ -146,19 +167,32 @@ class _Search:
             return self._kernel(index, node, self._operands(node))
         if operator in CLIPS:
             bounds = self.bounds(node)
-            return IntegerNode("clip", (0,), node.output[0]) if bounds else "its bounds are no constants"
+            return (
+                IntegerNode("clip", (0,), node.output[0])
+                if bounds
+                else "its bounds are no constants"
+            )
         return self._move(node)
 
     def _move(self, node: NodeProto) -> IntegerNode | str:
-        if node.input[0] not in self.quantized or any(name in self.quantized for name in node.input[1:]):
+        if node.input[0] not in self.quantized or any(
+            name in self.quantized for name in node.input[1:]
+        ):
             return f"onnxruntime has no integer kernel for {node.op_type} of several activations"
         if len([name for name in node.output if name]) > 1:
             return f"onnxruntime has no integer kernel for {node.op_type} with {len(node.output)} outputs"
-        if node.op_type == "Pad" and len(node.input) > 2 and node.input[2] and self.constants.get(node.input[2]) is None:
+        if (
+            node.op_type == "Pad"
+            and len(node.input) > 2
+            and node.input[2]
+            and self.constants.get(node.input[2]) is None
+        ):
             return "it pads with a computed value"
         return IntegerNode("move", (0,), node.output[0])
 
-    def _kernel(self, index: int, node: NodeProto, activations: tuple[int, ...] | str) -> IntegerNode | str:
+    def _kernel(
+        self, index: int, node: NodeProto, activations: tuple[int, ...] | str
+    ) -> IntegerNode | str:
         """With the Relu or Clip that follows and nothing else reads."""
         if isinstance(activations, str):
             return activations
@@ -166,17 +200,27 @@ class _Search:
             kind = self.types.get(node.input[position], TensorProto.FLOAT)
             if kind != TensorProto.FLOAT:
                 return f"its input '{node.input[position]}' is no float32"
-        constants = tuple(p for p in range(len(node.input)) if node.op_type in PAIRS and p not in activations)
+        constants = tuple(
+            p for p in range(len(node.input)) if node.op_type in PAIRS and p not in activations
+        )
         output, absorbed = node.output[0], None
         readers = self.readers.get(output, [])
-        if len(readers) == 1 and output not in self.outputs and self.nodes[readers[0]].op_type in CLIPS:
+        if (
+            len(readers) == 1
+            and output not in self.outputs
+            and self.nodes[readers[0]].op_type in CLIPS
+        ):
             bounds = self.bounds(self.nodes[readers[0]])
-            if bounds and bounds[0] <= 0 <= bounds[1]:  # a range always holds zero, so other bounds take a Clip of their own
+            if (
+                bounds and bounds[0] <= 0 <= bounds[1]
+            ):  # a range always holds zero, so other bounds take a Clip of their own
                 absorbed, output = readers[0], self.nodes[readers[0]].output[0]
         return IntegerNode("kernel", activations, output, constants, absorbed)
 
     def _operands(self, node: NodeProto) -> tuple[int, ...] | str:
-        activations = tuple(p for p, name in enumerate(node.input) if not self.constants.holds(name))
+        activations = tuple(
+            p for p, name in enumerate(node.input) if not self.constants.holds(name)
+        )
         for position in set(range(len(node.input))) - set(activations):
             values = self.constants.get(node.input[position])
             if node.op_type == "Concat" or values is None or values.dtype != np.float32:
@@ -191,8 +235,14 @@ class _Search:
         weight = node.input[1]
         if weight not in self.weights:
             return f"its weight '{weight}' is not quantised"
-        numbers = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type == "Gemm" and (numbers.get("alpha", 1.0), numbers.get("beta", 1.0), numbers.get("transA", 0)) != (
+        numbers = {
+            attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute
+        }
+        if node.op_type == "Gemm" and (
+            numbers.get("alpha", 1.0),
+            numbers.get("beta", 1.0),
+            numbers.get("transA", 0),
+        ) != (
             1,
             1,
             0,
@@ -213,15 +263,24 @@ class _Search:
         """A weight that some consumer reads as a float must come without DequantizeLinear for all of them."""
         for name in self.weights:
             for use in self.uses.get(name, []):
-                integer = use.scope is self.graph.proto.graph and use.position == 1 and use.node.op_type in PRODUCTS
+                integer = (
+                    use.scope is self.graph.proto.graph
+                    and use.position == 1
+                    and use.node.op_type in PRODUCTS
+                )
                 if not integer or isinstance(self._product(use.node), str):
-                    self.refused.setdefault(name, f"its weight '{name}' is read by {use.node.op_type}, too, which stays float")
+                    self.refused.setdefault(
+                        name,
+                        f"its weight '{name}' is read by {use.node.op_type}, too, which stays float",
+                    )
 
     def _weight_of(self, node: NodeProto) -> str | None:
         return node.input[1] if node.op_type in PRODUCTS and node.input[1] in self.weights else None
 
     def _name(self, node: NodeProto) -> str:
-        return self._weight_of(node) or next((name for name in node.input if name in self.weights), node.output[0])
+        return self._weight_of(node) or next(
+            (name for name in node.input if name in self.weights), node.output[0]
+        )
 
     def bounds(self, node: NodeProto) -> tuple[float, float] | None:
         return find_clip_bounds(node, self.constants)
@@ -239,7 +298,10 @@ class _Search:
                 self.reasons[index] = "it carries the last product's float sums to float operators"
 
     def _has_integer_readers(self, name: str) -> bool:
-        return any(reader in self.integer and name in self.nodes[reader].input for reader in self.readers.get(name, []))
+        return any(
+            reader in self.integer and name in self.nodes[reader].input
+            for reader in self.readers.get(name, [])
+        )
 
     def _begins_with_product(self, index: int) -> bool:
         """The node, and each before it that has no other reader, only carries values on from a Gemm or MatMul."""
@@ -274,7 +336,11 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProt
 def find_output_axis(node: NodeProto) -> int:
     """Of the weight: the axis along which the outputs of a Conv, Gemm or MatMul lie."""
     if node.op_type == "Gemm":
-        return 0 if any(attribute.name == "transB" and attribute.i for attribute in node.attribute) else 1
+        return (
+            0
+            if any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            else 1
+        )
     return 0 if node.op_type == "Conv" else 1
 
 
@@ -283,7 +349,9 @@ def explain_float(weight: GraphWeight, axis: int) -> str | None:
     if refusal is not None:
         return f"its weight '{weight.name}' has no integers for a kernel: {refusal.reason}"
     assert isinstance(weight.tensor.meaning, Scale)  # narrowed by why_not_standard
-    if weight.tensor.meaning.axis not in (None, axis) or (axis == 1 and len(weight.tensor.shape) != 2):
+    if weight.tensor.meaning.axis not in (None, axis) or (
+        axis == 1 and len(weight.tensor.shape) != 2
+    ):
         return f"the step of its weight '{weight.name}' varies along its inputs; integer kernels want one per output"
     return None
 
@@ -308,4 +376,8 @@ def infer_element_types(graph: FloatGraph) -> Mapping[str, int]:
     """Value name -> TensorProto type, as far as onnx can infer it."""
     proto = onnx.shape_inference.infer_shapes(graph.proto)
     values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
-    return {value.name: value.type.tensor_type.elem_type for value in values if value.type.HasField("tensor_type")}
+    return {
+        value.name: value.type.tensor_type.elem_type
+        for value in values
+        if value.type.HasField("tensor_type")
+    }

@@ -16,7 +16,10 @@ from ecqx_onnx_converters.storage.packed.encoder import encode_all
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
 from ecqx_onnx_converters.targets import Target
 
-CALL_BYTES, FUNCTION_BYTES = 30, 70  # of a second call, and of a second function, for weights that are not packed
+CALL_BYTES, FUNCTION_BYTES = (
+    30,
+    70,
+)  # of a second call, and of a second function, for weights that are not packed
 
 
 def choose_fused(entries: Sequence[Entry]) -> str | None:
@@ -39,7 +42,12 @@ def compute_saving(entries: Sequence[Entry]) -> int:
 
 def classify_entry(entry: Entry) -> str | None:
     weight, calls = entry.weight, [node for node in entry.stored.nodes if node.op_type == TENSOR]
-    if entry.form is not None or entry.permutation is not None or weight.integers is not None or len(calls[0].input) != 4:
+    if (
+        entry.form is not None
+        or entry.permutation is not None
+        or weight.integers is not None
+        or len(calls[0].input) != 4
+    ):
         return None
     if isinstance(weight.tensor.meaning, Scale):
         step = weight.tensor.meaning.step
@@ -57,15 +65,23 @@ def pack_entries(entries: Sequence[Entry], target: Target, *, always: bool) -> l
     for entry in entries:
         first.setdefault(entry.stored.levels, entry)
     chosen = {name: permute_levels(entry) for name, entry in first.items()}
-    plain, tried = {name: entry.stored for name, entry in first.items()}, dict[str, Stored | Refusal]()
+    plain, tried = (
+        {name: entry.stored for name, entry in first.items()},
+        dict[str, Stored | Refusal](),
+    )
     ways: list[dict[str, Stored]] = [] if always else [{}]
 
     def made(together: dict[str, Stored]) -> list[Entry]:
         levels = ((entry, entry.stored.levels) for entry in entries)
-        return [pack_entry(entry, together.get(name), tried[name], always=always) for entry, name in levels]
+        return [
+            pack_entry(entry, together.get(name), tried[name], always=always)
+            for entry, name in levels
+        ]
 
     def size(together: dict[str, Stored]) -> int:
-        return count_bytes([*(plain | together).values()]) - (compute_saving(made(together)) if together else 0)
+        return count_bytes([*(plain | together).values()]) - (
+            compute_saving(made(together)) if together else 0
+        )
 
     while chosen:
         tried.update(zip(chosen, encode_all(list(chosen.items()), target), strict=True))
@@ -77,9 +93,13 @@ def pack_entries(entries: Sequence[Entry], target: Target, *, always: bool) -> l
     return made(min(ways, key=size)) if ways else list(entries)
 
 
-def pack_entry(entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool) -> Entry:
+def pack_entry(
+    entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool
+) -> Entry:
     if stored is not None:
-        return replace(entry, stored=stored, reason=f"packed {stored.nbytes} bytes, less than {entry.reason}")
+        return replace(
+            entry, stored=stored, reason=f"packed {stored.nbytes} bytes, less than {entry.reason}"
+        )
     if isinstance(tried, Refusal):
         return replace(entry, reason=f"packed: {tried.reason}; {entry.reason}") if always else entry
     return replace(entry, reason=f"{entry.reason}; packed {tried.nbytes} and its decoder")

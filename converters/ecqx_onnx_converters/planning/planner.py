@@ -30,9 +30,13 @@ STEPS_UP = (10, 11, 12, 13, 18, 21, 25)  # opsets that bring something a written
 def check_forms(storage: str, dequantize: str) -> None:
     """OptionError for names that there are none of."""
     if storage not in ("auto", *STORAGES):
-        raise OptionError(f"there is no storage '{storage}'; choose auto or one of {', '.join(STORAGES)}")
+        raise OptionError(
+            f"there is no storage '{storage}'; choose auto or one of {', '.join(STORAGES)}"
+        )
     if dequantize not in DEQUANTIZATIONS:
-        raise OptionError(f"there is no dequantisation '{dequantize}'; choose one of {', '.join(DEQUANTIZATIONS)}")
+        raise OptionError(
+            f"there is no dequantisation '{dequantize}'; choose one of {', '.join(DEQUANTIZATIONS)}"
+        )
 
 
 def make_plan(
@@ -53,17 +57,23 @@ def make_plan(
     able = limit_target(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
     if form != able.dequantize and able.only:
-        raise OptionError(f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at {able.dequantize}")
+        raise OptionError(
+            f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at {able.dequantize}"
+        )
     uses, names = find_uses(graph.proto.graph), NameMaker(list_value_names(graph.proto.graph))
     entries: list[Entry] = []
     kept: list[Kept] = []
     for members in group_tied(matching.found):
         planned = plan_tied(members, able, storage, form, uses, names, integer)
         if isinstance(planned, Refusal):
-            kept.extend(Kept(member.name, member.tensor.shape, planned.reason) for member in members)
+            kept.extend(
+                Kept(member.name, member.tensor.shape, planned.reason) for member in members
+            )
         else:
             entries.extend(planned)
-    order = {weight.name: index for index, weight in enumerate(matching.found)}  # a checkpoint's graph has them taken out
+    order = {
+        weight.name: index for index, weight in enumerate(matching.found)
+    }  # a checkpoint's graph has them taken out
     entries.sort(key=lambda entry: order[entry.weight.name])
     if storage in ("auto", "packed"):
         entries = pack_entries(entries, able, always=storage == "packed")
@@ -77,7 +87,9 @@ def make_plan(
         if name not in quantized and values.dtype in (np.float32, np.float16) and values.ndim >= 2:
             kept.append(Kept(name, values.shape, explain_float(name, uses.get(name, []))))
     needed = max((find_needed_opset(entry) for entry in entries), default=0)
-    return Plan(graph, able, max(graph.opset, needed), tuple(entries), tuple(kept), matching.missing)
+    return Plan(
+        graph, able, max(graph.opset, needed), tuple(entries), tuple(kept), matching.missing
+    )
 
 
 def explain_float(name: str, uses: Sequence[Use]) -> str:
@@ -143,8 +155,13 @@ def plan_tied(
     ]
     pairs = ((form, uses.get(member.name, [])) for form, member in zip(forms, members, strict=True))
     standard = [(form, consumers) for form, consumers in pairs if isinstance(form, StandardForm)]
-    cast = any(form.integer or any(use.node.op_type == "Gather" for use in consumers) for form, consumers in standard)
-    if not target.decoders and cast:  # narrow types would need a Cast, which is a decoder (and in onnxruntime as of 1.23)
+    cast = any(
+        form.integer or any(use.node.op_type == "Gather" for use in consumers)
+        for form, consumers in standard
+    )
+    if (
+        not target.decoders and cast
+    ):  # narrow types would need a Cast, which is a decoder (and in onnxruntime as of 1.23)
         target = replace(target, dense_types=target.dense_types & INT8_TYPES)
     levels = permute_levels(members[0], forms[0])
     stored, reason = choose_cheapest(levels, names("q"), target, storage)
@@ -152,7 +169,9 @@ def plan_tied(
         return Refusal(reason)
     entries = []
     for member, form in zip(members, forms, strict=True):
-        if isinstance(form, StandardForm) and not np.array_equal(permute_levels(member, form), levels):
+        if isinstance(form, StandardForm) and not np.array_equal(
+            permute_levels(member, form), levels
+        ):
             form = Refusal("it is stored once with its tied twin, in the other layout")
         why = f"{reason}; folded, since {form.reason}" if isinstance(form, Refusal) else reason
         if isinstance(form, StandardForm):
@@ -165,10 +184,16 @@ def plan_tied(
 
 def permute_levels(weight: GraphWeight, form: StandardForm | Refusal | None) -> np.ndarray:
     """The levels in the layout that the weight's dequantisation reads."""
-    return weight.tensor.levels.T if isinstance(form, StandardForm) and form.transposed else weight.tensor.levels
+    return (
+        weight.tensor.levels.T
+        if isinstance(form, StandardForm) and form.transposed
+        else weight.tensor.levels
+    )
 
 
-def choose_form(weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target) -> StandardForm | Refusal | None:
+def choose_form(
+    weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target
+) -> StandardForm | Refusal | None:
     """None where the folded function is wanted anyway, or integers."""
     if dequantize == "folded" or weight.integers is not None:
         return None
@@ -176,21 +201,33 @@ def choose_form(weight: GraphWeight, dequantize: str, uses: Sequence[Use], targe
     if refusal is not None:
         return refusal
     if target.max_opset < find_standard_opset(weight):
-        return Refusal(f"DequantizeLinear needs opset {find_standard_opset(weight)}, which the graph can't be raised to")
+        return Refusal(
+            f"DequantizeLinear needs opset {find_standard_opset(weight)}, which the graph can't be raised to"
+        )
     return find_standard_form(weight.tensor, uses)
 
 
 def find_standard_opset(weight: GraphWeight) -> int:
     """10 for one step, 13 for one per index of an axis."""
-    return 13 if isinstance(weight.tensor.meaning, Scale) and weight.tensor.meaning.axis is not None else 10
+    return (
+        13
+        if isinstance(weight.tensor.meaning, Scale) and weight.tensor.meaning.axis is not None
+        else 10
+    )
 
 
-def choose_cheapest(levels: np.ndarray, name: str, target: Target, storage: str) -> tuple[Stored | None, str]:
+def choose_cheapest(
+    levels: np.ndarray, name: str, target: Target, storage: str
+) -> tuple[Stored | None, str]:
     """The storage of fewest bytes among those allowed that store each weight alone, dense where none of them can; and why."""
     allowed = {"auto": ["dense", "sparse"], "packed": ["dense"]}.get(storage, [storage])
     results = {label: STORAGES[label].encode(levels, name, target) for label in allowed}
     stored = [result for result in results.values() if isinstance(result, Stored)]
-    refused = [f"{label}: {result.reason}" for label, result in results.items() if isinstance(result, Refusal)]
+    refused = [
+        f"{label}: {result.reason}"
+        for label, result in results.items()
+        if isinstance(result, Refusal)
+    ]
     if not stored and storage != "dense":
         fallback, why = choose_cheapest(levels, name, target, "dense")
         return fallback, "; ".join([*refused, why])
@@ -198,7 +235,9 @@ def choose_cheapest(levels: np.ndarray, name: str, target: Target, storage: str)
         return None, "; ".join(refused)
     best = min(stored, key=lambda result: result.nbytes)
     others = [f"{result.label} {result.nbytes}" for result in stored if result is not best]
-    return best, f"{best.label} {best.nbytes} bytes" + (f", less than {', '.join(others)}" if others else "")
+    return best, f"{best.label} {best.nbytes} bytes" + (
+        f", less than {', '.join(others)}" if others else ""
+    )
 
 
 def find_needed_opset(entry: Entry) -> int:

@@ -35,7 +35,12 @@ def shorten_names(model: ModelProto) -> Mapping[str, str]:
         for node in scope.node:
             for values in (node.input, node.output):
                 values[:] = [new(name) for name in values]
-        for value in (*scope.input, *scope.output, *scope.initializer, *(sparse.values for sparse in scope.sparse_initializer)):
+        for value in (
+            *scope.input,
+            *scope.output,
+            *scope.initializer,
+            *(sparse.values for sparse in scope.sparse_initializer),
+        ):
             value.name = new(value.name)
         for info in scope.quantization_annotation:
             info.tensor_name = new(info.tensor_name)
@@ -61,7 +66,12 @@ def shorten_integers(model: ModelProto) -> None:
         for tensor in scope.initializer:
             if tensor.data_type == TensorProto.INT64 and tensor.HasField("raw_data"):
                 values = numpy_helper.to_array(tensor).reshape(-1).tolist()
-                listed = TensorProto(name=tensor.name, data_type=TensorProto.INT64, dims=tensor.dims, int64_data=values)
+                listed = TensorProto(
+                    name=tensor.name,
+                    data_type=TensorProto.INT64,
+                    dims=tensor.dims,
+                    int64_data=values,
+                )
                 if listed.ByteSize() < tensor.ByteSize():
                     tensor.CopyFrom(listed)
 
@@ -69,7 +79,11 @@ def shorten_integers(model: ModelProto) -> None:
 def drop_defaults(model: ModelProto, opset: int) -> None:
     """Removes, in place, attributes of standard operators that equal their default, or change nothing."""
     inputs = {value.name for value in model.graph.input}
-    shapes = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT64}
+    shapes = {
+        tensor.name: tensor
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.INT64
+    }
     whole = {name for name, tensor in shapes.items() if name not in inputs and _has_no_zero(tensor)}
     for scope in list_graphs(model.graph):
         for node in (node for node in scope.node if node.domain in ("", "ai.onnx")):
@@ -83,7 +97,9 @@ def _has_no_zero(tensor: TensorProto) -> bool:
     return bool(stored) and bool(numpy_helper.to_array(tensor).all())
 
 
-def _is_default(node: NodeProto, attribute: AttributeProto, opset: int, whole: Collection[str]) -> bool:
+def _is_default(
+    node: NodeProto, attribute: AttributeProto, opset: int, whole: Collection[str]
+) -> bool:
     """whole: names of constant shapes without 0, for which Reshape's allowzero is the same either way."""
     if attribute.ref_attr_name:
         return False

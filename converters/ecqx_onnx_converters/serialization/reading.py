@@ -19,7 +19,12 @@ from ecqx_onnx_converters.graph.graph import clear_data, read_values
 from ecqx_onnx_converters.graph.limits import LONGEST_NAME
 from ecqx_onnx_converters.matching.matching import GraphWeight
 from ecqx_onnx_converters.serialization.checksum import compute_checksum
-from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, compute_levels_crc, from_text, read_checksum
+from ecqx_onnx_converters.serialization.metadata import (
+    METADATA_KEY,
+    compute_levels_crc,
+    from_text,
+    read_checksum,
+)
 from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage.registry import STORAGES
 
@@ -90,7 +95,9 @@ def find_metadata_text(model: ModelProto) -> str | None:
 
 def read_records(metadata: Mapping[str, Any]) -> tuple[Record, ...]:
     """The list of tensors in what `read_metadata` gave; FileError for one that can't be read."""
-    return tuple(Record.of(record, metadata.get("storage")) for record in metadata.get("tensors", []))
+    return tuple(
+        Record.of(record, metadata.get("storage")) for record in metadata.get("tensors", [])
+    )
 
 
 def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
@@ -99,8 +106,15 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
     folder = None if isinstance(source, ModelProto) else Path(source).parent
     try:
         return _read_all(model, folder)
-    except (IndexError, TypeError, ValueError, OverflowError) as error:  # a node without inputs, a name that isn't UTF-8, …
-        raise FileError(f"the weights of the ONNX file can't be read ({error}); the file is damaged") from error
+    except (
+        IndexError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # a node without inputs, a name that isn't UTF-8, …
+        raise FileError(
+            f"the weights of the ONNX file can't be read ({error}); the file is damaged"
+        ) from error
 
 
 def _read_all(model: ModelProto, folder: Path | None) -> tuple[StoredWeight, ...]:
@@ -138,15 +152,25 @@ class Record:
             levels, storage = "" if levels == 0 else levels, storage or usual
             texts = (name, storage, levels, value, *(sources or [name]))
             known = layout in (0, 1, 2) and rest[:1] != [""]
-            if not all(isinstance(text, str) for text in texts) or type(crc) is not int or not known:
+            if (
+                not all(isinstance(text, str) for text in texts)
+                or type(crc) is not int
+                or not known
+            ):
                 raise ValueError("a name is no text, the checksum no number, or the layout unknown")
             if max(map(len, texts)) > LONGEST_NAME:
                 raise ValueError(f"a name has more than {LONGEST_NAME} characters")
         except (TypeError, ValueError) as error:
-            raise FileError(f"the metadata of the ONNX file describes a tensor wrongly ({error}); the file is damaged") from error
-        parsed = cls(name, value, storage, levels, tuple(sources or [name]), layout == 1, layout == 2, crc)
+            raise FileError(
+                f"the metadata of the ONNX file describes a tensor wrongly ({error}); the file is damaged"
+            ) from error
+        parsed = cls(
+            name, value, storage, levels, tuple(sources or [name]), layout == 1, layout == 2, crc
+        )
         if parsed.storage not in STORAGES:
-            raise FileError(f"weight '{name}' has storage '{parsed.storage}', which this version can't read; update ecqx-onnx")
+            raise FileError(
+                f"weight '{name}' has storage '{parsed.storage}', which this version can't read; update ecqx-onnx"
+            )
         return parsed
 
 
@@ -162,8 +186,14 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
     if record.integers:
         return _read_integers(record, levels, contents)
     node = find_dequantization(record, contents, users)
-    read = node.input[1:2] if node.op_type == "DequantizeLinear" else node.input[1:]  # its zero point is always zero
-    constants = {name: read_floats(contents.initializers[name]) for name in read if name in contents.initializers}
+    read = (
+        node.input[1:2] if node.op_type == "DequantizeLinear" else node.input[1:]
+    )  # its zero point is always zero
+    constants = {
+        name: read_floats(contents.initializers[name])
+        for name in read
+        if name in contents.initializers
+    }
     meaning, factor = read_meaning(node, constants, levels.ndim)
     try:
         for part in (meaning.step if isinstance(meaning, Scale) else None, factor):
@@ -179,7 +209,10 @@ def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto
     crc_ok = compute_levels_crc(levels) == record.crc32
     order = find_permutation(record, contents, levels.ndim)
     if order is not None:
-        tensor, factor = tensor.transpose(order), factor if factor is None or factor.ndim == 0 else factor.transpose(order)
+        tensor, factor = (
+            tensor.transpose(order),
+            factor if factor is None or factor.ndim == 0 else factor.transpose(order),
+        )
     weight = GraphWeight(record.name, tensor, record.sources, factor)
     nbytes = STORAGES[record.storage].stored_bytes(record.levels, contents)
     return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
@@ -208,9 +241,13 @@ def find_permutation(record: Record, contents: Contents, rank: int) -> tuple[int
     """How the stored axes are turned to get the weight's."""
     node = contents.makers.get(record.value)
     if node is not None and node.op_type == "Transpose":
-        turned = next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), ())
+        turned = next(
+            (tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), ()
+        )
         if sorted(turned) != list(range(rank)):
-            raise FileError(f"weight '{record.name}' is transposed by {list(turned)}; the ONNX file is damaged")
+            raise FileError(
+                f"weight '{record.name}' is transposed by {list(turned)}; the ONNX file is damaged"
+            )
         return turned
     return (1, 0) if record.transposed else None
 
@@ -221,7 +258,11 @@ def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> St
         raise FileError(
             f"nothing makes the integers of '{record.name}' in the ONNX file; some tool has rewritten it: pack it again"
         )
-    offsets = [read_values(contents.initializers[name]) for name in node.input[1:] if name in contents.initializers]
+    offsets = [
+        read_values(contents.initializers[name])
+        for name in node.input[1:]
+        if name in contents.initializers
+    ]
     form = read_integers(node, offsets[0] if len(offsets) == 1 else None)
     tensor = QuantTensor(record.name, levels, Scale(np.ones((), np.float32)))
     weight = GraphWeight(record.name, tensor, record.sources, integers=form)
@@ -230,13 +271,28 @@ def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> St
     return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
 
 
-def find_dequantization(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> NodeProto:
+def find_dequantization(
+    record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]
+) -> NodeProto:
     """The node that dequantises the record's levels into its value, or, for an embedding, into the gathered rows."""
     node = find_maker(record, contents)
-    cast = contents.makers.get(node.input[0]) if node is not None and node.op_type == "DequantizeLinear" else None
-    if node is not None and cast is not None and cast.op_type == "Cast" and cast.input[0] == record.levels:
+    cast = (
+        contents.makers.get(node.input[0])
+        if node is not None and node.op_type == "DequantizeLinear"
+        else None
+    )
+    if (
+        node is not None
+        and cast is not None
+        and cast.op_type == "Cast"
+        and cast.input[0] == record.levels
+    ):
         return node
-    if node is not None and node.input[0] == record.levels and (node.domain == DOMAIN or node.op_type == "DequantizeLinear"):
+    if (
+        node is not None
+        and node.input[0] == record.levels
+        and (node.domain == DOMAIN or node.op_type == "DequantizeLinear")
+    ):
         return node
     reached, queue = set(), [record.levels]
     while queue:
@@ -253,7 +309,9 @@ def find_dequantization(record: Record, contents: Contents, users: Mapping[str, 
 
 def read_floats(tensor: TensorProto) -> np.ndarray:
     if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
-        raise FileError(f"'{tensor.name}' should be float32 or float16 and has type {tensor.data_type}; the ONNX file is damaged")
+        raise FileError(
+            f"'{tensor.name}' should be float32 or float16 and has type {tensor.data_type}; the ONNX file is damaged"
+        )
     return read_values(tensor).astype(np.float32)
 
 

@@ -30,7 +30,13 @@ from ecqx_onnx_converters.dequantization.fused import (
     make_scaled,
 )
 from ecqx_onnx_converters.dequantization.standard import apply_standard
-from ecqx_onnx_converters.graph.files import PROTOBUF_LIMIT, find_data_path, replace_model, to_little_endian, write_proto
+from ecqx_onnx_converters.graph.files import (
+    PROTOBUF_LIMIT,
+    find_data_path,
+    replace_model,
+    to_little_endian,
+    write_proto,
+)
 from ecqx_onnx_converters.graph.graph import list_graphs, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.graph.opsets import set_opset
@@ -40,8 +46,17 @@ from ecqx_onnx_converters.passes.shapes import fix_batch
 from ecqx_onnx_converters.planning.packed_choice import choose_fused
 from ecqx_onnx_converters.planning.plan import Entry, Plan
 from ecqx_onnx_converters.serialization.checksum import compute_checksum
-from ecqx_onnx_converters.serialization.compact import drop_defaults, shorten_integers, shorten_names
-from ecqx_onnx_converters.serialization.metadata import FORMAT, METADATA_KEY, compute_levels_crc, to_text
+from ecqx_onnx_converters.serialization.compact import (
+    drop_defaults,
+    shorten_integers,
+    shorten_names,
+)
+from ecqx_onnx_converters.serialization.metadata import (
+    FORMAT,
+    METADATA_KEY,
+    compute_levels_crc,
+    to_text,
+)
 from ecqx_onnx_converters.serialization.report import WriteReport, WrittenTensor
 from ecqx_onnx_converters.storage import DOMAIN
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
@@ -95,7 +110,9 @@ def write(
         if accept is not None:
             accept(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
-    return WriteReport(path, nbytes, plan.opset, plan.target.name, built.tensors, plan.kept, plan.missing)
+    return WriteReport(
+        path, nbytes, plan.opset, plan.target.name, built.tensors, plan.kept, plan.missing
+    )
 
 
 def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
@@ -104,11 +121,18 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     model.CopyFrom(plan.graph.proto)
     quantized = {entry.weight.name for entry in plan.entries}
     graph = model.graph
-    for values in (graph.initializer, graph.input):  # old exporters list weights among the inputs, too
-        for index in reversed([index for index, value in enumerate(values) if value.name in quantized]):
+    for values in (
+        graph.initializer,
+        graph.input,
+    ):  # old exporters list weights among the inputs, too
+        for index in reversed(
+            [index for index, value in enumerate(values) if value.name in quantized]
+        ):
             del values[index]
     for scope in list_graphs(graph):
-        scope.ClearField("value_info")  # shapes that every runtime infers; they outweigh a small model's weights
+        scope.ClearField(
+            "value_info"
+        )  # shapes that every runtime infers; they outweigh a small model's weights
     if plan.target.one_sample:
         fix_batch(graph)
     set_opset(model, plan.opset)
@@ -121,11 +145,22 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     drop_defaults(model, plan.opset)
     shorten_integers(model)
     renamed = shorten_names(model)
-    payloads = {renamed[name]: values for name, values in plan.graph.weights.items() if name not in quantized}
+    payloads = {
+        renamed[name]: values
+        for name, values in plan.graph.weights.items()
+        if name not in quantized
+    }
     usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
     records = [make_record(entry, renamed, usual[0][0], fused, turned) for entry in plan.entries]
-    content = {"format": FORMAT, **(metadata or {}), "storage": usual[0][0] if usual else "dense", "tensors": records}
-    for index in reversed([index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]):
+    content = {
+        "format": FORMAT,
+        **(metadata or {}),
+        "storage": usual[0][0] if usual else "dense",
+        "tensors": records,
+    }
+    for index in reversed(
+        [index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]
+    ):
         del model.metadata_props[index]
 
     def elsewhere(tensor: TensorProto) -> bytes | None:
@@ -138,7 +173,11 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
 
 def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[WrittenTensor, ...]:
     """Storage, dequantisation and functions; sparse tensors last, since other tools drop them."""
-    graph, names, uses = model.graph, NameMaker(list_value_names(model.graph)), find_uses(model.graph)
+    graph, names, uses = (
+        model.graph,
+        NameMaker(list_value_names(model.graph)),
+        find_uses(model.graph),
+    )
     names.taken.update(name for entry in plan.entries for name in list_names(entry))
     nodes: list[NodeProto] = []
     functions: dict[tuple[str, str], FunctionProto] = {}
@@ -146,7 +185,10 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
     rows: list[WrittenTensor] = []
     seen: set[str] = set()
     for entry in plan.entries:
-        first, whole = entry.stored.levels not in seen, fused is not None and entry.stored.storage == "packed"
+        first, whole = (
+            entry.stored.levels not in seen,
+            fused is not None and entry.stored.storage == "packed",
+        )
         if first:
             seen.add(entry.stored.levels)
             graph.initializer.extend(entry.stored.initializers)
@@ -155,17 +197,25 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
             functions.update({(part.domain, part.name): part for part in entry.stored.functions})
         permutation = find_read_permutation(entry, fused)
         dequantization = make_dequantization(entry, names, permutation)
-        graph.initializer.extend(part for part in dequantization.initializers if part.name not in seen)
+        graph.initializer.extend(
+            part for part in dequantization.initializers if part.name not in seen
+        )
         seen.update(part.name for part in dequantization.initializers)
         if dequantization.function is not None and not whole:
-            functions[DOMAIN, dequantization.function] = make_function(dequantization.function, plan.opset)
+            functions[DOMAIN, dequantization.function] = make_function(
+                dequantization.function, plan.opset
+            )
         if fused is not None and whole:
             nodes.extend(fuse(entry.stored, fused, dequantization.node))
         elif entry.form is None or entry.form.dense:
             nodes.extend([*dequantization.before, dequantization.node])
             if entry.form is None and permutation is not None:
                 nodes[-1].output[0] = names("t")
-                nodes.append(helper.make_node("Transpose", [nodes[-1].output[0]], [entry.weight.name], perm=permutation))
+                nodes.append(
+                    helper.make_node(
+                        "Transpose", [nodes[-1].output[0]], [entry.weight.name], perm=permutation
+                    )
+                )
         if entry.form is not None and not entry.form.integer:
             step = dequantization.initializers[0].name
             weight, stored = entry.weight, entry.stored
@@ -182,7 +232,9 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
     if fused is not None:
         levels = functions.pop((DOMAIN, TENSOR))
         functions[DOMAIN, fused] = (
-            make_scaled(levels) if fused == "V" else compose(fused, levels, make_function(FUSED[fused], plan.opset))
+            make_scaled(levels)
+            if fused == "V"
+            else compose(fused, levels, make_function(FUSED[fused], plan.opset))
         )
     existing = list(graph.node)
     del graph.node[:]
@@ -198,28 +250,50 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
 
 
 def list_names(entry: Entry) -> set[str]:
-    parts = (*entry.stored.initializers, *(sparse.values for sparse in entry.stored.sparse_initializers))
-    return {entry.stored.levels, *(part.name for part in parts), *(name for node in entry.stored.nodes for name in node.output)}
+    parts = (
+        *entry.stored.initializers,
+        *(sparse.values for sparse in entry.stored.sparse_initializers),
+    )
+    return {
+        entry.stored.levels,
+        *(part.name for part in parts),
+        *(name for node in entry.stored.nodes for name in node.output),
+    }
 
 
 def find_read_permutation(entry: Entry, fused: str | None) -> tuple[int, ...] | None:
     """Of the weight's axes, to the order in which its dequantisation reads the levels; None where that is their own."""
-    return find_permutation(entry.stored) if fused is not None and entry.stored.storage == "packed" else entry.permutation
+    return (
+        find_permutation(entry.stored)
+        if fused is not None and entry.stored.storage == "packed"
+        else entry.permutation
+    )
 
 
-def make_dequantization(entry: Entry, names: NameMaker, permutation: tuple[int, ...] | None) -> Dequantization:
+def make_dequantization(
+    entry: Entry, names: NameMaker, permutation: tuple[int, ...] | None
+) -> Dequantization:
     weight, constant = entry.weight, names("s")
     if weight.integers is not None:
-        return make_integers(weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant)
+        return make_integers(
+            weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant
+        )
     if entry.form is None:
         tensor, factor = weight.tensor, weight.factor
         if permutation is not None:
-            tensor, factor = tensor.transpose(permutation), None if factor is None else factor.transpose(permutation)
-        return make_folded(tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor)
+            tensor, factor = (
+                tensor.transpose(permutation),
+                None if factor is None else factor.transpose(permutation),
+            )
+        return make_folded(
+            tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor
+        )
     tensor = weight.tensor.transpose((1, 0)) if entry.form.transposed else weight.tensor
     stored = entry.stored
     if entry.form.integer:
-        made = make_integer(tensor, levels=stored.levels, type=stored.type, output=weight.name, constant=constant)
+        made = make_integer(
+            tensor, levels=stored.levels, type=stored.type, output=weight.name, constant=constant
+        )
     else:
         made = make_standard(tensor, levels=stored.levels, output=weight.name, constant=constant)
     if not isinstance(made, Dequantization):
@@ -237,7 +311,9 @@ def report_row(entry: Entry, dequantization: Dequantization, first: bool) -> Wri
     )  # fmt: skip
 
 
-def make_record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None, turned: Collection[str]) -> list[Any]:
+def make_record(
+    entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None, turned: Collection[str]
+) -> list[Any]:
     """What the metadata says of one weight, as a row, since keys would outweigh the rest:
 
     [name, crc32 of the int8 levels row-major as stored, float value, integer value, layout, storage, sources]. The values are
@@ -246,14 +322,28 @@ def make_record(entry: Entry, renamed: Mapping[str, str], usual: str, fused: str
     left out.
     """
     weight, stored = entry.weight, entry.stored
-    stored_turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    permutation = find_read_permutation(entry, fused) or ((1, 0) if stored_turned else range(weight.tensor.levels.ndim))
+    stored_turned = entry.permutation is not None or (
+        entry.form is not None and entry.form.transposed
+    )
+    permutation = find_read_permutation(entry, fused) or (
+        (1, 0) if stored_turned else range(weight.tensor.levels.ndim)
+    )
     layout = 2 if weight.integers is not None else int(stored_turned or weight.name in turned)
     sources = 0 if weight.sources == (weight.name,) else list(weight.sources)
-    rest = [renamed.get(stored.levels, 0), layout, 0 if stored.storage == usual else stored.storage, sources]
+    rest = [
+        renamed.get(stored.levels, 0),
+        layout,
+        0 if stored.storage == usual else stored.storage,
+        sources,
+    ]
     while rest and rest[-1] == 0:
         rest.pop()
-    return [weight.name, compute_levels_crc(weight.tensor.levels.transpose(permutation)), renamed.get(weight.name, ""), *rest]
+    return [
+        weight.name,
+        compute_levels_crc(weight.tensor.levels.transpose(permutation)),
+        renamed.get(weight.name, ""),
+        *rest,
+    ]
 
 
 def count_tensor_bytes(built: Built) -> int:
@@ -269,4 +359,6 @@ def check_model(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=full)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise FileError(f"the model would not be valid ONNX and was not written: {str(error).strip().splitlines()[0]}") from error
+        raise FileError(
+            f"the model would not be valid ONNX and was not written: {str(error).strip().splitlines()[0]}"
+        ) from error

@@ -30,18 +30,30 @@ TYPES: dict[int, tuple[int, int, int]] = {
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     """One initializer `name` of the narrowest type that the target has, or digits if fewer bytes."""
     whole = encode_whole_bits(levels, name, target)
-    digits = radix.encode(levels, name) if target.decoders and target.max_opset >= radix.OPSET and levels.size else None
-    return whole if digits is None or (isinstance(whole, Stored) and whole.nbytes <= digits.nbytes) else digits
+    digits = (
+        radix.encode(levels, name)
+        if target.decoders and target.max_opset >= radix.OPSET and levels.size
+        else None
+    )
+    return (
+        whole
+        if digits is None or (isinstance(whole, Stored) and whole.nbytes <= digits.nbytes)
+        else digits
+    )
 
 
 def encode_whole_bits(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     lowest, highest = (int(levels.min()), int(levels.max())) if levels.size else (0, 0)
     for kind, (bits, least, most) in TYPES.items():
         if kind in target.dense_types and least <= lowest and highest <= most:
-            tensor = TensorProto(name=name, data_type=kind, dims=levels.shape, raw_data=pack_bits(levels, bits))
+            tensor = TensorProto(
+                name=name, data_type=kind, dims=levels.shape, raw_data=pack_bits(levels, bits)
+            )
             label = f"dense {TensorProto.DataType.Name(kind)}"
             return Stored("dense", label, name, kind, OPSET_OF_TYPE[kind], initializers=(tensor,))
-    return Refusal(f"levels from {lowest} to {highest} fit no integer type of target '{target.name}'")
+    return Refusal(
+        f"levels from {lowest} to {highest} fit no integer type of target '{target.name}'"
+    )
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:
@@ -86,6 +98,8 @@ def unpack_bits(data: bytes, bits: int, size: int, *, signed: bool) -> np.ndarra
     packed = np.frombuffer(data, np.uint8)
     levels = np.empty((packed.size, 8 // bits), np.int8)
     for position in range(8 // bits):
-        high = packed << np.uint8(8 - bits * (position + 1))  # the level in the highest bits: shifting back extends its sign
+        high = packed << np.uint8(
+            8 - bits * (position + 1)
+        )  # the level in the highest bits: shifting back extends its sign
         levels[:, position] = (high.view(np.int8) if signed else high) >> (8 - bits)
     return levels.reshape(-1)[:size]

@@ -35,15 +35,31 @@ def encode(levels: np.ndarray, name: str) -> Stored:
     count = count_digits_per_byte(base)
     powers = base ** np.arange(count)
     digits = np.zeros((-(-levels.size // count), count), np.uint8)
-    digits.reshape(-1)[: levels.size] = np.ascontiguousarray(levels).reshape(-1).astype(np.int16) - lowest
+    digits.reshape(-1)[: levels.size] = (
+        np.ascontiguousarray(levels).reshape(-1).astype(np.int16) - lowest
+    )
     data = (digits @ powers.astype(np.uint16)).astype(np.uint8)
-    tensor = TensorProto(name=name + "_", data_type=TensorProto.UINT8, dims=data.shape, raw_data=data.tobytes())
+    tensor = TensorProto(
+        name=name + "_", data_type=TensorProto.UINT8, dims=data.shape, raw_data=data.tobytes()
+    )
     node = helper.make_node(FUNCTION, [tensor.name], [name], domain=DOMAIN)
-    for key, values in (("p", powers.tolist()), ("n", [base]), ("l", [lowest]), ("s", list(levels.shape))):
+    for key, values in (
+        ("p", powers.tolist()),
+        ("n", [base]),
+        ("l", [lowest]),
+        ("s", list(levels.shape)),
+    ):
         node.attribute.append(AttributeProto(name=key, type=AttributeProto.INTS, ints=values))
     label = f"dense, {count} in a byte"
     return Stored(
-        "dense", label, name, TensorProto.INT8, OPSET, initializers=(tensor,), nodes=(node,), functions=(make_function(),)
+        "dense",
+        label,
+        name,
+        TensorProto.INT8,
+        OPSET,
+        initializers=(tensor,),
+        nodes=(node,),
+        functions=(make_function(),),
     )
 
 
@@ -52,7 +68,9 @@ def make_function() -> FunctionProto:
     nodes = []
     for attribute in "pnls":
         nodes.append(helper.make_node("Constant", [], [attribute]))
-        reference = AttributeProto(name="value_ints", ref_attr_name=attribute, type=AttributeProto.INTS)
+        reference = AttributeProto(
+            name="value_ints", ref_attr_name=attribute, type=AttributeProto.INTS
+        )
         nodes[-1].attribute.append(reference)
     steps: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         ("Constant", "", "a", {"value_ints": [-1]}),
@@ -68,8 +86,13 @@ def make_function() -> FunctionProto:
         ("Slice", "h z i", "j", {}),
         ("Reshape", "j s", "y", {}),
     )
-    nodes += [helper.make_node(op, inputs.split(), [output], **attributes) for op, inputs, output, attributes in steps]
-    return helper.make_function(DOMAIN, FUNCTION, ["x"], ["y"], nodes, [helper.make_opsetid("", 18)], ["p", "n", "l", "s"])
+    nodes += [
+        helper.make_node(op, inputs.split(), [output], **attributes)
+        for op, inputs, output, attributes in steps
+    ]
+    return helper.make_function(
+        DOMAIN, FUNCTION, ["x"], ["y"], nodes, [helper.make_opsetid("", 18)], ["p", "n", "l", "s"]
+    )
 
 
 def is_digits(node: NodeProto | None) -> bool:
@@ -82,13 +105,28 @@ def decode(name: str, contents: Contents) -> np.ndarray:
     numbers = {attribute.name: list(attribute.ints) for attribute in node.attribute}
     data = contents.initializers[node.input[0]]
     shape, powers = numbers.get("s", [-1]), numbers.get("p", [])
-    base, lowest = (numbers.get(key, [0])[0] if len(numbers.get(key, [])) == 1 else 0 for key in "nl")
+    base, lowest = (
+        numbers.get(key, [0])[0] if len(numbers.get(key, [])) == 1 else 0 for key in "nl"
+    )
     size = math.prod(shape)
-    fits = 2 <= base <= 256 and powers == [base**i for i in range(len(powers))] and len(powers) == count_digits_per_byte(base)
-    if not fits or min(shape, default=0) < 0 or not 0 < size <= MAX_WEIGHTS or not -128 <= lowest <= 128 - base:
-        raise FileError(f"the digits of integer tensor '{name}' are described by {numbers}; the ONNX file is damaged")
+    fits = (
+        2 <= base <= 256
+        and powers == [base**i for i in range(len(powers))]
+        and len(powers) == count_digits_per_byte(base)
+    )
+    if (
+        not fits
+        or min(shape, default=0) < 0
+        or not 0 < size <= MAX_WEIGHTS
+        or not -128 <= lowest <= 128 - base
+    ):
+        raise FileError(
+            f"the digits of integer tensor '{name}' are described by {numbers}; the ONNX file is damaged"
+        )
     if data.data_type != TensorProto.UINT8 or len(data.raw_data) != -(-size // len(powers)):
-        raise FileError(f"integer tensor '{name}' has {len(data.raw_data)} bytes for {size} weights; the ONNX file is damaged")
+        raise FileError(
+            f"integer tensor '{name}' has {len(data.raw_data)} bytes for {size} weights; the ONNX file is damaged"
+        )
     packed = np.frombuffer(data.raw_data, np.uint8).astype(np.int16)
     levels = np.empty((packed.size, len(powers)), np.int8)
     for position, power in enumerate(powers):

@@ -24,25 +24,42 @@ def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     flat = np.ascontiguousarray(levels).reshape(-1)
     positions = np.flatnonzero(flat).astype("<i8")
     sparse = SparseTensorProto(
-        values=TensorProto(name=name, data_type=TensorProto.INT8, dims=[positions.size], raw_data=flat[positions].tobytes()),
-        indices=TensorProto(data_type=TensorProto.INT64, dims=[positions.size], raw_data=positions.tobytes()),
+        values=TensorProto(
+            name=name,
+            data_type=TensorProto.INT8,
+            dims=[positions.size],
+            raw_data=flat[positions].tobytes(),
+        ),
+        indices=TensorProto(
+            data_type=TensorProto.INT64, dims=[positions.size], raw_data=positions.tobytes()
+        ),
         dims=levels.shape,
     )
-    return Stored("sparse", "sparse INT8", name, TensorProto.INT8, 11, sparse_initializers=(sparse,))
+    return Stored(
+        "sparse", "sparse INT8", name, TensorProto.INT8, 11, sparse_initializers=(sparse,)
+    )
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:
     sparse = contents.sparse_initializers[name]
     values, size = np.frombuffer(sparse.values.raw_data, np.int8), math.prod(sparse.dims)
-    if len(sparse.indices.raw_data) != 8 * values.size or min(sparse.dims, default=0) < 0 or size > MAX_WEIGHTS:
+    if (
+        len(sparse.indices.raw_data) != 8 * values.size
+        or min(sparse.dims, default=0) < 0
+        or size > MAX_WEIGHTS
+    ):
         raise FileError(
             f"sparse tensor '{name}' has dims {list(sparse.dims)}, {values.size} values and {len(sparse.indices.raw_data)} bytes"
             " of positions; the ONNX file is damaged"
         )
     if not may_have_size(size, values.size):
-        raise FileError(f"sparse tensor '{name}' claims {size} weights for {values.size} values; the ONNX file is damaged")
+        raise FileError(
+            f"sparse tensor '{name}' claims {size} weights for {values.size} values; the ONNX file is damaged"
+        )
     positions = np.frombuffer(sparse.indices.raw_data, "<i8")
-    if values.size and (positions.min() < 0 or positions.max() >= size or (np.diff(positions) <= 0).any()):
+    if values.size and (
+        positions.min() < 0 or positions.max() >= size or (np.diff(positions) <= 0).any()
+    ):
         raise FileError(
             f"sparse tensor '{name}' has positions outside its {size} weights or out of order; the ONNX file is damaged"
         )

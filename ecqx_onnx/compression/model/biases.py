@@ -10,14 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, list_value_names, make_fresh_name, read_values
+from ecqx_onnx_converters.graph.graph import (
+    FloatGraph,
+    clear_data,
+    list_value_names,
+    make_fresh_name,
+    read_values,
+)
 from ecqx_onnx_converters.graph.uses import Use, find_uses
 from onnx import ModelProto, TensorProto
 
 from ecqx_onnx.compression.model.weights import Weight
 
 
-def with_biases(graph: FloatGraph, weights: Sequence[Weight]) -> tuple[FloatGraph, Mapping[str, str]]:
+def with_biases(
+    graph: FloatGraph, weights: Sequence[Weight]
+) -> tuple[FloatGraph, Mapping[str, str]]:
     """(graph, weight -> initializer [rows] that is its bias).
 
     Conv and Gemm without a bias get one of zeros; a MatMul has one where an Add of a constant

@@ -106,7 +106,9 @@ def load_onnx(path: Path) -> FloatModel:
 
 def _refuse_integers(path: Path, file: OnnxFile) -> None:
     if file.metadata.get("tensors"):
-        raise ModelError(f"{path}: its weights are stored as integers by ecqx-onnx already; give the float model")
+        raise ModelError(
+            f"{path}: its weights are stored as integers by ecqx-onnx already; give the float model"
+        )
     operators = {node.op_type for scope in list_graphs(file.proto.graph) for node in scope.node}
     for name in INTEGERS:
         if name in operators:

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 from ecqx_onnx_converters.graph.files import to_little_endian
-from ecqx_onnx_converters.graph.graph import FloatGraph, clear_data, list_graphs, list_value_names, make_fresh_name, rename_values
+from ecqx_onnx_converters.graph.graph import (
+    FloatGraph,
+    clear_data,
+    list_graphs,
+    list_value_names,
+    make_fresh_name,
+    rename_values,
+)
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -64,7 +71,9 @@ def _widen_attributes(node: NodeProto) -> None:
         if attribute.name in ("to", "dtype") and attribute.i == HALF:
             attribute.i = FULL
         if attribute.type == AttributeProto.TENSOR and attribute.t.data_type == HALF:
-            wide = numpy_helper.from_array(_values(attribute.t).astype(np.float32), attribute.t.name)
+            wide = numpy_helper.from_array(
+                _values(attribute.t).astype(np.float32), attribute.t.name
+            )
             attribute.t.CopyFrom(wide)
 
 

@@ -169,7 +169,9 @@ def _position(weight: Weight, order: Mapping[str, int]) -> int:
     return min(places)
 
 
-def _as_weight(name: str, values: np.ndarray, uses: Sequence[Use], main: set[int]) -> Weight | Passed:
+def _as_weight(
+    name: str, values: np.ndarray, uses: Sequence[Use], main: set[int]
+) -> Weight | Passed:
     """The tensor as a weight, if all of its readers agree on its layout."""
     if not uses:
         return Passed(name, values.shape, "no node reads it")

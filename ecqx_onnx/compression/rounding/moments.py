@@ -160,7 +160,9 @@ def unique_keys(weights: Sequence[Weight]) -> list[MomentKey]:
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 
-def vectors_of(key: MomentKey, activation: np.ndarray, number: int, share: float, mask: np.ndarray | None) -> np.ndarray:
+def vectors_of(
+    key: MomentKey, activation: np.ndarray, number: int, share: float, mask: np.ndarray | None
+) -> np.ndarray:
     """This batch's vectors for one key: `share` of as many as all samples should give."""
     window = key.product.window
     taps = int(np.prod(window.kernel)) if window is not None else 1
@@ -168,13 +170,17 @@ def vectors_of(key: MomentKey, activation: np.ndarray, number: int, share: float
     length = channels // key.groups * taps if window is not None else activation.shape[-1]
     wanted = max(FEWEST_VECTORS, VECTORS_PER_INPUT * length)
     limit = max(1, int(wanted * share))
-    return input_vectors(activation, key.product, groups=key.groups, limit=limit, offset=number, mask=mask)
+    return input_vectors(
+        activation, key.product, groups=key.groups, limit=limit, offset=number, mask=mask
+    )
 
 
 def check_finite(name: str, total: MomentSum) -> None:
     """ModelError where sums hold NaN or infinity."""
     if total.total is not None and not np.isfinite(total.total).all():
-        raise ModelError(f"activation '{name}' holds NaN or infinity on these data: mend the model or the data")
+        raise ModelError(
+            f"activation '{name}' holds NaN or infinity on these data: mend the model or the data"
+        )
 
 
 def batch_size(feeds: Feeds) -> int:

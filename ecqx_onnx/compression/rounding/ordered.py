@@ -26,7 +26,12 @@ from ecqx_onnx.compression.rounding.moments import (
     unique_keys,
     vectors_of,
 )
-from ecqx_onnx.compression.rounding.rounding import Rounded, corrected_target, round_nearest, round_with_feedback
+from ecqx_onnx.compression.rounding.rounding import (
+    Rounded,
+    corrected_target,
+    round_nearest,
+    round_with_feedback,
+)
 from ecqx_onnx.runtime.runner import Feeds
 from ecqx_onnx.runtime.segments import Segments
 
@@ -73,7 +78,9 @@ class Layers:
         return (*(weight.name for weight in self.weights), *self.biases.values())
 
 
-def round_at_once(layers: Layers, steps: Mapping[str, np.ndarray], moments: Mapping[MomentKey, Moments]) -> RoundedModel:
+def round_at_once(
+    layers: Layers, steps: Mapping[str, np.ndarray], moments: Mapping[MomentKey, Moments]
+) -> RoundedModel:
     """Every weight by the moments of the float network's inputs; no data are run.
 
     Args:
@@ -184,7 +191,9 @@ def round_in_order(
     return RoundedModel(rounded, changed)
 
 
-def _round_by_pair(layers: Layers, weight: Weight, step: np.ndarray, pair: _Pair | None) -> RoundedWeight:
+def _round_by_pair(
+    layers: Layers, weight: Weight, step: np.ndarray, pair: _Pair | None
+) -> RoundedWeight:
     if pair is None:
         return round_weight(layers, weight, step, None, None, None)
     cross = pair.cross(centered=weight.name in layers.biases)

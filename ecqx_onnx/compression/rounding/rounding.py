@@ -95,7 +95,9 @@ def round_with_feedback(
             if not np.array_equal(used, steps[group]) and start:
                 # Another block has these rows rounded with a narrower step already.
                 steps[group] = used
-                return round_with_feedback(matrices, steps, moments, target=target, dampening=dampening)
+                return round_with_feedback(
+                    matrices, steps, moments, target=target, dampening=dampening
+                )
             steps[group] = used
             levels[group][:, part] = rows
             loss += lost
@@ -173,7 +175,9 @@ def _round_rows(
     return levels, steps, float(losses.sum())
 
 
-def _feed_errors(rows: np.ndarray, steps: np.ndarray, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _feed_errors(
+    rows: np.ndarray, steps: np.ndarray, factor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(levels as floats [rows, columns], loss of each row); columns in the factor's order."""
     work = rows.astype(np.float64)
     wide = steps.astype(np.float64)[:, 0]
@@ -190,7 +194,9 @@ def _feed_errors(rows: np.ndarray, steps: np.ndarray, factor: np.ndarray) -> tup
     return levels, (errors**2).sum(axis=1)
 
 
-def corrected_target(matrices: np.ndarray, quantized: Moments, cross: Moments, *, dampening: float = DAMPENING) -> np.ndarray:
+def corrected_target(
+    matrices: np.ndarray, quantized: Moments, cross: Moments, *, dampening: float = DAMPENING
+) -> np.ndarray:
     """The weights that make up best for what earlier layers' rounding did to the input.
 
         argmin_V E|W x - V x'|²  =  W C H'⁻¹,   C = E[x x'ᵀ],  H' = E[x' x'ᵀ]

@@ -62,7 +62,9 @@ def entropy(levels: np.ndarray) -> float:
     return max(0.0, float(-(shares * np.log2(shares)).sum()))
 
 
-def allocate(curves: Sequence[RateCurve], slopes: Mapping[str, float], dial: float) -> dict[str, float]:
+def allocate(
+    curves: Sequence[RateCurve], slopes: Mapping[str, float], dial: float
+) -> dict[str, float]:
     """The step of each weight at one position of the dial.
 
     Args:
@@ -95,7 +97,9 @@ def allocate_evenly(curves: Sequence[RateCurve], dial: float) -> dict[str, float
 def dial_range(curves: Sequence[RateCurve], slopes: Mapping[str, float]) -> tuple[float, float]:
     """(finest, coarsest) dial between which the steps move at all."""
     largest = max((slopes.get(curve.name, 0.0) / curve.size for curve in curves), default=1.0)
-    smallest = min((slopes[c.name] / c.size for c in curves if slopes.get(c.name, 0.0) > 0), default=largest)
+    smallest = min(
+        (slopes[c.name] / c.size for c in curves if slopes.get(c.name, 0.0) > 0), default=largest
+    )
     # At the optimum of the high rates 2 a Δ² = λ n / ln 2.
     low = np.log2(max(smallest, 1e-30) * 2 * FINEST**2)
     high = np.log2(max(largest, 1e-30) * 2 * COARSEST**2)
@@ -107,7 +111,9 @@ def expected_bits(curves: Sequence[RateCurve], multiples: Mapping[str, float]) -
     return sum(curve.bits_at(multiples[curve.name]) * curve.size for curve in curves)
 
 
-def dial_for_bits(curves: Sequence[RateCurve], slopes: Mapping[str, float], bits: float, *, rounds: int = 40) -> float:
+def dial_for_bits(
+    curves: Sequence[RateCurve], slopes: Mapping[str, float], bits: float, *, rounds: int = 40
+) -> float:
     """The dial at which the curves expect `bits` in all; an end of the range where none does."""
     low, high = dial_range(curves, slopes)
     for _ in range(rounds):

@@ -42,7 +42,9 @@ class Bounds:
     @property
     def limits_quality(self) -> bool:
         """Whether drop, agreement or error are bounded."""
-        return any(value is not None for value in (self.max_drop, self.min_agreement, self.max_error))
+        return any(
+            value is not None for value in (self.max_drop, self.min_agreement, self.max_error)
+        )
 
     def with_defaults(self, *, has_classes: bool) -> Bounds:
         """These bounds, or the defaults where there are none."""
@@ -104,7 +106,9 @@ def make_bounds(
     _check_range("--max-drop", max_drop, 0.0, 100.0, "percentage points, such as 0.5")
     _check_range("--max-error", max_error, 1e-6, 1.0, "a share, such as 0.05")
     if min_agreement is not None and 0 < min_agreement <= 1:
-        raise OptionError(f"--min-agreement {min_agreement:g} is in percent: write {100 * min_agreement:g}")
+        raise OptionError(
+            f"--min-agreement {min_agreement:g} is in percent: write {100 * min_agreement:g}"
+        )
     _check_range("--min-agreement", min_agreement, 1.0, 100.0, "percent, such as 98")
     size = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
     if size is not None and size < 1:

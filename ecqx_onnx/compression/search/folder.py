@@ -60,7 +60,9 @@ class SearchFolder:
             lock = self.path / "lock"
             owner = _owner(lock)
             if owner is not None:
-                raise FileError(f"{self.path}: process {owner} compresses to the same file; wait for it, or give another name")
+                raise FileError(
+                    f"{self.path}: process {owner} compresses to the same file; wait for it, or give another name"
+                )
             lock.unlink(missing_ok=True)
             handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             os.write(handle, str(os.getpid()).encode())

@@ -10,7 +10,13 @@ import numpy as np
 
 from ecqx_onnx.compression.encoding import Encoded, FileOptions, encode
 from ecqx_onnx.compression.rounding.moments import collect_moments, unique_keys
-from ecqx_onnx.compression.rounding.ordered import Layers, RoundedModel, largest_live_bytes, round_at_once, round_in_order
+from ecqx_onnx.compression.rounding.ordered import (
+    Layers,
+    RoundedModel,
+    largest_live_bytes,
+    round_at_once,
+    round_in_order,
+)
 from ecqx_onnx.compression.rounding.units import choose_unit
 from ecqx_onnx.compression.search.allocation import RateCurve, allocate, dial_for_bits, measure_rate
 from ecqx_onnx.compression.search.quality import Quality, QualitySum
@@ -112,7 +118,9 @@ class PointMaker:
         most = int(LIVE_BUDGET / each) if each else len(statistics)
         most = max(batch, most // batch * batch)
         if most < len(statistics):
-            self.notes.append(f"{most} of {len(statistics)} samples are used for statistics, to bound memory")
+            self.notes.append(
+                f"{most} of {len(statistics)} samples are used for statistics, to bound memory"
+            )
             statistics = statistics.take(most)
         return statistics.feeds(batch)
 
@@ -128,7 +136,9 @@ class PointMaker:
         self._curves: tuple[RateCurve, ...] = tuple(curves)
         self._say(f"statistics of {len(layers.weights)} weights")
         samples = sum(len(next(iter(feeds.values()))) for feeds in self._batches)
-        self._moments = collect_moments(self._runner, layers.weights, self._batches, samples=samples)
+        self._moments = collect_moments(
+            self._runner, layers.weights, self._batches, samples=samples
+        )
         self.slopes: dict[str, float] = {}
 
     def measure(self, known: Mapping[str, float] | None = None) -> None:
@@ -143,7 +153,9 @@ class PointMaker:
             if done % max(1, total // 10) == 0:
                 self._say(f"sensitivity of weight {done + 1} of {total}")
 
-        self.slopes = measure_sensitivity(self.layers, self._units, self._moments, self._runner, some, progress=show)
+        self.slopes = measure_sensitivity(
+            self.layers, self._units, self._moments, self._runner, some, progress=show
+        )
 
     @property
     def entries(self) -> int:
@@ -158,7 +170,9 @@ class PointMaker:
     def make(self, bits: float) -> Candidate:
         """The point at `bits` expected bits for a weight."""
         multiples = self.steps_for(bits)
-        steps = {name: self._units[name] * np.float32(multiple) for name, multiple in multiples.items()}
+        steps = {
+            name: self._units[name] * np.float32(multiple) for name, multiple in multiples.items()
+        }
         if self._in_order:
             model = round_in_order(self.layers, steps, self._batches, threads=self._threads)
         else:

@@ -110,7 +110,9 @@ def _fit(x: np.ndarray, spec: InputSpec) -> np.ndarray:
     if x.dtype.kind == "f" and dtype.kind in "iu":
         raise DataError(f"input '{spec.name}' takes {spec.type}, and the data give {x.dtype}")
     lengths = spec.shape[1:]
-    fits = len(spec.shape) == x.ndim and all(wanted in (None, there) for wanted, there in zip(lengths, x.shape[1:], strict=False))
+    fits = len(spec.shape) == x.ndim and all(
+        wanted in (None, there) for wanted, there in zip(lengths, x.shape[1:], strict=False)
+    )
     if not fits:
         wanted = "any shape" if not spec.shape else ["any" if n is None else n for n in spec.shape]
         raise DataError(
@@ -206,7 +208,9 @@ def _find(data: Any, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing
     return _from_values("the data", data, inputs, preprocessing)
 
 
-def _from_text(text: str, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None) -> _Found:
+def _from_text(
+    text: str, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None
+) -> _Found:
     if is_function_spec(text):
         function = load_function(text)
         try:
@@ -253,7 +257,9 @@ def _from_files(
     return _Found(_from_source(source, inputs, preprocessing, None), None, ())
 
 
-def _from_npz(path: Path, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None) -> _Found:
+def _from_npz(
+    path: Path, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None
+) -> _Found:
     names = _names_in(path)
     wanted = [spec.name for spec in inputs]
     if all(name in names for name in wanted):
@@ -281,7 +287,9 @@ def _names_in(path: Path) -> list[str]:
     except FileNotFoundError:
         raise FileError(f"there is no file {path}: check the path") from None
     except (zipfile.BadZipFile, OSError) as error:
-        raise FileError(f"{path} cannot be read as .npz ({error}): save it anew with numpy.savez_compressed") from error
+        raise FileError(
+            f"{path} cannot be read as .npz ({error}): save it anew with numpy.savez_compressed"
+        ) from error
 
 
 def _from_keys(
@@ -303,7 +311,9 @@ def _from_keys(
     if "x" in made and is_test is not None and is_test.dtype == bool and is_test.any():
         whole = made["x"]
         if is_test.shape == (len(whole),) and not is_test.all():
-            return _Found(whole.pick(np.nonzero(~is_test)[0]), whole.pick(np.nonzero(is_test)[0]), classes)
+            return _Found(
+                whole.pick(np.nonzero(~is_test)[0]), whole.pick(np.nonzero(is_test)[0]), classes
+            )
     if "x_train" in made:
         return _Found(made["x_train"], made.get("x_test"), classes)
     return _Found(made.get("x", made.get("x_test")), None, classes)  # type: ignore[arg-type]
@@ -328,7 +338,9 @@ def _join(column: Sequence[Any]) -> Any:
     return np.concatenate([np.atleast_1d(np.asarray(part)) for part in column])
 
 
-def _from_values(name: str, value: Any, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None) -> _Found:
+def _from_values(
+    name: str, value: Any, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None
+) -> _Found:
     """An array, {input: array}, or (one of these, labels)."""
     labels = None
     if isinstance(value, tuple) and len(value) == 2:
@@ -417,14 +429,18 @@ def _inferred(source: Source, spec: InputSpec) -> Preprocessing | None:
     return usual
 
 
-def _from_dataset(data: Dataset, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None) -> _Found:
+def _from_dataset(
+    data: Dataset, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None
+) -> _Found:
     test = _from_split(data.test, inputs, preprocessing)
     if data.train is None:
         return _Found(test, None, data.labels)
     return _Found(_from_split(data.train, inputs, preprocessing), test, data.labels)
 
 
-def _from_split(split: Split, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None) -> Samples:
+def _from_split(
+    split: Split, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None
+) -> Samples:
     made = _from_source(split.source, inputs, preprocessing or split.preprocessing, None)
     return replace(made, rows=split.rows, labels=split.y)
 

@@ -59,7 +59,9 @@ def search(
 class _Dial:
     """Makes each point once and remembers the candidates that matter."""
 
-    def __init__(self, make: Callable[[float], Candidate], say: Callable[[str], None], most: int) -> None:
+    def __init__(
+        self, make: Callable[[float], Candidate], say: Callable[[str], None], most: int
+    ) -> None:
         self._make, self._say, self._most = make, say, most
         self.points: list[Point] = []
 
@@ -146,7 +148,9 @@ def _smallest(dial: _Dial, bounds: Bounds) -> Found:
         bits = wish
     chosen = best or closest
     assert chosen is not None
-    held = not bounds.misses(chosen.point.quality, chosen.point.nbytes, chosen.point.bits_per_weight)
+    held = not bounds.misses(
+        chosen.point.quality, chosen.point.nbytes, chosen.point.bits_per_weight
+    )
     return Found(chosen, tuple(dial.points), held)
 
 

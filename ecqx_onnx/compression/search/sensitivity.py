@@ -55,7 +55,9 @@ def measure_sensitivity(
     return slopes
 
 
-def _squared_error(expected: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[np.ndarray]]) -> float:
+def _squared_error(
+    expected: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[np.ndarray]]
+) -> float:
     """Mean over outputs of ||y - y'||² / ||y||² over all batches."""
     outputs = len(expected[0])
     total = 0.0

@@ -31,7 +31,14 @@ import torch
 from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx.inputs.archive import read_members
 from ecqx_onnx.inputs.bounded_json import BadJson
-from ecqx_onnx.inputs.program.schema import ELEMENT_BYTES, Payload, UnknownField, find_torch_version, read_payloads, read_program
+from ecqx_onnx.inputs.program.schema import (
+    ELEMENT_BYTES,
+    Payload,
+    UnknownField,
+    find_torch_version,
+    read_payloads,
+    read_program,
+)
 
 MODEL = "models/model.json"
 WEIGHTS = "data/weights/"
@@ -74,7 +81,9 @@ def save_program(program: torch.export.ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-def load_program(archive: bytes, source: str, *, weights_are_blank: bool = False) -> torch.export.ExportedProgram:
+def load_program(
+    archive: bytes, source: str, *, weights_are_blank: bool = False
+) -> torch.export.ExportedProgram:
     """Load the program in a .pt2 archive.
 
     Args:
@@ -96,7 +105,9 @@ def load_program(archive: bytes, source: str, *, weights_are_blank: bool = False
         with silence_torch():
             program = torch.export.load(io.BytesIO(rebuilt))
     except Exception as error:  # torch raises anything from KeyError to RuntimeError
-        raise FileError(f"{source}: torch.export cannot load this program ({take_first_line(error)}); export it again") from error
+        raise FileError(
+            f"{source}: torch.export cannot load this program ({take_first_line(error)}); export it again"
+        ) from error
     program._guards_code = []  # strings for exec(); the inputs are ours, no guard is needed
     return program
 
@@ -111,7 +122,9 @@ def run_module(program: torch.export.ExportedProgram) -> torch.nn.Module:
         with silence_torch():
             return program.module(check_guards=False)
     except Exception as error:  # torch raises anything from KeyError to SyntaxError
-        raise ModelError(f"the exported program cannot be run ({take_first_line(error)}); export it again") from error
+        raise ModelError(
+            f"the exported program cannot be run ({take_first_line(error)}); export it again"
+        ) from error
 
 
 def _rebuild(members: Mapping[str, bytes], source: str, weights_are_blank: bool) -> bytes:
@@ -157,7 +170,9 @@ def _rebuild(members: Mapping[str, bytes], source: str, weights_are_blank: bool)
 def _check_names(members: Mapping[str, bytes], source: str) -> None:
     """Every member is one that torch.export.save writes, and none of those is missing."""
     if not any(name.startswith("models/") for name in members):
-        raise FileError(f"{source}: no exported program in it (no models/*.json); save it with torch.export.save")
+        raise FileError(
+            f"{source}: no exported program in it (no models/*.json); save it with torch.export.save"
+        )
     version = members.get("archive_version")
     if version is not None and version != FIXED["archive_version"]:
         by = _tell_writer(members)
@@ -172,7 +187,9 @@ def _check_names(members: Mapping[str, bytes], source: str) -> None:
             )
     for name, data in FIXED.items():
         if members[name] != data:
-            raise FileError(f"{source}: its part {name} is {members[name][:20]!a} where {data!r} is read; export it again")
+            raise FileError(
+                f"{source}: its part {name} is {members[name][:20]!a} where {data!r} is read; export it again"
+            )
     for name, data in members.items():
         if name in (MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, SAMPLE_INPUTS) or name in FIXED:
             continue
@@ -186,13 +203,17 @@ def _check_names(members: Mapping[str, bytes], source: str) -> None:
         )
 
 
-def _check_payloads(payloads: Mapping[str, Payload], members: Mapping[str, bytes], folder: str, source: str) -> None:
+def _check_payloads(
+    payloads: Mapping[str, Payload], members: Mapping[str, bytes], folder: str, source: str
+) -> None:
     """Every tensor lies within its member's bytes, and every member belongs to a tensor."""
     dtypes: dict[str, int] = {}
     for name, payload in payloads.items():
         data = members.get(folder + payload.path)
         if data is None:
-            raise FileError(f"{source}: the tensor {name[:80]!a} lies in {payload.path}, which is missing; export it again")
+            raise FileError(
+                f"{source}: the tensor {name[:80]!a} lies in {payload.path}, which is missing; export it again"
+            )
         element = ELEMENT_BYTES[payload.dtype]
         fits = payload.bytes_needed <= len(data) and len(data) % element == 0
         if not fits or dtypes.setdefault(payload.path, payload.dtype) != payload.dtype:
@@ -210,7 +231,9 @@ def _check_unfolding(tensors: list[Payload], stored: int, source: str) -> None:
     """A tensor may repeat its elements (stride 0), but not to fill the memory."""
     unfolded = sum(tensor.bytes_unfolded for tensor in tensors)
     if unfolded > MOST_UNFOLDING * stored + UNFOLDED_FOR_FREE:
-        raise FileError(f"{source}: its tensors claim {unfolded} bytes, the file has {stored}; export contiguous tensors")
+        raise FileError(
+            f"{source}: its tensors claim {unfolded} bytes, the file has {stored}; export contiguous tensors"
+        )
 
 
 def _tell_writer(members: Mapping[str, bytes]) -> str:

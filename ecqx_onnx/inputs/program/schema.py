@@ -40,7 +40,9 @@ ELEMENT_BYTES = {
     1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 2, 7: 4, 8: 8, 9: 4, 10: 8, 11: 16, 12: 1, 13: 2,
     28: 2, 29: 1, 30: 1, 31: 1, 32: 1, 33: 1, 34: 4, 35: 8,
 }  # fmt: skip
-CONTAINERS = frozenset(("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"))
+CONTAINERS = frozenset(
+    ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+)
 KEYED_CONTAINERS = frozenset(("builtins.dict", "collections.OrderedDict"))
 VERIFIERS = frozenset(("ATEN", "TRAINING"))
 # A component of a parameter's name lands between double quotes in generated source.
@@ -224,7 +226,9 @@ def _module_name(value: Any) -> str:
 
 def _target(value: Any) -> str:
     if type(value) is not str or not is_allowed_operator(value):
-        raise UnknownField(f"calls {_show(value)}, which is no ATen operator of a network; only traced networks are loaded")
+        raise UnknownField(
+            f"calls {_show(value)}, which is no ATen operator of a network; only traced networks are loaded"
+        )
     return value
 
 
@@ -234,7 +238,9 @@ def _size_text(value: Any) -> str:
     try:
         return print_anew(value)
     except NotArithmetic as error:
-        raise UnknownField(f"the size expression {_show(value)} is more than arithmetic ({error})") from None
+        raise UnknownField(
+            f"the size expression {_show(value)} is more than arithmetic ({error})"
+        ) from None
 
 
 def _dropped(kind: type) -> Reader:
@@ -413,7 +419,9 @@ _GRAPH = _record(
     custom_obj_values=_empty,
     sym_float_values=_mapping(_identifier, _SYM_FLOAT),
 )
-_CONSTANT = _union(as_none=_none_marker, as_int=_integer, as_float=_number, as_string=_text, as_bool=_flag)
+_CONSTANT = _union(
+    as_none=_none_marker, as_int=_integer, as_float=_number, as_string=_text, as_bool=_flag
+)
 _INPUT_SPEC = _union(
     user_input=_record(arg=_ARGUMENT),
     parameter=_record(arg=_TENSOR, parameter_name=_qualified_name),
@@ -443,7 +451,9 @@ def _structure(value: Any) -> str:
 
 
 def _tree(value: Any) -> dict[str, Any]:
-    rebuilt = _record(type=_container, context=_optional(_any_text), children_spec=_list_of(_tree))(value)
+    rebuilt = _record(type=_container, context=_optional(_any_text), children_spec=_list_of(_tree))(
+        value
+    )
     children = rebuilt["children_spec"]
     context = rebuilt["context"]
     if rebuilt["type"] is None:
@@ -461,7 +471,9 @@ def _tree(value: Any) -> dict[str, Any]:
 
 def _container(value: Any) -> str | None:
     if value is not None and (type(value) is not str or value not in CONTAINERS):
-        raise UnknownField(f"takes or returns {_show(value)}; only tensors, tuples, lists and dicts are loaded")
+        raise UnknownField(
+            f"takes or returns {_show(value)}; only tensors, tuples, lists and dicts are loaded"
+        )
     return value
 
 
@@ -582,7 +594,9 @@ _PAYLOAD_META = _record(
 
 def _payload(value: Any) -> dict[str, Any]:
     if type(value) is dict and value.get("use_pickle") is not False:
-        raise UnknownField("asks for unpickling a tensor; only raw tensors are loaded: export a contiguous CPU model again")
+        raise UnknownField(
+            "asks for unpickling a tensor; only raw tensors are loaded: export a contiguous CPU model again"
+        )
     rebuilt = _PAYLOAD_META(value)
     meta = rebuilt["tensor_meta"]
     if len(meta["sizes"]) != len(meta["strides"]):

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from ecqx_onnx.options.quantizer import Band
-from ecqx_onnx.quantization.levels.entropy import compute_information, estimate_probabilities, find_largest_lambda
+from ecqx_onnx.quantization.levels.entropy import (
+    compute_information,
+    estimate_probabilities,
+    find_largest_lambda,
+)
 from ecqx_onnx.quantization.levels.envelope import Envelope, split_into_blocks
 from ecqx_onnx.quantization.levels.grid import Grid, from_channel_rows, to_channel_rows
 
@@ -62,14 +66,18 @@ def assign(
     """
     rows, step_rows = to_channel_rows(weight, axis).contiguous(), step.double().reshape(-1, 1)
     levels = grid.levels(weight)
-    information = compute_information(estimate_probabilities(count_nearest(rows, step_rows, grid), grid, zero_floor=zero_floor))
+    information = compute_information(
+        estimate_probabilities(count_nearest(rows, step_rows, grid), grid, zero_floor=zero_floor)
+    )
     cost = strength * find_largest_lambda(rows, step_rows, grid, information) * information
     chosen = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     if relevance is None:
         envelope = Envelope(step_rows, levels, cost, rows.dtype)
         level_at = levels.to(rows.dtype)[envelope.winners]
         for block in split_into_blocks(rows):
-            chosen[block] = level_at.index_select(0, envelope.places(rows[block], block[0])).view_as(rows[block])
+            chosen[block] = level_at.index_select(
+                0, envelope.places(rows[block], block[0])
+            ).view_as(rows[block])
         zeros = 1 - int(torch.count_nonzero(chosen)) / max(1, chosen.numel())
         return Assignment(from_channel_rows(chosen, weight.shape, axis), zeros, zeros)
 
@@ -82,15 +90,21 @@ def assign(
     for block in split_into_blocks(rows):
         chosen[block].mul_(exponent[block] > beta)
     size = max(1, chosen.numel())
-    return Assignment(from_channel_rows(chosen, weight.shape, axis), zeros / size, ecq_zeros / size, beta, in_band)
+    return Assignment(
+        from_channel_rows(chosen, weight.shape, axis), zeros / size, ecq_zeros / size, beta, in_band
+    )
 
 
 def count_nearest(rows: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """For how many weights each level is the nearest: int64 [levels]."""
     counts, step = torch.zeros(256, dtype=torch.int64, device=rows.device), step.to(rows.dtype)
     for block in split_into_blocks(rows):
-        nearest = (rows[block] / step[block[0]]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
-        counts += torch.bincount(nearest.view(-1).view(torch.uint8), minlength=256)  # level -1 counts as 255
+        nearest = (
+            (rows[block] / step[block[0]]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
+        )
+        counts += torch.bincount(
+            nearest.view(-1).view(torch.uint8), minlength=256
+        )  # level -1 counts as 255
     return counts.roll(-grid.lowest)[: grid.highest - grid.lowest + 1]
 
 
@@ -107,18 +121,32 @@ def find_critical_exponents(
 ) -> int:
     """The smallest β at which each weight falls to zero, into `exponent`, the level that it has below, into `chosen`; returns how
     many zeros plain ECQ gives. levels, cost: of the levels other than zero; all tensors but these: [channels, rest]."""
-    envelope, step, zero_cost = Envelope(step, levels, cost, rows.dtype), step.to(rows.dtype), zero_cost.to(rows.dtype)
-    level_at, cost_at = levels.to(rows.dtype)[envelope.winners], cost.to(rows.dtype)[envelope.winners]
+    envelope, step, zero_cost = (
+        Envelope(step, levels, cost, rows.dtype),
+        step.to(rows.dtype),
+        zero_cost.to(rows.dtype),
+    )
+    level_at, cost_at = (
+        levels.to(rows.dtype)[envelope.winners],
+        cost.to(rows.dtype)[envelope.winners],
+    )
     ecq_zeros = 0
     for block in split_into_blocks(rows):
         w, place = rows[block], envelope.places(rows[block], block[0])
         level = level_at.index_select(0, place).view_as(w)
         chosen[block] = level
-        away = level.mul_(step[block[0]]).sub_(w).square_().add_(cost_at.index_select(0, place).view_as(w))
+        away = (
+            level.mul_(step[block[0]])
+            .sub_(w)
+            .square_()
+            .add_(cost_at.index_select(0, place).view_as(w))
+        )
         zero = w.square().add_(zero_cost)
         ecq_zeros += _count_up_to(zero, away)
         ratio = away.div_(zero.mul_(rho).clamp_(min=TINY)).clamp_(min=TINY).log_()
-        torch.div(ratio, R[block].clamp(min=LEAST_RELEVANCE).log_().clamp_(max=-TINY), out=exponent[block])
+        torch.div(
+            ratio, R[block].clamp(min=LEAST_RELEVANCE).log_().clamp_(max=-TINY), out=exponent[block]
+        )
     return ecq_zeros
 
 
@@ -128,10 +156,15 @@ def find_neutral_exponent(R: Tensor, rho: float) -> float:
     return min(1.0, math.log(1 / rho) / math.log(mean))
 
 
-def choose_exponent(exponent: Tensor, neutral: float, ecq_zeros: int, band: Band) -> tuple[float, bool, int]:
+def choose_exponent(
+    exponent: Tensor, neutral: float, ecq_zeros: int, band: Band
+) -> tuple[float, bool, int]:
     """(β, whether the band is met, how many zeros): the neutral β_0, moved no further than the band asks."""
     beta, size = neutral, exponent.numel()
-    fewest, most = math.ceil(ecq_zeros - band.keep * size), math.floor(ecq_zeros + band.prune * size)
+    fewest, most = (
+        math.ceil(ecq_zeros - band.keep * size),
+        math.floor(ecq_zeros + band.prune * size),
+    )
     zeros = count_zeros_at(exponent, beta)
     if fewest <= zeros <= most:
         return beta, True, zeros
@@ -145,7 +178,9 @@ def choose_exponent(exponent: Tensor, neutral: float, ecq_zeros: int, band: Band
             break
         middle = (outside + inside) / 2
         zeros_there = count_zeros_at(exponent, middle)
-        if (inside > outside and zeros_there >= fewest) or (inside < outside and zeros_there <= most):
+        if (inside > outside and zeros_there >= fewest) or (
+            inside < outside and zeros_there <= most
+        ):
             inside, zeros = middle, zeros_there
         else:
             outside = middle

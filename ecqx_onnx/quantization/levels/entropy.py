@@ -42,7 +42,9 @@ def find_largest_lambda(rows: Tensor, step: Tensor, grid: Grid, information: Ten
         gain = extreme.square() - (extreme - k * step).square()
         bits = information[(k - grid.lowest).long()] - information[-grid.lowest]
         ratio = torch.where((k != 0) & (bits > 0), gain / bits, -torch.inf)
-        limit = ratio.max()  # with a step per channel: the side is empty once every channel's extreme weight has gone
+        limit = (
+            ratio.max()
+        )  # with a step per channel: the side is empty once every channel's extreme weight has gone
         limits.append(torch.where(limit > 0, limit, torch.inf))  # an empty side sets no limit
     smallest = torch.minimum(*limits)
     return torch.where(smallest.isinf(), torch.zeros_like(smallest), smallest)

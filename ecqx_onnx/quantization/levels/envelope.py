@@ -45,31 +45,54 @@ class Envelope:
         channels, self.cells = len(every), CELLS * len(levels)
         self.lowest, highest = every[:, :1], every[:, -1:]
         per_unit = self.cells / (highest - self.lowest)
-        self.scale = torch.where(highest > self.lowest, per_unit, torch.zeros_like(per_unit)).clamp(max=torch.finfo(dtype).max)
+        self.scale = torch.where(highest > self.lowest, per_unit, torch.zeros_like(per_unit)).clamp(
+            max=torch.finfo(dtype).max
+        )
         # A level that never wins makes two boundaries coincide: the first of them goes, and its level with it.
         hidden = F.pad(every[:, 1:] == every[:, :-1], (0, 1))
         bounds = every.masked_fill(hidden, torch.inf).sort(-1).values
-        winners = F.pad(torch.searchsorted(every, bounds, right=True), (1, 0))  # winners[i] up to bounds[i]
+        winners = F.pad(
+            torch.searchsorted(every, bounds, right=True), (1, 0)
+        )  # winners[i] up to bounds[i]
         inside = torch.zeros(channels, self.cells, dtype=torch.int64, device=step.device)
-        inside.scatter_add_(1, self._cell(bounds.minimum(highest), slice(None)).long(), bounds.isfinite().long())
+        inside.scatter_add_(
+            1, self._cell(bounds.minimum(highest), slice(None)).long(), bounds.isfinite().long()
+        )
         before = inside.cumsum(1) - inside
         self.most = int(inside.max())  # boundaries in one cell
         order = torch.arange(self.most + 1, device=step.device)
-        index = (before[..., None] + order).clamp(max=len(levels) - 1).flatten(1)  # [channels, cells · (most + 1)]
+        index = (
+            (before[..., None] + order).clamp(max=len(levels) - 1).flatten(1)
+        )  # [channels, cells · (most + 1)]
         self.winners = winners.gather(1, index).view(-1)
-        bounds = F.pad(bounds, (0, 1), value=torch.inf).gather(1, index).view(channels, self.cells, -1)
+        bounds = (
+            F.pad(bounds, (0, 1), value=torch.inf).gather(1, index).view(channels, self.cells, -1)
+        )
         bounds = bounds.masked_fill(order >= inside[..., None], torch.inf)
-        self.bounds = [bounds[..., i].reshape(-1).contiguous() for i in range(self.most)]  # the i-th in each cell
-        self.first_cell = torch.arange(channels, device=step.device)[:, None] * self.cells if channels > 1 else None
+        self.bounds = [
+            bounds[..., i].reshape(-1).contiguous() for i in range(self.most)
+        ]  # the i-th in each cell
+        self.first_cell = (
+            torch.arange(channels, device=step.device)[:, None] * self.cells
+            if channels > 1
+            else None
+        )
 
     def _cell(self, rows: Tensor, channels: slice) -> Tensor:
-        return (rows - self.lowest[channels]).mul_(self.scale[channels]).clamp_(0, self.cells - 1).round_()
+        return (
+            (rows - self.lowest[channels])
+            .mul_(self.scale[channels])
+            .clamp_(0, self.cells - 1)
+            .round_()
+        )
 
     def places(self, rows: Tensor, channels: slice) -> Tensor:
         """The place of each weight: int64 [rows.numel()]. rows: [channels, any]."""
         cell, flat = self._cell(rows, channels), rows.reshape(-1)
         at = cell.long() if self.first_cell is None else cell.long() + self.first_cell[channels]
-        above = self.bounds[0].index_select(0, at.view(-1)).lt_(flat)  # a float comparison in place is the fast one
+        above = (
+            self.bounds[0].index_select(0, at.view(-1)).lt_(flat)
+        )  # a float comparison in place is the fast one
         for bounds in self.bounds[1:]:
             above += bounds.index_select(0, at.view(-1)).lt_(flat)
         place = above.add_(cell.view(-1), alpha=self.most + 1).long()
@@ -87,7 +110,9 @@ def find_cheapest(rows: Tensor, step: Tensor, levels: Tensor, cost: Tensor) -> T
     index = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
     for block in split_into_blocks(rows):
         part = rows[block]
-        index[block] = envelope.winners.index_select(0, envelope.places(part, block[0])).view(part.shape)
+        index[block] = envelope.winners.index_select(0, envelope.places(part, block[0])).view(
+            part.shape
+        )
     return index
 
 
@@ -105,4 +130,8 @@ def find_boundaries(step: Tensor, levels: Tensor, cost: Tensor, dtype: torch.dty
     exact = beats_all_above.masked_fill((j <= i)[:-1, 1:], -torch.inf).amax(-2)
     # Rounded down to the weights' own precision: w <= boundary then says the same in float32 as in float64.
     rounded = exact.to(dtype)
-    return torch.where(rounded.double() > exact, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded)
+    return torch.where(
+        rounded.double() > exact,
+        torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)),
+        rounded,
+    )

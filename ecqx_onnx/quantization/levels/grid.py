@@ -16,7 +16,9 @@ from ecqx_onnx.errors import OptionError
 from ecqx_onnx.options.quantizer import Levels, StepRule
 
 PERCENTILE = 0.999  # of |W| lands on the outermost level [ECQx]: outliers do not stretch the grid
-FIT_CANDIDATES = 40  # starting points of the least-squares fit, in (0, 1] of the step that reaches max |W|
+FIT_CANDIDATES = (
+    40  # starting points of the least-squares fit, in (0, 1] of the step that reaches max |W|
+)
 FIT_REFINEMENTS = 3
 
 
@@ -36,7 +38,9 @@ class Grid:
 def choose_grid(weight: Tensor, bits: int, *, levels: Levels = "symmetric") -> Grid:
     """The grid for this tensor. Reads two numbers of it: its smallest entry and, if asymmetric, its mean."""
     if not 2 <= bits <= 8:
-        raise OptionError(f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8 (the paper uses 2 to 5)")
+        raise OptionError(
+            f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8 (the paper uses 2 to 5)"
+        )
     if weight.numel() and bool((weight >= 0).all()) and bool((weight > 0).any()):
         return Grid(bits, 0, min(2**bits - 1, 127))  # 127: levels are stored as int8
     side = 2 ** (bits - 1) - 1
@@ -48,7 +52,11 @@ def choose_grid(weight: Tensor, bits: int, *, levels: Levels = "symmetric") -> G
 
 def to_channel_rows(tensor: Tensor, axis: int | None) -> Tensor:
     """[...] -> [channels, rest]: one row per step; one row in all when axis is None. A view where the layout allows."""
-    return tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+    return (
+        tensor.reshape(1, -1)
+        if axis is None
+        else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+    )
 
 
 def from_channel_rows(rows: Tensor, shape: torch.Size, axis: int | None) -> Tensor:
@@ -59,7 +67,9 @@ def from_channel_rows(rows: Tensor, shape: torch.Size, axis: int | None) -> Tens
     return rows.reshape(moved).movedim(0, axis)
 
 
-def fit_step(weight: Tensor, grid: Grid, *, axis: int | None = None, rule: StepRule = "auto") -> Tensor:
+def fit_step(
+    weight: Tensor, grid: Grid, *, axis: int | None = None, rule: StepRule = "auto"
+) -> Tensor:
     """Δ for this tensor: float32, shape () for axis None, else keepdims-shaped with one step per index of that axis.
 
     percentile: 99.9th percentile of |W| / highest level [ECQx]. At 2 bit that puts Δ near max |W| and nearly every weight
@@ -71,7 +81,9 @@ def fit_step(weight: Tensor, grid: Grid, *, axis: int | None = None, rule: StepR
         step = fit_percentile_step(rows, grid)
     else:
         step = fit_least_squares_step(rows, grid)
-    step = torch.where(step > 0, step, torch.ones_like(step)).clamp(min=torch.finfo(torch.float32).tiny)
+    step = torch.where(step > 0, step, torch.ones_like(step)).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
     if axis is None:
         return step.reshape(())
     return step.reshape([-1 if dim == axis % weight.ndim else 1 for dim in range(weight.ndim)])
@@ -79,7 +91,9 @@ def fit_step(weight: Tensor, grid: Grid, *, axis: int | None = None, rule: StepR
 
 def fit_percentile_step(rows: Tensor, grid: Grid) -> Tensor:
     magnitude = rows.abs()
-    rank = math.ceil(PERCENTILE * rows.shape[1])  # nearest rank; kthvalue has no size limit, torch.quantile has
+    rank = math.ceil(
+        PERCENTILE * rows.shape[1]
+    )  # nearest rank; kthvalue has no size limit, torch.quantile has
     reach = magnitude.kthvalue(rank, dim=1).values
     return torch.where(reach > 0, reach, magnitude.amax(dim=1)) / max(grid.highest, -grid.lowest)
 
@@ -92,7 +106,10 @@ def fit_least_squares_step(rows: Tensor, grid: Grid) -> Tensor:
         step = reach * (candidate / FIT_CANDIDATES)
         step, error = refine_step(rows, step, grid)
         better = error < best_error
-        best_step, best_error = torch.where(better, step, best_step), torch.where(better, error, best_error)
+        best_step, best_error = (
+            torch.where(better, step, best_step),
+            torch.where(better, error, best_error),
+        )
     return best_step.reshape(-1)
 
 

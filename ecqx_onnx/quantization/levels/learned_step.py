@@ -26,7 +26,15 @@ class StepOptimizer:
         self.first, self.second = torch.zeros_like(step), torch.zeros_like(step)
 
     @torch.no_grad()
-    def step(self, name: str, gradient: Tensor | None, background: Tensor, levels: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    def step(
+        self,
+        name: str,
+        gradient: Tensor | None,
+        background: Tensor,
+        levels: Tensor,
+        step: Tensor,
+        grid: Grid,
+    ) -> Tensor:
         """The next Δ. gradient: of the loss with respect to the weight kΔ, its shape."""
         if gradient is None:
             raise OptionError(
@@ -50,5 +58,9 @@ class StepOptimizer:
         return {"count": self.count, "first": self.first.clone(), "second": self.second.clone()}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        self.count, self.first, self.second = state["count"], state["first"].clone(), state["second"].clone()
+        self.count, self.first, self.second = (
+            state["count"],
+            state["first"].clone(),
+            state["second"].clone(),
+        )
         self.to(device)

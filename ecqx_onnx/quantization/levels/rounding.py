@@ -23,7 +23,9 @@ def round_to_cancel(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
     position = weight.detach().double() / step.double()
     levels = position.round().clamp(grid.lowest, grid.highest)
     if weight.ndim > 2:
-        levels = balance_rows(levels.flatten(2), position.flatten(2), grid).flatten(1)  # the errors of each window
+        levels = balance_rows(levels.flatten(2), position.flatten(2), grid).flatten(
+            1
+        )  # the errors of each window
         position = position.flatten(1)
     return balance_rows(levels, position, grid).to(torch.int8).reshape(weight.shape)
 
@@ -35,6 +37,10 @@ def balance_rows(levels: Tensor, position: Tensor, grid: Grid) -> Tensor:
     direction = total.sign()
     changed = levels - direction
     possible = (changed >= grid.lowest) & (changed <= grid.highest) & (error * direction > 0)
-    order = torch.where(possible, error * direction, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    order = torch.where(possible, error * direction, -torch.inf).argsort(
+        dim=-1, descending=True, stable=True
+    )
+    place = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return torch.where(possible & (place < total.abs().round()), changed, levels)

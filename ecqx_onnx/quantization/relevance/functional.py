@@ -26,7 +26,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ecqx_onnx.quantization.operators import ADDITIONS, AUGMENTED, find_tensors, list_spellings, map_tensors
+from ecqx_onnx.quantization.operators import (
+    ADDITIONS,
+    AUGMENTED,
+    find_tensors,
+    list_spellings,
+    map_tensors,
+)
 
 STABILIZER = 1e-6  # zennit's default epsilon
 
@@ -40,41 +46,218 @@ SUBTRACTIONS = list_spellings("sub", "subtract", "__sub__")
 REVERSED_SUBTRACTIONS = list_spellings("rsub", "__rsub__")
 
 PASSED = list_spellings(
-    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish", "hardsigmoid"),
-    *("sigmoid", "tanh", "softplus", "softsign", "logsigmoid", "prelu", "rrelu", "threshold", "clamp", "clip"),
-    *("layer_norm", "group_norm", "instance_norm", "batch_norm", "rms_norm", "normalize", "local_response_norm"),
+    *(
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+    ),
+    *(
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "prelu",
+        "rrelu",
+        "threshold",
+        "clamp",
+        "clip",
+    ),
+    *(
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "batch_norm",
+        "rms_norm",
+        "normalize",
+        "local_response_norm",
+    ),
     *("exp", "log", "sqrt", "rsqrt", "square", "pow", "__pow__", "abs", "erf", "log_softmax"),
 )
 
 ROUTED = list_spellings(
-    *("cat", "concat", "stack", "reshape", "view", "view_as", "flatten", "unflatten", "ravel", "transpose", "permute", "movedim"),
-    *("swapaxes", "t", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile", "broadcast_to"),
-    *("split", "chunk", "unbind", "tensor_split", "narrow", "select", "index_select", "gather", "take_along_dim"),
-    *("__getitem__", "__setitem__", "where", "masked_fill", "pad", "roll", "flip", "unfold", "fold", "contiguous", "clone", "to"),
-    *("float", "double", "type", "type_as", "detach", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
-    *("feature_dropout", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"),
-    *("adaptive_max_pool3d", "max", "amax", "min", "amin", "maximum", "minimum", "topk", "sort", "pixel_shuffle"),
-    *("pixel_unshuffle", "channel_shuffle", "size", "dim", "numel", "stride", "is_floating_point", "register_hook", "copy_"),
-    *("__len__", "__iter__", "item", "tolist", "new_zeros", "new_ones", "zeros_like", "ones_like", "identity", "positive"),
+    *(
+        "cat",
+        "concat",
+        "stack",
+        "reshape",
+        "view",
+        "view_as",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "transpose",
+        "permute",
+        "movedim",
+    ),
+    *(
+        "swapaxes",
+        "t",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+        "broadcast_to",
+    ),
+    *(
+        "split",
+        "chunk",
+        "unbind",
+        "tensor_split",
+        "narrow",
+        "select",
+        "index_select",
+        "gather",
+        "take_along_dim",
+    ),
+    *(
+        "__getitem__",
+        "__setitem__",
+        "where",
+        "masked_fill",
+        "pad",
+        "roll",
+        "flip",
+        "unfold",
+        "fold",
+        "contiguous",
+        "clone",
+        "to",
+    ),
+    *(
+        "float",
+        "double",
+        "type",
+        "type_as",
+        "detach",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+    ),
+    *(
+        "feature_dropout",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+    ),
+    *(
+        "adaptive_max_pool3d",
+        "max",
+        "amax",
+        "min",
+        "amin",
+        "maximum",
+        "minimum",
+        "topk",
+        "sort",
+        "pixel_shuffle",
+    ),
+    *(
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "is_floating_point",
+        "register_hook",
+        "copy_",
+    ),
+    *(
+        "__len__",
+        "__iter__",
+        "item",
+        "tolist",
+        "new_zeros",
+        "new_ones",
+        "zeros_like",
+        "ones_like",
+        "identity",
+        "positive",
+    ),
 )
 ROUTED |= {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 
-PRODUCTS = list_spellings("mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "bmm", "mm", "einsum", "baddbmm")
+PRODUCTS = list_spellings(
+    "mul",
+    "multiply",
+    "__mul__",
+    "__rmul__",
+    "matmul",
+    "__matmul__",
+    "bmm",
+    "mm",
+    "einsum",
+    "baddbmm",
+)
 
 LINEAR = PRODUCTS | list_spellings(
-    *("neg", "negative", "__neg__", "div", "divide", "__truediv__", "true_divide", "linear", "mean", "sum", "embedding"),
-    *("embedding_bag", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "cumsum"),
-    *("adaptive_avg_pool3d", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *(
+        "neg",
+        "negative",
+        "__neg__",
+        "div",
+        "divide",
+        "__truediv__",
+        "true_divide",
+        "linear",
+        "mean",
+        "sum",
+        "embedding",
+    ),
+    *(
+        "embedding_bag",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "cumsum",
+    ),
+    *(
+        "adaptive_avg_pool3d",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+    ),
     *("interpolate", "addmm", "lerp"),
 )
 LINEAR |= ADDITIONS | SUBTRACTIONS | REVERSED_SUBTRACTIONS
 
 
-NUMERATOR_ONLY = list_spellings("div", "divide", "__truediv__", "true_divide")  # a denominator is taken as a constant
+NUMERATOR_ONLY = list_spellings(
+    "div", "divide", "__truediv__", "true_divide"
+)  # a denominator is taken as a constant
 
-ELEMENTWISE = PASSED | SUBTRACTIONS | NUMERATOR_ONLY | list_spellings("mul", "multiply", "__mul__", "__rmul__", "_weight_norm")
+ELEMENTWISE = (
+    PASSED
+    | SUBTRACTIONS
+    | NUMERATOR_ONLY
+    | list_spellings("mul", "multiply", "__mul__", "__rmul__", "_weight_norm")
+)
 ELEMENTWISE |= REVERSED_SUBTRACTIONS
-LOOKUPS = list_spellings("__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding", "embedding_bag")
+LOOKUPS = list_spellings(
+    "__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding", "embedding_bag"
+)
 
 
 class PassRelevance(torch.autograd.Function):
@@ -133,22 +316,43 @@ class FunctionalRules(TorchFunctionMode):
         self.paused = 0  # > 0 inside a module that has a rule of its own
         self.approximated: set[str] = set()
 
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         carriers = [tensor for tensor in find_tensors((args, kwargs)) if tensor.requires_grad]
         name = getattr(func, "__name__", str(func))
-        if self.paused or not carriers or (name in ("__get__", "__set__", "backward") and func not in ROUTED):
+        if (
+            self.paused
+            or not carriers
+            or (name in ("__get__", "__set__", "backward") and func not in ROUTED)
+        ):
             return func(*args, **kwargs)
         if name in AUGMENTED:  # Python rebinds the name, so the out-of-place operator says the same
             return self.__torch_function__(AUGMENTED[name], types, args, kwargs)
-        if name.endswith("_") and not name.endswith("__") and func not in ROUTED and hasattr(Tensor, name[:-1]):
-            return args[0].copy_(self.__torch_function__(getattr(Tensor, name[:-1]), types, args, kwargs))
+        if (
+            name.endswith("_")
+            and not name.endswith("__")
+            and func not in ROUTED
+            and hasattr(Tensor, name[:-1])
+        ):
+            return args[0].copy_(
+                self.__torch_function__(getattr(Tensor, name[:-1]), types, args, kwargs)
+            )
         weights = [tensor for tensor in carriers if isinstance(tensor, torch.nn.Parameter)]
         if func not in LOOKUPS and all(_is_weight(tensor) for tensor in carriers):
             return _as_weight(self._weight(func, name, args, kwargs, carriers, weights))
         return self._propagated(func, name, args, kwargs, carriers, weights)
 
-    def _propagated(self, func: Callable, name: str, args: Any, kwargs: Any, carriers: list[Tensor], weights: list) -> Any:
+    def _propagated(
+        self,
+        func: Callable,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        carriers: list[Tensor],
+        weights: list,
+    ) -> Any:
         if func in ROUTED and not weights:
             return func(*args, **kwargs)
         if func in ADDITIONS and not weights:
@@ -159,10 +363,20 @@ class FunctionalRules(TorchFunctionMode):
             kwargs.pop("inplace", None)
             in_place = any(arg is True for arg in args[1:])  # F.relu(x, True)
             x = Source.apply(args[0]) if weights else args[0]
-            return PassRelevance.apply(x, lambda x: func(x.clone() if in_place else x, *args[1:], **kwargs))
+            return PassRelevance.apply(
+                x, lambda x: func(x.clone() if in_place else x, *args[1:], **kwargs)
+            )
         return self._epsilon(func, name, args, kwargs, carriers)
 
-    def _weight(self, func: Callable, name: str, args: Any, kwargs: Any, carriers: list[Tensor], weights: list) -> Any:
+    def _weight(
+        self,
+        func: Callable,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        carriers: list[Tensor],
+        weights: list,
+    ) -> Any:
         """An operator all of whose carriers are weights: within f of ŵ = f(w)."""
         if func not in ELEMENTWISE or not isinstance(args[0], Tensor):
             return self._propagated(func, name, args, kwargs, carriers, weights)
@@ -171,14 +385,24 @@ class FunctionalRules(TorchFunctionMode):
         if not kept:
             return self._propagated(func, name, args, kwargs, carriers, weights)
         args, kwargs = (
-            map_tensors(value, lambda tensor: tensor if id(tensor) in kept else tensor.detach()) for value in (args, kwargs)
+            map_tensors(value, lambda tensor: tensor if id(tensor) in kept else tensor.detach())
+            for value in (args, kwargs)
         )
         carriers = [tensor for tensor in find_tensors((args, kwargs)) if tensor.requires_grad]
         weights = [tensor for tensor in carriers if isinstance(tensor, torch.nn.Parameter)]
-        if len(carriers) == 1 and (func in SUBTRACTIONS | REVERSED_SUBTRACTIONS or name == "_weight_norm"):
-            changed = map_tensors(args, lambda tensor: Source.apply(tensor) if tensor is carriers[0] else tensor)
+        if len(carriers) == 1 and (
+            func in SUBTRACTIONS | REVERSED_SUBTRACTIONS or name == "_weight_norm"
+        ):
+            changed = map_tensors(
+                args, lambda tensor: Source.apply(tensor) if tensor is carriers[0] else tensor
+            )
             (x,) = [tensor for tensor in find_tensors(changed) if tensor.requires_grad]
-            return PassRelevance.apply(x, lambda inner: func(*map_tensors(changed, lambda t: inner if t is x else t), **kwargs))
+            return PassRelevance.apply(
+                x,
+                lambda inner: func(
+                    *map_tensors(changed, lambda t: inner if t is x else t), **kwargs
+                ),
+            )
         return self._propagated(func, name, args, kwargs, carriers, weights)
 
     def _subtraction(self, func: Callable, args: Any, kwargs: Any) -> Any:
@@ -197,7 +421,9 @@ class FunctionalRules(TorchFunctionMode):
         other = args[1] if len(args) > 1 else kwargs["other"]
         return self.add(args[0], other * kwargs["alpha"] if "alpha" in kwargs else other)
 
-    def _epsilon(self, func: Callable, name: str, args: Any, kwargs: Any, carriers: list[Tensor]) -> Any:
+    def _epsilon(
+        self, func: Callable, name: str, args: Any, kwargs: Any, carriers: list[Tensor]
+    ) -> Any:
         flowing = {id(tensor) for tensor in carriers if not isinstance(tensor, torch.nn.Parameter)}
         if func in NUMERATOR_ONLY:
             flowing = {id(args[0])} & flowing
@@ -211,16 +437,24 @@ class FunctionalRules(TorchFunctionMode):
             return taps[-1][1]
 
         result = func(*map_tensors(args, tap), **map_tensors(kwargs, tap))
-        outputs = [tensor for tensor in find_tensors(result) if tensor.requires_grad and tensor.is_floating_point()]
+        outputs = [
+            tensor
+            for tensor in find_tensors(result)
+            if tensor.requires_grad and tensor.is_floating_point()
+        ]
         told = name if func not in LINEAR and func not in ROUTED else None
         sharing = [x for x, _ in taps if not _is_weight(x)] or taps
         share = 1 / max(1, len(sharing)) if func in PRODUCTS else 1.0
         # A gradient is None where no relevance arrives.
         for x, copy in taps if outputs else []:
             part = 1.0 if _is_weight(x) and len(sharing) < len(taps) else share
-            copy.register_hook(lambda g, x=x.detach().clone(), part=part: None if g is None else g * x * part)
+            copy.register_hook(
+                lambda g, x=x.detach().clone(), part=part: None if g is None else g * x * part
+            )
         for z in outputs:
-            z.register_hook(lambda R, z=z.detach().clone(): None if R is None else self._divided(R, z, told))
+            z.register_hook(
+                lambda R, z=z.detach().clone(): None if R is None else self._divided(R, z, told)
+            )
         return result
 
     def _divided(self, R: Tensor, z: Tensor, told: str | None) -> Tensor:

@@ -23,7 +23,9 @@ class GuardedRelevances:
     ("all weights", reason). left_out: why the last batch gave none, or None.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], *, composite: Any, start: Start = "logit") -> None:
+    def __init__(
+        self, model: nn.Module, names: list[str], *, composite: Any, start: Start = "logit"
+    ) -> None:
         self.failure: str | None = None
         self.left_out: str | None = None
         self._worked = False  # whether some batch has given relevances
@@ -35,7 +37,9 @@ class GuardedRelevances:
         except Exception as error:  # any module's own code runs there
             self.give_up(take_first_line(error))
 
-    def __call__(self, inputs: Any, target: Any, background: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Any, target: Any, background: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """r_w by name; nothing once relevances have failed.
 
         Args:

@@ -26,15 +26,33 @@ from ecqx_onnx.quantization.parametrizations import (
     find_parametrized,
     merge_parametrizations,
 )
-from ecqx_onnx.quantization.relevance.functional import FunctionalRules, ShareByContribution, stabilize
+from ecqx_onnx.quantization.relevance.functional import (
+    FunctionalRules,
+    ShareByContribution,
+    stabilize,
+)
 from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
 from ecqx_onnx.quantization.relevance.zplus import PositiveContributions, run_with
 
 Start = str | Callable[[Any, Any], Any]
 STARTS = ("logit", "probability", "ones")
-RULED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RULED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 STOCK_FORWARDS = frozenset(kind.forward for kind in RULED)
-UNRULED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)  # their kernels are in functional.py
+UNRULED = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)  # their kernels are in functional.py
 
 
 def find_composite(name: str, low: Tensor, high: Tensor) -> Any:
@@ -43,7 +61,9 @@ def find_composite(name: str, low: Tensor, high: Tensor) -> Any:
     from zennit.composites import COMPOSITES
 
     if name not in COMPOSITES:
-        raise OptionError(f"relevance '{name}' names no zennit composite: use one of {', '.join(sorted(COMPOSITES))}, or none")
+        raise OptionError(
+            f"relevance '{name}' names no zennit composite: use one of {', '.join(sorted(COMPOSITES))}, or none"
+        )
     try:
         return COMPOSITES[name]()
     except TypeError:
@@ -60,9 +80,13 @@ class Relevances:
     no relevance.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], *, composite: Any, start: Start = "logit") -> None:
+    def __init__(
+        self, model: nn.Module, names: list[str], *, composite: Any, start: Start = "logit"
+    ) -> None:
         if isinstance(start, str) and start not in STARTS:
-            raise OptionError(f"start '{start}' is unknown: use one of {', '.join(STARTS)}, or a function of (output, target)")
+            raise OptionError(
+                f"start '{start}' is unknown: use one of {', '.join(STARTS)}, or a function of (output, target)"
+            )
         import_zennit()
         from zennit.layer import Sum
 
@@ -75,7 +99,9 @@ class Relevances:
             parameter.requires_grad_(name in names)
         self._sum = Sum()
         self._shares = False  # whether the composite's rule for sums is Norm
-        self.to_inputs = False  # whether relevance goes on to the model's inputs, where no weight waits for it
+        self.to_inputs = (
+            False  # whether relevance goes on to the model's inputs, where no weight waits for it
+        )
         self._functional = FunctionalRules(add=self._add)
         self._low, self._high = torch.zeros(()), torch.zeros(())
         if isinstance(composite, str):
@@ -91,7 +117,9 @@ class Relevances:
     def approximated(self) -> tuple[str, ...]:
         return tuple(sorted(self._functional.approximated))
 
-    def __call__(self, inputs: Any, target: Any, background: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(
+        self, inputs: Any, target: Any, background: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """r_w per name: the weight's shape and dtype; None-free: a weight that no relevance reached is left out.
 
         inputs: the model's input, or a tuple / mapping of its arguments. background: name -> weights W.
@@ -109,7 +137,9 @@ class Relevances:
                 for parameter in self.shadow.parameters():
                     parameter.grad = None
 
-    def _propagate(self, inputs: Any, target: Any, background: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _propagate(
+        self, inputs: Any, target: Any, background: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         dtype = next(iter(background.values())).dtype
         args, kwargs = make_arguments(inputs, dtype)
         device = next(self.shadow.parameters()).device
@@ -118,7 +148,9 @@ class Relevances:
         with (
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not self._recurrent),
+            torch.backends.cudnn.flags(
+                enabled=torch.backends.cudnn.enabled and not self._recurrent
+            ),
         ):
             plain = self._attach_rules(args, kwargs) if self._composite is not None else None
             with self._functional:
@@ -147,11 +179,17 @@ class Relevances:
 
     @property
     def _recurrent(self) -> bool:
-        return any(isinstance(module, nn.RNNBase) for module in self.shadow.modules())  # cuDNN's backward wants train mode
+        return any(
+            isinstance(module, nn.RNNBase) for module in self.shadow.modules()
+        )  # cuDNN's backward wants train mode
 
     def _share_values(self, background: Mapping[str, Tensor]) -> None:
         """The shadow's parameters and buffers become views of the background's and the model's: nothing is copied."""
-        values: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers()), **background}
+        values: dict[str, Tensor] = {
+            **dict(self.model.named_parameters()),
+            **dict(self.model.named_buffers()),
+            **background,
+        }
         computed = {entry.name: entry for entry in find_parametrized(self.model)}
         for name, tensor in (*self.shadow.named_parameters(), *self.shadow.named_buffers()):
             if name in computed and name not in background:
@@ -160,7 +198,10 @@ class Relevances:
                 tensor.data = values[name].data
 
     def _set_input_bounds(self, inputs: tuple) -> None:
-        x = next((x for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()), None)
+        x = next(
+            (x for x in inputs if isinstance(x, Tensor) and x.is_floating_point() and x.numel()),
+            None,
+        )
         if x is not None:  # the box rule's composite holds these two tensors
             self._low.data, self._high.data = x.detach().amin(), x.detach().amax()
 
@@ -197,7 +238,11 @@ class Relevances:
             if module is self._sum and type(template) is Norm:
                 self._shares = True
                 continue
-            weights = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+            weights = [
+                parameter
+                for parameter in module.parameters(recurse=False)
+                if parameter.requires_grad
+            ]
             for weight in weights:
                 self.rules[names[id(weight)]] = type(template).__name__
             matched = matched or bool(weights)
@@ -211,7 +256,9 @@ class Relevances:
         return plain
 
 
-def record_running_order(shadow: nn.Module, args: tuple, kwargs: dict) -> tuple[list[tuple[str, nn.Module]], set[nn.Module], Any]:
+def record_running_order(
+    shadow: nn.Module, args: tuple, kwargs: dict
+) -> tuple[list[tuple[str, nn.Module]], set[nn.Module], Any]:
     """(modules by name, those that ran first in the order they ran; those that are no layer a rule can be for; the output)."""
     ran: dict[nn.Module, None] = {}
     unlike: set[nn.Module] = set()
@@ -220,15 +267,25 @@ def record_running_order(shadow: nn.Module, args: tuple, kwargs: dict) -> tuple[
         if module not in unlike and not _is_additive(module, inputs, output):
             unlike.add(module)
 
-    own = [module for module in shadow.modules() if isinstance(module, RULED) and not _has_stock_forward(module)]
-    handles = [module.register_forward_pre_hook(lambda module, _: ran.setdefault(module)) for module in shadow.modules()]
+    own = [
+        module
+        for module in shadow.modules()
+        if isinstance(module, RULED) and not _has_stock_forward(module)
+    ]
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: ran.setdefault(module))
+        for module in shadow.modules()
+    ]
     handles += [module.register_forward_hook(compare) for module in own]
     with torch.no_grad():
         output = shadow(*args, **kwargs)
     for handle in handles:
         handle.remove()
     names = {module: name for name, module in shadow.named_modules()}
-    order = [(names[module], module) for module in (*ran, *(module for module in names if module not in ran))]
+    order = [
+        (names[module], module)
+        for module in (*ran, *(module for module in names if module not in ran))
+    ]
     return order, unlike, output
 
 
@@ -247,15 +304,21 @@ def _is_additive(module: nn.Module, inputs: tuple, output: Any) -> bool:
     if not isinstance(output, Tensor) or len(inputs) != 1 or not isinstance(weight, Tensor):
         return False
     try:
-        parts = run_with(module, weight.clamp(min=0), bias, *inputs) + run_with(module, weight.clamp(max=0), None, *inputs)
+        parts = run_with(module, weight.clamp(min=0), bias, *inputs) + run_with(
+            module, weight.clamp(max=0), None, *inputs
+        )
     except Exception:  # the user's own code, which may want anything of its weight
         return False
-    return torch.allclose(parts, output, rtol=1e-3, atol=1e-3 * float(output.abs().amax()) if output.numel() else 0.0)
+    return torch.allclose(
+        parts, output, rtol=1e-3, atol=1e-3 * float(output.abs().amax()) if output.numel() else 0.0
+    )
 
 
 def _check_same(plain: Tensor, output: Any) -> None:
     """Out-of-place rules must not change what the model computes; looked at once, on the first batch."""
-    if not isinstance(output, Tensor) or not torch.allclose(plain, output, rtol=1e-3, atol=1e-4, equal_nan=True):
+    if not isinstance(output, Tensor) or not torch.allclose(
+        plain, output, rtol=1e-3, atol=1e-4, equal_nan=True
+    ):
         raise ModelError(
             f"the model computes something else under relevance propagation (outputs differ by "
             f"{float((plain - output).abs().max()):.3g}): it probably relies on an in-place operation whose result it does "
@@ -266,8 +329,20 @@ def _check_same(plain: Tensor, output: Any) -> None:
 class _Rule:
     """Runs one module of the shadow under one zennit rule, with a fresh copy of the rule for each call of the module."""
 
-    def __init__(self, owner: Relevances, name: str, module: nn.Module, template: Any, weights: list[nn.Parameter]) -> None:
-        self.owner, self.name, self.template, self.weights = owner, name or "additions", template, weights
+    def __init__(
+        self,
+        owner: Relevances,
+        name: str,
+        module: nn.Module,
+        template: Any,
+        weights: list[nn.Parameter],
+    ) -> None:
+        self.owner, self.name, self.template, self.weights = (
+            owner,
+            name or "additions",
+            template,
+            weights,
+        )
         self.calls: list[Tensor] = []
         self.handles = (
             module.register_forward_pre_hook(self._noting(self.before), with_kwargs=True),
@@ -292,12 +367,18 @@ class _Rule:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if not args:
-            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+            args, kwargs = (
+                (kwargs["input"],),
+                {key: value for key, value in kwargs.items() if key != "input"},
+            )
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
         self.calls.append(x)
         self.owner._functional.paused += 1
         # Cut off from the graph: only the weights' part of it is recorded, the input's is the rule's business.
-        return (x.detach().clone() if getattr(module, "inplace", False) else x.detach(), *args[1:]), kwargs
+        return (
+            x.detach().clone() if getattr(module, "inplace", False) else x.detach(),
+            *args[1:],
+        ), kwargs
 
     def after(self, module: nn.Module, args: tuple, z: Tensor) -> Any:
         self.owner._functional.paused -= 1
@@ -308,12 +389,16 @@ class _Rule:
         if not goes_on:  # nothing before x is called, which would be handed None
             x = x.detach().requires_grad_()
         # What is needed again must survive the model's in-place operations on it.
-        again = self.weights or z.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+        again = (
+            self.weights or z.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+        )
         output = [z.detach().clone() if again else z.detach()]
         backward = self._noting(lambda R: self.backward(rule, module, args[0], z, R, goes_on))
         return _Propagate.apply(x, output, backward)
 
-    def backward(self, rule: Any, module: nn.Module, x: Tensor, z: Tensor, R: Tensor, goes_on: bool) -> Tensor | None:
+    def backward(
+        self, rule: Any, module: nn.Module, x: Tensor, z: Tensor, R: Tensor, goes_on: bool
+    ) -> Tensor | None:
         weights = [weight for weight in self.weights if weight.requires_grad]
         if z.requires_grad and weights:
             # r_w = w ⊙ ∂⟨z, R / stabilise(z)⟩/∂w: the gradient gathers in w.grad over calls and ties, w comes last
@@ -329,7 +414,9 @@ def has_weights_before(x: Tensor) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "_PropagateBackward" or isinstance(getattr(node, "variable", None), nn.Parameter):
+        if node.name() == "_PropagateBackward" or isinstance(
+            getattr(node, "variable", None), nn.Parameter
+        ):
             return True
         ahead += [before for before, _ in node.next_functions]
     return False
@@ -339,7 +426,9 @@ class _Propagate(torch.autograd.Function):
     """(x, [z], rule) -> z forward; R_x = rule(R_z) backward. In its list, z is no input of this function, and may be returned."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: list[Tensor], rule: Callable[[Tensor], Tensor | None]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, z: list[Tensor], rule: Callable[[Tensor], Tensor | None]
+    ) -> Tensor:
         ctx.rule = rule
         return z.pop()
 
@@ -360,19 +449,27 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
                 f"{tuple(getattr(output, 'shape', ()))}: they must be equal"
             )
         return output, R.detach().to(output.dtype)
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):  # as Hugging Face's models call them
+    if isinstance(output, Mapping) and isinstance(
+        output.get("logits"), Tensor
+    ):  # as Hugging Face's models call them
         output = output["logits"]
     if not isinstance(output, Tensor):
         raise ModelError(
             f"the model returns a {type(output).__name__}: give start=function(output, target) -> (tensor, its relevance)"
         )
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (output.shape[0], *output.shape[2:]):
+    if (
+        not isinstance(target, Tensor)
+        or target.is_floating_point()
+        or target.shape != (output.shape[0], *output.shape[2:])
+    ):
         raise DataError(
             f"start '{start}' needs one class index per sample, shape {(output.shape[0], *output.shape[2:])}, and got "
             f"{describe_target(target)}: for other tasks give start=function(output, target)"
         )
     if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
-        raise DataError(f"targets run from {int(target.min())} to {int(target.max())}, the output has {output.shape[1]} classes")
+        raise DataError(
+            f"targets run from {int(target.min())} to {int(target.max())}, the output has {output.shape[1]} classes"
+        )
     true_class = torch.zeros_like(output).scatter_(1, target.long().unsqueeze(1), 1.0)
     if start == "logit":
         return output, output.detach() * true_class
@@ -391,11 +488,17 @@ def take_first_line(error: Exception) -> str:
 
 
 def describe_target(target: Any) -> str:
-    return f"{target.dtype} of shape {tuple(target.shape)}" if isinstance(target, Tensor) else f"a {type(target).__name__}"
+    return (
+        f"{target.dtype} of shape {tuple(target.shape)}"
+        if isinstance(target, Tensor)
+        else f"a {type(target).__name__}"
+    )
 
 
 def make_shadow(model: nn.Module) -> nn.Module:
-    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    scripted = [
+        name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
+    ]
     if scripted:
         raise ModelError(
             f"'{scripted[0] or type(model).__name__}' is TorchScript, which relevances cannot look into: give the module that it"
@@ -404,7 +507,9 @@ def make_shadow(model: nn.Module) -> nn.Module:
     try:
         shadow = copy_module(model).eval()
     except Exception as error:  # a copy runs any module's own code
-        raise ModelError(f"the model cannot be copied, which relevances need ({error}): use relevance=None") from error
+        raise ModelError(
+            f"the model cannot be copied, which relevances need ({error}): use relevance=None"
+        ) from error
     merge_parametrizations(shadow)  # rules are for layers that hold their weight
     return shadow
 
@@ -419,4 +524,6 @@ def make_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple, dict]:
 
     if isinstance(inputs, Mapping):
         return (), {key: leaf(value) for key, value in inputs.items()}
-    return tuple(leaf(value) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,))), {}
+    return tuple(
+        leaf(value) for value in (inputs if isinstance(inputs, (tuple, list)) else (inputs,))
+    ), {}

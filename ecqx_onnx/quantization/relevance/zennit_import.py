@@ -22,7 +22,9 @@ def import_zennit() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("torchvision", "zennit")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("torchvision", "zennit")
+    ]:
         del sys.modules[name]
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):

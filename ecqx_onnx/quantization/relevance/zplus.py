@@ -26,19 +26,25 @@ class PositiveContributions:
     def forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Nothing to remember: backward is given the input again."""
 
-    def backward(self, module: Any, grad_input: tuple[Tensor, ...], grad_output: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def backward(
+        self, module: Any, grad_input: tuple[Tensor, ...], grad_output: tuple[Tensor, ...]
+    ) -> tuple[Tensor]:
         (x,), (R,) = grad_input, grad_output
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
         with torch.enable_grad():
             smallest = float(x.amin()) if x.numel() else 0.0
             positive = (x if smallest >= 0 else x.clamp(min=0)).detach().requires_grad_()
-            z = run_with(module, weight.clamp(min=0), None if bias is None else bias.clamp(min=0), positive)
+            z = run_with(
+                module, weight.clamp(min=0), None if bias is None else bias.clamp(min=0), positive
+            )
             parts = [positive]
             if not smallest >= 0:
                 parts.append(x.clamp(max=0).requires_grad_())
                 z = z + run_with(module, weight.clamp(max=0), None, parts[1])
             gradients = torch.autograd.grad(z, parts, R / stabilize(z.detach()))
-        shares = [gradient.mul_(part.detach()) for part, gradient in zip(parts, gradients, strict=True)]
+        shares = [
+            gradient.mul_(part.detach()) for part, gradient in zip(parts, gradients, strict=True)
+        ]
         return (shares[0] if len(shares) == 1 else shares[0] + shares[1],)
 
 

@@ -1,6 +1,13 @@
 """Does the file say the same over there? Runners in Python and JavaScript, and the devices that they run on."""
 
-from ecqx_onnx.validation.devices.devices import KNOWN, Device, DeviceList, Readiness, check_readiness, find_device
+from ecqx_onnx.validation.devices.devices import (
+    KNOWN,
+    Device,
+    DeviceList,
+    Readiness,
+    check_readiness,
+    find_device,
+)
 from ecqx_onnx.validation.devices.setup import set_up
 from ecqx_onnx.validation.devices.validation import TIME_LIMIT, DeviceTable, Trouble, validate_on
 

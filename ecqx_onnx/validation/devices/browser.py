@@ -51,7 +51,11 @@ class Browser:
             tempfile.TemporaryDirectory(prefix="ecqx-onnx-", ignore_cleanup_errors=True) as profile,
         ):
             # Chromium's own sandbox cannot be had by root; what runs here is our page and the user's model.
-            flags = [*FLAGS, f"--user-data-dir={profile}", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+            flags = [
+                *FLAGS,
+                f"--user-data-dir={profile}",
+                *(["--no-sandbox"] if os.geteuid() == 0 else []),
+            ]
             log = Path(profile) / "log"
             with log.open("wb") as said:
                 process = subprocess.Popen(
@@ -70,9 +74,13 @@ class Browser:
         end = time.monotonic() + time_limit
         while not server.ended.wait(0.1):
             if process.poll() is not None:
-                raise InputError(f"{self.name}: {self.program} died (exit status {process.returncode}) before the job was done")
+                raise InputError(
+                    f"{self.name}: {self.program} died (exit status {process.returncode}) before the job was done"
+                )
             if time.monotonic() > end:
-                raise InputError(f"{self.name}: the page was closed, as it had not finished after {time_limit:g} s")
+                raise InputError(
+                    f"{self.name}: the page was closed, as it had not finished after {time_limit:g} s"
+                )
         if server.died:
             raise InputError(f"{self.name}: the page died: {server.died[:300]}")
 
@@ -90,7 +98,9 @@ class _Server(http.server.ThreadingHTTPServer):
         self.ended, self.died = threading.Event(), ""
 
     def __enter__(self) -> _Server:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -108,7 +118,11 @@ class _Server(http.server.ThreadingHTTPServer):
         if parts[2:] == ("page.html",):
             return "page", RUNNERS / "page.html"
         folders = {"runner": RUNNERS, "runtime": self.runtime, "job": self.job}
-        return (parts[2], folders[parts[2]].joinpath(*parts[3:])) if parts[2] in folders and len(parts) > 3 else None
+        return (
+            (parts[2], folders[parts[2]].joinpath(*parts[3:]))
+            if parts[2] in folders and len(parts) > 3
+            else None
+        )
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -58,7 +58,13 @@ class Command:
 
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
         command = (*self.command, str(job.folder))
-        supervise(self.name, command, time_limit=time_limit, progress=progress, environment=self.environment)
+        supervise(
+            self.name,
+            command,
+            time_limit=time_limit,
+            progress=progress,
+            environment=self.environment,
+        )
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,21 @@ class Ssh:
                 archive.add(job.folder, ".")
                 archive.add(RUNNERS / "run.py", "run.py")
             sent.seek(0)
-            supervise(self.name, command, time_limit=time_limit + 30, progress=progress, stdin=sent, stdout=received)
+            supervise(
+                self.name,
+                command,
+                time_limit=time_limit + 30,
+                progress=progress,
+                stdin=sent,
+                stdout=received,
+            )
             received.seek(0)
             try:
                 _unpack_results(received, job.folder)
             except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
-                raise InputError(f"{self.name}: what came back is no archive of results ({error})") from None
+                raise InputError(
+                    f"{self.name}: what came back is no archive of results ({error})"
+                ) from None
 
 
 def _unpack_results(received: IO[bytes], folder: Path) -> None:
@@ -129,7 +144,11 @@ class Folder:
         if os.path.lexists(self.path / "result.json"):
             return self.path  # read where they are: copies of endless files would fill the disk
         with turn_system_errors():
-            if self.path.exists() and any(self.path.iterdir()) and not (self.path / "job.json").is_file():
+            if (
+                self.path.exists()
+                and any(self.path.iterdir())
+                and not (self.path / "job.json").is_file()
+            ):
                 raise OptionError(f"{self.path}: holds other things than a job; name a new folder")
             _refuse_link(self.path / "run.py")
             _copy_job(job.folder, self.path)
@@ -154,7 +173,9 @@ def _copy_job(source: Path, folder: Path) -> None:
 
 def _refuse_link(target: Path) -> None:
     if target.is_symlink():
-        raise FileError(f"'{target}' is a link, and a job is written into files of its own; name a new folder")
+        raise FileError(
+            f"'{target}' is a link, and a job is written into files of its own; name a new folder"
+        )
 
 
 def find_device(name: str) -> Device:
@@ -165,16 +186,22 @@ def find_device(name: str) -> Device:
             return Command("local", (sys.executable, str(RUNNERS / "run.py")))
         case "node" if name == kind:
             node = find_program("node", ("node",), "install Node.js 18 or newer")
-            return Command("node", (node, str(RUNNERS / "run.mjs"), str(setup.find_web_runtime("node"))))
+            return Command(
+                "node", (node, str(RUNNERS / "run.mjs"), str(setup.find_web_runtime("node")))
+            )
         case "web" if name == kind:
-            chromium = find_program("web", NAMES, "install Chromium (Debian: apt-get install chromium)")
+            chromium = find_program(
+                "web", NAMES, "install Chromium (Debian: apt-get install chromium)"
+            )
             return Browser("web", chromium, setup.find_web_runtime("web"))
         case "arm64" if name == kind:
             command, environment = setup.find_arm64_command()
             return Command("arm64", (*command, str(RUNNERS / "run.py")), environment)
         case "ssh" if address := ADDRESS.fullmatch(rest):
             find_program("ssh", ("ssh",), "install an OpenSSH client")
-            host = address["host"].replace("[", "").replace("]", "")  # ssh takes IPv6 without the brackets of URLs
+            host = (
+                address["host"].replace("[", "").replace("]", "")
+            )  # ssh takes IPv6 without the brackets of URLs
             python = address["python"] if (address["python"] or "/") != "/" else "python3"
             return Ssh(host, ("-p", address["port"]) if address["port"] else (), python=python)
         case "folder" if rest:
@@ -204,12 +231,19 @@ class DeviceList:
         for heading in ("device", "runs", "here"):
             table.add_column(heading, overflow="fold")
         for device in self.devices:
-            here = Text("ready", style="green") if device.ready else Text(device.advice, style="yellow")
+            here = (
+                Text("ready", style="green")
+                if device.ready
+                else Text(device.advice, style="yellow")
+            )
             table.add_row(Text(device.name), Text(device.runs), here)
         return table
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [{"device": d.name, "runs": d.runs, "ready": d.ready, "advice": d.advice} for d in self.devices]
+        return [
+            {"device": d.name, "runs": d.runs, "ready": d.ready, "advice": d.advice}
+            for d in self.devices
+        ]
 
 
 def check_readiness() -> DeviceList:
@@ -222,7 +256,9 @@ def check_readiness() -> DeviceList:
         "ssh://user@host": "onnxruntime of the python3 there",
         "folder:PATH": "whatever does the job in the folder",
     }
-    return DeviceList(tuple(Readiness(name, what, find_advice(name)) for name, what in runs.items()))
+    return DeviceList(
+        tuple(Readiness(name, what, find_advice(name)) for name, what in runs.items())
+    )
 
 
 def find_advice(name: str) -> str:

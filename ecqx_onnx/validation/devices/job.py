@@ -76,11 +76,20 @@ class Result:
     def outputs(self) -> Iterator[tuple[np.ndarray, ...]]:
         """The outputs of each batch, one batch in memory at a time. FileError if a file is not what result.json says."""
         for number, entries in enumerate(self.batches):
-            yield tuple(read_array(self.folder, entry, f"output {i} of batch {number}") for i, entry in enumerate(entries))
+            yield tuple(
+                read_array(self.folder, entry, f"output {i} of batch {number}")
+                for i, entry in enumerate(entries)
+            )
 
 
 def write_job(
-    file: OnnxFile, folder: Path, batches: Iterable[Feed], single: Feed, *, decoded: bytes | None = None, latency_runs: int = 50
+    file: OnnxFile,
+    folder: Path,
+    batches: Iterable[Feed],
+    single: Feed,
+    *,
+    decoded: bytes | None = None,
+    latency_runs: int = 50,
 ) -> Job:
     """folder: empty, exists. single: one sample, for latency and operators. twin: the float model to compare latency with."""
     (folder / "inputs").mkdir()
@@ -92,12 +101,16 @@ def write_job(
         "model": describe_run(folder, "model.onnx"),
         "external": [path.name for path in external],
         "twin": None if decoded is None else describe_run(folder, "twin.onnx"),
-        "batches": [store_feed(folder, feed, f"{number:05d}") for number, feed in enumerate(batches)],
+        "batches": [
+            store_feed(folder, feed, f"{number:05d}") for number, feed in enumerate(batches)
+        ],
         "single": store_feed(folder, single, "single"),
         "latency_runs": latency_runs,
         "latency_seconds": LATENCY_SECONDS,
     }
-    job["id"] = hashlib.sha256(json.dumps({**job, "latency_runs": 0, "twin": None}, sort_keys=True).encode()).hexdigest()
+    job["id"] = hashlib.sha256(
+        json.dumps({**job, "latency_runs": 0, "twin": None}, sort_keys=True).encode()
+    ).hexdigest()
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
     (folder / "job.txt").write_text(format_lines(job), encoding="utf-8")
     return Job(folder, job["id"], job["model"]["sha256"], len(job["batches"]))
@@ -105,11 +118,20 @@ def write_job(
 
 def format_lines(job: Mapping[str, Any]) -> str:
     """What a runner needs of job.json, for runners that have no JSON: fields between tabs."""
-    rows = [("# the same as job.json; docs/devices.md says what each row means",), ("id", job["id"])]
+    rows = [
+        ("# the same as job.json; docs/devices.md says what each row means",),
+        ("id", job["id"]),
+    ]
     rows.append(("latency_runs", str(job["latency_runs"])))
-    for kind, entries in [*(("input", batch) for batch in job["batches"]), ("single", job["single"])]:
+    for kind, entries in [
+        *(("input", batch) for batch in job["batches"]),
+        ("single", job["single"]),
+    ]:
         rows += [("batch",)] if kind == "input" else []
-        rows += [(kind, e["file"], e["dtype"], "x".join(map(str, e["shape"])), e["sha256"]) for e in entries]
+        rows += [
+            (kind, e["file"], e["dtype"], "x".join(map(str, e["shape"])), e["sha256"])
+            for e in entries
+        ]
     return "".join("\t".join(row) + "\n" for row in rows)
 
 
@@ -133,19 +155,29 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
     try:
         status = os.lstat(path)
     except FileNotFoundError:
-        raise FileError(f"{device}: the runner left no result.json; it was stopped or could not write to its folder") from None
+        raise FileError(
+            f"{device}: the runner left no result.json; it was stopped or could not write to its folder"
+        ) from None
     except OSError as error:
-        raise FileError(f"{path}: is no result of a runner ({error.strerror}); run the job again") from None
+        raise FileError(
+            f"{path}: is no result of a runner ({error.strerror}); run the job again"
+        ) from None
     if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"{path}: is no result of a runner but a link, a folder or a pipe; run the job again")
+        raise FileError(
+            f"{path}: is no result of a runner but a link, a folder or a pipe; run the job again"
+        )
     if status.st_size > LARGEST_RESULT:
-        raise FileError(f"{path}: has {status.st_size} bytes, more than a runner writes; run the job again")
+        raise FileError(
+            f"{path}: has {status.st_size} bytes, more than a runner writes; run the job again"
+        )
     try:
         raw = json.loads(read_bytes(path, most=LARGEST_RESULT).decode("utf-8"))
     except (FileError, ValueError, RecursionError) as error:
         raise FileError(f"{path}: is no result of a runner ({error}); run the job again") from None
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
-        raise FileError(f"{path}: is no result of format version {VERSION}; use the runner that came with the job")
+        raise FileError(
+            f"{path}: is no result of format version {VERSION}; use the runner that came with the job"
+        )
     # The model first: this sentence is the one that tells what went wrong.
     found = raw.get("model_sha256")
     if found is not None and found != job.model_sha256:
@@ -154,20 +186,28 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
             "run the job again with this one"
         )
     if raw.get("job") != job.id:
-        raise FileError(f"{path}: is the result of another job, with other data or batches; run this one")
+        raise FileError(
+            f"{path}: is the result of another job, with other data or batches; run this one"
+        )
     if raw.get("error"):
         refuse_result(device, raw)
     try:
         return parse_result(job, folder, raw)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise FileError(f"{path}: is damaged ({type(error).__name__}: {error}); run the job again") from None
+        raise FileError(
+            f"{path}: is damaged ({type(error).__name__}: {error}); run the job again"
+        ) from None
 
 
 def refuse_result(device: str, raw: Mapping[str, Any]) -> None:
     from ecqx_onnx.runtime.sessions import shorten_reason
 
     error = raw["error"] if isinstance(raw["error"], dict) else {"message": raw["error"]}
-    does = "does not load the model" if error.get("stage") == "load" else "fails while running the model"
+    does = (
+        "does not load the model"
+        if error.get("stage") == "load"
+        else "fails while running the model"
+    )
     runtime = str(raw.get("runtime", "the runtime"))[:LONGEST_TEXT]
     message = str(error.get("message"))[:LONGEST_TEXT]
     raise ModelError(f"{device}: {runtime} {does}: {shorten_reason(Exception(message))}")
@@ -184,11 +224,15 @@ def parse_result(job: Job, folder: Path, raw: Mapping[str, Any]) -> Result:
         batches=tuple(tuple(dict(entry) for entry in _list(batch, "a batch")) for batch in batches),
         plain=None
         if plain is None
-        else tuple(read_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")),
+        else tuple(
+            read_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")
+        ),
         operators=read_operators(raw.get("operators")),
         load_seconds=read_seconds(raw.get("load_seconds"), "load_seconds"),
         latency=read_latency(raw.get("latency")),
-        peak_memory=None if raw.get("peak_memory") is None else _count(raw["peak_memory"], "peak_memory"),
+        peak_memory=None
+        if raw.get("peak_memory") is None
+        else _count(raw["peak_memory"], "peak_memory"),
     )
 
 
@@ -197,7 +241,10 @@ def read_operators(value: Any) -> dict[str, int] | None:
         return None
     if not isinstance(value, dict) or len(value) > MOST_OPERATORS:
         raise ValueError("operators is no object of counts")
-    return {read_text(name, "an operator"): _count(count, "a count of operators") for name, count in value.items()}
+    return {
+        read_text(name, "an operator"): _count(count, "a count of operators")
+        for name, count in value.items()
+    }
 
 
 def read_latency(value: Any) -> DeviceLatency | None:
@@ -238,7 +285,11 @@ def read_seconds(value: Any, what: str) -> float | None:
 
 
 def describe_run(folder: Path, name: str) -> dict[str, Any]:
-    return {"file": name, "sha256": compute_sha256(folder / name), "bytes": (folder / name).stat().st_size}
+    return {
+        "file": name,
+        "sha256": compute_sha256(folder / name),
+        "bytes": (folder / name).stat().st_size,
+    }
 
 
 def store_feed(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
@@ -248,7 +299,15 @@ def store_feed(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
         data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
         (folder / file).write_bytes(data)
         sha = hashlib.sha256(data).hexdigest()
-        entries.append({"name": name, "file": file, "dtype": array.dtype.name, "shape": list(array.shape), "sha256": sha})
+        entries.append(
+            {
+                "name": name,
+                "file": file,
+                "dtype": array.dtype.name,
+                "shape": list(array.shape),
+                "sha256": sha,
+            }
+        )
     return entries
 
 
@@ -261,38 +320,58 @@ def read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
         if any(type(length) is not int for length in shape):
             raise TypeError("a length is no integer")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FileError(f"{result}: {what} is not described as file, dtype and shape ({error})") from None
+        raise FileError(
+            f"{result}: {what} is not described as file, dtype and shape ({error})"
+        ) from None
     counts = list(shape)
     if min(counts, default=0) < 0 or max(counts, default=0) > LARGEST_COUNT:
-        raise FileError(f"{result}: {what} claims the shape {str(counts)[:100]}, which is not one; run the job again")
+        raise FileError(
+            f"{result}: {what} claims the shape {str(counts)[:100]}, which is not one; run the job again"
+        )
     if kind not in OUTPUT_TYPES or len(counts) > MOST_DIMENSIONS:
         found = f"'{kind[:20]}' in {len(counts)} dimensions"
-        raise FileError(f"{result}: {what} is {found}, which is not described in docs/devices.md; run the job again")
+        raise FileError(
+            f"{result}: {what} is {found}, which is not described in docs/devices.md; run the job again"
+        )
     name, dtype = PurePosixPath(text), np.dtype(kind)
     if name.is_absolute() or ".." in name.parts or "\0" in text:
-        raise FileError(f"{result}: {what} points to '{name}', outside of the job's folder: refused")
+        raise FileError(
+            f"{result}: {what} points to '{name}', outside of the job's folder: refused"
+        )
     claimed = math.prod(counts) * dtype.itemsize
     if claimed >= LARGEST_OUTPUT:
-        raise FileError(f"{result}: {what} claims {claimed} bytes, which is not below {LARGEST_OUTPUT}: use a smaller batch size")
+        raise FileError(
+            f"{result}: {what} claims {claimed} bytes, which is not below {LARGEST_OUTPUT}: use a smaller batch size"
+        )
     path = folder / name
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # Python 3.11 says so of links that lead in a circle
-        raise FileError(f"{path}: {what} cannot be found behind its links; bring the file back from the device too") from None
+        raise FileError(
+            f"{path}: {what} cannot be found behind its links; bring the file back from the device too"
+        ) from None
     if not inside:
-        raise FileError(f"{path}: {what} lies behind a link that leaves the results' folder: refused")
+        raise FileError(
+            f"{path}: {what} lies behind a link that leaves the results' folder: refused"
+        )
     try:
         file = open_regular(path)
     except FileError as error:
-        raise FileError(f"{path}: {what} cannot be read ({error}); bring it back from the device too") from None
+        raise FileError(
+            f"{path}: {what} cannot be read ({error}); bring it back from the device too"
+        ) from None
     with file:
         present = os.fstat(file.fileno()).st_size
         fits = present == claimed
         data = file.read(claimed) if fits else b""
     if not fits and present <= LARGEST_OUTPUT and compute_sha256(path) == entry.get("sha256"):
-        raise FileError(f"{path}: {what} holds {present} bytes, which is not {dtype} of shape {counts}")
+        raise FileError(
+            f"{path}: {what} holds {present} bytes, which is not {dtype} of shape {counts}"
+        )
     if not fits or hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-        raise FileError(f"{path}: {what} was changed or cut short after the runner wrote it (sha256); run the job again")
+        raise FileError(
+            f"{path}: {what} was changed or cut short after the runner wrote it (sha256); run the job again"
+        )
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(counts).astype(dtype, copy=False)
 
 

@@ -49,7 +49,9 @@ def set_up(device: str, *, progress: Progress | None = None) -> Path:
         "arm64": (find_arm64_folder(), _fetch_arm64),
     }
     if device not in makers:
-        raise OptionError(f"the device '{device}' needs no setup, or is none; `device setup` knows {', '.join(makers)}")
+        raise OptionError(
+            f"the device '{device}' needs no setup, or is none; `device setup` knows {', '.join(makers)}"
+        )
     folder, fetch = makers[device]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,9 @@ def find_arm64_command() -> tuple[tuple[str, ...], Mapping[str, str]]:
 
 def require_folder(device: str, folder: Path) -> Path:
     if not folder.is_dir():
-        raise InputError(f"{device}: is not set up on this machine; run `ecqx-onnx device setup {device}` once")
+        raise InputError(
+            f"{device}: is not set up on this machine; run `ecqx-onnx device setup {device}` once"
+        )
     return folder
 
 
@@ -105,7 +109,9 @@ def _fetch_web(folder: Path, progress: Progress) -> None:
     archive = work / f"onnxruntime-web-{WEB_VERSION}.tgz"
     found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != WEB_INTEGRITY:
-        raise InputError(f"web: npm gave an onnxruntime-web {WEB_VERSION} with another checksum ({found[:20]}…): refused")
+        raise InputError(
+            f"web: npm gave an onnxruntime-web {WEB_VERSION} with another checksum ({found[:20]}…): refused"
+        )
     folder.mkdir()
     with tarfile.open(archive) as tar:
         for name in WEB_FILES:
@@ -118,7 +124,9 @@ def _fetch_web(folder: Path, progress: Progress) -> None:
 def _fetch_arm64(folder: Path, progress: Progress) -> None:
     """An arm64 Debian's Python unpacked under root/, the wheels under site/, and a static qemu beside them."""
     if sys.platform != "linux" or shutil.which("apt-get") is None:
-        raise InputError("arm64: is set up from Debian's packages, so it needs Debian or Ubuntu on Linux")
+        raise InputError(
+            "arm64: is set up from Debian's packages, so it needs Debian or Ubuntu on Linux"
+        )
     work, root = folder.parent, folder / "root"
     for place in (work / "debs", work / "wheels", root, folder / "site"):
         place.mkdir(parents=True)
@@ -133,10 +141,30 @@ def _fetch_arm64(folder: Path, progress: Progress) -> None:
     for deb in sorted((work / "debs").glob("*.deb")):
         run_program("arm64", ["dpkg-deb", "-x", str(deb), str(root)], work)
     wheels = [f"onnxruntime=={ARM64_ONNXRUNTIME}", f"numpy=={ARM64_NUMPY}"]
-    version = next(path.name.removeprefix("python") for path in (root / "usr" / "bin").glob("python3.[0-9]*"))
-    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (27, 28)] + ["--platform=manylinux2014_aarch64"]
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", f"--python-version={version}"]
-    command = [sys.executable, "-m", "pip", "install", *options, *platforms, "--target", str(folder / "site"), *wheels]
+    version = next(
+        path.name.removeprefix("python") for path in (root / "usr" / "bin").glob("python3.[0-9]*")
+    )
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (27, 28)] + [
+        "--platform=manylinux2014_aarch64"
+    ]
+    options = [
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+        f"--python-version={version}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *options,
+        *platforms,
+        "--target",
+        str(folder / "site"),
+        *wheels,
+    ]
     progress(3, 4, f"fetching onnxruntime {ARM64_ONNXRUNTIME}")
     run_program("arm64", command, work)
     for name, text in {"possible": "0-3\n", "present": "0-3\n"}.items():
@@ -166,17 +194,30 @@ def _download_arm64_debs(work: Path) -> None:
     }
     options = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
     run_program("arm64", ["apt-get", *options, "--quiet=2", "update"], work)
-    install = ["install", "--yes", "--quiet=2", "--download-only", "--no-install-recommends", *ARM64_PACKAGES]
+    install = [
+        "install",
+        "--yes",
+        "--quiet=2",
+        "--download-only",
+        "--no-install-recommends",
+        *ARM64_PACKAGES,
+    ]
     run_program("arm64", ["apt-get", *options, *install], work)
 
 
 def run_program(device: str, command: Sequence[str], folder: Path) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PROGRAM_LIMIT, check=False)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=PROGRAM_LIMIT, check=False
+        )
     except FileNotFoundError:
-        raise InputError(f"{device}: setup needs '{command[0]}', which this machine does not have; install it first") from None
+        raise InputError(
+            f"{device}: setup needs '{command[0]}', which this machine does not have; install it first"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise InputError(f"{device}: '{command[0]}' did not finish within {PROGRAM_LIMIT} s; is the network there?") from None
+        raise InputError(
+            f"{device}: '{command[0]}' did not finish within {PROGRAM_LIMIT} s; is the network there?"
+        ) from None
     if done.returncode:
         words = ["no reason given", *(done.stderr or done.stdout).strip().splitlines()]
         raise InputError(f"{device}: setup failed in '{' '.join(command[:3])}': {words[-1][:300]}")

@@ -53,12 +53,18 @@ def supervise(
     try:
         process.wait(time_limit)
     except subprocess.TimeoutExpired:
-        raise InputError(f"{device}: the runner was stopped, as it had not finished after {time_limit:g} s") from None
+        raise InputError(
+            f"{device}: the runner was stopped, as it had not finished after {time_limit:g} s"
+        ) from None
     finally:
         stop(process)
         listener.join(5)
     if process.returncode:
-        how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
+        how = (
+            f"signal {-process.returncode}"
+            if process.returncode < 0
+            else f"exit status {process.returncode}"
+        )
         raise InputError(f"{device}: the runner died ({how}): {find_last_words(said)}")
 
 

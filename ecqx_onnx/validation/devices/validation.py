@@ -20,7 +20,14 @@ from ecqx_onnx.errors import CheckFailed, FileError, ModelError
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.latency import Latency
-from ecqx_onnx.runtime.sessions import NUMPY_TYPES, Session, find_fixed_batch, fit_inputs, make_synthetic_inputs, open_session
+from ecqx_onnx.runtime.sessions import (
+    NUMPY_TYPES,
+    Session,
+    find_fixed_batch,
+    fit_inputs,
+    make_synthetic_inputs,
+    open_session,
+)
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.comparison import Batch, compare, pad_batch
@@ -76,7 +83,9 @@ def validate_on(
     file = read_onnx(path)
     found = [checks.check_format(file)]
     try:
-        session = open_session(file.path, level="disabled")  # only for what inputs and outputs look like
+        session = open_session(
+            file.path, level="disabled"
+        )  # only for what inputs and outputs look like
     except CheckFailed as error:
         raise ModelError(f"{path}: its inputs and outputs cannot be told here: {error}") from None
     if split is not None:
@@ -94,7 +103,13 @@ def validate_on(
     def feeds() -> Iterator[Mapping[str, np.ndarray]]:
         names = [node.name for node in session.get_inputs()]
         for raw, _ in batches():
-            yield dict(zip(names, fit_inputs(session, [pad_batch(array, size) for array in raw]), strict=True))
+            yield dict(
+                zip(
+                    names,
+                    fit_inputs(session, [pad_batch(array, size) for array in raw]),
+                    strict=True,
+                )
+            )
 
     first = next(feeds(), {})
     shift = None if reference is None else measure_float16_shift(file, float_model)
@@ -103,7 +118,9 @@ def validate_on(
     decoded = decode_or_report(model, found)
     serialized = choose_latency_baseline(file, decoded, float_model) if latency_runs else None
     with open_temporary_folder() as temporary:
-        job = write_job(file, temporary, feeds(), single, decoded=serialized, latency_runs=latency_runs)
+        job = write_job(
+            file, temporary, feeds(), single, decoded=serialized, latency_runs=latency_runs
+        )
         results = device.run(job, time_limit=time_limit, progress=progress)
         result = read_result(job, device.name, folder=results)
         found.append(Check("load", True, None, None, f"{result.runtime} loads and runs it"))
@@ -114,7 +131,9 @@ def validate_on(
             bounds = derive_bounds(comparison, next(result.outputs()))
             plain = _Replay(session, iter([result.plain]))
             found.append(
-                checks.check_optimization(optimized, plain, feed, bounds, quantized=checks.has_quantized_activations(file))
+                checks.check_optimization(
+                    optimized, plain, feed, bounds, quantized=checks.has_quantized_activations(file)
+                )
             )
     if result.operators is not None:
         found.append(checks.check_operators(file, Counter(result.operators)))
@@ -126,8 +145,20 @@ def validate_on(
         if float_reference and is_untrained(file.metadata) and comparison.distances:
             scores = class_names or split is not None or bool(file.metadata.get("labels"))
             data = None if split is None else split.source.name
-            found.append(float_check(file, comparison, reference, float_bounds or FloatBounds(), scores=scores, data=data))
-    for check in (checks.check_agreement(comparison, inexact=inexact), checks.check_accuracy(comparison)):
+            found.append(
+                float_check(
+                    file,
+                    comparison,
+                    reference,
+                    float_bounds or FloatBounds(),
+                    scores=scores,
+                    data=data,
+                )
+            )
+    for check in (
+        checks.check_agreement(comparison, inexact=inexact),
+        checks.check_accuracy(comparison),
+    ):
         if check is not None:
             found.append(check)
     latency = read_latency(result)
@@ -176,26 +207,40 @@ class DeviceTable:
         return tuple(check for report in self.reports for check in report.failures)
 
     def render(self) -> RenderableType:
-        files = ", ".join(sorted({f"{report.file}: {show(report.size)} bytes" for report in self.reports}))
+        files = ", ".join(
+            sorted({f"{report.file}: {show(report.size)} bytes" for report in self.reports})
+        )
         table = Table(title=Text(files or "on each device"), title_justify="left")
-        columns = [make_column(report) for report in self.reports] + [(t.device, "", "no result") for t in self.troubles]
+        columns = [make_column(report) for report in self.reports] + [
+            (t.device, "", "no result") for t in self.troubles
+        ]
         for heading in ("", *(column[0] for column in columns)):
             table.add_column(Text(heading), overflow="fold")
         for row in itertools.zip_longest(ROWS, *(column[1:] for column in columns), fillvalue=""):
             table.add_row(*map(Text, row))
-        failed = [Text(f"{r.device}: {c.name}: {c.sentence}", style="red") for r in self.reports for c in r.failures]
+        failed = [
+            Text(f"{r.device}: {c.name}: {c.sentence}", style="red")
+            for r in self.reports
+            for c in r.failures
+        ]
         slow = [
             Text(f"{r.device}: {c.name}: {c.sentence}", style="yellow")
             for r in self.reports
             for c in r.checks
             if c.name == "latency"
         ]
-        notes = [Text(f"note: {note}", style="yellow") for note in dict.fromkeys(n for r in self.reports for n in r.notes)]
+        notes = [
+            Text(f"note: {note}", style="yellow")
+            for note in dict.fromkeys(n for r in self.reports for n in r.notes)
+        ]
         return Group(table, *notes, *failed, *slow)
 
     def to_json(self) -> list[dict[str, Any]]:
         """A report for each device; of one without result: device, ok, error."""
-        troubles = [{"device": trouble.device, "ok": False, "error": trouble.sentence} for trouble in self.troubles]
+        troubles = [
+            {"device": trouble.device, "ok": False, "error": trouble.sentence}
+            for trouble in self.troubles
+        ]
         return [*(report.to_json() for report in self.reports), *troubles]
 
 
@@ -206,7 +251,9 @@ def make_column(report: ValidationReport) -> tuple[str, ...]:
         report.runtime,
         "ok" if report.ok else "FAILED",
         str(report.onnx_accuracy or ""),
-        f"{100 * report.agreement.share:.2f} % of {report.agreement.total}" if report.agreement else "",
+        f"{100 * report.agreement.share:.2f} % of {report.agreement.total}"
+        if report.agreement
+        else "",
         show(report.largest_difference),
         f"{1e3 * report.load_seconds:.1f} ms" if report.load_seconds is not None else "",
         f"{1e3 * report.latency.seconds:.3f} ms" if report.latency else "",
@@ -233,12 +280,22 @@ class _Replay:
         arrays = next(self.outputs)
         lengths: dict[str, int] = {}
         for node in self.get_inputs():
-            lengths.update({d: n for d, n in zip(node.shape, feed[node.name].shape, strict=True) if isinstance(d, str)})
+            lengths.update(
+                {
+                    d: n
+                    for d, n in zip(node.shape, feed[node.name].shape, strict=True)
+                    if isinstance(d, str)
+                }
+            )
         if len(arrays) != len(self.get_outputs()):
-            raise FileError(f"the device returned {len(arrays)} outputs of {len(self.get_outputs())}; its runner is at fault")
+            raise FileError(
+                f"the device returned {len(arrays)} outputs of {len(self.get_outputs())}; its runner is at fault"
+            )
         for node, array in zip(self.get_outputs(), arrays, strict=True):
             wanted = [lengths.get(d) if isinstance(d, str) else d for d in node.shape]
-            fits = len(wanted) == array.ndim and all(w in (None, n) for w, n in zip(wanted, array.shape, strict=True))
+            fits = len(wanted) == array.ndim and all(
+                w in (None, n) for w, n in zip(wanted, array.shape, strict=True)
+            )
             if not fits or array.dtype != NUMPY_TYPES.get(node.type):
                 raise FileError(
                     f"the device returned output '{node.name}' as {array.dtype} {list(array.shape)}, but the graph declares "

@@ -21,10 +21,19 @@ SUFFIX = ".zip"
 def make_seeds() -> list[bytes]:
     """Two classes of images; splits of them; sounds."""
     generator = np.random.default_rng(0)
-    pictures = [saved_image(Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)), "png") for _ in range(4)]
-    flat = [(f"{label}/{number}.png", pictures[number]) for label in ("cat", "dog") for number in range(4)]
+    pictures = [
+        saved_image(Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)), "png")
+        for _ in range(4)
+    ]
+    flat = [
+        (f"{label}/{number}.png", pictures[number])
+        for label in ("cat", "dog")
+        for number in range(4)
+    ]
     split = [(f"{part}/{name}", content) for part in ("train", "val") for name, content in flat]
-    sounds = [(f"{label}/{number}.wav", saved_wav(8000)) for label in ("no", "yes") for number in range(3)]
+    sounds = [
+        (f"{label}/{number}.wav", saved_wav(8000)) for label in ("no", "yes") for number in range(3)
+    ]
     return [write_zip(members) for members in (flat, split, sounds)]
 
 

@@ -29,7 +29,9 @@ def make_seeds() -> list[bytes]:
         _saved(image, "tiff", compression="tiff_deflate"),
     ]
     frames = [image.rotate(90 * turn) for turn in range(3)]
-    seeds += [_saved(image, kind, save_all=True, append_images=frames) for kind in ("gif", "png", "webp")]
+    seeds += [
+        _saved(image, kind, save_all=True, append_images=frames) for kind in ("gif", "png", "webp")
+    ]
     return seeds
 
 

@@ -51,7 +51,9 @@ def make_seeds() -> list[bytes]:
             labels=np.array(list("abc")),
         ),
         _saved(jpeg_test=pictures, offset_test=offsets, y_test=np.array([0, 1])),
-        _saved(compress=True, x=np.asfortranarray(x), y=y.astype(np.uint8), is_test=np.arange(12) < 4),
+        _saved(
+            compress=True, x=np.asfortranarray(x), y=y.astype(np.uint8), is_test=np.arange(12) < 4
+        ),
     ]
 
 
@@ -85,7 +87,9 @@ def _mutate_npy(content: bytes, source: random.Random) -> bytes:
         header = header[:start] + ", ".join(map(str, lengths)).encode() + header[end:]
     else:
         data = mutate_bytes(data, source)
-    version = source.choice((content[:8], content[:8], content[:6] + b"\x02\x00", content[:6] + b"\x03\x00"))
+    version = source.choice(
+        (content[:8], content[:8], content[:6] + b"\x02\x00", content[:6] + b"\x03\x00")
+    )
     size = struct.pack("<H" if version[6] == 1 else "<I", min(len(header), 65535))
     return version + size + header + data
 

@@ -27,7 +27,12 @@ def read(path: Path) -> None:
     """Every command is tried, whatever the others said; refused if all refuse."""
     out = path.with_name("out.onnx")
     refusals: list[EcqxError] = []
-    for command in (["inspect"], ["validate"], ["pack", out, "--force"], ["unpack", out, "--force"]):
+    for command in (
+        ["inspect"],
+        ["validate"],
+        ["pack", out, "--force"],
+        ["unpack", out, "--force"],
+    ):
         try:
             run_command(command[0], path, *command[1:])
         except EcqxError as error:

@@ -24,7 +24,9 @@ def make_seeds() -> list[bytes]:
     """One of each kind."""
     mel = Spectrum(8000, frame_length=256, hop=160, fft_length=256, mel_bands=40)
     kinds = (
-        Preprocessing("image", scale=255.0, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), image_shape=(6, 6, 3)),
+        Preprocessing(
+            "image", scale=255.0, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), image_shape=(6, 6, 3)
+        ),
         Preprocessing("waveform", scale=32768.0, samples=2000, spectrum=mel),
         Preprocessing("array", mean=(0.5,)),
         Preprocessing("indices"),

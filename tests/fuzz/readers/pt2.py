@@ -62,7 +62,9 @@ def make_seeds() -> list[bytes]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batch = torch.export.Dim("batch")
-        program = torch.export.export(Net().eval(), (torch.randn(2, 6, 4),), dynamic_shapes=({0: batch},))
+        program = torch.export.export(
+            Net().eval(), (torch.randn(2, 6, 4),), dynamic_shapes=({0: batch},)
+        )
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         return [buffer.getvalue(), save_program(program)]

@@ -29,7 +29,9 @@ def make_seeds() -> list[bytes]:
 
 def mutate(seed: bytes, source: random.Random) -> bytes:
     """As text, or as JSON."""
-    return (mutate_json if seed[:1] == b"{" and source.random() < 0.5 else mutate_text)(seed, source)
+    return (mutate_json if seed[:1] == b"{" and source.random() < 0.5 else mutate_text)(
+        seed, source
+    )
 
 
 def read(path: Path) -> None:

@@ -8,25 +8,50 @@ from collections.abc import Sequence
 import numpy as np
 
 from ecqx_onnx_converters.storage.packed import huffman
-from ecqx_onnx_converters.storage.packed.stream import Coding, ContextModel, Packed, Part, SymbolSequence, count_slots
-from ecqx_onnx_converters.storage.packed.symbols import Alphabet, count_pairs, find_contexts, list_spellings, spell_pairs
+from ecqx_onnx_converters.storage.packed.stream import (
+    Coding,
+    ContextModel,
+    Packed,
+    Part,
+    SymbolSequence,
+    count_slots,
+)
+from ecqx_onnx_converters.storage.packed.symbols import (
+    Alphabet,
+    count_pairs,
+    find_contexts,
+    list_spellings,
+    spell_pairs,
+)
 
 EVENED = 256  # lanes at the end of a stream that may give words to the last one
-BLOCK = 1 << 15  # pairs, or bytes of payload, that are written at once: what is held meanwhile stays in a cache
+BLOCK = (
+    1 << 15
+)  # pairs, or bytes of payload, that are written at once: what is held meanwhile stays in a cache
 
 
-def write_stream(sequences: Sequence[SymbolSequence], coding: Coding, lane_bytes: int, *, compact: bool) -> Packed:
+def write_stream(
+    sequences: Sequence[SymbolSequence], coding: Coding, lane_bytes: int, *, compact: bool
+) -> Packed:
     """One stream, as `coding` says it."""
     code, width = coding.code(), huffman.DIGIT // count_slots(coding.shortest)
     leaves, ends, last = encode_symbols(sequences, coding.alphabet, code)
     fill = -len(code.bits) % 8
     gaps = np.full(fill if coding.context_model is not ContextModel.PLAIN else 0, -1)
-    symbol_ids = np.concatenate([[-1], code.symbol_ids, gaps])  # what is no unit has advance and value 0
+    symbol_ids = np.concatenate(
+        [[-1], code.symbol_ids, gaps]
+    )  # what is no unit has advance and value 0
     advances, values = (
-        np.append(of, 0)[symbol_ids].astype(np.int8) for of in (-coding.alphabet.advances, coding.alphabet.values)
+        np.append(of, 0)[symbol_ids].astype(np.int8)
+        for of in (-coding.alphabet.advances, coding.alphabet.values)
     )
     payload, full = lay_codewords(
-        leaves, ends, code, coding.context_model, lane_bytes, count_trailing_ones(code, coding.context_model, values)
+        leaves,
+        ends,
+        code,
+        coding.context_model,
+        lane_bytes,
+        count_trailing_ones(code, coding.context_model, values),
     )
     entries = np.where(last > 0, -(-ends[last - 1] // width), 0) if len(ends) else last
     if full:
@@ -38,7 +63,10 @@ def write_stream(sequences: Sequence[SymbolSequence], coding: Coding, lane_bytes
         values,
         count_slots(coding.shortest),
         coding.context_model,
-        tuple(Part(of.shape, of.permutation, int(own)) for of, own in zip(sequences, np.diff(entries, prepend=0), strict=True)),
+        tuple(
+            Part(of.shape, of.permutation, int(own))
+            for of, own in zip(sequences, np.diff(entries, prepend=0), strict=True)
+        ),
         compact,
     )
 
@@ -76,58 +104,89 @@ def encode_symbols(
     return leaves[:codewords], ends[:codewords], np.array(last)
 
 
-def count_trailing_ones(code: huffman.Code, context_model: ContextModel, values: np.ndarray) -> np.ndarray:
+def count_trailing_ones(
+    code: huffman.Code, context_model: ContextModel, values: np.ndarray
+) -> np.ndarray:
     """How many ones may follow each leaf before they end a codeword: one fewer than the longest word there has, which is of
     ones."""
-    longest = np.array([code.lengths[code.trees == of].max() for of in range(len(context_model.value))])
+    longest = np.array(
+        [code.lengths[code.trees == of].max() for of in range(len(context_model.value))]
+    )
     if context_model is not ContextModel.SIGNS:
         return np.full(len(code.lengths), longest[-1] - 1)
     place = {context: of for of, (context, _) in enumerate(context_model.value)}
-    behind = np.array([place[0], place[2], place[1]])[np.sign(values[1 : len(code.lengths) + 1]) + 1]
+    behind = np.array([place[0], place[2], place[1]])[
+        np.sign(values[1 : len(code.lengths) + 1]) + 1
+    ]
     return longest[behind] - 1
 
 
 def lay_codewords(
-    leaves: np.ndarray, ends: np.ndarray, code: huffman.Code, context_model: ContextModel, lane_bytes: int, ones: np.ndarray
+    leaves: np.ndarray,
+    ends: np.ndarray,
+    code: huffman.Code,
+    context_model: ContextModel,
+    lane_bytes: int,
+    ones: np.ndarray,
 ) -> tuple[np.ndarray, bool]:
     """leaves, ends: see `encode_symbols`; ends are moved to where each word ends in what is returned: uint8 [lanes,
     lane_bytes]; and
     whether nothing in it can be taken for a word behind the last one. ones: see `count_trailing_ones`."""
     paths = [path for _, path in context_model.value]
     heads = np.array([len(path) for path in paths])[code.trees]
-    leads = np.array([int(path or "0", 2) for path in paths])[code.trees]  # the way from the root to a leaf's own tree
+    leads = np.array([int(path or "0", 2) for path in paths])[
+        code.trees
+    ]  # the way from the root to a leaf's own tree
     lane = lane_bytes * 8
     firsts, full = split_into_lanes(ends, leaves, code.lengths, heads, ones, lane)
     first = leaves[firsts].astype(np.int64) if len(leaves) else np.zeros(0, np.int64)
-    shifts = np.arange(len(first)) * lane + heads[first] + code.lengths[first] - ends[firsts[: len(first)]]
+    shifts = (
+        np.arange(len(first)) * lane
+        + heads[first]
+        + code.lengths[first]
+        - ends[firsts[: len(first)]]
+    )
     borders = np.append(firsts, len(leaves))
     payload = np.empty((len(firsts), lane_bytes), np.uint8)
     at_once = max(1, BLOCK // lane_bytes)
     for begin in range(0, len(firsts), at_once):
         own = payload[begin : begin + at_once]
         border = borders[begin : begin + len(own) + 1]
-        codewords, end = leaves[border[0] : border[-1]].astype(np.int64), ends[border[0] : border[-1]]
+        codewords, end = (
+            leaves[border[0] : border[-1]].astype(np.int64),
+            ends[border[0] : border[-1]],
+        )
         end += np.repeat(shifts[begin : begin + len(own)], np.diff(border)[: len(shifts)])
         starts = end - code.lengths[codewords] - begin * lane
         # A word of ones is the longest of its context: the rest of a lane, ones, ends none.
-        own[:] = put_codewords(own.size, starts, codewords, code.codes, code.lengths).reshape(own.shape)
+        own[:] = put_codewords(own.size, starts, codewords, code.codes, code.lengths).reshape(
+            own.shape
+        )
         if context_model is not ContextModel.PLAIN and len(codewords):
             first = codewords[border[:-1] - border[0]]
-            own &= put_codewords(own.size, np.arange(len(own)) * lane, first, leads, heads).reshape(own.shape)
+            own &= put_codewords(own.size, np.arange(len(own)) * lane, first, leads, heads).reshape(
+                own.shape
+            )
     return payload, full
 
 
-def put_codewords(nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def put_codewords(
+    nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
     """uint8 [nbytes] of ones but for the words, none of which overlap: from each of `starts` on, in bits and ascending, the low
     lengths[leaf] (at most 49) bits of codes[leaf], high bit first."""
     # The words' complements, each in 64 bits that begin at a multiple of `cell`, are added up; so are those that share it.
     longest = int(lengths.max(initial=0))
     cell = 32 if longest <= 33 else 16
-    flipped = ((1 << lengths) - 1 - codes).astype(np.uint64) << (64 - np.maximum(lengths, 1)).astype(np.uint64)
+    flipped = ((1 << lengths) - 1 - codes).astype(np.uint64) << (
+        64 - np.maximum(lengths, 1)
+    ).astype(np.uint64)
     windows = np.cumsum(flipped[leaves] >> (starts & cell - 1).view(np.uint64))
     cells = starts >> (cell.bit_length() - 1)
     last = np.flatnonzero(np.append(cells[1:] != cells[:-1], len(cells) > 0))
-    sums = np.diff(windows[last], prepend=np.uint64(0))  # right even where the sum before has passed 2**64
+    sums = np.diff(
+        windows[last], prepend=np.uint64(0)
+    )  # right even where the sum before has passed 2**64
     parts = sums.astype(">u8").view(f">u{cell // 8}").reshape(-1, 64 // cell)
     zeros, first = np.zeros(-(-nbytes * 8 // cell) + 64 // cell, f">u{cell // 8}"), cells[last]
     for offset in range(64 // cell):
@@ -136,7 +195,12 @@ def put_codewords(nbytes: int, starts: np.ndarray, leaves: np.ndarray, codes: np
 
 
 def split_into_lanes(
-    ends: np.ndarray, leaves: np.ndarray, lengths: np.ndarray, heads: np.ndarray, ones: np.ndarray, lane: int
+    ends: np.ndarray,
+    leaves: np.ndarray,
+    lengths: np.ndarray,
+    heads: np.ndarray,
+    ones: np.ndarray,
+    lane: int,
 ) -> tuple[np.ndarray, bool]:
     """The first word of each lane of `lane` bits: no word crosses into another lane, the first has heads[leaf] bits before it.
     And whether the ones that fill up the last lane end no codeword: the lanes before it have given it words for that.
@@ -146,7 +210,13 @@ def split_into_lanes(
     count = len(ends)
     if not count:
         return np.zeros(1, np.int64), False
-    end, leaf, length, before, behind = ends.data, leaves.data, lengths.tolist(), heads.tolist(), ones.tolist()
+    end, leaf, length, before, behind = (
+        ends.data,
+        leaves.data,
+        lengths.tolist(),
+        heads.tolist(),
+        ones.tolist(),
+    )
 
     def begin(codeword: int) -> int:
         return int(end[codeword]) - length[leaf[codeword]]
@@ -157,12 +227,16 @@ def split_into_lanes(
 
     def full_lane(first: int) -> int:
         """The word behind the last that a lane from `first` on has room for."""
-        return bisect_right(end, begin(first) + lane - before[leaf[first]], first, min(first + lane + 1, count))
+        return bisect_right(
+            end, begin(first) + lane - before[leaf[first]], first, min(first + lane + 1, count)
+        )
 
     firsts = [0]
     while (first := full_lane(firsts[-1])) < count:
         firsts.append(first)
-    earliest = [count]  # of the last lane the first word that it can begin with, of the one before it, and so on
+    earliest = [
+        count
+    ]  # of the last lane the first word that it can begin with, of the one before it, and so on
     while earliest[-1] and len(earliest) <= min(EVENED, len(firsts)):
         last = earliest[-1]
         first = bisect_left(end, int(end[last - 1]) - lane, max(0, last - lane - 1), last - 1)

@@ -12,7 +12,9 @@ from ecqx_onnx_converters.storage.packed.symbols import MAX_SYMBOLS
 MOST_CALLS = 32  # of the function that reads 8 bytes of every lane; more would save little of a large file, and take time
 CALL_BYTES = 35  # in the file
 CUT_BYTES = 35  # of a Split that a stream of one tensor has for its rest
-STAGED_FROM = 1 << 20  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
+STAGED_FROM = (
+    1 << 20
+)  # weights of a file; fewer leave some megabytes behind at most, and the stage takes 150 bytes
 COMPACT_BELOW = 1 << 15  # bytes of all streams, of a file that is decoded in one stage
 
 LANE_BYTES = 0.6  # its end, and the bit before its first word; rather much, since a payload is there to be short
@@ -24,14 +26,17 @@ def choose_min_codeword_length(streams: list[Coding]) -> list[Coding]:
     More of these mean fewer entries to decode: they may cost two per mille.
     """
     made = {1: streams} | {
-        shortest: [Coding.of(coding.context_model, coding.alphabet, shortest) for coding in streams] for shortest in (2, 4)
+        shortest: [Coding.of(coding.context_model, coding.alphabet, shortest) for coding in streams]
+        for shortest in (2, 4)
     }
     sizes = {
         shortest: sum(coding.nbytes for coding in streams)
         for shortest, streams in made.items()
         if all(coding.leaves <= MAX_SYMBOLS for coding in streams)
     }
-    return made[max(shortest for shortest, size in sizes.items() if 0.998 * size <= min(sizes.values()))]
+    return made[
+        max(shortest for shortest, size in sizes.items() if 0.998 * size <= min(sizes.values()))
+    ]
 
 
 def is_compact(sequences: Sequence[SymbolSequence], streams: Sequence[Coding]) -> bool:

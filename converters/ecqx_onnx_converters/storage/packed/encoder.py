@@ -18,7 +18,13 @@ from ecqx_onnx_converters.storage.packed.grouping import arrange
 from ecqx_onnx_converters.storage.packed.huffman import DIGIT
 from ecqx_onnx_converters.storage.packed.reader import count_own_bytes
 from ecqx_onnx_converters.storage.packed.stream import SymbolSequence
-from ecqx_onnx_converters.storage.packed.symbols import HIGHEST, add_contexts, count_pairs, find_whole_run, walk_levels
+from ecqx_onnx_converters.storage.packed.symbols import (
+    HIGHEST,
+    add_contexts,
+    count_pairs,
+    find_whole_run,
+    walk_levels,
+)
 from ecqx_onnx_converters.targets import Target
 
 TRANSPOSE_BYTES = 40  # what a Transpose node costs
@@ -40,12 +46,16 @@ def refuse_packing(levels: np.ndarray, target: Target) -> Refusal | None:
     if not target.decoders:
         return Refusal(f"target '{target.name}' can't have nodes that decode weights")
     if target.max_opset < onnx_decoder.OPSET:
-        return Refusal(f"its decoder needs opset {onnx_decoder.OPSET}, and {target.max_opset} is the highest here")
+        return Refusal(
+            f"its decoder needs opset {onnx_decoder.OPSET}, and {target.max_opset} is the highest here"
+        )
     if not 0 < levels.size < MAX_WEIGHTS:
         return Refusal(f"a tensor of {levels.size} weights can't be packed")
     extreme = max(int(levels.max()), -int(levels.min()))
     if extreme > HIGHEST:
-        return Refusal(f"levels up to {extreme} are more kinds than a byte can name, which ends at {HIGHEST}")
+        return Refusal(
+            f"levels up to {extreme} are more kinds than a byte can name, which ends at {HIGHEST}"
+        )
     return None
 
 
@@ -58,19 +68,30 @@ def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], strea
     def written(calls: int) -> list[tuple[list[int], stream.Packed]]:
         lane = DIGIT * calls
         return [
-            (members, bitstream.write_stream([sequences[of] for of in members], coding, lane, compact=compact))
+            (
+                members,
+                bitstream.write_stream(
+                    [sequences[of] for of in members], coding, lane, compact=compact
+                ),
+            )
             for members, coding in streams
         ]
 
     calls = choices.choose_calls(sum(coding.nbytes for _, coding in streams), len(streams))
     if not compact:
         return written(calls), calls
-    tried = [(written(near), near) for near in range(max(1, calls - 1), calls + 1)]  # one fewer is often better, for a small file
+    tried = [
+        (written(near), near) for near in range(max(1, calls - 1), calls + 1)
+    ]  # one fewer is often better, for a small file
 
     def size(candidate: tuple[list[tuple[list[int], stream.Packed]], int]) -> int:
         streams, calls = candidate
         cut = sum(len(packed.parts) == 1 and packed.rest > 0 for _, packed in streams)
-        return sum(packed.nbytes for _, packed in streams) + calls * choices.CALL_BYTES + cut * choices.CUT_BYTES
+        return (
+            sum(packed.nbytes for _, packed in streams)
+            + calls * choices.CALL_BYTES
+            + cut * choices.CUT_BYTES
+        )
 
     return min(tried, key=size)
 
@@ -86,13 +107,21 @@ def encode_streams(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
         is_staged([levels for _, levels in tensors]),
     )
     compact = streams[0][1].compact
-    functions = onnx_decoder.make_functions(calls, with_contexts=with_contexts, compact=compact, staged=staged)
-    fresh, known, shapes = (f"{tensors[0][0]}_{index}" for index in count()), dict[bytes, str](), dict[tuple[int, ...], str]()
+    functions = onnx_decoder.make_functions(
+        calls, with_contexts=with_contexts, compact=compact, staged=staged
+    )
+    fresh, known, shapes = (
+        (f"{tensors[0][0]}_{index}" for index in count()),
+        dict[bytes, str](),
+        dict[tuple[int, ...], str](),
+    )
     stage: list[str] = []
     made: list[Stored | None] = [None] * len(tensors)
     for members, packed in streams:
         names = [tensors[member][0] for member in members]
-        nodes, initializers, tables = onnx_decoder.make_stream_nodes(packed, fresh, [f"{name}_e" for name in names], known)
+        nodes, initializers, tables = onnx_decoder.make_stream_nodes(
+            packed, fresh, [f"{name}_e" for name in names], known
+        )
         if staged and not stage:
             stage = [next(fresh)]
             one = nodes[0].input[2 + onnx_decoder.ONE]
@@ -101,11 +130,24 @@ def encode_streams(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
             shape = tuple(part.shape[axis] for axis in part.permutation)
             if shape not in shapes:
                 shapes[shape] = f"{name}_s"
-                initializers.append(onnx_decoder.make_tensor(f"{name}_s", np.array(shape, np.int64)))
+                initializers.append(
+                    onnx_decoder.make_tensor(f"{name}_s", np.array(shape, np.int64))
+                )
             levels = f"{name}_t" if part.permuted else name
-            own = [helper.make_node(onnx_decoder.TENSOR, [f"{name}_e", *tables, shapes[shape], *stage], [levels], domain=DOMAIN)]
+            own = [
+                helper.make_node(
+                    onnx_decoder.TENSOR,
+                    [f"{name}_e", *tables, shapes[shape], *stage],
+                    [levels],
+                    domain=DOMAIN,
+                )
+            ]
             if part.permuted:
-                own.append(helper.make_node("Transpose", [levels], [name], perm=np.argsort(part.permutation).tolist()))
+                own.append(
+                    helper.make_node(
+                        "Transpose", [levels], [name], perm=np.argsort(part.permutation).tolist()
+                    )
+                )
             made[member] = Stored(
                 "packed", "packed", name, TensorProto.INT8, onnx_decoder.OPSET, tuple(initializers), (), (*nodes, *own),
                 functions,

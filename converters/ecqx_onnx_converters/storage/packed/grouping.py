@@ -11,17 +11,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ecqx_onnx_converters.storage.packed.choices import choose_calls, choose_min_codeword_length, is_compact
+from ecqx_onnx_converters.storage.packed.choices import (
+    choose_calls,
+    choose_min_codeword_length,
+    is_compact,
+)
 from ecqx_onnx_converters.storage.packed.huffman import DIGIT
 from ecqx_onnx_converters.storage.packed.stream import Coding, ContextModel, SymbolSequence
-from ecqx_onnx_converters.storage.packed.symbols import NEAR, Alphabet, choose_alphabets, count_pairs_by_context
+from ecqx_onnx_converters.storage.packed.symbols import (
+    NEAR,
+    Alphabet,
+    choose_alphabets,
+    count_pairs_by_context,
+)
 
 STREAM_BYTES = 125  # what one more stream takes in the file, its payload and tables aside
 STEP_BYTES = 3  # and what it must save for each step that a runtime takes for it at load
 CONTEXTS_BYTES = 135  # a decoder of several contexts
-FEW = 3 << 14  # pairs, about 32 kB, before it is known how many. Of fewer, one stream and several alphabets are tried
+FEW = (
+    3 << 14
+)  # pairs, about 32 kB, before it is known how many. Of fewer, one stream and several alphabets are tried
 ALIKE_BYTES = 8  # by which ways to say a stream hardly differ
-SYMBOL_BITS, APART_BITS = 22, 9  # what a pair takes that has a kind of its own, about; and each time that it is said with others
+SYMBOL_BITS, APART_BITS = (
+    22,
+    9,
+)  # what a pair takes that has a kind of its own, about; and each time that it is said with others
 
 
 def arrange(sequences: Sequence[SymbolSequence]) -> tuple[list[tuple[list[int], Coding]], bool]:
@@ -38,13 +52,19 @@ def arrange(sequences: Sequence[SymbolSequence]) -> tuple[list[tuple[list[int], 
             groups, candidates = [everything], whole
     for near in NEAR[1:] if few else ():
         others = (list_codings(tallies, members, near) for members in groups)
-        candidates = [tuple(map(choose_smaller, *pair)) for pair in zip(candidates, others, strict=True)]
+        candidates = [
+            tuple(map(choose_smaller, *pair)) for pair in zip(candidates, others, strict=True)
+        ]
     streams, _ = choose_codings(candidates)
     compact = is_compact(sequences, streams)
-    return list(zip(groups, streams if compact else choose_min_codeword_length(streams), strict=True)), compact
+    return list(
+        zip(groups, streams if compact else choose_min_codeword_length(streams), strict=True)
+    ), compact
 
 
-def list_codings(tallies: Sequence[np.ndarray], members: Sequence[int], near: int) -> tuple[Coding, ...]:
+def list_codings(
+    tallies: Sequence[np.ndarray], members: Sequence[int], near: int
+) -> tuple[Coding, ...]:
     """How a group of tensors is encoded: PLAIN, and in a file of several contexts. near: see `symbols.NEAR`."""
     alphabets = choose_alphabets([tallies[member] for member in members], near)
     return Coding.of(ContextModel.PLAIN, alphabets[0], shortest=1), choose_contexts(alphabets)
@@ -57,7 +77,10 @@ def choose_smaller(one: Coding, other: Coding) -> Coding:
 def choose_codings(candidates: Sequence[tuple[Coding, ...]]) -> tuple[list[Coding], int]:
     """candidates: of each stream. -> those of the file, and their bytes, what several contexts take included."""
     plain, with_contexts = (list(of) for of in zip(*candidates, strict=True))
-    sizes = sum(coding.nbytes for coding in plain), sum(coding.nbytes for coding in with_contexts) + CONTEXTS_BYTES
+    sizes = (
+        sum(coding.nbytes for coding in plain),
+        sum(coding.nbytes for coding in with_contexts) + CONTEXTS_BYTES,
+    )
     return (with_contexts if sizes[1] < sizes[0] else plain), min(sizes)
 
 
@@ -75,16 +98,24 @@ def group_tensors(counts: Sequence[np.ndarray]) -> tuple[list[list[int]], int]:
     -> groups, and the
     bytes that one more costs."""
     tables = np.stack([of.reshape(len(of), -1) for of in counts])
-    often = tables.sum(axis=(0, 1)) * APART_BITS > SYMBOL_BITS  # others never have kinds of their own
+    often = (
+        tables.sum(axis=(0, 1)) * APART_BITS > SYMBOL_BITS
+    )  # others never have kinds of their own
     tables = np.concatenate([tables[:, :, often], tables.sum(axis=2, keepdims=True)], axis=2)
     tables = np.concatenate([tables, tables.sum(axis=1, keepdims=True)], axis=1, dtype=np.float32)
     whole = tables.sum(axis=0)
     size = float(estimate_sizes(whole)) + APART_BITS / 8 * float(whole[-1, -1])
     apart = STREAM_BYTES + STEP_BYTES * DIGIT * choose_calls(round(size), 1)
-    members, sizes, left = [[index] for index in range(len(tables))], estimate_sizes(tables), np.ones(len(tables), bool)
+    members, sizes, left = (
+        [[index] for index in range(len(tables))],
+        estimate_sizes(tables),
+        np.ones(len(tables), bool),
+    )
     saving = np.full((len(tables), len(tables)), -1.0)
     for one in range(len(tables)):
-        saving[one, :one] = sizes[one] + sizes[:one] + apart - estimate_sizes(tables[one] + tables[:one])
+        saving[one, :one] = (
+            sizes[one] + sizes[:one] + apart - estimate_sizes(tables[one] + tables[:one])
+        )
     while saving.max(initial=0) > 0:
         other, one = divmod(int(saving.argmax()), len(tables))
         members[one] = sorted(members[one] + members[other])

@@ -59,7 +59,13 @@ def build_code(parts: Sequence[tuple[np.ndarray, np.ndarray]], roots: Sequence[i
                 bits += [1] * count + [0] * (nodes[part] - count)
                 code[part], nodes[part] = code[part] + count, nodes[part] - count
     # A code of 50 bits, more than `codec.put_words` takes, is made of 3 * 10**10 words at least.
-    return Code(symbol_ids[order], lengths[order], np.array(codes, np.int64), owner[order], np.array(bits, np.uint8))
+    return Code(
+        symbol_ids[order],
+        lengths[order],
+        np.array(codes, np.int64),
+        owner[order],
+        np.array(bits, np.uint8),
+    )
 
 
 def compute_codeword_lengths(counts: np.ndarray, shortest: int, *, alone: bool) -> np.ndarray:
@@ -84,7 +90,9 @@ def compute_codeword_lengths(counts: np.ndarray, shortest: int, *, alone: bool) 
     return np.array(depth[: len(sizes)])
 
 
-def build_automaton(bits: np.ndarray, shortest: int, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def build_automaton(
+    bits: np.ndarray, shortest: int, after: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """-> next inner node [inner nodes * 256], and leaf counted from 1 that was met, 0 for none, [inner nodes * 256, slots].
 
     A slot is a part of the byte: 8 / slots bits. Index: inner node * 256 + byte. after: int [leaves + 1], inner node where a
@@ -98,7 +106,11 @@ def build_automaton(bits: np.ndarray, shortest: int, after: np.ndarray) -> tuple
     while width < DIGIT:
         before = np.broadcast_to(met[:, :, None], (*met.shape[:2], *met.shape[1:]))
         after = met[state]
-        together = np.maximum(before, after) if 2 * width <= shortest else np.concatenate([before, after], axis=3)
+        together = (
+            np.maximum(before, after)
+            if 2 * width <= shortest
+            else np.concatenate([before, after], axis=3)
+        )
         met = together.reshape(len(state), -1, together.shape[3])
         state = state[state].reshape(len(state), -1)
         width *= 2

@@ -37,7 +37,9 @@ DECODE_BEFORE = "Decode"  # up to format 3
 ONE = 7  # which of the constants of a file that isn't compact is [1]
 
 
-def make_functions(calls: int, *, with_contexts: bool, compact: bool, staged: bool) -> tuple[FunctionProto, ...]:
+def make_functions(
+    calls: int, *, with_contexts: bool, compact: bool, staged: bool
+) -> tuple[FunctionProto, ...]:
     """calls: see `choices.choose_calls`; with_contexts: the streams have several contexts; compact: see `Packed`; staged: two
     stages."""
     return (make_reader(), make_decode(calls, with_contexts, compact), make_levels(compact, staged))
@@ -98,14 +100,19 @@ def make_tensor(name: str, values: np.ndarray) -> TensorProto:
     if values.dtype not in (np.int32, np.int64):
         return stored
     listed = TensorProto(name=name, data_type=kind, dims=values.shape)
-    (listed.int32_data if values.dtype == np.int32 else listed.int64_data).extend(values.reshape(-1).tolist())
+    (listed.int32_data if values.dtype == np.int32 else listed.int64_data).extend(
+        values.reshape(-1).tolist()
+    )
     return min(listed, stored, key=TensorProto.ByteSize)
 
 
 def make_constants(slots: int, compact: bool) -> list[np.ndarray]:
     """What D reads beside payload and tree, in the order of its inputs."""
     always = [
-        1 << np.arange(7, -1, -1, dtype=np.int32).reshape(-1, 1),  # c: by what a byte is divided for each of its bits
+        1
+        << np.arange(7, -1, -1, dtype=np.int32).reshape(
+            -1, 1
+        ),  # c: by what a byte is divided for each of its bits
         np.array(0, np.int32),  # f: an axis, and the first state
         np.array(1, np.int32),  # a: from one byte to the next
         np.array(2, np.int32),  # d: from one state to the next
@@ -115,7 +122,11 @@ def make_constants(slots: int, compact: bool) -> list[np.ndarray]:
     ]
     if compact:
         return [*always, np.array([0, 2])]  # k: axes
-    return [*always, np.array([1]), np.array([slots, DIGIT // slots, -1])]  # k: an axis; j: bits of a slot
+    return [
+        *always,
+        np.array([1]),
+        np.array([slots, DIGIT // slots, -1]),
+    ]  # k: an axis; j: bits of a slot
 
 
 def list_known_constants() -> Iterator[tuple[int, int, list[np.ndarray]]]:
@@ -125,19 +136,42 @@ def list_known_constants() -> Iterator[tuple[int, int, list[np.ndarray]]]:
     for slots in (2, 4, 8):
         yield 4, slots, make_constants(slots, compact=False)
         numbers, parts = map(np.array, (0, 1, 2, 128, 256)), np.array([slots, DIGIT // slots, -1])
-        yield 3, slots, [powers.reshape(-1, 1), np.array([-1]), parts, *numbers, np.array(0, np.int32), np.array([1])]
+        yield (
+            3,
+            slots,
+            [
+                powers.reshape(-1, 1),
+                np.array([-1]),
+                parts,
+                *numbers,
+                np.array(0, np.int32),
+                np.array([1]),
+            ],
+        )
         before = [powers.astype(np.uint8), np.array([[255], [1], [1]], np.uint8)]
-        yield 2, slots, [*before, *map(np.array, (0, [-1], [-1, 2], [1, -1, 2])), parts, np.array([1])]
+        yield (
+            2,
+            slots,
+            [*before, *map(np.array, (0, [-1], [-1, 2], [1, -1, 2])), parts, np.array([1])],
+        )
 
 
 def make_node(text: str, **attributes: Any) -> NodeProto:
     """'Op a b -> c d'; an operator's name of one letter is a function of ours."""
     left, _, right = text.partition("->")
     operation, *inputs = left.split()
-    return helper.make_node(operation, inputs, right.split(), domain=DOMAIN if len(operation) == 1 else None, **attributes)
+    return helper.make_node(
+        operation,
+        inputs,
+        right.split(),
+        domain=DOMAIN if len(operation) == 1 else None,
+        **attributes,
+    )
 
 
-def make_function(name: str, inputs: str, outputs: str, nodes: Sequence[NodeProto]) -> FunctionProto:
+def make_function(
+    name: str, inputs: str, outputs: str, nodes: Sequence[NodeProto]
+) -> FunctionProto:
     imports = [helper.make_opsetid("", OPSET)]
     if any(node.domain for node in nodes):
         imports.append(helper.make_opsetid(DOMAIN, 1))
@@ -221,7 +255,10 @@ def make_decode(calls: int, with_contexts: bool, compact: bool) -> FunctionProto
     reading = [
         make_node("CastLike p a -> v"),
         make_node(f"Split v -> {' '.join(digits)}", num_outputs=calls),
-        *(make_node(f"r Z {digits[k]} {states[k]} -> {states[k + 1]} {indices[k]}") for k in range(calls)),
+        *(
+            make_node(f"r Z {digits[k]} {states[k]} -> {states[k + 1]} {indices[k]}")
+            for k in range(calls)
+        ),
         make_node(f"Concat {' '.join(indices)} -> w", axis=0),
         make_node("Transpose w -> z"),
         make_node("Gather W z -> D"),
@@ -232,11 +269,21 @@ def make_decode(calls: int, with_contexts: bool, compact: bool) -> FunctionProto
 
 def make_levels(compact: bool, staged: bool) -> FunctionProto:
     """entries e -> y int8 of shape s: the value of each is added where all advances so far lead."""
-    last = [make_node("Mul s w -> r"), make_node("Reshape o r -> y")] if staged else [make_node("Reshape o s -> y")]
+    last = (
+        [make_node("Mul s w -> r"), make_node("Reshape o r -> y")]
+        if staged
+        else [make_node("Reshape o s -> y")]
+    )
     if compact:
         entries, first = "e", [make_node("CastLike a e -> b")]
     else:
-        entries, first = "f", [make_node("Cast e -> f", to=TensorProto.INT32), make_node("Cast a -> b", to=TensorProto.INT32)]
+        entries, first = (
+            "f",
+            [
+                make_node("Cast e -> f", to=TensorProto.INT32),
+                make_node("Cast a -> b", to=TensorProto.INT32),
+            ],
+        )
     nodes = [
         *first,
         make_node(f"Gather b {entries} -> g"),
@@ -245,7 +292,10 @@ def make_levels(compact: bool, staged: bool) -> FunctionProto:
         make_node("Neg l -> h"),  # an axis: -1
         make_node("CumSum g h -> i"),
         make_node(f"Gather v {entries} -> j"),
-        make_node("ConstantOfShape m -> n", value=TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0")),
+        make_node(
+            "ConstantOfShape m -> n",
+            value=TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0"),
+        ),
         make_node("ScatterElements n i j -> o", reduction="add"),
         *last,
     ]

@@ -60,7 +60,11 @@ class Packed:
     @property
     def context_signs(self) -> np.ndarray | None:
         """By whose signs it is told where leaves lead."""
-        return {ContextModel.PLAIN: None, ContextModel.STEADY: self.advances, ContextModel.SIGNS: self.values}[self.context_model]
+        return {
+            ContextModel.PLAIN: None,
+            ContextModel.STEADY: self.advances,
+            ContextModel.SIGNS: self.values,
+        }[self.context_model]
 
     @property
     def rest(self) -> int:
@@ -100,20 +104,35 @@ class Coding:
 
     @classmethod
     def of(cls, context_model: ContextModel, alphabet: Alphabet, shortest: int) -> Coding:
-        counts = [alphabet.counts[symbol_ids] for symbol_ids in list_symbol_ids(context_model, alphabet)]
+        counts = [
+            alphabet.counts[symbol_ids] for symbol_ids in list_symbol_ids(context_model, alphabet)
+        ]
         lengths = tuple(
-            huffman.compute_codeword_lengths(own, shortest, alone=context_model is ContextModel.PLAIN) for own in counts
+            huffman.compute_codeword_lengths(
+                own, shortest, alone=context_model is ContextModel.PLAIN
+            )
+            for own in counts
         )
-        codewords = sum(int((own * of[: len(own)]).sum()) for own, of in zip(counts, lengths, strict=True))
+        codewords = sum(
+            int((own * of[: len(own)]).sum()) for own, of in zip(counts, lengths, strict=True)
+        )
         leaves = sum(map(len, lengths))
-        return cls(context_model, alphabet, shortest, lengths, (codewords + 2 * leaves - 2) // 8 + 2 * leaves + 4)
+        return cls(
+            context_model,
+            alphabet,
+            shortest,
+            lengths,
+            (codewords + 2 * leaves - 2) // 8 + 2 * leaves + 4,
+        )
 
     @property
     def leaves(self) -> int:
         return sum(map(len, self.lengths))
 
     def code(self) -> huffman.Code:
-        parts = list(zip(list_symbol_ids(self.context_model, self.alphabet), self.lengths, strict=True))
+        parts = list(
+            zip(list_symbol_ids(self.context_model, self.alphabet), self.lengths, strict=True)
+        )
         return huffman.build_code(parts, [len(path) for _, path in self.context_model.value])
 
 
@@ -121,7 +140,10 @@ def list_symbol_ids(context_model: ContextModel, alphabet: Alphabet) -> list[np.
     """Of each tree."""
     ends = np.cumsum(alphabet.sizes)
     begins = ends - alphabet.sizes
-    return [np.arange(0 if of is None else begins[of], 0 if of is None else ends[of]) for of, _ in context_model.value]
+    return [
+        np.arange(0 if of is None else begins[of], 0 if of is None else ends[of])
+        for of, _ in context_model.value
+    ]
 
 
 def count_slots(shortest: int) -> int:

@@ -14,7 +14,11 @@ import numpy as np
 
 FURTHEST = 128  # weights that one unit can pass; advances are kept as int8, negated
 RUNS = (1, 2, 4, 8, 16, 32, 64, 96, 128)  # advances that a unit of value 0 may have
-NEAR = (8, 16, 32)  # pairs that advance no further have kinds of their own to begin with: of a large file the first
+NEAR = (
+    8,
+    16,
+    32,
+)  # pairs that advance no further have kinds of their own to begin with: of a large file the first
 CONTEXTS = 3  # behind a negative level, a positive one, a run of zeros
 SYMBOL_BITS = 50.0  # what a kind of unit must save. It costs 18, but is judged as if all others stayed: 50 give smaller files
 NEVER = 1e9  # bits
@@ -120,13 +124,19 @@ def choose_alphabet(counts: np.ndarray, near: int) -> Alphabet:
     runs[:, -1] = table[:, -1, columns // 2]
     table[:, -1, columns // 2] = 0
     possible = table > 0
-    possible[-1] |= np.maximum.accumulate(possible.max(axis=0)[::-1])[::-1]  # whatever runs may lead to
+    possible[-1] |= np.maximum.accumulate(possible.max(axis=0)[::-1])[
+        ::-1
+    ]  # whatever runs may lead to
     context, row, column = np.nonzero(possible)
     table = table[possible]
     begin = int(context.searchsorted(contexts - 1))  # of the last context
-    left = np.full((FURTHEST + 1, columns), len(row))  # by row and column, the place there in the last context
+    left = np.full(
+        (FURTHEST + 1, columns), len(row)
+    )  # by row and column, the place there in the last context
     left[row[begin:], column[begin:]] = np.arange(begin, len(row))
-    behind_run = left[np.maximum(row - np.array(RUNS)[:, None], -1), column]  # [runs, places]; len(row) where too long
+    behind_run = left[
+        np.maximum(row - np.array(RUNS)[:, None], -1), column
+    ]  # [runs, places]; len(row) where too long
 
     nearest = row == 0  # what all others can be said with
     longest = np.searchsorted(RUNS, row, side="right") - 1
@@ -134,11 +144,15 @@ def choose_alphabet(counts: np.ndarray, near: int) -> Alphabet:
     usage, run_usage = count_usage(table, context, first, behind_run, runs)
     member = (usage > 0) | nearest
     for _ in range(ROUNDS):
-        total = np.log2(np.maximum(np.bincount(context, usage, contexts) + run_usage.sum(axis=1), 1))
+        total = np.log2(
+            np.maximum(np.bincount(context, usage, contexts) + run_usage.sum(axis=1), 1)
+        )
         often = np.where(member, usage, table)
         bits = total[context] - np.log2(np.maximum(often, 1))
         run_bits = total[:, None] - np.log2(np.maximum(run_usage, 1))
-        apart, step = find_spelling(np.where(member, bits, NEVER), run_bits, context, behind_run, begin)
+        apart, step = find_spelling(
+            np.where(member, bits, NEVER), run_bits, context, behind_run, begin
+        )
         gain = np.where(nearest, np.inf, often * (apart - bits) - SYMBOL_BITS)
         member = gain > 0
         if np.count_nonzero(member) > count_room(contexts):
@@ -164,7 +178,11 @@ def find_spelling(
 
 
 def count_usage(
-    table: np.ndarray, context: np.ndarray, first: np.ndarray, behind_run: np.ndarray, runs: np.ndarray
+    table: np.ndarray,
+    context: np.ndarray,
+    first: np.ndarray,
+    behind_run: np.ndarray,
+    runs: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """How often each pair and each run is used as a kind of its own. table: how often each pair occurs; runs: whole ones beside;
     first: of each pair an index of RUNS, -1 where it has a kind of its own; behind_run: see `choose_alphabet`."""
@@ -173,7 +191,9 @@ def count_usage(
     usage[moved] = 0
     while len(moved):  # each turn says one run of all pairs that have no kind of their own
         step = first[moved]
-        run_usage += np.bincount(context[moved] * len(RUNS) + step, amount, runs.size).reshape(runs.shape)
+        run_usage += np.bincount(context[moved] * len(RUNS) + step, amount, runs.size).reshape(
+            runs.shape
+        )
         moved = behind_run[step, moved]
         named = first[moved] < 0
         usage += np.bincount(moved[named], amount[named], len(usage))
@@ -204,7 +224,9 @@ def make_alphabet(
     left = np.where(first < 0, -1, behind_run[first, np.arange(len(first))])
     whole = np.flatnonzero(run_usage[:, -1])  # contexts in which 128 zeros are said
     places = np.ravel_multi_index((*where,), shape)
-    wholes = np.ravel_multi_index((whole, np.full(len(whole), shape[1] - 1), np.full(len(whole), shape[2] // 2)), shape)
+    wholes = np.ravel_multi_index(
+        (whole, np.full(len(whole), shape[1] - 1), np.full(len(whole), shape[2] // 2)), shape
+    )
     return Alphabet(
         np.concatenate([row[own] + 1, np.array(RUNS)[step]])[order],
         np.concatenate([column[own] - shape[2] // 2, np.zeros(len(step), np.int64)])[order],

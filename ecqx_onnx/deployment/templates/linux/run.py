@@ -36,25 +36,35 @@ class Model:
             raise ValueError(f"{sentence}; deploy it again")
         start = time.perf_counter()
         path = str(folder / self.manifest["model"]["file"])
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
         self.load_seconds = time.perf_counter() - start
-        first = self.manifest["inputs"][0]["shape"][0] if self.manifest["inputs"][0]["shape"] else None
+        first = (
+            self.manifest["inputs"][0]["shape"][0] if self.manifest["inputs"][0]["shape"] else None
+        )
         self.batch = first or 1
 
     def run(self, inputs):
         """Arrays in the order of the manifest's inputs -> arrays in the order of its outputs."""
         names = [entry["name"] for entry in self.manifest["inputs"]]
-        return self.session.run([entry["name"] for entry in self.manifest["outputs"]], dict(zip(names, inputs)))
+        return self.session.run(
+            [entry["name"] for entry in self.manifest["outputs"]], dict(zip(names, inputs))
+        )
 
     def predict(self, raw):
         """One raw sample (or a batch of them) -> the model's outputs."""
         if self.manifest["raw"] is None:
-            raise SystemExit("this model's manifest holds no preprocessing: give `run` inputs that are ready for the model")
+            raise SystemExit(
+                "this model's manifest holds no preprocessing: give `run` inputs that are ready for the model"
+            )
         shape = tuple(self.manifest["raw"]["shape"])
         raw = np.asarray(raw)
         raw = raw[None] if raw.shape == shape else raw
         if raw.shape[1:] != shape:
-            raise SystemExit(f"a raw sample has shape {list(raw.shape)}, and the model's is {list(shape)}")
+            raise SystemExit(
+                f"a raw sample has shape {list(raw.shape)}, and the model's is {list(shape)}"
+            )
         if self.manifest["inputs"][0]["shape"][0]:
             raw = np.repeat(raw[:1], self.batch, axis=0)
         return self.run([preprocess(raw, self.manifest["preprocessing"])])
@@ -73,7 +83,9 @@ class Model:
         if self.manifest["raw"] is not None:
             checks.append(self._guarded("preprocessing", self._check_preprocessing))
             questions.append(("raw to output", True))
-        return checks + [self._guarded(name, lambda raw=raw: self._check_outputs(raw)) for name, raw in questions]
+        return checks + [
+            self._guarded(name, lambda raw=raw: self._check_outputs(raw)) for name, raw in questions
+        ]
 
     def _guarded(self, name, check):
         try:
@@ -83,8 +95,15 @@ class Model:
 
     def _check_file(self):
         for entry in [self.manifest["model"], *self.manifest["external"]]:
-            if hashlib.sha256((self.folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
-                return "file", False, f"{entry['file']} was changed: its sha256 is not the manifest's"
+            if (
+                hashlib.sha256((self.folder / entry["file"]).read_bytes()).hexdigest()
+                != entry["sha256"]
+            ):
+                return (
+                    "file",
+                    False,
+                    f"{entry['file']} was changed: its sha256 is not the manifest's",
+                )
         return "file", True, "the model is the one that was deployed"
 
     def _check_preprocessing(self):
@@ -107,10 +126,15 @@ class Model:
             if is_classes(wanted[0]) and found[0].shape == wanted[0].shape:
                 same += int((found[0].argmax(1) == wanted[0].argmax(1)).sum())
                 total += len(wanted[0])
-        limits = [entry["raw_tolerance" if from_raw else "tolerance"] for entry in self.manifest["outputs"]]
+        limits = [
+            entry["raw_tolerance" if from_raw else "tolerance"]
+            for entry in self.manifest["outputs"]
+        ]
         classes = f"same class for {same} of {total}, " if total else ""
         shown = ", ".join(f"{a:.1e} (allowed {b:.1e})" for a, b in zip(worst, limits))
-        return all(a <= b for a, b in zip(worst, limits)), f"{classes}largest difference of outputs {shown}"
+        return all(
+            a <= b for a, b in zip(worst, limits)
+        ), f"{classes}largest difference of outputs {shown}"
 
     def latency(self, runs=50):
         """Median seconds of one inference on one thread."""
@@ -133,7 +157,11 @@ def is_classes(output):
 def difference(a, b):
     if a.shape != b.shape:
         return float("inf")
-    return float(np.nan_to_num(np.abs(a.astype(np.float64) - b.astype(np.float64)), nan=np.inf).max(initial=0.0))
+    return float(
+        np.nan_to_num(np.abs(a.astype(np.float64) - b.astype(np.float64)), nan=np.inf).max(
+            initial=0.0
+        )
+    )
 
 
 # ---- raw samples -> the model's input, float32 after each step ----
@@ -169,11 +197,15 @@ def spectra(waves, s):
     corners = 700.0 * (10.0 ** (np.linspace(low, high, s["mel_bands"] + 2) / 2595.0) - 1.0)
     left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     bins = np.arange(s["fft_length"] // 2 + 1) * (s["sample_rate"] / s["fft_length"])
-    filters = np.maximum(0.0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))
+    filters = np.maximum(
+        0.0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
+    )
     values = np.log(power @ filters.T + s["floor"])
     if s["coefficients"]:
         m = s["mel_bands"]
-        transform = np.sqrt(2.0 / m) * np.cos(np.pi * np.arange(m)[:, None] * (np.arange(m)[None] + 0.5) / m)
+        transform = np.sqrt(2.0 / m) * np.cos(
+            np.pi * np.arange(m)[:, None] * (np.arange(m)[None] + 0.5) / m
+        )
         transform[0] /= np.sqrt(2.0)
         values = values @ transform[: s["coefficients"]].T
     return values.astype(np.float32)
@@ -186,13 +218,17 @@ def read_raw(path, manifest):
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False)
     if manifest["raw"] is None:
-        raise SystemExit("this model's manifest holds no preprocessing: give `Model.run` inputs that are ready for the model")
+        raise SystemExit(
+            "this model's manifest holds no preprocessing: give `Model.run` inputs that are ready for the model"
+        )
     shape, kind = manifest["raw"]["shape"], manifest["preprocessing"]["kind"]
     if kind == "image":
         return read_image(path, shape, manifest["preprocessing"]["scale"])
     if kind == "waveform":
         return read_wav(path, shape[0], manifest["preprocessing"]["spectrum"])
-    raise SystemExit(f"{path.name}: a model for inputs of kind '{kind}' takes .npy files of shape {shape}")
+    raise SystemExit(
+        f"{path.name}: a model for inputs of kind '{kind}' takes .npy files of shape {shape}"
+    )
 
 
 def read_image(path, shape, scale):
@@ -203,7 +239,12 @@ def read_image(path, shape, scale):
     if image.size != (width, height):  # the largest middle part with the wanted aspect
         zoom = min(image.width / width, image.height / height)
         left, top = (image.width - width * zoom) / 2, (image.height - height * zoom) / 2
-        box = (left, top, min(image.width, left + width * zoom), min(image.height, top + height * zoom))
+        box = (
+            left,
+            top,
+            min(image.width, left + width * zoom),
+            min(image.height, top + height * zoom),
+        )
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(image, np.uint8).reshape(shape)
     return np.round(pixels * (scale / 255)).astype(np.uint8) if 1 < scale < 255 else pixels
@@ -232,18 +273,26 @@ def top(model, outputs, count=5):
         scores = np.exp(scores - scores.max())
         scores /= scores.sum()
     labels = model.manifest["labels"]
-    return [(labels[i] if i < len(labels) else f"class {i}", float(scores[i])) for i in np.argsort(-scores)[:count]]
+    return [
+        (labels[i] if i < len(labels) else f"class {i}", float(scores[i]))
+        for i in np.argsort(-scores)[:count]
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     try:
         model = Model()
     except Exception as error:  # whatever the runtime throws: the file does not load
-        print(f"FAILED: the model does not load: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(
+            f"FAILED: the model does not load: {' '.join(str(error).split())[:300]}",
+            file=sys.stderr,
+        )
         return 1
     if arguments.file:
         if not arguments.file.is_file():
@@ -257,7 +306,12 @@ def main():
         if arguments.json:
             print(json.dumps({"top": found, "outputs": [output[0].tolist() for output in outputs]}))
         elif found is None:
-            print("\n".join(f"{e['name']}: {output}" for e, output in zip(model.manifest["outputs"], outputs)))
+            print(
+                "\n".join(
+                    f"{e['name']}: {output}"
+                    for e, output in zip(model.manifest["outputs"], outputs)
+                )
+            )
         else:
             print("\n".join(f"{probability:7.2%}  {label}" for label, probability in found))
         return 0
@@ -273,11 +327,22 @@ def main():
         return 0 if passed else 1
     for name, ok, sentence in checks:
         print(f"{'ok    ' if ok else 'FAILED'}  {name}: {sentence}")
-    print(f"size      {size} bytes" + (f", {floats / size:.1f}x smaller than float32 ({floats})" if floats > 1.05 * size else ""))
+    print(
+        f"size      {size} bytes"
+        + (
+            f", {floats / size:.1f}x smaller than float32 ({floats})"
+            if floats > 1.05 * size
+            else ""
+        )
+    )
     print(f"load      {1e3 * model.load_seconds:.1f} ms, onnxruntime {onnxruntime.__version__}")
     if latency is not None:
         print(f"latency   {1e3 * latency:.3f} ms, one thread")
-    print("PASSED" if passed else "FAILED: this machine does not compute what was computed when the folder was made")
+    print(
+        "PASSED"
+        if passed
+        else "FAILED: this machine does not compute what was computed when the folder was made"
+    )
     return 0 if passed else 1
 
 

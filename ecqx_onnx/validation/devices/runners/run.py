@@ -43,19 +43,29 @@ def main(folder):
         batches = []
         for number, entries in enumerate(job["batches"]):
             outputs = run(session, folder, entries)
-            batches.append([store(folder, f"outputs/{number:05d}.{i}.bin", array) for i, array in enumerate(outputs)])
+            batches.append(
+                [
+                    store(folder, f"outputs/{number:05d}.{i}.bin", array)
+                    for i, array in enumerate(outputs)
+                ]
+            )
             if number == 0:
                 result["peak_memory"] = peak(before)
             print(f"{number + 1}/{len(job['batches'])}", flush=True)
         result["batches"] = batches
         del session
         plain = run(load(model, optimised=False), folder, job["batches"][0])
-        result["plain"] = [store(folder, f"outputs/plain.{i}.bin", array) for i, array in enumerate(plain)]
+        result["plain"] = [
+            store(folder, f"outputs/plain.{i}.bin", array) for i, array in enumerate(plain)
+        ]
         result["operators"] = executed_operators(model, folder, job["single"])
         result["load_seconds"] = median([seconds(lambda: load(model)) for _ in range(LOADS)])
         result["latency"] = latency(folder, job, model)
     except Exception as error:  # whatever the runtime throws is the result of this run
-        result["error"] = {"stage": stage, "message": " ".join(str(error).split())[:1000] or type(error).__name__}
+        result["error"] = {
+            "stage": stage,
+            "message": " ".join(str(error).split())[:1000] or type(error).__name__,
+        }
     partial = folder / "result.json.part"
     partial.write_text(json.dumps(result), encoding="utf-8")
     os.replace(partial, folder / "result.json")
@@ -91,7 +101,9 @@ def read(folder, entries):
     arrays = {}
     for entry in entries:
         dtype = np.dtype(entry["dtype"]).newbyteorder("<")
-        arrays[entry["name"]] = np.fromfile(str(folder / entry["file"]), dtype).reshape(entry["shape"])
+        arrays[entry["name"]] = np.fromfile(str(folder / entry["file"]), dtype).reshape(
+            entry["shape"]
+        )
     return arrays
 
 
@@ -126,7 +138,10 @@ def latency(folder, job, model):
     end = time.perf_counter() + job["latency_seconds"]
     while len(times) < job["latency_runs"] and (not times or time.perf_counter() < end):
         order = list(enumerate(sessions))
-        pair = {i: repeated(session, inputs, inner) for i, session in (order if len(times) % 2 == 0 else order[::-1])}
+        pair = {
+            i: repeated(session, inputs, inner)
+            for i, session in (order if len(times) % 2 == 0 else order[::-1])
+        }
         times.append([pair[i] for i in range(len(sessions))])
     found = {"seconds": median([pair[0] for pair in times]), "runs": len(times)}
     if job["twin"]:
