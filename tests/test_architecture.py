@@ -22,7 +22,7 @@ MOST_FILES = 12  # of a room without sub-rooms
 ROOMS = (
     ("errors",),
     ("tensors",),
-    ("options", "preprocessing"),
+    ("options", "preprocessing", "rendering"),
     ("inputs",),
     ("data",),
     ("quantization", "runtime"),
