@@ -80,7 +80,7 @@ def a_model(kind, folder):
     api.save(checkpoint, folder / "model.pt")
     api.convert(folder / "model.pt", folder / "out.onnx")
     with torch.no_grad():
-        y = net(x).argmax(1).numpy()
+        y = checkpoint.module()(x).argmax(1).numpy()  # `net` itself stays float
     data = Dataset.from_arrays(
         "made-up",
         {"x_test": raw, "y_test": y, "labels": np.array(LABELS)},

@@ -45,6 +45,8 @@ def _advise_on_archive(path: Path) -> str | None:
             names = members.namelist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return None  # told by those who read it
+    if names and all(name.endswith(".npy") for name in names):
+        return "is an .npz of arrays and was not written by torch.save; give the model's file"
     if any(name.endswith("model.weights.h5") for name in names):
         return (
             "is a Keras model; write the network as .onnx (tf2onnx) and give it to `ecqx-onnx pack`"

@@ -30,6 +30,7 @@ MOST_DIMENSIONS = 16
 # the weight and by its initializer; an expanded buffer repeats an element that is stored once.
 MOST_UNFOLDING = 8
 UNFOLDED_FOR_FREE = 64 * 1024 * 1024  # bytes
+PICKLE_PROTOCOL = b"\x80"
 LEGACY_PICKLES = 5  # magic number, version, system, object, storage keys: before torch 1.6
 # Whatever a file of tensors, numbers and texts names in its pickle.
 GLOBALS = re.compile(
@@ -150,6 +151,9 @@ def read_plain(file: BinaryIO, source: str) -> Any:
 def _look_at(file: BinaryIO, source: str) -> None:
     """The archive's layout and checksums, and what its pickle would build."""
     if not zipfile.is_zipfile(file):
+        file.seek(0)
+        if file.read(1) != PICKLE_PROTOCOL:  # torch names the protocol, which comes first
+            raise make_damaged_error(source)
         file.seek(0)
         for _ in range(LEGACY_PICKLES):
             _check_pickle(file, source)
