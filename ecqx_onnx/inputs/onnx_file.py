@@ -20,6 +20,7 @@ from ecqx_onnx_converters.serialization.reading import read_metadata
 from onnx import TensorProto, numpy_helper
 
 from ecqx_onnx.errors import FileError, ModelError
+from ecqx_onnx.inputs.claimed_work import check_claimed_work
 
 # Sub-byte types pack several values into a byte; all others have numpy's itemsize.
 SUB_BYTE_BITS: dict[int, int] = {
@@ -92,6 +93,7 @@ def read_onnx(path: Path | str) -> OnnxFile:
     for graph in list_graphs(proto.graph):
         for sparse in graph.sparse_initializer:
             _check_sparse(path, sparse)
+    check_claimed_work(path, proto)
     return OnnxFile(path, proto, tuple(sorted(external)), metadata)
 
 

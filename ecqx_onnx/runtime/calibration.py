@@ -28,6 +28,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from onnxruntime.quantization import calibrate
 
 from ecqx_onnx.errors import DataError, ModelError, OptionError
+from ecqx_onnx.runtime.sessions import run_within_time
 
 METHODS = ("minmax", "percentile", "entropy")
 IN_ONE_FILE = 2**30  # bytes of weights; larger models keep them beside the file
@@ -298,7 +299,7 @@ class _Watched:
         self, names: Sequence[str] | None, inputs: Mapping[str, np.ndarray]
     ) -> list[np.ndarray]:
         try:
-            outputs = self.session.run(names, inputs)
+            outputs = run_within_time(self.session, names, inputs)
         except RUNTIME_ERRORS as error:
             raise DataError(
                 f"the model does not run on the calibration data: {find_reason(error)}"

@@ -19,7 +19,7 @@ from ecqx_onnx_converters.graph.graph import FloatGraph
 from onnx import ModelProto, TensorProto, helper
 
 from ecqx_onnx.errors import DataError, ModelError
-from ecqx_onnx.runtime.sessions import PROVIDER, RUNTIME_ERRORS, shorten_reason
+from ecqx_onnx.runtime.sessions import PROVIDER, RUNTIME_ERRORS, run_within_time, shorten_reason
 
 IN_ONE_FILE = 2**30  # bytes of weights; larger models keep them beside the file
 Feeds = Mapping[str, np.ndarray]
@@ -64,9 +64,6 @@ class Runner:
         self._given = {value.name for value in proto.graph.input}
         rest = {name: array for name, array in graph.weights.items() if name not in self._own}
         self._session = load_session(proto, rest, threads)
-        self._options = onnxruntime.RunOptions()
-        # Values that nobody asked for in this call need not be computed.
-        self._options.only_execute_path_to_fetches = True
         self.inputs = [node for node in self._session.get_inputs() if node.name not in self._own]
 
     def run(
@@ -88,7 +85,8 @@ class Runner:
         wanted = list(self.outputs if fetch is None else fetch)
         inside = [name for name in wanted if name not in feeds]
         everything = {**self._own, **(weights or {}), **feeds}
-        results = run_session(self._session, inside, everything, self._options) if inside else []
+        # Values that nobody asked for in this call need not be computed.
+        results = run_session(self._session, inside, everything, only_needed=True) if inside else []
         by_name = dict(zip(inside, results, strict=True))
         return [by_name[name] if name in by_name else feeds[name] for name in wanted]
 
@@ -112,11 +110,12 @@ def run_session(
     session: onnxruntime.InferenceSession,
     names: Sequence[str],
     feeds: Feeds,
-    options: onnxruntime.RunOptions | None = None,
+    *,
+    only_needed: bool = False,
 ) -> list[np.ndarray]:
     """Values of these names. DataError, in the runtime's words, where the inputs don't fit."""
     try:
-        return list(session.run(list(names), dict(feeds), options))
+        return run_within_time(session, list(names), feeds, only_needed=only_needed)
     except (*RUNTIME_ERRORS, ValueError, RuntimeError) as error:
         raise DataError(
             f"the float model does not run on the data: {shorten_reason(error)}"

@@ -8,9 +8,9 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from ecqx_onnx_converters.graph.outputs import open_temporary_folder
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
+from ecqx_onnx.runtime import watchdog
 
 Session = onnxruntime.InferenceSession
 Level = Literal["all", "disabled"]
@@ -77,8 +78,13 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     source = model if isinstance(model, bytes) else str(model)
+
+    def cancel() -> None:
+        options.set_load_cancellation_flag(True)
+
     try:
-        return onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
+        with watchdog.limit_time("loading the model", watchdog.LONGEST_LOAD, cancel):
+            return onnxruntime.InferenceSession(source, options, providers=[PROVIDER])
     except RUNTIME_ERRORS as error:
         raise CheckFailed(
             f"onnxruntime {onnxruntime.__version__} does not load it: {shorten_reason(error)}"
@@ -88,10 +94,10 @@ def open_session(
 def run(
     session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """Outputs in the graph's order. CheckFailed if the runtime fails on inputs that fit."""
+    """Outputs in the graph's order. CheckFailed if the runtime fails on inputs that fit; ModelError if it takes too long."""
     names = [node.name for node in session.get_inputs()]
     try:
-        outputs = session.run(None, dict(zip(names, inputs, strict=True)))
+        outputs = run_within_time(session, None, dict(zip(names, inputs, strict=True)))
     except RUNTIME_ERRORS as error:
         raise CheckFailed(
             f"onnxruntime {onnxruntime.__version__} fails while running it: {shorten_reason(error)}"
@@ -100,6 +106,39 @@ def run(
         if not isinstance(output, np.ndarray):
             raise ModelError(f"output '{node.name}' is a {node.type}: only tensors can be compared")
     return tuple(outputs)
+
+
+def run_within_time(
+    session: onnxruntime.InferenceSession,
+    names: Sequence[str] | None,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    only_needed: bool = False,
+) -> list[Any]:
+    """Run a session as onnxruntime does, but no longer than any real model needs.
+
+    Args:
+        session: of onnxruntime.
+        names: of the outputs that are wanted, in this order; None for all.
+        feeds: the inputs by name.
+        only_needed: leave out nodes that none of these outputs needs.
+
+    Returns:
+        The outputs: arrays, but for models whose outputs are sequences or maps.
+
+    Raises:
+        ModelError: after `watchdog.LONGEST_RUN` seconds.
+    """
+    options = onnxruntime.RunOptions()
+    options.only_execute_path_to_fetches = only_needed
+    options.log_severity_level = 4  # the runtime's own words reach us as exceptions
+
+    def stop() -> None:
+        options.terminate = True
+
+    with watchdog.limit_time("running the model", watchdog.LONGEST_RUN, stop):
+        found: list[Any] = session.run(names, dict(feeds), options)
+        return found
 
 
 def shorten_reason(error: Exception) -> str:
