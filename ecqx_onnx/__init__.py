@@ -1,8 +1,10 @@
-"""A PyTorch model in, a tiny ONNX file out: 2-5 bit sparse weights that stock onnxruntime runs, and proof that it says the same.
+"""Train or compress a model to 2-5 bit sparse weights, and write them as a tiny ONNX file.
+
+Stock runtimes run that file, and `validate` shows that it computes the same as the model:
 
     import ecqx_onnx
 
-    preprocessing = ecqx_onnx.Preprocessing("image", scale=255.0)  # what `loader` does to raw pixels
+    preprocessing = ecqx_onnx.Preprocessing("image", scale=255.0)  # what the loader does
     quantizer = ecqx_onnx.Quantizer(model, bits=4, entropy_weight=0.1)
     for x, y in loader:
         optimizer.zero_grad()

@@ -1,11 +1,12 @@
-"""Every error that this project raises on purpose, drawn as a tree; the command line turns them into exit statuses.
+"""Every error that this project raises on purpose; the command line turns them into exit statuses.
 
     EcqxError
     ├── InputError            exit 2: the user can mend it (a file, a value, an option)
-    │   ├── FileError         a file is missing, damaged, lying about itself, in the way, or cannot be written
+    │   ├── FileError         a file is missing, damaged, lying about itself, in the way,
+    │   │                     or not to be written
     │   ├── ModelError        a model, checkpoint or graph that cannot be used as asked
     │   ├── DataError         a data set that cannot be used as asked
-    │   └── OptionError       options that do not go together, or that the target cannot satisfy
+    │   └── OptionError       options that do not go together, or that a target cannot satisfy
     └── CheckFailed           exit 1: everything could be read, and it is not as it should be
 
 A message is one sentence: what, which value, where, and what to do next.

@@ -1,10 +1,8 @@
-"""How a weight's integers lie in the file: one module per way, each with the same three functions.
+"""Codecs for integer weights: each encodes int8 levels as ONNX initializers and nodes, and back.
 
-    encode(levels, name, target) -> Stored | Refusal       levels: int8, any shape; name: what the integer tensor shall be called
-    decode(name, contents) -> int8 levels                  the inverse; FileError for a damaged file, KeyError for an absent one
-    stored_bytes(name, contents) -> int                    what encode's Stored.nbytes was
-
-A new way is a module with these functions and a line in registry.py.
+A codec is a module with the three functions of `Storage`; registry.py lists them by name. Enters:
+the int8 levels of one weight and the name that its integer tensor shall have. Leaves: a `Stored`,
+or a `Refusal` with the reason. A new codec is such a module and a line in registry.py.
 """
 
 from __future__ import annotations
@@ -25,11 +23,20 @@ from ecqx_onnx_converters.targets import Target
 class Stored:
     """One weight's levels as parts of an ONNX graph.
 
-    label: for the report, such as "dense INT4".
-    levels: name of the integer tensor of the weight's shape: an initializer, or the output of the last of `nodes`.
-    type: its TensorProto type.
-    opset: the first opset that has all of this.
-    functions: model-local functions that the nodes call, each written once per file; their opset import is set by the writer.
+    Attributes:
+        storage: The codec's name in registry.py.
+        label: The same for the report, such as "dense INT4".
+        levels: Name of the integer tensor of the weight's shape: an initializer, or the output of
+            the last of `nodes`.
+        type: Its TensorProto type.
+        opset: The first opset that has all of this.
+        initializers: Dense tensors.
+        sparse_initializers: Sparse tensors.
+        nodes: Nodes that decode the initializers.
+        functions: Model-local functions that the nodes call, each written once per file; the writer
+            sets their opset import.
+        own_bytes: Bytes of the file that are this weight's own, where it shares its data with
+            others; None where all parts are its own.
     """
 
     storage: str
@@ -45,8 +52,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file that are this weight's own: data, names and nodes, or `own_bytes` where it shares its data with
-        others. Functions are shared and not counted."""
+        """Bytes of the file that are this weight's own: data, names and nodes, no functions."""
         if self.own_bytes is not None:
             return self.own_bytes
         parts: list[Message] = [*self.initializers, *self.sparse_initializers, *self.nodes]
@@ -55,7 +61,14 @@ class Stored:
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """A model's initializers and value makers by name, for decoding. cache: what a storage has decoded for several tensors."""
+    """What decoding reads of a model: its initializers, and the node that makes each value.
+
+    Attributes:
+        initializers: Dense initializers by name.
+        sparse_initializers: Sparse initializers by the name of their values.
+        makers: Nodes by the name of each of their outputs.
+        cache: What a codec has decoded for several tensors at once.
+    """
 
     initializers: Mapping[str, TensorProto]
     sparse_initializers: Mapping[str, SparseTensorProto]
@@ -64,20 +77,66 @@ class Contents:
 
     @classmethod
     def of(cls, model: ModelProto) -> Contents:
+        """Index a model by name.
+
+        Args:
+            model: A model whose tensors hold their data.
+
+        Returns:
+            Views of the model's main graph; nothing is copied.
+        """
+        graph = model.graph
         return cls(
-            {tensor.name: tensor for tensor in model.graph.initializer},
-            {sparse.values.name: sparse for sparse in model.graph.sparse_initializer},
-            {output: node for node in model.graph.node for output in node.output},
+            {tensor.name: tensor for tensor in graph.initializer},
+            {sparse.values.name: sparse for sparse in graph.sparse_initializer},
+            {output: node for node in graph.node for output in node.output},
         )
 
 
 class Storage(Protocol):
-    """What a module of this package offers."""
+    """What each codec's module offers."""
 
-    def encode(self, levels: np.ndarray, name: str, target: Target) -> Stored | Refusal: ...
-    def decode(self, name: str, contents: Contents) -> np.ndarray: ...
-    def stored_bytes(self, name: str, contents: Contents) -> int: ...
+    def encode(self, levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
+        """Encode one weight.
+
+        Args:
+            levels: int8, any shape.
+            name: What the integer tensor shall be called.
+            target: Which element types, opsets and decoders may be used.
+
+        Returns:
+            Parts of a graph; or why this target cannot have them.
+        """
+        ...
+
+    def decode(self, name: str, contents: Contents) -> np.ndarray:
+        """Decode one weight; the inverse of `encode`.
+
+        Args:
+            name: The integer tensor's name, `Stored.levels`.
+            contents: The model that holds it.
+
+        Returns:
+            int8 levels in the weight's shape.
+
+        Raises:
+            FileError: The file is damaged.
+            KeyError: The file has no such tensor.
+        """
+        ...
+
+    def stored_bytes(self, name: str, contents: Contents) -> int:
+        """Count the bytes of a weight in a file.
+
+        Args:
+            name: The integer tensor's name, `Stored.levels`.
+            contents: The model that holds it.
+
+        Returns:
+            What `Stored.nbytes` was when it was encoded.
+        """
+        ...
 
 
-DOMAIN = "qx"  # of the model-local functions; every call of one spells it out
+DOMAIN = "qx"  # of the model-local functions; short, because every call of one spells it out
 MAX_WEIGHTS = 1 << 31  # of one tensor; a file that declares more is damaged

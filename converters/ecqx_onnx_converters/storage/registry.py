@@ -1,4 +1,4 @@
-"""Storage name -> the module that has it."""
+"""The codecs by the names that files and options give them."""
 
 from collections.abc import Mapping
 
