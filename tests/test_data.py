@@ -10,7 +10,7 @@ from PIL import Image
 
 from ecqx_onnx.data import Dataset, load_dataset
 from ecqx_onnx.data.augmentation import crop_and_flip, shift_audio, shift_images
-from ecqx_onnx.data.dataset import Arrays, Split
+from ecqx_onnx.data.split import Arrays, Split
 from ecqx_onnx.errors import DataError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.preprocessing.spectrum import Spectrum

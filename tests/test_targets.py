@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ecqx_onnx import api
 from ecqx_onnx.cli import app
-from ecqx_onnx.data.dataset import Arrays, Split
+from ecqx_onnx.data.split import Arrays, Split
 from ecqx_onnx.errors import EcqxError, FileError, InputError, ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.runtime.sessions import open_session

@@ -16,7 +16,7 @@ from ecqx_onnx_converters.serialization.metadata import compute_levels_crc, from
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from ecqx_onnx.data.dataset import Arrays, Split
+from ecqx_onnx.data.split import Arrays, Split
 from ecqx_onnx.errors import DataError, FileError
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing

@@ -1,4 +1,4 @@
-"""(.npz file) -> named arrays, without trusting what the file says about itself; and JPEGs that lie in arrays."""
+"""Arrays from .npz files, without trust in what a file says about itself; and JPEGs in arrays."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tokenize import TokenError  # numpy's reader lets it through
+from typing import IO
 
 import numpy as np
 
@@ -19,22 +20,26 @@ from ecqx_onnx.inputs.reading import open_regular
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 MOST_EXPANSION = 1032  # deflate's limit: no honest stream grows more
-MOST_INFLATED = (
-    2**29
-)  # bytes of all arrays; a file may hold more only if it grows less than LARGE_EXPANSION
+# Bytes of all arrays; a file may hold more only if it grows less than LARGE_EXPANSION.
+MOST_INFLATED = 2**29
 LARGE_EXPANSION = 100
 MOST_MEMBERS = 10_000
 MOST_DIMENSIONS = 32
 LOOKED_AT = 200  # images that tell whether there are colors
 HIGHEST_CHARACTER = 0x10FFFF
+# What zipfile and numpy raise on damaged files.
 DAMAGED = (
-    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
-    SyntaxError, struct.error, OverflowError,
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError,
+    RuntimeError, SyntaxError, struct.error, OverflowError,
+)  # fmt: skip
+# And what numpy's reader of headers raises besides.
+DAMAGED_HEADER = (
+    *DAMAGED, TypeError, AttributeError, KeyError, MemoryError, RecursionError, TokenError,
 )  # fmt: skip
 
 
 def read_npz(path: Path, *, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """Reads arrays of numbers and strings; nothing is unpickled.
+    """Read arrays of numbers and strings; nothing is unpickled.
 
     What a header claims is compared with the bytes that are there before memory is asked for.
 
@@ -51,40 +56,17 @@ def read_npz(path: Path, *, wanted: Collection[str] | None = None) -> dict[str, 
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            room = path.stat().st_size * MOST_EXPANSION
             infos = archive.infolist()
             if wanted is not None:
-                infos = [info for info in infos if info.filename.removesuffix(".npy") in wanted]
-            if len(infos) > MOST_MEMBERS:
-                raise FileError(
-                    f"{path} holds {len(infos)} arrays, more than {MOST_MEMBERS}: save fewer in a file"
-                )
-            inflated = sum(info.file_size for info in infos)
-            if inflated > room:
-                raise FileError(
-                    f"{path} claims {inflated} bytes, more than the whole file could hold: save it anew"
-                )
-            if inflated > max(MOST_INFLATED, LARGE_EXPANSION * path.stat().st_size):
-                raise FileError(
-                    f"{path} claims {inflated} bytes, more than {LARGE_EXPANSION} times its own:"
-                    " save it with numpy.savez, which does not compress"
-                )
+                infos = [info for info in infos if _name_array(info) in wanted]
+            _check_claims(path, infos)
             if not infos and wanted is not None:
-                there = (
-                    ", ".join(
-                        sorted(info.filename.removesuffix(".npy") for info in archive.infolist())[
-                            :5
-                        ]
-                    )
-                    or "nothing"
-                )
+                found = sorted(map(_name_array, archive.infolist()))[:5]
                 raise DataError(
-                    f"{path} has no 'x' (found: {there}): save x_train, y_train, x_test, y_test, or x and y"
+                    f"{path} has no 'x' (found: {', '.join(found) or 'nothing'}): save x_train, "
+                    "y_train, x_test, y_test, or x and y"
                 )
-            return {
-                info.filename.removesuffix(".npy"): _read_member(path, archive, info)
-                for info in infos
-            }
+            return {_name_array(info): _read_member(path, archive, info) for info in infos}
     except FileError:
         if not path.exists():
             raise FileError(f"there is no file {path}: check the path") from None
@@ -95,45 +77,55 @@ def read_npz(path: Path, *, wanted: Collection[str] | None = None) -> dict[str, 
         ) from error
 
 
+def _name_array(info: zipfile.ZipInfo) -> str:
+    return info.filename.removesuffix(".npy")
+
+
+def _check_claims(path: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
+    """FileError where the archive claims more than it can hold, or more than memory should."""
+    if len(infos) > MOST_MEMBERS:
+        raise FileError(
+            f"{path} holds {len(infos)} arrays, more than {MOST_MEMBERS}: save fewer in a file"
+        )
+    inflated = sum(info.file_size for info in infos)
+    size = path.stat().st_size
+    if inflated > size * MOST_EXPANSION:
+        raise FileError(
+            f"{path} claims {inflated} bytes, more than the whole file could hold: save it anew"
+        )
+    if inflated > max(MOST_INFLATED, LARGE_EXPANSION * size):
+        raise FileError(
+            f"{path} claims {inflated} bytes, more than {LARGE_EXPANSION} times its own:"
+            " save it with numpy.savez, which does not compress"
+        )
+
+
 def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    where = f"array '{info.filename.removesuffix('.npy')}' in {path}"
+    where = f"array '{_name_array(info)}' in {path}"
     with archive.open(info) as file:
+        # 1. The header, which is only believed where it agrees with the bytes behind it.
         try:
-            version = np.lib.format.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"version {version} of the .npy format")
-            read_header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            with warnings.catch_warnings(action="ignore"):  # about headers that Python 2 wrote
-                shape, fortran, dtype = read_header(file)
-        except (
-            *DAMAGED,
-            TypeError,
-            AttributeError,
-            KeyError,
-            MemoryError,
-            RecursionError,
-            TokenError,
-        ) as error:
+            shape, is_fortran, dtype = _read_header(file)
+        except DAMAGED_HEADER as error:
             raise FileError(
                 f"{where} has a damaged header ({error}): save it anew with numpy.savez_compressed"
             ) from error
         if dtype.hasobject or dtype.itemsize == 0 or dtype.kind not in "biufU":
             raise FileError(
-                f"{where} holds {dtype}, and only numbers and strings are read: save it as a plain array"
+                f"{where} holds {dtype}, and only numbers and strings are read: save it as a plain "
+                "array"
             )
-        if len(shape) > MOST_DIMENSIONS or any(
-            type(length) is not int or length < 0 for length in shape
-        ):
+        are_lengths = all(type(length) is int and length >= 0 for length in shape)
+        if len(shape) > MOST_DIMENSIONS or not are_lengths:
             raise FileError(f"{where} claims the shape {shape}: save it anew")
-        claimed, present = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+        claimed = math.prod(shape) * dtype.itemsize
+        present = info.file_size - file.tell()
         if claimed != present:
             raise FileError(
-                f"{where} claims {claimed} bytes {shape} of {dtype} and {present} are there: save it anew"
+                f"{where} claims {claimed} bytes {shape} of {dtype} and {present} are there: save "
+                "it anew"
             )
+        # 2. The data.
         data = file.read()
         if len(data) != claimed:
             raise FileError(
@@ -144,28 +136,47 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
         if (codes > HIGHEST_CHARACTER).any():
             raise FileError(f"{where} holds what is no text: save it anew")
     array = np.frombuffer(data, dtype=dtype)
-    return array.reshape(shape[::-1]).transpose() if fortran else array.reshape(shape)
+    if is_fortran:
+        return array.reshape(shape[::-1]).transpose()
+    return array.reshape(shape)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether the first axis changes fastest, dtype) as the file claims them."""
+    version = np.lib.format.read_magic(file)
+    with warnings.catch_warnings(action="ignore"):  # about headers that Python 2 wrote
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(file)
+        if version == (2, 0):
+            return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"version {version} of the .npy format")
 
 
 class Jpegs:
-    """Images of one size whose files lie end to end in one array; decoded when first read, then kept in memory."""
+    """Images of one size whose files lie end to end in one array.
+
+    Each is decoded when it is first read, then kept in memory.
+    """
 
     def __init__(
         self, name: str, data: np.ndarray, offsets: np.ndarray, *, channels: int | None = None
     ) -> None:
-        """data: uint8 [bytes]. offsets: integers [n + 1], image i is data[offsets[i] : offsets[i + 1]]. DataError if they lie.
+        """Check where the images lie; only the first is decoded.
 
-        channels: 1 or 3; None: 3 if any of those looked at has colors.
+        Args:
+            name: what error messages call them.
+            data: uint8 [bytes], all files.
+            offsets: integers [n + 1]; image i is data[offsets[i] : offsets[i + 1]].
+            channels: 1 or 3; None takes 3 if any of the images looked at has colors.
+
+        Raises:
+            DataError: if data and offsets do not fit together, or the first is no image.
         """
-        if (
-            data.dtype != np.uint8
-            or data.ndim != 1
-            or offsets.dtype.kind not in "iu"
-            or offsets.ndim != 1
-            or len(offsets) < 2
-        ):
+        is_data = data.dtype == np.uint8 and data.ndim == 1
+        if not is_data or offsets.dtype.kind not in "iu" or offsets.ndim != 1 or len(offsets) < 2:
             raise DataError(
-                f"{name} must be uint8 [bytes] with integer offsets [n + 1], one more than images: save it so"
+                f"{name} must be uint8 [bytes] with integer offsets [n + 1], one more than images: "
+                "save it so"
             )
         offsets = offsets.astype(np.int64)
         if offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) <= 0).any():
@@ -174,16 +185,12 @@ class Jpegs:
             )
         self.name = name
         self.dtype = np.dtype(np.uint8)
-        self._data, self._offsets = data, offsets
+        self._data = data
+        self._offsets = offsets
         height, width, own = self._decode(0, None).shape
-        some = range(0, len(self), max(1, len(self) // LOOKED_AT))
-        if (
-            channels is None
-            and own == 1
-            and any(count_channels(self._file(row), where=name) == 3 for row in some)
-        ):
-            own = 3
-        self.sample_shape = (height, width, channels or own)
+        if channels is None:
+            channels = 3 if own == 3 or self._have_colors() else 1
+        self.sample_shape = (height, width, channels)
         self._images = np.empty((len(self), *self.sample_shape), np.uint8)
         self._decoded = np.zeros(len(self), bool)
 
@@ -191,7 +198,15 @@ class Jpegs:
         return len(self._offsets) - 1
 
     def adapted(self, preprocessing: Preprocessing, channels: int | None = None) -> Jpegs:
-        """With the channels of the model, where these are known."""
+        """Read the images with the channels of a model.
+
+        Args:
+            preprocessing: three means say that images have colors; the size stays.
+            channels: of the model, 1 or 3, where they are known.
+
+        Returns:
+            The images with these channels, or these ones where they have them already.
+        """
         if channels is None and len(preprocessing.mean) == 3:
             channels = 3
         if channels in (None, self.sample_shape[2]):
@@ -199,13 +214,32 @@ class Jpegs:
         return Jpegs(self.name, self._data, self._offsets, channels=channels)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
+        """Take some images, of which those are decoded that were not read before.
+
+        Args:
+            rows: int64 [N], the samples' numbers from 0.
+
+        Returns:
+            uint8 [N, H, W, C].
+
+        Raises:
+            DataError: if a file is no image that can be read, or of another size.
+        """
         for row in rows[~self._decoded[rows]]:
             self._images[row] = self._decode(row, self.sample_shape)
             self._decoded[row] = True
         return self._images[rows]
 
-    def _decode(self, row: int, shape: tuple[int, ...] | None) -> np.ndarray:
-        return decode_image(self._file(row), shape=shape, where=f"image {row} of {self.name}")
+    def _have_colors(self) -> bool:
+        """Whether any of some images, spread over all, has colors."""
+        step = max(1, len(self) // LOOKED_AT)
+        return any(
+            count_channels(self._get_file(row), where=self.name) == 3
+            for row in range(0, len(self), step)
+        )
 
-    def _file(self, row: int) -> bytes:
+    def _decode(self, row: int, shape: tuple[int, ...] | None) -> np.ndarray:
+        return decode_image(self._get_file(row), shape=shape, where=f"image {row} of {self.name}")
+
+    def _get_file(self, row: int) -> bytes:
         return self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()

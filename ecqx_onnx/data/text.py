@@ -1,4 +1,4 @@
-"""A name from a file or folder -> the same, if every file that it will be written to can hold it."""
+"""Names from files and folders, checked to be text that every file format here can hold."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def find_ranges(
     if checkpoint.preprocessing_known:
         split = split.with_preprocessing(checkpoint.preprocessing)
     split = split.fitted(find_input_lengths(checkpoint.graph.proto)).take(samples)
-    if (value := split.only_value()) is not None:
+    if (value := split.find_only_value()) is not None:
         raise DataError(
             f"{split.source.name} holds nothing but the value {value:g} in the {len(split)} samples for calibration, which tells"
             " no range: calibrate on data as the model was trained on"
