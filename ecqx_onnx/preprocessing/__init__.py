@@ -1,4 +1,4 @@
-"""Raw samples to model inputs, and the JSON that says how. Numpy only."""
+"""What turns raw samples into model inputs, and the JSON that records it. Numpy only."""
 
 from ecqx_onnx.preprocessing.preprocessing import (
     KINDS,
