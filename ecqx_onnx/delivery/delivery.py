@@ -1,4 +1,8 @@
-"""Plan -> the file that its target loads, loaded before it gets its name; and what the target's own tools say of it."""
+"""Write a planned model to a file that gets its name only once it loads.
+
+A plan of what to write goes in; out come the file and a report, which for phones also says what
+their accelerators would take.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +27,36 @@ def deliver(
     force: bool = False,
     sources: Sequence[Path] = (),
 ) -> WriteReport:
-    """Nothing is left at `path` that this onnxruntime, which stands for the target's where that is another, does not load.
+    """Write a model as its target loads it, and load it before it gets its name.
 
-    sources: files that are read, none of which is replaced. ModelError if it does not load or says something else there.
+    Args:
+        plan: what is written, and for which target.
+        path: the file to write.
+        metadata: what the file's metadata record, JSON values by name.
+        force: replace a file that is there.
+        sources: files that are read, none of which may be replaced.
+
+    Returns:
+        The report of what was written.
+
+    Raises:
+        FileError: if the file is in the way or cannot be written.
+        ModelError: if this onnxruntime, which stands for the target's where that is another, does
+            not load the file, or an .ort file gives other outputs. Nothing is left at `path` then.
     """
-    path, target = Path(path), plan.target
+    path = Path(path)
+    target = plan.target
     if target.suffix == ".ort":
         return ort_file.write_ort(plan, path, metadata=metadata, force=force, sources=sources)
     report = write(
-        plan, path, metadata=metadata, force=force, accept=require_loading, sources=sources
+        plan, path, metadata=metadata, force=force, accept=_require_loading, sources=sources
     )
     if not target.accelerators:
         return report
     return replace(report, notes=mobile_tools.note_accelerators(path, target.accelerators))
 
 
-def require_loading(path: Path) -> None:
+def _require_loading(path: Path) -> None:
     try:
         open_session(path)
     except CheckFailed as error:

@@ -1,6 +1,6 @@
-"""Plan -> an .ort file for minimal builds, loaded back and compared; a file -> what accelerators of phones would take of it.
+"""Write .ort files for minimal builds of onnxruntime, and compare them with the same .onnx files.
 
-Both are onnxruntime's own tools: convert_onnx_models_to_ort and the mobile usability checker.
+The conversion is onnxruntime's own: convert_onnx_models_to_ort.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ecqx_onnx.validation.bounds import derive_bound
 from ecqx_onnx.validation.checks import check_optimization
 
 SAMPLES = 4
-LONG_NAME = 200  # bytes
+LONG_NAME = 200  # bytes; onnxruntime's tools lengthen names, which file systems limit
 OPERATORS = "required_operators_and_types.config"
 
 
@@ -40,9 +40,25 @@ def write_ort(
     force: bool = False,
     sources: Sequence[Path] = (),
 ) -> WriteReport:
-    """`path`, and beside it <name>.required_operators_and_types.config, from which a minimal onnxruntime is built.
+    """Write an .ort file, and beside it the list of operators for a minimal onnxruntime.
 
-    ModelError, and no file, if the .ort file cannot be loaded back or says something else than the .onnx that it came from.
+    The list is called <name>.required_operators_and_types.config.
+
+    Args:
+        plan: what is written.
+        path: the .ort file.
+        metadata: what the file's metadata record, JSON values by name.
+        force: replace files that are there.
+        sources: files that are read, none of which may be replaced.
+
+    Returns:
+        The report of what was written. Weights that DequantizeLinear cannot express are floats in
+        the file, and a note names them.
+
+    Raises:
+        FileError: if a file is in the way or cannot be written.
+        ModelError: if the .ort file cannot be loaded back, or gives other outputs than the .onnx
+            that it came from. No file is left then.
     """
     operators = derive_path(path.with_suffix(""), f".{OPERATORS}")
     check_output(path, force=force)
@@ -51,42 +67,43 @@ def write_ort(
         replace_on_success(path, force=force, beside=[operators], sources=sources) as temporary,
         open_temporary_folder() as folder,
     ):
-        stem = (
-            path.stem if len(path.name.encode(errors="surrogateescape")) < LONG_NAME else "model"
-        )  # tools lengthen names
+        is_short = len(path.name.encode(errors="surrogateescape")) < LONG_NAME
+        stem = path.stem if is_short else "model"
         source = folder / f"{stem}.onnx"
         report = write(plan, source, metadata=metadata)
         convert_to_ort(source, folder)
         shutil.move(folder / f"{stem}.ort", temporary)
         lines = (folder / f"{stem}.{OPERATORS}").read_text(encoding="utf-8").splitlines()
-        text = "".join(
-            f"{line}\n" for line in lines if not line.startswith("#")
-        )  # comments hold paths
+        # Comments hold paths of this machine.
+        text = "".join(f"{line}\n" for line in lines if not line.startswith("#"))
         temporary.with_name(operators.name).write_text(text, encoding="utf-8")
-        require_equal_outputs(temporary, source, path.name)
+        _require_equal_outputs(temporary, source, path.name)
         size = temporary.stat().st_size
-    rows = tuple(
-        mark_as_float(row) if row.dequantization == "folded" else row for row in report.tensors
-    )
-    inflated = ", ".join(row.name for row in rows if row.dequantization == "folded")
     notes = [f"{operators.name}: what a minimal build needs (build.py --include_ops_by_config)"]
-    notes += (
-        [f"as float32 in the file, since DequantizeLinear cannot express them: {inflated}"]
-        if inflated
-        else []
-    )
-    return replace(report, path=path, nbytes=size, tensors=rows, notes=tuple(notes))
+    rows: list[WrittenTensor] = []
+    inflated: list[str] = []
+    for row in report.tensors:
+        if row.dequantization == "folded":  # onnxruntime's converter folds what folds
+            inflated.append(row.name)
+            row = replace(row, storage="float32", nbytes=4 * math.prod(row.shape))
+        rows.append(row)
+    if inflated:
+        notes.append(
+            "as float32 in the file, since DequantizeLinear cannot express them: "
+            + ", ".join(inflated)
+        )
+    return replace(report, path=path, nbytes=size, tensors=tuple(rows), notes=tuple(notes))
 
 
-def mark_as_float(row: WrittenTensor) -> WrittenTensor:
-    """The converter folds what folds."""
-    return replace(row, storage="float32", nbytes=4 * math.prod(row.shape))
+def _require_equal_outputs(written: Path, source: Path, name: str) -> None:
+    """ModelError unless the written file gives the outputs of `source` for made-up inputs.
 
-
-def require_equal_outputs(written: Path, source: Path, name: str) -> None:
-    """Loaded back from what the disk holds; the converter reports success for files that do not load."""
+    It is loaded back from the disk: onnxruntime's converter reports success for files that do not
+    load.
+    """
     try:
-        loaded, wanted = open_session(written), open_session(source)
+        loaded = open_session(written)
+        wanted = open_session(source)
         inputs = make_synthetic_inputs(wanted, batch=SAMPLES)
         bounds = [derive_bound(output, None) for output in run(wanted, inputs)]
     except CheckFailed as error:
@@ -94,6 +111,6 @@ def require_equal_outputs(written: Path, source: Path, name: str) -> None:
     check = check_optimization(loaded, wanted, inputs, bounds)
     if not check.passed:
         raise ModelError(
-            f"{name} was not written: its outputs differ by {check.measured} from those of the same model as .onnx; "
-            "use --target onnxruntime"
+            f"{name} was not written: its outputs differ by {check.measured} from those of the "
+            "same model as .onnx; use --target onnxruntime"
         )

@@ -1,1 +1,1 @@
-"""The whole job on handwritten digits, in a minute."""
+"""A demonstration of the whole work on handwritten digits, in a minute."""

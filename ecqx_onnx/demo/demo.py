@@ -1,4 +1,7 @@
-"""() -> the whole main job on handwritten digits: train, quantise, convert, validate, and a table of before and after."""
+"""The demonstration: train on handwritten digits, quantize, convert, validate, compare.
+
+It needs no data and no options; a table shows the network before and after.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,24 @@ from ecqx_onnx.validation.metrics import Proportion
 
 DATA = "sklearn:digits"
 SEED = 0
-FLOAT_EPOCHS, EPOCHS, BATCH = 25, 25, 64
+FLOAT_EPOCHS = 25
+EPOCHS = 25
+BATCH = 64
 RECIPE: dict[str, Any] = {"bits": 4, "entropy_weight": 0.2, "relevance": "epsilon_plus_flat"}
 
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
-    """Before and after. float_bytes: of the float network as .onnx; accuracies on the same held-out digits."""
+    """The network before and after.
+
+    Attributes:
+        float_bytes: size of the float network as .onnx.
+        float_accuracy: of the float network, on the held-out digits.
+        report: the validation of the written file, on the same digits.
+        written: what was written.
+        zeros: share of the quantized weights that are zero, 0 to 1.
+        bits_per_weight: zero-order entropy of the levels.
+    """
 
     float_bytes: int
     float_accuracy: Proportion
@@ -43,9 +57,15 @@ class DemoResult:
 
     @property
     def ok(self) -> bool:
+        """Whether the validation passed."""
         return self.report.ok
 
     def to_json(self) -> dict[str, Any]:
+        """List the figures as `--json` prints them.
+
+        Returns:
+            Values that JSON can hold, by name.
+        """
         return {
             "float_bytes": self.float_bytes,
             "bytes": self.written.nbytes,
@@ -56,9 +76,15 @@ class DemoResult:
         }
 
     def render(self) -> RenderableType:
+        """Draw the validation and the table of before and after.
+
+        Returns:
+            What rich prints.
+        """
         table = Table(title="Handwritten digits: before and after", title_justify="left")
-        for heading in ("", "float32", "ecqx-onnx"):
-            table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column("")
+        table.add_column("float32", justify="right")
+        table.add_column("ecqx-onnx", justify="right")
         latency = self.report.latency
         samples = self.report.samples
         table.add_row(".onnx file", f"{self.float_bytes:,} bytes", f"{self.written.nbytes:,} bytes")
@@ -82,8 +108,23 @@ class DemoResult:
 def run_demo(
     folder: Path, *, force: bool = False, progress: Callable[..., None] | None = None
 ) -> DemoResult:
-    """Writes model.pt and model.onnx into `folder`. The test digits are looked at once, at the end."""
-    checkpoint_file, onnx_file = folder / "model.pt", folder / "model.onnx"
+    """Do the whole work: train, quantize, convert and validate.
+
+    The test digits are looked at once, at the end.
+
+    Args:
+        folder: gets model.pt and model.onnx, and is made if need be.
+        force: replace files of these names.
+        progress: is called with (done, all, what is done) as the work goes on.
+
+    Returns:
+        The figures of before and after.
+
+    Raises:
+        FileError: if the folder cannot be made, or a file is in the way.
+    """
+    checkpoint_file = folder / "model.pt"
+    onnx_file = folder / "model.onnx"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,16 +133,17 @@ def run_demo(
         ) from error
     for file in (checkpoint_file, onnx_file):
         check_output(file, force=force)
-    torch.set_num_threads(
-        1
-    )  # a net this small gains nothing from two, and on a busy machine they wait for each other
+    # A net this small gains nothing from two threads, which wait for each other on busy machines.
+    torch.set_num_threads(1)
+    # 1. The float network.
     dataset = load_dataset(DATA).with_preprocessing(demo_model.PREPROCESSING)
     torch.manual_seed(SEED)
     model = demo_model.digits_cnn()
     train_float(model, dataset, progress)
     float_accuracy = api.accuracy(model, dataset.test)
-    float_bytes = len(export_float_onnx(model))
+    float_bytes = len(_export_float_onnx(model))
 
+    # 2. Quantize it while training on.
     from ecqx_onnx.quantization import train
 
     shown = None if progress is None else api.training_progress(progress)
@@ -120,6 +162,7 @@ def run_demo(
         checkpoint, trained, before=float_accuracy, after=after, data=DATA
     )
     save(checkpoint, checkpoint_file, force=force)
+    # 3. Write the .onnx file, and hold it against the checkpoint.
     written = api.convert(checkpoint_file, onnx_file, force=force)
     report = api.validate(onnx_file, against=checkpoint_file, data=dataset)
     size = sum(tensor.size for tensor in checkpoint.tensors)
@@ -135,7 +178,17 @@ def train_float(
     *,
     seed: int = SEED,
 ) -> None:
-    """The float network that the demo starts from, trained in place."""
+    """Train the float network that the demonstration starts from, in place.
+
+    Args:
+        model: takes the data set's inputs and gives logits [N, classes].
+        dataset: its training split is used.
+        progress: is called with (epoch, epochs, what is done) after each epoch.
+        seed: decides the order of the batches.
+
+    Raises:
+        DataError: if the data set has no training split.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = np.random.default_rng(seed)
     model.train()
@@ -148,7 +201,6 @@ def train_float(
             progress(epoch + 1, FLOAT_EPOCHS, "training the float network")
 
 
-def export_float_onnx(model: torch.nn.Module) -> bytes:
-    return (
-        export(model, torch.zeros(2, *demo_model.INPUT_SHAPE)).graph.to_model().SerializeToString()
-    )
+def _export_float_onnx(model: torch.nn.Module) -> bytes:
+    graph = export(model, torch.zeros(2, *demo_model.INPUT_SHAPE)).graph
+    return graph.to_model().SerializeToString()
