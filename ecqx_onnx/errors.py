@@ -7,6 +7,7 @@
     │   ├── ModelError        a model, checkpoint or graph that cannot be used as asked
     │   ├── DataError         a data set that cannot be used as asked
     │   └── OptionError       options that do not go together, or that a target cannot satisfy
+    │       └── UnknownOptionError    there is no option of this name; a TypeError as well
     └── CheckFailed           exit 1: everything could be read, and it is not as it should be
 
 A message is one sentence: what, which value, where, and what to do next.
@@ -37,6 +38,13 @@ class DataError(InputError):
 
 class OptionError(InputError):
     """Options do not go together, or the target cannot satisfy them."""
+
+
+class UnknownOptionError(OptionError, TypeError):
+    """There is no option of this name; the message has the nearest one.
+
+    A TypeError too, as Python raises for an unexpected keyword argument.
+    """
 
 
 class CheckFailed(EcqxError):  # noqa: N818 - a failed check is a result, not a fault

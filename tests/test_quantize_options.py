@@ -16,7 +16,8 @@ import typer
 from typer.testing import CliRunner
 
 from ecqx_onnx import api
-from ecqx_onnx.cli import app, quantize_options
+from ecqx_onnx.cli import app
+from ecqx_onnx.cli.arguments import parse_bits
 from ecqx_onnx.quantization import Recipe, train
 
 ROOT = Path(__file__).parents[1]
@@ -305,8 +306,8 @@ def test_the_file_keeps_only_the_options_that_were_chosen(place):
 
 
 def test_parse_bits():
-    assert quantize_options.parse_bits("4") == 4
-    assert quantize_options.parse_bits("*=4, fc.*=2") == {"*": 4, "fc.*": 2}
+    assert parse_bits("4") == 4
+    assert parse_bits("*=4, fc.*=2") == {"*": 4, "fc.*": 2}
 
 
 def test_a_killed_run_resumed_gives_the_bytes_of_an_uninterrupted_one(place):

@@ -10,8 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ecqx_onnx.cli.commands import parse_numbers, parse_shape
-from ecqx_onnx.cli.frame import Force, Json, Quiet, TrustPickle, _json_file, register_command
+from ecqx_onnx.cli.arguments import (
+    Force,
+    Json,
+    Quiet,
+    TrustPickle,
+    parse_numbers,
+    parse_shape,
+)
+from ecqx_onnx.cli.frame import _json_file, register_command
 from ecqx_onnx.cli.terminal import escape, escape_report, make_strict_json, stderr, stdout
 from ecqx_onnx.errors import CheckFailed
 

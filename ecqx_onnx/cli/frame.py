@@ -1,4 +1,9 @@
-"""What all commands share: errors as one sentence and an exit status, progress bars, JSON."""
+"""What all commands share: how they are registered, progress bars, tables and JSON on stdout.
+
+Exit status: 0 all well; 1 a check failed; 2 bad input; 70 a defect of ours; 130 interrupted;
+128 + signal: stopped by it.
+Imports of what is heavy are inside the commands, so that --help is instant.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import errno
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -15,7 +21,15 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ecqx_onnx.cli.terminal import escape, escape_report, guard, make_strict_json, stderr, stdout
+from ecqx_onnx.cli.terminal import (
+    escape,
+    escape_report,
+    guard,
+    make_strict_json,
+    stderr,
+    stdout,
+    write_what_cannot_be_encoded_as_escapes,
+)
 
 app = typer.Typer(
     name="ecqx-onnx",
@@ -23,32 +37,49 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="A PyTorch model in, a tiny ONNX file out: 2-5 bit sparse weights that stock onnxruntime runs, "
-    "and proof that it still says the same.\n\n"
-    "[bold]quantize[/] trains, [bold]convert[/] writes the .onnx, [bold]validate[/] proves it, [bold]inspect[/] looks inside, "
-    "[bold]demo[/] shows all of it.",
+    help="A PyTorch model in, a tiny ONNX file out: 2-5 bit sparse weights that stock onnxruntime"
+    " runs, and proof that it still says the same.\n\n"
+    "[bold]quantize[/] trains, [bold]convert[/] writes the .onnx, [bold]validate[/] proves it,"
+    " [bold]inspect[/] looks inside, [bold]demo[/] shows all of it.",
 )
 device_app = typer.Typer(
     no_args_is_help=True,
     help="The devices that `validate --device` can use: which are ready, and setup.",
 )
+app.add_typer(device_app, name="device")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Unpickle MODEL. This runs its author's code.")
-]
+def main() -> None:
+    """Entry point of the ecqx-onnx command."""
+    for name in ("SIGTERM", "SIGHUP"):  # so that what was started is cleaned up
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    write_what_cannot_be_encoded_as_escapes()
+    app()
 
 
 def register_command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers a guarded command of `ecqx-onnx` itself."""
+    """Register a guarded command of `ecqx-onnx` itself.
+
+    Args:
+        function: the command, as typer takes it; its name is the command's.
+
+    Returns:
+        The same, guarded: it ends in words, and keeps stdout to the JSON.
+    """
     return app.command()(guard(refuse_json_and_output(function)))
 
 
 def refuse_json_and_output(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A command that keeps stdout to the JSON, where that is asked for."""
+    """Make a command keep stdout to the JSON, where that is asked for.
+
+    Args:
+        function: the command; with as_json=True nothing but JSON may reach stdout.
+
+    Returns:
+        The same command.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -59,9 +90,9 @@ def refuse_json_and_output(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @app.callback(invoke_without_command=True)
-def print_version(
+def _print_version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+) -> None:  # a docstring would take the place of the help above
     if version:
         from ecqx_onnx import __version__
 
@@ -71,7 +102,14 @@ def print_version(
 
 @contextlib.contextmanager
 def show_progress(silent: bool) -> Iterator[Callable[..., None] | None]:
-    """A bar on stderr, fed with (done, total, text); None where nobody wants to see one."""
+    """Show a bar on stderr while something runs.
+
+    Args:
+        silent: show nothing.
+
+    Yields:
+        A function of (done, total, text) that moves the bar; None where nobody wants to see one.
+    """
     if silent or not stderr.is_terminal:  # in a log, a bar is nothing but an empty line
         yield None
         return
@@ -91,7 +129,11 @@ _json_file: ContextVar[TextIO] = ContextVar("_json_file")
 
 @contextlib.contextmanager
 def keep_stdout_for_json() -> Iterator[None]:
-    """Whatever else prints, the user's own code for one, prints to stderr."""
+    """Send to stderr whatever else prints, the user's own code for one.
+
+    Yields:
+        Nothing; inside, `print_json` alone reaches stdout.
+    """
     token = _json_file.set(sys.stdout)
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -100,27 +142,41 @@ def keep_stdout_for_json() -> Iterator[None]:
         _json_file.reset(token)
 
 
+def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout.
+
+    Args:
+        value: dicts, lists, numbers, texts.
+    """
+    text = json.dumps(make_strict_json(value), indent=2, allow_nan=False)
+    print(text, file=_json_file.get(sys.stdout), flush=True)
+
+
 def emit(result: Any, *, as_json: bool, quiet: bool) -> None:
-    """Any report of ours, as JSON or as a table, or not at all."""
+    """Show any report of ours.
+
+    Args:
+        result: the report.
+        as_json: as JSON instead of a table.
+        quiet: not at all; JSON that is asked for is printed all the same.
+
+    Raises:
+        FileError: if standard output can't be written.
+    """
     from ecqx_onnx.cli.tables import as_table, to_json
     from ecqx_onnx.errors import FileError
 
-    file = _json_file.get(sys.stdout)
     try:
         if as_json:
-            print(
-                json.dumps(make_strict_json(to_json(result)), indent=2, allow_nan=False),
-                file=file,
-                flush=True,
-            )
+            print_json(to_json(result))
         elif not quiet:
             stdout.print(as_table(escape_report(result)))
     except OSError as error:
         if error.errno == errno.EPIPE:  # `| head` has seen enough
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), file.fileno()
-        )  # what is left in the buffer can't be written either
+        # What is left in the buffer can't be written either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _json_file.get(sys.stdout).fileno())
         raise FileError(
-            f"the result can't be written to standard output: {error.strerror}; what it tells of is done"
+            f"the result can't be written to standard output: {error.strerror}; what it tells of is"
+            " done"
         ) from error

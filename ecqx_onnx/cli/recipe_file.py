@@ -15,33 +15,36 @@ from ecqx_onnx.errors import FileError
 from ecqx_onnx.inputs.reading import check_regular, read_bytes
 
 LARGEST_JSON = 100_000  # bytes; ours have some hundreds
-LARGEST_TOML = (
-    10_000  # bytes; tomllib takes time that grows with the square of a dotted key's length
-)
-NOT_IN_RECIPES = {
-    "recipe",
-    "out",
-    "resume",
-    "force",
-    "as_json",
-    "quiet",
-    "debug",
-}  # what one run does, not how
+# Bytes; tomllib takes time that grows with the square of a dotted key's length.
+LARGEST_TOML = 10_000
+# What one run does, not how.
+NOT_IN_RECIPES = {"recipe", "out", "resume", "force", "as_json", "quiet", "debug"}
 NOT_REPLAYED = ("best_epoch", "trained")  # what a checkpoint tells beside the options
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Options by name, from a .json or .toml file or the metadata of a checkpoint (.pt)."""
+    """Read options from a file.
+
+    Args:
+        path: a .json or .toml file of options, or a checkpoint (.pt), whose metadata have them.
+
+    Returns:
+        Value by the option's name.
+
+    Raises:
+        FileError: if it can't be read, or holds something else.
+    """
     if path.suffix == ".pt":
         from ecqx_onnx.checkpoint import load
 
         found = dict(load(path).recipe)
         found.pop("data", None)  # its name, not where it lies
-        return {name: value for name, value in found.items() if name not in NOT_REPLAYED}
+        return _drop_not_replayed(found)
     try:
-        is_toml = path.suffix == ".toml"
-        text = read_bytes(path, most=LARGEST_TOML if is_toml else LARGEST_JSON).decode("utf-8")
-        found = tomllib.loads(text) if is_toml else json.loads(text)
+        if path.suffix == ".toml":
+            found = tomllib.loads(read_bytes(path, most=LARGEST_TOML).decode("utf-8"))
+        else:
+            found = json.loads(read_bytes(path, most=LARGEST_JSON).decode("utf-8"))
     except (FileError, ValueError, RecursionError) as error:
         why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
         raise FileError(
@@ -51,11 +54,23 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise FileError(
             f"{path} is no recipe, it holds a {type(found).__name__}: write options by name"
         )
+    return _drop_not_replayed(found)
+
+
+def _drop_not_replayed(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in NOT_REPLAYED}
 
 
-def as_text(name: str, value: Any) -> Any:
-    """A recipe's value as it would be typed."""
+def write_as_typed(name: str, value: Any) -> Any:
+    """Write a recipe's value as it would be typed.
+
+    Args:
+        name: of the option.
+        value: as the recipe has it.
+
+    Returns:
+        Text where the command line takes text, else the value.
+    """
     if name == "relevance" and value is None:
         return "none"
     if name == "bits" and isinstance(value, Mapping):
@@ -66,7 +81,15 @@ def as_text(name: str, value: Any) -> Any:
 
 
 def take_recipe(context: typer.Context, path: Path | None) -> Path | None:
-    """What the recipe says becomes the default of every option that is not typed."""
+    """Make what the recipe says the default of every option that is not typed.
+
+    Args:
+        context: of the command; its default_map is extended.
+        path: what --recipe was given, or None.
+
+    Returns:
+        The path, as callbacks of options do.
+    """
     if path is None:
         return None
     with turn_errors_into_exit(f"reading the recipe {path}"):
@@ -77,21 +100,36 @@ def take_recipe(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def convert_types(context: typer.Context, path: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's values as options, each of the type that its option has. FileError naming the first that is not."""
-    options = {
-        parameter.name: parameter
-        for parameter in context.command.params
-        if parameter.param_type_name == "option"
-    }
+    """Give a recipe's values the types that their options have.
+
+    Args:
+        context: of the command, which has the options.
+        path: of the recipe, for messages.
+        found: value by name, as read.
+
+    Returns:
+        The values that are not None, each of its option's type.
+
+    Raises:
+        FileError: naming the first that is no option of quantize, or doesn't fit.
+    """
+    options = {}
+    for parameter in context.command.params:
+        if parameter.param_type_name == "option":
+            options[parameter.name] = parameter
     if "granularity" in found:
         found["per_channel"] = found.pop("granularity") == "channel"
     unknown = sorted(found.keys() - (options.keys() - NOT_IN_RECIPES))
     if unknown:
         raise FileError(
-            f"{path} has '{unknown[0]}', which is no option of quantize; remove it or correct its name"
+            f"{path} has '{unknown[0]}', which is no option of quantize; remove it or correct its"
+            " name"
         )
-    texts = {name: as_text(name, value) for name, value in found.items()}
-    given = {name: value for name, value in texts.items() if value is not None}
+    given = {}
+    for name, value in found.items():
+        typed = write_as_typed(name, value)
+        if typed is not None:
+            given[name] = typed
     for name, value in given.items():
         try:
             options[name].process_value(context, value)

@@ -1,20 +1,26 @@
-"""The options of a quantisation, as one frozen value; (parameter name) -> how that parameter is quantised."""
+"""The options of a quantization, as one frozen value that says how each parameter is quantized."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from ecqx_onnx.errors import OptionError
+from ecqx_onnx.options.option import option, refuse_unknown
 
 
 @dataclass(frozen=True)
 class Band:
-    """How far relevances may move the share of zeros away from plain ECQ's s: it stays in [s - keep, s + prune]."""
+    """How far relevances may move the share of zeros away from the one of plain ECQ.
+
+    With s the share that plain ECQ has, it stays in [s - keep, s + prune].
+
+    keep: band below s, a share in [0, 1].
+    prune: band above s, a share in [0, 1].
+    """
 
     keep: float = 0.1
     prune: float = 0.1
@@ -22,8 +28,6 @@ class Band:
 
 Levels = Literal["symmetric", "asymmetric"]
 StepRule = Literal["auto", "percentile", "least_squares"]
-
-
 Granularity = Literal["tensor", "channel"]
 Gradient = Literal["plain", "absolute"]
 Activations = Literal["float32", "int8"]
@@ -31,55 +35,101 @@ Activations = Literal["float32", "int8"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is quantised.
+    """How a model is quantized, by ECQx.
 
-    bits: 2 to 8, one number or {pattern of parameter names: bits}, the last matching pattern wins ("*" for all others).
-    entropy_weight: γ in [0, 1], how dear a bit is against a squared error; 0 is nearest level.
-    relevance: name of a zennit composite, a Composite, or None for plain ECQ.
-    start: relevance at the output: "logit", "probability", "ones" of the true class, or a function (output, target).
-    refresh_every: relevances are taken anew every so many steps. relevance_memory: share of the old in the moving average.
-    relevance_samples: take them on so many samples of the batch; None for all.
-    rho: ρ of f(R) = ρ R^β. keep, prune: relevances may lower the share of zeros by `keep` and raise it by `prune`, no further.
-    zero_floor: P_0 is at least this, so that zero is the cheapest symbol; 0 turns it off.
-    size_exponent: λ = γ·δ^size_exponent·λ_max, δ below 1 for tensors smaller than the largest; 1 [ECQx] spares them most, 0 not.
-    levels, step, granularity: the grid, see grid.py. step="learned" begins at "auto" and then follows the gradient (LSQ), by
-    Adam on log Δ with step_rate. exclude: patterns of parameter names that stay float.
-    gradient: what the background weight sees of the gradient at its level kΔ: all of it, or "absolute", |kΔ| times it (once where
-    k = 0)  [Thesis].
-    activations: "int8" rounds them to 8 bits while training, where `convert --activations int8` does so; see activations.py.
+    bits may be one number, or {pattern of parameter names: bits}, of which the last matching
+    pattern wins ("*" for all others). step="learned" begins at "auto" and then follows the gradient
+    (LSQ), by Adam on log Δ with step_rate. size_exponent: λ = γ·δ^size_exponent·λ_max, where δ is
+    below 1 for tensors smaller than the largest [ECQx]. gradient="absolute" multiplies what the
+    background weight sees of the gradient at its level kΔ by |kΔ|, and by one where k = 0 [Thesis].
+
+    Example:
+        Recipe(bits={"*": 4, "fc1.*": 2}, entropy_weight=0.2, exclude="conv1.*")
+
+    Raises:
+        OptionError: for a value outside its limits or choices.
     """
 
-    bits: int | Mapping[str, int] = 4
-    entropy_weight: float = 0.1
-    relevance: Any = "epsilon_plus_flat"
-    start: Any = "logit"
-    refresh_every: int = 8
-    relevance_memory: float = 0.9
-    relevance_samples: int | None = None
-    rho: float = 2.0
-    keep: float = 0.1
-    prune: float = 0.1
-    zero_floor: float = 0.5
-    size_exponent: float = 1.0
-    levels: Levels = "symmetric"
-    step: StepRule | Literal["learned"] = "auto"
-    step_rate: float = 1e-3
-    granularity: Granularity = "tensor"
-    exclude: Sequence[str] = field(default=())
-    gradient: Gradient = "plain"
-    activations: Activations = "float32"
+    bits: int | Mapping[str, int] = option(
+        4, "Bits per level, 2 to 8; or a list of pattern=bits, the last match wins."
+    )
+    entropy_weight: float = option(
+        0.1,
+        "γ, how dear coding is against distance; 0 is nearest level.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    relevance: Any = option(
+        "epsilon_plus_flat",
+        "LRP composite: epsilon_plus_flat, ... or FILE.py:FUNCTION that returns one; none is plain"
+        " ECQ.",
+    )
+    start: Any = option(
+        "logit",
+        "Relevance at the output: logit, probability or ones of the true class, or FILE.py:FUNCTION"
+        " of (output, target).",
+    )
+    refresh_every: int = option(8, "Take relevances anew every so many steps.", minimum=1)
+    relevance_memory: float = option(
+        0.9, "Share of the old relevances in their moving average, from 0 to below 1."
+    )
+    relevance_samples: int | None = option(
+        None, "Take relevances on so many samples of the batch; default: all.", minimum=1
+    )
+    rho: float = option(2.0, "ρ of f(R) = ρ R^β, which scales distances by relevance; above 1.")
+    keep: float = option(0.1, "Largest share of zeros that relevances may take away, from 0 to 1.")
+    prune: float = option(0.1, "Largest share of extra zeros that relevances may add, from 0 to 1.")
+    zero_floor: float = option(
+        0.5, "Zero counts as at least this frequent, and so as cheapest; 0 turns it off."
+    )
+    size_exponent: float = option(
+        1.0, "How far small tensors are spared the entropy weight: 1 most, 0 not."
+    )
+    levels: Levels = option(
+        "symmetric", "Which levels there are: symmetric (2^b - 1 of them) or asymmetric (2^b)."
+    )
+    step: StepRule | Literal["learned"] = option(
+        "auto", "The step between levels: auto, percentile, least_squares or learned."
+    )
+    step_rate: float = option(1e-3, "With --step learned: the learning rate of the steps.")
+    granularity: Granularity = option(
+        "tensor", "One step per output channel (channel) instead of one per tensor (tensor)."
+    )
+    exclude: Sequence[str] = option(
+        (), "Pattern of parameter names that stay float; repeat for more."
+    )
+    gradient: Gradient = option(
+        "plain", "Straight-through gradient: plain, or absolute (scaled by the size of the level)."
+    )
+    activations: Activations = option(
+        "float32",
+        "float32, or int8: round activations while training as `convert --activations int8` will,"
+        " which then needs no data.",
+    )
 
     def __post_init__(self) -> None:
-        steps = (*get_args(StepRule), "learned")
-        for name, choices in (
-            *(("levels", get_args(Levels)), ("step", steps)),
-            *(("granularity", get_args(Granularity)), ("gradient", get_args(Gradient))),
-            ("activations", get_args(Activations)),
-        ):
-            if getattr(self, name) not in choices:
-                raise OptionError(
-                    f"{name} '{getattr(self, name)}' is unknown: use one of {', '.join(choices)}"
-                )
+        self._check_choices()
+        self._check_numbers()
+        self._check_bits()
+        if self.relevance == "none":  # as on the command line
+            object.__setattr__(self, "relevance", None)
+        if isinstance(self.exclude, str):
+            object.__setattr__(self, "exclude", (self.exclude,))
+
+    def _check_choices(self) -> None:
+        choices_of = {
+            "levels": get_args(Levels),
+            "step": (*get_args(StepRule), "learned"),
+            "granularity": get_args(Granularity),
+            "gradient": get_args(Gradient),
+            "activations": get_args(Activations),
+        }
+        for name, choices in choices_of.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise OptionError(f"{name} '{value}' is unknown: use one of {', '.join(choices)}")
+
+    def _check_numbers(self) -> None:
         for name in ("entropy_weight", "keep", "prune", "zero_floor", "size_exponent"):
             value = getattr(self, name)
             if not (math.isfinite(value) and 0 <= value <= 1):
@@ -96,49 +146,81 @@ class Recipe:
             )
         if self.relevance_samples is not None and self.relevance_samples < 1:
             raise OptionError(
-                f"relevance_samples is {self.relevance_samples}: choose 1 or more, or None for the whole batch"
+                f"relevance_samples is {self.relevance_samples}: choose 1 or more, or None for the"
+                " whole batch"
             )
         if self.refresh_every < 1:
             raise OptionError(f"refresh_every is {self.refresh_every}: choose 1 or more steps")
-        for bits in self.bits.values() if isinstance(self.bits, Mapping) else (self.bits,):
+
+    def _check_bits(self) -> None:
+        several = self.bits.values() if isinstance(self.bits, Mapping) else (self.bits,)
+        for bits in several:
             if not (isinstance(bits, int) and 2 <= bits <= 8):
                 raise OptionError(
                     f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8"
                 )
-        if self.relevance == "none":  # as on the command line
-            object.__setattr__(self, "relevance", None)
-        if isinstance(self.exclude, str):
-            object.__setattr__(self, "exclude", (self.exclude,))
 
     @property
     def band(self) -> Band:
+        """How far relevances may move the share of zeros."""
         return Band(self.keep, self.prune)
 
     def excluded_by(self, name: str) -> str | None:
-        """The pattern that keeps this parameter float, if one does."""
-        return next((pattern for pattern in self.exclude if fnmatchcase(name, pattern)), None)
+        """Find the pattern that keeps a parameter float.
+
+        Args:
+            name: of the parameter, as in the state dict.
+
+        Returns:
+            The first pattern of `exclude` that matches, or None.
+        """
+        for pattern in self.exclude:
+            if fnmatchcase(name, pattern):
+                return pattern
+        return None
 
     def bits_of(self, name: str) -> int | None:
-        """None if no pattern matches: the parameter stays float."""
+        """Look up how many bits a parameter gets.
+
+        Args:
+            name: of the parameter, as in the state dict.
+
+        Returns:
+            2 to 8; None if no pattern matches, and the parameter stays float.
+        """
         if not isinstance(self.bits, Mapping):
             return self.bits
-        matching = [bits for pattern, bits in self.bits.items() if fnmatchcase(name, pattern)]
-        return matching[-1] if matching else None
+        found = None
+        for pattern, bits in self.bits.items():
+            if fnmatchcase(name, pattern):
+                found = bits  # the last match wins
+        return found
 
     def unmatched(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The patterns of exclude and bits that none of these parameter names matches, each with its option."""
+        """List the patterns of exclude and bits that match nothing.
+
+        Args:
+            names: of all parameters.
+
+        Returns:
+            Each pattern with its option: "exclude 'fc9.*'".
+        """
         patterns = [("exclude", pattern) for pattern in self.exclude]
-        patterns += [
-            ("bits", pattern) for pattern in (self.bits if isinstance(self.bits, Mapping) else ())
-        ]
-        return tuple(
-            f"{option} '{p}'"
-            for option, p in patterns
-            if not any(fnmatchcase(name, p) for name in names)
-        )
+        if isinstance(self.bits, Mapping):
+            patterns += [("bits", pattern) for pattern in self.bits]
+        found = []
+        for option_name, pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                found.append(f"{option_name} '{pattern}'")
+        return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers and strings only; a Composite or a function by its type's or its own name."""
+        """Write the options as plain values.
+
+        Returns:
+            Option by name, numbers and strings only: a Composite or a function by its type's or its
+            own name.
+        """
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["bits"] = dict(self.bits) if isinstance(self.bits, Mapping) else self.bits
         values["exclude"] = list(self.exclude)
@@ -159,12 +241,9 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
         The recipe.
 
     Raises:
-        OptionError: for a name that no option has, with the nearest one; or a value that does not fit.
+        UnknownOptionError: for a name that no option has, with the nearest one.
+        OptionError: for a value that does not fit.
     """
     known = [entry.name for entry in fields(Recipe)]
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise OptionError(f"the Quantizer has no option '{name}': {hint}")
+    refuse_unknown(options, known, who="the Quantizer")
     return Recipe(**options)

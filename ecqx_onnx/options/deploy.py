@@ -1,0 +1,34 @@
+"""The options of `deploy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecqx_onnx.options import shared
+from ecqx_onnx.options.option import option, required
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeployOptions:
+    """Which folder is written for which platform, and what it is checked with."""
+
+    onnx_file: str | Path = required("The .onnx file to deploy.")
+    folder: str | Path = required("The folder to write.")
+    to: str = required("The platform: web, android, ios or linux.")
+    against: Any = option(
+        None, "The PyTorch side, for a validation and a tolerance that is derived from it."
+    )
+    data: Any = option(
+        None, "Labelled data for golden inputs and the expected accuracy: as for quantize."
+    )
+    factory: str | None = option(None, shared.FACTORY)
+    input_shape: Sequence[int] | None = option(None, shared.INPUT_SHAPE)
+    labels: Sequence[str] = option(
+        (), "The classes' names with commas, instead of those in the file."
+    )
+    samples: int | None = option(None, shared.SAMPLES, minimum=1)
+    trust_pickle: bool = option(False, shared.TRUST_PICKLE)
+    force: bool = option(False, "Replace the folder if it exists.")

@@ -1,0 +1,26 @@
+"""Help texts of options that several verbs have."""
+
+FACTORY = "A function (or class) that returns the network of a state dict."
+INPUT_SHAPE = (
+    "Shape of one input without the batch, such as 3,32,32; needed with --model where FILE.py has"
+    " no INPUT_SHAPE."
+)
+STRICT = "Refuse a state dict that lacks weights of the model's, or has others."
+TRUST_PICKLE = "Unpickle MODEL. This runs its author's code."
+FORCE = "Replace the output file if it exists."
+STORAGE = (
+    "How integers lie in the file: auto, dense, sparse or packed. auto takes the fewest bytes."
+)
+DEQUANTIZE = "How levels become floats: auto, folded (float speed) or standard (DequantizeLinear)."
+TARGET = "The runtime that must load the file; `ecqx-onnx targets` lists them."
+OPSET = "Highest ONNX opset to write; by default what the target can load."
+SAMPLES = "Use only so many samples of the test split."
+DATA = "Labelled data for accuracy: as for quantize. Without it, random inputs are compared."
+OUT_ONNX = "The .onnx file to write."
+MIN_AGREEMENT = (
+    "Quantised without training: per cent of samples that must keep the float model's class (95)."
+)
+MAX_ERROR = (
+    "Quantised without training: largest relative error of an output (0.1 if no class scores)."
+)
+MAX_DROP = "Quantised without training: points of accuracy that may be lost on --data."

@@ -1,0 +1,50 @@
+"""The options of `validate`, on this machine and on devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecqx_onnx.options import shared
+from ecqx_onnx.options.option import option, required
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ValidateOptions:
+    """What a file is compared with, and on what."""
+
+    onnx_file: str | Path = required("The .onnx file to check.")
+    against: Any = option(
+        None,
+        "What the file was made from: the checkpoint (or state dict, .pt2) that was converted, or"
+        " the .onnx that was packed. Without it and without --data: is the file whole?",
+    )
+    data: Any = option(None, shared.DATA)
+    inputs: Mapping[str, np.ndarray] | None = option(
+        None,
+        "Against an .onnx file: an .npz with one array per model input, instead of --data.",
+    )
+    factory: str | None = option(None, shared.FACTORY)
+    input_shape: Sequence[int] | None = option(None, shared.INPUT_SHAPE)
+    samples: int | None = option(None, shared.SAMPLES, minimum=1)
+    batch_size: int = option(64, "Number of samples that run at once.", minimum=1)
+    device: Sequence[str] | None = option(
+        None,
+        "Run the file there: local, node, web, arm64, ssh://user@host[:port] or folder:PATH; several"
+        " give one table.",
+    )
+    time_limit: float = option(
+        1800.0, "With --device: seconds until its runner is stopped.", minimum=1.0
+    )
+    min_agreement: float | None = option(None, shared.MIN_AGREEMENT)
+    max_error: float | None = option(None, shared.MAX_ERROR)
+    max_drop: float | None = option(None, shared.MAX_DROP)
+    strict: bool = option(True, shared.STRICT)
+    latency_runs: int = option(
+        50, "Pairs of latency measurements; 0 leaves latency out.", minimum=0
+    )
+    trust_pickle: bool = option(False, shared.TRUST_PICKLE)
