@@ -276,7 +276,9 @@ class _Replay:
         self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
         self.outputs = outputs
 
-    def run(self, names: None, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def run(
+        self, names: None, feed: Mapping[str, np.ndarray], options: object = None
+    ) -> list[np.ndarray]:
         arrays = next(self.outputs)
         lengths: dict[str, int] = {}
         for node in self.get_inputs():
