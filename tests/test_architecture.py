@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -274,3 +275,12 @@ def test_what_needs_no_pytorch_runs_without_it(quantized_file):
         command = [sys.executable, "-c", textwrap.dedent(BLOCKED), *map(str, arguments), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{arguments[0]}: {done.stderr[-600:]}"
+
+
+@pytest.mark.parametrize(
+    "package", [module for module, path in MODULES.items() if path.name == "__init__.py"]
+)
+def test_every_name_that_a_room_offers_is_there(package):
+    room = importlib.import_module(package)
+    missing = [name for name in getattr(room, "__all__", ()) if not hasattr(room, name)]
+    assert not missing

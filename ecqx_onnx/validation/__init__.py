@@ -1,6 +1,6 @@
 """Does the file still say the same? Outputs of any runner become checks and a report.
 
-Names are imported when first used: sessions, metrics and delivery work without torch.
+Names are imported when first used, so that files are checked in an environment without torch.
 """
 
 from importlib import import_module
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from ecqx_onnx.validation.whole import check_file
 
 _HOMES = {
-    "Check": "report",
-    "Latency": "report",
-    "ValidationReport": "report",
-    "check_file": "whole",
-    "stored_preprocessing": "validator",
-    "validate": "validator",
-    "validate_against_original": "original",
+    "Check": "ecqx_onnx.validation.report",
+    "Latency": "ecqx_onnx.runtime.latency",
+    "ValidationReport": "ecqx_onnx.validation.report",
+    "check_file": "ecqx_onnx.validation.whole",
+    "read_preprocessing": "ecqx_onnx.validation.judgement",
+    "validate": "ecqx_onnx.validation.validator",
+    "validate_against_original": "ecqx_onnx.validation.original",
 }
 __all__ = [
     "Check",
@@ -37,4 +37,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ecqx_onnx.validation' has no attribute {name!r}")
-    return getattr(import_module(f"ecqx_onnx.validation.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -43,7 +43,7 @@ def check_format(file: OnnxFile) -> Check:
         onnx.checker.check_model(str(file.path), full_check=not sparse)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         return Check(
-            "format", False, None, None, f"onnx's checker rejects the file: {join_lines(error)}"
+            "format", False, None, None, f"onnx's checker rejects the file: {_join_lines(error)}"
         )
     without = ", without shape inference, which rejects sparse initializers" if sparse else ""
     return Check(
@@ -51,11 +51,11 @@ def check_format(file: OnnxFile) -> Check:
         True,
         None,
         None,
-        f"onnx's checker accepts the file (opset {find_opset(file.proto)}{without})",
+        f"onnx's checker accepts the file (opset {_find_opset(file.proto)}{without})",
     )
 
 
-def find_opset(proto: onnx.ModelProto) -> int:
+def _find_opset(proto: onnx.ModelProto) -> int:
     return max(
         (entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
         default=0,
@@ -84,7 +84,7 @@ def check_optimization(
         return Check("optimisation", None, measured, None, sentence)
     measured, limit = max(
         ((find_largest_difference(a, b), bound.limit) for a, b, bound in outputs),
-        key=lambda pair: compute_excess(*pair),
+        key=lambda pair: _compute_excess(*pair),
     )
     says = (
         "agree"
@@ -229,7 +229,7 @@ def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
     """inexact: see why_inexact."""
     if comparison.mismatch:
         return Check("outputs", False, None, None, comparison.mismatch)
-    worst = max(comparison.differences, key=lambda d: compute_excess(d.measured, d.bound.limit))
+    worst = max(comparison.differences, key=lambda d: _compute_excess(d.measured, d.bound.limit))
     where = f"output '{worst.output}', " if len(comparison.differences) > 1 else ""
     if inexact:
         sentence = f"{where}largest difference to PyTorch; no bound, because {inexact}"
@@ -239,7 +239,7 @@ def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
         worst.within,
         worst.measured,
         worst.bound.limit,
-        f"{where}{describe_difference(worst, comparison.samples)}",
+        f"{where}{_describe_difference(worst, comparison.samples)}",
     )
 
 
@@ -316,7 +316,7 @@ def check_latency(file: OnnxFile, latency: Latency | None, *, runtime: str) -> C
     return Check("latency", None, latency.ratio, None, sentence)
 
 
-def describe_difference(difference: Difference, samples: int) -> str:
+def _describe_difference(difference: Difference, samples: int) -> str:
     verb = "lies within" if difference.within else "EXCEEDS"
     rounded = (
         f"; float16 parameters move outputs by {difference.moved:.2e}, left out of it"
@@ -326,12 +326,12 @@ def describe_difference(difference: Difference, samples: int) -> str:
     return f"the largest difference over {samples} samples {verb} the bound {difference.bound.formula}{rounded}"
 
 
-def compute_excess(measured: float, limit: float) -> float:
+def _compute_excess(measured: float, limit: float) -> float:
     if measured <= limit:
         return measured / limit if limit else 0.0
     return float(np.inf) if not limit else measured / limit
 
 
-def join_lines(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."

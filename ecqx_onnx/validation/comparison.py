@@ -123,7 +123,7 @@ def compare(
                     samples,
                     first,
                     onnx_accuracy=right or None,
-                    mismatch=describe_mismatch(got, wanted),
+                    mismatch=_describe_mismatch(got, wanted),
                 )
             parts = zip(session.get_outputs(), got, wanted, strict=True)
             apart = [
@@ -136,9 +136,9 @@ def compare(
                 agreed += measure_agreement(wanted[0][:count], got[0][:count])
                 if labels is not None:
                     reference_right += measure_accuracy(wanted[0][:count], labels)
-                    confusion = count_confusion(confusion, labels, wanted[0][:count])
+                    confusion = _count_confusion(confusion, labels, wanted[0][:count])
         elif classes and labels is not None:
-            confusion = count_confusion(confusion, labels, got[0][:count])
+            confusion = _count_confusion(confusion, labels, got[0][:count])
         if progress is not None:
             progress(samples)
     if first is None:
@@ -162,7 +162,7 @@ def _first(array: np.ndarray, count: int) -> np.ndarray:
     return array[:count] if array.ndim else array
 
 
-def count_confusion(
+def _count_confusion(
     before: Confusion | None, labels: np.ndarray, scores: np.ndarray
 ) -> Confusion | None:
     """scores: [N, C]. None where there are too many classes to count pairs of them."""
@@ -240,6 +240,6 @@ def pad_batch(array: np.ndarray, size: int | None) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing > 0 else array
 
 
-def describe_mismatch(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
+def _describe_mismatch(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
     shapes = " and ".join(str([list(array.shape) for array in arrays]) for arrays in (got, wanted))
     return f"its outputs have other shapes than PyTorch's: {shapes}"

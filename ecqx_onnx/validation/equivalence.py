@@ -101,7 +101,7 @@ def compare_models(
     try:
         written, optimized = (open_session(first, level=level) for level in ("disabled", "all"))
     except CheckFailed as error:
-        return run_without(second, str(error))
+        return _run_without(second, str(error))
     try:
         other, other_optimized = (
             open_session(second, level=level) for level in ("disabled", "all")
@@ -115,11 +115,11 @@ def compare_models(
             f"it takes an input '{unknown[0]}', which the original has not ({', '.join(names)})"
         )
         return Equivalence((Check("inputs", False, None, None, sentence),), 0)
-    sets: Iterable[Batch] = draw_random_inputs(written)
+    sets: Iterable[Batch] = _draw_random_inputs(written)
     if batches is not None:
-        sets = fit_batches(written, batches)
+        sets = _fit_batches(written, batches)
     elif inputs is not None:
-        sets = [(take_given_inputs(written, inputs), None)]
+        sets = [(_take_given_inputs(written, inputs), None)]
     exact, worst = True, [(0.0, 0.0), (0.0, 0.0)]
     count, samples, outputs = 0, 0, 0
     shown: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] = ((), ())
@@ -137,19 +137,19 @@ def compare_models(
             results = [run(other, kept), run(other_optimized, kept)]
         except CheckFailed as error:
             return Equivalence((Check("run", False, None, None, str(error)),), 0)
-        if (mismatch := find_mismatch(references[0], results[0])) is not None:
+        if (mismatch := _find_mismatch(references[0], results[0])) is not None:
             return Equivalence((Check("outputs", False, None, None, mismatch),), 0)
         size = len(given[0]) if given and given[0].ndim else 1
         shown = shown if count else (kept, values)
         count, samples, outputs = count + 1, samples + size, len(references[0])
         exact = exact and all(
-            are_equal(a, b) for a, b in zip(references[0], results[0], strict=True)
+            _are_equal(a, b) for a, b in zip(references[0], results[0], strict=True)
         )
-        worst[0] = max(find_worst(references[0], results[0]), worst[0], key=compute_excess)
+        worst[0] = max(_find_worst(references[0], results[0]), worst[0], key=_compute_excess)
         nearest = min(
-            references, key=lambda reference: compute_excess(find_worst(reference, results[1]))
+            references, key=lambda reference: _compute_excess(_find_worst(reference, results[1]))
         )
-        worst[1] = max(find_worst(nearest, results[1]), worst[1], key=compute_excess)
+        worst[1] = max(_find_worst(nearest, results[1]), worst[1], key=_compute_excess)
         if outputs and is_classification(nearest[0]):
             mine, original = results[1][0][:size], nearest[0][:size]
             same, tie = (
@@ -171,14 +171,14 @@ def compare_models(
         return Equivalence((Check("outputs", None, None, None, f"not compared: {why}"),), 0)
     what = f"{count} set{'s' if count > 1 else ''} of {'given' if inputs is not None else 'random'} inputs"
     what = what if batches is None else f"{samples} samples of the data"
-    checks = tuple(judge_outputs(exact, worst, outputs, what))
+    checks = tuple(_judge_outputs(exact, worst, outputs, what))
     found = same if same.same else None
     return Equivalence(
         checks, count, samples, *shown, found, tie, right or None, original_right or None
     )
 
 
-def find_mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str | None:
+def _find_mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str | None:
     """A sentence where the outputs cannot be paired."""
     shapes = [str([list(array.shape) for array in arrays]) for arrays in (results, references)]
     return (
@@ -188,7 +188,7 @@ def find_mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray
     )
 
 
-def judge_outputs(
+def _judge_outputs(
     exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str
 ) -> Iterator[Check]:
     (plain, limit), (fast, fast_limit) = worst
@@ -211,7 +211,7 @@ def judge_outputs(
     yield Check("optimised", fast <= fast_limit, fast, fast_limit, sentence)
 
 
-def run_without(second: Path, why: str) -> Equivalence:
+def _run_without(second: Path, why: str) -> Equivalence:
     """The original can't be run: at least the second can."""
     try:
         for level in ("disabled", "all"):
@@ -221,7 +221,7 @@ def run_without(second: Path, why: str) -> Equivalence:
             f"onnxruntime can run neither model, so they can't be compared; the original: {why}"
         )
         return Equivalence((Check("load", False, None, None, sentence),), 0)
-    ran = any(True for _ in draw_random_inputs(session))
+    ran = any(True for _ in _draw_random_inputs(session))
     sentence = f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there is nothing to compare with"
     return Equivalence((Check("outputs", None, None, None, sentence),), 0)
 
@@ -247,7 +247,9 @@ def load_inputs(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def take_given_inputs(session: Session, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+def _take_given_inputs(
+    session: Session, inputs: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, ...]:
     names = [node.name for node in session.get_inputs()]
     missing = [name for name in names if name not in inputs]
     if missing:
@@ -257,7 +259,7 @@ def take_given_inputs(session: Session, inputs: Mapping[str, np.ndarray]) -> tup
     return fit_inputs(session, [inputs[name] for name in names])
 
 
-def fit_batches(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
+def _fit_batches(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
     """In the types that the model declares, before a batch is filled up."""
     for given, labels in batches:
         size = len(given[0])
@@ -267,7 +269,7 @@ def fit_batches(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
         yield tuple(array[:size] for array in whole), labels
 
 
-def draw_random_inputs(session: Session) -> Iterator[Batch]:
+def _draw_random_inputs(session: Session) -> Iterator[Batch]:
     """Sets of inputs that the model runs on; none if it takes none of those tried."""
     if any(node.type not in NUMPY_TYPES for node in session.get_inputs()):
         return
@@ -283,7 +285,7 @@ def draw_random_inputs(session: Session) -> Iterator[Batch]:
                 return
 
 
-def find_worst(
+def _find_worst(
     references: Sequence[np.ndarray], results: Sequence[np.ndarray]
 ) -> tuple[float, float]:
     """(largest difference, its limit) of the output that is nearest to its limit, or furthest past it."""
@@ -291,15 +293,15 @@ def find_worst(
         (find_largest_difference(result, reference), derive_bound(reference, None).limit)
         for reference, result in zip(references, results, strict=True)
     ]
-    return max(pairs, key=compute_excess, default=(0.0, 0.0))
+    return max(pairs, key=_compute_excess, default=(0.0, 0.0))
 
 
-def compute_excess(pair: tuple[float, float]) -> float:
+def _compute_excess(pair: tuple[float, float]) -> float:
     measured, limit = pair
     return measured / limit if limit else (float("inf") if measured else 0.0)
 
 
-def are_equal(a: np.ndarray, b: np.ndarray) -> bool:
+def _are_equal(a: np.ndarray, b: np.ndarray) -> bool:
     return (
         a.shape == b.shape
         and a.dtype == b.dtype

@@ -83,7 +83,7 @@ def validate_against_original(
     decoded = decode_or_report(model, found)
     if decoded is not None:
         found += check_stored_weights(model, decoded, ())
-        check = check_original_parameters(source, model, decoded)
+        check = _check_original_parameters(source, model, decoded)
         found += [] if check is None else [check]
     if same.agreement is not None:
         found.append(checks.check_classes(same.agreement, same.tie, reference="the original"))
@@ -101,12 +101,12 @@ def validate_against_original(
         onnx_accuracy=same.accuracy,
         agreement=same.agreement.same if same.agreement else None,
         load_seconds=measure_load_seconds(file.path),
-        latency=measure_against_original(source.path, file.path, same, latency_runs),
+        latency=_measure_against_original(source.path, file.path, same, latency_runs),
         operators=executed,
     )
 
 
-def check_original_parameters(
+def _check_original_parameters(
     source: OnnxFile, model: onnx.ModelProto, decoded: DecodedModel
 ) -> Check | None:
     """The original's float tensors are in the file: as they are, or as `pack` rewrites BatchNormalization and old opsets."""
@@ -118,14 +118,14 @@ def check_original_parameters(
     found = list_float_tensors(decoded.proto)
     compared = compare_parameters(found, before, stored=stored)
     if compared.faults and stored:
-        rewritten = rewrite_parameters(source)
+        rewritten = _rewrite_parameters(source)
         again = None if rewritten is None else compare_parameters(found, rewritten, stored=stored)
         if again is not None and not again.faults:
             return checks.check_parameters(again, reference="the original, as pack rewrites it")
     return checks.check_parameters(compared, reference="the original")
 
 
-def rewrite_parameters(source: OnnxFile) -> dict[str, np.ndarray] | None:
+def _rewrite_parameters(source: OnnxFile) -> dict[str, np.ndarray] | None:
     from ecqx_onnx.recognition.packing_plan import (
         rewrite_model,
     )  # here, since packing compares models by this room
@@ -134,7 +134,7 @@ def rewrite_parameters(source: OnnxFile) -> dict[str, np.ndarray] | None:
     return None if model is None else list_float_tensors(decode_model(model).proto)
 
 
-def measure_against_original(
+def _measure_against_original(
     original: Path, path: Path, same: Equivalence, runs: int
 ) -> Latency | None:
     """Of one sample; None where the two don't take the same inputs, or not a single sample."""

@@ -67,38 +67,38 @@ def compare_parameters(
         for item in stored
         if item.weight.integers is None
     ]
-    there = Counter(make_key(values) for values in (*found.values(), *dequantized))
+    there = Counter(_make_key(values) for values in (*found.values(), *dequantized))
     missing = dict[str, np.ndarray]()
     for name, values in wanted.items():
-        keys = [make_key(values)] + ([make_key(values.T)] if values.ndim == 2 else [])
+        keys = [_make_key(values)] + ([_make_key(values.T)] if values.ndim == 2 else [])
         present = next((key for key in keys if there[key]), None)
         if present is None:
             missing[name] = values
         else:
             there[present] -= 1  # of two that are equal, both must be there
-    faults = tuple(describe_fault(name, values, found, wanted) for name, values in missing.items())
+    faults = tuple(_describe_fault(name, values, found, wanted) for name, values in missing.items())
     return ParametersComparison(len(wanted) - len(faults), len(wanted), faults)
 
 
-def make_key(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+def _make_key(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
     digest = hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=16).digest()
     return values.dtype.name, values.shape, digest
 
 
-def describe_fault(
+def _describe_fault(
     name: str, values: np.ndarray, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
 ) -> str:
     """With the number of values that differ from the most similar tensor in the file, which is probably meant for it."""
-    known = {make_key(other) for other in wanted.values()}
+    known = {_make_key(other) for other in wanted.values()}
     alike = defaultdict(list)
     for other in found.values():
         if (
             other.dtype == values.dtype
             and other.shape == values.shape
-            and make_key(other) not in known
+            and _make_key(other) not in known
         ):
             alike[
-                int(np.count_nonzero(view_as_integers(other) != view_as_integers(values)))
+                int(np.count_nonzero(_view_as_integers(other) != _view_as_integers(values)))
             ].append(other)
     shape = f"'{name}' {list(values.shape)}"
     if not alike:
@@ -106,6 +106,6 @@ def describe_fault(
     return f"parameter {shape} differs in {min(alike)} of {values.size} values"
 
 
-def view_as_integers(values: np.ndarray) -> np.ndarray:
+def _view_as_integers(values: np.ndarray) -> np.ndarray:
     """As integers, so that -0 isn't 0."""
     return np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")

@@ -84,7 +84,7 @@ def doubt_accuracy(
     if confusion is None or confusion.right.total < FEWEST:
         return ()
     right = confusion.right
-    permuted = find_permutation(confusion)
+    permuted = _find_permutation(confusion)
     if permuted is not None:
         first, share = permuted
         return (
@@ -98,7 +98,7 @@ def doubt_accuracy(
         return ()
     return (
         f"{who} is right for {100 * right.share:.1f} % of the samples, no better than guessing ({100 * guess:.1f} %):"
-        f" {find_likely_reason(inputs, recorded)}",
+        f" {_find_likely_reason(inputs, recorded)}",
     )
 
 
@@ -121,7 +121,7 @@ def doubt_range(
     )
 
 
-def find_likely_reason(inputs: InputRange | None, recorded: bool) -> str:
+def _find_likely_reason(inputs: InputRange | None, recorded: bool) -> str:
     if inputs is not None and inputs.highest > RAW_PIXELS:
         return (
             f"its inputs reach {inputs.highest:.3g}, and networks for images are trained on 0 to 1 or so;"
@@ -135,7 +135,7 @@ def find_likely_reason(inputs: InputRange | None, recorded: bool) -> str:
     return "is it trained, and on data that were preprocessed in this way?"
 
 
-def find_permutation(confusion: Confusion) -> tuple[tuple[int, int], float] | None:
+def _find_permutation(confusion: Confusion) -> tuple[tuple[int, int], float] | None:
     """((label, the model's number for it), accuracy with the model's numbers), where labels are clearly numbered otherwise."""
     counts = confusion.counts
     used = np.flatnonzero(counts.sum(1))

@@ -21,9 +21,9 @@ def run_reference(
 ) -> tuple[np.ndarray, ...]:
     """PyTorch's outputs as they are, in evaluation mode. ModelError if the model does not take these inputs."""
     arguments = [torch.from_numpy(array) for array in inputs]
-    with torch.no_grad(), hold_evaluation_mode(reference):
+    with torch.no_grad(), _hold_evaluation_mode(reference):
         try:
-            return convert_to_arrays(reference(*place_on_device(reference, arguments)))
+            return _convert_to_arrays(reference(*_place_on_device(reference, arguments)))
         except Exception as error:  # the network is anybody's, and torch raises anything
             shapes = ", ".join(str(list(array.shape)) for array in inputs)
             message = " ".join(str(error).split())[:200]
@@ -41,16 +41,16 @@ def run_reference_exactly(
     (`torch.zeros(..., dtype=torch.float32)`, `x.float()`, constants of an exported program) a dispatch mode raises.
     """
     tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
-    raised = {name: raise_precision(value.detach()) for name, value in tensors.items()}
-    arguments = [raise_precision(torch.from_numpy(array)) for array in inputs]
-    with torch.no_grad(), hold_evaluation_mode(reference), _Float64():
+    raised = {name: _raise_precision(value.detach()) for name, value in tensors.items()}
+    arguments = [_raise_precision(torch.from_numpy(array)) for array in inputs]
+    with torch.no_grad(), _hold_evaluation_mode(reference), _Float64():
         try:
             outputs = torch.func.functional_call(
-                reference, raised, tuple(place_on_device(reference, arguments))
+                reference, raised, tuple(_place_on_device(reference, arguments))
             )
         except Exception:  # the network is anybody's, and torch raises anything
             return None
-        arrays = convert_to_arrays(outputs)
+        arrays = _convert_to_arrays(outputs)
     low = any(
         np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64 for array in arrays
     )
@@ -58,7 +58,7 @@ def run_reference_exactly(
 
 
 @contextmanager
-def hold_evaluation_mode(reference: torch.nn.Module) -> Iterator[None]:
+def _hold_evaluation_mode(reference: torch.nn.Module) -> Iterator[None]:
     """Dropout and BatchNorm in evaluation mode, each module's own flag given back after. (Exported ones have no `.eval()`.)"""
     training = [module for module in reference.modules() if module.training]
     for module in training:
@@ -76,16 +76,18 @@ class _Float64(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        return function(*tree_map(raise_precision, args), **tree_map(raise_precision, kwargs or {}))
+        return function(
+            *tree_map(_raise_precision, args), **tree_map(_raise_precision, kwargs or {})
+        )
 
 
-def raise_precision(value: Any) -> Any:
+def _raise_precision(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.double() if value.dtype in LOW_PRECISION else value
     return torch.float64 if isinstance(value, torch.dtype) and value in LOW_PRECISION else value
 
 
-def place_on_device(
+def _place_on_device(
     reference: torch.nn.Module, arguments: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     parameter = next(reference.parameters(), None)
@@ -94,7 +96,7 @@ def place_on_device(
     ]
 
 
-def convert_to_arrays(outputs: Any) -> tuple[np.ndarray, ...]:
+def _convert_to_arrays(outputs: Any) -> tuple[np.ndarray, ...]:
     return tuple(
         leaf.detach().cpu().numpy()
         for leaf in tree_leaves(outputs)

@@ -35,8 +35,8 @@ class Check:
         return {
             "name": self.name,
             "passed": self.passed,
-            "measured": drop_infinity(self.measured),
-            "limit": drop_infinity(self.limit),
+            "measured": _drop_infinity(self.measured),
+            "limit": _drop_infinity(self.limit),
             "sentence": self.sentence,
         }
 
@@ -80,17 +80,17 @@ class ValidationReport:
             checks.add_column(heading, overflow="fold")
         for check in self.checks:
             checks.add_row(
-                draw_mark(check),
+                _draw_mark(check),
                 check.name,
                 show(check.measured),
                 show(check.limit),
                 Text(check.sentence),
             )
         numbers = Table(show_header=False)
-        for name, value in list_numbers(self):
+        for name, value in _list_numbers(self):
             numbers.add_row(name, Text(value))
         notes = [Text(f"note: {note}", style="yellow") for note in self.notes]
-        return Group(checks, numbers, *notes, draw_verdict(self))
+        return Group(checks, numbers, *notes, _draw_verdict(self))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; sizes in bytes, times in seconds, shares in [0, 1]."""
@@ -104,7 +104,7 @@ class ValidationReport:
             "pytorch_accuracy": self.pytorch_accuracy.to_json() if self.pytorch_accuracy else None,
             "onnx_accuracy": self.onnx_accuracy.to_json() if self.onnx_accuracy else None,
             "agreement": self.agreement.to_json() if self.agreement else None,
-            "largest_difference": drop_infinity(self.largest_difference),
+            "largest_difference": _drop_infinity(self.largest_difference),
             "load_seconds": self.load_seconds,
             "latency_seconds": self.latency.seconds if self.latency else None,
             "float_latency_seconds": self.latency.other_seconds
@@ -127,7 +127,7 @@ def show(value: Value) -> str:
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else value
 
 
-def list_numbers(report: ValidationReport) -> list[tuple[str, str]]:
+def _list_numbers(report: ValidationReport) -> list[tuple[str, str]]:
     rows = [("size", f"{show(report.size)} bytes"), ("samples compared", show(report.samples))]
     if report.pytorch_accuracy and report.onnx_accuracy:
         rows.append(("accuracy of PyTorch (95 %)", str(report.pytorch_accuracy)))
@@ -155,13 +155,13 @@ def list_numbers(report: ValidationReport) -> list[tuple[str, str]]:
     return rows
 
 
-def draw_mark(check: Check) -> Text:
+def _draw_mark(check: Check) -> Text:
     if check.passed is None:
         return Text("-", style="dim")
     return Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
 
 
-def draw_verdict(report: ValidationReport) -> Text:
+def _draw_verdict(report: ValidationReport) -> Text:
     done = sum(check.passed is True for check in report.checks)
     if report.ok:
         return Text(f"All {done} checks passed.", style="bold green")
@@ -172,6 +172,6 @@ def draw_verdict(report: ValidationReport) -> Text:
     )
 
 
-def drop_infinity(value: Value) -> Value:
+def _drop_infinity(value: Value) -> Value:
     """JSON has no infinity and no NaN."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

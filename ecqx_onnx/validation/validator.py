@@ -174,7 +174,7 @@ def validate(
         array[: find_fixed_batch(session) or 1] if array.ndim else array
         for array in comparison.first
     )
-    latency = measure_against_baseline(
+    latency = _measure_against_baseline(
         file,
         choose_latency_baseline(file, decoded, float_model) if latency_runs else None,
         one,
@@ -199,7 +199,7 @@ def validate(
     )
 
 
-def choose_preprocessing(
+def _choose_preprocessing(
     file: OnnxFile, split: Split, given: Preprocessing | None
 ) -> tuple[Preprocessing, str]:
     """(what brings raw samples to the model, a sentence that says so and where it comes from)."""
@@ -219,7 +219,7 @@ def prepare_samples(
     file: OnnxFile, split: Split, given: Preprocessing | None, session: Session
 ) -> tuple[Split, str]:
     """(the samples as the model takes them, a sentence that says how they are preprocessed and who decided it)."""
-    preprocessing, told = choose_preprocessing(file, split, given)
+    preprocessing, told = _choose_preprocessing(file, split, given)
     shape = session.get_inputs()[0].shape[1:] if session.get_inputs() else ()
     lengths = [length if isinstance(length, int) else None for length in shape]
     channels = (
@@ -236,7 +236,7 @@ def list_doubts(
     """Sentences on what is probably wrong with the data, their labels or their preprocessing; none without data."""
     if split is None:
         return ()
-    range_doubts = doubt_range(comparison.inputs, find_calibrated_input_range(file))
+    range_doubts = doubt_range(comparison.inputs, _find_calibrated_input_range(file))
     recorded = read_preprocessing(file) is not None
     who = "PyTorch's model" if has_reference else "the model"
     found = doubt_accuracy(
@@ -263,13 +263,13 @@ def float_check(
         if data is None
         else f"{comparison.samples} samples of {data}"
     )
-    layers = weight_errors(file, reference)
+    layers = _measure_weight_errors(file, reference)
     return judge_distance(
         comparison.distances, bounds, on=on, scores=scores, layers=layers, accuracies=accuracies
     )
 
 
-def weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError]:
+def _measure_weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError]:
     """Of the file's quantised weights that the float model has under their names and in their shapes."""
     try:
         stored = read_weights(file.with_data())
@@ -290,7 +290,7 @@ def weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError
     return found
 
 
-def find_calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
+def _find_calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     """Lowest and highest value of the first input that 8 bit activations can tell; None where it is not quantised."""
     graph = file.proto.graph
     if not graph.input:
@@ -313,7 +313,7 @@ def find_calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
     return step * (limits.min - place), step * (limits.max - place)
 
 
-def measure_against_baseline(
+def _measure_against_baseline(
     file: OnnxFile, baseline: bytes | None, inputs: Sequence, runs: int
 ) -> Latency | None:
     if baseline is None:

@@ -48,13 +48,13 @@ def compare_weights(
     faults: dict[str, str] = {}
     for item in stored:
         name = item.weight.name
-        fault = find_stored_fault(item) or find_decoding_fault(item, decoded)
+        fault = _find_stored_fault(item) or _find_decoding_fault(item, decoded)
         if fault is None and tensors:
             found = matched.get(name)
             fault = (
-                describe_other_values(values[name], name, tensors)
+                _describe_other_values(values[name], name, tensors)
                 if found is None
-                else find_rescaling_fault(item.weight, found)
+                else _find_rescaling_fault(item.weight, found)
             )
         if fault is not None:
             faults[name] = f"weight '{name}' {fault}"
@@ -62,7 +62,7 @@ def compare_weights(
     for missing in matching.missing:
         if missing.name in values and missing.name not in named:
             faults[missing.name] = (
-                f"weight '{missing.name}' {describe_other_values(values[missing.name], missing.name, tensors)}"
+                f"weight '{missing.name}' {_describe_other_values(values[missing.name], missing.name, tensors)}"
             )
     absent = tuple(missing.name for missing in matching.missing if missing.name not in values)
     total = len(stored) or len(tensors) - len(absent)
@@ -70,7 +70,7 @@ def compare_weights(
     return WeightsComparison(total - len(faults), total, rescaled, absent, tuple(faults.values()))
 
 
-def find_stored_fault(item: StoredWeight) -> str | None:
+def _find_stored_fault(item: StoredWeight) -> str | None:
     return (
         None
         if item.crc_ok
@@ -78,7 +78,7 @@ def find_stored_fault(item: StoredWeight) -> str | None:
     )
 
 
-def find_decoding_fault(item: StoredWeight, decoded: Mapping[str, np.ndarray]) -> str | None:
+def _find_decoding_fault(item: StoredWeight, decoded: Mapping[str, np.ndarray]) -> str | None:
     """What the runtime computed lies under the weight's name in the graph, maybe transposed; else under that of its integers."""
     if item.weight.integers is None and item.value in decoded:
         wanted, found = np.ascontiguousarray(item.weight.dequantize()), decoded[item.value]
@@ -86,12 +86,12 @@ def find_decoding_fault(item: StoredWeight, decoded: Mapping[str, np.ndarray]) -
         wanted, found = item.weight.tensor.levels, decoded[item.levels_name]
     else:
         return None
-    if are_same(wanted, found) or (wanted.ndim == 2 and are_same(wanted.T, found)):
+    if _are_same(wanted, found) or (wanted.ndim == 2 and _are_same(wanted.T, found)):
         return None
     return "is decoded to other values by the runtime than its integers and scale stand for"
 
 
-def find_rescaling_fault(weight: GraphWeight, found: GraphWeight) -> str | None:
+def _find_rescaling_fault(weight: GraphWeight, found: GraphWeight) -> str | None:
     """A weight with a BatchNorm in it was found up to one factor per channel; its integers must be PyTorch's."""
     if not found.rescaled or np.array_equal(weight.tensor.levels, found.tensor.levels):
         return None
@@ -99,12 +99,12 @@ def find_rescaling_fault(weight: GraphWeight, found: GraphWeight) -> str | None:
     return f"has {changed} of {weight.tensor.size} integers that are not PyTorch's"
 
 
-def describe_other_values(values: np.ndarray, name: str, tensors: Sequence[QuantTensor]) -> str:
+def _describe_other_values(values: np.ndarray, name: str, tensors: Sequence[QuantTensor]) -> str:
     for tensor in tensors:
         if tensor.name == name and tensor.shape == values.shape:
             return f"differs from PyTorch's in {int(np.count_nonzero(tensor.dequantize() != values))} of {tensor.size} values"
     return "is none of PyTorch's quantised weights, not even transposed, reordered or scaled per channel"
 
 
-def are_same(first: np.ndarray, second: np.ndarray) -> bool:
+def _are_same(first: np.ndarray, second: np.ndarray) -> bool:
     return first.shape == second.shape and bool(np.array_equal(first, second))

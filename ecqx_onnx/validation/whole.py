@@ -40,11 +40,11 @@ def check_file(path: Path | str) -> ValidationReport:
     except CheckFailed as error:
         found.append(Check("load", False, None, None, str(error)))
         return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found))
-    found += check_whole_contents(file)
+    found += _check_whole_contents(file)
     return ValidationReport(str(path), describe_runtime(), file.size, 0, tuple(found))
 
 
-def check_whole_contents(file: OnnxFile) -> list[Check]:
+def _check_whole_contents(file: OnnxFile) -> list[Check]:
     if not file.metadata:
         if any(function.domain == DOMAIN for function in file.proto.functions):
             sentence = "the graph decodes weights as ecqx-onnx's files do, but has lost its metadata, and all checksums with it"

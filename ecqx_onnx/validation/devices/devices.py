@@ -185,12 +185,12 @@ def find_device(name: str) -> Device:
         case "local" if name == kind:
             return Command("local", (sys.executable, str(RUNNERS / "run.py")))
         case "node" if name == kind:
-            node = find_program("node", ("node",), "install Node.js 18 or newer")
+            node = _find_program("node", ("node",), "install Node.js 18 or newer")
             return Command(
                 "node", (node, str(RUNNERS / "run.mjs"), str(setup.find_web_runtime("node")))
             )
         case "web" if name == kind:
-            chromium = find_program(
+            chromium = _find_program(
                 "web", NAMES, "install Chromium (Debian: apt-get install chromium)"
             )
             return Browser("web", chromium, setup.find_web_runtime("web"))
@@ -198,7 +198,7 @@ def find_device(name: str) -> Device:
             command, environment = setup.find_arm64_command()
             return Command("arm64", (*command, str(RUNNERS / "run.py")), environment)
         case "ssh" if address := ADDRESS.fullmatch(rest):
-            find_program("ssh", ("ssh",), "install an OpenSSH client")
+            _find_program("ssh", ("ssh",), "install an OpenSSH client")
             host = (
                 address["host"].replace("[", "").replace("]", "")
             )  # ssh takes IPv6 without the brackets of URLs
@@ -257,11 +257,11 @@ def check_readiness() -> DeviceList:
         "folder:PATH": "whatever does the job in the folder",
     }
     return DeviceList(
-        tuple(Readiness(name, what, find_advice(name)) for name, what in runs.items())
+        tuple(Readiness(name, what, _find_advice(name)) for name, what in runs.items())
     )
 
 
-def find_advice(name: str) -> str:
+def _find_advice(name: str) -> str:
     try:
         find_device(name)
     except InputError as error:
@@ -269,7 +269,7 @@ def find_advice(name: str) -> str:
     return ""
 
 
-def find_program(device: str, names: tuple[str, ...], advice: str) -> str:
+def _find_program(device: str, names: tuple[str, ...], advice: str) -> str:
     for name in names:
         if found := shutil.which(name):
             return found

@@ -77,7 +77,7 @@ class Result:
         """The outputs of each batch, one batch in memory at a time. FileError if a file is not what result.json says."""
         for number, entries in enumerate(self.batches):
             yield tuple(
-                read_array(self.folder, entry, f"output {i} of batch {number}")
+                _read_array(self.folder, entry, f"output {i} of batch {number}")
                 for i, entry in enumerate(entries)
             )
 
@@ -98,13 +98,13 @@ def write_job(
         (folder / "twin.onnx").write_bytes(decoded)
     job: dict[str, Any] = {
         "version": VERSION,
-        "model": describe_run(folder, "model.onnx"),
+        "model": _describe_run(folder, "model.onnx"),
         "external": [path.name for path in external],
-        "twin": None if decoded is None else describe_run(folder, "twin.onnx"),
+        "twin": None if decoded is None else _describe_run(folder, "twin.onnx"),
         "batches": [
-            store_feed(folder, feed, f"{number:05d}") for number, feed in enumerate(batches)
+            _store_feed(folder, feed, f"{number:05d}") for number, feed in enumerate(batches)
         ],
-        "single": store_feed(folder, single, "single"),
+        "single": _store_feed(folder, single, "single"),
         "latency_runs": latency_runs,
         "latency_seconds": LATENCY_SECONDS,
     }
@@ -112,11 +112,11 @@ def write_job(
         json.dumps({**job, "latency_runs": 0, "twin": None}, sort_keys=True).encode()
     ).hexdigest()
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
-    (folder / "job.txt").write_text(format_lines(job), encoding="utf-8")
+    (folder / "job.txt").write_text(_format_lines(job), encoding="utf-8")
     return Job(folder, job["id"], job["model"]["sha256"], len(job["batches"]))
 
 
-def format_lines(job: Mapping[str, Any]) -> str:
+def _format_lines(job: Mapping[str, Any]) -> str:
     """What a runner needs of job.json, for runners that have no JSON: fields between tabs."""
     rows = [
         ("# the same as job.json; docs/devices.md says what each row means",),
@@ -190,16 +190,16 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
             f"{path}: is the result of another job, with other data or batches; run this one"
         )
     if raw.get("error"):
-        refuse_result(device, raw)
+        _refuse_result(device, raw)
     try:
-        return parse_result(job, folder, raw)
+        return _parse_result(job, folder, raw)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FileError(
             f"{path}: is damaged ({type(error).__name__}: {error}); run the job again"
         ) from None
 
 
-def refuse_result(device: str, raw: Mapping[str, Any]) -> None:
+def _refuse_result(device: str, raw: Mapping[str, Any]) -> None:
     from ecqx_onnx.runtime.sessions import shorten_reason
 
     error = raw["error"] if isinstance(raw["error"], dict) else {"message": raw["error"]}
@@ -213,47 +213,47 @@ def refuse_result(device: str, raw: Mapping[str, Any]) -> None:
     raise ModelError(f"{device}: {runtime} {does}: {shorten_reason(Exception(message))}")
 
 
-def parse_result(job: Job, folder: Path, raw: Mapping[str, Any]) -> Result:
+def _parse_result(job: Job, folder: Path, raw: Mapping[str, Any]) -> Result:
     """ValueError or TypeError for a field that no runner writes so."""
     plain, batches = raw.get("plain"), _list(raw["batches"], "batches")
     if len(batches) != job.batches:
         raise ValueError(f"{len(batches)} batches of {job.batches}")
     return Result(
         folder=folder,
-        runtime=read_text(raw["runtime"], "runtime"),
+        runtime=_read_text(raw["runtime"], "runtime"),
         batches=tuple(tuple(dict(entry) for entry in _list(batch, "a batch")) for batch in batches),
         plain=None
         if plain is None
         else tuple(
-            read_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")
+            _read_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")
         ),
-        operators=read_operators(raw.get("operators")),
-        load_seconds=read_seconds(raw.get("load_seconds"), "load_seconds"),
-        latency=read_latency(raw.get("latency")),
+        operators=_read_operators(raw.get("operators")),
+        load_seconds=_read_seconds(raw.get("load_seconds"), "load_seconds"),
+        latency=_read_latency(raw.get("latency")),
         peak_memory=None
         if raw.get("peak_memory") is None
         else _count(raw["peak_memory"], "peak_memory"),
     )
 
 
-def read_operators(value: Any) -> dict[str, int] | None:
+def _read_operators(value: Any) -> dict[str, int] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or len(value) > MOST_OPERATORS:
         raise ValueError("operators is no object of counts")
     return {
-        read_text(name, "an operator"): _count(count, "a count of operators")
+        _read_text(name, "an operator"): _count(count, "a count of operators")
         for name, count in value.items()
     }
 
 
-def read_latency(value: Any) -> DeviceLatency | None:
+def _read_latency(value: Any) -> DeviceLatency | None:
     if value is None:
         return None
-    seconds, runs = read_seconds(value["seconds"], "seconds"), _count(value["runs"], "runs")
+    seconds, runs = _read_seconds(value["seconds"], "seconds"), _count(value["runs"], "runs")
     if seconds is None:
         raise ValueError("latency without seconds")
-    compared = (read_seconds(value.get(name), name) for name in ("float_seconds", "ratio"))
+    compared = (_read_seconds(value.get(name), name) for name in ("float_seconds", "ratio"))
     return DeviceLatency(seconds, runs, *compared)
 
 
@@ -263,7 +263,7 @@ def _list(value: Any, what: str) -> list[Any]:
     return value
 
 
-def read_text(value: Any, what: str) -> str:
+def _read_text(value: Any, what: str) -> str:
     if not isinstance(value, str) or len(value) > LONGEST_TEXT:
         raise TypeError(f"{what} is no text of at most {LONGEST_TEXT} characters")
     return value
@@ -275,7 +275,7 @@ def _count(value: Any, what: str) -> int:
     return int(value)
 
 
-def read_seconds(value: Any, what: str) -> float | None:
+def _read_seconds(value: Any, what: str) -> float | None:
     """A finite number of at least 0, or None."""
     if value is None:
         return None
@@ -284,7 +284,7 @@ def read_seconds(value: Any, what: str) -> float | None:
     return float(value)
 
 
-def describe_run(folder: Path, name: str) -> dict[str, Any]:
+def _describe_run(folder: Path, name: str) -> dict[str, Any]:
     return {
         "file": name,
         "sha256": compute_sha256(folder / name),
@@ -292,7 +292,7 @@ def describe_run(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def store_feed(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
+def _store_feed(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
     entries = []
     for number, (name, array) in enumerate(feed.items()):
         file = f"inputs/{stem}.{number}.bin"
@@ -311,12 +311,12 @@ def store_feed(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
     return entries
 
 
-def read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
+def _read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
     """An output as result.json describes it; its size and checksum are compared before it is read into memory."""
     result = folder / "result.json"
     try:
-        text, shape = read_text(entry["file"], "file"), tuple(_list(entry["shape"], "shape"))
-        kind = read_text(entry["dtype"], "dtype")
+        text, shape = _read_text(entry["file"], "file"), tuple(_list(entry["shape"], "shape"))
+        kind = _read_text(entry["dtype"], "dtype")
         if any(type(length) is not int for length in shape):
             raise TypeError("a length is no integer")
     except (KeyError, TypeError, ValueError, OverflowError) as error:

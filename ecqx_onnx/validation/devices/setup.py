@@ -37,16 +37,16 @@ Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is being done now)."""
 
 
-def find_cache() -> Path:
+def _find_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecqx-onnx"
 
 
 def set_up(device: str, *, progress: Progress | None = None) -> Path:
     """Fetches what the device ('web', 'node' or 'arm64') needs, unless it is there. The folder it lies in."""
     makers: Mapping[str, tuple[Path, Callable[[Path, Progress], None]]] = {
-        "web": (find_web_folder(), _fetch_web),
-        "node": (find_web_folder(), _fetch_web),
-        "arm64": (find_arm64_folder(), _fetch_arm64),
+        "web": (_find_web_folder(), _fetch_web),
+        "node": (_find_web_folder(), _fetch_web),
+        "arm64": (_find_arm64_folder(), _fetch_arm64),
     }
     if device not in makers:
         raise OptionError(
@@ -57,23 +57,23 @@ def set_up(device: str, *, progress: Progress | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Under its final name only when complete: an interrupted setup leaves nothing that looks like one.
         with tempfile.TemporaryDirectory(prefix="setup-", dir=folder.parent) as temporary:
-            fetch(Path(temporary) / "new", progress or show_nothing)
+            fetch(Path(temporary) / "new", progress or _show_nothing)
             (Path(temporary) / "new").rename(folder)
     return folder
 
 
-def show_nothing(done: int, total: int, doing: str) -> None:
+def _show_nothing(done: int, total: int, doing: str) -> None:
     """Nobody wants to see it."""
 
 
 def find_web_runtime(device: str) -> Path:
     """onnxruntime-web's folder, for 'web' or 'node'. InputError if it was not set up."""
-    return require_folder(device, find_web_folder())
+    return _require_folder(device, _find_web_folder())
 
 
 def find_arm64_command() -> tuple[tuple[str, ...], Mapping[str, str]]:
     """The emulated Python: (command, environment). InputError if it was not set up."""
-    folder = require_folder("arm64", find_arm64_folder())
+    folder = _require_folder("arm64", _find_arm64_folder())
     root = folder / "root"
     python = root / "usr" / "bin" / "python3"
     command = (str(folder / "qemu-aarch64"), "-L", str(root), str(python.resolve()))
@@ -86,7 +86,7 @@ def find_arm64_command() -> tuple[tuple[str, ...], Mapping[str, str]]:
     return command, environment
 
 
-def require_folder(device: str, folder: Path) -> Path:
+def _require_folder(device: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"{device}: is not set up on this machine; run `ecqx-onnx device setup {device}` once"
@@ -94,18 +94,18 @@ def require_folder(device: str, folder: Path) -> Path:
     return folder
 
 
-def find_web_folder() -> Path:
-    return find_cache() / f"onnxruntime-web-{WEB_VERSION}"
+def _find_web_folder() -> Path:
+    return _find_cache() / f"onnxruntime-web-{WEB_VERSION}"
 
 
-def find_arm64_folder() -> Path:
-    return find_cache() / f"arm64-onnxruntime-{ARM64_ONNXRUNTIME}"
+def _find_arm64_folder() -> Path:
+    return _find_cache() / f"arm64-onnxruntime-{ARM64_ONNXRUNTIME}"
 
 
 def _fetch_web(folder: Path, progress: Progress) -> None:
     work = folder.parent
     progress(0, 1, f"fetching onnxruntime-web {WEB_VERSION}")
-    run_program("web", ["npm", "pack", "--silent", f"onnxruntime-web@{WEB_VERSION}"], work)
+    _run_program("web", ["npm", "pack", "--silent", f"onnxruntime-web@{WEB_VERSION}"], work)
     archive = work / f"onnxruntime-web-{WEB_VERSION}.tgz"
     found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != WEB_INTEGRITY:
@@ -131,15 +131,15 @@ def _fetch_arm64(folder: Path, progress: Progress) -> None:
     for place in (work / "debs", work / "wheels", root, folder / "site"):
         place.mkdir(parents=True)
     progress(0, 4, "fetching the emulator")
-    run_program("arm64", ["apt-get", "download", "qemu-user-static"], work)
+    _run_program("arm64", ["apt-get", "download", "qemu-user-static"], work)
     (emulator,) = work.glob("qemu-user-static_*.deb")
-    run_program("arm64", ["dpkg-deb", "-x", str(emulator), "qemu"], work)
+    _run_program("arm64", ["dpkg-deb", "-x", str(emulator), "qemu"], work)
     shutil.copy2(work / "qemu" / "usr" / "bin" / "qemu-aarch64-static", folder / "qemu-aarch64")
     progress(1, 4, "fetching Python for arm64")
     _download_arm64_debs(work)
     progress(2, 4, "unpacking Python")
     for deb in sorted((work / "debs").glob("*.deb")):
-        run_program("arm64", ["dpkg-deb", "-x", str(deb), str(root)], work)
+        _run_program("arm64", ["dpkg-deb", "-x", str(deb), str(root)], work)
     wheels = [f"onnxruntime=={ARM64_ONNXRUNTIME}", f"numpy=={ARM64_NUMPY}"]
     version = next(
         path.name.removeprefix("python") for path in (root / "usr" / "bin").glob("python3.[0-9]*")
@@ -166,7 +166,7 @@ def _fetch_arm64(folder: Path, progress: Progress) -> None:
         *wheels,
     ]
     progress(3, 4, f"fetching onnxruntime {ARM64_ONNXRUNTIME}")
-    run_program("arm64", command, work)
+    _run_program("arm64", command, work)
     for name, text in {"possible": "0-3\n", "present": "0-3\n"}.items():
         place = root / "sys" / "devices" / "system" / "cpu" / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def _download_arm64_debs(work: Path) -> None:
         "Debug::NoLocking": "1",
     }
     options = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
-    run_program("arm64", ["apt-get", *options, "--quiet=2", "update"], work)
+    _run_program("arm64", ["apt-get", *options, "--quiet=2", "update"], work)
     install = [
         "install",
         "--yes",
@@ -202,10 +202,10 @@ def _download_arm64_debs(work: Path) -> None:
         "--no-install-recommends",
         *ARM64_PACKAGES,
     ]
-    run_program("arm64", ["apt-get", *options, *install], work)
+    _run_program("arm64", ["apt-get", *options, *install], work)
 
 
-def run_program(device: str, command: Sequence[str], folder: Path) -> None:
+def _run_program(device: str, command: Sequence[str], folder: Path) -> None:
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=PROGRAM_LIMIT, check=False

@@ -65,7 +65,7 @@ def supervise(
             if process.returncode < 0
             else f"exit status {process.returncode}"
         )
-        raise InputError(f"{device}: the runner died ({how}): {find_last_words(said)}")
+        raise InputError(f"{device}: the runner died ({how}): {_find_last_words(said)}")
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
@@ -75,7 +75,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def find_last_words(said: Sequence[str]) -> str:
+def _find_last_words(said: Sequence[str]) -> str:
     """The last line that was said, which is where interpreters put the reason."""
     return said[-1][:300] if said else "it said nothing"
 

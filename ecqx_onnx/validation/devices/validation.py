@@ -161,7 +161,7 @@ def validate_on(
     ):
         if check is not None:
             found.append(check)
-    latency = read_latency(result)
+    latency = _convert_latency(result)
     if (slow := checks.check_latency(file, latency, runtime=result.runtime)) is not None:
         found.append(slow)
     return ValidationReport(
@@ -211,7 +211,7 @@ class DeviceTable:
             sorted({f"{report.file}: {show(report.size)} bytes" for report in self.reports})
         )
         table = Table(title=Text(files or "on each device"), title_justify="left")
-        columns = [make_column(report) for report in self.reports] + [
+        columns = [_make_column(report) for report in self.reports] + [
             (t.device, "", "no result") for t in self.troubles
         ]
         for heading in ("", *(column[0] for column in columns)):
@@ -244,7 +244,7 @@ class DeviceTable:
         return [*(report.to_json() for report in self.reports), *troubles]
 
 
-def make_column(report: ValidationReport) -> tuple[str, ...]:
+def _make_column(report: ValidationReport) -> tuple[str, ...]:
     """The device's name, then a cell for each of ROWS."""
     return (
         report.device or "here",
@@ -262,7 +262,7 @@ def make_column(report: ValidationReport) -> tuple[str, ...]:
     )
 
 
-def read_latency(result: Result) -> Latency | None:
+def _convert_latency(result: Result) -> Latency | None:
     found = result.latency
     if found is None or found.float_seconds is None or found.ratio is None:
         return None
