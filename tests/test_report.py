@@ -277,6 +277,11 @@ def test_charts_of_nothing_and_of_one_value_are_charts():
     )
 
 
+def test_a_curve_names_the_epoch_of_each_value_where_others_have_none():
+    page = draw_curves([("a", "first", [None, 0.5, None, 0.25])], best=None, percent=False)
+    assert re.findall(r"<title>(.*?)</title>", page) == ["a, epoch 2: 0.5", "a, epoch 4: 0.25"]
+
+
 def test_the_command_line_writes_the_page_and_refuses_in_one_sentence(trained, tmp_path):
     runner = CliRunner()
     out = tmp_path / "report.html"

@@ -1,4 +1,4 @@
-"""A checkpoint -> a self-contained HTML page about it."""
+"""The report: an HTML page about a quantized checkpoint, in one file."""
 
 from ecqx_onnx.reporting.page import Written, write_report
 

@@ -1,45 +1,96 @@
-"""Numbers -> inline SVG, as text. Colours are classes of the page's style, so that charts follow light and dark."""
+"""Charts as inline SVG text: histograms, scatter plots and curves.
+
+Colors are classes of the page's style, so that charts follow light and dark.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34  # pixels around the plotted area
+# Pixels around the plotted area.
+LEFT = 46
+RIGHT = 10
+TOP = 10
+BOTTOM = 34
 LOWEST_RELEVANCE = 1e-4  # below, points lie on the axis
+MOST_LABELS = 10  # epochs named below a curve
+LABEL_WIDTH = 18  # pixels that a level's number takes
+BAR = 0.76  # of the place between two levels
+
+
+@dataclass(frozen=True)
+class _Area:
+    """The size of a chart and of its plotted area, in pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def inner(self) -> int:
+        return self.width - LEFT - RIGHT
+
+    @property
+    def tall(self) -> int:
+        return self.height - TOP - BOTTOM
+
+    def draw_grid_line(self, y: float, *, text: str) -> str:
+        """A horizontal line at y, with its value at the left."""
+        line = f'<path class="grid" d="M{LEFT} {y:.1f}h{self.inner}"/>'
+        return line + _draw_text(LEFT - 6, y + 4, text, "end")
+
+    def draw_tick(self, x: float, text: str) -> str:
+        """A value below the axis, at x."""
+        return _draw_text(x, self.height - BOTTOM + 15, text, "middle")
+
+    def draw_axis_name(self, name: str) -> str:
+        return _draw_text(LEFT + self.inner / 2, self.height - 3, name, "middle")
+
+    def wrap(self, parts: Sequence[str], description: str) -> str:
+        """The whole chart; screen readers read the description."""
+        return (
+            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'aria-label="{escape(description)}">{"".join(parts)}</svg>'
+        )
 
 
 def draw_histogram(
     counts: Sequence[tuple[int, int]], total: int, *, width: int = 340, height: int = 210
 ) -> str:
-    """counts: (level, how many weights have it), levels rising. Bars are shares of all; the zero level stands out."""
-    inner, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
+    """Draw how many weights each level has; the zero level stands out.
+
+    Args:
+        counts: (level, how many weights have it), levels rising.
+        total: how many weights there are; bars are shares of them.
+        width: of the chart, in pixels.
+        height: likewise.
+
+    Returns:
+        One <svg> element.
+    """
+    area = _Area(width, height)
     highest = max((count for _, count in counts), default=1) / max(1, total)
-    slot = inner / max(1, len(counts))
-    parts = [
-        draw_grid(choose_ticks(highest), highest, inner, tall, lambda share: f"{100 * share:g} %")
-    ]
-    every = math.ceil(len(counts) * 18 / inner)
+    slot = area.inner / max(1, len(counts))
+    parts = []
+    for tick in _choose_ticks(highest):
+        up = tick / highest if highest else 0.0
+        parts.append(area.draw_grid_line(TOP + area.tall * (1 - up), text=f"{100 * tick:g} %"))
+    every = math.ceil(len(counts) * LABEL_WIDTH / area.inner)
     for i, (level, count) in enumerate(counts):
         share = count / max(1, total)
-        size = tall * share / highest if highest else 0
+        size = area.tall * share / highest if highest else 0
         kind = "zero" if level == 0 else "bar"
-        x, y = LEFT + i * slot + slot * 0.12, TOP + tall - size
+        x = LEFT + slot * (i + (1 - BAR) / 2)
+        y = TOP + area.tall - size
         words = f"level {level}: {count:,} weights, {100 * share:.2f} %"
-        place = f'x="{x:.1f}" y="{y:.1f}" width="{slot * 0.76:.1f}" height="{size:.1f}"'
+        place = f'x="{x:.1f}" y="{y:.1f}" width="{slot * BAR:.1f}" height="{size:.1f}"'
         parts.append(f'<rect class="{kind}" {place}><title>{words}</title></rect>')
         if i % every == 0 or level == 0:
-            parts.append(
-                draw_text(
-                    LEFT + (i + 0.5) * slot,
-                    height - BOTTOM + 15,
-                    str(level).replace("-", "−"),
-                    "middle",
-                )
-            )
-    parts.append(draw_text(LEFT + inner / 2, height - 3, "level", "middle"))
-    return wrap_svg(width, height, parts, "share of the weights on each level")
+            parts.append(area.draw_tick(LEFT + (i + 0.5) * slot, str(level).replace("-", "−")))
+    parts.append(area.draw_axis_name("level"))
+    return area.wrap(parts, "share of the weights on each level")
 
 
 def draw_scatter(
@@ -50,33 +101,50 @@ def draw_scatter(
     width: int = 340,
     height: int = 210,
 ) -> str:
-    """|w| to the right, relevance upwards on a logarithmic axis; weights on the zero level are hollow grey, others filled."""
-    inner, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
+    """Draw weights by magnitude and relevance; those on the zero level are hollow, others filled.
+
+    Args:
+        magnitudes: |w| of each weight, to the right.
+        relevances: of each weight, shares of the largest, upwards on a logarithmic axis.
+        levels: of each weight.
+        width: of the chart, in pixels.
+        height: likewise.
+
+    Returns:
+        One <svg> element.
+    """
+    area = _Area(width, height)
     most = max(magnitudes, default=0) or 1.0
     decades = -math.log10(LOWEST_RELEVANCE)
+    # A path for all points of a kind, as thousands of elements would make pages slow.
     points: dict[str, list[str]] = {"pruned": [], "kept": []}
     for magnitude, relevance, level in zip(magnitudes, relevances, levels, strict=True):
         up = 1 + math.log10(max(relevance, LOWEST_RELEVANCE)) / decades
-        x, y = LEFT + inner * magnitude / most, TOP + tall * (1 - min(1.0, up))
+        x = LEFT + area.inner * magnitude / most
+        y = TOP + area.tall * (1 - min(1.0, up))
         points["kept" if level else "pruned"].append(f"M{x:.1f} {y:.1f}h0")
     parts = []
-    for exponent in range(-int(decades), 1):
-        y = TOP + tall * (-exponent / decades)
-        least = "≤ " if exponent == -int(decades) else ""
-        power = "" if exponent == 0 else f'0<tspan dy="-4" font-size="8">−{-exponent}</tspan>'
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{inner}"/>')
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{least}1{power}</text>'
-        )
-    for value in choose_ticks(most):
-        parts.append(
-            draw_text(LEFT + inner * value / most, height - BOTTOM + 15, f"{value:.3g}", "middle")
-        )
-    parts.append(draw_text(LEFT + inner / 2, height - 3, "magnitude |w|", "middle"))
-    parts += [
-        f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in points.items() if path
-    ]
-    return wrap_svg(width, height, parts, "relevance against magnitude")
+    for decade in range(int(decades), -1, -1):
+        y = TOP + area.tall * (decade / decades)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{area.inner}"/>')
+        power = _write_power(decade)
+        if decade == int(decades):
+            power = f"≤ {power}"
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{power}</text>')
+    for value in _choose_ticks(most):
+        parts.append(area.draw_tick(LEFT + area.inner * value / most, f"{value:.3g}"))
+    parts.append(area.draw_axis_name("magnitude |w|"))
+    for kind, path in points.items():
+        if path:
+            parts.append(f'<path class="{kind}" d="{"".join(path)}"/>')
+    return area.wrap(parts, "relevance against magnitude")
+
+
+def _write_power(decade: int) -> str:
+    """10 to the power of -decade, with a raised exponent; 1 for 0."""
+    if decade == 0:
+        return "1"
+    return f'10<tspan dy="-4" font-size="8">−{decade}</tspan>'
 
 
 def draw_curves(
@@ -87,78 +155,84 @@ def draw_curves(
     width: int = 440,
     height: int = 230,
 ) -> str:
-    """series: (name, class, one value an epoch). best: the epoch, from 1, that a line marks. percent: values in [0, 1]."""
-    values = [
-        value
-        for _, _, line in series
-        for value in line
-        if value is not None and math.isfinite(value)
-    ]
+    """Draw values by epoch.
+
+    Args:
+        series: (name, class of the page's style, one value an epoch); None, NaN and infinity are
+            left out.
+        best: the epoch, from 1, that a line marks; None for no line.
+        percent: whether values are shares in [0, 1], written in %.
+        width: of the chart, in pixels.
+        height: likewise.
+
+    Returns:
+        One <svg> element.
+    """
+    area = _Area(width, height)
     epochs = max((len(line) for _, _, line in series), default=0)
-    inner, tall = width - LEFT - RIGHT, height - TOP - BOTTOM
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    room = 0.05 * (high - low) or (0.01 if percent else 0.1)
-    low, high = low - room, high + room
-    if percent:
-        low, high = max(0.0, low), min(1.0, high)
-    ticks = [value for value in choose_ticks(high, low) if low <= value <= high]
+    low, high = _find_range(series, percent)
 
-    def x(epoch: int) -> float:
-        return LEFT + inner * ((epoch - 1) / (epochs - 1) if epochs > 1 else 0.5)
+    def place_epoch(epoch: int) -> float:
+        if epochs <= 1:
+            return LEFT + area.inner * 0.5
+        return LEFT + area.inner * ((epoch - 1) / (epochs - 1))
 
-    def y(value: float) -> float:
-        return TOP + tall * (high - value) / (high - low)
+    def place_value(value: float) -> float:
+        return TOP + area.tall * (high - value) / (high - low)
 
     parts = []
-    for tick in ticks:
-        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}h{inner}"/>')
-        parts.append(
-            draw_text(
-                LEFT - 6, y(tick) + 4, f"{100 * tick:.4g} %" if percent else f"{tick:.3g}", "end"
-            )
-        )
-    every = max(1, math.ceil(epochs / 10))
+    for tick in _choose_ticks(high, low):
+        if low <= tick <= high:
+            text = f"{100 * tick:.4g} %" if percent else f"{tick:.3g}"
+            parts.append(area.draw_grid_line(place_value(tick), text=text))
+    every = max(1, math.ceil(epochs / MOST_LABELS))
     for epoch in range(1, epochs + 1):
         if epoch % every == 0 or epoch == 1:
-            parts.append(draw_text(x(epoch), height - BOTTOM + 15, str(epoch), "middle"))
-    parts.append(draw_text(LEFT + inner / 2, height - 3, "epoch", "middle"))
+            parts.append(area.draw_tick(place_epoch(epoch), str(epoch)))
+    parts.append(area.draw_axis_name("epoch"))
     if best:
-        parts.append(
-            f'<path class="best" d="M{x(best):.1f} {TOP}v{tall}"><title>best epoch: {best}</title></path>'
-        )
-    for name, kind, line in series:
-        at = [
-            (x(i + 1), y(value), value)
-            for i, value in enumerate(line)
-            if value is not None and math.isfinite(value)
-        ]
-        if at:
-            parts.append(
-                f'<path class="line {kind}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b, _ in at)}"/>'
-            )
-        for i, (a, b, value) in enumerate(at):
+        line = f'<path class="best" d="M{place_epoch(best):.1f} {TOP}v{area.tall}">'
+        parts.append(f"{line}<title>best epoch: {best}</title></path>")
+    for name, kind, values in series:
+        corners = []
+        dots = []
+        for epoch, value in enumerate(values, 1):
+            if value is None or not math.isfinite(value):
+                continue
+            x = place_epoch(epoch)
+            y = place_value(value)
+            corners.append(f"{x:.1f} {y:.1f}")
             shown = f"{100 * value:.2f} %" if percent else f"{value:.4g}"
-            words = f"{escape(name)}, epoch {i + 1}: {shown}"
-            parts.append(
-                f'<circle class="dot {kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"><title>{words}</title></circle>'
-            )
-    return wrap_svg(width, height, parts, ", ".join(name for name, _, _ in series) + " by epoch")
+            title = f"<title>{escape(name)}, epoch {epoch}: {shown}</title>"
+            dot = f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
+            dots.append(f"{dot}{title}</circle>")
+        if corners:
+            parts.append(f'<path class="line {kind}" d="M{"L".join(corners)}"/>')
+        parts += dots
+    names = ", ".join(name for name, _, _ in series)
+    return area.wrap(parts, f"{names} by epoch")
 
 
-def draw_grid(
-    ticks: Sequence[float], highest: float, inner: float, tall: float, show: Callable[[float], str]
-) -> str:
-    lines = []
-    for tick in ticks:
-        y = TOP + tall * (1 - tick / highest) if highest else TOP + tall
-        lines.append(
-            f'<path class="grid" d="M{LEFT} {y:.1f}h{inner:.0f}"/>'
-            + draw_text(LEFT - 6, y + 4, show(tick), "end")
-        )
-    return "".join(lines)
+def _find_range(
+    series: Sequence[tuple[str, str, Sequence[float | None]]], percent: bool
+) -> tuple[float, float]:
+    """(low, high) of the finite values, with some room around them; shares stay in [0, 1]."""
+    values: list[float] = []
+    for _, _, line in series:
+        values += [value for value in line if value is not None and math.isfinite(value)]
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
+    room = 0.05 * (high - low)
+    if room == 0:
+        room = 0.01 if percent else 0.1
+    low -= room
+    high += room
+    if percent:
+        return max(0.0, low), min(1.0, high)
+    return low, high
 
 
-def choose_ticks(high: float, low: float = 0.0) -> list[float]:
+def _choose_ticks(high: float, low: float = 0.0) -> list[float]:
     """Three to six round numbers from low to high."""
     span = high - low
     if not (span > 0 and math.isfinite(span)):
@@ -166,12 +240,9 @@ def choose_ticks(high: float, low: float = 0.0) -> list[float]:
     step = 10 ** math.floor(math.log10(span / 4))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
     first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    last = math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
-def draw_text(x: float, y: float, text: str, anchor: str) -> str:
+def _draw_text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def wrap_svg(width: int, height: int, parts: Sequence[str], words: str) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(words)}">{"".join(parts)}</svg>'

@@ -1,8 +1,11 @@
-"""(model.pt) -> report.html: one page without scripts or other files; every word from the checkpoint is escaped."""
+"""The report's page: what a checkpoint holds and how it was trained, as HTML in one file.
+
+The page has no scripts and needs no other file; every word from the checkpoint is escaped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -25,23 +28,46 @@ if TYPE_CHECKING:
 
 
 TEMPLATE = Path(__file__).parent / "page.html"
-RULE_OF_NOTHING = "none (plain ECQ)"
 
 EXPLAINED = (
-    "Each point is a weight: how large it is, and how relevant layer-wise relevance propagation found it for the right answers "
-    "(its share of the layer's largest, on a logarithmic axis). If magnitude were importance, the points would lie on a rising "
-    "line, and the correlation would be near 1. ECQx spares small weights that are relevant and lets larger ones that are not "
-    "fall to zero."
+    "Each point is a weight: how large it is, and how relevant layer-wise relevance propagation "
+    "found it for the right answers (its share of the layer's largest, on a logarithmic axis). If "
+    "magnitude were importance, the points would lie on a rising line, and the correlation would "
+    "be near 1. ECQx spares small weights that are relevant and lets larger ones that are not fall "
+    "to zero."
 )
 NO_RELEVANCES = (
-    "This checkpoint holds no relevances, so nothing can be said about it: it was quantised without them (plain ECQ, or levels "
-    "that were recognised), or written by a version that did not keep them. Train it with <code>ecqx-onnx quantize</code>."
+    "This checkpoint holds no relevances, so nothing can be said about it: it was quantised "
+    "without them (plain ECQ, or levels that were recognised), or written by a version that did "
+    "not keep them. Train it with <code>ecqx-onnx quantize</code>."
 )
+HEADINGS = (  # of the table of weights, and whether the column holds text
+    ("weight", True),
+    ("shape", False),
+    ("weights", False),
+    ("bits", False),
+    ("zeros", False),
+    ("plain ECQ's", False),
+    ("entropy", False),
+    ("correlation", False),
+    ("relevance by", True),
+)
+NOTHING = "–"
+LABELS_SHOWN = 50
+NO_NEWS = "bias, norm or scalar"  # why most values stay float; not worth a line each
 
 
 @dataclass(frozen=True)
 class Written:
-    """The page that was written. relevances: how many of the weights have relevances to show."""
+    """The page that was written.
+
+    Attributes:
+        path: of the page.
+        nbytes: its size.
+        weights: quantized weight tensors in the checkpoint.
+        relevances: how many of them have relevances to show.
+        epochs: of the training that it shows; 0 where none is known.
+    """
 
     path: Path
     nbytes: int
@@ -50,6 +76,11 @@ class Written:
     epochs: int
 
     def to_json(self) -> dict[str, Any]:
+        """List the figures as `--json` prints them.
+
+        Returns:
+            Values that JSON can hold, by name.
+        """
         return {
             "file": str(self.path),
             "bytes": self.nbytes,
@@ -59,6 +90,11 @@ class Written:
         }
 
     def render(self) -> Text:
+        """Draw one line that says what was written.
+
+        Returns:
+            What rich prints.
+        """
         what = f"{self.weights} weights, {self.relevances} with relevances"
         return Text(
             f"{self.path}: {self.nbytes:,} bytes, {what}; open it in a browser", style="bold"
@@ -66,89 +102,111 @@ class Written:
 
 
 def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = False) -> Written:
-    """FileError if the checkpoint is none, or the page is in the way or cannot be written."""
+    """Write a page about a checkpoint.
+
+    Args:
+        checkpoint_file: model.pt of `quantize`, `compress` or `save`.
+        out: the page to write, such as report.html.
+        force: replace a file that is there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileError: if the checkpoint is none, or the page is in the way or cannot be written.
+
+    Example:
+        >>> write_report("model.pt", "report.html")
+    """
     out = Path(out)
     check_output(out, force=force, source=checkpoint_file)
-    page, checkpoint = render_page(Path(checkpoint_file))
+    page, checkpoint = _render_page(Path(checkpoint_file))
     with replace_on_success(out, force=force) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    insight = checkpoint.insight
-    found = sum(bool(len(weight.relevances)) for weight in insight.weights) if insight else 0
-    epochs = len(insight.history) if insight else 0
-    return Written(out, len(page.encode()), len(checkpoint.tensors), found, epochs)
+    relevances = 0
+    epochs = 0
+    if checkpoint.insight:
+        relevances = sum(bool(len(weight.relevances)) for weight in checkpoint.insight.weights)
+        epochs = len(checkpoint.insight.history)
+    return Written(out, len(page.encode()), len(checkpoint.tensors), relevances, epochs)
 
 
-def render_page(path: Path) -> tuple[str, Checkpoint]:
+def _render_page(path: Path) -> tuple[str, Checkpoint]:
+    """The page of a checkpoint's file, and the checkpoint."""
     from ecqx_onnx.checkpoint.checkpoint import load
 
     checkpoint = load(path)
-    rows = {row.name: row for row in inspect(path).tensors}
-    seen = (
-        {weight.name: weight for weight in checkpoint.insight.weights} if checkpoint.insight else {}
-    )
     insight = checkpoint.insight
+    rows = {row.name: row for row in inspect(path).tensors}
+    seen: dict[str, WeightInsight] = {}
+    if insight:
+        seen = {weight.name: weight for weight in insight.weights}
     some = any(len(weight.relevances) for weight in seen.values())
+    layers = [
+        _render_layer(tensor, rows[tensor.name], seen.get(tensor.name))
+        for tensor in checkpoint.tensors
+    ]
+    footer = f"{path.name}, {path.stat().st_size:,} bytes, read by ecqx-onnx {__version__}"
     values = {
         "title": escape(path.stem),
-        "subtitle": escape(render_subtitle(checkpoint)),
-        "facts": "".join(render_fact(*fact) for fact in list_facts(checkpoint)),
-        "warnings": render_warnings(checkpoint),
-        "curves": render_curves(insight) if insight and insight.history else "",
-        "table": render_table(checkpoint.tensors, rows, seen),
-        "kept_float": render_kept_float(checkpoint),
+        "subtitle": escape(_render_subtitle(checkpoint)),
+        "facts": _render_facts(checkpoint),
+        "warnings": _render_warnings(checkpoint),
+        "curves": _render_curves(insight) if insight and insight.history else "",
+        "table": _render_table(checkpoint.tensors, rows, seen),
+        "kept_float": _render_kept_float(checkpoint),
         "explanation": f"<p>{EXPLAINED if some else NO_RELEVANCES}</p>",
-        "layers": "\n".join(
-            render_layer(tensor, rows[tensor.name], seen.get(tensor.name))
-            for tensor in checkpoint.tensors
-        ),
-        "recipe": "".join(
-            f"<tr><td>{escape(str(k))}</td><td class='left'>{escape(str(v))}</td></tr>"
-            for k, v in list_recipe(checkpoint)
-        ),
-        "footer": escape(
-            f"{path.name}, {path.stat().st_size:,} bytes, read by ecqx-onnx {__version__}"
-        ),
+        "layers": "\n".join(layers),
+        "recipe": _render_recipe(checkpoint),
+        "footer": escape(footer),
     }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values), checkpoint
 
 
-def render_subtitle(checkpoint: Checkpoint) -> str:
+def _render_subtitle(checkpoint: Checkpoint) -> str:
     weights = sum(tensor.size for tensor in checkpoint.tensors)
     data = checkpoint.insight.data if checkpoint.insight else ""
     data = data or str(checkpoint.recipe.get("data", ""))
-    return f"{len(checkpoint.tensors)} quantised weight tensors, {weights:,} weights" + (
-        f", trained on {data}" if data else ""
-    )
+    words = f"{len(checkpoint.tensors)} quantised weight tensors, {weights:,} weights"
+    if data:
+        words += f", trained on {data}"
+    return words
 
 
-def list_facts(checkpoint: Checkpoint) -> Iterable[tuple[str, str, str]]:
+def _render_facts(checkpoint: Checkpoint) -> str:
+    parts = []
+    for what, value, note in _list_facts(checkpoint):
+        parts.append(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd>")
+        parts.append(f'<dd class="note">{escape(note)}</dd></div>')
+    return "".join(parts)
+
+
+def _list_facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
     """(what, value, note)"""
     tensors = checkpoint.tensors
     size = max(1, sum(tensor.size for tensor in tensors))
     zeros = sum(tensor.zeros * tensor.size for tensor in tensors) / size
-    entropy, floats = total_entropy_bytes(tensors), 4 * size
+    entropy = total_entropy_bytes(tensors)
+    floats = 4 * size
     yield "Zeros", f"{100 * zeros:.1f} %", "of the quantised weights"
     yield "Entropy", f"{8 * entropy / size:.2f} bits", "a weight, zero order"
-    yield (
-        "Coded",
-        f"{entropy:,} bytes",
-        f"of {floats:,} as float32 ({floats / max(1, entropy):.1f}×), by an ideal code of single levels",
+    note = (
+        f"of {floats:,} as float32 ({floats / max(1, entropy):.1f}×), by an ideal code of "
+        "single levels"
     )
+    yield "Coded", f"{entropy:,} bytes", note
     insight = checkpoint.insight
     if insight and insight.after:
         after = Proportion(insight.after["hits"], insight.after["total"])
         low, high = after.interval
         note = f"on the test split, {100 * low:.2f} to {100 * high:.2f} (95 %)"
         if insight.before:
-            note += f"; float32: {100 * Proportion(insight.before['hits'], insight.before['total']).share:.2f} %"
+            before = Proportion(insight.before["hits"], insight.before["total"])
+            note += f"; float32: {100 * before.share:.2f} %"
         yield "Accuracy", f"{100 * after.share:.2f} %", note
 
 
-def render_fact(what: str, value: str, note: str) -> str:
-    return f'<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd><dd class="note">{escape(note)}</dd></div>'
-
-
-def render_warnings(checkpoint: Checkpoint) -> str:
+def _render_warnings(checkpoint: Checkpoint) -> str:
     insight = checkpoint.insight
     found = [*(insight.warnings if insight else ()), *checkpoint.notes]
     found += [
@@ -158,141 +216,165 @@ def render_warnings(checkpoint: Checkpoint) -> str:
     if insight and insight.approximated:
         crossed = ", ".join(insight.approximated)
         found.append(
-            f"relevance crosses these operators by gradient times input, which need not conserve it: {crossed}"
+            "relevance crosses these operators by gradient times input, which need not conserve "
+            f"it: {crossed}"
         )
     if not found:
         return ""
-    return f'<section class="warning"><h2>Warnings</h2><ul>{"".join(f"<li>{escape(text)}</li>" for text in found)}</ul></section>'
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    return f'<section class="warning"><h2>Warnings</h2><ul>{items}</ul></section>'
 
 
-def render_curves(insight: Insight) -> str:
-    def line(name: str) -> list[float | None]:
+def _render_curves(insight: Insight) -> str:
+    """What each epoch of the training gave."""
+
+    def get_values(name: str) -> list[float | None]:
         return [row.get(name) for row in insight.history]
 
+    def draw_one(label: str, name: str, *, percent: bool = False) -> str:
+        return draw_curves([(label, "first", get_values(name))], best=best, percent=percent)
+
     best = insight.best_epoch
-    held_out = any(value is not None for value in line("validation_accuracy"))
+    validation = get_values("validation_accuracy")
     accuracy: list[tuple[str, str, Sequence[float | None]]] = [
-        ("training", "second", line("accuracy"))
+        ("training", "second", get_values("accuracy"))
     ]
-    keys = '<span class="key second"></span>training samples, quantised as they are trained'
-    if held_out:
-        accuracy.insert(0, ("validation", "first", line("validation_accuracy")))
-        keys = '<span class="key first"></span>validation split, which chooses the epoch' + keys
-    marked = f"; the dotted line is epoch {best}, whose weights these are" if best else ""
-    figures = (
-        (draw_curves(accuracy, best=best, percent=True), f"Accuracy. {keys}{marked}"),
-        (
-            draw_curves([("zeros", "first", line("zeros"))], best=best, percent=True),
-            "Share of zeros",
-        ),
-        (
-            draw_curves([("entropy", "first", line("bits_per_weight"))], best=best, percent=False),
-            "Entropy of the levels, bits a weight",
-        ),
-        (draw_curves([("loss", "first", line("loss"))], best=best, percent=False), "Training loss"),
-    )
-    shown = "".join(
-        f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for chart, caption in figures
-    )
-    return f'<section><h2>Training</h2><div class="pair">{shown}</div></section>'
+    caption = '<span class="key second"></span>training samples, quantised as they are trained'
+    if any(value is not None for value in validation):
+        accuracy.insert(0, ("validation", "first", validation))
+        first = '<span class="key first"></span>validation split, which chooses the epoch'
+        caption = first + caption
+    if best:
+        caption += f"; the dotted line is epoch {best}, whose weights these are"
+    figures = [
+        (draw_curves(accuracy, best=best, percent=True), f"Accuracy. {caption}"),
+        (draw_one("zeros", "zeros", percent=True), "Share of zeros"),
+        (draw_one("entropy", "bits_per_weight"), "Entropy of the levels, bits a weight"),
+        (draw_one("loss", "loss"), "Training loss"),
+    ]
+    return f"<section><h2>Training</h2>{_render_figures(figures)}</section>"
 
 
-def render_table(
+def _render_figures(figures: Sequence[tuple[str, str]]) -> str:
+    """(chart, caption) of each, side by side where the page is wide enough."""
+    parts = []
+    for chart, caption in figures:
+        parts.append(f"<figure><figcaption>{caption}</figcaption>{chart}</figure>")
+    return f'<div class="pair">{"".join(parts)}</div>'
+
+
+def _render_table(
     tensors: Sequence[QuantTensor],
     rows: Mapping[str, InspectedTensor],
     seen: Mapping[str, WeightInsight],
 ) -> str:
-    names = (
-        "weight",
-        "shape",
-        "weights",
-        "bits",
-        "zeros",
-        "plain ECQ's",
-        "entropy",
-        "correlation",
-        "relevance by",
-    )
-    headings = [
-        f'<th class="{"left" if name in ("weight", "relevance by") else ""}">{name}</th>'
-        for name in names
-    ]
-    cells = ["<thead><tr>", *headings, "</tr></thead><tbody>"]
+    """A row of figures for each weight tensor."""
+    parts = ["<thead><tr>"]
+    for name, is_text in HEADINGS:
+        parts.append(f'<th class="{"left" if is_text else ""}">{name}</th>')
+    parts.append("</tr></thead><tbody>")
     for tensor in tensors:
-        row, insight = rows[tensor.name], seen.get(tensor.name)
-        filled = f'<rect width="{100 * row.zeros:.1f}" height="8"/>'
-        bar = f'<span class="share"><svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{filled}</svg></span>'
-        shape = " × ".join(map(str, row.shape))
-        numbers = [shape, f"{tensor.size:,}", str(row.bits), f"{bar}{100 * row.zeros:.1f} %"]
-        ecq = f"{100 * insight.ecq_zeros:.1f} %" if insight else "–"
-        correlation = (
-            "–"
-            if insight is None or insight.correlation is None
-            else f"{insight.correlation:.2f}".replace("-", "−")
-        )
-        numbers += [ecq, f"{row.entropy:.2f}", correlation]
-        rule = escape(insight.rule) if insight else "–"
-        cells.append(
-            f"<tr><td>{escape(row.name)}</td>{''.join(f'<td>{cell}</td>' for cell in numbers)}<td class='left'>{rule}</td></tr>"
-        )
-    return "".join([*cells, "</tbody>"])
+        row = rows[tensor.name]
+        insight = seen.get(tensor.name)
+        cells = [
+            " × ".join(map(str, row.shape)),
+            f"{tensor.size:,}",
+            str(row.bits),
+            f"{_draw_bar(row.zeros)}{100 * row.zeros:.1f} %",
+            f"{100 * insight.ecq_zeros:.1f} %" if insight else NOTHING,
+            f"{row.entropy:.2f}",
+            _show_correlation(insight) or NOTHING,
+        ]
+        rule = escape(insight.rule) if insight else NOTHING
+        parts.append(f"<tr><td>{escape(row.name)}</td>")
+        parts += [f"<td>{cell}</td>" for cell in cells]
+        parts.append(f"<td class='left'>{rule}</td></tr>")
+    parts.append("</tbody>")
+    return "".join(parts)
 
 
-def render_kept_float(checkpoint: Checkpoint) -> str:
-    left = [
-        (name, reason)
-        for name, reason in (checkpoint.insight.left_float if checkpoint.insight else ())
-        if name in checkpoint.state
-    ]
-    count = sum(value.numel() for value in checkpoint.state.values() if value.is_floating_point())
+def _draw_bar(share: float) -> str:
+    """A bar as long as the share, from 0 to 1."""
+    bar = f'<rect width="{100 * share:.1f}" height="8"/>'
+    frame = '<svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+    return f'<span class="share">{frame}{bar}</svg></span>'
+
+
+def _show_correlation(insight: WeightInsight | None) -> str:
+    """The correlation of magnitude and relevance with a true minus sign; "" where unknown."""
+    if insight is None or insight.correlation is None:
+        return ""
+    return f"{insight.correlation:.2f}".replace("-", "−")
+
+
+def _render_kept_float(checkpoint: Checkpoint) -> str:
+    """How much of the model is not quantized, and why."""
+    count = 0
+    for value in checkpoint.state.values():
+        if value.is_floating_point():
+            count += value.numel()
+    if not count:
+        return ""
+    left_float = checkpoint.insight.left_float if checkpoint.insight else ()
     named = "; ".join(
-        f"{name} ({reason})" for name, reason in left if reason != "bias, norm or scalar"
+        f"{name} ({reason})"
+        for name, reason in left_float
+        if name in checkpoint.state and reason != NO_NEWS
     )
-    words = f"{count:,} parameters and buffers stay float" + (
-        f": {named}" if named else " (biases, norms)"
-    )
-    return f'<p class="note">{escape(words)}.</p>' if count else ""
+    words = f"{count:,} parameters and buffers stay float"
+    words += f": {named}" if named else " (biases, norms)"
+    return f'<p class="note">{escape(words)}.</p>'
 
 
-def render_layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight | None) -> str:
+def _render_layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight | None) -> str:
+    """The histogram of a weight's levels, and its relevances where they are known."""
     levels, counts = np.unique(tensor.levels, return_counts=True)
     found = dict(zip(levels.tolist(), counts.tolist(), strict=True))
     low, high = tensor.range
     bars = [(level, found.get(level, 0)) for level in range(low, high + 1)]
-    figures = [
-        (
-            draw_histogram(bars, tensor.size),
-            'Levels. <span class="key grey"></span>zero <span class="key first"></span>others',
-        )
-    ]
+    keys = 'Levels. <span class="key grey"></span>zero <span class="key first"></span>others'
+    figures = [(draw_histogram(bars, tensor.size), keys)]
     if seen is not None and len(seen.relevances):
-        points = draw_scatter(
-            seen.magnitudes.tolist(), seen.relevances.tolist(), seen.levels.tolist()
-        )
-        of = (
-            f"{len(seen.magnitudes):,} of {tensor.size:,} weights"
-            if len(seen.magnitudes) < tensor.size
-            else f"all {tensor.size:,} weights"
-        )
-        said = (
-            ""
-            if seen.correlation is None
-            else f"; correlation over all {seen.correlation:.2f}".replace("-", "−")
-        )
-        keys = 'Relevance. <span class="key grey"></span>quantised to zero <span class="key first"></span>kept'
-        figures.append((points, f"{keys}; {of}{said}"))
-    shown = "".join(
-        f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for chart, caption in figures
+        figures.append(_draw_relevances(tensor, seen))
+    shape = " × ".join(map(str, row.shape))
+    zeros = f"{100 * row.zeros:.1f} % zeros"
+    note = f"{shape}, {row.bits} bits, {zeros}, {row.entropy:.2f} bits entropy"
+    heading = f'<h3>{escape(row.name)}</h3><p class="note">{note}</p>'
+    return f"<section>{heading}{_render_figures(figures)}</section>"
+
+
+def _draw_relevances(tensor: QuantTensor, seen: WeightInsight) -> tuple[str, str]:
+    """(chart, caption) of a weight's relevances against its magnitudes."""
+    chart = draw_scatter(seen.magnitudes.tolist(), seen.relevances.tolist(), seen.levels.tolist())
+    caption = (
+        'Relevance. <span class="key grey"></span>quantised to zero '
+        '<span class="key first"></span>kept'
     )
-    note = f"{' × '.join(map(str, row.shape))}, {row.bits} bits, {100 * row.zeros:.1f} % zeros, {row.entropy:.2f} bits entropy"
-    return f'<section><h3>{escape(row.name)}</h3><p class="note">{note}</p><div class="pair">{shown}</div></section>'
+    shown = len(seen.magnitudes)
+    if shown < tensor.size:
+        caption += f"; {shown:,} of {tensor.size:,} weights"
+    else:
+        caption += f"; all {tensor.size:,} weights"
+    correlation = _show_correlation(seen)
+    if correlation:
+        caption += f"; correlation over all {correlation}"
+    return chart, caption
 
 
-def list_recipe(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
-    yield from sorted(checkpoint.recipe.items())
+def _render_recipe(checkpoint: Checkpoint) -> str:
+    parts = []
+    for name, value in _list_recipe(checkpoint):
+        cells = f"<td>{escape(name)}</td><td class='left'>{escape(str(value))}</td>"
+        parts.append(f"<tr>{cells}</tr>")
+    return "".join(parts)
+
+
+def _list_recipe(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
+    for name, value in sorted(checkpoint.recipe.items()):
+        yield str(name), value
     if checkpoint.labels:
-        yield (
-            "labels",
-            ", ".join(checkpoint.labels[:50]) + (" …" if len(checkpoint.labels) > 50 else ""),
-        )
+        labels = ", ".join(checkpoint.labels[:LABELS_SHOWN])
+        if len(checkpoint.labels) > LABELS_SHOWN:
+            labels += " …"
+        yield "labels", labels
     yield "preprocessing", checkpoint.preprocessing.to_json()
