@@ -1,6 +1,10 @@
-"""An .onnx file -> a folder that is ready to use on a platform: model, manifest, golden outputs, runner, README."""
+"""Deployment folders: a model with its manifest, golden outputs, a runner and a README.
 
-from ecqx_onnx.deployment.folder import Deployed, deploy
+Each is ready to use on a platform, and can prove there that the model gives the same outputs.
+"""
+
+from ecqx_onnx.deployment.deployed import Deployed
+from ecqx_onnx.deployment.folder import deploy
 from ecqx_onnx.deployment.platforms import PLATFORMS, Platform, find_platform
 
 __all__ = ["PLATFORMS", "Deployed", "Platform", "deploy", "find_platform"]

@@ -1,12 +1,11 @@
-"""(.onnx file, platform, data, PyTorch model) -> the folder, written beside its place and renamed: whole or not at all."""
+"""Write a deployment folder: beside its place, then renamed, so that it is whole or absent."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -18,34 +17,28 @@ from ecqx_onnx_converters.graph.outputs import (
     replace_folder_on_success,
 )
 from ecqx_onnx_converters.serialization.reading import read_weights
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from ecqx_onnx import __version__
 from ecqx_onnx.data import Split
-from ecqx_onnx.deployment.golden import (
-    Case,
-    Tolerance,
-    choose_raw_maker,
+from ecqx_onnx.deployment.deployed import Deployed
+from ecqx_onnx.deployment.golden import choose_raw_maker, make_cases
+from ecqx_onnx.deployment.manifest import describe_file, describe_node, format_lines, store_case
+from ecqx_onnx.deployment.platforms import Platform, find_platform
+from ecqx_onnx.deployment.tolerances import (
     compute_preprocessing_tolerance,
     compute_tolerances,
     draw_bound_batches,
-    find_element_type,
-    make_cases,
 )
-from ecqx_onnx.deployment.platforms import Platform, find_platform
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, OptionError
 from ecqx_onnx.inputs.model_copy import copy_model
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
-from ecqx_onnx.preprocessing.spectrum import Spectrum
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.decoded_model import decode_model
-from ecqx_onnx.runtime.sessions import find_fixed_batch, open_session
+from ecqx_onnx.runtime.sessions import Session, find_fixed_batch, open_session
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.checks import has_quantized_activations
 from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
 from ecqx_onnx.validation.judgement import read_preprocessing
-from ecqx_onnx.validation.metrics import Proportion
 from ecqx_onnx.validation.validator import prepare_samples
 
 if TYPE_CHECKING:
@@ -55,60 +48,8 @@ if TYPE_CHECKING:
 FORMAT = "ecqx-onnx deployment"
 VERSION = 1
 MODEL = "model.onnx"
+BOUND_BATCH = 64  # samples of a call, where the graph leaves it open
 TEXT = (".md", ".txt")  # templates that are filled in; all others are copied as they are
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """What was written. files: (name, bytes). notes: what a user should know, one sentence each."""
-
-    folder: Path
-    platform: str
-    files: tuple[tuple[str, int], ...]
-    model_bytes: int
-    float32_bytes: int | None
-    accuracy: Proportion | None
-    tolerances: tuple[Tolerance, ...]
-    cases: int
-    notes: tuple[str, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(size for _, size in self.files)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "folder": str(self.folder),
-            "platform": self.platform,
-            "bytes": self.size,
-            "model_bytes": self.model_bytes,
-            "float32_bytes": self.float32_bytes,
-            "accuracy": self.accuracy.to_json() if self.accuracy else None,
-            "golden_cases": self.cases,
-            "tolerances": [asdict(tolerance) for tolerance in self.tolerances],
-            "files": dict(self.files),
-            "notes": list(self.notes),
-        }
-
-    def render(self) -> RenderableType:
-        table = Table(title=f"{self.folder}: ready for {self.platform}", title_justify="left")
-        table.add_column("file", overflow="fold")
-        table.add_column("bytes", justify="right")
-        golden = [size for name, size in self.files if name.startswith("golden/")]
-        for name, size in self.files:
-            if not name.startswith("golden/"):
-                table.add_row(Text(name), f"{size:,}")
-        table.add_row(f"golden/ ({self.cases} cases)", f"{sum(golden):,}")
-        lines: list[RenderableType] = [table]
-        lines += [Text(f"note: {note}", style="yellow") for note in self.notes]
-        accuracy = f"; expected accuracy {self.accuracy}" if self.accuracy else ""
-        lines.append(
-            Text(
-                f"{self.folder}: {self.size:,} bytes, the model {self.model_bytes:,}{accuracy}; see README.md",
-                style="bold",
-            )
-        )
-        return Group(*lines)
 
 
 def deploy(
@@ -124,42 +65,52 @@ def deploy(
     data_name: str = "",
     force: bool = False,
 ) -> Deployed:
-    """report: the file's validation, which must have passed (CheckFailed). reference: makes the tolerance sharp.
+    """Write a folder with everything that a platform needs to run a model.
 
-    split: real golden inputs instead of made-up ones. labels: instead of the file's; data_labels: where both hold none.
-    InputError if the platform cannot load the file, no golden outputs can be made, or the folder is in the way.
+    Args:
+        onnx_file: the model.
+        platform: such as "web", "android", "ios" or "linux".
+        folder: the place of the new folder.
+        report: the file's validation, which must have passed.
+        reference: PyTorch's model, from which a sharp tolerance is derived; None gives a coarse
+            one.
+        split: samples for golden inputs; None has them made up.
+        labels: the classes' names, instead of the file's.
+        data_labels: the classes' names where neither `labels` nor the file has them.
+        data_name: what the README calls the data set.
+        force: replace a folder that an earlier call wrote.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckFailed: if the validation has not passed.
+        FileError: if the folder is in the way or cannot be written.
+        InputError: if the platform cannot load the file, or no golden outputs can be made.
     """
     platform = find_platform(platform) if isinstance(platform, str) else platform
     folder = Path(folder)
-    check_place(folder, force)
+    _check_place(folder, force)
     file = read_onnx(onnx_file)
     platform.check(file.proto, file.path)
     if not report.ok:
         failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
         raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
-    maker = _Maker(
-        file,
-        platform,
-        reference,
-        split,
-        choose_labels(file, labels, data_labels),
-        data_name,
-        report,
-    )
+    labels = _choose_labels(file, labels, data_labels)
+    maker = _Maker(file, platform, reference, split, labels, data_name, report)
     with replace_folder_on_success(
-        folder, check=lambda: check_place(folder, force), force=force
+        folder, check=lambda: _check_place(folder, force), force=force
     ) as temporary:
         result = maker.write(temporary)
-    files = tuple(
-        (path.relative_to(folder).as_posix(), path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    )
-    return Deployed(folder=folder, files=files, **result)
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files.append((path.relative_to(folder).as_posix(), path.stat().st_size))
+    return Deployed(folder=folder, files=tuple(files), **result)
 
 
-def check_place(folder: Path, force: bool) -> None:
-    """Refuses a place where no folder may be written; removes what killed processes left for it."""
+def _check_place(folder: Path, force: bool) -> None:
+    """Refuse a place where no folder may be written; removes what killed processes left for it."""
     try:
         check_name_and_folder(folder)
         remove_leftovers(folder)
@@ -177,9 +128,10 @@ def check_place(folder: Path, force: bool) -> None:
             raise FileError(
                 f"'{folder}' exists already; choose another name or replace it with --force"
             )
-        if any(folder.iterdir()) and not is_deployment(folder):
+        if any(folder.iterdir()) and not _is_deployment(folder):
             raise FileError(
-                f"'{folder}' holds files that deploy did not write, so it is not replaced; choose another name"
+                f"'{folder}' holds files that deploy did not write, so it is not replaced; choose "
+                "another name"
             )
     except OSError as error:
         raise FileError(
@@ -187,18 +139,18 @@ def check_place(folder: Path, force: bool) -> None:
         ) from error
 
 
-def is_deployment(folder: Path) -> bool:
+def _is_deployment(folder: Path) -> bool:
     try:
-        return (
-            json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("format")
-            == FORMAT
-        )
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest.get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         return False
 
 
 @dataclass(frozen=True, eq=False)
 class _Maker:
+    """Fills a folder. labels: the classes' names. The rest is as `deploy` takes it."""
+
     file: OnnxFile
     platform: Platform
     reference: torch.nn.Module | None
@@ -208,61 +160,53 @@ class _Maker:
     report: ValidationReport
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Everything into `folder`, which is empty. -> the values of `Deployed`, but folder and files."""
-        session, plain = (
-            open_session(self.file.path),
-            open_session(self.file.path, level="disabled"),
-        )
-        inputs, outputs = (
-            [describe_node(node) for node in nodes]
-            for nodes in (session.get_inputs(), session.get_outputs())
-        )
-        notes = list(self.report.notes)
-        preprocessing, split = read_preprocessing(self.file), self.split
-        if split is not None:
-            split, _ = prepare_samples(self.file, split, None, session)
-            preprocessing = split.preprocessing
-        if preprocessing is None:
-            notes.append(
-                "the file records no preprocessing, so runners take only inputs that are ready for the model"
-            )
-        elif split is None and choose_raw_maker(session, preprocessing) is None:
-            notes.append(
-                "the file's preprocessing does not tell what one raw sample looks like; give --data to have it run"
-            )
+        """Write everything into `folder`, which is empty, and return the rest of `Deployed`."""
+        session = open_session(self.file.path)
+        inputs = [describe_node(node) for node in session.get_inputs()]
+        outputs = [describe_node(node) for node in session.get_outputs()]
+        # 1. What raw samples are, and golden cases of them.
+        preprocessing, split = self._find_preprocessing(session)
+        notes = [*self.report.notes, *self._list_gaps(session, preprocessing)]
+        if split is None and not _can_make_raw(session, preprocessing):
             preprocessing = None
-        if split is None:
-            notes.append(
-                "golden inputs are made up, and no accuracy is stated: give --data for real ones"
-            )
-        if self.reference is None:
-            notes.append(
-                "the tolerance is coarse: give --against for one that is derived from the PyTorch model"
-            )
         cases = make_cases(session, preprocessing, split)
         if not cases:
             raise DataError(
                 "the data set holds no sample: there is nothing to make golden outputs of"
             )
+        # 2. How closely they must be reproduced.
+        input_tolerance = compute_preprocessing_tolerance(preprocessing, cases)
         batches: Iterator[Sequence[np.ndarray]] = iter(())
         if split is not None and preprocessing is not None:
-            batches = draw_bound_batches(split, preprocessing, find_fixed_batch(session) or 64)
-        input_tolerance = compute_preprocessing_tolerance(preprocessing, cases)
-        found = compute_tolerances(
+            size = find_fixed_batch(session) or BOUND_BATCH
+            batches = draw_bound_batches(split, preprocessing, size)
+        tolerances = compute_tolerances(
             session,
-            plain,
+            open_session(self.file.path, level="disabled"),
             cases,
             reference=self.reference,
             batches=batches,
             quantized=has_quantized_activations(self.file),
             input_tolerance=input_tolerance,
         )
+        for output, tolerance in zip(outputs, tolerances, strict=True):
+            output["tolerance"] = tolerance.value
+            output["raw_tolerance"] = tolerance.raw
+            output["tolerance_from"] = tolerance.how
+        # 3. The model's files, and those of the cases.
         model = self.file.with_data()
-        twin = decode_model(model).serialize()
-        weights = read_weights(model)
-        accuracy = self.report.onnx_accuracy if split is not None else None
-        names = [entry["name"] for entry in inputs], [entry["name"] for entry in outputs]
+        decoded = decode_model(model).serialize()
+        float32_bytes = None if decoded is None else len(decoded)
+        bits = [stored.weight.tensor.bits for stored in read_weights(model)]
         external = copy_model(self.file, folder / MODEL)
+        input_names = [entry["name"] for entry in inputs]
+        output_names = [entry["name"] for entry in outputs]
+        stored_cases = [
+            store_case(folder, number, case, input_names, output_names)
+            for number, case in enumerate(cases)
+        ]
+        # 4. The manifest, and what is made of it.
+        accuracy = self.report.onnx_accuracy if split is not None else None
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -271,43 +215,29 @@ class _Maker:
             "platform": self.platform.name,
             "runtime": self.platform.runtime_for(self.file.proto),
             "made_with": self.report.runtime,
-            "model": {
-                **copy_file(folder / MODEL),
-                "float32_bytes": None if twin is None else len(twin),
-            },
-            "external": [copy_file(path) for path in external],
-            "bits": find_widest_bits(weights),
+            "model": {**describe_file(folder / MODEL), "float32_bytes": float32_bytes},
+            "external": [describe_file(path) for path in external],
+            "bits": max(bits, default=None),
             "inputs": inputs,
-            "outputs": [
-                {
-                    **output,
-                    "tolerance": tolerance.value,
-                    "raw_tolerance": tolerance.raw,
-                    "tolerance_from": tolerance.how,
-                }
-                for output, tolerance in zip(outputs, found, strict=True)
-            ],
-            "preprocessing": None if preprocessing is None else json.loads(preprocessing.to_json()),
-            "raw": None
-            if cases[0].raw is None
-            else {"dtype": cases[0].raw.dtype.name, "shape": list(cases[0].raw.shape[1:])},
+            "outputs": outputs,
+            "preprocessing": None,
+            "raw": None,
             "labels": list(self.labels),
-            "accuracy": None
-            if accuracy is None
-            else {**accuracy.to_json(), "data": self.data_name},
-            "golden": {
-                "preprocessing_tolerance": input_tolerance,
-                "cases": [
-                    store_case(folder, number, case, *names) for number, case in enumerate(cases)
-                ],
-            },
+            "accuracy": None,
+            "golden": {"preprocessing_tolerance": input_tolerance, "cases": stored_cases},
         }
-        (folder / "manifest.json").write_text(
-            json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        raw = cases[0].raw
+        if preprocessing is not None:
+            manifest["preprocessing"] = json.loads(preprocessing.to_json())
+        if raw is not None:
+            manifest["raw"] = {"dtype": raw.dtype.name, "shape": list(raw.shape[1:])}
+        if accuracy is not None:
+            manifest["accuracy"] = {**accuracy.to_json(), "data": self.data_name}
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
         self._copy_templates(folder, manifest, notes)
         if self.platform.name in ("linux", "android"):
-            (folder / "golden.txt").write_text(format_manifest_lines(manifest), encoding="utf-8")
+            (folder / "golden.txt").write_text(format_lines(manifest), encoding="utf-8")
         if self.platform.name == "web":
             (folder / "runtime").mkdir()
             for name in WEB_FILES:
@@ -315,31 +245,55 @@ class _Maker:
         return {
             "platform": self.platform.name,
             "model_bytes": self.file.size,
-            "float32_bytes": manifest["model"]["float32_bytes"],
+            "float32_bytes": float32_bytes,
             "accuracy": accuracy,
-            "tolerances": found,
+            "tolerances": tolerances,
             "cases": len(cases),
             "notes": tuple(notes),
         }
 
+    def _find_preprocessing(self, session: Session) -> tuple[Preprocessing | None, Split | None]:
+        """What makes inputs of raw samples, by the data if there are any; and the data with it."""
+        if self.split is None:
+            return read_preprocessing(self.file), None
+        split, _ = prepare_samples(self.file, self.split, None, session)
+        return split.preprocessing, split
+
+    def _list_gaps(self, session: Session, preprocessing: Preprocessing | None) -> Iterator[str]:
+        """Sentences on what the folder lacks, and what would help."""
+        if preprocessing is None:
+            yield (
+                "the file records no preprocessing, so runners take only inputs that are ready for "
+                "the model"
+            )
+        elif self.split is None and not _can_make_raw(session, preprocessing):
+            yield (
+                "the file's preprocessing does not tell what one raw sample looks like; give "
+                "--data to have it run"
+            )
+        if self.split is None:
+            yield "golden inputs are made up, and no accuracy is stated: give --data for real ones"
+        if self.reference is None:
+            yield (
+                "the tolerance is coarse: give --against for one that is derived from the PyTorch "
+                "model"
+            )
+
     def _copy_templates(self, folder: Path, manifest: dict[str, Any], notes: Sequence[str]) -> None:
-        accuracy = "was not measured (no data was given)"
-        if found := manifest["accuracy"]:
-            interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}, 95 % interval"
-            accuracy = f"{100 * found['share']:.2f} % ({interval}, {found['total']} samples of {quote_markdown(found['data'])})"
-        tolerances = [
-            f"- {quote_markdown(o['name'])}: {o['tolerance']:.3g}, {o['tolerance_from']}"
-            for o in manifest["outputs"]
-        ]
+        """The runner and the README; texts are filled in with the manifest's values."""
+        tolerances = []
+        for output in manifest["outputs"]:
+            name = _quote_markdown(output["name"])
+            tolerances.append(f"- {name}: {output['tolerance']:.3g}, {output['tolerance_from']}")
         values = {
-            "name": quote_markdown(manifest["name"]),
+            "name": _quote_markdown(manifest["name"]),
             "tool": manifest["tool"],
             "runtime": manifest["runtime"],
             "least": manifest["runtime"].split()[1],
             "made_with": manifest["made_with"],
             "bytes": f"{manifest['model']['bytes']:,}",
             "sha256": manifest["model"]["sha256"],
-            "accuracy": accuracy,
+            "accuracy": _describe_accuracy(manifest["accuracy"]),
             "cases": str(len(manifest["golden"]["cases"])),
             "tolerances": "\n".join(tolerances),
             "notes": "".join(f"\n- Note: {note}." for note in notes),
@@ -352,121 +306,39 @@ class _Maker:
                 shutil.copyfile(template, folder / template.name)
 
 
-def copy_file(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file that was copied into the folder."""
-    with path.open("rb") as copy:
-        digest = hashlib.file_digest(copy, "sha256").hexdigest()
-    return {"file": path.name, "sha256": digest, "bytes": path.stat().st_size}
+def _can_make_raw(session: Session, preprocessing: Preprocessing | None) -> bool:
+    """Whether raw samples can be made up."""
+    return preprocessing is not None and choose_raw_maker(session, preprocessing) is not None
 
 
-def store_case(
-    folder: Path, number: int, case: Case, inputs: Sequence[str], outputs: Sequence[str]
-) -> dict[str, Any]:
-    """The case's arrays as raw little-endian files, and what the manifest says of them."""
-    stem = f"golden/{number:02d}"
-
-    def arrays(
-        kind: str, names: Sequence[str], values: Sequence[np.ndarray]
-    ) -> list[dict[str, Any]]:
-        return [
-            store_array(folder, f"{stem}.{kind}{i}.bin", names[i], value)
-            for i, value in enumerate(values)
-        ]
-
-    return {
-        "raw": None
-        if case.raw is None
-        else store_array(folder, f"{stem}.raw.bin", "raw", case.raw),
-        "inputs": arrays("input", inputs, case.inputs),
-        "outputs": arrays("output", outputs, case.outputs),
-        "labels": list(case.labels),
-    }
+def _describe_accuracy(found: dict[str, Any] | None) -> str:
+    """The accuracy in the README's words, whose sentence begins before them."""
+    if not found:
+        return "was not measured (no data was given)"
+    share = f"{100 * found['share']:.2f} %"
+    interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}, 95 % interval"
+    return f"{share} ({interval}, {found['total']} samples of {_quote_markdown(found['data'])})"
 
 
-def store_array(folder: Path, file: str, name: str, array: np.ndarray) -> dict[str, Any]:
-    data = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
-    (folder / file).parent.mkdir(exist_ok=True)
-    (folder / file).write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    return {
-        "name": name,
-        "file": file,
-        "dtype": array.dtype.name,
-        "shape": list(array.shape),
-        "sha256": digest,
-    }
-
-
-def describe_node(node: Any) -> dict[str, Any]:
-    """An input or output of the graph; null is a free length."""
-    shape = [length if isinstance(length, int) else None for length in node.shape]
-    return {"name": node.name, "dtype": find_element_type(node), "shape": shape}
-
-
-def format_manifest_lines(manifest: dict[str, Any]) -> str:
-    """What a runner without a JSON parser needs of the manifest: fields between tabs."""
-    model, preprocessing = manifest["model"], manifest["preprocessing"] or {}
-    rows: list[list[Any]] = [["# manifest.json in lines"]]
-    rows.append(
-        ["model", model["file"], model["bytes"], model["float32_bytes"] or 0, model["sha256"]]
-    )
-    rows += [["external", entry["file"], entry["sha256"]] for entry in manifest["external"]]
-    rows += [["input", entry["name"]] for entry in manifest["inputs"]]
-    rows += [
-        ["output", entry["name"], repr(entry["tolerance"]), repr(entry["raw_tolerance"])]
-        for entry in manifest["outputs"]
-    ]
-    rows.append(["preprocessing_tolerance", repr(manifest["golden"]["preprocessing_tolerance"])])
-    rows += [["label", label] for label in manifest["labels"]]
-    if preprocessing:
-        rows += [["kind", preprocessing["kind"]], ["scale", repr(preprocessing["scale"])]]
-        rows += [
-            [key, *map(repr, preprocessing[key])] for key in ("mean", "std") if preprocessing[key]
-        ]
-        if preprocessing["spectrum"]:
-            rows.append(
-                ["spectrum", *(preprocessing["spectrum"][field.name] for field in fields(Spectrum))]
-            )
-    if manifest["raw"]:
-        rows.append(["raw", "x".join(map(str, manifest["raw"]["shape"]))])
-    for case in manifest["golden"]["cases"]:
-        rows.append(["case"])
-        for kind, entries in (
-            ("raw", [case["raw"]] if case["raw"] else []),
-            ("input", case["inputs"]),
-            ("output", case["outputs"]),
-        ):
-            for entry in entries:
-                shape = "x".join(map(str, entry["shape"]))
-                rows.append(
-                    [f"golden_{kind}", entry["file"], entry["dtype"], shape, entry["sha256"]]
-                )
-    return "".join("\t".join(" ".join(str(field).split()) for field in row) + "\n" for row in rows)
-
-
-def choose_labels(
+def _choose_labels(
     file: OnnxFile, labels: Sequence[str], data_labels: Sequence[str]
 ) -> tuple[str, ...]:
-    outputs = [value.type.tensor_type.shape.dim for value in file.proto.graph.output]
-    if (
-        labels
-        and len(outputs[0]) == 2
-        and (classes := outputs[0][1].dim_value) not in (0, len(labels))
-    ):
-        raise OptionError(
-            f"--labels names {len(labels)} classes, and the model tells {classes} apart; give one name for each"
-        )
+    """The classes' names: those that were given, the file's, or the data's."""
+    if labels:
+        outputs = [value.type.tensor_type.shape.dim for value in file.proto.graph.output]
+        classes = outputs[0][1].dim_value if len(outputs[0]) == 2 else 0
+        if classes not in (0, len(labels)):
+            raise OptionError(
+                f"--labels names {len(labels)} classes, and the model tells {classes} apart; give "
+                "one name for each"
+            )
+        return tuple(labels)
     recorded = file.metadata.get("labels")
-    return tuple(labels) or (
-        tuple(map(str, recorded)) if isinstance(recorded, list) and recorded else tuple(data_labels)
-    )
+    if isinstance(recorded, list) and recorded:
+        return tuple(map(str, recorded))
+    return tuple(data_labels)
 
 
-def find_widest_bits(weights: Sequence[Any]) -> int | None:
-    """The widest of the quantised weights; None where there are none of ours."""
-    return max((stored.weight.tensor.bits for stored in weights), default=None)
-
-
-def quote_markdown(text: str) -> str:
+def _quote_markdown(text: str) -> str:
     """As Markdown code, whatever it holds."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
