@@ -15,7 +15,7 @@ from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage import packed as packed_module
 from ecqx_onnx_converters.storage.packed import bitstream, choices, huffman, reference_decoder
 from ecqx_onnx_converters.storage.packed import stream as stream_module
-from ecqx_onnx_converters.storage.packed import symbols as units
+from ecqx_onnx_converters.storage.packed import alphabet, symbols
 from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,41 +46,30 @@ def small_net(seed=0):
 
 
 def pack(tensors, orders=None, form=None):
-    """As one stream. orders: see codec.Part; form: by default the one that takes fewest bytes."""
+    """As one stream.
+
+    orders: see `stream.Part.permutation`; form: the context model, by default the one that takes
+    fewest bytes.
+    """
     top = stream_module.find_top(tensors)
-    surveys = []
+    sequences = []
     for tensor, order in zip_longest(tensors, orders or []):
         order = order or tuple(range(tensor.ndim))
-        surveys.append(
-            stream_module.SymbolSequence(
-                tensor.shape,
-                order,
-                units.add_contexts(units.walk_levels(tensor.transpose(order), top), top),
-                top,
-            )
-        )
-    alphabets = units.choose_alphabets(
-        [units.count_pairs_by_context(survey.encoded, top) for survey in surveys]
-    )
-    forms = (
-        [stream_module.ContextModel.PLAIN, stream_module.ContextModel.SIGNS][: len(alphabets)]
-        if form is None
-        else [form]
-    )
-    ways = [
-        choices.choose_min_codeword_length(
-            [
-                stream_module.Coding.of(
-                    made, alphabets[made is stream_module.ContextModel.SIGNS], shortest=1
-                )
-            ]
-        )[0]
-        for made in forms
-    ]
-    how = min(ways, key=lambda way: way.nbytes)
-    return bitstream.write_stream(
-        surveys, how, huffman.DIGIT * choices.choose_calls(how.nbytes, 1), compact=False
-    )
+        pairs = symbols.walk_levels(tensor.transpose(order), top)
+        encoded = symbols.add_contexts(pairs, top)
+        sequences.append(stream_module.SymbolSequence(tensor.shape, order, encoded, top))
+    tallies = [symbols.count_pairs_by_context(sequence.encoded, top) for sequence in sequences]
+    alphabets = alphabet.choose_alphabets(tallies)
+    models = [stream_module.ContextModel.PLAIN, stream_module.ContextModel.SIGNS]
+    models = models[: len(alphabets)] if form is None else [form]
+    codings = []
+    for model in models:
+        own = alphabets[model is stream_module.ContextModel.SIGNS]
+        coding = stream_module.Coding.of(model, own, shortest=1)
+        codings += choices.choose_min_codeword_length([coding])
+    coding = min(codings, key=lambda coding: coding.nbytes)
+    lane_bytes = huffman.DIGIT * choices.choose_calls(coding.nbytes, 1)
+    return bitstream.write_stream(sequences, coding, lane_bytes, compact=False)
 
 
 def decoder_model(tensors, opset=18):
@@ -174,12 +163,12 @@ def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, see
                 context * 128 * columns + (cursor - place - 1) * columns + int(tensor[place]) + top
             )
             context, cursor = int(tensor[place] > 0), place
-    said = units.add_contexts(units.walk_levels(tensor, top), top)
+    said = symbols.add_contexts(symbols.walk_levels(tensor, top), top)
     assert said.tolist() == expected
     counts = np.bincount(
         [*expected, *(pair + 128 * columns for pair in expected[:1])], minlength=3 * 128 * columns
     )
-    assert np.array_equal(units.count_pairs_by_context(said, top).reshape(-1), counts)
+    assert np.array_equal(symbols.count_pairs_by_context(said, top).reshape(-1), counts)
 
 
 @pytest.mark.parametrize("form", stream_module.ContextModel)
@@ -582,8 +571,7 @@ def test_each_context_has_a_prefix_code_of_its_own_below_the_path_to_it(form):
     ][-len(form.value) :]
     paths = [path for _, path in form.value]
     made = [
-        (symbols, huffman.compute_codeword_lengths(counts, 2, alone=False))
-        for symbols, counts in parts
+        (own, huffman.compute_codeword_lengths(counts, 2, alone=False)) for own, counts in parts
     ]
     code = huffman.build_code(made, [len(path) for path in paths])
     words = [
@@ -591,12 +579,12 @@ def test_each_context_has_a_prefix_code_of_its_own_below_the_path_to_it(form):
         for t, c, n in zip(code.trees, code.codes, code.lengths, strict=True)
     ]
     assert words == leaves_of(code.bits)
-    for place, (symbols, _) in enumerate(parts):
+    for place, (ids, _) in enumerate(parts):
         own = code.trees == place
-        assert code.lengths[own].min() >= (2 if len(symbols) else 1)
+        assert code.lengths[own].min() >= (2 if len(ids) else 1)
         assert sum(2.0**-length for length in code.lengths[own]) == 1
-        fillers = max(0, (4 if len(symbols) else 2) - len(symbols))
-        assert sorted(code.symbol_ids[own].tolist()) == [-1] * fillers + symbols.tolist()
+        fillers = max(0, (4 if len(ids) else 2) - len(ids))
+        assert sorted(code.symbol_ids[own].tolist()) == [-1] * fillers + ids.tolist()
 
 
 def leaves_of(bits):

@@ -1,15 +1,17 @@
-"""int8 levels <-> entropy-coded bytes that the graph itself decodes while a runtime loads it: docs/packed-format.md.
+"""The packed codec's encoder: int8 levels become entropy-coded bytes that the graph itself decodes.
 
-Packed tensors of a file share streams and their decoder, so `encode_all` takes them together; `encode` packs a single one.
+A runtime folds the decoder while it loads the file (docs/packed-format.md). Packed tensors of a
+file share streams and their decoder, so `encode_all` takes them together; `encode` packs a single
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Stored
@@ -29,150 +31,200 @@ from ecqx_onnx_converters.targets import Target
 
 TRANSPOSE_BYTES = 40  # what a Transpose node costs
 
+# A file's streams, each with the indices of its tensors.
+Streams = list[tuple[list[int], stream.Packed]]
+
 
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
+    """Encode one weight with a stream and a decoder of its own.
+
+    Args:
+        levels: int8, any shape.
+        name: What the integer tensor shall be called.
+        target: Whether it folds decoders, and its highest opset.
+
+    Returns:
+        Parts of a graph; or why these levels or this target cannot have them.
+    """
     return encode_all([(name, levels)], target)[0]
 
 
 def encode_all(tensors: Sequence[tuple[str, np.ndarray]], target: Target) -> list[Stored | Refusal]:
-    """(name, int8 levels) -> how each is stored. The first that is holds what they share, so keep all or none of them."""
-    refusals = [refuse_packing(levels, target) for _, levels in tensors]
+    """Encode all packed weights of a file.
+
+    Args:
+        tensors: Name and int8 levels of each.
+        target: Whether it folds decoders, and its highest opset.
+
+    Returns:
+        For each weight parts of a graph, or why it cannot be packed. The first that is packed holds
+        what all share, so keep all of them or none.
+    """
+    refusals = [_refuse_packing(levels, target) for _, levels in tensors]
     chosen = [tensor for tensor, refusal in zip(tensors, refusals, strict=True) if refusal is None]
-    stored = iter(encode_streams(chosen) if chosen else [])
+    stored = iter(_encode_streams(chosen) if chosen else [])
     return [next(stored) if refusal is None else refusal for refusal in refusals]
 
 
-def refuse_packing(levels: np.ndarray, target: Target) -> Refusal | None:
+def _refuse_packing(levels: np.ndarray, target: Target) -> Refusal | None:
+    """Why these levels cannot be packed for this target; None if they can."""
     if not target.decoders:
         return Refusal(f"target '{target.name}' can't have nodes that decode weights")
     if target.max_opset < onnx_decoder.OPSET:
         return Refusal(
-            f"its decoder needs opset {onnx_decoder.OPSET}, and {target.max_opset} is the highest here"
+            f"its decoder needs opset {onnx_decoder.OPSET}, and {target.max_opset} is the highest"
+            " here"
         )
     if not 0 < levels.size < MAX_WEIGHTS:
         return Refusal(f"a tensor of {levels.size} weights can't be packed")
     extreme = max(int(levels.max()), -int(levels.min()))
     if extreme > HIGHEST:
         return Refusal(
-            f"levels up to {extreme} are more kinds than a byte can name, which ends at {HIGHEST}"
+            f"levels up to {extreme} need more symbols than a byte can name; it can up to {HIGHEST}"
         )
     return None
 
 
-def pack_all(tensors: Sequence[np.ndarray]) -> tuple[list[tuple[list[int], stream.Packed]], int]:
-    """int8 tensors -> their streams, each with the indices of its tensors; and how often their decoder calls its reader."""
+def pack_all(tensors: Sequence[np.ndarray]) -> tuple[Streams, int]:
+    """Pack the tensors of a file into streams.
+
+    Args:
+        tensors: int8 in [-122, 122], none of them empty.
+
+    Returns:
+        The streams, each with the ascending indices of its tensors; and how often their decoder
+        calls its reader, see `choices.choose_calls`.
+    """
+    # 1. Levels become symbol sequences, and these are grouped.
     top = stream.find_top(tensors)
     sequences = [find_symbol_sequence(levels, top) for levels in tensors]
     streams, compact = arrange(sequences)
-
-    def written(calls: int) -> list[tuple[list[int], stream.Packed]]:
-        lane = DIGIT * calls
-        return [
-            (
-                members,
-                bitstream.write_stream(
-                    [sequences[of] for of in members], coding, lane, compact=compact
-                ),
-            )
-            for members, coding in streams
-        ]
-
+    # 2. The length of a lane. For a small file one call fewer than estimated is often better: try.
     calls = choices.choose_calls(sum(coding.nbytes for _, coding in streams), len(streams))
-    if not compact:
-        return written(calls), calls
-    tried = [
-        (written(near), near) for near in range(max(1, calls - 1), calls + 1)
-    ]  # one fewer is often better, for a small file
-
-    def size(candidate: tuple[list[tuple[list[int], stream.Packed]], int]) -> int:
-        streams, calls = candidate
-        cut = sum(len(packed.parts) == 1 and packed.rest > 0 for _, packed in streams)
-        return (
-            sum(packed.nbytes for _, packed in streams)
-            + calls * choices.CALL_BYTES
-            + cut * choices.CUT_BYTES
-        )
-
-    return min(tried, key=size)
+    candidates = [calls]
+    if compact and calls > 1:
+        candidates = [calls - 1, calls]
+    # 3. Write, and keep what takes fewer bytes.
+    written: list[tuple[Streams, int]] = []
+    for number in candidates:
+        lane_bytes = DIGIT * number
+        made: Streams = []
+        for members, coding in streams:
+            own = [sequences[member] for member in members]
+            packed = bitstream.write_stream(own, coding, lane_bytes, compact=compact)
+            made.append((members, packed))
+        written.append((made, number))
+    return min(written, key=_count_written_bytes)
 
 
-def is_staged(tensors: Sequence[np.ndarray]) -> bool:
+def _count_written_bytes(candidate: tuple[Streams, int]) -> int:
+    """Bytes of all that depends on the number of calls."""
+    streams, calls = candidate
+    cut = sum(len(packed.parts) == 1 and packed.rest > 0 for _, packed in streams)
+    payload = sum(packed.nbytes for _, packed in streams)
+    return payload + calls * choices.CALL_BYTES + cut * choices.CUT_BYTES
+
+
+def _is_staged(tensors: Sequence[np.ndarray]) -> bool:
+    """Whether the file is so large that it is decoded in two stages, see onnx_decoder.py."""
     return sum(levels.size for levels in tensors) >= choices.STAGED_FROM
 
 
-def encode_streams(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
-    streams, calls = pack_all([levels for _, levels in tensors])
-    with_contexts, staged = (
-        streams[0][1].context_model is not stream.ContextModel.PLAIN,
-        is_staged([levels for _, levels in tensors]),
-    )
-    compact = streams[0][1].compact
+def _encode_streams(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
+    """Packed streams as parts of a graph, for each weight its own."""
+    arrays = [levels for _, levels in tensors]
+    streams, calls = pack_all(arrays)
+    staged = _is_staged(arrays)
+    first = streams[0][1]  # contexts and compactness are the same for all
     functions = onnx_decoder.make_functions(
-        calls, with_contexts=with_contexts, compact=compact, staged=staged
+        calls,
+        with_contexts=first.context_model is not stream.ContextModel.PLAIN,
+        compact=first.compact,
+        staged=staged,
     )
-    fresh, known, shapes = (
-        (f"{tensors[0][0]}_{index}" for index in count()),
-        dict[bytes, str](),
-        dict[tuple[int, ...], str](),
-    )
+    fresh = (f"{tensors[0][0]}_{index}" for index in count())
+    constants: dict[bytes, str] = {}
+    shapes: dict[tuple[int, ...], str] = {}
     stage: list[str] = []
-    made: list[Stored | None] = [None] * len(tensors)
+    made: dict[int, Stored] = {}
     for members, packed in streams:
+        # 1. What a stream's tensors share goes with the first of them.
         names = [tensors[member][0] for member in members]
+        entries = [f"{name}_e" for name in names]
         nodes, initializers, tables = onnx_decoder.make_stream_nodes(
-            packed, fresh, [f"{name}_e" for name in names], known
+            packed, fresh, entries, constants
         )
         if staged and not stage:
             stage = [next(fresh)]
             one = nodes[0].input[2 + onnx_decoder.ONE]
             nodes.extend(onnx_decoder.make_stage_nodes(one, stage[0], fresh))
         for member, name, part in zip(members, names, packed.parts, strict=True):
+            # 2. Tensors of the same shape share it.
             shape = tuple(part.shape[axis] for axis in part.permutation)
             if shape not in shapes:
                 shapes[shape] = f"{name}_s"
-                initializers.append(
-                    onnx_decoder.make_tensor(f"{name}_s", np.array(shape, np.int64))
-                )
-            levels = f"{name}_t" if part.permuted else name
-            own = [
-                helper.make_node(
-                    onnx_decoder.TENSOR,
-                    [f"{name}_e", *tables, shapes[shape], *stage],
-                    [levels],
-                    domain=DOMAIN,
-                )
-            ]
-            if part.permuted:
-                own.append(
-                    helper.make_node(
-                        "Transpose", [levels], [name], perm=np.argsort(part.permutation).tolist()
-                    )
-                )
+                values = np.array(shape, np.int64)
+                initializers.append(onnx_decoder.make_tensor(f"{name}_s", values))
+            # 3. The nodes that are a tensor's own.
+            inputs = [f"{name}_e", *tables, shapes[shape], *stage]
+            nodes.extend(_make_level_nodes(name, part, inputs))
             made[member] = Stored(
-                "packed", "packed", name, TensorProto.INT8, onnx_decoder.OPSET, tuple(initializers), (), (*nodes, *own),
-                functions,
+                storage="packed",
+                label="packed",
+                levels=name,
+                type=TensorProto.INT8,
+                opset=onnx_decoder.OPSET,
+                initializers=tuple(initializers),
+                nodes=tuple(nodes),
+                functions=functions,
                 own_bytes=count_own_bytes(part.entries, packed.slots),
-            )  # fmt: skip
-            initializers, nodes = [], []
-    return [stored for stored in made if stored is not None]
+            )
+            initializers = []
+            nodes = []
+    return [made[member] for member in sorted(made)]
+
+
+def _make_level_nodes(name: str, part: stream.Part, inputs: list[str]) -> Iterator[NodeProto]:
+    """The call that turns a tensor's entries into levels, and back into the weight's own axes."""
+    levels = f"{name}_t" if part.permuted else name
+    yield helper.make_node(onnx_decoder.TENSOR, inputs, [levels], domain=DOMAIN)
+    if part.permuted:
+        inverse = np.argsort(part.permutation).tolist()
+        yield helper.make_node("Transpose", [levels], [name], perm=inverse)
 
 
 def find_symbol_sequence(levels: np.ndarray, top: int) -> SymbolSequence:
-    """In the tensor's own order of axes or with the first two swapped, whichever distances and values say less."""
+    """Turn a tensor into the symbol sequence that takes fewer bits.
+
+    Args:
+        levels: int8, any shape, not empty.
+        top: The largest |level| of the file.
+
+    Returns:
+        In the tensor's own order of axes or with the first two swapped, whichever is estimated to
+        be smaller.
+    """
     permutation = tuple(range(levels.ndim))
     pair = walk_levels(levels, top)
     if levels.ndim > 1 and 1 not in levels.shape[:2]:
         swapped = (1, 0, *permutation[2:])
         other = walk_levels(levels.transpose(swapped), top)
-        if estimate_bytes(other, top) + TRANSPOSE_BYTES < estimate_bytes(pair, top):
-            permutation, pair = swapped, other
+        if _estimate_bytes(other, top) + TRANSPOSE_BYTES < _estimate_bytes(pair, top):
+            permutation = swapped
+            pair = other
     return SymbolSequence(levels.shape, permutation, add_contexts(pair, top), top)
 
 
-def estimate_bytes(pair: np.ndarray, top: int) -> float:
-    """About. A word takes a bit at least; runs of zeros come together, and take no more."""
-    counts, run = np.bincount(pair, minlength=count_pairs(top)), find_whole_run(top)
-    runs, counts[run] = int(counts[run]), 0
+def _estimate_bytes(pair: np.ndarray, top: int) -> float:
+    """About what pairs take: their entropy, but at least a bit each.
+
+    Whole runs of zeros come one behind the other, and take a bit each.
+    """
+    counts = np.bincount(pair, minlength=count_pairs(top))
+    run = find_whole_run(top)
+    runs = int(counts[run])
+    counts[run] = 0
     counts = counts[counts > 0]
     found = len(pair) - runs
-    return (max(found, float((counts * np.log2(found / counts)).sum())) + runs) / 8
+    information = float((counts * np.log2(found / counts)).sum())
+    return (max(found, information) + runs) / 8

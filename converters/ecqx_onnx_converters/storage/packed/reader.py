@@ -1,4 +1,4 @@
-"""Read packed weights out of an ONNX file, with every part checked."""
+"""Reads packed weights out of an ONNX file, checking every part of them."""
 
 from __future__ import annotations
 
@@ -14,149 +14,206 @@ from ecqx_onnx_converters.storage import DOMAIN, MAX_WEIGHTS, Contents
 from ecqx_onnx_converters.storage.packed import onnx_decoder, reference_decoder
 from ecqx_onnx_converters.storage.packed.huffman import DIGIT
 
+# Begin and end of each tensor's entries in its stream, by the name that they have in the graph.
+Cuts = dict[str, tuple[int, int]]
+
 
 def count_own_bytes(entries: int, slots: int) -> int:
-    """A tensor's stretch of the payload."""
+    """Count the bytes of the payload that are one tensor's.
+
+    Args:
+        entries: The tensor's.
+        slots: Entries of a byte.
+
+    Returns:
+        Bytes, the last one counted whole.
+    """
     return -(-entries // slots)
 
 
 def decode(name: str, contents: Contents) -> np.ndarray:
-    node, permutation = find_tensor_node(name, contents)
-    stream, begins = read_stream(node, contents)
-    shape = tuple(read_sizes(node.input[3], contents).tolist())
-    if not 0 < math.prod(shape) < MAX_WEIGHTS:
+    """Decode one weight; its stream is decoded once and kept in the contents' cache.
+
+    Args:
+        name: The integer tensor's name.
+        contents: The model that holds it.
+
+    Returns:
+        int8 levels in the weight's shape.
+
+    Raises:
+        FileError: A node or an array is none that the encoder writes.
+        KeyError: The file has no such tensor.
+    """
+    # 1. The tensor's node, its stream's entries, its shape in coding order.
+    node, permutation = _find_tensor_node(name, contents)
+    stream, cuts = _read_stream(node, contents)
+    shape = tuple(_read_sizes(node.input[3], contents).tolist())
+    size = math.prod(shape)
+    if not 0 < size < MAX_WEIGHTS:
         raise FileError(f"packed tensor '{name}' has shape {list(shape)}; the ONNX file is damaged")
-    begin, end = begins[node.input[0]]
-    advances, values = (read_constant(table, contents) for table in node.input[1:3])
-    levels = reference_decoder.place_levels(
-        stream[begin:end], advances, values, math.prod(shape)
-    ).reshape(shape)
-    if permutation is not None:
-        if sorted(permutation) != list(range(levels.ndim)):
-            raise FileError(
-                f"packed tensor '{name}' is transposed by {permutation}; the ONNX file is damaged"
-            )
-        levels = np.ascontiguousarray(levels.transpose(permutation))
-    return levels
+    # 2. Its own entries become levels.
+    begin, end = cuts[node.input[0]]
+    advances = _read_constant(node.input[1], contents)
+    values = _read_constant(node.input[2], contents)
+    flat = reference_decoder.place_levels(stream[begin:end], advances, values, size)
+    levels = flat.reshape(shape)
+    # 3. Back into its own order of axes.
+    if permutation is None:
+        return levels
+    if sorted(permutation) != list(range(levels.ndim)):
+        raise FileError(
+            f"packed tensor '{name}' is transposed by {permutation}; the ONNX file is damaged"
+        )
+    return np.ascontiguousarray(levels.transpose(permutation))
 
 
 def stored_bytes(name: str, contents: Contents) -> int:
-    node, _ = find_tensor_node(name, contents)
-    stream, begins = read_stream(node, contents)
-    begin, end = begins[node.input[0]]
-    payload = contents.initializers[find_makers(node, contents)[0].input[0]]
-    return count_own_bytes(end - begin, len(stream) // max(1, math.prod(payload.dims)))
+    """Count the bytes of the payload that are one weight's.
+
+    Args:
+        name: The integer tensor's name.
+        contents: The model that holds it.
+
+    Returns:
+        Bytes of its own entries.
+    """
+    node, _ = _find_tensor_node(name, contents)
+    stream, cuts = _read_stream(node, contents)
+    begin, end = cuts[node.input[0]]
+    maker, _ = _find_makers(node, contents)
+    payload = contents.initializers[maker.input[0]]
+    slots = len(stream) // max(1, math.prod(payload.dims))
+    return count_own_bytes(end - begin, slots)
 
 
-def find_tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | None]:
+def _find_tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | None]:
     """The node of a packed tensor, and the axes by which its outcome is transposed."""
-    node, permutation = contents.makers[name], None
+    node = contents.makers[name]
+    permutation: list[int] | None = None
     if node.op_type == "Transpose" and not node.domain:
-        permutation = next(
-            (list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), []
-        )
+        permutation = []
+        for attribute in node.attribute:
+            if attribute.name == "perm" and not permutation:
+                permutation = list(attribute.ints)
         node = contents.makers[node.input[0]]
-    if (
-        node.domain != DOMAIN
-        or node.op_type != onnx_decoder.TENSOR
-        or len(node.input) not in (4, 5)
-    ):
+    is_ours = node.domain == DOMAIN and node.op_type == onnx_decoder.TENSOR
+    if not is_ours or len(node.input) not in (4, 5):
         raise FileError(
-            f"packed tensor '{name}' is made by {node.op_type} of {len(node.input)} inputs, not by its decoder;"
-            " the ONNX file is damaged"
+            f"packed tensor '{name}' is made by {node.op_type} of {len(node.input)} inputs, not by"
+            " its decoder; the ONNX file is damaged"
         )
     return node, permutation
 
 
-def find_makers(node: NodeProto, contents: Contents) -> tuple[NodeProto, NodeProto | None]:
-    """What makes the entries that a tensor's node reads: D, and Split where others have a share in them."""
-    maker, split = contents.makers[node.input[0]], None
+def _find_makers(node: NodeProto, contents: Contents) -> tuple[NodeProto, NodeProto | None]:
+    """What makes the entries that a tensor's node reads: D; and Split where several share them."""
+    entries = node.input[0]
+    maker = contents.makers[entries]
+    split = None
     if maker.op_type == "Split" and not maker.domain:
-        maker, split = contents.makers[maker.input[0]], maker
-    if (
-        maker.op_type not in (onnx_decoder.DECODE, onnx_decoder.DECODE_BEFORE)
-        or maker.domain != DOMAIN
-    ):
+        split = maker
+        maker = contents.makers[split.input[0]]
+    decoders = (onnx_decoder.DECODE, onnx_decoder.DECODE_BEFORE)
+    if maker.op_type not in decoders or maker.domain != DOMAIN:
         raise FileError(
-            f"the packed entries '{node.input[0]}' aren't made by their decoder; the ONNX file is damaged"
+            f"the packed entries '{entries}' aren't made by their decoder; the ONNX file is damaged"
         )
     if len(maker.input) < 2 or (split is not None and len(split.input) != 2):
         raise FileError(
-            f"the decoder of the packed entries '{node.input[0]}' lacks inputs; the ONNX file is damaged"
+            f"the decoder of the packed entries '{entries}' lacks inputs; the ONNX file is damaged"
         )
     return maker, split
 
 
-def read_stream(
-    node: NodeProto, contents: Contents
-) -> tuple[np.ndarray, dict[str, tuple[int, int]]]:
-    """All entries that the tensor's group holds (decoded once), and begin and end of each tensor's own, by name."""
-    maker, split = find_makers(node, contents)
+def _read_stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, Cuts]:
+    """All entries of the stream that a tensor's node reads, decoded once, and where each's are."""
+    maker, split = _find_makers(node, contents)
     key = maker.output[0]
     if key not in contents.cache:
-        payload, bits, *constants = (read_constant(value, contents) for value in maker.input)
-        version, slots, context_signs = recognize_format(constants)
-        after = None
-        if context_signs is not None:
-            after = (
-                np.where(context_signs > 0, 1, 2)
-                if version < 3
-                else reference_decoder.find_next_nodes(context_signs)
-            )
-        if bits.dtype != np.uint8:
-            raise FileError(
-                f"the tree of the packed weights has type {bits.dtype}; the ONNX file is damaged"
-            )
-        if version > 2 and (payload.ndim != 2 or len(payload) % DIGIT):
-            raise FileError(
-                f"the payload of the packed weights has shape {list(payload.shape)}; the ONNX file is damaged"
-            )
-        bits = (
-            reference_decoder.unpack_tree(bits) if version > 3 else np.unpackbits(bits.reshape(-1))
-        )
-        stream = reference_decoder.decode(payload.T if version < 3 else payload, bits, slots, after)
-        if split is None:
-            contents.cache[key] = stream, {key: (0, len(stream))}
-            return contents.cache[key]
-        sizes = read_sizes(split.input[1], contents)
-        if sizes.sum() != len(stream) or len(sizes) != len(split.output):
-            raise FileError(
-                f"the packed entries are cut into parts of {sizes.tolist()[:9]}; the ONNX file is damaged"
-            )
-        ends = np.cumsum(sizes)
-        cuts = {
-            output: (int(end - size), int(end))
-            for output, end, size in zip(split.output, ends, sizes, strict=True)
-        }
+        stream = _decode_stream(maker, contents)
+        cuts = {key: (0, len(stream))}
+        if split is not None:
+            cuts = _read_cuts(split, len(stream), contents)
         contents.cache[key] = stream, cuts
-    return contents.cache[key]
+    found: tuple[np.ndarray, Cuts] = contents.cache[key]
+    return found
 
 
-def recognize_format(constants: Sequence[np.ndarray]) -> tuple[int, int, np.ndarray | None]:
-    """What D reads behind payload and tree -> the format (1 and 2 alike: 2), slots, and turns."""
+def _decode_stream(maker: NodeProto, contents: Contents) -> np.ndarray:
+    """The entries that a node D, of this format or an earlier one, makes."""
+    payload, bits, *constants = (_read_constant(value, contents) for value in maker.input)
+    version, slots, context_signs = _recognize_format(constants)
+    # 1. Where leaves lead; in format 2 there are two contexts, at inner nodes 1 and 2.
+    after = None
+    if context_signs is not None and version < 3:
+        after = np.where(context_signs > 0, 1, 2)
+    elif context_signs is not None:
+        after = reference_decoder.find_next_nodes(context_signs)
+    # 2. The tree; before format 4 its bits are in the order of its bytes.
+    if bits.dtype != np.uint8:
+        raise FileError(
+            f"the tree of the packed weights has type {bits.dtype}; the ONNX file is damaged"
+        )
+    tree = reference_decoder.unpack_tree(bits)
+    if version <= 3:
+        tree = np.unpackbits(bits.reshape(-1))
+    # 3. The payload; before format 3 it is [lanes, bytes of a lane].
+    if version < 3:
+        payload = payload.T
+    elif payload.ndim != 2 or len(payload) % DIGIT:
+        raise FileError(
+            f"the payload of the packed weights has shape {list(payload.shape)};"
+            " the ONNX file is damaged"
+        )
+    return reference_decoder.decode(payload, tree, slots, after)
+
+
+def _read_cuts(split: NodeProto, entries: int, contents: Contents) -> Cuts:
+    """Where a Split cuts so many entries."""
+    sizes = _read_sizes(split.input[1], contents)
+    if sizes.sum() != entries or len(sizes) != len(split.output):
+        raise FileError(
+            f"the packed entries are cut into parts of {sizes.tolist()[:9]};"
+            " the ONNX file is damaged"
+        )
+    cuts = {}
+    for output, end, size in zip(split.output, np.cumsum(sizes), sizes, strict=True):
+        cuts[output] = (int(end - size), int(end))
+    return cuts
+
+
+def _recognize_format(constants: Sequence[np.ndarray]) -> tuple[int, int, np.ndarray | None]:
+    """The format (1 and 2 alike: 2), slots and context signs, of D's inputs behind the tree."""
     for version, slots, known in onnx_decoder.list_known_constants():
-        if are_same(constants[: len(known)], known) and len(constants) <= len(known) + 1:
-            return version, slots, (constants[len(known)] if len(constants) > len(known) else None)
+        behind = constants[len(known) :]
+        if _are_same(constants[: len(known)], known) and len(behind) <= 1:
+            return version, slots, (behind[0] if behind else None)
     raise FileError(
-        "the decoder of the packed weights has other constants than those of docs/packed-format.md; the file is damaged"
+        "the decoder of the packed weights has other constants than those of"
+        " docs/packed-format.md; the file is damaged"
     )
 
 
-def are_same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
+def _are_same(ones: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
+    """Whether arrays have the same types, shapes and values, pair by pair."""
     return len(ones) == len(others) and all(
         one.dtype == other.dtype and np.array_equal(one, other)
         for one, other in zip(ones, others, strict=True)
     )
 
 
-def read_sizes(name: str, contents: Contents) -> np.ndarray:
-    sizes = read_constant(name, contents)
+def _read_sizes(name: str, contents: Contents) -> np.ndarray:
+    """int64 numbers, none of them negative."""
+    sizes = _read_constant(name, contents)
     if sizes.dtype != np.int64 or sizes.ndim != 1 or sizes.min(initial=0) < 0:
         raise FileError(
-            f"the sizes '{name}' of packed weights are {sizes.dtype} {list(sizes.shape)}; the ONNX file is damaged"
+            f"the sizes '{name}' of packed weights are {sizes.dtype} {list(sizes.shape)};"
+            " the ONNX file is damaged"
         )
     return sizes
 
 
-def read_constant(name: str, contents: Contents) -> np.ndarray:
+def _read_constant(name: str, contents: Contents) -> np.ndarray:
+    """The values of an initializer; KeyError where there is none."""
     return read_values(contents.initializers[name])

@@ -1,4 +1,4 @@
-"""Decode packed streams in numpy, step by step as the ONNX functions do it."""
+"""Decodes packed streams in numpy, step by step as the ONNX functions do it."""
 
 from __future__ import annotations
 
@@ -13,71 +13,101 @@ from ecqx_onnx_converters.storage.packed.stream import Packed
 
 
 def unpack_tree(packed: np.ndarray) -> np.ndarray:
-    """The inverse."""
+    """Unpack the bits of a tree; the inverse of `bitstream.pack_tree`.
+
+    Args:
+        packed: uint8, of n bytes in any shape.
+
+    Returns:
+        uint8 [8 n] of 0 and 1.
+    """
     return np.unpackbits(packed.reshape(1, -1), axis=0).reshape(-1)
 
 
 def unpack_stream(packed: Packed) -> list[np.ndarray]:
-    """The inverse of `write`, as the ONNX functions do it. FileError for what `write` doesn't."""
-    after = None if packed.context_signs is None else find_next_nodes(packed.context_signs)
+    """Decode a stream; the inverse of `bitstream.write_stream`.
+
+    Args:
+        packed: The arrays of the stream.
+
+    Returns:
+        int8 levels of each tensor in its own shape.
+
+    Raises:
+        FileError: The arrays are none that `write_stream` makes.
+    """
+    after = None
+    if packed.context_signs is not None:
+        after = find_next_nodes(packed.context_signs)
     stream = decode(packed.payload, unpack_tree(packed.bits), packed.slots, after)
-    tensors, begin = [], 0
+    tensors = []
+    begin = 0
     for part in packed.parts:
         own = stream[begin : begin + part.entries]
         begin += part.entries
         levels = place_levels(own, packed.advances, packed.values, math.prod(part.shape))
-        shape = [part.shape[axis] for axis in part.permutation]
-        tensors.append(
-            np.ascontiguousarray(
-                levels.reshape(shape).transpose(np.argsort(part.permutation))
-            ).reshape(part.shape)
-        )
+        coded_shape = [part.shape[axis] for axis in part.permutation]
+        restored = levels.reshape(coded_shape).transpose(np.argsort(part.permutation))
+        tensors.append(np.ascontiguousarray(restored).reshape(part.shape))
     return tensors
 
 
 def find_next_nodes(context_signs: np.ndarray) -> np.ndarray:
-    """The inner node that each leaf leads to."""
+    """Find the inner node that each leaf leads to.
+
+    Args:
+        context_signs: int8 [leaves + 1], see `Packed.context_signs`.
+
+    Returns:
+        int64 [leaves + 1]: 2 behind a negative number, 3 behind 0, 4 behind a positive one.
+    """
     return 3 + np.sign(context_signs.astype(np.int64))
 
 
 def decode(
     payload: np.ndarray, bits: np.ndarray, slots: int, after: np.ndarray | None
 ) -> np.ndarray:
-    """payload: uint8 [bytes of a lane, lanes]; bits: uint8, the tree, of 0 and 1. -> entries, uint8 [payload bytes * slots]: for
-    each part of each byte the leaf it ended, counted from 1, or 0.
+    """Read the payload of a stream, all lanes at once.
 
-    after: int [leaves + 1], see `find_next_nodes`; None: all lead to the root. FileError for what is damaged.
+    Args:
+        payload: uint8 [bytes of a lane, lanes].
+        bits: uint8 of 0 and 1, the tree, filled up with ones.
+        slots: Entries of a byte: 2, 4 or 8.
+        after: int [leaves + 1], see `find_next_nodes`; None where all lead to the root.
+
+    Returns:
+        uint8 [payload bytes * slots], lane after lane: for each part of each byte the leaf that it
+        ended, counted from 1, or 0.
+
+    Raises:
+        FileError: Tree, payload and contexts do not go together.
     """
+    # 1. The tree ends where leaves outnumber inner nodes: all children are there.
     balance = np.cumsum(2 * bits.astype(np.int64) - 1)
-    inner = (
-        (int(np.argmax(balance == 2)) + 1) // 2 if len(bits) else 0
-    )  # all children are there once leaves are two ahead
-    whole = (
-        bits[: 2 * inner].sum() == inner + 1
-        and len(bits) == -(-2 * inner // 8) * 8
-        and bits[2 * inner :].all()
-    )
-    if not (
-        whole
-        and 1 <= inner < 255
-        and slots in (2, 4, 8)
-        and payload.dtype == np.uint8
-        and payload.ndim == 2
-        and payload.size
-    ):
+    inner = (int(np.argmax(balance == 2)) + 1) // 2 if len(bits) else 0
+    ends_well = bits[: 2 * inner].sum() == inner + 1
+    filled_up = len(bits) == -(-2 * inner // 8) * 8 and bits[2 * inner :].all()
+    tree_fits = ends_well and filled_up and 1 <= inner < 255
+    payload_fits = payload.dtype == np.uint8 and payload.ndim == 2 and payload.size
+    if not (tree_fits and payload_fits and slots in (2, 4, 8)):
         raise FileError(
             "the tree or the payload of the packed weights is none; the ONNX file is damaged"
         )
+    # 2. Contexts lead to inner nodes that the tree has.
+    leaves = int(bits.sum())
     if after is None:
-        after = np.zeros(int(bits.sum()) + 1, np.int64)
-    elif after.shape != (int(bits.sum()) + 1,) or after.max() >= len(bits) // 2:
+        after = np.zeros(leaves + 1, np.int64)
+    elif after.shape != (leaves + 1,) or after.max() >= len(bits) // 2:
         raise FileError(
             "the tree of the packed weights has no such contexts; the ONNX file is damaged"
         )
+    # 3. A byte of every lane a step.
     state, met = huffman.build_automaton(bits, huffman.DIGIT // slots, after)
+    met = met.astype(np.uint8)
+    state = state * 256
     rows, lanes = payload.shape
     entries = np.empty((lanes, rows, slots), np.uint8)
-    met, state, here = met.astype(np.uint8), state * 256, np.zeros(lanes, np.int64)
+    here = np.zeros(lanes, np.int64)
     for row in range(rows):
         index = here + payload[row]
         entries[:, row] = met[index]
@@ -88,20 +118,33 @@ def decode(
 def place_levels(
     entries: np.ndarray, advances: np.ndarray, values: np.ndarray, size: int
 ) -> np.ndarray:
-    """A tensor's entries and the tables of its group -> int8 levels [size] in coding order."""
-    fits = (
-        advances.dtype == values.dtype == np.int8
-        and advances.ndim == 1
-        and advances.shape == values.shape
-    )
-    if not fits or int(entries.max(initial=0)) >= len(advances) or advances.max(initial=0) > 0:
+    """Place the values of a tensor's symbols.
+
+    Args:
+        entries: uint8, the tensor's part of what `decode` gives.
+        advances: int8 [leaves + 1], see `Packed`.
+        values: int8 [leaves + 1], see `Packed`.
+        size: How many weights the tensor has.
+
+    Returns:
+        int8 [size], levels in coding order.
+
+    Raises:
+        FileError: The tables do not have these symbols, or they lead out of the tensor.
+    """
+    types_fit = advances.dtype == values.dtype == np.int8
+    shapes_fit = advances.ndim == 1 and advances.shape == values.shape
+    known = types_fit and shapes_fit and int(entries.max(initial=0)) < len(advances)
+    if not known or advances.max(initial=0) > 0:
         raise FileError(
-            "the tables of the packed weights have no such units; the ONNX file is damaged"
+            "the tables of the packed weights have no such symbols; the ONNX file is damaged"
         )
     if not may_have_size(size, len(entries)):
         raise FileError(
-            f"{len(entries)} entries claim a packed tensor of {size} weights; the ONNX file is damaged"
+            f"{len(entries)} entries claim a packed tensor of {size} weights;"
+            " the ONNX file is damaged"
         )
+    # The cursor starts behind the last weight and moves down: it is an index from the end.
     cursor = np.cumsum(advances.astype(np.int64)[entries])
     if len(cursor) and cursor[-1] < -size:
         raise FileError(
