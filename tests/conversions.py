@@ -1,4 +1,5 @@
-"""PyTorch model -> quantised weights -> ONNX graph -> our file -> onnxruntime: the whole way, for the converters' tests."""
+"""PyTorch model -> quantised weights -> ONNX graph -> our file -> onnxruntime: the whole way, for
+the converters' tests."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from ecqx_onnx_converters import (
 from ecqx_onnx.checkpoint.export import export
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 
-# Both sums of float32 products scatter around the true value by about 2^-24 of the terms, and no sum here has more than 256.
+# Both sums of float32 products scatter around the true value by about 2^-24 of the terms, and no
+# sum here has more than 256.
 FLOAT32_SUMS = 256 * 2.0**-24
 
 
@@ -47,7 +49,8 @@ def quantize_model(
     codebook: bool = False,
     seed: int = 0,
 ) -> tuple[QuantTensor, ...]:
-    """Puts every weight of two or more dimensions on levels, in place. per_channel: along dimension 0."""
+    """Puts every weight of two or more dimensions on levels, in place. per_channel: along dimension
+    0."""
     tensors = []
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
@@ -110,7 +113,8 @@ def run(model: Path | bytes, inputs: Sequence[torch.Tensor], level: int) -> np.n
 def assert_says_the_same(
     conversion: Conversion, model: torch.nn.Module, inputs: Sequence[torch.Tensor]
 ) -> None:
-    """onnxruntime gives PyTorch's outputs up to FLOAT32_SUMS, optimised or not; every weight reads back as matched."""
+    """onnxruntime gives PyTorch's outputs up to FLOAT32_SUMS, optimised or not; every weight reads
+    back as matched."""
     with torch.no_grad():
         expected = model(*inputs).numpy()
     for level in (0, 99):

@@ -1,7 +1,9 @@
-"""PyTorch model -> quantised weights and activations -> our file -> onnxruntime on integer kernels: the whole way, for tests.
+"""PyTorch model -> quantised weights and activations -> our file -> onnxruntime on integer kernels:
+the whole way, for tests.
 
-The models are scaled so that every layer maps inputs that differ by e to outputs that differ by at most e (a sum of two: 2e);
-rounding an activation moves it by half a step, so that all roundings together move an output by at most half the steps' sum.
+The models are scaled so that every layer maps inputs that differ by e to outputs that differ by at
+most e (a sum of two: 2e); rounding an activation moves it by half a step, so that all roundings
+together move an output by at most half the steps' sum.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class IntegerConversion:
 
     @property
     def tolerance(self) -> float:
-        """Half of all steps together, without gain; and a bias' rounding, which is far below a step."""
+        """Half of all steps together, without gain; and a bias' rounding, which is far below a
+        step."""
         return 0.5 * sum(float(UInt8.of(*pair).scale) for pair in self.ranges.values()) * 1.01
 
 
@@ -63,7 +66,8 @@ def convert_to_integers(
     method: str = "minmax",
     **options: Any,
 ) -> IntegerConversion:
-    """x: one batch, both example and calibration data. tensors: by default every weight on 4 bits."""
+    """x: one batch, both example and calibration data. tensors: by default every weight on 4
+    bits."""
     tensors = quantize_model(model) if tensors is None else tensors
     graph = replace_pooling(float_graph(model, [x]))
     matching = match(graph.weights, tensors)

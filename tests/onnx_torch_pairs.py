@@ -1,4 +1,5 @@
-"""Hand-made pairs of a PyTorch model and the ONNX file that says the same, for the tests of validation."""
+"""Hand-made pairs of a PyTorch model and the ONNX file that says the same, for the tests of
+validation."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Pair:
 def make_pair(
     *, decoding: str = "folded", metadata: str | None = None, batch: str | int = "batch"
 ) -> Pair:
-    """decoding: "folded" (a function of Cast and Mul), "standard" (DequantizeLinear), "float", or "matmul" (DQ before MatMul)."""
+    """decoding: "folded" (a function of Cast and Mul), "standard" (DequantizeLinear), "float", or
+    "matmul" (DQ before MatMul)."""
     generator = np.random.default_rng(SEED)
     torch.manual_seed(SEED)
     reference = torch.nn.Sequential(

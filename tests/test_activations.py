@@ -1,4 +1,5 @@
-"""PyTorch -> ONNX -> onnxruntime with quantised activations, one small network for each kind of operator."""
+"""PyTorch -> ONNX -> onnxruntime with quantised activations, one small network for each kind of
+operator."""
 
 from __future__ import annotations
 
@@ -43,74 +44,160 @@ IMAGE, ROWS, TOKENS = (4, 3, 9, 9), (4, 12), (2, 5, 12)
 CASES = {
     # name: (network, input shape, what must run, gain of the sums in it)
     "convolution": (Net(lambda x, a: a(x), a=conv()), IMAGE, {"QLinearConv": 1}, 1),
-    "convolution and Relu": (Net(lambda x, a: F.relu(a(x)), a=conv()), IMAGE, {"QLinearConv": 1}, 1),
-    "convolution and Relu6": (Net(lambda x, a: F.relu6(8 * a(x)), a=conv()), IMAGE, {"QLinearConv": 1}, 8),
-    "hard tanh": (Net(lambda x, a: F.hardtanh(a(x), -0.2, 0.1), a=conv()), IMAGE, {"QLinearConv": 1}, 1),
-    "clip above zero": (Net(lambda x, a: torch.clip(a(x), 0.05, 0.3), a=conv()), IMAGE, {"QLinearConv": 1, "Clip": 1}, 1),
+    "convolution and Relu": (
+        Net(lambda x, a: F.relu(a(x)), a=conv()),
+        IMAGE,
+        {"QLinearConv": 1},
+        1,
+    ),
+    "convolution and Relu6": (
+        Net(lambda x, a: F.relu6(8 * a(x)), a=conv()),
+        IMAGE,
+        {"QLinearConv": 1},
+        8,
+    ),
+    "hard tanh": (
+        Net(lambda x, a: F.hardtanh(a(x), -0.2, 0.1), a=conv()),
+        IMAGE,
+        {"QLinearConv": 1},
+        1,
+    ),
+    "clip above zero": (
+        Net(lambda x, a: torch.clip(a(x), 0.05, 0.3), a=conv()),
+        IMAGE,
+        {"QLinearConv": 1, "Clip": 1},
+        1,
+    ),
     "no bias": (Net(lambda x, a: a(x), a=conv(bias=False)), IMAGE, {"QLinearConv": 1}, 1),
     "depthwise": (
-        Net(lambda x, a, b: F.relu(b(F.relu(a(x)))), a=conv(), b=conv(8, 8, groups=8)), IMAGE, {"QLinearConv": 2}, 1,
+        Net(lambda x, a, b: F.relu(b(F.relu(a(x)))), a=conv(), b=conv(8, 8, groups=8)),
+        IMAGE,
+        {"QLinearConv": 2},
+        1,
     ),
     "grouped, strided, dilated": (
-        Net(lambda x, a, b: b(a(x)), a=conv(), b=nn.Conv2d(8, 8, 3, stride=2, dilation=2, groups=2)), IMAGE,
-        {"QLinearConv": 2}, 1,
+        Net(
+            lambda x, a, b: b(a(x)), a=conv(), b=nn.Conv2d(8, 8, 3, stride=2, dilation=2, groups=2)
+        ),
+        IMAGE,
+        {"QLinearConv": 2},
+        1,
     ),
-    "one dimension": (Net(lambda x, a: F.relu(a(x)), a=nn.Conv1d(3, 8, 3)), (4, 3, 20), {"QLinearConv": 1}, 1),
-    "three dimensions": (Net(lambda x, a: F.relu(a(x)), a=nn.Conv3d(2, 4, 3)), (2, 2, 5, 6, 7), {"QLinearConv": 1}, 1),
+    "one dimension": (
+        Net(lambda x, a: F.relu(a(x)), a=nn.Conv1d(3, 8, 3)),
+        (4, 3, 20),
+        {"QLinearConv": 1},
+        1,
+    ),
+    "three dimensions": (
+        Net(lambda x, a: F.relu(a(x)), a=nn.Conv3d(2, 4, 3)),
+        (2, 2, 5, 6, 7),
+        {"QLinearConv": 1},
+        1,
+    ),
     "residual": (
-        Net(lambda x, a, b: F.relu(b(F.relu(a(x))) + a(x)), a=conv(), b=conv(8, 8)), IMAGE,
-        {"QLinearConv": 2, "QLinearAdd": 1}, 2,
+        Net(lambda x, a, b: F.relu(b(F.relu(a(x))) + a(x)), a=conv(), b=conv(8, 8)),
+        IMAGE,
+        {"QLinearConv": 2, "QLinearAdd": 1},
+        2,
     ),
     "Relu of a value that is read elsewhere": (
         Net(lambda x, a, b: (lambda y: b(F.relu(y)) + y)(a(x)), a=conv(), b=conv(8, 8)),
-        IMAGE, {"QLinearConv": 2, "QLinearAdd": 1, "Clip": 1}, 2,
+        IMAGE,
+        {"QLinearConv": 2, "QLinearAdd": 1, "Clip": 1},
+        2,
     ),
     "concat": (
-        Net(lambda x, a, b: b(torch.cat([F.relu(a(x)), x], 1)), a=conv(), b=conv(11, 4)), IMAGE,
-        {"QLinearConv": 2, "QLinearConcat": 1}, 1,
+        Net(lambda x, a, b: b(torch.cat([F.relu(a(x)), x], 1)), a=conv(), b=conv(11, 4)),
+        IMAGE,
+        {"QLinearConv": 2, "QLinearConcat": 1},
+        1,
     ),
     "pooling": (
-        Net(lambda x, a, b: b(F.avg_pool2d(F.max_pool2d(a(x), 2), 2).flatten(1)), a=conv(), b=nn.Linear(32, 5)), IMAGE,
-        {"QLinearConv": 1, "QLinearAveragePool": 1, "QGemm": 1}, 1,
+        Net(
+            lambda x, a, b: b(F.avg_pool2d(F.max_pool2d(a(x), 2), 2).flatten(1)),
+            a=conv(),
+            b=nn.Linear(32, 5),
+        ),
+        IMAGE,
+        {"QLinearConv": 1, "QLinearAveragePool": 1, "QGemm": 1},
+        1,
     ),
     "mean over pixels": (
-        Net(lambda x, a, b: b(a(x).mean((2, 3))), a=conv(), b=nn.Linear(8, 5)), IMAGE,
-        {"QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}, 1,
+        Net(lambda x, a, b: b(a(x).mean((2, 3))), a=conv(), b=nn.Linear(8, 5)),
+        IMAGE,
+        {"QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1},
+        1,
     ),
     "mean over pixels that stay": (
-        Net(lambda x, a, b: b(F.adaptive_avg_pool2d(a(x), 1)), a=conv(), b=conv(8, 5, 1)), IMAGE,
-        {"QLinearConv": 2, "QLinearGlobalAveragePool": 1}, 1,
+        Net(lambda x, a, b: b(F.adaptive_avg_pool2d(a(x), 1)), a=conv(), b=conv(8, 5, 1)),
+        IMAGE,
+        {"QLinearConv": 2, "QLinearGlobalAveragePool": 1},
+        1,
     ),
-    "linear": (Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16), b=nn.Linear(16, 5)), ROWS, {"QGemm": 2}, 1),
+    "linear": (
+        Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16), b=nn.Linear(16, 5)),
+        ROWS,
+        {"QGemm": 2},
+        1,
+    ),
     "linear without bias": (
-        Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16, bias=False), b=nn.Linear(16, 5)), ROWS,
-        {"QGemm": 2}, 1,
+        Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16, bias=False), b=nn.Linear(16, 5)),
+        ROWS,
+        {"QGemm": 2},
+        1,
     ),
     "linear on tokens": (
-        Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16), b=nn.Linear(16, 5)), TOKENS,
-        {"QLinearMatMul": 1, "QLinearAdd": 1, "MatMulIntegerToFloat": 1}, 1,
+        Net(lambda x, a, b: b(F.relu(a(x))), a=nn.Linear(12, 16), b=nn.Linear(16, 5)),
+        TOKENS,
+        {"QLinearMatMul": 1, "QLinearAdd": 1, "MatMulIntegerToFloat": 1},
+        1,
     ),
     "product of activations": (
-        Net(lambda x, a: a(x) @ a(x).transpose(1, 2), a=nn.Linear(12, 12, bias=False)), TOKENS,
-        {"QLinearMatMul": 1, "MatMulIntegerToFloat": 1}, 2,
+        Net(lambda x, a: a(x) @ a(x).transpose(1, 2), a=nn.Linear(12, 12, bias=False)),
+        TOKENS,
+        {"QLinearMatMul": 1, "MatMulIntegerToFloat": 1},
+        2,
     ),
     "shapes only": (
-        Net(lambda x, a, b: b(F.pad(a(x)[:, :, ::2, ::2], (0, 1, 0, 1, 2, 2)).transpose(2, 3)), a=conv(), b=conv(12, 4)), IMAGE,
-        {"QLinearConv": 2, "Pad": 1}, 1,
+        Net(
+            lambda x, a, b: b(F.pad(a(x)[:, :, ::2, ::2], (0, 1, 0, 1, 2, 2)).transpose(2, 3)),
+            a=conv(),
+            b=conv(12, 4),
+        ),
+        IMAGE,
+        {"QLinearConv": 2, "Pad": 1},
+        1,
     ),
     "padding with a number": (
-        Net(lambda x, a, b: b(F.pad(a(x), (1, 1, 1, 1), value=0.2)), a=conv(), b=conv(8, 4)), IMAGE,
-        {"QLinearConv": 2, "Pad": 1}, 1.5,
+        Net(lambda x, a, b: b(F.pad(a(x), (1, 1, 1, 1), value=0.2)), a=conv(), b=conv(8, 4)),
+        IMAGE,
+        {"QLinearConv": 2, "Pad": 1},
+        1.5,
     ),
     "squeeze and excite": (
-        Net(lambda x, a, b: F.relu(a(x)) * torch.sigmoid(b(F.relu(a(x)).mean((2, 3), True))), a=conv(), b=conv(8, 8, 1)), IMAGE,
-        {"QLinearConv": 2, "QLinearMul": 1, "QLinearSigmoid": 1, "QLinearGlobalAveragePool": 1}, 2,
+        Net(
+            lambda x, a, b: F.relu(a(x)) * torch.sigmoid(b(F.relu(a(x)).mean((2, 3), True))),
+            a=conv(),
+            b=conv(8, 8, 1),
+        ),
+        IMAGE,
+        {"QLinearConv": 2, "QLinearMul": 1, "QLinearSigmoid": 1, "QLinearGlobalAveragePool": 1},
+        2,
     ),
-    "leaky Relu": (Net(lambda x, a: F.leaky_relu(a(x)), a=conv()), IMAGE, {"QLinearConv": 1, "QLinearLeakyRelu": 1}, 1),
+    "leaky Relu": (
+        Net(lambda x, a: F.leaky_relu(a(x)), a=conv()),
+        IMAGE,
+        {"QLinearConv": 1, "QLinearLeakyRelu": 1},
+        1,
+    ),
     "a constant added": (
-        Net(lambda x, a: a(x) + torch.full((8, 1, 1), 0.3), a=conv()), IMAGE, {"QLinearConv": 1, "QLinearAdd": 1}, 1,
+        Net(lambda x, a: a(x) + torch.full((8, 1, 1), 0.3), a=conv()),
+        IMAGE,
+        {"QLinearConv": 1, "QLinearAdd": 1},
+        1,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -151,7 +238,8 @@ def test_every_kind_of_operator_runs_on_integers_and_says_what_pytorch_says(name
 
 
 def sums_saturate() -> bool:
-    """Whether this processor's kernels add pairs of products in 16 bits, as x86 without VNNI does (docs/integer-kernels.md)."""
+    """Whether this processor's kernels add pairs of products in 16 bits, as x86 without VNNI does
+    (docs/integer-kernels.md)."""
     node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
     ends = [
         helper.make_tensor_value_info(name, kind, [1, 64 if name == "a" else 8])
@@ -212,7 +300,8 @@ def test_a_codebook_stays_float_and_says_why(tmp_path):
 
 @pytest.mark.parametrize("codebook", [False, True])
 def test_a_float_convolution_between_integer_ones_keeps_its_float_weights(codebook, tmp_path):
-    """onnxruntime would round them to 8 bits, one step for all, as it does with float weights between bytes and bytes."""
+    """onnxruntime would round them to 8 bits, one step for all, as it does with float weights
+    between bytes and bytes."""
     torch.manual_seed(3)
     layers = {"a": conv(), "b": conv(8, 8), "c": conv(8, 4)}
     model = contract(Net(lambda x, a, b, c: c(F.relu(b(F.relu(a(x))))), **layers))
@@ -269,7 +358,8 @@ def test_scale_and_zero_point_cover_the_range_and_keep_zero_exact(first, second)
     scale = float(format.scale)
     assert math.isfinite(scale)
     assert scale > 0
-    # Oracle: real arithmetic. Both ends are at most half a step, and float32's rounding of the scale, beyond what bytes reach.
+    # Oracle: real arithmetic. Both ends are at most half a step, and float32's rounding of the
+    # scale, beyond what bytes reach.
     slack = scale * (0.5 + 255 * 2.0**-23)
     assert scale * (0 - format.zero_point) <= low + slack
     assert scale * (255 - format.zero_point) >= high - slack

@@ -1,4 +1,5 @@
-"""Imports run one way, from room to room, and torch is loaded only where PyTorch models are handled."""
+"""Imports run one way, from room to room, and torch is loaded only where PyTorch models are
+handled."""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 
 
 def imported(module):
-    """Full names of what the module imports anywhere: in functions and under TYPE_CHECKING as well."""
+    """Full names of what the module imports anywhere: in functions and under TYPE_CHECKING as
+    well."""
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

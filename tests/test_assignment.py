@@ -1,4 +1,5 @@
-"""Assignment against the slow oracle: exact lower envelope, relevance on the zero cluster, the band."""
+"""Assignment against the slow oracle: exact lower envelope, relevance on the zero cluster, the
+band."""
 
 import math
 
@@ -72,7 +73,8 @@ def test_lower_envelope_is_argmin_of_the_cost_table_on_ordinary_weights(bits, dt
 def test_looking_up_by_cells_is_counting_the_boundaries_below_each_weight(
     bits, spread, seed, channels
 ):
-    """Dear levels never win and their boundaries coincide; a great spread of costs puts many boundaries into one cell."""
+    """Dear levels never win and their boundaries coincide; a great spread of costs puts many
+    boundaries into one cell."""
     generator = torch.Generator().manual_seed(seed)
     levels = Grid(bits, 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1).levels(torch.zeros(1))
     step = torch.rand(channels, 1, generator=generator).double() + 0.01
@@ -198,7 +200,8 @@ def test_ecqx_levels_are_the_oracles_at_the_beta_it_reports(beta_band, bits):
     expected = oracle.ecqx_levels(
         weights.tolist(), relevance.tolist(), step32, costs, 2.0, found.beta
     )
-    # At the band's edge one weight decides β, so its own tie is settled by the last bit of a logarithm.
+    # At the band's edge one weight decides β, so its own tie is settled by the last bit of a
+    # logarithm.
     assert sum(a != b for a, b in zip(found.levels.tolist(), expected, strict=True)) <= 1
     if found.in_band:
         assert found.ecq_zeros - keep - 1e-9 <= found.zeros <= found.ecq_zeros + prune + 1e-9
@@ -261,7 +264,8 @@ def test_irrelevant_weight_falls_to_zero_first_and_relevant_one_regrows():
     assert found.levels[0] == 0
     assert found.levels[1] == 1
     weights[99] = (
-        0.4  # nearest level is zero, but it matters: 2·0.16 > 0.36 no, so it stays; at 0.45 it regrows
+        # nearest level is zero, but it matters: 2·0.16 > 0.36 no, so it stays; at 0.45 it regrows
+        0.4
     )
     weights[98] = 0.45
     relevance[98] = 1.0

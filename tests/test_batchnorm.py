@@ -1,4 +1,5 @@
-"""BatchNormalization behind a quantised product goes into its scales: the integers stay, onnxruntime says the same."""
+"""BatchNormalization behind a quantised product goes into its scales: the integers stay,
+onnxruntime says the same."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ FLOAT = TensorProto.FLOAT
 
 @dataclass(frozen=True)
 class Product:
-    """A layer in front of BatchNormalization. weight: its shape; x: the input's; channels: of the output."""
+    """A layer in front of BatchNormalization. weight: its shape; x: the input's; channels: of the
+    output."""
 
     operator: str
     weight: tuple[int, ...]

@@ -1,4 +1,5 @@
-"""Classes are matched by name: a folder that lacks one, or sorts otherwise, is judged by the model's own order."""
+"""Classes are matched by name: a folder that lacks one, or sorts otherwise, is judged by the
+model's own order."""
 
 import json
 from dataclasses import replace

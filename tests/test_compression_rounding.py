@@ -1,4 +1,5 @@
-"""Error feedback against brute force; steps that no weight leaves; matrices that can't be inverted."""
+"""Error feedback against brute force; steps that no weight leaves; matrices that can't be
+inverted."""
 
 import numpy as np
 import pytest

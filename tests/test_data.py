@@ -339,7 +339,8 @@ def test_a_function_may_return_arrays_or_a_dataset(tmp_path):
         "import numpy as np, torch\n"
         "from ecqx_onnx.data import Dataset\n"
         "def arrays(): return {'x_test': torch.ones(3, 4), 'y_test': torch.tensor([0, 1, 1])}\n"
-        "def dataset(): return Dataset.from_arrays('mine', {'x_test': np.ones((3, 4)), 'y_test': np.zeros(3, int)})\n"
+        "def dataset(): return Dataset.from_arrays('mine', {'x_test': np.ones((3, 4)), 'y_test': "
+        "np.zeros(3, int)})\n"
     )
     dataset = load_dataset(f"{tmp_path}/mine.py:arrays")
     assert (len(dataset.test), dataset.labels) == (3, ("0", "1"))

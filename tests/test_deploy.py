@@ -1,4 +1,5 @@
-"""deploy writes a folder whose runners really run, tell an altered file from the deployed one, and repeat our preprocessing."""
+"""deploy writes a folder whose runners really run, tell an altered file from the deployed one, and
+repeat our preprocessing."""
 
 from __future__ import annotations
 
@@ -273,7 +274,8 @@ def test_the_python_runner_loads_no_model_of_another_sha256(linux, tmp_path, arg
 
 
 def test_the_page_loads_no_model_of_another_sha256(linux, tmp_path):
-    """The module that opens the model, in Node, with a runtime that says when it is asked to load."""
+    """The module that opens the model, in Node, with a runtime that says when it is asked to
+    load."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
     shutil.copytree(linux.folder, tmp_path / "copy")
@@ -284,7 +286,8 @@ def test_the_page_loads_no_model_of_another_sha256(linux, tmp_path):
         "import fs from 'node:fs';\nimport { Model } from './model.js';\n"
         "const read = async (name) => new Uint8Array(fs.readFileSync(name));\n"
         "const create = async () => { console.log('loaded'); return {}; };\n"
-        "Model.open(read, { env: { wasm: {} }, InferenceSession: { create } }).catch((error) => console.log(error.message));\n"
+        "Model.open(read, { env: { wasm: {} }, InferenceSession: { create } }).catch((error) => "
+        "console.log(error.message));\n"
     )
 
     def said():
@@ -385,7 +388,8 @@ def foreign_file(path, *, shape=("N", 4), kind=onnx.TensorProto.FLOAT, opset=18,
 
 
 def compiled(source, tmp_path):
-    """run.cpp linked with tests/stubs, whose runtime knows Identity only: the slow test below has the real one."""
+    """run.cpp linked with tests/stubs, whose runtime knows Identity only: the slow test below has
+    the real one."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(STUBS)]
@@ -473,7 +477,8 @@ def test_the_cpp_runner_passes_its_self_check_with_onnxruntime(grey, tmp_path):
 
 
 def identity(path, kind):
-    """A model of one Identity, which is all that the stand-in runtimes know, with our preprocessing of that kind."""
+    """A model of one Identity, which is all that the stand-in runtimes know, with our preprocessing
+    of that kind."""
     shape = KINDS[kind].apply(raw_samples(kind, 1)).shape
     foreign_file(path, shape=("N", *shape[1:]))
     model = onnx.load(path)
@@ -544,7 +549,8 @@ def test_the_kotlin_runner_resizes_images_as_pillow_does_to_the_bit(
 
 @pytest.mark.slow
 def test_the_kotlin_runner_does_a_job_that_validate_judges_on_a_whole_data_set(kotlin, tmp_path):
-    """As on a phone: the first call writes the job, the deployed runner does it, the second call reads the result."""
+    """As on a phone: the first call writes the job, the deployed runner does it, the second call
+    reads the result."""
     identity(tmp_path / "identity.onnx", "features")
     folder = api.deploy(tmp_path / "identity.onnx", tmp_path / "android", to="android").folder
     x = raw_samples("features", 50)
@@ -782,7 +788,8 @@ def test_the_pages_preprocessing_is_pythons_to_the_bit(name, tmp_path):
         "import fs from 'node:fs';\nimport { preprocess } from './preprocessing.js';\n"
         f"const raw = new {array}(new Uint8Array(fs.readFileSync('raw.bin')).buffer);\n"
         f"const found = preprocess(raw, {list(raw.shape)}, {settings.to_json()});\n"
-        "fs.writeFileSync('out.bin', new Uint8Array(found.data.buffer));\nconsole.log(JSON.stringify(found.shape));\n"
+        "fs.writeFileSync('out.bin', new "
+        "Uint8Array(found.data.buffer));\nconsole.log(JSON.stringify(found.shape));\n"
     )
     done = subprocess.run(
         ["node", "run.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60
@@ -809,7 +816,8 @@ def test_the_page_resizes_images_as_pillow_does_to_the_bit(shape, channels, tmp_
     shutil.copyfile(TEMPLATES / "web" / "preprocessing.js", tmp_path / "preprocessing.js")
     (tmp_path / "run.js").write_text(
         "import fs from 'node:fs';\nimport { fitImage } from './preprocessing.js';\n"
-        f"const image = {{ pixels: fs.readFileSync('raw.bin'), width: {shape[1]}, height: {shape[0]} }};\n"
+        f"const image = {{ pixels: fs.readFileSync('raw.bin'), width: {shape[1]}, height: "
+        f"{shape[0]} }};\n"
         f"fs.writeFileSync('out.bin', fitImage(image, [9, 7, {channels}]));\n"
     )
     subprocess.run(["node", "run.js"], cwd=tmp_path, check=True, capture_output=True, timeout=60)
@@ -833,7 +841,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def opened(folder, profile):
-    """The page's DOM after its self-check, as a headless Chromium served by a plain static file server sees it."""
+    """The page's DOM after its self-check, as a headless Chromium served by a plain static file
+    server sees it."""
     try:
         program = find_device("web").program
     except InputError as error:

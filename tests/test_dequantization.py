@@ -1,4 +1,5 @@
-"""Integers -> floats in the graph, in every form and type, and the runtime's facts that the choice of form rests on."""
+"""Integers -> floats in the graph, in every form and type, and the runtime's facts that the choice
+of form rests on."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_standard_embeddings_gather_integers_and_dequantise_rows(most, step, tmp
     assert "DequantizeLinear" not in kinds
 
 
-# Facts of the runtime that the forms rest on. When one of these turns red, the form can be simplified or must be changed.
+# Facts of the runtime that the forms rest on. When one of these turns red, the form can be
+# simplified or must be changed.
 
 
 def _dequantized(operator: str, *, transposed: bool) -> ModelProto:

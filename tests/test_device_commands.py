@@ -1,4 +1,5 @@
-"""The real command line on devices: what it prints, its exit status, and that every bad device leaves the machine clean."""
+"""The real command line on devices: what it prints, its exit status, and that every bad device
+leaves the machine clean."""
 
 from __future__ import annotations
 
@@ -24,18 +25,23 @@ from ecqx_onnx.validation.devices import setup
 from tests.test_devices import loopback  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
-HANGING = "import os, sys, time; open(os.environ['PID_FILE'], 'w').write(str(os.getpid())); time.sleep(60)"
+HANGING = (
+    "import os, sys, time; open(os.environ['PID_FILE'], 'w').write(str(os.getpid())); "
+    "time.sleep(60)"
+)
 REFUSING = """import json, sys, pathlib
 folder = pathlib.Path(sys.argv[-1])
 job = json.loads((folder / "job.json").read_text())
 error = {"stage": "load", "message": "no kernel for Cast(21)"}
-(folder / "result.json").write_text(json.dumps({"version": 1, "job": job["id"], "runtime": "old runtime", "error": error}))
+result = {"version": 1, "job": job["id"], "runtime": "old runtime", "error": error}
+(folder / "result.json").write_text(json.dumps(result))
 """
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> Path:
-    """model.pt, out.onnx converted from it, and data.npz whose labels are the model's own classes."""
+    """model.pt, out.onnx converted from it, and data.npz whose labels are the model's own
+    classes."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     net = torch.nn.Sequential(
@@ -55,7 +61,8 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def arguments(files, tmp_path, monkeypatch):
-    """validate's arguments; temporary files go to tmp_path/tmp, which must be empty at the end; a cache of its own."""
+    """validate's arguments; temporary files go to tmp_path/tmp, which must be empty at the end; a
+    cache of its own."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     yield [
@@ -327,7 +334,8 @@ def test_the_commands_of_devices_have_help_with_an_example(command):
 
 
 def test_ssh_by_its_address_brings_the_report_back(arguments, loopback, tmp_path, monkeypatch):  # noqa: F811
-    """Through a wrapper of ssh that knows the keys, as a user's ~/.ssh does; the Python there is named in the address."""
+    """Through a wrapper of ssh that knows the keys, as a user's ~/.ssh does; the Python there is
+    named in the address."""
     real, options = shutil.which("ssh"), list(loopback.options[2:])
     fake(
         tmp_path,

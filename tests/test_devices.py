@@ -1,4 +1,5 @@
-"""A file runs on other devices and is judged as at home; devices that fail, lie or hang end in one sentence and leave nothing."""
+"""A file runs on other devices and is judged as at home; devices that fail, lie or hang end in one
+sentence and leave nothing."""
 
 from __future__ import annotations
 
@@ -421,7 +422,8 @@ def test_an_address_is_a_host_a_port_and_a_python(name, host, port, python, monk
 
 @pytest.fixture
 def loopback(tmp_path):
-    """An sshd of our own on loopback, as the current user, with its temporary files under tmp_path/remote."""
+    """An sshd of our own on loopback, as the current user, with its temporary files under
+    tmp_path/remote."""
     server = shutil.which("sshd") or next(
         (p for p in ("/usr/sbin/sshd", "/usr/local/sbin/sshd") if Path(p).exists()), None
     )
@@ -439,8 +441,10 @@ def loopback(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (home / "config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized\nStrictModes no\n"
-        f"UsePAM no\nPidFile none\nPermitRootLogin prohibit-password\nSetEnv TMPDIR={tmp_path}/remote\n"
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nAuthorizedKeysFile "
+        f"{home}/authorized\nStrictModes no\n"
+        "UsePAM no\nPidFile none\nPermitRootLogin prohibit-password\nSetEnv "
+        f"TMPDIR={tmp_path}/remote\n"
     )
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it when root starts it

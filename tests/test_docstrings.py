@@ -27,7 +27,8 @@ def decorators(node):
 
 
 def public_functions(tree):
-    """(name, node, whether it is a method) of functions and methods without a leading underscore."""
+    """(name, node, whether it is a method) of functions and methods without a leading
+    underscore."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith(
             "_"

@@ -1,4 +1,5 @@
-"""Channels that are small beside the others: made large in front of a depthwise convolution, for nothing."""
+"""Channels that are small beside the others: made large in front of a depthwise convolution, for
+nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from ecqx_onnx.runtime.sessions import open_session, run
 
 
 class Separable(nn.Module):
-    """A 1x1 convolution whose channels differ by up to 2^9 in size, and a depthwise one that takes the difference out again."""
+    """A 1x1 convolution whose channels differ by up to 2^9 in size, and a depthwise one that takes
+    the difference out again."""
 
     def __init__(self, between=F.relu, multiplier=1) -> None:
         super().__init__()
@@ -60,7 +62,8 @@ def noise(path, checkpoint, x):
 def test_a_small_channel_keeps_its_precision(multiplier, tmp_path):
     checkpoint, x, data = prepared(multiplier=multiplier)
     api.convert(checkpoint, tmp_path / "out.onnx", activations="int8", calibration=data)
-    # Without factors the last channel has two of the 256 values, and is off by more than half of its size.
+    # Without factors the last channel has two of the 256 values, and is off by more than half of
+    # its size.
     assert noise(tmp_path / "out.onnx", checkpoint, x).max() < 0.05
 
 

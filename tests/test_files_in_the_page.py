@@ -1,7 +1,8 @@
-"""Image and sound files give the same raw samples in Python and in the page of `deploy --to web`, bit for bit.
+"""Image and sound files give the same raw samples in Python and in the page of `deploy --to web`,
+bit for bit.
 
-The page's own modules run in a headless Chromium; without one, what Python makes of the files is compared with what the files
-should look like.
+The page's own modules run in a headless Chromium; without one, what Python makes of the files is
+compared with what the files should look like.
 """
 
 import functools
@@ -33,7 +34,9 @@ for (const { name, shape } of await (await fetch('files.json')).json()) {
   const file = new File([await (await fetch(name)).blob()], name);
   const manifest = { raw: { shape }, preprocessing: { scale: 255 } };
   try {
-    const raw = name.endsWith('.wav') ? await readSound(file, manifest) : imageToRaw(await readImage(file), manifest, false);
+    const raw = name.endsWith('.wav')
+      ? await readSound(file, manifest)
+      : imageToRaw(await readImage(file), manifest, false);
     found[name] = Array.from(raw);
   } catch (error) { found[name] = String(error); }
 }

@@ -1,4 +1,5 @@
-"""convert --floats float16: half the bytes of what stays float, the same check of everything else."""
+"""convert --floats float16: half the bytes of what stays float, the same check of everything
+else."""
 
 from __future__ import annotations
 
@@ -128,7 +129,8 @@ def test_validate_takes_the_rounding_out_and_keeps_its_bound(model, files):
 
 
 def test_steps_are_rounded_before_activations_are_quantised(model, tmp_path):
-    """Biases are multiples of weight step times activation scale: with other steps they would be off by the rounding."""
+    """Biases are multiples of weight step times activation scale: with other steps they would be
+    off by the rounding."""
     from ecqx_onnx.data import Dataset
     from ecqx_onnx.preprocessing import Preprocessing
 

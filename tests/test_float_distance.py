@@ -1,4 +1,5 @@
-"""Whatever is quantised without training says how far it is from the float model, and fails a validation beyond a bound."""
+"""Whatever is quantised without training says how far it is from the float model, and fails a
+validation beyond a bound."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Real graphs from the field: their weights put on a grid, converted, read back; onnxruntime says the same before and after."""
+"""Real graphs from the field: their weights put on a grid, converted, read back; onnxruntime says
+the same before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One call decodes and dequantises where all packed weights allow it; what the file says stays the same."""
+"""One call decodes and dequantises where all packed weights allow it; what the file says stays the
+same."""
 
 import contextlib
 import json
@@ -40,7 +41,8 @@ def net():
 
 
 def few_columns(tensors, model):
-    """The second weight reads two input channels only, so that it is coded with its first axes swapped."""
+    """The second weight reads two input channels only, so that it is coded with its first axes
+    swapped."""
     tensors[1].levels[:, 2:] = 0
     with torch.no_grad():
         model[2].weight.copy_(torch.from_numpy(tensors[1].dequantize()))

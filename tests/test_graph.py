@@ -19,7 +19,8 @@ FLOAT = TensorProto.FLOAT
 
 
 def branches() -> ModelProto:
-    """y = x @ W or x @ V, both matrices called `w` and lying inside the branches: one as initializer, one as Constant."""
+    """y = x @ W or x @ V, both matrices called `w` and lying inside the branches: one as
+    initializer, one as Constant."""
 
     def branch(values: np.ndarray, *, constant: bool):
         tensor = numpy_helper.from_array(values, "w")
@@ -41,7 +42,8 @@ def branches() -> ModelProto:
 
 
 def body(operator: str) -> ModelProto:
-    """Three times h = h @ W + h, W lying inside the body of a Loop, or of a Scan over three unused slices."""
+    """Three times h = h @ W + h, W lying inside the body of a Loop, or of a Scan over three unused
+    slices."""
     tensor = numpy_helper.from_array(quantized("w", (4, 4), step=0.0625).dequantize(), "w")
     steps = [
         helper.make_node("MatMul", ["h", "w"], ["p"]),
@@ -214,10 +216,17 @@ def test_external_data_is_read_from_beside_the_model(tmp_path):
 @pytest.mark.parametrize(
     "entries",
     [
-        {"location": "../w.bin"}, {"location": "/etc/passwd"}, {"location": ""}, {"location": "none.bin"}, {"offset": "9"},
-        {"offset": "-8"}, {"offset": "x"}, {"length": "47"}, {"length": str(1 << 60)},
+        {"location": "../w.bin"},
+        {"location": "/etc/passwd"},
+        {"location": ""},
+        {"location": "none.bin"},
+        {"offset": "9"},
+        {"offset": "-8"},
+        {"offset": "x"},
+        {"length": "47"},
+        {"length": str(1 << 60)},
     ],
-)  # fmt: skip
+)
 def test_external_data_elsewhere_or_of_another_length_is_refused(entries, tmp_path):
     external(tmp_path, **entries)
     with pytest.raises(FileError, match="'w'"):

@@ -1,4 +1,5 @@
-"""What `inspect` says of files: the rows of the weights, and an account of the bytes that leaves none out."""
+"""What `inspect` says of files: the rows of the weights, and an account of the bytes that leaves
+none out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Whole networks on integer kernels: what runs on floats says why, in every target that takes them; and what `validate` says."""
+"""Whole networks on integer kernels: what runs on floats says why, in every target that takes them;
+and what `validate` says."""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ def test_every_target_that_takes_integers_gets_the_same_ones(small, target, tmp_
     api.convert(path, out, activations="int8", calibration=dataset, target=target)
     api.convert(path, tmp_path / "reference.onnx", activations="int8", calibration=dataset)
     x, _ = next(dataset.test.batches(4))
-    # The same integers in another order of addition are the same integers; only the float ends may round differently.
+    # The same integers in another order of addition are the same integers; only the float ends may
+    # round differently.
     expected = run(open_session(tmp_path / "reference.onnx"), (x,))[0]
     np.testing.assert_allclose(run(open_session(out), (x,))[0], expected, rtol=1e-5, atol=1e-5)
     if out.suffix == ".onnx":

@@ -1,4 +1,5 @@
-"""Every layer kind, from PyTorch through ONNX to onnxruntime, folded and standard, at two optimisation levels."""
+"""Every layer kind, from PyTorch through ONNX to onnxruntime, folded and standard, at two
+optimisation levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Where a QuantTensor sits in the graph: by name, by value, by rows, and up to a BatchNorm factor."""
+"""Where a QuantTensor sits in the graph: by name, by value, by rows, and up to a BatchNorm
+factor."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def tensor(
 
 
 def only(weights: dict[str, np.ndarray], *tensors: QuantTensor) -> GraphWeight:
-    """The one weight that is found; it has the graph's values bit for bit, or to BATCHNORM_ROUNDING."""
+    """The one weight that is found; it has the graph's values bit for bit, or to
+    BATCHNORM_ROUNDING."""
     matching = match(weights, tensors)
     assert not matching.missing
     (weight,) = matching.found

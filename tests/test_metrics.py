@@ -21,7 +21,8 @@ from ecqx_onnx.validation.metrics import (
 
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"),
-    # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 1998, table I, method 3.
+    # Newcombe, "Two-sided confidence intervals for the single proportion", Statistics in Medicine
+    # 1998, table I, method 3.
     [
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),

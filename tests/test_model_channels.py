@@ -34,7 +34,8 @@ def test_a_folder_with_any_color_is_read_in_color_whatever_its_first_file_is(tmp
 def test_a_folder_is_read_in_the_channels_of_the_model(tmp_path, channels):
     (tmp_path / "user.py").write_text(
         "from torch import nn\n\ndef network():\n"
-        f"    return nn.Sequential(nn.Conv2d({channels}, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))\n"
+        f"    return nn.Sequential(nn.Conv2d({channels}, 4, 3), nn.ReLU(), nn.Flatten(), "
+        "nn.Linear(64, 2))\n"
     )
     data = mixed_folder(tmp_path / "data")
     api.quantize(f"{tmp_path / 'user.py'}:network", data=data, out=tmp_path / "m.pt", **QUICK)

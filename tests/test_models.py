@@ -1,4 +1,5 @@
-"""The reference networks: they export with any batch size, and load the public checkpoints to their known accuracy."""
+"""The reference networks: they export with any batch size, and load the public checkpoints to their
+known accuracy."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Declaring a newer opset: agrees with onnx's version converter on every operator; raising an old graph: the same outputs."""
+"""Declaring a newer opset: agrees with onnx's version converter on every operator; raising an old
+graph: the same outputs."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def _exists(name: str, version: int) -> bool:
 
 
 def smallest_model(name: str, opset: int) -> ModelProto | None:
-    """One node with its required inputs and attributes, and an axis where it has one; None for one that can't be made up."""
+    """One node with its required inputs and attributes, and an axis where it has one; None for one
+    that can't be made up."""
     schema = defs.get_schema(name, opset)
     allowed = {
         constraint.type_param_str: constraint.allowed_type_strs
@@ -136,7 +138,8 @@ def test_an_attribute_that_became_an_input_matters_only_where_a_node_states_it()
 
 
 def old_graph(levels: np.ndarray) -> ModelProto:
-    """Opset 9: Squeeze and Unsqueeze with attributes, Softmax over all axes from the second on, weights of three values."""
+    """Opset 9: Squeeze and Unsqueeze with attributes, Softmax over all axes from the second on,
+    weights of three values."""
     nodes = [
         helper.make_node("Unsqueeze", ["x"], ["a"], axes=[1]),
         helper.make_node("Squeeze", ["a"], ["b"], axes=[1]),

@@ -1,4 +1,5 @@
-"""`replace_on_success`: whole or not at all, one winner among writers, leftovers go with the next one."""
+"""`replace_on_success`: whole or not at all, one winner among writers, leftovers go with the next
+one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The packed codec: every tensor comes back exactly, by numpy and by onnxruntime, and damage is told."""
+"""The packed codec: every tensor comes back exactly, by numpy and by onnxruntime, and damage is
+told."""
 
 import dataclasses
 import subprocess
@@ -173,7 +174,8 @@ def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, see
 
 @pytest.mark.parametrize("form", stream_module.ContextModel)
 def test_where_a_stream_has_lanes_enough_nothing_is_left_over_behind_it(form):
-    """So that its last tensor's entries need not be cut off. Behind the last word are ones that end none."""
+    """So that its last tensor's entries need not be cut off. Behind the last word are ones that end
+    none."""
     for seed in range(20):
         sparse = np.sign(levels((120, 90 + seed), zeros=0.9, seed=seed))
         made = pack([levels((7, 5)), sparse], form=form)
@@ -371,7 +373,8 @@ def test_the_second_stage_is_for_large_files():
 
 @pytest.mark.slow
 def test_a_tensor_of_more_than_2_to_the_31_unpacked_bits_comes_back():
-    """2.4e9 bits as int8 and at the two ends of it: every index is below the number of weights, and int32 holds that."""
+    """2.4e9 bits as int8 and at the two ends of it: every index is below the number of weights, and
+    int32 holds that."""
     size = 300_000_000
     tensor = np.zeros(size, np.int8)
     generator = np.random.default_rng(0)
@@ -393,7 +396,8 @@ def test_a_tensor_of_more_than_2_to_the_31_unpacked_bits_comes_back():
     not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc"
 )
 def test_two_stages_need_less_memory_at_load(monkeypatch, tmp_path):
-    """Peak of a fresh process, over its peak before: 20 layers of 0.2 M weights, each behind a Cast as `convert` puts it."""
+    """Peak of a fresh process, over its peak before: 20 layers of 0.2 M weights, each behind a Cast
+    as `convert` puts it."""
     peaks = {}
     for name, threshold in (("one", 1 << 40), ("two", 1)):
         monkeypatch.setattr(choices, "STAGED_FROM", threshold)
@@ -409,9 +413,11 @@ def test_two_stages_need_less_memory_at_load(monkeypatch, tmp_path):
         onnx.save(model, tmp_path / "m.onnx")
         code = (
             "import onnxruntime as ort, sys; "
-            "peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]); "
+            "peak = lambda: int(next(l for l in open('/proc/self/status') if "
+            "l.startswith('VmHWM')).split()[1]); "
             "before = peak(); o = ort.SessionOptions(); o.log_severity_level = 3; "
-            "s = ort.InferenceSession(sys.argv[1], o, providers=['CPUExecutionProvider']); print(peak() - before)"
+            "s = ort.InferenceSession(sys.argv[1], o, providers=['CPUExecutionProvider']); "
+            "print(peak() - before)"
         )
         command = [sys.executable, "-c", code, str(tmp_path / "m.onnx")]
         peaks[name] = min(
@@ -468,7 +474,8 @@ def test_golden_bytes_stand(name, count, slots, form):
 
 
 def test_a_stream_written_by_hand_is_read():
-    """Words 0: one down, value 1; 10: two down, value -1; 11: four zeros. From the last level on: 1 0 -1 0 0 0 0 1 0."""
+    """Words 0: one down, value 1; 10: two down, value -1; 11: four zeros. From the last level on: 1
+    0 -1 0 0 0 0 1 0."""
     tree_bits = np.array([1, 0, 1, 1] + [1] * 4)
     payload = np.packbits([0, 1, 0, 1, 1, 0, 1, 1])[
         None
@@ -482,8 +489,8 @@ def test_a_stream_written_by_hand_is_read():
 
 
 def test_a_stream_of_three_contexts_written_by_hand_is_read():
-    """0 says one down, 1, and 1 one down, -1, behind a positive level. Behind a negative one 0 says a zero, and 1 one down, 2;
-    behind a zero 0 says one down, -1, and 1 two down, 1."""
+    """0 says one down, 1, and 1 one down, -1, behind a positive level. Behind a negative one 0 says
+    a zero, and 1 one down, 2; behind a zero 0 says one down, -1, and 1 two down, 1."""
     tree_bits = np.array(
         [0, 0, 0, 0, *[1] * 6, *[1] * 6]
     )  # the root, its two children, two of the first, six leaves
@@ -513,7 +520,8 @@ def test_a_stream_of_three_contexts_written_by_hand_is_read():
 
 @pytest.mark.parametrize("version", [2, 3, 4])
 def test_files_of_all_formats_are_read_and_the_last_is_written(version):
-    """2: two contexts, and payloads whose lanes are rows. 3: bits of the tree in the order of bytes. 4: compact."""
+    """2: two contexts, and payloads whose lanes are rows. 3: bits of the tree in the order of
+    bytes. 4: compact."""
     tensors = [smooth((90, 90)), levels((100, 90), zeros=0.05, top=4)]
     model = onnx.load(Path(__file__).parent / "golden" / f"packed-format-{version}.onnx")
     assert_same(read(model, 2), tensors)
@@ -630,7 +638,8 @@ def initializer(model, place):
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", ["a net", "two streams, one without signs"])
 def test_damaged_files_never_crash_and_never_pass_for_whole(name, compact, monkeypatch):
-    """Each byte of each array changed or cut: an error, or other levels (which the CRC tells), or a byte that says nothing."""
+    """Each byte of each array changed or cut: an error, or other levels (which the CRC tells), or a
+    byte that says nothing."""
     monkeypatch.setattr(choices, "COMPACT_BELOW", LARGE if compact else 0)
     tensors = CASES[name]
     whole = decoder_model(tensors)

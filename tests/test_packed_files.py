@@ -1,4 +1,5 @@
-"""Packed weights in whole files: chosen where the file gets smaller, gone once loaded, and damage is told."""
+"""Packed weights in whole files: chosen where the file gets smaller, gone once loaded, and damage
+is told."""
 
 import contextlib
 from pathlib import Path
@@ -69,7 +70,8 @@ def test_external_data_holds_packed_weights(large, tmp_path):
 
 
 def test_the_file_as_a_whole_decides(large, tmp_path):
-    """Where packing saves more than its decoder takes, auto packs; where it doesn't, auto leaves the weights dense."""
+    """Where packing saves more than its decoder takes, auto packs; where it doesn't, auto leaves
+    the weights dense."""
     sizes = {}
     for name, (_, tensors, graph) in (("large", large), ("small", made(2))):
         for storage in ("auto", "packed", "dense"):

@@ -1,4 +1,5 @@
-"""Quantised graphs of every style, made by hand: packed, they say the same in onnxruntime; unpacked, they are what they were."""
+"""Quantised graphs of every style, made by hand: packed, they say the same in onnxruntime;
+unpacked, they are what they were."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def model(
 
 @dataclass(frozen=True)
 class Case:
-    """integers: how many weights stay integers in the packed graph. level: what the stored levels must be."""
+    """integers: how many weights stay integers in the packed graph. level: what the stored levels
+    must be."""
 
     model: ModelProto
     levels: np.ndarray
@@ -127,7 +129,8 @@ def half() -> Case:
 
 
 def matmul_behind_dequantize_linear() -> Case:
-    """onnxruntime would quantise the activations here (MatMulNBits), silently; the packed graph does not."""
+    """onnxruntime would quantise the activations here (MatMulNBits), silently; the packed graph
+    does not."""
     tensors = [initializer("q", LEVELS.T), initializer("s", STEPS[:1].reshape(()))]
     nodes = [
         helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
@@ -137,7 +140,8 @@ def matmul_behind_dequantize_linear() -> Case:
 
 
 def fake_quantized(*, clipped: bool, per_axis: bool = False) -> Case:
-    """QuantizeLinear -> [Clip] -> DequantizeLinear of floats, a third of them on the edge between two levels."""
+    """QuantizeLinear -> [Clip] -> DequantizeLinear of floats, a third of them on the edge between
+    two levels."""
     steps = np.resize(STEPS, 128) if per_axis else STEPS[:1].reshape(())
     spread = steps[:, None] if per_axis else steps
     noise = rng.choice([-0.5, 0.0, 0.3], LEVELS.shape).astype(np.float32)
@@ -162,11 +166,15 @@ def fake_quantized(*, clipped: bool, per_axis: bool = False) -> Case:
 
 
 def quantized_activations(*, fake: bool = False) -> Case:
-    """Conv between Q/DQ pairs: runtimes make QLinearConv of it, so the weight's DequantizeLinear must stay."""
+    """Conv between Q/DQ pairs: runtimes make QLinearConv of it, so the weight's DequantizeLinear
+    must stay."""
     tensors = [
-        initializer("s", np.float32(0.05)), initializer("z", np.uint8(128)), initializer("ws", np.float32(0.5)),
-        initializer("wz", np.int8(0)), initializer("q", KERNELS),
-    ]  # fmt: skip
+        initializer("s", np.float32(0.05)),
+        initializer("z", np.uint8(128)),
+        initializer("ws", np.float32(0.5)),
+        initializer("wz", np.int8(0)),
+        initializer("q", KERNELS),
+    ]
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
         helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xf"]),
@@ -186,9 +194,12 @@ def integer_operator(operator: str) -> Case:
     convolution = operator in ("QLinearConv", "ConvInteger")
     weight = KERNELS if convolution else LEVELS.T.copy()
     tensors = [
-        initializer("s", np.float32(0.05)), initializer("z", np.uint8(120)), initializer("q", weight),
-        initializer("ws", np.float32(0.5)), initializer("wz", np.int8(0)),
-    ]  # fmt: skip
+        initializer("s", np.float32(0.05)),
+        initializer("z", np.uint8(120)),
+        initializer("q", weight),
+        initializer("ws", np.float32(0.5)),
+        initializer("wz", np.int8(0)),
+    ]
     nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["a"])]
     shape = ["n", 64, 10] if convolution else ["n", 128]
     if operator.endswith("Integer"):
@@ -252,10 +263,16 @@ def branches(levels: np.ndarray = LEVELS) -> Case:
 def loop() -> Case:
     """h = Gemm(h, W) three times, W behind DequantizeLinear in the body of a Loop."""
     square = LEVELS
-    infos = [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in (
-        ("i", TensorProto.INT64, []), ("c", TensorProto.BOOL, []), ("h", FLOAT, None), ("c_out", TensorProto.BOOL, []),
-        ("h_out", FLOAT, None),
-    )]  # fmt: skip
+    infos = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("i", TensorProto.INT64, []),
+            ("c", TensorProto.BOOL, []),
+            ("h", FLOAT, None),
+            ("c_out", TensorProto.BOOL, []),
+            ("h_out", FLOAT, None),
+        )
+    ]
     body = helper.make_graph(
         [
             helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
@@ -311,14 +328,17 @@ CASES: Mapping[str, Case] = {
     "QCDQ per axis": fake_quantized(clipped=True, per_axis=True),
     "quantised activations": quantized_activations(),
     "quantised activations, weight from floats": quantized_activations(fake=True),
-    **{name: integer_operator(name) for name in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm")},
+    **{
+        name: integer_operator(name)
+        for name in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm")
+    },
     "Constant nodes": constants(),
     "If": branches(),
     "Loop": loop(),
     "floats on a grid": floats([0.0, 0.5, -0.5]),
     "floats of a codebook": floats([0.0, 0.3, -0.17]),
     "initializers as inputs": old_inputs(),
-}  # fmt: skip
+}
 
 
 def packed(case: Case, folder: Path, **options) -> tuple[Path, pack_module.PackReport]:
@@ -346,8 +366,17 @@ def test_every_style_of_quantisation_is_packed_without_loss(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_a_packed_model_is_unpacked_to_what_it_was(name, tmp_path):
     path, _ = packed(CASES[name], tmp_path)
-    x = [rng.standard_normal([length if isinstance(length, int) else 3 for length in shape]).astype(np.float32) for shape in
-         [[dim.dim_value or dim.dim_param for dim in CASES[name].model.graph.input[0].type.tensor_type.shape.dim]]]  # fmt: skip
+    x = [
+        rng.standard_normal([length if isinstance(length, int) else 3 for length in shape]).astype(
+            np.float32
+        )
+        for shape in [
+            [
+                dim.dim_value or dim.dim_param
+                for dim in CASES[name].model.graph.input[0].type.tensor_type.shape.dim
+            ]
+        ]
+    ]
     expected = run(open_session(tmp_path / "original.onnx", level="disabled"), x)
     for options in ({}, {"floats": True}, {"target": "onnxruntime", "dequantize": "folded"}):
         unpack(path, tmp_path / "dense.onnx", force=True, **options)

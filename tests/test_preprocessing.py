@@ -111,7 +111,8 @@ def test_json_reads_back_to_an_equal_value(preprocessing):
 def test_json_is_one_stable_line():
     text = Preprocessing("image", scale=255.0, mean=(0.5,), std=(0.25,)).to_json()
     assert text == (
-        '{"image_shape": null, "kind": "image", "mean": [0.5], "samples": null, "scale": 255.0, "spectrum": null, '
+        '{"image_shape": null, "kind": "image", "mean": [0.5], "samples": null, "scale": 255.0, '
+        '"spectrum": null, '
         '"std": [0.25], "version": 1}'
     )
 
@@ -151,9 +152,21 @@ def test_hostile_json_is_one_clear_file_error(change, word):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "null", "[]", '"image"', "{}", '{"version": 1, "scale": NaN}', '{"version": 1, "mean": [1e999]}',
-     "[" * 50_000, "9" * 90_000, "x" * 200_000, '{"version": 1, "\\ud800": 1}'],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        '"image"',
+        "{}",
+        '{"version": 1, "scale": NaN}',
+        '{"version": 1, "mean": [1e999]}',
+        "[" * 50_000,
+        "9" * 90_000,
+        "x" * 200_000,
+        '{"version": 1, "\\ud800": 1}',
+    ],
+)
 def test_text_that_is_no_preprocessing_is_a_file_error(text):
     with pytest.raises(FileError, match="recorded preprocessing"):
         Preprocessing.from_json(text)
@@ -161,9 +174,19 @@ def test_text_that_is_no_preprocessing_is_a_file_error(text):
 
 @pytest.mark.parametrize(
     "change",
-    [{"hop": 0}, {"frame_length": 10**9}, {"mel_bands": 0}, {"fft_length": 16}, {"coefficients": 7}, {"high_hz": 5000.0},
-     {"low_hz": -1.0}, {"floor": 0.0}, {"floor": float("nan")}, {"sample_rate": 8000.0}],
-)  # fmt: skip
+    [
+        {"hop": 0},
+        {"frame_length": 10**9},
+        {"mel_bands": 0},
+        {"fft_length": 16},
+        {"coefficients": 7},
+        {"high_hz": 5000.0},
+        {"low_hz": -1.0},
+        {"floor": 0.0},
+        {"floor": float("nan")},
+        {"sample_rate": 8000.0},
+    ],
+)
 def test_spectra_that_cannot_be_are_refused(change):
     with pytest.raises(OptionError):
         Spectrum(**{**vars(SPECTRUM), **change})

@@ -1,4 +1,5 @@
-"""Every command says how raw data reach the model and who decided it; what is probably wrong is said, too."""
+"""Every command says how raw data reach the model and who decided it; what is probably wrong is
+said, too."""
 
 import re
 import sys
@@ -230,7 +231,10 @@ QUICK = {"epochs": 0, "relevance": None, "bits": 4}
 
 def factory_file(tmp_path, extra=""):
     text = "from torch import nn\nfrom ecqx_onnx import Preprocessing\n" + extra
-    text += "\ndef network():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))\n"
+    text += (
+        "\ndef network():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), "
+        "nn.Linear(32, 10))\n"
+    )
     (tmp_path / "user.py").write_text(text)
     return f"{tmp_path / 'user.py'}:network"
 

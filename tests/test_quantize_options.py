@@ -1,4 +1,5 @@
-"""`ecqx-onnx quantize` as a command: its options reach the training, recipes repeat it, torchrun and kill -9 change nothing."""
+"""`ecqx-onnx quantize` as a command: its options reach the training, recipes repeat it, torchrun
+and kill -9 change nothing."""
 
 import inspect
 import json
@@ -128,12 +129,35 @@ def test_every_option_reaches_the_training(place, monkeypatch):
 
     monkeypatch.setattr("ecqx_onnx.quantization.train", watched)
     expected = {
-        "bits": {"*": 4, "0.*": 2}, "entropy_weight": 0.2, "step": "least_squares", "step_rate": 0.002, "levels": "asymmetric",
-        "granularity": "channel", "exclude": ("2.*",), "zero_floor": 0.4, "size_exponent": 0.5, "refresh_every": 2,
-        "relevance_samples": 7, "relevance_memory": 0.8, "relevance_until": 0.7, "keep": 0.05, "prune": 0.15, "rho": 3.0,
-        "epochs": 1, "learning_rate": 0.01, "schedule": "constant", "batch_size": 32, "distillation": 0.5, "temperature": 3.0,
-        "entropy_ramp": 0.1, "precision": "bfloat16", "gradient": "absolute", "activations": "int8", "validation": 0.2, "seed": 3,
-    }  # fmt: skip
+        "bits": {"*": 4, "0.*": 2},
+        "entropy_weight": 0.2,
+        "step": "least_squares",
+        "step_rate": 0.002,
+        "levels": "asymmetric",
+        "granularity": "channel",
+        "exclude": ("2.*",),
+        "zero_floor": 0.4,
+        "size_exponent": 0.5,
+        "refresh_every": 2,
+        "relevance_samples": 7,
+        "relevance_memory": 0.8,
+        "relevance_until": 0.7,
+        "keep": 0.05,
+        "prune": 0.15,
+        "rho": 3.0,
+        "epochs": 1,
+        "learning_rate": 0.01,
+        "schedule": "constant",
+        "batch_size": 32,
+        "distillation": 0.5,
+        "temperature": 3.0,
+        "entropy_ramp": 0.1,
+        "precision": "bfloat16",
+        "gradient": "absolute",
+        "activations": "int8",
+        "validation": 0.2,
+        "seed": 3,
+    }
     typed = (
         *(
             "--bits",
@@ -242,7 +266,10 @@ def test_a_recipe_repeats_a_run_and_typed_options_win_over_it(place):
         "exclude": ["*.bias"],
     }
     (place / "a.json").write_text(json.dumps(values))
-    lines = 'granularity = "channel"\nrelevance = "none"\nepochs = 1\nexclude = ["*.bias"]\n[bits]\n"0.*" = 2\n"2.*" = 3\n'
+    lines = (
+        'granularity = "channel"\nrelevance = "none"\nepochs = 1\nexclude = '
+        '["*.bias"]\n[bits]\n"0.*" = 2\n"2.*" = 3\n'
+    )
     (place / "a.toml").write_text(lines)
     for name in ("a.json", "a.toml", "a.pt"):
         run(place, "again.pt", "--recipe", place / name, "--force")

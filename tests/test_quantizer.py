@@ -1,4 +1,5 @@
-"""The quantizer in any training loop: it attaches, keeps the parameters on their levels, and lets go again."""
+"""The quantizer in any training loop: it attaches, keeps the parameters on their levels, and lets
+go again."""
 
 import copy
 import shutil
@@ -168,7 +169,8 @@ def test_entropy_scale_is_kept_in_the_state():
 
 
 def test_a_gradient_scaler_that_skips_a_step_leaves_the_levels_alone():
-    """torch.amp's scaler multiplies the loss, divides the gradients, and takes no step where they overflow."""
+    """torch.amp's scaler multiplies the loss, divides the gradients, and takes no step where they
+    overflow."""
     model = small_net()
     quantizer, optimizer = (
         Quantizer(model, relevance=None),
@@ -483,7 +485,7 @@ def test_a_diverging_training_is_named():
         quantizer.step()
 
 
-def test_a_batch_that_is_missing_or_does_not_fit_is_refused_and_one_that_is_not_finite_is_left_out():
+def test_a_batch_that_is_missing_or_does_not_fit_is_refused_and_a_non_finite_one_left_out():
     quantizer = Quantizer(small_net())
     with pytest.raises(OptionError, match="needs the batch"):
         quantizer.step()

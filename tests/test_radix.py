@@ -1,4 +1,5 @@
-"""Several levels in a byte: exact back and forth in numpy and in onnxruntime, and refused when damaged."""
+"""Several levels in a byte: exact back and forth in numpy and in onnxruntime, and refused when
+damaged."""
 
 import numpy as np
 import onnx

@@ -40,7 +40,8 @@ def test_packed_weights_of_the_format_before_are_read():
 
 
 def initializer(model: ModelProto, *, dequantized: int, position: int) -> TensorProto:
-    """What the dequantisation of the n-th weight reads at an input: 0 are the levels, 1 the step or codebook."""
+    """What the dequantisation of the n-th weight reads at an input: 0 are the levels, 1 the step or
+    codebook."""
     name = model.graph.node[dequantized].input[position]
     return next(tensor for tensor in model.graph.initializer if tensor.name == name)
 
@@ -107,12 +108,24 @@ NAME, CRC, VALUE, LEVELS, LAYOUT, STORAGE, SOURCES = range(7)
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (NAME, 5), (SOURCES, 5), (SOURCES, [5]), (LAYOUT, 3), (STORAGE, 5), (STORAGE, "zip"), (STORAGE, "sparse"), (CRC, "x"),
-        (CRC, None), (LEVELS, "nothing"), (LEVELS, "x"), (LEVELS, ""), (LEVELS, []),
-        (VALUE, "other"), (VALUE, "y"),
+        (NAME, 5),
+        (SOURCES, 5),
+        (SOURCES, [5]),
+        (LAYOUT, 3),
+        (STORAGE, 5),
+        (STORAGE, "zip"),
+        (STORAGE, "sparse"),
+        (CRC, "x"),
+        (CRC, None),
+        (LEVELS, "nothing"),
+        (LEVELS, "x"),
+        (LEVELS, ""),
+        (LEVELS, []),
+        (VALUE, "other"),
+        (VALUE, "y"),
         (VALUE, None),
     ],
-)  # fmt: skip
+)
 def test_a_record_that_lies_is_refused(place, value):
     with pytest.raises(FileError):
         read_weights(with_record(place, value))
@@ -120,11 +133,27 @@ def test_a_record_that_lies_is_refused(place, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "no base 85", "c", "[]", "null", "5", '{"format":3}', '{"format":5,"tensors":null}',
-     '{"format":2,"tensors":[]}', '{"format":3,"tensors":[[]]}',
-     '{"format":3,"tensors":[7]}', '{"format":3,"tensors":""}', '{"format":3,"tensors":"no base 85"}',
-     '{"format":3,"tensors":"c"}', '{"format":3,"tensors":{}}', '{"format":3,"tensors":[["w",0,"b","a",0,0,0,0]]}', "[" * 100000],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "no base 85",
+        "c",
+        "[]",
+        "null",
+        "5",
+        '{"format":3}',
+        '{"format":5,"tensors":null}',
+        '{"format":2,"tensors":[]}',
+        '{"format":3,"tensors":[[]]}',
+        '{"format":3,"tensors":[7]}',
+        '{"format":3,"tensors":""}',
+        '{"format":3,"tensors":"no base 85"}',
+        '{"format":3,"tensors":"c"}',
+        '{"format":3,"tensors":{}}',
+        '{"format":3,"tensors":[["w",0,"b","a",0,0,0,0]]}',
+        "[" * 100000,
+    ],
+)
 def test_metadata_that_is_no_metadata_is_refused(text):
     model = written()
     next(entry for entry in model.metadata_props if entry.key == METADATA_KEY).value = text

@@ -1,4 +1,5 @@
-"""The recipes beside the paper's networks: each runs through the command line, on folders as users have them."""
+"""The recipes beside the paper's networks: each runs through the command line, on folders as users
+have them."""
 
 import importlib.util
 import json

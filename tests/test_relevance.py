@@ -1,4 +1,5 @@
-"""Relevances against LRP by hand, against zennit's own hooks, and conserved on models as people write them."""
+"""Relevances against LRP by hand, against zennit's own hooks, and conserved on models as people
+write them."""
 
 import importlib
 from pathlib import Path
@@ -32,7 +33,8 @@ def relevances_of(model, x, y, *, composite="epsilon_plus_flat", start="ones", n
 
 
 class KeywordNet(nn.Module):
-    """Conv without padding, strided conv, two dense layers: everything that the hand oracle covers."""
+    """Conv without padding, strided conv, two dense layers: everything that the hand oracle
+    covers."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +97,8 @@ def test_weight_relevances_equal_lrp_by_hand(start):
 
 
 def test_input_relevance_equals_zennits_own_attribution():
-    """The same rules, attached by zennit's Composite.register, give the same relevance at the input of a residual net."""
+    """The same rules, attached by zennit's Composite.register, give the same relevance at the input
+    of a residual net."""
     torch.manual_seed(1)
 
     class Residual(nn.Module):
@@ -191,7 +194,8 @@ class Reused(nn.Module):
 
 
 def whole_model(name):
-    """(model, input shape): no bias, BatchNorm without a shift (which is a bias), with statistics that keep every depth alive."""
+    """(model, input shape): no bias, BatchNorm without a shift (which is a bias), with statistics
+    that keep every depth alive."""
     torch.manual_seed(3)
     if name in SMALL:
         return SMALL[name][0](), SMALL[name][1]
@@ -257,7 +261,8 @@ def test_without_the_sum_rule_relevance_would_double_at_a_residual_addition():
 
 
 class Standardized(nn.Conv2d):
-    """Its weight is standardised in each forward pass: gradient times input through that sums to zero."""
+    """Its weight is standardised in each forward pass: gradient times input through that sums to
+    zero."""
 
     def forward(self, x):
         w = self.weight
@@ -351,7 +356,8 @@ def test_relevance_is_conserved_down_to_the_input_of_models_that_compute_with_th
     biases = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     for bias in biases:
         bias.data.zero_()
-    # Flat, the first layer's rule, hands a convolution's share on to inputs that are zero, which the first state is
+    # Flat, the first layer's rule, hands a convolution's share on to inputs that are zero, which
+    # the first state is
     captured, composite = [], "epsilon_plus" if name == "ConvLstm" else "epsilon_plus_flat"
     background = {n: p.detach() for n, p in model.named_parameters() if p.ndim >= 2}
     relevances = Relevances(model, list(background), composite=composite, start="ones")
@@ -368,7 +374,7 @@ def test_relevance_is_conserved_down_to_the_input_of_models_that_compute_with_th
             assert float(found[weight].sum()) == pytest.approx(2.0, rel=0.01), weight
 
 
-def test_softmax_and_a_constant_divided_by_a_layer_are_told_since_relevance_is_not_conserved_there():
+def test_softmax_and_a_constant_divided_by_a_layer_are_told_as_relevance_is_not_conserved_there():
     class Dividing(Gated):
         def forward(self, x):
             x = F.silu(self.first(x))
@@ -446,7 +452,8 @@ def test_recurrent_and_attention_weights_get_relevance_and_the_report_names_the_
 
 
 def test_gradient_times_input_of_a_kernel_is_its_formula():
-    """LSTM weights: r_w = w ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂w, computed here without any of the machinery."""
+    """LSTM weights: r_w = w ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂w, computed here without any of the
+    machinery."""
     torch.manual_seed(7)
     model = Recurrent().double().eval()
     tokens, y = torch.randint(0, 10, (3, 7)), torch.tensor([0, 1, 2])

@@ -1,4 +1,5 @@
-"""A training never ends because of its relevances: what fails in them falls back to plain ECQ, and the report says why."""
+"""A training never ends because of its relevances: what fails in them falls back to plain ECQ, and
+the report says why."""
 
 import copy
 
@@ -278,7 +279,7 @@ def test_a_model_that_relevances_cannot_look_into_trains_with_plain_ecq(make):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old"])
-def test_a_parametrized_layer_is_crossed_by_relevance_and_stays_float_with_one_sentence_on_what_to_do(
+def test_a_parametrized_layer_is_crossed_by_relevance_and_stays_float_and_is_told_what_to_do(
     kind,
 ):
     torch.manual_seed(0)

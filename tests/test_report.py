@@ -1,4 +1,5 @@
-"""The report's page shows the checkpoint's own numbers, escapes every word, and needs nothing but itself."""
+"""The report's page shows the checkpoint's own numbers, escapes every word, and needs nothing but
+itself."""
 
 from __future__ import annotations
 

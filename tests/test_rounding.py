@@ -1,4 +1,5 @@
-"""Rounding without training: errors cancel over each window and each output; outputs move less than with the nearest levels."""
+"""Rounding without training: errors cancel over each window and each output; outputs move less than
+with the nearest levels."""
 
 from __future__ import annotations
 

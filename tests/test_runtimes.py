@@ -1,4 +1,5 @@
-"""Slow: written files load and say the same in every onnxruntime that their target promises, old and new side by side."""
+"""Slow: written files load and say the same in every onnxruntime that their target promises, old
+and new side by side."""
 
 from __future__ import annotations
 
@@ -39,12 +40,14 @@ TARGETS = {
     "qdq": ("1.20.1", "1.23.2", "1.24.1", "current"),
 }
 BATCH = 5
-# Sums here have at most 256 terms; two float32 orders of summation differ by at most 2^-24 of a few times that.
+# Sums here have at most 256 terms; two float32 orders of summation differ by at most 2^-24 of a few
+# times that.
 FLOAT32_SUMS = 256 * 2.0**-24
 
 
 class Net(torch.nn.Module):
-    """Every kind of weight: 4D with BatchNorm behind it, depthwise, matrix, embedding with a Reshape behind it, LSTM."""
+    """Every kind of weight: 4D with BatchNorm behind it, depthwise, matrix, embedding with a
+    Reshape behind it, LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +92,8 @@ def environment(request) -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             pytest.skip(
-                f"pip cannot install onnxruntime {request.param} here: {done.stderr.strip().splitlines()[-1]}"
+                f"pip cannot install onnxruntime {request.param} here: "
+                f"{done.stderr.strip().splitlines()[-1]}"
             )
         (folder / ".complete").touch()
     return {**os.environ, "PYTHONPATH": str(folder)}
@@ -99,7 +103,8 @@ def combinations():
     for target, runtimes in TARGETS.items():
         for storage in ("dense", "sparse", "packed"):
             for dequantize in ("folded", "standard"):
-                # Cast takes INT4 from 1.23 on; "qdq" promises standard DequantizeLinear, and that 1.20 has for INT4.
+                # Cast takes INT4 from 1.23 on; "qdq" promises standard DequantizeLinear, and that
+                # 1.20 has for INT4.
                 able = [
                     name
                     for name in runtimes
@@ -194,7 +199,8 @@ def test_streams_of_several_contexts_fold_in_every_runtime(
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
 def test_an_ort_file_says_the_same_in_old_runtimes_too(environment, checkpoint, tmp_path):
-    """It promises only runtimes that are not older than the one that converts; those from 1.17 load it as well."""
+    """It promises only runtimes that are not older than the one that converts; those from 1.17 load
+    it as well."""
     api.convert(checkpoint, tmp_path / "net.ort", target="onnxruntime-mobile")
     x = np.random.default_rng(0).standard_normal((BATCH, 1, 8, 8)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)

@@ -21,7 +21,8 @@ from tests.onnx_torch_pairs import make_pair
 
 
 class HardCoded(torch.nn.Module):
-    """All that makes a model hard to raise to float64: an LSTM, attention, a state and a cast of fixed dtype."""
+    """All that makes a model hard to raise to float64: an LSTM, attention, a state and a cast of
+    fixed dtype."""
 
     def __init__(self) -> None:
         super().__init__()

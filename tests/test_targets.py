@@ -1,4 +1,5 @@
-"""A row of the table of targets, a test: the file needs no more than the row states, loads there, and says what PyTorch says."""
+"""A row of the table of targets, a test: the file needs no more than the row states, loads there,
+and says what PyTorch says."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ FORMS = [
 
 
 class Net(torch.nn.Module):
-    """4D weights with BatchNorm, a matrix, one weight on three levels that are no multiples of a step."""
+    """4D weights with BatchNorm, a matrix, one weight on three levels that are no multiples of a
+    step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Activations that training rounds to 8 bits: at the places where the int8 file rounds them, with the same ranges."""
+"""Activations that training rounds to 8 bits: at the places where the int8 file rounds them, with
+the same ranges."""
 
 from __future__ import annotations
 
@@ -24,31 +25,65 @@ from tests.test_activations import CASES, IMAGE, Net, conv
 
 NORMED = {
     "BatchNorm and Relu": (
-        Net(lambda x, a, n, b: b(F.relu(n(a(x)))), a=conv(), n=nn.BatchNorm2d(8), b=conv(8, 4)), IMAGE, {"QLinearConv": 2}, 1,
+        Net(lambda x, a, n, b: b(F.relu(n(a(x)))), a=conv(), n=nn.BatchNorm2d(8), b=conv(8, 4)),
+        IMAGE,
+        {"QLinearConv": 2},
+        1,
     ),
-    "BatchNorm in front": (Net(lambda x, n, a: F.relu(a(n(x))), n=nn.BatchNorm2d(3), a=conv()), IMAGE, {"QLinearConv": 1}, 1),
+    "BatchNorm in front": (
+        Net(lambda x, n, a: F.relu(a(n(x))), n=nn.BatchNorm2d(3), a=conv()),
+        IMAGE,
+        {"QLinearConv": 1},
+        1,
+    ),
     "residual block": (
         Net(
             lambda x, a, n, b, m, c: c(F.relu(m(b(F.relu(n(a(x))))) + x[:, :1]).mean((2, 3))),
-            a=conv(), n=nn.BatchNorm2d(8), b=conv(8, 8), m=nn.BatchNorm2d(8), c=nn.Linear(8, 5),
-        ), IMAGE, {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1}, 1,
+            a=conv(),
+            n=nn.BatchNorm2d(8),
+            b=conv(8, 8),
+            m=nn.BatchNorm2d(8),
+            c=nn.Linear(8, 5),
+        ),
+        IMAGE,
+        {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1},
+        1,
     ),
     "in-place operators": (
         Net(
-            lambda x, a, b, c: c(F.relu(b(F.relu(a(x), inplace=True)).add_(x[:, :1]), inplace=True)),
-            a=conv(), b=conv(8, 8), c=conv(8, 4),
-        ), IMAGE, {"QLinearConv": 3, "QLinearAdd": 1}, 1,
+            lambda x, a, b, c: c(
+                F.relu(b(F.relu(a(x), inplace=True)).add_(x[:, :1]), inplace=True)
+            ),
+            a=conv(),
+            b=conv(8, 8),
+            c=conv(8, 4),
+        ),
+        IMAGE,
+        {"QLinearConv": 3, "QLinearAdd": 1},
+        1,
     ),
     "dropout": (
         Net(
-            lambda x, a, d, b: b(d(a(x).mean((2, 3)))), a=conv(), d=nn.Dropout(0.5), b=nn.Linear(8, 5),
-        ), IMAGE, {"QLinearConv": 1, "QGemm": 1}, 1,
+            lambda x, a, d, b: b(d(a(x).mean((2, 3)))),
+            a=conv(),
+            d=nn.Dropout(0.5),
+            b=nn.Linear(8, 5),
+        ),
+        IMAGE,
+        {"QLinearConv": 1, "QGemm": 1},
+        1,
     ),
-    "SiLU": (Net(lambda x, a, b: b(F.silu(a(x))), a=conv(), b=conv(8, 4)), IMAGE, {"QLinearConv": 2, "QLinearSigmoid": 1}, 1),
-}  # fmt: skip
+    "SiLU": (
+        Net(lambda x, a, b: b(F.silu(a(x))), a=conv(), b=conv(8, 4)),
+        IMAGE,
+        {"QLinearConv": 2, "QLinearSigmoid": 1},
+        1,
+    ),
+}
 
 
-# A Relu or Clip that is no part of a kernel works on the bytes before it in the file, and has a range of its own in training.
+# A Relu or Clip that is no part of a kernel works on the bytes before it in the file, and has a
+# range of its own in training.
 OTHER_GRID = ("clip above zero", "residual", "Relu of a value that is read elsewhere")
 
 
@@ -84,7 +119,8 @@ def test_training_rounds_where_the_file_does(name, tmp_path):
     (said,) = run(open_session(tmp_path / "out.onnx"), (x.numpy(),))
     moved = np.abs(rounded - plain).mean()
     assert moved > 0
-    # The same integers but for sums within float32's rounding of a half, and averages, which kernels round their own way.
+    # The same integers but for sums within float32's rounding of a half, and averages, which
+    # kernels round their own way.
     assert np.abs(said - rounded).mean() < (0.6 if name in OTHER_GRID else 0.2) * moved
 
 
@@ -139,7 +175,7 @@ def test_ranges_that_no_training_ends_with_are_refused(tmp_path):
     rest = {name: bounds for name, bounds in checkpoint.ranges.items() if name != entry}
     with pytest.raises(
         OptionError,
-        match=rf"no range for 1 of the \d activations, '{entry}' the first: .* add --calibration DATA",
+        match=rf"no range for 1 of the \d activations, '{entry}' the first: .* add --calibration",
     ):
         api.convert(replace(checkpoint, ranges=rest), tmp_path / "out.onnx", activations="int8")
 

@@ -1,4 +1,5 @@
-"""Validation of hand-made files: right ones pass, each planted error turns the check red that is there for it."""
+"""Validation of hand-made files: right ones pass, each planted error turns the check red that is
+there for it."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def test_a_scale_off_by_a_thousandth_is_found_in_the_outputs(tmp_path):
 
 
 def test_silently_quantised_activations_are_a_loud_failure(tmp_path):
-    # ORT >= 1.25 turns DequantizeLinear + MatMul into MatMulNBits, which rounds activations to 8 bit.
+    # ORT >= 1.25 turns DequantizeLinear + MatMul into MatMulNBits, which rounds activations to 8
+    # bit.
     pair = make_pair(decoding="matmul")
     for index, tensor in enumerate(
         pair.tensors
@@ -337,7 +339,8 @@ def test_stored_and_decoded_weights_of_a_converted_file_are_pytorchs(tmp_path, s
 
 
 def one_level_changed(path: Path, *, checksum_too: bool) -> None:
-    """The first level of the first weight, moved by one; as a clever forger also with the right checksum."""
+    """The first level of the first weight, moved by one; as a clever forger also with the right
+    checksum."""
     model = onnx.load(path)
     stored = next(
         tensor

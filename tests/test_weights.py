@@ -16,7 +16,8 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 class Decoder(nn.Module):
-    """Tokens and positions, a bare matrix as in transformers' Conv1D, experts, gains, a mask: which of these are weights?"""
+    """Tokens and positions, a bare matrix as in transformers' Conv1D, experts, gains, a mask: which
+    of these are weights?"""
 
     def __init__(self):
         super().__init__()

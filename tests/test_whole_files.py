@@ -1,4 +1,5 @@
-"""Is a written file whole? One changed bit anywhere is found: in packed levels, in biases, in attributes, in the metadata."""
+"""Is a written file whole? One changed bit anywhere is found: in packed levels, in biases, in
+attributes, in the metadata."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ from tests.test_packing import CASES
 
 
 class Network(torch.nn.Module):
-    """BatchNorm that folds, BatchNorm that stays, biases, and enough weights that packing them pays."""
+    """BatchNorm that folds, BatchNorm that stays, biases, and enough weights that packing them
+    pays."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +135,8 @@ def test_a_whole_file_passes_alone_and_beside_its_checkpoint(files, floats):
 def test_a_bit_of_any_float_tensor_is_found_beside_the_checkpoint_without_checksum_or_data(
     files, tmp_path, floats
 ):
-    """Of a file of an earlier version, too, whatever the outputs say: a low bit moves them less than rounding does."""
+    """Of a file of an earlier version, too, whatever the outputs say: a low bit moves them less
+    than rounding does."""
     original = onnx.load(files / f"{floats}.onnx")
     without_checksum(original)
     count = len(floats_of(original))
@@ -215,7 +218,8 @@ def test_documentation_and_inferred_shapes_may_be_added(files, tmp_path):
 
 
 def test_a_file_that_the_runtime_decodes_otherwise_than_we_do_fails(files, tmp_path):
-    """All checksums right, and the levels as we read them: only the decoder in the graph is another."""
+    """All checksums right, and the levels as we read them: only the decoder in the graph is
+    another."""
     model = onnx.load(files / "float32.onnx")
     nodes = [node for function in model.functions for node in function.node]
     scaling = [node for node in nodes if node.op_type == "Mul"]

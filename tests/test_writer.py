@@ -1,4 +1,5 @@
-"""Plan -> file: exact bytes, whole or not at all, nothing of ours missing and nothing of the exporter's left."""
+"""Plan -> file: exact bytes, whole or not at all, nothing of ours missing and nothing of the
+exporter's left."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def mixed_plan(**options) -> Plan:
 
 @pytest.mark.parametrize("options", [{}, {"target": "qdq"}, {"target": "onnxruntime-1.17"}])
 def test_bytes_are_golden(options, tmp_path):
-    """A change of these files is a change of the format: look at it, and say so in the CHANGELOG."""
+    """A change of these files is a change of the format: look at it, and say so in the
+    CHANGELOG."""
     write(mixed_plan(**options), tmp_path / "out.onnx", metadata={"tool": "golden"})
     golden = GOLDEN / f"mixed-{options.get('target', 'onnxruntime')}.onnx"
     assert without_metadata(tmp_path / "out.onnx") == without_metadata(golden)
@@ -199,7 +201,8 @@ def test_a_file_of_someone_else_beside_a_new_model_stays(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_above_two_gigabytes_is_written_read_and_run(tmp_path):
-    """Float weights of 2.4 GB stay float beside one quantised weight; nothing of it ever is one protobuf."""
+    """Float weights of 2.4 GB stay float beside one quantised weight; nothing of it ever is one
+    protobuf."""
     width, layers = 8192, 9  # 9 x 268 MB
     weight = quantized("q", (width, 16))
     names = [f"w{i}" for i in range(layers)]

@@ -16,8 +16,9 @@ that dies, more than 30 s, more than 2 GB of resident memory. An input is always
 of a folder takes a zip archive and unpacks it with `folders.unpack`, which can also plant links,
 pipes and huge files.
 
-To add a reader: write the module, run `python -m tests.fuzz NAME`, mend what it finds. An input that
-failed lies in `found/` (not committed); once mended, move it to `corpus/NAME/` under a name that says
-what it is. `tests/test_fuzz_corpus.py` reads the whole corpus again in every run of the tests, so
-keep its files small and few. Mutations depend on nothing but --seed, the reader and the input's number.
+To add a reader: write the module, run `python -m tests.fuzz NAME`, mend what it finds. An input
+that failed lies in `found/` (not committed); once mended, move it to `corpus/NAME/` under a name
+that says what it is. `tests/test_fuzz_corpus.py` reads the whole corpus again in every run of the
+tests, so keep its files small and few. Mutations depend on nothing but --seed, the reader and the
+input's number.
 """

@@ -1,4 +1,5 @@
-"""A command line -> our command in this process; its refusal as an error, anything worse as a failure."""
+"""A command line -> our command in this process; its refusal as an error, anything worse as a
+failure."""
 
 from __future__ import annotations
 

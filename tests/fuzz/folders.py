@@ -1,7 +1,8 @@
 """A zip archive -> a folder with files, links, pipes and huge files, for readers of folders.
 
-A member named `NAME@link` is a symbolic link to its content, `NAME@pipe` a FIFO, `NAME@huge` a sparse
-file of as many bytes as its content says, `NAME@folder` an empty folder, `NAME@loop` a link to itself.
+A member named `NAME@link` is a symbolic link to its content, `NAME@pipe` a FIFO, `NAME@huge` a
+sparse file of as many bytes as its content says, `NAME@folder` an empty folder, `NAME@loop` a link
+to itself.
 """
 
 from __future__ import annotations

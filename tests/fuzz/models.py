@@ -63,7 +63,8 @@ METADATA |= {
 
 
 def foreign_models() -> list[bytes]:
-    """Someone else's: Gemm and MatMul with weights as floats on few values, DequantizeLinear, a branch."""
+    """Someone else's: Gemm and MatMul with weights as floats on few values, DequantizeLinear, a
+    branch."""
     return [
         _serialized(_foreign(style))
         for style in ("levels", "dequantized", "branch", "quantized", "bn")

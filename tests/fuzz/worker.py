@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.worker READER FOLDER SEED FIRST
 
-It goes on until it is stopped. The input lies in FOLDER while it is read, and a copy of one that failed
-stays there, so that the parent can keep it whatever happens here.
+It goes on until it is stopped. The input lies in FOLDER while it is read, and a copy of one that
+failed stays there, so that the parent can keep it whatever happens here.
 """
 
 from __future__ import annotations

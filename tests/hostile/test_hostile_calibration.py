@@ -1,4 +1,5 @@
-"""Calibration data and options that cannot be used: one sentence, exit status 2, no file. And data at the edge of what can be."""
+"""Calibration data and options that cannot be used: one sentence, exit status 2, no file. And data
+at the edge of what can be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Damaged, lying and malicious model files end in one sentence and exit status 2, through the real command line."""
+"""Damaged, lying and malicious model files end in one sentence and exit status 2, through the real
+command line."""
 
 import contextlib
 import io
@@ -49,7 +50,8 @@ def good(tmp_path_factory):
 
 
 def refused(arguments, why, *, out=None):
-    """Runs the command; it must exit 2 with one sentence that says `why`, and leave nothing behind."""
+    """Runs the command; it must exit 2 with one sentence that says `why`, and leave nothing
+    behind."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
     message = result.stderr.strip()
@@ -328,7 +330,8 @@ def test_a_full_disk_leaves_nothing_behind(good, tmp_path):
     out = tmp_path / "out.onnx"
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)); from ecqx_onnx.cli import main; main()"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)); from ecqx_onnx.cli import main; "
+        "main()"
     )
     environment = {
         **os.environ,

@@ -1,4 +1,5 @@
-"""Small .onnx files that claim too much or nonsense: every command that opens one ends in words, soon, in little memory."""
+"""Small .onnx files that claim too much or nonsense: every command that opens one ends in words,
+soon, in little memory."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def peak() -> int:
 
 
 def end_in_words(path: Path, *commands: str) -> list[str]:
-    """What each command said; an assertion if one ended in anything but a result or a sentence, late, or in much memory."""
+    """What each command said; an assertion if one ended in anything but a result or a sentence,
+    late, or in much memory."""
     began, before, said = time.monotonic(), peak(), []
     out = path.with_suffix(".out.onnx")
     for command in commands or ("inspect", "validate", "pack", "unpack"):

@@ -1,4 +1,5 @@
-"""Command lines that are wrong in a likely way: options that would be ignored, files of another kind."""
+"""Command lines that are wrong in a likely way: options that would be ignored, files of another
+kind."""
 
 from __future__ import annotations
 
@@ -290,7 +291,10 @@ def test_a_missing_recipe_is_told_without_a_number(tmp_path):
 
 
 def test_with_json_stdout_holds_nothing_else_even_if_the_users_code_prints(tmp_path):
-    code = "import torch\nprint('hello')\nINPUT_SHAPE = 40,\ndef net():\n  print('building')\n  return torch.nn.Linear(40, 30)\n"
+    code = (
+        "import torch\nprint('hello')\nINPUT_SHAPE = 40,\ndef net():\n  print('building')\n  "
+        "return torch.nn.Linear(40, 30)\n"
+    )
     (tmp_path / "net.py").write_text(code)
     torch.save(torch.nn.Linear(40, 30).state_dict(), tmp_path / "float.pt")
     command = [
@@ -319,7 +323,8 @@ def test_a_full_disk_behind_stdout_is_told(option):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "error: the result can't be written to standard output: No space left on device; what it tells of is done\n"
+        "error: the result can't be written to standard output: No space left on device; what "
+        "it tells of is done\n"
     )
 
 

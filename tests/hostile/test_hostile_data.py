@@ -1,4 +1,5 @@
-"""Data sets that are damaged, that lie about themselves, or that hold what cannot be: each is refused with one clear sentence."""
+"""Data sets that are damaged, that lie about themselves, or that hold what cannot be: each is
+refused with one clear sentence."""
 
 import io
 import struct
@@ -23,7 +24,8 @@ X, Y = np.zeros((10, 3), np.float32), np.arange(10) % 3
 def refusal(
     spec: object, *, preprocessing: Preprocessing | None = None, kind: type[InputError] = DataError
 ) -> str:
-    """The one sentence with which the data set is refused, at the latest when its batches are read."""
+    """The one sentence with which the data set is refused, at the latest when its batches are
+    read."""
     with pytest.raises(InputError) as caught:
         read_all(str(spec), preprocessing)
     assert type(caught.value) is kind, caught.value
@@ -312,10 +314,21 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"BM" + b"\xff" * 60,
-     b"II*\x00" + b"\xff" * 60, b"P5 99999 99999 255\n", png_that_claims(4, 4), png_that_claims(30_000, 30_000),
-     png_that_claims(9000, 9000), png_that_claims(0, 0)],
-)  # fmt: skip
+    [
+        b"",
+        b"not an image",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"\xff\xd8\xff\xe0",
+        b"BM" + b"\xff" * 60,
+        b"II*\x00" + b"\xff" * 60,
+        b"P5 99999 99999 255\n",
+        png_that_claims(4, 4),
+        png_that_claims(30_000, 30_000),
+        png_that_claims(9000, 9000),
+        png_that_claims(0, 0),
+    ],
+)
 def test_damaged_images(tmp_path, content):
     for number in range(8):
         save_image(tmp_path / "cat" / f"{number}.png", np.zeros((4, 4, 3), np.uint8))
@@ -382,10 +395,22 @@ def wav_bytes(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"RIFF", b"\x00" * 99, wav_bytes()[:30], wav_bytes(channels=65), wav_bytes(bits=12), wav_bytes(kind=6, bits=8),
-     wav_bytes(channels=0), wav_bytes(bits=0), wav_bytes(kind=3), wav_bytes(rate=0), wav_bytes(rate=2**32 - 1),
-     wav_bytes(rate=44100)],
-)  # fmt: skip
+    [
+        b"",
+        b"RIFF",
+        b"\x00" * 99,
+        wav_bytes()[:30],
+        wav_bytes(channels=65),
+        wav_bytes(bits=12),
+        wav_bytes(kind=6, bits=8),
+        wav_bytes(channels=0),
+        wav_bytes(bits=0),
+        wav_bytes(kind=3),
+        wav_bytes(rate=0),
+        wav_bytes(rate=2**32 - 1),
+        wav_bytes(rate=44100),
+    ],
+)
 def test_damaged_or_other_wavs(tmp_path, content):
     spectrum = Spectrum(8000, frame_length=256, hop=160, fft_length=256, mel_bands=40)
     (tmp_path / "yes").mkdir()

@@ -1,4 +1,5 @@
-"""Damaged and lying .onnx files: each one clear sentence in an InputError, never a crash, never a runtime fed with it."""
+"""Damaged and lying .onnx files: each one clear sentence in an InputError, never a crash, never a
+runtime fed with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Where results are to be written: nothing that the user still needs is overwritten, whatever --force says."""
+"""Where results are to be written: nothing that the user still needs is overwritten, whatever
+--force says."""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ EIGHT_BYTES = np.array([1.5, -2.5], np.float32).tobytes()
 
 
 def a_stranger(path, *locations, offset=0):
-    """A model that adds vectors of two floats, whose data lie in files of these names; nothing of it can be packed."""
+    """A model that adds vectors of two floats, whose data lie in files of these names; nothing of
+    it can be packed."""
     nodes, tensors, value = [], [], "x"
     for number, location in enumerate(locations):
         tensor = onnx.TensorProto(name=f"w{number}", data_type=onnx.TensorProto.FLOAT, dims=[2])

@@ -1,4 +1,5 @@
-"""Preprocessings that strangers wrote: no number in them asks for more memory than a sample takes."""
+"""Preprocessings that strangers wrote: no number in them asks for more memory than a sample
+takes."""
 
 from __future__ import annotations
 

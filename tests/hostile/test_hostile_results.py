@@ -1,4 +1,5 @@
-"""Results that come back from devices of others: nothing is copied, waited for or believed unseen."""
+"""Results that come back from devices of others: nothing is copied, waited for or believed
+unseen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the operating system refuses, and what nobody foresaw: one sentence, a status, nothing left behind."""
+"""What the operating system refuses, and what nobody foresaw: one sentence, a status, nothing left
+behind."""
 
 from __future__ import annotations
 

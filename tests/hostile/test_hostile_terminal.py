@@ -1,4 +1,5 @@
-"""Names of strangers on a terminal: shown, never obeyed; no encoding breaks a command that is done."""
+"""Names of strangers on a terminal: shown, never obeyed; no encoding breaks a command that is
+done."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def has_only_what_shows(text: str) -> bool:
 
 
 def model_named(path: Path, name: str) -> Path:
-    """An .onnx file with a weight, a node, an input, an operator's domain and a producer of that name."""
+    """An .onnx file with a weight, a node, an input, an operator's domain and a producer of that
+    name."""
     weight = numpy_helper.from_array(np.eye(40, dtype=np.float32), name)
     x, y = (
         helper.make_tensor_value_info(key, TensorProto.FLOAT, [1, 40]) for key in (name + "x", "y")

@@ -1,4 +1,5 @@
-"""Under `ulimit -v` of 6 GB each command that opens a file ends in words, however large it says to be."""
+"""Under `ulimit -v` of 6 GB each command that opens a file ends in words, however large it says to
+be."""
 
 from __future__ import annotations
 

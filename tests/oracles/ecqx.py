@@ -1,4 +1,5 @@
-"""ECQ and ECQx written slowly from the paper: one weight and one level at a time, in float64 or exact fractions.
+"""ECQ and ECQx written slowly from the paper: one weight and one level at a time, in float64 or
+exact fractions.
 
 Nothing here imports the package: an oracle that shares code with what it checks checks nothing.
 """
@@ -15,7 +16,8 @@ def nearest_level(w, step, levels):
 
 
 def probabilities(weights, steps, levels, zero_floor=0.5):
-    """P_k: how often level k is nearest; an empty level counts half a weight, P_0 is floored and the rest rescaled."""
+    """P_k: how often level k is nearest; an empty level counts half a weight, P_0 is floored and
+    the rest rescaled."""
     counts = dict.fromkeys(levels, 0.0)
     for w, step in zip(weights, steps, strict=True):
         counts[nearest_level(w, step, levels)] += 1
@@ -48,7 +50,8 @@ def lambda_max(weights, step, levels, info):
 
 
 def brute_force_level(w, step, costs):
-    """argmin_k (w - kΔ)^2 + c_k in exact arithmetic; costs: {level: c_k}; a tie goes to the lower level."""
+    """argmin_k (w - kΔ)^2 + c_k in exact arithmetic; costs: {level: c_k}; a tie goes to the lower
+    level."""
     return min(
         costs, key=lambda k: ((Fraction(w) - k * Fraction(step)) ** 2 + Fraction(costs[k]), k)
     )

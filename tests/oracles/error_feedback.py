@@ -6,7 +6,8 @@ import numpy as np
 
 
 def best_levels(row, step, hessian, reach=2):
-    """The levels with the least (w - qΔ) H (w - qΔ)ᵀ, by trying all within `reach` of the nearest."""
+    """The levels with the least (w - qΔ) H (w - qΔ)ᵀ, by trying all within `reach` of the
+    nearest."""
     nearest = np.rint(row / step).astype(int)
     choices = [range(level - reach, level + reach + 1) for level in nearest]
     best, least = None, np.inf

@@ -1,6 +1,8 @@
-"""Layer-wise relevance propagation by hand: loops over every connection of dense layers, in float64.
+"""Layer-wise relevance propagation by hand: loops over every connection of dense layers, in
+float64.
 
-A convolution is such a layer once its connections are listed: see `conv_connections`. Biases take their share of z.
+A convolution is such a layer once its connections are listed: see `conv_connections`. Biases take
+their share of z.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def dense_connections(inputs, outputs):
 
 
 def conv_connections(channels_in, channels_out, length, kernel, stride):
-    """A 1-d convolution without padding: input [channels_in, length] and weight [out, in, kernel], both flattened."""
+    """A 1-d convolution without padding: input [channels_in, length] and weight [out, in, kernel],
+    both flattened."""
     positions = (length - kernel) // stride + 1
     return [
         (c * length + p * stride + k, o * positions + p, (o * channels_in + c) * kernel + k)

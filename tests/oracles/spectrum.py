@@ -1,4 +1,5 @@
-"""Log-mel and MFCC, one number at a time, from the definitions: a direct Fourier sum, one triangle, one cosine sum."""
+"""Log-mel and MFCC, one number at a time, from the definitions: a direct Fourier sum, one triangle,
+one cosine sum."""
 
 from __future__ import annotations
 
