@@ -14,9 +14,15 @@ import pytest
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage import packed as packed_module
-from ecqx_onnx_converters.storage.packed import bitstream, choices, huffman, reference_decoder
+from ecqx_onnx_converters.storage.packed import (
+    alphabet,
+    bitstream,
+    choices,
+    huffman,
+    reference_decoder,
+    symbols,
+)
 from ecqx_onnx_converters.storage.packed import stream as stream_module
-from ecqx_onnx_converters.storage.packed import alphabet, symbols
 from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
