@@ -13,8 +13,23 @@ from ecqx_onnx_converters.planning.plan import Kept
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """One weight as it lies in the file. nbytes: integers and their decoding, step or codebook; tied weights count their integers
-    once, with the first. entropy: bits per weight; zeros: share in [0, 1]."""
+    """One weight as it lies in the file.
+
+    Attributes:
+        name: In the float graph.
+        sources: Parameters of the model that it was made of.
+        shape: The weight's.
+        bits: Fewest bits that hold every level as one integer.
+        zeros: Share of entries of level 0, in [0, 1].
+        entropy: Zero-order, in bits per weight.
+        storage: The codec as the report names it, such as "dense INT4".
+        dequantization: Its form: "folded", "standard", "integer" or "none".
+        nbytes: Integers and their decoding, step or codebook; tied weights count their integers
+            once, with the first.
+        rescaled: Whether the graph's values are the parameter's times a batch norm's factor,
+            restored to a relative 2^-22 rather than bit for bit.
+        reason: Why it has this storage or form where another was asked for; empty otherwise.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -31,10 +46,19 @@ class WrittenTensor:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """nbytes: of all files. kept: float weights; missing: quantised tensors that the graph doesn't have.
+    """A written file.
 
-    notes: what the target's own tools say of the file, a sentence each.
-    kernels: operator -> how many of its nodes run on integers. stays: the nodes that don't; both empty for float activations.
+    Attributes:
+        path: Of the ONNX file.
+        nbytes: Of all files.
+        opset: Of the standard operators.
+        target: Name of the target it was written for.
+        tensors: Quantized weights.
+        kept: Float weights, and why they stay so.
+        missing: Quantized tensors that the graph doesn't have.
+        notes: What the target's own tools say of the file, a sentence each.
+        kernels: Operator -> how many of its nodes run on integers; empty for float activations.
+        stays: The nodes that don't; empty for float activations.
     """
 
     path: Path

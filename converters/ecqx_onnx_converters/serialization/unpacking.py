@@ -1,6 +1,7 @@
-"""A file that `write` made -> the float graph that it came from and the levels of its weights, each checked against its CRC.
+"""Turns a written file back into the float graph that it came from and the levels of its weights.
 
-What `make_plan` and `write` then make of both is the same model in another storage or another form of dequantisation.
+Each weight is checked against its checksum. What `make_plan` and `write` then make of both is the
+same model in another storage or another form of dequantization.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ from ecqx_onnx_converters.storage import DOMAIN
 
 @dataclass(frozen=True, eq=False)
 class Unpacked:
-    """graph: reads the weights of `matching` as floats; integers that it reads as such are plain initializers again.
+    """A written file as what it was made of.
 
-    kernels: names of weights that feed integer kernels. metadata: what the file said beside its list of tensors.
+    Attributes:
+        graph: Reads the weights of `matching` as floats; integers that it reads as such are plain
+            initializers again.
+        matching: The quantized weights.
+        kernels: Names of weights that feed integer kernels.
+        metadata: What the file said beside its list of tensors.
     """
 
     graph: FloatGraph
@@ -47,38 +53,42 @@ class Unpacked:
     metadata: Mapping[str, Any]
 
     def with_floats(self) -> FloatGraph:
-        """The graph with plain float32 weights."""
-        floats = {
-            weight.name: np.ascontiguousarray(weight.dequantize()) for weight in self.matching.found
-        }
+        """Fill in the weights.
+
+        Returns:
+            The graph with plain float32 weights.
+        """
         proto = ModelProto()
         proto.CopyFrom(self.graph.proto)
-        proto.graph.initializer.extend(
-            TensorProto(name=name, data_type=TensorProto.FLOAT, dims=values.shape)
-            for name, values in floats.items()
-        )
+        floats = {}
+        for weight in self.matching.found:
+            values = np.ascontiguousarray(weight.dequantize())
+            floats[weight.name] = values
+            proto.graph.initializer.append(
+                TensorProto(name=weight.name, data_type=TensorProto.FLOAT, dims=values.shape)
+            )
         return FloatGraph(proto, {**self.graph.weights, **floats})
 
 
 def unpack(path: Path | str) -> Unpacked:
-    """FileError for a damaged file, ModelError for one that holds no weights of ours."""
+    """Read a written file.
+
+    Args:
+        path: Of the ONNX file; external data lies beside it.
+
+    Returns:
+        Its float graph, its quantized weights, and its metadata.
+
+    Raises:
+        FileError: The file is damaged.
+        ModelError: It holds no weights of ours.
+    """
+    # 1. The weights, as far as the file is what was written.
     metadata = read_metadata(read_proto(path))
-    stored, records = read_weights(path), read_records(metadata)
-    if not stored:
-        raise ModelError(
-            f"'{path}' holds no weights that ecqx-onnx has stored; there is nothing to unpack"
-        )
-    damaged = [item.weight.name for item in stored if not item.crc_ok]
-    if damaged:
-        raise FileError(
-            f"'{path}' is damaged: the integers of weight '{damaged[0]}' don't have the checksum that they were written with"
-            f" ({len(damaged)} of {len(stored)} weights); convert or pack the model again"
-        )
-    if is_as_written(path) is False:
-        raise FileError(
-            f"'{path}' is damaged, or some tool has changed it: its graph and parameters don't have the checksum that they were"
-            " written with; unpack it as it was written, and change it after that"
-        )
+    stored = read_weights(path)
+    records = read_records(metadata)
+    _check_as_written(path, stored)
+    # 2. Take the nodes out that make the weights' floats.
     graph = FloatGraph.load(path)
     main = graph.proto.graph
     makers = {output: node for node in main.node for output in node.output}
@@ -86,121 +96,145 @@ def unpack(path: Path | str) -> Unpacked:
     found: list[GraphWeight] = []
     plain: dict[str, TensorProto] = {}
     for record, item in zip(records, stored, strict=True):
-        if (
-            record.value and makers.get(record.value) not in main.node
-        ):  # made by nobody, or listed twice
+        if not record.value:
+            continue
+        maker = makers.get(record.value)
+        if maker not in main.node:  # made by nobody, or listed twice
             raise FileError(
-                f"'{path}' makes no value '{record.value}', its weight '{record.name}'; the file is damaged"
+                f"'{path}' makes no value '{record.value}', its weight '{record.name}';"
+                " the file is damaged"
             )
         if record.integers:
-            plain[record.value] = make_integers(item, record.value)
-        elif record.value:
-            found.append(make_weight(record, item, makers[record.value]))
-        if record.value:
-            main.node.remove(makers[record.value])
+            plain[record.value] = _make_integers(item, record.value)
+        else:
+            found.append(_make_weight(record, item, makers[record.value]))
+        main.node.remove(makers[record.value])
+    # 3. Integers that the graph still reads: rows of an embedding are gathered from its levels.
     read = find_uses(main)
     for record, item in zip(records, stored, strict=True):
-        if (
-            record.levels and not record.integers and record.levels in read
-        ):  # rows of an embedding are gathered from its integers
-            plain[record.levels] = make_integers(item, record.levels, turned=record.transposed)
-    graph = remove_unread(graph, before, {*plain, *(weight.name for weight in found)})
+        if record.levels and not record.integers and record.levels in read:
+            plain[record.levels] = _make_integers(item, record.levels, transposed=record.transposed)
+    # 4. Take out what only these nodes read, and put in what comes back in another form.
+    graph = _remove_unread(graph, before, {*plain, *(weight.name for weight in found)})
     main.initializer.extend(plain.values())
     _drop_functions(graph.proto)
-    named = tuple(restore_names(main, found, records))
-    kernels = tuple(
-        new.name for old, new in zip(found, named, strict=True) if feeds_kernel(makers[old.name])
-    )
-    content = {
-        key: value for key, value in metadata.items() if key not in ("format", "storage", "tensors")
-    }
-    return Unpacked(graph, Matching(named, ()), kernels, content)
+    # 5. Names as they were before the writer shortened them.
+    named = tuple(_restore_names(main, found, records))
+    kernels = []
+    for old, new in zip(found, named, strict=True):
+        if _feeds_kernel(makers[old.name]):
+            kernels.append(new.name)
+    ours = ("format", "storage", "tensors")
+    content = {key: value for key, value in metadata.items() if key not in ours}
+    return Unpacked(graph, Matching(named, ()), tuple(kernels), content)
 
 
-def make_integers(item: StoredWeight, name: str, *, turned: bool = False) -> TensorProto:
-    """turned: in the transpose of the weight's layout."""
-    form, levels = (
-        item.weight.integers,
-        item.weight.tensor.levels.T if turned else item.weight.tensor.levels,
-    )
-    kind, offset = (TensorProto.INT8, 0) if form is None else (form.type, form.offset)
-    wide = levels.astype(np.int16) + offset
-    return helper.make_tensor(name, kind, levels.shape, make_raw(wide, kind), raw=True)
+def _check_as_written(path: Path | str, stored: Sequence[StoredWeight]) -> None:
+    """An error where a checksum doesn't fit, or where there is nothing to unpack."""
+    if not stored:
+        raise ModelError(
+            f"'{path}' holds no weights that ecqx-onnx has stored; there is nothing to unpack"
+        )
+    damaged = [item.weight.name for item in stored if not item.crc_ok]
+    if damaged:
+        raise FileError(
+            f"'{path}' is damaged: the integers of weight '{damaged[0]}' don't have the checksum"
+            f" that they were written with ({len(damaged)} of {len(stored)} weights); convert or"
+            " pack the model again"
+        )
+    if is_as_written(path) is False:
+        raise FileError(
+            f"'{path}' is damaged, or some tool has changed it: its graph and parameters don't have"
+            " the checksum that they were written with; unpack it as it was written, and change it"
+            " after that"
+        )
 
 
-def make_raw(values: np.ndarray, kind: int) -> bytes:
-    dtype = helper.tensor_dtype_to_np_dtype(kind)
-    return bytes(numpy_helper.from_array(values.astype(dtype)).raw_data)
+def _make_integers(item: StoredWeight, name: str, *, transposed: bool = False) -> TensorProto:
+    """A weight's integers as a plain initializer, in the type that the graph reads.
+
+    transposed: in the transpose of the weight's own axes.
+    """
+    levels = item.weight.tensor.levels.T if transposed else item.weight.tensor.levels
+    form = item.weight.integers
+    element_type = TensorProto.INT8 if form is None else form.type
+    offset = 0 if form is None else form.offset
+    values = levels.astype(np.int16) + offset
+    dtype = helper.tensor_dtype_to_np_dtype(element_type)
+    raw = bytes(numpy_helper.from_array(values.astype(dtype)).raw_data)
+    return helper.make_tensor(name, element_type, levels.shape, raw, raw=True)
 
 
-def make_weight(record: Record, item: StoredWeight, maker: NodeProto) -> GraphWeight:
-    """Under its name in the file's graph, in the layout that the graph reads."""
+def _make_weight(record: Record, item: StoredWeight, maker: NodeProto) -> GraphWeight:
+    """A weight under its name in the file's graph, with the axes as the graph reads them."""
     weight = item.weight
-    if (
-        record.transposed and maker.op_type != "Transpose"
-    ):  # DequantizeLinear gives [out, in] to Gemm with transB = 1
+    # DequantizeLinear gives [out, in] to Gemm with transB = 1.
+    if record.transposed and maker.op_type != "Transpose":
         factor = None if weight.factor is None else weight.factor.T
         weight = replace(weight, tensor=weight.tensor.transpose((1, 0)), factor=factor)
     return replace(weight, name=record.value)
 
 
-def feeds_kernel(maker: NodeProto) -> bool:
-    """Only in front of integer kernels does the writer state a zero point."""
+def _feeds_kernel(maker: NodeProto) -> bool:
+    """Whether integer kernels read the weight: only in front of them a zero point is stated."""
     return maker.op_type == "DequantizeLinear" and len(maker.input) == 3
 
 
-def remove_unread(graph: FloatGraph, before: set[str], replaced: set[str]) -> FloatGraph:
-    """Less what only the removed nodes read (decoders, their data, steps), and less what comes back in another form."""
-    main, weights = graph.proto.graph, dict(graph.weights)
+def _remove_unread(graph: FloatGraph, before: set[str], replaced: set[str]) -> FloatGraph:
+    """The graph less what only the removed nodes read: decoders, their data, steps.
+
+    before: all that was read with these nodes in place. replaced: values that come back in another
+    form, and are removed as well. The proto is changed in place.
+    """
+    main = graph.proto.graph
+    weights = dict(graph.weights)
     while True:
-        read = set(find_uses(main)) | {
-            value.name for scope in list_graphs(main) for value in scope.output
-        }
+        # 1. Dead is what was read once and is no more.
+        read = set(find_uses(main))
+        for scope in list_graphs(main):
+            read.update(value.name for value in scope.output)
         dead = (before - read) | replaced
-        nodes = [
-            node for node in main.node if not read & set(node.output) and dead & set(node.output)
-        ]
+        # 2. Nodes that make nothing else; what they read may be dead in the next turn.
+        nodes = []
+        for node in main.node:
+            outputs = set(node.output)
+            if not read & outputs and dead & outputs:
+                nodes.append(node)
         for node in nodes:
             main.node.remove(node)
-        for index in reversed(
-            [index for index, tensor in enumerate(main.initializer) if tensor.name in dead]
-        ):
-            weights.pop(main.initializer[index].name, None)
-            del main.initializer[index]
-        for index in reversed(
-            [
-                index
-                for index, sparse in enumerate(main.sparse_initializer)
-                if sparse.values.name in dead
-            ]
-        ):
-            del main.sparse_initializer[index]
+        # 3. Dead tensors.
+        for index in reversed(range(len(main.initializer))):
+            name = main.initializer[index].name
+            if name in dead:
+                weights.pop(name, None)
+                del main.initializer[index]
+        for index in reversed(range(len(main.sparse_initializer))):
+            if main.sparse_initializer[index].values.name in dead:
+                del main.sparse_initializer[index]
         if not nodes:
             return FloatGraph(graph.proto, weights)
 
 
 def _drop_functions(model: ModelProto) -> None:
     """Our functions, and the import of their domain: the writer adds those that it needs."""
-    for index in reversed(
-        [index for index, function in enumerate(model.functions) if function.domain == DOMAIN]
-    ):
-        del model.functions[index]
-    for index in reversed(
-        [index for index, entry in enumerate(model.opset_import) if entry.domain == DOMAIN]
-    ):
-        del model.opset_import[index]
+    for values in (model.functions, model.opset_import):
+        for index in reversed(range(len(values))):
+            if values[index].domain == DOMAIN:
+                del values[index]
 
 
-def restore_names(
+def _restore_names(
     main: GraphProto, found: Sequence[GraphWeight], records: Sequence[Record]
 ) -> Iterator[GraphWeight]:
-    """Weights under the names that they had before the writer shortened them, where these are free."""
-    taken, names = list_value_names(main), {record.value: record.name for record in records}
+    """Weights under the names that they had before the writer shortened them, if these are free."""
+    taken = list_value_names(main)
+    names = {record.value: record.name for record in records}
+    outputs = {value.name for value in main.output}
     for weight in found:
         name = names[weight.name]
-        if name in taken or any(name == value.name for value in main.output):
+        if name in taken or name in outputs:
             name = weight.name
-        elif weight.name not in {value.name for value in main.output}:
+        elif weight.name not in outputs:
             rename_values(main, weight.name, name)
             taken.add(name)
         yield replace(weight, name=name, tensor=replace(weight.tensor, name=name))
