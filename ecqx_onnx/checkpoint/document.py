@@ -1,7 +1,8 @@
-"""The dict in a model.pt -> typed values within bounds; every later room sees only those.
+"""Check the dict inside a model.pt and turn it into typed values within bounds.
 
 A checkpoint may come from anyone. Each entry is read once, here, by a reader that knows its type;
-what is missing, of another type or out of bounds ends in a BadDocument that names the entry.
+what is missing, of another type or out of bounds ends in a BadDocument that names the entry. Every
+later room sees only the checked values.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class BadDocument(ValueError):  # noqa: N818 - says what is wrong
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """What a checkpoint holds, checked. The fields are those of checkpoint.Checkpoint."""
+    """What a checkpoint holds, checked. The fields are those of `checkpoint.Checkpoint`."""
 
     tensors: tuple[QuantTensor, ...]
     state: Mapping[str, torch.Tensor]
@@ -62,42 +63,52 @@ def read_document(document: Mapping[Any, Any]) -> Document:
     Args:
         document: as torch_file.load_plain gives it; its tensors are dense and bounded.
 
+    Returns:
+        Its values; texts among them are printable.
+
     Raises:
         BadDocument: if an entry is missing, of another type, or out of bounds.
         FileError: if the preprocessing cannot be used.
     """
-    tensors = read_list(document, "tensors", _read_tensor)
+    tensors = _read_list(document, "tensors", _read_tensor)
     names = [tensor.name for tensor in tensors]
     if len(set(names)) != len(names):
         raise BadDocument("'tensors' names a weight twice")
-    state = read_mapping(document, "state", _read_state_tensor)
-    aliases = read_mapping(document, "aliases", _read_name)
+    state = _read_mapping(document, "state", _read_state_tensor)
+    aliases = _read_mapping(document, "aliases", _read_name)
     for alias, owner in aliases.items():
         if owner not in names:
             raise BadDocument(f"'aliases' takes {alias!r} from {owner!r}, which is no weight of it")
-    found = read_list(document, "placed", _read_placed)
-    missing = read_list(document, "missing", _read_missing)
+    found = _read_list(document, "placed", _read_placed)
+    missing = _read_list(document, "missing", _read_missing)
     return Document(
         tensors=tensors,
         state=state,
         aliases=aliases,
-        program=_read_bytes(take_entry(document, "program"), "program"),
+        program=_read_bytes(_take_entry(document, "program"), "program"),
         graph=_read_graph(document, found),
         matching=Matching(found, missing),
         recipe=_read_recipe(document),
         preprocessing=Preprocessing.from_json(
-            read_text(document, "preprocessing", MOST_JSON_BYTES)
+            _read_text(document, "preprocessing", MOST_JSON_BYTES)
         ),
-        labels=read_list(document, "labels", _read_label),
-        notes=read_list(document, "notes", _read_sentence),
+        labels=_read_list(document, "labels", _read_label),
+        notes=_read_list(document, "notes", _read_sentence),
         insight=_read_insight(document),
         ranges=_read_ranges(document),
-        preprocessing_known=read_flag(document.get("preprocessing_known", True)),
+        preprocessing_known=_read_flag(document.get("preprocessing_known", True)),
     )
 
 
 def escape_text(text: str) -> str:
-    """Text of a file for people: control characters and lone surrogates become escapes."""
+    """Escape what is not printable in a text of a file for people.
+
+    Args:
+        text: anything, control characters and lone surrogates included.
+
+    Returns:
+        The text with those written out, as `\\x1b`.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -106,7 +117,8 @@ def escape_text(text: str) -> str:
 # Plain entries
 
 
-def take_entry(document: Any, key: str) -> Any:
+def _take_entry(document: Any, key: str) -> Any:
+    """An entry of what should be a dict."""
     if not isinstance(document, dict):
         raise BadDocument(f"{type(document).__name__} where a dict with {key!r} should be")
     if key not in document:
@@ -114,45 +126,50 @@ def take_entry(document: Any, key: str) -> Any:
     return document[key]
 
 
-def read_text(document: Any, key: str, longest: int) -> str:
-    value = take_entry(document, key)
+def _read_text(document: Any, key: str, longest: int) -> str:
+    """A text of at most `longest` characters."""
+    value = _take_entry(document, key)
     if type(value) is not str or len(value) > longest:
         raise BadDocument(f"{key!r} is no text of at most {longest} characters")
     return value
 
 
-def read_flag(value: Any) -> bool:
+def _read_flag(value: Any) -> bool:
+    """True or False; no number stands for them."""
     if type(value) is not bool:
         raise BadDocument(f"{ascii(value)[:40]} where True or False should be")
     return value
 
 
-def read_list(document: Any, key: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:
-    values = take_entry(document, key)
+def _read_list(document: Any, key: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """Each entry of a list, by a reader that checks it."""
+    values = _take_entry(document, key)
     if not isinstance(values, list | tuple) or len(values) > MOST_ENTRIES:
         raise BadDocument(f"{key!r} is no list of at most {MOST_ENTRIES} entries")
     read_values = []
     for at, value in enumerate(values):
-        with name_place(f"{key!r} [{at}]"):
+        with _name_place(f"{key!r} [{at}]"):
             read_values.append(read(value))
     return tuple(read_values)
 
 
-def read_mapping(
+def _read_mapping(
     document: Any, key: str, read: Callable[[Any], Any], *, each: str = ""
 ) -> dict[str, Any]:
-    values = take_entry(document, key)
+    """Each entry of a dict by name, by a reader that checks it. each: what errors call one."""
+    values = _take_entry(document, key)
     if not isinstance(values, dict) or len(values) > MOST_ENTRIES:
         raise BadDocument(f"{key!r} is no dict of at most {MOST_ENTRIES} entries")
     read_values = {}
     for name, value in values.items():
-        with name_place(f"{each or repr(key)} of {ascii(name)[:80]}"):
+        with _name_place(f"{each or repr(key)} of {ascii(name)[:80]}"):
             read_values[_read_name(name)] = read(value)
     return read_values
 
 
 @contextmanager
-def name_place(place: str) -> Iterator[None]:
+def _name_place(place: str) -> Iterator[None]:
+    """Errors from inside say where they were found."""
     try:
         yield
     except BadDocument as error:
@@ -183,7 +200,7 @@ def _read_ranges(document: Any) -> dict[str, tuple[float, float]]:
     """Of trained activations; older checkpoints have none."""
     if "ranges" not in document:
         return {}
-    return read_mapping(document, "ranges", _read_range, each="the range")
+    return _read_mapping(document, "ranges", _read_range, each="the range")
 
 
 def _read_range(value: Any) -> tuple[float, float]:
@@ -200,7 +217,8 @@ def _read_range(value: Any) -> tuple[float, float]:
 # Tensors
 
 
-def take_tensor(value: Any, what: str) -> torch.Tensor:
+def _take_tensor(value: Any, what: str) -> torch.Tensor:
+    """A dense tensor in main memory; `what` names it in errors."""
     if not isinstance(value, torch.Tensor):
         raise BadDocument(f"{what} is {type(value).__name__}, not a tensor")
     if value.layout != torch.strided or value.device.type != "cpu":
@@ -208,9 +226,9 @@ def take_tensor(value: Any, what: str) -> torch.Tensor:
     return value.detach().resolve_conj().resolve_neg()
 
 
-def take_array(value: Any, dtype: type, what: str) -> np.ndarray:
+def _take_array(value: Any, dtype: type, what: str) -> np.ndarray:
     """The tensor as an array of exactly this type."""
-    tensor = take_tensor(value, what)
+    tensor = _take_tensor(value, what)
     wanted = torch.from_numpy(np.zeros(0, dtype)).dtype
     if tensor.dtype != wanted:
         found = str(tensor.dtype).removeprefix("torch.")
@@ -219,25 +237,25 @@ def take_array(value: Any, dtype: type, what: str) -> np.ndarray:
 
 
 def _read_bytes(value: Any, what: str) -> bytes:
-    array = take_array(value, np.uint8, repr(what))
+    array = _take_array(value, np.uint8, repr(what))
     if array.ndim != 1:
         raise BadDocument(f"{what!r} has {array.ndim} dimensions, not one")
     return array.tobytes()
 
 
 def _read_state_tensor(value: Any) -> torch.Tensor:
-    return take_tensor(value, "it")
+    return _take_tensor(value, "it")
 
 
 def _read_tensor(entry: Any) -> QuantTensor:
     """Levels with a step or a codebook."""
-    name = _read_name(take_entry(entry, "name"))
-    levels = take_array(take_entry(entry, "levels"), np.int8, f"the levels of {name!r}")
+    name = _read_name(_take_entry(entry, "name"))
+    levels = _take_array(_take_entry(entry, "levels"), np.int8, f"the levels of {name!r}")
     if "step" in entry:
         return QuantTensor(name, levels, Scale(_read_step(entry["step"], levels, name)))
     if "codebook" not in entry:
         raise BadDocument(f"{name!r} has neither 'step' nor 'codebook'")
-    values = take_array(entry["codebook"], np.float32, f"the codebook of {name!r}")
+    values = _take_array(entry["codebook"], np.float32, f"the codebook of {name!r}")
     if values.ndim != 1 or not 1 <= values.size <= LARGEST_CODEBOOK:
         raise BadDocument(
             f"the codebook of {name!r} has shape {values.shape}, not [1 to {LARGEST_CODEBOOK}]"
@@ -252,15 +270,15 @@ def _read_tensor(entry: Any) -> QuantTensor:
 
 
 def _read_step(value: Any, levels: np.ndarray, name: str) -> np.ndarray:
-    step = take_array(value, np.float32, f"the step of {name!r}")
+    step = _take_array(value, np.float32, f"the step of {name!r}")
     if not (np.isfinite(step).all() and (step > 0).all()):
         raise BadDocument(f"the step of {name!r} is not positive and finite")
-    if not can_broadcast(step.shape, levels.shape) or step.ndim not in (0, levels.ndim):
+    if not _can_broadcast(step.shape, levels.shape) or step.ndim not in (0, levels.ndim):
         raise BadDocument(f"the step of {name!r} has shape {step.shape}, its levels {levels.shape}")
     return step
 
 
-def can_broadcast(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def _can_broadcast(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     """Whether an array of `shape` broadcasts to `target` itself."""
     try:
         return np.broadcast_shapes(shape, target) == target
@@ -271,17 +289,17 @@ def can_broadcast(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 def _read_placed(entry: Any) -> GraphWeight:
     """A quantized weight's place in the graph."""
     tensor = _read_tensor(entry)
-    initializer = _read_name(take_entry(entry, "initializer"))
+    initializer = _read_name(_take_entry(entry, "initializer"))
     factor = None
     if "factor" in entry:
-        factor = take_array(entry["factor"], np.float32, f"the factor of {tensor.name!r}")
-        if not np.isfinite(factor).all() or not can_broadcast(factor.shape, tensor.shape):
+        factor = _take_array(entry["factor"], np.float32, f"the factor of {tensor.name!r}")
+        if not np.isfinite(factor).all() or not _can_broadcast(factor.shape, tensor.shape):
             raise BadDocument(
                 f"the factor of {tensor.name!r} is not finite or does not fit its levels"
             )
-    with name_place("'rescaled'"):
-        rescaled = read_flag(take_entry(entry, "rescaled"))
-    sources = read_list(entry, "sources", _read_name)
+    with _name_place("'rescaled'"):
+        rescaled = _read_flag(_take_entry(entry, "rescaled"))
+    sources = _read_list(entry, "sources", _read_name)
     return GraphWeight(initializer, tensor, sources, factor, rescaled)
 
 
@@ -296,7 +314,7 @@ def _read_missing(entry: Any) -> Missing:
 
 def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> FloatGraph:
     """The float graph, its weights' shapes and types as it declares them."""
-    data = _read_bytes(take_entry(document, "graph"), "graph")
+    data = _read_bytes(_take_entry(document, "graph"), "graph")
     try:
         proto = onnx.ModelProto.FromString(data)
     except Exception as error:  # protobuf's own classes, by its backend
@@ -315,7 +333,7 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
                 f"{weight.name!r} has shape {weight.tensor.shape}, its graph declares {shape}"
             )
     weights = {}
-    for name, tensor in read_mapping(document, "graph_weights", _read_state_tensor).items():
+    for name, tensor in _read_mapping(document, "graph_weights", _read_state_tensor).items():
         weights[name] = _read_weight(name, tensor, declared.get(name))
     return FloatGraph(proto, weights)
 
@@ -350,7 +368,8 @@ def _read_weight(name: str, tensor: torch.Tensor, declared: onnx.TensorProto | N
         dtype = None
     if tuple(declared.dims) != values.shape or dtype != values.dtype:
         raise BadDocument(
-            f"'graph_weights' of {name!r} is {values.dtype} {values.shape}, the graph declares {dtype} {tuple(declared.dims)}"
+            f"'graph_weights' of {name!r} is {values.dtype} {values.shape}, the graph declares"
+            f" {dtype} {tuple(declared.dims)}"
         )
     return values
 
@@ -359,7 +378,7 @@ def _read_weight(name: str, tensor: torch.Tensor, declared: onnx.TensorProto | N
 
 
 def _read_recipe(document: Mapping[Any, Any]) -> dict[str, Any]:
-    text = read_text(document, "recipe", MOST_JSON_BYTES)
+    text = _read_text(document, "recipe", MOST_JSON_BYTES)
     try:
         recipe = parse_json(
             text, most_bytes=MOST_JSON_BYTES, most_items=MOST_JSON_ITEMS, with_nan=True
@@ -368,27 +387,27 @@ def _read_recipe(document: Mapping[Any, Any]) -> dict[str, Any]:
         raise BadDocument(f"'recipe' cannot be read: {error}") from None
     if not isinstance(recipe, dict):
         raise BadDocument(f"'recipe' is {type(recipe).__name__}, not an object")
-    return {escape_text(name): make_printable(value) for name, value in recipe.items()}
+    return {escape_text(name): _make_printable(value) for name, value in recipe.items()}
 
 
-def make_printable(value: Any) -> Any:
+def _make_printable(value: Any) -> Any:
     """JSON of at most parse_json's depth, its texts printable."""
     if isinstance(value, str):
         return escape_text(value)
     if isinstance(value, list):
-        return [make_printable(item) for item in value]
+        return [_make_printable(item) for item in value]
     if isinstance(value, dict):
-        return {escape_text(name): make_printable(item) for name, item in value.items()}
+        return {escape_text(name): _make_printable(item) for name, item in value.items()}
     return value
 
 
 def _read_insight(document: Mapping[Any, Any]) -> Insight | None:
     if document.get("insight") is None:
         return None
-    with name_place("'insight'"):
+    with _name_place("'insight'"):
         entry = document["insight"]
-        pairs = take_array(take_entry(entry, "pairs"), np.float16, "'pairs'")
-        text = read_text(entry, "facts", LONGEST_INSIGHT)
+        pairs = _take_array(_take_entry(entry, "pairs"), np.float16, "'pairs'")
+        text = _read_text(entry, "facts", LONGEST_INSIGHT)
         try:
             return from_document(text, pairs)
         except ValueError as error:

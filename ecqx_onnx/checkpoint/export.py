@@ -1,4 +1,8 @@
-"""A PyTorch module and one example input -> its exported program and its float ONNX graph. The one user of torch.onnx."""
+"""Trace a PyTorch module on an example input, and export its float ONNX graph.
+
+What comes out is the exported program and the graph, with notes for the report. This is the one
+user of torch.onnx.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,19 @@ from ecqx_onnx.quantization.parametrizations import (
     merge_parametrizations,
 )
 
-BASE_OPSET = 18  # the lowest that torch's exporter writes; every target can read it, and the converter raises it at need
+# The lowest that torch's exporter writes; every target can read it, and the converter raises it at
+# need.
+BASE_OPSET = 18
 
 
 @dataclass(frozen=True, eq=False)
 class Exported:
     """A traced network, twice: as torch runs it, and as an ONNX float graph.
 
-    notes: sentences for the report (a batch size that had to be fixed, say).
+    Attributes:
+        program: as torch.export gives it.
+        graph: the same network, its weights apart.
+        notes: sentences for the report (a batch size that had to be fixed, say).
     """
 
     program: torch.export.ExportedProgram
@@ -38,10 +47,20 @@ class Exported:
 
 
 def export(model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor]) -> Exported:
-    """Trace `model` on `example` (a batch, or a tuple of the forward's arguments) with a free batch size.
+    """Trace `model` on `example` with a free batch size, and export it.
 
-    ModelError when torch cannot trace the model. Where the batch size cannot be left free (the model reshapes with a
-    constant, say) it is fixed to the example's, and the notes say so.
+    Where the batch size cannot be left free (the model reshapes with a constant, say) it is fixed
+    to the example's, and the notes say so.
+
+    Args:
+        model: the module; it is as before afterwards.
+        example: a batch, or a tuple of the forward's arguments.
+
+    Returns:
+        The program and its graph.
+
+    Raises:
+        ModelError: torch cannot trace the model, or ONNX lacks an operator.
     """
     program, notes = trace(model, example)
     try:
@@ -52,10 +71,10 @@ def export(model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor
 
 
 def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """A copy of a float model as it is exported: no parametrizations, float32. The model itself is not changed.
+    """Copy a float model as it is exported: without parametrizations, in float32.
 
     Args:
-        model: the user's module.
+        model: the user's module; it is not changed.
 
     Returns:
         (the copy in evaluation mode, notes for the report).
@@ -65,16 +84,16 @@ def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """
     inner: torch.nn.Module = getattr(model, "_orig_mod", model)
     parametrized = find_parametrized(inner)
-    types = {
-        str(p.dtype).removeprefix("torch.") for p in inner.parameters() if p.is_floating_point()
-    } - {"float32"}
+    dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()} - {torch.float32}
+    types = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
     try:
         copy = copy_module(inner).eval()
     except Exception as error:  # a copy runs any module's own code
         if not parametrized and not types:
             return inner, ()
         raise ModelError(
-            f"the model cannot be copied ({find_reason(error)}): call remove_parametrizations and .float() on it before"
+            f"the model cannot be copied ({_find_reason(error)}): call remove_parametrizations and"
+            " .float() on it before"
         ) from error
     merge_parametrizations(copy)
     notes = [
@@ -83,21 +102,22 @@ def prepare(model: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
     ]
     if types:
         copy.float()
-        notes.append(f"parameters of {' and '.join(sorted(types))} are converted to float32")
+        notes.append(f"parameters of {' and '.join(types)} are converted to float32")
     return copy, tuple(notes)
 
 
 def trace(
     model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor]
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """`model` in evaluation mode as a program with a free batch size where that can be, and notes for the report.
+    """Trace `model` in evaluation mode, with a free batch size where that can be.
 
     Args:
         model: the module; its mode is as before afterwards.
         example: a batch, or the forward's arguments; one tensor may stand for several of them.
 
     Returns:
-        (the program, notes): a batch size that had to be fixed, inputs that nothing reads, buffers that forward writes.
+        (the program, notes for the report): a batch size that had to be fixed, inputs that nothing
+        reads, buffers that forward writes.
 
     Raises:
         ModelError: torch cannot trace the model.
@@ -106,12 +126,12 @@ def trace(
     was_training = model.training
     model.eval()
     try:
-        program, notes = trace_program(model, example)
-        if set(map(str, program.graph_signature.user_outputs)) & set(
-            map(str, program.graph_signature.user_inputs)
-        ):
+        program, notes = _trace_program(model, example)
+        signature = program.graph_signature
+        inputs = set(map(str, signature.user_inputs))
+        if inputs & set(map(str, signature.user_outputs)):
             with _copying_inputs_returned(model):
-                program, notes = trace_program(model, example)
+                program, notes = _trace_program(model, example)
     finally:
         model.train(was_training)
     return program, (*notes, *notes_on(program))
@@ -119,19 +139,20 @@ def trace(
 
 @contextlib.contextmanager
 def _copying_inputs_returned(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, forward returns a copy of an input that it would return itself: in ONNX no input is an output."""
-    own, forward = vars(model).get("forward"), model.forward
+    """Let forward return a copy of an input that it would return itself.
+
+    In ONNX no input is an output.
+    """
+    own = vars(model).get("forward")  # of the instance, not of its class
+    forward = model.forward
 
     @functools.wraps(forward)
     def copying(*args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
 
         def separate(value: Any) -> Any:
-            return (
-                value.clone()
-                if any(value is one for one in given) and isinstance(value, torch.Tensor)
-                else value
-            )
+            is_input = any(value is one for one in given)
+            return value.clone() if is_input and isinstance(value, torch.Tensor) else value
 
         return torch.utils._pytree.tree_map(separate, forward(*args, **kwargs))
 
@@ -147,12 +168,24 @@ def _copying_inputs_returned(model: torch.nn.Module) -> Iterator[None]:
 def trace_fixed(
     model: torch.nn.Module, example: torch.Tensor | Sequence[torch.Tensor], error: Exception
 ) -> tuple[torch.export.ExportedProgram, str]:
-    """The program for the example's own batch size, and the note that says so. The first error again if that fails too."""
+    """Trace `model` for the example's own batch size, after a free one has failed.
+
+    Args:
+        model: the module; its mode is as before afterwards.
+        example: a batch, or the forward's arguments.
+        error: how it failed with a free batch size.
+
+    Returns:
+        (the program, a note for the report).
+
+    Raises:
+        Exception: the first error again, if this fails too.
+    """
     example = _separate(example, model)
     was_training = model.training
     model.eval()
     try:
-        with silence_exporters(), torch.no_grad():
+        with _silence_exporters(), torch.no_grad():
             program = torch.export.export(model, example)
     except Exception:
         raise error from None
@@ -168,7 +201,10 @@ def _batch_of(example: tuple[torch.Tensor, ...]) -> int:
 def _separate(
     example: torch.Tensor | Sequence[torch.Tensor], model: torch.nn.Module
 ) -> tuple[torch.Tensor, ...]:
-    """Arguments that share no memory, which the tracer would take for one input; floats of the model's type."""
+    """The forward's arguments as tensors of their own, floats in the model's type.
+
+    The tracer takes arguments that share memory for one input.
+    """
     example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
     types = {p.dtype for p in model.parameters() if p.is_floating_point()}
     wanted = next(iter(types)) if len(types) == 1 else None
@@ -195,20 +231,30 @@ def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
         if node.op == "placeholder" and node.name in inputs and not node.users
     ]
     notes = [
-        f"nothing reads the input '{name}': if the model should, it was traced with one tensor given twice"
+        f"nothing reads the input '{name}': if the model should, it was traced with one tensor"
+        " given twice"
         for name in unread
     ]
     written = sorted(written_buffers(program))
     if written:
         names = ", ".join(written)
         notes.append(
-            f"forward writes the model's buffers ({names}): the file holds them as they are now, every run starts from there"
+            f"forward writes the model's buffers ({names}): the file holds them as they are now,"
+            " every run starts from there"
         )
     return tuple(notes)
 
 
 def written_buffers(program: torch.export.ExportedProgram) -> set[str]:
-    """Names of the buffers that the program writes: declared, or by an operator that works in place on one or a view of it."""
+    """Find the buffers that a program writes.
+
+    Args:
+        program: as torch.export gives it.
+
+    Returns:
+        Their names: declared as written, or changed by an operator that works in place on a buffer
+        or on a view of it.
+    """
     signature = program.graph_signature
     buffers = dict(signature.inputs_to_buffers)
     written = set(signature.buffers_to_mutate.values())
@@ -231,7 +277,8 @@ def export_float_graph(
 
     Args:
         program: as torch.export gives it.
-        keep: parameters that no constant folding may compute with, so that they stay in the graph under their names.
+        keep: parameters that no constant folding may compute with, so that they stay in the graph
+            under their names.
 
     Returns:
         The graph with its weights apart.
@@ -241,7 +288,7 @@ def export_float_graph(
     """
     inputs = list(program.graph_signature.user_inputs)
     outputs = _output_names(program)
-    with silence_exporters(), torch.no_grad():
+    with _silence_exporters(), torch.no_grad():
         try:
             exported = torch.onnx.export(
                 program,
@@ -258,14 +305,20 @@ def export_float_graph(
         except (
             Exception
         ) as error:  # torch.onnx wraps anything in its own error classes, none of them public
-            raise ModelError(f"torch.onnx cannot export the model: {find_reason(error)}") from error
+            raise ModelError(
+                f"torch.onnx cannot export the model: {_find_reason(error)}"
+            ) from error
     assert exported is not None  # only the old exporter returns nothing
     return FloatGraph.from_model(exported.model_proto)
 
 
 def _optimize_around(exported: torch.onnx.ONNXProgram, keep: Collection[str]) -> None:
-    """The exporter's own optimisation, with these initializers as graph inputs meanwhile: what is no constant is not folded."""
-    inputs, initializers = exported.model.graph.inputs, exported.model.graph.initializers
+    """Run the exporter's own optimization without folding these initializers.
+
+    They are inputs of the graph meanwhile: what is no constant is not folded.
+    """
+    inputs = exported.model.graph.inputs
+    initializers = exported.model.graph.initializers
     kept = [initializers[name] for name in keep if name in initializers]
     inputs.extend(kept)
     exported.optimize()
@@ -276,14 +329,14 @@ def _optimize_around(exported: torch.onnx.ONNXProgram, keep: Collection[str]) ->
 
 
 def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
-    """The keys of a dict that the model returns; "output" for a single tensor; None where the exporter is to choose."""
+    """The keys of a dict that the model returns; "output" for a single tensor.
+
+    None where the exporter is to choose.
+    """
     count = len(program.graph_signature.user_outputs)
     spec = program.call_spec.out_spec
-    keys = (
-        list(spec.context)
-        if spec is not None and spec.type is dict and isinstance(spec.context, list)
-        else []
-    )
+    is_dict = spec is not None and spec.type is dict and isinstance(spec.context, list)
+    keys = list(spec.context) if is_dict else []
     taken = {str(name) for name in program.graph_signature.user_inputs}
     names = [str(key) for key in keys]
     if len(names) == count and len(set(names)) == count and not taken & set(names):
@@ -291,31 +344,31 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
     return ["output"] if count == 1 else None
 
 
-def trace_program(
+def _trace_program(
     model: torch.nn.Module, example: tuple[torch.Tensor, ...]
 ) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
     # A batch of one is taken for a constant by the tracer, so trace with two.
+    """The program and a note if its batch size is fixed; the module is in evaluation mode."""
     traced = tuple(torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x for x in example)
     batch = torch.export.Dim("batch")
-    with silence_exporters(), torch.no_grad():
+    with _silence_exporters(), torch.no_grad():
         try:
             dynamic = tuple({0: batch} if x.ndim else None for x in traced)
-            return torch.export.export(
-                model, traced, dynamic_shapes=group_shapes_by_argument(model, dynamic)
-            ), ()
+            shapes = _group_shapes_by_argument(model, dynamic)
+            return torch.export.export(model, traced, dynamic_shapes=shapes), ()
         except Exception as error:
             first = error
         try:
-            reason = f"the model does not trace with a free one ({find_reason(first)})"
+            reason = f"the model does not trace with a free one ({_find_reason(first)})"
             note = f"the batch size is fixed to {_batch_of(example)}: {reason}"
             return torch.export.export(model, example), (note,)
         except Exception as error:
             raise ModelError(
-                f"torch.export cannot trace the model: {find_reason(error)}"
+                f"torch.export cannot trace the model: {_find_reason(error)}"
             ) from error
 
 
-def group_shapes_by_argument(model: torch.nn.Module, dynamic: tuple[dict | None, ...]) -> tuple:
+def _group_shapes_by_argument(model: torch.nn.Module, dynamic: tuple[dict | None, ...]) -> tuple:
     """torch.export wants a starred argument's shapes in a tuple of their own."""
     import inspect
 
@@ -323,8 +376,11 @@ def group_shapes_by_argument(model: torch.nn.Module, dynamic: tuple[dict | None,
     return (dynamic,) if kinds and kinds[0] is inspect.Parameter.VAR_POSITIONAL else dynamic
 
 
-def find_reason(error: BaseException) -> str:
-    """The innermost cause's first line: torch wraps the useful sentence in several layers of advice."""
+def _find_reason(error: BaseException) -> str:
+    """The first line of the innermost cause.
+
+    torch wraps the useful sentence in several layers of advice.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -332,8 +388,11 @@ def find_reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def silence_exporters() -> Iterator[None]:
-    """torch's exporters print progress and warn of their own internals; none of it is for our users."""
+def _silence_exporters() -> Iterator[None]:
+    """Let torch's exporters run without a word.
+
+    They print progress and warn of their own internals; none of it is for our users.
+    """
     loggers = [
         logging.getLogger(name)
         for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._export")

@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 def make_float_model(checkpoint: Checkpoint, *, floats: str = "float32") -> bytes | None:
-    """The checkpoint's graph with its weights as floats; None where that is more than a protobuf holds.
+    """Make the float ONNX model that a checkpoint stands for.
 
-    floats: "float16" for parameters rounded as `convert` with this option rounds them.
+    Args:
+        checkpoint: of a quantized model.
+        floats: "float32", or "float16" for parameters rounded as `convert` with this option rounds.
+
+    Returns:
+        A serialized ModelProto with dequantized weights; None where that is more than a protobuf
+        holds.
     """
     graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
     if floats == "float16":
@@ -29,6 +35,14 @@ def make_float_model(checkpoint: Checkpoint, *, floats: str = "float32") -> byte
 
 
 def restore_float_weights(graph: FloatGraph, matching: Matching) -> FloatGraph:
-    """The graph with its quantised weights in place."""
+    """Put dequantized weights back into a graph.
+
+    Args:
+        graph: without the weights that are quantized.
+        matching: these weights, each with its place in the graph.
+
+    Returns:
+        The graph with all its weights as floats.
+    """
     placed = {weight.name: weight.dequantize() for weight in matching.found}
     return FloatGraph(graph.proto, {**graph.weights, **placed})

@@ -52,6 +52,11 @@ def read_members(file: BinaryIO, source: str) -> dict[str, bytes]:
 def check_layout(archive: zipfile.ZipFile, file: BinaryIO, source: str) -> list[zipfile.ZipInfo]:
     """Check that an archive is laid out as torch lays out its own, before anything is unpacked.
 
+    Args:
+        archive: opened on `file`.
+        file: seekable, at any place.
+        source: names the file in errors.
+
     Returns:
         The archive's entries in the order of their bytes.
 
@@ -79,12 +84,13 @@ def check_layout(archive: zipfile.ZipFile, file: BinaryIO, source: str) -> list[
         )
     end = 0
     for entry in entries:
-        problem = find_problem(entry)
+        problem = _find_problem(entry)
         if entry.header_offset < end:
             problem = "overlaps another part"
         if problem is not None:
             raise FileError(
-                f"{source}: its part {entry.filename[:80]!a} {problem}, as torch never writes it; save it again"
+                f"{source}: its part {entry.filename[:80]!a} {problem}, as torch never writes it;"
+                " save it again"
             )
         end = entry.header_offset + LOCAL_HEADER + len(entry.filename.encode()) + entry.file_size
     return entries
@@ -108,7 +114,7 @@ def _check_ends(
         raise FileError(f"{source}: has bytes in front of its parts; save it again with torch")
 
 
-def find_problem(entry: zipfile.ZipInfo) -> str | None:
+def _find_problem(entry: zipfile.ZipInfo) -> str | None:
     """What is wrong with a member by its entry in the directory; None if nothing."""
     name = entry.filename
     parts = name.split("/")

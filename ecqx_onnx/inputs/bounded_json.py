@@ -42,7 +42,7 @@ def parse_json(
     try:
         document = json.loads(
             text,
-            object_pairs_hook=refuse_double_keys,
+            object_pairs_hook=_refuse_double_keys,
             parse_constant=float if with_nan else _refuse_constant,
         )
     except BadJson:
@@ -56,7 +56,7 @@ def parse_json(
     return document
 
 
-def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

@@ -1,4 +1,7 @@
-"""A file's first bytes -> what other tool wrote it, and what to do with it here. Nothing in it is run or unpickled."""
+"""Tell from a file's first bytes which other tool wrote it, and what to do with it here.
+
+Nothing in the file is run or unpickled.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,35 @@ def advise_on_foreign(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(HEAD)
     if head[4:8] == b"TFL3":
-        return "is a TensorFlow Lite model; write the network as .onnx (tf2onnx --tflite) and give it to `ecqx-onnx pack`"
+        return (
+            "is a TensorFlow Lite model; write the network as .onnx (tf2onnx --tflite) and give it"
+            " to `ecqx-onnx pack`"
+        )
     if head[:8] == b"\x89HDF\r\n\x1a\n":
-        return "is a Keras or HDF5 file; write the network as .onnx (tf2onnx) and give it to `ecqx-onnx pack`"
+        return (
+            "is a Keras or HDF5 file; write the network as .onnx (tf2onnx) and give it to"
+            " `ecqx-onnx pack`"
+        )
     if head[:4] == b"GGUF":
-        return "is a GGUF file of quantised weights, which is not read here; give the float weights of PyTorch"
+        return (
+            "is a GGUF file of quantised weights, which is not read here; give the float weights of"
+            " PyTorch"
+        )
     if _is_protobuf_of_a_model(head):
         if head[4:5] == b"\x0a":
-            return "is a Core ML model; give the network that it was made from, or `convert --target coreml` for one anew"
+            return (
+                "is a Core ML model; give the network that it was made from, or `convert --target"
+                " coreml` for one anew"
+            )
         return "holds an ONNX model by another name; name it .onnx and give it to `ecqx-onnx pack`"
     return _advise_on_archive(path)
 
 
 def _is_protobuf_of_a_model(head: bytes) -> bool:
-    """A small version number as field 1, then field 2 (ONNX: its producer's name; Core ML: a description)."""
+    """Whether a small version number is field 1, and field 2 follows.
+
+    Field 2 is the producer's name in ONNX, and a description in Core ML.
+    """
     return len(head) > 4 and head[0] == 0x08 and head[1] < 0x40 and head[2] == 0x12
 
 
@@ -55,7 +73,8 @@ def _advise_on_archive(path: Path) -> str | None:
         name.endswith("/constants.pkl") or "/code/" in name for name in names
     ) and not _is_program(names):
         return (
-            "is a TorchScript file; take its weights out (torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')) and"
+            "is a TorchScript file; take its weights out"
+            " (torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')) and"
             " give them with --model FILE.py:FACTORY, or export the network with torch.export"
         )
     return None

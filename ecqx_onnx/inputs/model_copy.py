@@ -1,4 +1,4 @@
-"""An .onnx file -> a copy of it, with its external data in one file whose name we choose.
+"""Copy an .onnx file, with its external data in one file whose name we choose.
 
 A name that a stranger's model states may be that of a file which its user needs, or which a program
 beside it runs.
@@ -32,7 +32,7 @@ class _Piece:
 
 
 def copy_model(file: OnnxFile, path: Path) -> tuple[Path, ...]:
-    """Writes the model to `path`, and its external data, where it has some, to `<path>.data`.
+    """Write a model to `path`, and its external data, where it has some, to `<path>.data`.
 
     A model without external data is copied byte for byte; in another one locations are rewritten.
 
@@ -50,14 +50,14 @@ def copy_model(file: OnnxFile, path: Path) -> tuple[Path, ...]:
     proto.CopyFrom(file.proto)
     found = [
         (tensor, find_external_file(file.path, f"tensor '{tensor.name}'", tensor))
-        for tensor in list_external_tensors(proto)
+        for tensor in _list_external_tensors(proto)
     ]
     if not found:
         shutil.copyfile(file.path, path)
         return ()
     needed: dict[Path, list[tuple[int, int]]] = defaultdict(list)
     for tensor, source in found:
-        start = read_offset(tensor)
+        start = _read_offset(tensor)
         needed[source].append((start, start + count_stored_bytes(tensor)))
     data = find_data_path(path)
     pieces = {}
@@ -65,14 +65,14 @@ def copy_model(file: OnnxFile, path: Path) -> tuple[Path, ...]:
         for source, ranges in needed.items():
             pieces[source] = _copy_ranges(source, ranges, out)
     for tensor, source in found:
-        set_location(tensor, data.name, pieces[source])
+        _set_location(tensor, data.name, pieces[source])
     copied = proto.SerializeToString(deterministic=True)
     with open(path, "xb") as out:
         out.write(copied)
     return (data,)
 
 
-def list_external_tensors(message: Any) -> Iterator[TensorProto]:
+def _list_external_tensors(message: Any) -> Iterator[TensorProto]:
     """Every tensor in the model, wherever it stands, whose data lie in another file."""
     if isinstance(message, TensorProto):
         if message.data_location == TensorProto.EXTERNAL:
@@ -85,22 +85,23 @@ def list_external_tensors(message: Any) -> Iterator[TensorProto]:
         ):
             continue
         for part in value if field.is_repeated else [value]:
-            yield from list_external_tensors(part)
+            yield from _list_external_tensors(part)
 
 
-def read_offset(tensor: TensorProto) -> int:
+def _read_offset(tensor: TensorProto) -> int:
+    """Where a tensor's data begin in their file, in bytes."""
     return int({entry.key: entry.value for entry in tensor.external_data}.get("offset", "0"))
 
 
 def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO) -> list[_Piece]:
-    """Appends what is needed of `source`, each byte once, however many tensors share it.
+    """Append what is needed of `source`, each byte once, however many tensors share it.
 
     Places within pages stay what they were, so that runtimes can map them.
     """
     pieces = []
     try:
         with open(source, "rb") as file:
-            for start, stop in unite_ranges(ranges):
+            for start, stop in _unite_ranges(ranges):
                 place = out.tell() + (start - out.tell()) % ALIGNMENT
                 out.write(bytes(place - out.tell()))
                 file.seek(start)
@@ -108,7 +109,8 @@ def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO)
                     block = file.read(min(BLOCK, stop - position))
                     if len(block) != min(BLOCK, stop - position):
                         raise FileError(
-                            f"'{source}' has got shorter while it was read; leave it alone and repeat this"
+                            f"'{source}' has got shorter while it was read; leave it alone and"
+                            " repeat this"
                         )
                     out.write(block)
                 pieces.append(_Piece(start, stop, place))
@@ -121,7 +123,7 @@ def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO)
     return pieces
 
 
-def unite_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _unite_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Overlapping ranges, and those less than a page apart, as one."""
     united: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
@@ -132,8 +134,9 @@ def unite_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return united
 
 
-def set_location(tensor: TensorProto, location: str, pieces: list[_Piece]) -> None:
-    start = read_offset(tensor)
+def _set_location(tensor: TensorProto, location: str, pieces: list[_Piece]) -> None:
+    """Let a tensor's data lie where its bytes were copied to."""
+    start = _read_offset(tensor)
     piece = next(
         piece
         for piece in pieces

@@ -1,6 +1,7 @@
-"""A path -> the ONNX model in it, every tensor's size checked, or one sentence on what is wrong with the file.
+"""Read an .onnx file that nobody vouches for, and check what it says of itself.
 
-Nothing is loaded into a runtime before it has passed here: lying shapes, data cut short, paths that leave the model's folder.
+Nothing is loaded into a runtime before it has passed here. Lying shapes, data cut short, paths that
+leave the model's folder end in one sentence.
 """
 
 from __future__ import annotations
@@ -44,7 +45,14 @@ TYPED_FIELDS: dict[int, str] = {
 
 @dataclass(frozen=True, eq=False)
 class OnnxFile:
-    """proto: without the contents of external data. metadata: our JSON in it, empty for a foreign file."""
+    """A checked model and its files.
+
+    Attributes:
+        path: of the .onnx file.
+        proto: without the contents of external data.
+        external: the files of external data, sorted.
+        metadata: our JSON in it, empty for a foreign file.
+    """
 
     path: Path
     proto: onnx.ModelProto
@@ -57,23 +65,38 @@ class OnnxFile:
         return self.path.stat().st_size + sum(path.stat().st_size for path in self.external)
 
     def with_data(self) -> onnx.ModelProto:
-        """The model with its external data read in."""
+        """Read the external data in.
+
+        Returns:
+            The model with all its data: a copy, or `proto` itself if nothing of it is external.
+        """
         if not self.external:
             return self.proto
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         for _, tensor in list_named_tensors(proto):
             if tensor.data_location == TensorProto.EXTERNAL:
-                content = read_external_bytes(
-                    tensor, self.path.parent
-                )  # as long as the shape says, where no length is stated
+                # As long as the shape says, where no length is stated.
+                content = read_external_bytes(tensor, self.path.parent)
                 clear_data(tensor)
                 tensor.raw_data = content
         return proto
 
 
 def read_onnx(path: Path | str) -> OnnxFile:
-    """FileError if the file is missing, damaged or lies about itself; ModelError if a weight is not a number."""
+    """Read an .onnx file and check every tensor in it.
+
+    Args:
+        path: of the file, whoever wrote it.
+
+    Returns:
+        The model; its external data are looked at but not read.
+
+    Raises:
+        FileError: if the file is missing, damaged, lies about itself, or claims more than any real
+            model does.
+        ModelError: if a weight is not a number.
+    """
     path = Path(path)
     proto = read_proto(path)
     if not proto.graph.output:
@@ -98,27 +121,42 @@ def read_onnx(path: Path | str) -> OnnxFile:
 
 
 def list_named_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    """(what it is in words, tensor) for every tensor stored in the model."""
+    """List every tensor that is stored in a model.
+
+    Args:
+        proto: any model; subgraphs and functions are looked into.
+
+    Yields:
+        (what it is in words, tensor).
+    """
     for graph in list_graphs(proto.graph):
         for tensor in graph.initializer:
             yield f"initializer '{tensor.name}'", tensor
         for sparse in graph.sparse_initializer:
             yield f"the values of sparse initializer '{sparse.values.name}'", sparse.values
             yield f"the indices of sparse initializer '{sparse.values.name}'", sparse.indices
-        yield from list_constants(graph.node)
+        yield from _list_constants(graph.node)
     for function in proto.functions:
-        yield from list_constants(function.node)
+        yield from _list_constants(function.node)
 
 
 def count_stored_bytes(tensor: TensorProto) -> int:
-    """Bytes that the tensor's shape and type ask for."""
+    """Count the bytes that a tensor's shape and type ask for.
+
+    Args:
+        tensor: of a known type that is no text; lengths of at least 0.
+
+    Returns:
+        The number of bytes, those of sub-byte types packed.
+    """
     count = math.prod(tensor.dims)
     if tensor.data_type in SUB_BYTE_BITS:
         return -(-count * SUB_BYTE_BITS[tensor.data_type] // 8)
     return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
-def list_constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
+def _list_constants(nodes: Any) -> Iterator[tuple[str, TensorProto]]:
+    """Tensors in the nodes' attributes, with what they are in words."""
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
@@ -136,12 +174,11 @@ def _check_declaration(path: Path, where: str, tensor: TensorProto) -> None:
         )
     if len(tensor.dims) > MOST_DIMENSIONS:
         raise FileError(
-            f"{path}: {where} has {len(tensor.dims)} dimensions, more than {MOST_DIMENSIONS}; the file is damaged"
+            f"{path}: {where} has {len(tensor.dims)} dimensions, more than {MOST_DIMENSIONS}; the"
+            " file is damaged"
         )
-    if (
-        tensor.data_type not in TensorProto.DataType.values()
-        or tensor.data_type == TensorProto.UNDEFINED
-    ):
+    is_known = tensor.data_type in TensorProto.DataType.values()
+    if not is_known or tensor.data_type == TensorProto.UNDEFINED:
         raise FileError(
             f"{path}: {where} has data type {tensor.data_type}, which ONNX does not know"
         )
@@ -149,44 +186,51 @@ def _check_declaration(path: Path, where: str, tensor: TensorProto) -> None:
 
 def _check_size(path: Path, where: str, tensor: TensorProto) -> None:
     count = math.prod(tensor.dims)
+    needed = count
     if tensor.data_type == TensorProto.STRING:
-        found, needed, unit = len(tensor.string_data), count, "strings"
+        found = len(tensor.string_data)
+        unit = "strings"
     elif tensor.HasField("raw_data"):
-        found, needed, unit = len(tensor.raw_data), count_stored_bytes(tensor), "bytes"
+        found = len(tensor.raw_data)
+        needed = count_stored_bytes(tensor)
+        unit = "bytes"
     else:
         found = len(getattr(tensor, TYPED_FIELDS.get(tensor.data_type, "int32_data")))
-        needed = count_stored_bytes(tensor) if tensor.data_type in SUB_BYTE_BITS else count
         unit = "values"
+        if tensor.data_type in SUB_BYTE_BITS:  # an entry holds a byte of them
+            needed = count_stored_bytes(tensor)
     if found != needed:
         raise FileError(
-            f"{path}: {where} claims the shape {list(tensor.dims)}, {needed} {unit}, but the file holds {found}"
+            f"{path}: {where} claims the shape {list(tensor.dims)}, {needed} {unit}, but the file"
+            f" holds {found}"
         )
 
 
 def _check_numbers(path: Path, where: str, tensor: TensorProto) -> None:
     if tensor.data_type in FLOATS:
-        bad = int(
-            np.count_nonzero(np.isnan(numpy_helper.to_array(tensor).astype(np.float32, copy=False)))
-        )
+        values = numpy_helper.to_array(tensor).astype(np.float32, copy=False)
+        bad = int(np.count_nonzero(np.isnan(values)))
         if bad:
             raise ModelError(
-                f"{path}: {where} holds {bad} values that are no numbers (NaN): train or save the model again"
+                f"{path}: {where} holds {bad} values that are no numbers (NaN): train or save the"
+                " model again"
             )
 
 
 def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
-    where, size = f"{path}: sparse initializer '{sparse.values.name}'", math.prod(sparse.dims)
+    where = f"{path}: sparse initializer '{sparse.values.name}'"
+    size = math.prod(sparse.dims)
     if min(sparse.dims, default=0) < 0 or len(sparse.dims) > MOST_DIMENSIONS:
         raise FileError(
             f"{where} has the shape {list(sparse.dims)[:9]}, and no tensor can; the file is damaged"
         )
     if not may_have_size(size, math.prod(sparse.values.dims)):
         raise FileError(
-            f"{where} claims the shape {list(sparse.dims)} for {math.prod(sparse.values.dims)} values: damaged"
+            f"{where} claims the shape {list(sparse.dims)} for {math.prod(sparse.values.dims)}"
+            " values: damaged"
         )
-    if list(sparse.indices.dims) != list(
-        sparse.values.dims
-    ):  # one linear index per value, the form that onnxruntime reads
+    # One linear index per value: the form that onnxruntime reads.
+    if list(sparse.indices.dims) != list(sparse.values.dims):
         raise FileError(
             f"{where} has {list(sparse.values.dims)} values but {list(sparse.indices.dims)} indices"
         )
@@ -203,22 +247,33 @@ def _check_sparse(path: Path, sparse: onnx.SparseTensorProto) -> None:
 
 
 def find_external_file(path: Path, where: str, tensor: TensorProto) -> Path:
-    """The file that holds the tensor's data: beside the model, there, and long enough."""
+    """Find the file that holds a tensor's data.
+
+    Args:
+        path: of the model.
+        where: names the tensor in errors.
+        tensor: one with external data.
+
+    Returns:
+        The file: inside the model's folder, there, and long enough.
+
+    Raises:
+        FileError: if there is no such file.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if tensor.data_type == TensorProto.STRING:
         raise FileError(
-            f"{path}: {where} is text in external data, which ONNX does not have; the file is damaged"
+            f"{path}: {where} is text in external data, which ONNX does not have; the file is"
+            " damaged"
         )
     if "\0" in location or len(location.encode()) > LONGEST_LOCATION:
         raise FileError(
             f"{path}: {where} has external data at {location[:40]!r}, which no file can be called"
         )
     try:
-        offset, length = (
-            int(entries.get("offset", "0")),
-            int(entries.get("length", str(count_stored_bytes(tensor)))),
-        )
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", str(count_stored_bytes(tensor))))
     except ValueError:
         raise FileError(
             f"{path}: {where} has external data whose offset or length is not a number"
@@ -234,20 +289,24 @@ def find_external_file(path: Path, where: str, tensor: TensorProto) -> Path:
         ) from error
     if not location or outside or not inside:
         raise FileError(
-            f"{path}: {where} points to external data at '{location}', outside of the model's folder: refused"
+            f"{path}: {where} points to external data at '{location}', outside of the model's"
+            " folder: refused"
         )
     file = folder / location
     if not there:
         raise FileError(
-            f"{path}: {where} lies in '{location}', which is missing: keep that file beside the model"
+            f"{path}: {where} lies in '{location}', which is missing: keep that file beside the"
+            " model"
         )
     if offset < 0 or length != count_stored_bytes(tensor):
         raise FileError(
-            f"{path}: {where} claims {length} bytes of external data at offset {offset}, but its shape {list(tensor.dims)} "
+            f"{path}: {where} claims {length} bytes of external data at offset {offset}, but its"
+            f" shape {list(tensor.dims)} "
             f"takes {count_stored_bytes(tensor)}"
         )
     if offset + length > file.stat().st_size:
         raise FileError(
-            f"{path}: {where} needs bytes {offset} to {offset + length} of '{location}', which has only {file.stat().st_size}"
+            f"{path}: {where} needs bytes {offset} to {offset + length} of '{location}', which has"
+            f" only {file.stat().st_size}"
         )
     return file

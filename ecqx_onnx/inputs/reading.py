@@ -1,4 +1,4 @@
-"""A path that somebody else filled -> an open regular file, or one sentence: no pipe, no device, nothing endless.
+"""Open files that somebody else filled: no pipe, no device, nothing endless.
 
 What the operating system refuses becomes an error of ours here, and nowhere else.
 """
@@ -47,7 +47,7 @@ KINDS = {
 
 
 def make_file_error(error: OSError) -> FileError:
-    """The same as a sentence: which file, what the system says, what to do.
+    """Say what the operating system refused: which file, its reason, what to do.
 
     Args:
         error: as the operating system raised it.
@@ -65,7 +65,14 @@ def make_file_error(error: OSError) -> FileError:
 
 @contextlib.contextmanager
 def turn_system_errors() -> Iterator[None]:
-    """Whatever the operating system refuses inside is raised as a FileError."""
+    """Raise whatever the operating system refuses inside as a FileError.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FileError: in place of an OSError; a broken pipe of our own output passes.
+    """
     try:
         yield
     except BrokenPipeError:  # who reads our output has seen enough: no matter of files
@@ -75,7 +82,14 @@ def turn_system_errors() -> Iterator[None]:
 
 
 def with_file_errors(function: Function) -> Function:
-    """A function that raises FileError where the operating system refuses something."""
+    """Decorate a function so that it raises FileError where the operating system refuses something.
+
+    Args:
+        function: any.
+
+    Returns:
+        A function with the same arguments and result.
+    """
 
     @functools.wraps(function)
     def run(*args: object, **kwargs: object) -> object:
@@ -86,22 +100,34 @@ def with_file_errors(function: Function) -> Function:
 
 
 def check_name(path: Path | str) -> None:
-    """FileError for an .onnx file whose path is not UTF-8: onnx and onnxruntime cannot open it."""
+    """Refuse an .onnx file whose path is not UTF-8: onnx and onnxruntime cannot open it.
+
+    Args:
+        path: of a file; names without .onnx pass.
+
+    Raises:
+        FileError: for such a name.
+    """
     if Path(path).suffix != ".onnx":
         return
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
         raise FileError(
-            f"'{path}' is not UTF-8, and ONNX's libraries open no other names; rename the file or folder"
+            f"'{path}' is not UTF-8, and ONNX's libraries open no other names; rename the file or"
+            " folder"
             " (or set a locale in UTF-8)"
         ) from None
 
 
 def check_regular(path: Path | str) -> None:
-    """FileError for a pipe, a device or a socket, which a reader would wait for or never finish.
+    """Refuse a pipe, a device or a socket, which a reader would wait for or never finish.
 
-    What does not exist, or cannot be looked at, passes: opening it tells more.
+    Args:
+        path: what does not exist, or cannot be looked at, passes: opening it tells more.
+
+    Raises:
+        FileError: for such a file.
     """
     try:
         mode = os.stat(path).st_mode
@@ -115,7 +141,7 @@ def check_regular(path: Path | str) -> None:
 
 
 def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
-    """Opens a regular file for reading, without waiting for a pipe.
+    """Open a regular file for reading, without waiting for a pipe.
 
     Args:
         path: of the file; links are followed.
@@ -141,7 +167,8 @@ def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
                 raise FileError(f"'{path}' is {kind}, not a regular file; name a file")
             if most is not None and status.st_size > most:
                 raise FileError(
-                    f"'{path}' has {status.st_size} bytes, and at most {most} are read; is it the right file?"
+                    f"'{path}' has {status.st_size} bytes, and at most {most} are read; is it the"
+                    " right file?"
                 )
             return os.fdopen(descriptor, "rb")
         except BaseException:
@@ -150,7 +177,18 @@ def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
 
 
 def read_bytes(path: Path | str, *, most: int) -> bytes:
-    """What a regular file holds. FileError if it is none, or has more than `most` bytes."""
+    """Read a regular file whole.
+
+    Args:
+        path: of the file; links are followed.
+        most: bytes that it may have.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        FileError: if it is no regular file, or has more bytes.
+    """
     with open_regular(path, most=most) as file, turn_system_errors():
         content = file.read(most + 1)
     if len(content) > most:  # it grew since

@@ -1,6 +1,7 @@
-"""A .safetensors file, or the folder that Hugging Face's tools write -> a state dict. Nothing is unpickled.
+"""Read weights from a .safetensors file, or from a folder that Hugging Face's tools wrote.
 
-The format: 8 bytes of length, a JSON object of that length with dtype, shape and place of each tensor, then the bytes of all.
+The format: 8 bytes of length, a JSON object of that length with dtype, shape and place of each
+tensor, then the bytes of all. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ import torch
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inputs.reading import open_regular
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 MOST_SHARDS = 10_000
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file, or the folder's weights, are in this format."""
+    """Whether the file, or the folder's weights, are in this format.
+
+    Args:
+        path: of a file or folder; it may be missing.
+
+    Returns:
+        True if the folder has weights of that name, or the file begins as the format does.
+    """
     if path.is_dir():
         return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
     if not path.is_file():
@@ -39,6 +49,12 @@ def is_safetensors(path: Path) -> bool:
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a file, or all weights of a folder.
 
+    Args:
+        path: for which `is_safetensors` is true.
+
+    Returns:
+        The state dict: tensors in main memory by their names.
+
     Raises:
         FileError: if it is not what it says.
     """
@@ -47,12 +63,12 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     if (path / WEIGHTS).is_file():
         return _read_file(path / WEIGHTS)
     state: dict[str, torch.Tensor] = {}
-    for name in _shards(path / INDEX):
+    for name in _list_shards(path / INDEX):
         state.update(_read_file(path / name))
     return state
 
 
-def _shards(index: Path) -> list[str]:
+def _list_shards(index: Path) -> list[str]:
     """The files beside an index that hold the weights."""
     try:
         with open_regular(index, most=LONGEST_HEADER) as file:
@@ -82,15 +98,17 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(header, dict):
             raise ValueError("its header is no object")
         entries = {str(name): entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _tensor(name, entry, data) for name, entry in entries.items()}
+        return {name: _read_tensor(name, entry, data) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, RecursionError, RuntimeError, OverflowError) as error:
         raise FileError(
             f"{path} cannot be read as safetensors ({error}): download or save it again"
         ) from error
 
 
-def _tensor(name: str, entry: Any, data: bytearray) -> torch.Tensor:
-    dtype, shape, (start, end) = TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+def _read_tensor(name: str, entry: Any, data: bytearray) -> torch.Tensor:
+    dtype = TYPES[entry["dtype"]]
+    shape = entry["shape"]
+    start, end = entry["data_offsets"]
     numbers = (*shape, start, end)
     if not all(type(number) is int and number >= 0 for number in numbers) or end > len(data):
         raise ValueError(f"'{name}' lies outside the file")

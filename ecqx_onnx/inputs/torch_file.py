@@ -1,4 +1,4 @@
-"""Files that torch.save wrote -> tensors, numbers, texts, lists and dicts; nothing else is built.
+"""Read tensors, numbers, texts, lists and dicts from files that torch.save wrote; nothing else.
 
 torch.load(weights_only=True) runs none of the author's code, but it builds whatever is asked for:
 buffers of any length, tensors that repeat one stored element a million million times. So the file
@@ -49,7 +49,13 @@ OBJECTS = frozenset(
 
 
 def find_torch_file(path: str | Path) -> Path:
-    """The path of a file that torch may have written.
+    """Check that there is a file that torch may have written.
+
+    Args:
+        path: as the user named it.
+
+    Returns:
+        The same as a Path.
 
     Raises:
         FileError: if there is none, or it is plainly something else.
@@ -62,7 +68,7 @@ def find_torch_file(path: str | Path) -> Path:
         size = path.stat().st_size
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
         raise FileError(
-            f"{path}: cannot be opened ({find_reason(error)}); check its name"
+            f"{path}: cannot be opened ({_find_reason(error)}); check its name"
         ) from error
     if path.suffix.lower() == ".onnx":
         raise FileError(
@@ -83,6 +89,12 @@ def find_torch_file(path: str | Path) -> Path:
 def is_program(path: str | Path) -> bool:
     """Whether the file is a .pt2 archive.
 
+    Args:
+        path: of a file that torch may have written.
+
+    Returns:
+        True by the names of its members; none is opened.
+
     Raises:
         FileError: if there is no such file, or it cannot be read.
     """
@@ -95,12 +107,15 @@ def is_program(path: str | Path) -> bool:
     except PermissionError as error:
         raise FileError(f"{path}: may not be read; check its permissions") from error
     except Exception as error:  # zipfile raises six kinds on damaged archives
-        raise FileError(f"{path}: is damaged ({find_reason(error)}); save it again") from error
+        raise FileError(f"{path}: is damaged ({_find_reason(error)}); save it again") from error
     return any(name.endswith("archive_format") or "/models/" in name for name in names)
 
 
 def load_plain(path: str | Path) -> Any:
     """Read what torch.save wrote, without building anything but plain values.
+
+    Args:
+        path: of the file, whoever wrote it.
 
     Returns:
         Tensors, numbers, texts, lists and dicts. Each tensor is dense, lies in main memory, and has
@@ -112,18 +127,22 @@ def load_plain(path: str | Path) -> Any:
     path = Path(path)
     if is_program(path):
         raise FileError(
-            f"{path}: is a .pt2 program, where a checkpoint or state dict is needed; `ecqx-onnx convert` takes it without --model"
+            f"{path}: is a .pt2 program, where a checkpoint or state dict is needed; `ecqx-onnx"
+            " convert` takes it without --model"
         )
     with open_regular(path) as file:
         return read_plain(file, str(path))
 
 
 def read_plain(file: BinaryIO, source: str) -> Any:
-    """The same from an open file.
+    """Read what torch.save wrote from an open file, as `load_plain` does.
 
     Args:
         file: seekable, at any place.
         source: names the file in errors.
+
+    Returns:
+        The same plain values.
 
     Raises:
         FileError: if it holds anything but plain values.
@@ -140,10 +159,10 @@ def read_plain(file: BinaryIO, source: str) -> Any:
         raise FileError(f"{source}: may not be read; check its permissions") from error
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) or "WeightsUnpickler" in str(error):
-            raise make_pickled_error(source) from error
-        raise make_damaged_error(source) from error
+            raise _make_pickled_error(source) from error
+        raise _make_damaged_error(source) from error
     except Exception as error:  # torch raises ten kinds on damaged files
-        raise make_damaged_error(source) from error
+        raise _make_damaged_error(source) from error
     _check_tensors(document, source, length)
     return document
 
@@ -153,7 +172,7 @@ def _look_at(file: BinaryIO, source: str) -> None:
     if not zipfile.is_zipfile(file):
         file.seek(0)
         if file.read(1) != PICKLE_PROTOCOL:  # torch names the protocol, which comes first
-            raise make_damaged_error(source)
+            raise _make_damaged_error(source)
         file.seek(0)
         for _ in range(LEGACY_PICKLES):
             _check_pickle(file, source)
@@ -162,14 +181,16 @@ def _look_at(file: BinaryIO, source: str) -> None:
         entries = check_layout(members, file, source)
         if (broken := members.testzip()) is not None:  # torch.load doesn't look at checksums
             raise FileError(
-                f"{source}: is damaged: its part {broken[:80]!r} doesn't have its checksum; save it again"
+                f"{source}: is damaged: its part {broken[:80]!r} doesn't have its checksum; save it"
+                " again"
             )
         pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise make_damaged_error(source)
+            raise _make_damaged_error(source)
         if pickles[0].file_size > MOST_PICKLE_BYTES:
             raise FileError(
-                f"{source}: has {pickles[0].file_size} bytes beside its tensors, more than {MOST_PICKLE_BYTES}; save a state dict"
+                f"{source}: has {pickles[0].file_size} bytes beside its tensors, more than"
+                f" {MOST_PICKLE_BYTES}; save a state dict"
             )
         with members.open(pickles[0]) as stream:
             _check_pickle(stream, source)
@@ -182,27 +203,29 @@ def _check_pickle(stream: Any, source: str) -> None:
             raise FileError(f"{source}: has more than {MOST_OPCODES} values; save a state dict")
         is_other = opcode.name == "GLOBAL" and not GLOBALS.fullmatch(str(argument))
         if is_other or opcode.name in OBJECTS:
-            raise make_pickled_error(source)
+            raise _make_pickled_error(source)
 
 
 def _check_tensors(document: Any, source: str, stored: int) -> None:
     """Every tensor is dense, and all together stand for about as many bytes as are stored."""
     allowed = MOST_UNFOLDING * stored + UNFOLDED_FOR_FREE
     unfolded = 0
-    for tensor in list_tensors(document, source):
+    for tensor in _list_tensors(document, source):
         is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_plain or tensor.is_quantized or tensor.ndim > MOST_DIMENSIONS:
             raise FileError(
-                f"{source}: holds a tensor that is no plain array in main memory; save dense tensors"
+                f"{source}: holds a tensor that is no plain array in main memory; save dense"
+                " tensors"
             )
         unfolded += tensor.numel() * tensor.element_size()
         if unfolded > allowed:
             raise FileError(
-                f"{source}: its tensors claim more than {allowed} bytes, the file has {stored}; save contiguous tensors"
+                f"{source}: its tensors claim more than {allowed} bytes, the file has {stored};"
+                " save contiguous tensors"
             )
 
 
-def list_tensors(document: Any, source: str) -> Iterator[torch.Tensor]:
+def _list_tensors(document: Any, source: str) -> Iterator[torch.Tensor]:
     """Every tensor, as often as the document refers to it."""
     pending = [document]
     seen = 0
@@ -219,18 +242,18 @@ def list_tensors(document: Any, source: str) -> Iterator[torch.Tensor]:
             pending.extend(value)
 
 
-def make_pickled_error(source: str) -> FileError:
+def _make_pickled_error(source: str) -> FileError:
     return FileError(
         f"{source}: holds pickled Python objects, not only tensors (or is damaged); save a state"
         " dict, or give `ecqx-onnx convert` --trust-pickle if you trust its author"
     )
 
 
-def make_damaged_error(source: str) -> FileError:
+def _make_damaged_error(source: str) -> FileError:
     return FileError(f"{source}: is damaged or was not written by torch.save; save it again")
 
 
-def find_reason(error: BaseException) -> str:
+def _find_reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,7 @@
-"""("FILE.py:NAME") -> what the user's Python file calls NAME. No torch."""
+"""Run the user's own Python file, and take from it what "FILE.py:NAME" names.
+
+This is trusted code: it comes from the command line or a recipe. torch is not needed here.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,30 @@ from ecqx_onnx.errors import FileError, InputError
 
 
 def is_function_spec(spec: str) -> bool:
-    """Whether the text has the form FILE.py:NAME."""
+    """Whether a text has the form FILE.py:NAME.
+
+    Args:
+        spec: any text.
+
+    Returns:
+        True for a file that ends in .py and an identifier; the file need not be there.
+    """
     file, _, name = spec.rpartition(":")
     return file.endswith(".py") and name.isidentifier()
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """FILE.py:NAME -> the function NAME of the file. FileError if the file is missing, fails, or has no such function."""
+    """Run FILE.py and take the function NAME from it.
+
+    Args:
+        spec: "FILE.py:NAME".
+
+    Returns:
+        The function, or another callable of that name.
+
+    Raises:
+        FileError: if the file is missing, fails, or has no such function.
+    """
     if not is_function_spec(spec):
         raise FileError(f"'{spec}' does not name a function: write it as FILE.py:FUNCTION")
     file, _, name = spec.rpartition(":")
@@ -30,7 +50,17 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 def run_file(file: str) -> ModuleType:
-    """The user's Python file as a module; its own folder is importable while it runs. FileError with the reason."""
+    """Run the user's Python file as a module.
+
+    Args:
+        file: its path; its folder is importable while it runs.
+
+    Returns:
+        The module.
+
+    Raises:
+        FileError: if it is missing or fails, with the reason; errors of ours pass as they are.
+    """
     path = Path(file)
     if not path.is_file():
         raise FileError(f"there is no Python file {file}: check the path")
@@ -45,10 +75,7 @@ def run_file(file: str) -> ModuleType:
         specification.loader.exec_module(module)
     except InputError:
         raise
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the user's file may raise anything; a script ends when it is run
+    except (Exception, SystemExit) as error:  # it may raise anything; a script ends when run
         raise FileError(
             f"{file} fails when it is run ({type(error).__name__}: {error}): mend it"
         ) from error

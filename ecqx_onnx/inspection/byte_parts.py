@@ -1,4 +1,4 @@
-"""An ONNX file -> what each of its bytes is for."""
+"""Count what each byte of an ONNX file is for."""
 
 from __future__ import annotations
 
@@ -23,25 +23,40 @@ FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProt
 
 
 def list_scale_names(proto: onnx.ModelProto) -> set[str]:
-    """Names of the steps, codebooks and factors: what dequantising nodes read beside the levels."""
-    nodes = (node for graph in list_graphs(proto.graph) for node in graph.node)
-    return {
-        name
-        for node in nodes
-        if node.domain == DOMAIN or node.op_type == "DequantizeLinear"
-        for name in node.input[1:]
-    }
+    """Find the steps, codebooks and factors: what dequantizing nodes read beside the levels.
+
+    Args:
+        proto: of ours or of someone else.
+
+    Returns:
+        Names of initializers and other values.
+    """
+    names: set[str] = set()
+    for graph in list_graphs(proto.graph):
+        for node in graph.node:
+            if node.domain == DOMAIN or node.op_type == "DequantizeLinear":
+                names.update(node.input[1:])
+    return names
 
 
 def count_byte_parts(file: OnnxFile, scales: set[str]) -> dict[str, int]:
-    """Bytes by purpose; what is left of the file is the graph's structure (nodes, dims, tags; padding of external data)."""
+    """Count a file's bytes by purpose.
+
+    Args:
+        file: the model; the files of its external data count, too.
+        scales: what `list_scale_names` gives.
+
+    Returns:
+        Bytes by purpose, which sum to the file's size. What no other purpose takes is the graph's
+        structure (nodes, dims, tags; padding of external data).
+    """
     parts: Counter[str] = Counter()
     for graph in list_graphs(file.proto.graph):
         for tensor in graph.initializer:
-            parts[name_purpose(tensor, scales)] += count_data_bytes(tensor)
+            parts[_name_purpose(tensor, scales)] += _count_data_bytes(tensor)
             parts["names"] += len(tensor.name.encode())
         for sparse in graph.sparse_initializer:
-            parts["quantised integers"] += count_data_bytes(sparse.values) + count_data_bytes(
+            parts["quantised integers"] += _count_data_bytes(sparse.values) + _count_data_bytes(
                 sparse.indices
             )
             parts["names"] += len(sparse.values.name.encode())
@@ -53,14 +68,14 @@ def count_byte_parts(file: OnnxFile, scales: set[str]) -> dict[str, int]:
             )
             for attribute in node.attribute:
                 if attribute.HasField("t"):
-                    parts[name_purpose(attribute.t, scales)] += count_data_bytes(attribute.t)
+                    parts[_name_purpose(attribute.t, scales)] += _count_data_bytes(attribute.t)
     parts["functions"] = sum(function.ByteSize() for function in file.proto.functions)
     parts["metadata"] = sum(entry.ByteSize() for entry in file.proto.metadata_props)
     parts["graph structure"] = file.size - sum(parts.values())
     return dict(parts)
 
 
-def name_purpose(tensor: TensorProto, scales: set[str]) -> str:
+def _name_purpose(tensor: TensorProto, scales: set[str]) -> str:
     if tensor.data_type in NARROW:
         return "quantised integers"
     if tensor.data_type in FLOATS:
@@ -68,7 +83,7 @@ def name_purpose(tensor: TensorProto, scales: set[str]) -> str:
     return "other constants"
 
 
-def count_data_bytes(tensor: TensorProto) -> int:
+def _count_data_bytes(tensor: TensorProto) -> int:
     """Bytes of the values alone, in the file or beside it."""
     if tensor.data_location == TensorProto.EXTERNAL:
         return count_stored_bytes(tensor)

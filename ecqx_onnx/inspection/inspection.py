@@ -1,4 +1,4 @@
-"""An .onnx file, or a checkpoint of ours -> what is in it: each weight's levels, and where every byte of the file goes.
+"""Say what is in an .onnx file or a checkpoint: each weight's levels, and where every byte goes.
 
 Runs no model and unpickles nothing.
 """
@@ -36,11 +36,24 @@ from ecqx_onnx.inspection.byte_parts import FLOATS, NARROW, count_byte_parts, li
 from ecqx_onnx.tensors import QuantTensor
 
 SHOWN_FLOATS = 12  # rows of float weights in the tables; the JSON has all
+HEADINGS = ("weight", "shape", "bits", "zeros", "entropy", "stored", "storage", "bytes")
 
 
 @dataclass(frozen=True)
 class InspectedTensor:
-    """One quantised weight. entropy: bits per weight; zeros: share in [0, 1]; nbytes: of its integers as they are stored."""
+    """One quantized weight.
+
+    Attributes:
+        name: of its initializer in the file.
+        sources: its names in PyTorch; several for tied weights.
+        shape: of the weight.
+        bits: of its levels.
+        zeros: share in [0, 1] of weights that are zero.
+        entropy: of its levels, in bits per weight.
+        storage: how the integers lie in the file.
+        dequantization: how the graph reads them; empty in a checkpoint.
+        nbytes: of its integers as they are stored.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -53,7 +66,7 @@ class InspectedTensor:
     nbytes: int
 
     @classmethod
-    def of(
+    def from_tensor(
         cls,
         tensor: QuantTensor,
         sources: tuple[str, ...],
@@ -61,6 +74,18 @@ class InspectedTensor:
         dequantization: str,
         nbytes: int,
     ) -> InspectedTensor:
+        """Describe a tensor.
+
+        Args:
+            tensor: the weight.
+            sources: its names in PyTorch.
+            storage: how the integers lie in the file.
+            dequantization: how the graph reads them.
+            nbytes: of its integers as they are stored.
+
+        Returns:
+            A row of the table.
+        """
         return cls(
             tensor.name,
             sources,
@@ -85,9 +110,21 @@ class FloatWeight:
 
 @dataclass(frozen=True)
 class Inspection:
-    """kind: "ONNX model" or "checkpoint". facts: (what, value) in words. parts: what the file's bytes are for; sums to nbytes.
+    """What is in a file.
 
-    inflated: the metadata lists quantised weights that are float in the file. warnings: one sentence each.
+    Attributes:
+        file: its path.
+        kind: "ONNX model" or "checkpoint".
+        nbytes: of the file and its external data.
+        facts: (what, value) in words.
+        tensors: the quantized weights.
+        floats: tensors of two or more dimensions that are float.
+        parts: bytes by what they are for; they sum to nbytes.
+        recipe: how it was made, if it says.
+        preprocessing: of raw samples, if it says.
+        labels: names of the classes.
+        inflated: the metadata lists quantized weights that are float in the file.
+        warnings: one sentence each.
     """
 
     file: str
@@ -104,7 +141,11 @@ class Inspection:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; sizes in bytes, shares in [0, 1], entropy in bits per weight."""
+        """Turn it into plain JSON values.
+
+        Returns:
+            Sizes in bytes, shares in [0, 1], entropy in bits per weight.
+        """
         return {
             "file": self.file,
             "kind": self.kind,
@@ -137,7 +178,11 @@ class Inspection:
         }
 
     def render(self) -> RenderableType:
-        """As tables for a terminal."""
+        """Show it as tables for a terminal.
+
+        Returns:
+            What `rich` prints.
+        """
         facts = Table(
             title=Text(f"{self.file}: {self.kind}, {self.nbytes:,} bytes"),
             title_justify="left",
@@ -145,8 +190,8 @@ class Inspection:
         )
         rows = [
             *self.facts,
-            ("recipe", format_fields(self.recipe)),
-            ("preprocessing", format_fields(self.preprocessing)),
+            ("recipe", _format_fields(self.recipe)),
+            ("preprocessing", _format_fields(self.preprocessing)),
         ]
         for name, value in [*rows, ("labels", ", ".join(self.labels))]:
             if value:
@@ -157,7 +202,7 @@ class Inspection:
                 parts.add_row(name, f"{count:,}", f"{count / max(1, self.nbytes):.1%}")
         tables: list[RenderableType] = [facts]
         if self.tensors:
-            tables.append(self._weights())
+            tables.append(self._render_weights())
         for row in self.floats[:SHOWN_FLOATS]:
             tables.append(
                 Text(f"float: {row.name} {list(row.shape)}, {row.nbytes:,} bytes", style="dim")
@@ -172,27 +217,16 @@ class Inspection:
             )
         return Group(*tables, parts, *(Text(warning, style="yellow") for warning in self.warnings))
 
-    def _weights(self) -> Table:
+    def _render_weights(self) -> Table:
         table = Table()
-        for heading in (
-            "weight",
-            "shape",
-            "bits",
-            "zeros",
-            "entropy",
-            "stored",
-            "storage",
-            "bytes",
-        ):
-            table.add_column(
-                heading,
-                justify="left" if heading in ("weight", "storage") else "right",
-                overflow="fold",
-            )
+        for heading in HEADINGS:
+            is_text = heading in ("weight", "storage")
+            table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
         for row in self.tensors:
             storage = f"{row.storage}, {row.dequantization}" if row.dequantization else row.storage
             shape = "x".join(map(str, row.shape))
-            stored = f"{8 * row.nbytes / max(1, math.prod(row.shape)):.2f}"  # bits per weight, as is the entropy
+            # Bits per weight, as is the entropy.
+            stored = f"{8 * row.nbytes / max(1, math.prod(row.shape)):.2f}"
             numbers = (
                 str(row.bits),
                 f"{row.zeros:.1%}",
@@ -206,15 +240,28 @@ class Inspection:
 
 
 def inspect(path: Path | str) -> Inspection:
-    """FileError if it is neither, or damaged."""
+    """Look into a file: an .onnx, or a checkpoint of ours.
+
+    Args:
+        path: of the file, whoever wrote it.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        FileError: if it is neither, or damaged.
+
+    Example:
+        inspect("model.onnx").parts["quantised integers"]
+    """
     path = Path(path)
     if path.suffix in (".pt", ".pth") or zipfile.is_zipfile(path):
-        return inspect_checkpoint(path)
-    return inspect_onnx(read_onnx(path))
+        return _inspect_checkpoint(path)
+    return _inspect_onnx(read_onnx(path))
 
 
-def inspect_onnx(file: OnnxFile) -> Inspection:
-    proto, graph = file.proto, file.proto.graph
+def _inspect_onnx(file: OnnxFile) -> Inspection:
+    proto = file.proto
     warnings: list[str] = []
     stored: tuple[StoredWeight, ...] = ()
     inflated = False
@@ -227,29 +274,32 @@ def inspect_onnx(file: OnnxFile) -> Inspection:
         count = len(file.metadata["tensors"])
         warnings.insert(
             0,
-            f"INFLATED: the metadata lists {count} quantised weights, but some tool has turned them into floats",
+            f"INFLATED: the metadata lists {count} quantised weights, but some tool has turned them"
+            " into floats",
         )
     wrong = [item.weight.name for item in stored if not item.crc_ok]
     if wrong:
         warnings.append(
-            f"the levels of {', '.join(wrong)} do not have the metadata's checksum; the file was changed"
+            f"the levels of {', '.join(wrong)} do not have the metadata's checksum; the file was"
+            " changed"
         )
     elif is_as_written(file.with_data()) is False:
         warnings.append(
-            "graph, parameters or metadata do not have the file's own checksum; the file was changed"
+            "graph, parameters or metadata do not have the file's own checksum; the file was"
+            " changed"
         )
     scales = list_scale_names(proto)
     return Inspection(
         file=str(file.path),
         kind="ONNX model",
         nbytes=file.size,
-        facts=list_facts(file),
-        tensors=tuple(list_rows(stored, proto)),
-        floats=tuple(list_float_weights(graph, scales)),
+        facts=_list_facts(file),
+        tensors=tuple(_list_rows(stored, proto)),
+        floats=tuple(_list_float_weights(proto.graph, scales)),
         parts=count_byte_parts(file, scales),
-        recipe=read_json_object(file.metadata.get("recipe")),
-        preprocessing=read_json_object(file.metadata.get("preprocessing")),
-        labels=read_labels(file.metadata.get("labels")),
+        recipe=_read_json_object(file.metadata.get("recipe")),
+        preprocessing=_read_json_object(file.metadata.get("preprocessing")),
+        labels=_read_labels(file.metadata.get("labels")),
         inflated=inflated,
         warnings=tuple(warnings),
     )
@@ -259,20 +309,21 @@ def _is_inflated(file: OnnxFile) -> bool:
     """No listed weight has its integers in the file any more."""
     graph = file.proto.graph
     present = {tensor.name for tensor in graph.initializer if tensor.data_type in NARROW}
-    present |= {sparse.values.name for sparse in graph.sparse_initializer} | {
-        name for node in graph.node for name in node.output
-    }
+    present.update(sparse.values.name for sparse in graph.sparse_initializer)
+    for node in graph.node:
+        present.update(node.output)
     listed = [record.levels or record.value for record in read_records(file.metadata)]
     return bool(listed) and not any(name in present for name in listed)
 
 
-def list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
+def _list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
     proto = file.proto
-    initializers = {
-        tensor.name for tensor in proto.graph.initializer
-    }  # old files list these among the inputs, too
+    # Old files list initializers among the inputs, too.
+    initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in initializers]
-    operators = Counter(node.op_type for graph in list_graphs(proto.graph) for node in graph.node)
+    operators: Counter[str] = Counter()
+    for graph in list_graphs(proto.graph):
+        operators.update(node.op_type for node in graph.node)
     facts = [
         (
             "opset",
@@ -282,8 +333,8 @@ def list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
         ),
         ("IR version", str(proto.ir_version)),
         ("producer", f"{proto.producer_name} {proto.producer_version}".strip()),
-        ("inputs", "; ".join(map(describe_signature, inputs))),
-        ("outputs", "; ".join(map(describe_signature, proto.graph.output))),
+        ("inputs", "; ".join(map(_describe_signature, inputs))),
+        ("outputs", "; ".join(map(_describe_signature, proto.graph.output))),
         ("nodes", ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))),
         ("functions", ", ".join(function.name for function in proto.functions)),
         ("external data", ", ".join(path.name for path in file.external)),
@@ -292,33 +343,33 @@ def list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
     return tuple(fact for fact in facts if fact[1])
 
 
-def describe_signature(value: onnx.ValueInfoProto) -> str:
+def _describe_signature(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
         return value.name
-    kind = (
-        TensorProto.DataType.Name(tensor.elem_type)
-        if tensor.elem_type in TensorProto.DataType.values()
-        else "?"
-    )
-    lengths = [
-        str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
-        for d in tensor.shape.dim
-    ]
-    return f"{value.name} {kind.lower()}[{', '.join(lengths)}]"
+    dtype = "?"
+    if tensor.elem_type in TensorProto.DataType.values():
+        dtype = TensorProto.DataType.Name(tensor.elem_type)
+    lengths = []
+    for dim in tensor.shape.dim:
+        stated = str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param
+        lengths.append(stated or "?")
+    return f"{value.name} {dtype.lower()}[{', '.join(lengths)}]"
 
 
-def list_rows(
+def _list_rows(
     stored: tuple[StoredWeight, ...], proto: onnx.ModelProto
 ) -> Iterator[InspectedTensor]:
     types = {
         tensor.name: TensorProto.DataType.Name(tensor.data_type)
         for tensor in proto.graph.initializer
     }
-    calls = [
-        part for node in proto.graph.node for part in expand_call(node) if part.domain == DOMAIN
-    ]
-    folded = {call.input[0] for call in calls if call.input}
+    # Levels that the graph reads through functions of ours, not through standard operators.
+    folded: set[str] = set()
+    for node in proto.graph.node:
+        for part in expand_call(node):
+            if part.domain == DOMAIN and part.input:
+                folded.add(part.input[0])
     seen: set[str] = set()
     for item in stored:
         storage = f"{item.storage} {types.get(item.levels_name, '')}".strip()
@@ -327,38 +378,43 @@ def list_rows(
         form = "folded" if item.levels_name in folded else "standard"
         if item.weight.integers is not None:
             form = "read as integers"
-        storage, nbytes = (f"{storage}, shared", 0) if shared else (storage, item.nbytes)
-        yield InspectedTensor.of(item.weight.tensor, item.weight.sources, storage, form, nbytes)
+        nbytes = item.nbytes
+        if shared:
+            storage = f"{storage}, shared"
+            nbytes = 0
+        yield InspectedTensor.from_tensor(
+            item.weight.tensor, item.weight.sources, storage, form, nbytes
+        )
 
 
-def list_float_weights(graph: onnx.GraphProto, scales: set[str]) -> Iterator[FloatWeight]:
+def _list_float_weights(graph: onnx.GraphProto, scales: set[str]) -> Iterator[FloatWeight]:
     for inner in list_graphs(graph):
         for tensor in inner.initializer:
             if tensor.data_type in FLOATS and len(tensor.dims) >= 2 and tensor.name not in scales:
                 yield FloatWeight(tensor.name, tuple(tensor.dims), count_stored_bytes(tensor))
 
 
-def split_insight_bytes(insight: Insight) -> tuple[bytes, bytes]:
+def _split_insight_bytes(insight: Insight) -> tuple[bytes, bytes]:
     text, pairs = to_document(insight)
     return text.encode(), pairs.tobytes()
 
 
-def inspect_checkpoint(path: Path) -> Inspection:
-    from ecqx_onnx.checkpoint.checkpoint import (
-        load,
-    )  # here, since it loads torch, which .onnx files do not need
+def _inspect_checkpoint(path: Path) -> Inspection:
+    # Here, since it loads torch, which .onnx files do not need.
+    from ecqx_onnx.checkpoint.checkpoint import load
 
     checkpoint = load(path)
     nbytes = path.stat().st_size
+    graph_bytes = checkpoint.graph.proto.ByteSize()
+    graph_bytes += sum(weight.nbytes for weight in checkpoint.graph.weights.values())
     parts = {
         "quantised integers": sum(tensor.size for tensor in checkpoint.tensors),
         "float parameters": sum(value.nbytes for value in checkpoint.state.values()),
         "traced network": len(checkpoint.program),
-        "float ONNX graph": checkpoint.graph.proto.ByteSize()
-        + sum(w.nbytes for w in checkpoint.graph.weights.values()),
+        "float ONNX graph": graph_bytes,
     }
     if checkpoint.insight is not None:
-        parts["insight for the report"] = sum(map(len, split_insight_bytes(checkpoint.insight)))
+        parts["insight for the report"] = sum(map(len, _split_insight_bytes(checkpoint.insight)))
     parts["container"] = nbytes - sum(parts.values())
     floats = [
         FloatWeight(name, tuple(value.shape), value.nbytes)
@@ -367,13 +423,14 @@ def inspect_checkpoint(path: Path) -> Inspection:
     ]
     integers = sum(tensor.size for tensor in checkpoint.tensors)
     rows = [
-        InspectedTensor.of(tensor, (tensor.name,), "int8 levels", "", tensor.size)
+        InspectedTensor.from_tensor(tensor, (tensor.name,), "int8 levels", "", tensor.size)
         for tensor in checkpoint.tensors
     ]
     facts = (
         (
             "quantised",
-            f"{len(rows)} weights of {integers:,} integers, {len(checkpoint.matching.found)} placed in the ONNX graph",
+            f"{len(rows)} weights of {integers:,} integers, {len(checkpoint.matching.found)} placed"
+            " in the ONNX graph",
         ),
         ("notes", "; ".join(checkpoint.notes)),
         (
@@ -389,13 +446,13 @@ def inspect_checkpoint(path: Path) -> Inspection:
         tensors=tuple(rows),
         floats=tuple(floats),
         parts=parts,
-        recipe=read_json_object(dict(checkpoint.recipe)),
-        preprocessing=read_json_object(checkpoint.preprocessing.to_json()),
+        recipe=_read_json_object(dict(checkpoint.recipe)),
+        preprocessing=_read_json_object(checkpoint.preprocessing.to_json()),
         labels=tuple(checkpoint.labels),
     )
 
 
-def read_json_object(value: Any) -> dict[str, Any]:
+def _read_json_object(value: Any) -> dict[str, Any]:
     """A JSON object from the metadata, as such or as its text; empty if it is neither."""
     if isinstance(value, str):
         try:
@@ -405,11 +462,11 @@ def read_json_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_labels(value: Any) -> tuple[str, ...]:
+def _read_labels(value: Any) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
-def format_fields(fields: Mapping[str, Any]) -> str:
+def _format_fields(fields: Mapping[str, Any]) -> str:
     """What is set, as `name value`."""
     unset: tuple[Any, ...] = (None, [], "", {})
     return ", ".join(

@@ -47,12 +47,21 @@ def rewrite_model(file: OnnxFile) -> ModelProto | None:
 
 
 def raise_graph(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:
-    """The graph in an opset that has more storages; None where it is in one, or can just be declared so, or can't be raised."""
-    for wanted in (
-        step
-        for step in RAISED_TO
-        if graph.opset < step <= min(target.max_opset, opset or target.max_opset)
-    ):
+    """Raise a graph to an opset that has more storages.
+
+    Args:
+        graph: someone's model.
+        target: bounds the opset.
+        opset: bounds it, too, if given.
+
+    Returns:
+        The graph in a higher opset. None where it is in one already, can just be declared so, or
+        can't be raised.
+    """
+    highest = min(target.max_opset, opset or target.max_opset)
+    for wanted in RAISED_TO:
+        if not graph.opset < wanted <= highest:
+            continue
         if refuse_opset(graph.proto, wanted) is None:
             return None
         raised = raise_opset(graph, wanted)
@@ -64,8 +73,19 @@ def raise_graph(graph: FloatGraph, target: Target, opset: int | None) -> FloatGr
 def plan_packing(
     graph: FloatGraph, options: Mapping[str, Any], *, fold_batchnorm: bool
 ) -> tuple[Plan, tuple[Kept, ...], tuple[BatchNorm, ...]]:
-    """The plan of all weights that get smaller, and those that don't, or can't be had, with the reason."""
-    leave: dict[str, Kept] = {}
+    """Plan the storage of all weights that get smaller.
+
+    Args:
+        graph: a model with weights that some quantizer has put on few values, or stored as
+            integers.
+        options: "storage", "dequantize", "target" and "opset", as `make_plan` takes them.
+        fold_batchnorm: let BatchNormalization go into the scales before it.
+
+    Returns:
+        (the plan; weights that don't get smaller or can't be had, with the reason; the
+        BatchNormalizations that were found).
+    """
+    # 1. Float weights that lie on few values.
     unrecognized: dict[str, NotRecognized] = {}
     recognized: dict[str, GraphWeight] = {}
     for name, values in graph.weights.items():
@@ -75,6 +95,9 @@ def plan_packing(
                 unrecognized[name] = result
             else:
                 recognized[name] = GraphWeight(name, result, (name,))
+    # 2. With those that are integers already: a plan of all, again without what gained nothing,
+    #    since weights that stay as they were change what is worth it for the others.
+    leave: dict[str, Kept] = {}
     batchnorms: tuple[BatchNorm, ...] = ()
     while True:
         foreign = find_quantized(graph, leave=leave)
@@ -83,14 +106,16 @@ def plan_packing(
             for name in foreign.graph.weights
             if name in recognized and name not in leave
         ]
-        folded, matching = foreign.graph, Matching((*foreign.weights, *there), ())
+        folded = foreign.graph
+        matching = Matching((*foreign.weights, *there), ())
         if fold_batchnorm:
             folded, matching, batchnorms = fold_batchnorms(folded, matching)
         plan = make_plan(folded, matching, **options)
-        useless = list_useless(plan, foreign)
+        useless = _list_useless(plan, foreign)
         if not useless:
             break
         leave |= {kept.name: kept for kept in useless}
+    # 3. Why the others are not stored anew.
     floats = [
         Kept(kept.name, kept.shape, unrecognized[kept.name].reason)
         for kept in plan.kept
@@ -100,19 +125,16 @@ def plan_packing(
     return plan, (*leave.values(), *refused, *floats), batchnorms
 
 
-def list_useless(plan: Plan, foreign: Foreign) -> list[Kept]:
+def _list_useless(plan: Plan, foreign: Foreign) -> list[Kept]:
     """Weights that the plan can't store, or stores in no fewer bytes than they had."""
-    found = {entry.weight.name for entry in plan.entries} | {
-        weight.name for weight in foreign.weights
-    }
+    found = {weight.name for weight in foreign.weights}
+    found |= {entry.weight.name for entry in plan.entries}
     useless = [kept for kept in plan.kept if kept.name in found]
     if plan.entries:
         for row in build(plan).tensors:
-            before = (
-                foreign.replaced[row.name]
-                if row.name in foreign.replaced
-                else foreign.graph.weights[row.name].nbytes
-            )
+            before = foreign.replaced.get(row.name)
+            if before is None:
+                before = foreign.graph.weights[row.name].nbytes
             if row.nbytes + RECORD >= before:
                 reason = f"stored anew it would take {row.nbytes + RECORD:,} bytes, not {before:,}"
                 useless.append(Kept(row.name, row.shape, reason))

@@ -1,8 +1,13 @@
-"""MODEL as users have it -> an nn.Module: a factory in a Python file, a state dict, a .pt2 program, a trusted pickle."""
+"""Load the network that a user names as MODEL.
+
+It is a factory in a Python file, a state dict with its factory, a .pt2 program, or a pickled module
+that the user trusts.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +24,19 @@ from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 COMPILED = "_orig_mod."  # what torch.compile puts before names
 DEEPEST = 4  # dicts around a state dict
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "weights",
-)  # keys under which training scripts put the state dict
+# Keys under which training scripts put the state dict.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A network and what its file says about its input: the shape without the batch, and the preprocessing; None if nothing.
+    """A network and what its file says about its input.
 
-    notes: what was done to the weights, a sentence each.
+    Attributes:
+        model: an nn.Module, an ExportedProgram or a Quantizer.
+        input_shape: without the batch; None if nothing is said.
+        preprocessing: of raw samples; None if nothing is said.
+        notes: what was done to the weights, a sentence each.
     """
 
     model: Any  # nn.Module, ExportedProgram or Quantizer
@@ -42,13 +46,23 @@ class Loaded:
 
 
 def load_factory(spec: str) -> Loaded:
-    """'FILE.py:FACTORY' -> what FACTORY() returns, with INPUT_SHAPE and PREPROCESSING of the file where it has them.
+    """Run the user's Python file and build the network that a factory in it returns.
 
-    Runs the user's own Python file. FileError or ModelError with the reason when that does not give an nn.Module.
+    Args:
+        spec: "FILE.py:FACTORY".
+
+    Returns:
+        What FACTORY() returns, with INPUT_SHAPE and PREPROCESSING of the file where it has them.
+
+    Raises:
+        OptionError: if `spec` is of another form.
+        FileError: if the file is missing, fails, or has no such function.
+        ModelError: if the factory fails or gives no nn.Module.
     """
     if not is_function_spec(spec):
         raise OptionError(
-            f"{spec!r} does not name a model; write FILE.py:FACTORY, for example models/lenet5.py:lenet5"
+            f"{spec!r} does not name a model; write FILE.py:FACTORY, for example"
+            " models/lenet5.py:lenet5"
         )
     file, _, name = spec.rpartition(":")
     own = vars(run_file(file))
@@ -65,46 +79,56 @@ def load_factory(spec: str) -> Loaded:
         raise ModelError(
             f"{spec}() returned {type(model).__name__}, not a torch.nn.Module; return the network"
         )
-    home = (
-        vars(inspect.getmodule(factory) or object)
-        if inspect.isclass(factory)
-        else getattr(factory, "__globals__", {})
-    )
-    names = {
-        **home,
-        **own,
-    }  # a factory that was imported from elsewhere: what stands beside the import comes first
+    # The factory may be imported from elsewhere: what stands beside the import comes first.
+    names = {**_find_home(factory), **own}
     return Loaded(
         model,
-        read_input_shape(names.get("INPUT_SHAPE"), file),
-        read_preprocessing(names.get("PREPROCESSING"), file),
+        _read_input_shape(names.get("INPUT_SHAPE"), file),
+        _read_preprocessing(names.get("PREPROCESSING"), file),
     )
 
 
-def read_input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
+def _find_home(factory: Any) -> Mapping[str, Any]:
+    """The names in the module that a factory was defined in."""
+    if inspect.isclass(factory):
+        return vars(inspect.getmodule(factory) or object)
+    return getattr(factory, "__globals__", {})
+
+
+def _read_input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
     if shape is None:
         return None
     lengths = shape if isinstance(shape, list | tuple | torch.Size) else (None,)
     if not all(isinstance(length, int) and length > 0 for length in lengths):
         raise ModelError(
-            f"INPUT_SHAPE in {file} is {shape!r}: write the shape of one sample, such as (3, 32, 32)"
+            f"INPUT_SHAPE in {file} is {shape!r}: write the shape of one sample, such as (3, 32,"
+            " 32)"
         )
     return tuple(lengths)
 
 
-def read_preprocessing(found: Any, file: str) -> Preprocessing | None:
+def _read_preprocessing(found: Any, file: str) -> Preprocessing | None:
     if found is not None and not isinstance(found, Preprocessing):
         raise ModelError(
-            f"PREPROCESSING in {file} is {type(found).__name__}: write ecqx_onnx.Preprocessing('image', scale=255.0), say"
+            f"PREPROCESSING in {file} is {type(found).__name__}: write"
+            " ecqx_onnx.Preprocessing('image', scale=255.0), say"
         )
     return found
 
 
 def load_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """A state dict from a file or a Hugging Face folder: bare, or wrapped in dicts of any name."""
+    """Read a state dict.
+
+    Args:
+        path: of a file, or of a folder that Hugging Face's tools wrote. The state dict may be
+            wrapped in dicts, by any name.
+
+    Returns:
+        Tensors by their names.
+    """
     if is_safetensors(Path(path)):
         return read_safetensors(Path(path))
-    return find_state(load_plain(path), path)
+    return _find_state(load_plain(path), path)
 
 
 def apply_state(
@@ -118,7 +142,8 @@ def apply_state(
 
     Args:
         model: is changed.
-        state: its keys may have a prefix that the model's lack ("model.", "module.", "_orig_mod.", any that all share).
+        state: its keys may have a prefix that the model's lack ("model.", "module.", "_orig_mod.",
+            any that all share).
         source: what error messages call it.
         strict: False leaves what is missing as the model has it, and leaves out what is too many.
 
@@ -135,16 +160,19 @@ def apply_state(
         name for name in own.keys() - state.keys() if not name.endswith("num_batches_tracked")
     )
     extra = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{n} is {tuple(state[n].shape)}, the model wants {tuple(own[n].shape)}"
-        for n in own.keys() & state.keys()
-        if own[n].shape != state[n].shape
-    ]
-    parts = (
-        [f"lacks {show_few(missing)}"] * bool(missing)
-        + [f"has {show_few(extra)} too many"] * bool(extra)
-        + [f"shape of {show_few(sorted(shapes))}"] * bool(shapes)
-    )
+    shapes = []
+    for name in own.keys() & state.keys():
+        found = tuple(state[name].shape)
+        wanted = tuple(own[name].shape)
+        if found != wanted:
+            shapes.append(f"{name} is {found}, the model wants {wanted}")
+    parts = []
+    if missing:
+        parts.append(f"lacks {_show_few(missing)}")
+    if extra:
+        parts.append(f"has {_show_few(extra)} too many")
+    if shapes:
+        parts.append(f"shape of {_show_few(sorted(shapes))}")
     if shapes or (parts and strict) or len(missing) == len(own):
         advice = "name the network that it was trained in"
         if parts and not shapes and len(missing) < len(own):
@@ -153,7 +181,8 @@ def apply_state(
     if parts:
         notes = (
             *notes,
-            f"{Path(source).name} does not fit the model exactly and was taken all the same: {'; '.join(parts)}",
+            f"{Path(source).name} does not fit the model exactly and was taken all the same:"
+            f" {'; '.join(parts)}",
         )
     model.load_state_dict(state, strict=False)
     return notes
@@ -172,15 +201,29 @@ def _without_prefix(
             break
         state = {name.removeprefix(prefix): value for name, value in state.items()}
         stripped += prefix
-    return state, (
-        f"the prefix '{stripped}' that all weights had was left out",
-    ) if stripped else ()
+    if not stripped:
+        return state, ()
+    return state, (f"the prefix '{stripped}' that all weights had was left out",)
 
 
 def load_model(
     path: str | Path, *, factory: str | None = None, trust_pickle: bool = False, strict: bool = True
 ) -> Loaded:
-    """A .pt2 program, a state dict with its factory, or a trusted pickled module. strict: see apply_state."""
+    """Load a network from a file that holds it or its weights.
+
+    Args:
+        path: of a .pt2 program, a state dict, or a pickled module.
+        factory: "FILE.py:FACTORY" of the network that a state dict belongs to.
+        trust_pickle: unpickle the file, which runs its author's code.
+        strict: see `apply_state`.
+
+    Returns:
+        The network, in evaluation mode if it is a module.
+
+    Raises:
+        FileError: if the file is missing, damaged or of another kind.
+        ModelError: if there is no network in it, or the weights do not fit the factory's.
+    """
     path = Path(path)
     if is_safetensors(path) and factory is None:
         raise ModelError(
@@ -198,26 +241,28 @@ def load_model(
             model = torch.load(path, map_location="cpu", weights_only=False)
         except Exception as error:  # unpickling runs the author's code, which may raise anything
             raise FileError(
-                f"{path}: cannot be unpickled ({type(error).__name__}: {error}); run this where its modules can be imported"
+                f"{path}: cannot be unpickled ({type(error).__name__}: {error}); run this where its"
+                " modules can be imported"
             ) from error
         if isinstance(model, torch.nn.Module):
             return Loaded(model.eval())
     else:
         document = load_plain(path)  # says it better when the file is damaged or a pickle
         if not is_checkpoint(document):
-            find_state(document, path)
+            _find_state(document, path)
     raise ModelError(
         f"{path}: is a state dict, which has no network in it; add --model FILE.py:FACTORY"
     )
 
 
-def find_state(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
+def _find_state(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
     if is_checkpoint(document):
         raise ModelError(
-            f"{path}: is a checkpoint of ecqx-onnx, quantised already and with its network in it, where a float state dict"
+            f"{path}: is a checkpoint of ecqx-onnx, quantised already and with its network in it,"
+            " where a float state dict"
             " is needed; leave --model out, or give the float weights"
         )
-    state = _innermost(document)
+    state = _find_innermost(document)
     if state is None:
         raise ModelError(
             f"{path}: holds no state dict; save one with torch.save(model.state_dict(), FILE)"
@@ -225,8 +270,11 @@ def find_state(document: Any, path: str | Path) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in state.items()}
 
 
-def _innermost(document: Any, depth: int = 0) -> dict[Any, torch.Tensor] | None:
-    """The state dict in nested dicts: under a usual key first, else under the one key that holds such; None if there is none."""
+def _find_innermost(document: Any, depth: int = 0) -> dict[Any, torch.Tensor] | None:
+    """The state dict in nested dicts; None if there is none.
+
+    It lies under a usual key, else under the one key that holds such.
+    """
     if not isinstance(document, dict) or not document or depth > DEEPEST:
         return None
     if all(isinstance(value, torch.Tensor) for value in document.values()):
@@ -234,13 +282,13 @@ def _innermost(document: Any, depth: int = 0) -> dict[Any, torch.Tensor] | None:
     usual = [key for key in WRAPPERS if isinstance(document.get(key), dict)]
     others = [key for key in document if key not in usual]
     for keys in (usual, others):
-        found = [
-            state for key in keys if (state := _innermost(document[key], depth + 1)) is not None
-        ]
+        inner = [_find_innermost(document[key], depth + 1) for key in keys]
+        found = [state for state in inner if state is not None]
         if found and (keys is usual or len(found) == 1):
             return found[0]
     return None
 
 
-def show_few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _show_few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

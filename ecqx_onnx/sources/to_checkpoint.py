@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.parametrizations import copy_module
 from ecqx_onnx.quantization.weights import find_weights
 from ecqx_onnx.sources.loading import Loaded, load_model
-from ecqx_onnx.sources.post_training import _Chosen, find_quantized_tensors
+from ecqx_onnx.sources.post_training import WeightSelection, find_quantized_tensors
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation.float_probe import FloatProbe, example_of
 
@@ -61,101 +61,186 @@ def as_checkpoint(
     probe: FloatProbe | None = None,
     strict: bool = True,
 ) -> Checkpoint:
-    """Any of the sources that `convert` takes -> a Checkpoint in memory. A model or program that is given is not changed.
+    """Turn any of the sources that `convert` takes into a checkpoint in memory.
 
-    strict: False takes a state dict that lacks names of the model's, or has more; the notes tell.
-    probe: sees the float model before it is quantised.
-    allow_float: a model none of whose weights is quantised gives a Checkpoint without tensors instead of a ModelError.
+    Args:
+        model: a Quantizer, nn.Module, ExportedProgram, Checkpoint, or the path of a file. One that
+            is given is not changed.
+        example: a batch, or a tuple of the forward's arguments; wanted for modules.
+        factory: "FILE.py:FACTORY" of the network that a state dict belongs to.
+        input_shape: of one sample, without the batch, in place of an example.
+        trust_pickle: unpickle the file, which runs its author's code.
+        bits: 2 to 8, for float weights that are quantized here, without training.
+        entropy_weight: how much shorter code counts against exactness; with `bits`.
+        include: patterns of weights that are quantized whatever reads them.
+        exclude: patterns of weights that stay float.
+        preprocessing: of raw samples.
+        labels: names of the classes.
+        recipe: plain JSON values to be kept.
+        allow_float: a model none of whose weights is quantized gives a Checkpoint without tensors
+            instead of a ModelError.
+        probe: sees the float model before it is quantized.
+        strict: False takes a state dict that lacks names of the model's, or has more; notes tell.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ModelError: if the model cannot be traced, or has no weights to quantize.
+        OptionError: for options that do not go with this model.
+        FileError: if a file cannot be read.
     """
     if isinstance(model, Checkpoint):
-        refuse_second_quantization(bits)
-        refuse_shape(input_shape)
+        _refuse_second_quantization(bits)
+        _refuse_shape(input_shape)
         return model
     if isinstance(model, str | Path):
         if is_function_spec(str(model)) or Path(model).suffix == ".py":
             raise ModelError(
-                f"{model}: is Python code; give the file of its weights, and the code beside it: --model FILE.py:FACTORY"
+                f"{model}: is Python code; give the file of its weights, and the code beside it:"
+                " --model FILE.py:FACTORY"
             )
-        if (
-            factory is None
-            and not trust_pickle
-            and not is_safetensors(Path(model))
-            and is_checkpoint_file(model)
-        ):
-            refuse_second_quantization(bits, f"{model}: ")
-            refuse_shape(input_shape, f"{model}: ")
+        if _is_for_checkpoint(model, factory=factory, trust_pickle=trust_pickle):
+            _refuse_second_quantization(bits, f"{model}: ")
+            _refuse_shape(input_shape, f"{model}: ")
             return load(model)
         loaded = load_model(model, factory=factory, trust_pickle=trust_pickle, strict=strict)
     else:
         loaded = Loaded(model)
-    recipe, seen = dict(recipe or {}), None
-    ranges: Mapping[str, tuple[float, float]] = {}
+    details = _Details(
+        recipe=dict(recipe or {}),
+        preprocessing=preprocessing or loaded.preprocessing,
+        labels=tuple(labels),
+    )
+    shape = input_shape or loaded.input_shape
     if hasattr(loaded.model, "tensors"):
-        quantizer = loaded.model
-        refuse_second_quantization(bits)
-        tensors = quantizer.tensors()
-        recipe = {**quantizer.recipe(), **recipe}
-        seen = observe(quantizer)
-        example = make_example(example, input_shape or loaded.input_shape, loaded.preprocessing)
-        rounding = quantizer.activations
-        with contextlib.nullcontext() if rounding is None else rounding.on(attached=False):
-            exported = export(quantizer.model, example)
-        if rounding is not None:
-            ranges = find_ranges_in_graph(rounding, exported, example)
-        return build(
-            _unfolded(exported, tensors),
-            tensors,
-            recipe=recipe,
-            preprocessing=preprocessing or loaded.preprocessing,
-            labels=tuple(labels),
-            insight=seen,
-            ranges=ranges,
-        )
+        _refuse_second_quantization(bits)
+        example = _make_example(example, shape, loaded.preprocessing)
+        return _convert_quantizer(loaded.model, example, details)
     if isinstance(loaded.model, torch.export.ExportedProgram):
-        refuse_shape(input_shape)
-        module, program, notes = None, loaded.model, notes_on(loaded.model)
+        _refuse_shape(input_shape)
     else:
-        example = make_example(example, input_shape or loaded.input_shape, loaded.preprocessing)
-        module, notes = prepare(loaded.model)
-        program, more = trace(module, example)
-        notes = (*notes, *more)
-    if bits:
-        recipe |= {"bits": bits, "entropy_weight": entropy_weight, "trained": False}
+        example = _make_example(example, shape, loaded.preprocessing)
+    chosen = WeightSelection(bits, entropy_weight, tuple(include), tuple(exclude), allow_float)
+    return _convert_float(loaded, example, chosen, details, probe)
+
+
+@dataclass(frozen=True, eq=False)
+class _Details:
+    """What a checkpoint holds besides the network."""
+
+    recipe: dict[str, Any]
+    preprocessing: Preprocessing | None
+    labels: tuple[str, ...]
+
+
+def _convert_quantizer(
+    quantizer: Any, example: torch.Tensor | Sequence[torch.Tensor], details: _Details
+) -> Checkpoint:
+    """The checkpoint of a model that was trained; `quantizer` is a Quantizer."""
+    tensors = quantizer.tensors()
+    seen = observe(quantizer)
+    rounding = quantizer.activations
+    ranges: Mapping[str, tuple[float, float]] = {}
+    # The graph is exported without the rounding of activations: the converter places its own.
+    with contextlib.nullcontext() if rounding is None else rounding.on(attached=False):
+        exported = export(quantizer.model, example)
+    if rounding is not None:
+        ranges = _find_ranges_in_graph(rounding, exported, example)
+    return build(
+        _unfold(exported, tensors),
+        tensors,
+        recipe={**quantizer.recipe(), **details.recipe},
+        preprocessing=details.preprocessing,
+        labels=details.labels,
+        insight=seen,
+        ranges=ranges,
+    )
+
+
+def _convert_float(
+    loaded: Loaded,
+    example: torch.Tensor | Sequence[torch.Tensor] | None,
+    chosen: WeightSelection,
+    details: _Details,
+    probe: FloatProbe | None,
+) -> Checkpoint:
+    """The checkpoint of a float model; its weights are recognized, or quantized here."""
+    # 1. The network as a program, and as a module where it is one.
+    module = None
+    program = loaded.model
+    if isinstance(program, torch.export.ExportedProgram):
+        notes = notes_on(program)
+    else:
+        assert example is not None  # only programs come without one
+        module, changes = prepare(loaded.model)
+        program, findings = trace(module, example)
+        notes = (*changes, *findings)
     notes = (*notes, *loaded.notes)
-    chosen = _Chosen(bits, entropy_weight, tuple(include), tuple(exclude), allow_float)
-    for fixed in (False, True):
-        before = dict(program.state_dict)
-        tensors = find_quantized_tensors(before, find_weights(program), chosen)
-        if probe is not None:
-            probe.see_weights(before, tensors)
-            if module is None:
-                probe.see_float(run_module(program), example_of(program), preprocessing)
-            elif not fixed:
-                ran = (
-                    copy_module(module) if written_buffers(program) else module
-                )  # the file holds buffers as they are now
-                probe.see_float(ran, _as_float32(example), preprocessing or loaded.preprocessing)
-        program.state_dict.update(
-            write_back(before, tensors)
-        )  # the caller's program has its own again below
-        try:
-            exported = _unfolded(Exported(program, export_float_graph(program), notes), tensors)
-            return build(
-                exported,
-                tensors,
-                recipe=recipe,
-                preprocessing=preprocessing or loaded.preprocessing,
-                labels=tuple(labels),
-            )
-        except ModelError as error:
-            if fixed or module is None or example is None:
-                raise
-            failure = error
-        finally:
-            program.state_dict.update(before)
-        program, note = trace_fixed(module, example, failure)
-        notes = (*notes, note)
-    raise AssertionError  # the second pass returns or raises
+    if chosen.bits:
+        options = {"bits": chosen.bits, "entropy_weight": chosen.entropy_weight, "trained": False}
+        details = replace(details, recipe=details.recipe | options)
+    # 2. Its weights.
+    tensors = _quantize_program(program, chosen, probe)
+    if probe is not None:
+        _show_float(probe, program, module, example, details.preprocessing)
+    # 3. Both together; with a fixed batch size where it does not go with a free one.
+    try:
+        return _build_quantized(program, tensors, notes, details)
+    except ModelError as error:
+        if module is None or example is None:
+            raise
+        failure = error
+    program, note = trace_fixed(module, example, failure)
+    tensors = _quantize_program(program, chosen, probe)
+    return _build_quantized(program, tensors, (*notes, note), details)
+
+
+def _quantize_program(
+    program: torch.export.ExportedProgram, chosen: WeightSelection, probe: FloatProbe | None
+) -> tuple[QuantTensor, ...]:
+    state = dict(program.state_dict)
+    tensors = find_quantized_tensors(state, find_weights(program), chosen)
+    if probe is not None:
+        probe.see_weights(state, tensors)
+    return tensors
+
+
+def _show_float(
+    probe: FloatProbe,
+    program: torch.export.ExportedProgram,
+    module: torch.nn.Module | None,
+    example: Any,
+    preprocessing: Preprocessing | None,
+) -> None:
+    """Let the probe see the float model as it is now: a run may write buffers."""
+    if module is None:
+        probe.see_float(run_module(program), example_of(program), preprocessing)
+        return
+    shown = copy_module(module) if written_buffers(program) else module
+    probe.see_float(shown, _as_float32(example), preprocessing)
+
+
+def _build_quantized(
+    program: torch.export.ExportedProgram,
+    tensors: tuple[QuantTensor, ...],
+    notes: tuple[str, ...],
+    details: _Details,
+) -> Checkpoint:
+    """The checkpoint of a program with quantized weights; the program is as before afterwards."""
+    before = dict(program.state_dict)
+    program.state_dict.update(_write_back(before, tensors))
+    try:
+        exported = Exported(program, export_float_graph(program), notes)
+        return build(
+            _unfold(exported, tensors),
+            tensors,
+            recipe=details.recipe,
+            preprocessing=details.preprocessing,
+            labels=details.labels,
+        )
+    finally:
+        program.state_dict.update(before)
 
 
 def _as_float32(example: Any) -> Any:
@@ -165,14 +250,14 @@ def _as_float32(example: Any) -> Any:
     return tuple(_as_float32(x) for x in example)
 
 
-def _unfolded(exported: Exported, tensors: Sequence[QuantTensor]) -> Exported:
-    """The same with a graph that computes with quantised weights itself, where the exporter had folded that into floats."""
-    absent = [
-        t.name
-        for t in tensors
-        if t.size and t.size <= FOLDED_UP_TO and t.name not in exported.graph.weights
-    ]
-    if not absent:
+def _unfold(exported: Exported, tensors: Sequence[QuantTensor]) -> Exported:
+    """The same with a graph that computes with quantized weights itself.
+
+    Used where the exporter had folded that computation into floats.
+    """
+    # A cheap look first: is there a weight small enough to be folded, and not there?
+    small = [tensor.name for tensor in tensors if 0 < tensor.size <= FOLDED_UP_TO]
+    if all(name in exported.graph.weights for name in small):
         return exported
     missing = [entry.name for entry in match(exported.graph.weights, tensors).missing]
     if not missing:
@@ -183,21 +268,22 @@ def _unfolded(exported: Exported, tensors: Sequence[QuantTensor]) -> Exported:
     return exported
 
 
-def refuse_second_quantization(bits: int | None, name: str = "") -> None:
+def _refuse_second_quantization(bits: int | None, name: str = "") -> None:
     if bits:
         raise OptionError(
-            f"{name}the weights are quantised already, which --bits {bits} can't do again; leave it out, or give the float model"
+            f"{name}the weights are quantised already, which --bits {bits} can't do again; leave it"
+            " out, or give the float model"
         )
 
 
-def refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
+def _refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
     if input_shape:
         raise OptionError(
             f"{name}the model says itself what shape it takes; leave --input-shape out"
         )
 
 
-def find_ranges_in_graph(
+def _find_ranges_in_graph(
     rounding: ActivationRounding, exported: Exported, example: torch.Tensor | Sequence[torch.Tensor]
 ) -> Mapping[str, tuple[float, float]]:
     """The ranges that a training ended with, by the names of their values in the graph."""
@@ -217,14 +303,20 @@ def find_ranges_in_graph(
     )
 
 
-def is_checkpoint_file(path: str | Path) -> bool:
+def _is_for_checkpoint(path: str | Path, *, factory: str | None, trust_pickle: bool) -> bool:
+    """Whether the file is a checkpoint, and is given without what belongs to other files."""
+    if factory is not None or trust_pickle or is_safetensors(Path(path)):
+        return False
     return not is_program(path) and is_checkpoint(load_plain(path))
 
 
-def write_back(
+def _write_back(
     state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]
 ) -> dict[str, torch.Tensor]:
-    """The state entries that hold quantised weights, with their dequantised values; tied entries stay one tensor."""
+    """The state entries that hold quantized weights, with their dequantized values.
+
+    Tied entries stay one tensor.
+    """
     owners = {state[tensor.name].data_ptr(): tensor for tensor in tensors}
     values: dict[str, torch.Tensor] = {}
     changed = {}
@@ -242,20 +334,23 @@ def write_back(
     return changed
 
 
-def make_example(
+def _make_example(
     example: torch.Tensor | Sequence[torch.Tensor] | None,
     shape: Sequence[int] | None,
     preprocessing: Preprocessing | None,
 ) -> torch.Tensor | Sequence[torch.Tensor]:
+    """The example that is given, or zeros for a batch of two."""
     if example is not None:
         return example
     if shape is None:
         raise OptionError(
-            "the model's input shape is not known; add --input-shape 3,32,32 (no batch), or INPUT_SHAPE = (3, 32, 32) to FILE.py"
+            "the model's input shape is not known; add --input-shape 3,32,32 (no batch), or"
+            " INPUT_SHAPE = (3, 32, 32) to FILE.py"
         )
     if math.prod(shape) > 2**28:
         raise OptionError(
-            f"an input of shape {tuple(shape)} has more than 2^28 entries; give the shape of one sample"
+            f"an input of shape {tuple(shape)} has more than 2^28 entries; give the shape of one"
+            " sample"
         )
     if preprocessing is not None and preprocessing.kind == "indices":
         return torch.zeros(2, *shape, dtype=torch.int64)

@@ -144,9 +144,14 @@ SCALAR = frozenset(_SCALAR_NAMES.split())
 
 
 def is_allowed_operator(target: str) -> bool:
-    """Whether a program may call `target`, written as "torch.ops.aten.relu.default".
+    """Whether a program may call an operator.
 
-    The overload must be one that this torch has: any other attribute of an operator is refused.
+    Args:
+        target: as a program writes it, "torch.ops.aten.relu.default". The overload must be one that
+            this torch has: any other attribute of an operator is refused.
+
+    Returns:
+        True for what networks compute with.
     """
     if target in SCALAR:
         return True

@@ -1,4 +1,4 @@
-"""A .pt2 exported program in and out, without running a line that its author could have put in.
+"""Save exported programs (.pt2), and load those of strangers without running a line of theirs.
 
 `torch.export.load` is no sandbox: it unpickles members, looks operators up below `torch`, lets
 sympy evaluate sizes, and runs Python source made of the names in the file. So torch never sees the
@@ -6,8 +6,8 @@ file. Its members are read as zip and JSON and accepted only if torch.export.sav
 
     archive_format, archive_version, byteorder         fixed bytes
     .data/version, .data/serialization_id              digits
-    models/model.json                                  rebuilt by program_schema
-    data/weights/model_weights_config.json             rebuilt by program_schema
+    models/model.json                                  rebuilt by `schema`
+    data/weights/model_weights_config.json             rebuilt by `schema`
     data/weights/weight_<n>                            raw elements, as many as the config claims
     data/constants/model_constants_config.json, data/constants/tensor_<n>       likewise
     data/sample_inputs/model.pt                        never opened, left out
@@ -102,11 +102,12 @@ def load_program(
     members = read_members(io.BytesIO(archive), source)
     rebuilt = _rebuild(members, source, weights_are_blank)
     try:
-        with silence_torch():
+        with _silence_torch():
             program = torch.export.load(io.BytesIO(rebuilt))
     except Exception as error:  # torch raises anything from KeyError to RuntimeError
         raise FileError(
-            f"{source}: torch.export cannot load this program ({take_first_line(error)}); export it again"
+            f"{source}: torch.export cannot load this program ({_take_first_line(error)}); export"
+            " it again"
         ) from error
     program._guards_code = []  # strings for exec(); the inputs are ours, no guard is needed
     return program
@@ -115,15 +116,21 @@ def load_program(
 def run_module(program: torch.export.ExportedProgram) -> torch.nn.Module:
     """Make a callable module of a program, without its guards.
 
+    Args:
+        program: as `load_program` gives it, or of torch.export.
+
+    Returns:
+        The module; it computes what the program does.
+
     Raises:
         ModelError: if its parts do not fit each other.
     """
     try:
-        with silence_torch():
+        with _silence_torch():
             return program.module(check_guards=False)
     except Exception as error:  # torch raises anything from KeyError to SyntaxError
         raise ModelError(
-            f"the exported program cannot be run ({take_first_line(error)}); export it again"
+            f"the exported program cannot be run ({_take_first_line(error)}); export it again"
         ) from error
 
 
@@ -171,7 +178,8 @@ def _check_names(members: Mapping[str, bytes], source: str) -> None:
     """Every member is one that torch.export.save writes, and none of those is missing."""
     if not any(name.startswith("models/") for name in members):
         raise FileError(
-            f"{source}: no exported program in it (no models/*.json); save it with torch.export.save"
+            f"{source}: no exported program in it (no models/*.json); save it with"
+            " torch.export.save"
         )
     version = members.get("archive_version")
     if version is not None and version != FIXED["archive_version"]:
@@ -183,12 +191,14 @@ def _check_names(members: Mapping[str, bytes], source: str) -> None:
     for name in (MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, *FIXED):
         if name not in members:
             raise FileError(
-                f"{source}: its part {name} is missing, which torch.export.save of torch 2.13 writes; export it again"
+                f"{source}: its part {name} is missing, which torch.export.save of torch 2.13"
+                " writes; export it again"
             )
     for name, data in FIXED.items():
         if members[name] != data:
             raise FileError(
-                f"{source}: its part {name} is {members[name][:20]!a} where {data!r} is read; export it again"
+                f"{source}: its part {name} is {members[name][:20]!a} where {data!r} is read;"
+                " export it again"
             )
     for name, data in members.items():
         if name in (MODEL, WEIGHTS_CONFIG, CONSTANTS_CONFIG, SAMPLE_INPUTS) or name in FIXED:
@@ -212,13 +222,15 @@ def _check_payloads(
         data = members.get(folder + payload.path)
         if data is None:
             raise FileError(
-                f"{source}: the tensor {name[:80]!a} lies in {payload.path}, which is missing; export it again"
+                f"{source}: the tensor {name[:80]!a} lies in {payload.path}, which is missing;"
+                " export it again"
             )
         element = ELEMENT_BYTES[payload.dtype]
         fits = payload.bytes_needed <= len(data) and len(data) % element == 0
         if not fits or dtypes.setdefault(payload.path, payload.dtype) != payload.dtype:
             raise FileError(
-                f"{source}: the tensor {name[:80]!a} claims {payload.bytes_needed} bytes in elements"
+                f"{source}: the tensor {name[:80]!a} claims {payload.bytes_needed} bytes in"
+                " elements"
                 f" of {element}, its part {payload.path} has {len(data)}; export it again"
             )
     prefix = re.compile(re.escape(folder) + r"[a-z]+_\d+", re.ASCII)
@@ -232,7 +244,8 @@ def _check_unfolding(tensors: list[Payload], stored: int, source: str) -> None:
     unfolded = sum(tensor.bytes_unfolded for tensor in tensors)
     if unfolded > MOST_UNFOLDING * stored + UNFOLDED_FOR_FREE:
         raise FileError(
-            f"{source}: its tensors claim {unfolded} bytes, the file has {stored}; export contiguous tensors"
+            f"{source}: its tensors claim {unfolded} bytes, the file has {stored}; export"
+            " contiguous tensors"
         )
 
 
@@ -247,7 +260,7 @@ def _write_json(writer: Any, name: str, document: Any) -> None:
 
 
 @contextlib.contextmanager
-def silence_torch() -> Iterator[None]:
+def _silence_torch() -> Iterator[None]:
     """torch logs the traceback of what it could not load; our error says it in a sentence."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
     levels = [logger.level for logger in loggers]
@@ -260,5 +273,5 @@ def silence_torch() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def take_first_line(error: BaseException) -> str:
+def _take_first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""The JSON of an exported program -> the same, rebuilt from the fields that we know.
+"""Rebuild the JSON of an exported program from the fields that we know.
 
 Everything that torch.export of torch 2.13 (schema 8.20) writes is described below as a tree of
 small readers. Each takes a value as JSON gives it and returns it checked; what no reader describes
@@ -6,8 +6,8 @@ is refused, so nothing reaches torch that was not named here. Three kinds of tex
 
 - names of nodes and arguments become Python source (torch.fx writes the graph as a function and
   runs it), so they are plain identifiers;
-- names of operators are looked up below `torch`, so they are listed in program_operators;
-- size expressions are evaluated, so they are parsed and printed anew by size_expression.
+- names of operators are looked up below `torch`, so they are listed in `operators`;
+- size expressions are evaluated, so they are parsed and printed anew by `size_expression`.
 
 What torch does not need for running (stack traces, sources, guards) is dropped.
 """
@@ -68,8 +68,12 @@ class UnknownField(ValueError):  # noqa: N818 - says what was found
 class Payload:
     """Where one tensor of the program lies among the archive's raw bytes.
 
-    path: the member's last name, "weight_0" or "tensor_0".
-    dtype: torch's ScalarType number. sizes, strides, offset: in elements.
+    Attributes:
+        path: the member's last name, "weight_0" or "tensor_0".
+        dtype: torch's ScalarType number.
+        sizes: in elements.
+        strides: in elements.
+        offset: of the first element, in elements.
     """
 
     path: str
@@ -107,7 +111,7 @@ def read_program(data: bytes) -> dict[str, Any]:
     """
     document = parse_json(data, most_bytes=MOST_JSON_BYTES, most_items=MOST_JSON_ITEMS)
     _check_version(document)
-    return _program(document)
+    return _read_program(document)
 
 
 def read_payloads(data: bytes, prefix: str) -> tuple[dict[str, Any], dict[str, Payload]]:
@@ -124,7 +128,7 @@ def read_payloads(data: bytes, prefix: str) -> tuple[dict[str, Any], dict[str, P
         BadJson, UnknownField: as `read_program`.
     """
     document = parse_json(data, most_bytes=MOST_JSON_BYTES, most_items=MOST_JSON_ITEMS)
-    rebuilt = _payload_config(document)
+    rebuilt = _read_payload_config(document)
     payloads = {}
     for name, entry in rebuilt["config"].items():
         meta = entry["tensor_meta"]
@@ -141,7 +145,14 @@ def read_payloads(data: bytes, prefix: str) -> tuple[dict[str, Any], dict[str, P
 
 
 def find_torch_version(data: bytes) -> str | None:
-    """The torch version that a program says it was written by; None if it says nothing readable."""
+    """Find the torch version that a program says it was written by.
+
+    Args:
+        data: of models/model.json, not checked.
+
+    Returns:
+        Such as "2.13.0"; None if it says nothing readable.
+    """
     found = re.search(rb'"torch_version": ?"([\w.+<=-]{1,60})"', data)
     return None if found is None else found[1].decode()
 
@@ -149,32 +160,32 @@ def find_torch_version(data: bytes) -> str | None:
 # Readers of plain values
 
 
-def _flag(value: Any) -> bool:
+def _read_flag(value: Any) -> bool:
     if type(value) is not bool:
         raise UnknownField(f"{_show(value)} where true or false should be")
     return value
 
 
-def _integer(value: Any) -> int:
+def _read_integer(value: Any) -> int:
     if type(value) is not int or not -LARGEST <= value < LARGEST:
         raise UnknownField(f"{_show(value)} where an integer should be")
     return value
 
 
-def _count(value: Any) -> int:
+def _read_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < LARGEST:
         raise UnknownField(f"{_show(value)} where a count should be")
     return value
 
 
-def _number(value: Any) -> float | str:
+def _read_number(value: Any) -> float | str:
     """torch writes infinities and NaN as text."""
     if value in ("Infinity", "-Infinity", "NaN"):
         return value
     if type(value) not in (int, float):
         raise UnknownField(f"{_show(value)} where a number should be")
     if type(value) is int:
-        return float(_integer(value))
+        return float(_read_integer(value))
     return value
 
 
@@ -187,7 +198,7 @@ def _one_of(values: frozenset[Any] | Mapping[Any, Any] | range) -> Reader:
     return read
 
 
-def _text(value: Any) -> str:
+def _read_text(value: Any) -> str:
     if type(value) is not str or len(value) > LONGEST_TEXT:
         raise UnknownField(f"{_show(value)} where a short text should be")
     if not value.isprintable():
@@ -195,7 +206,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _identifier(value: Any) -> str:
+def _read_identifier(value: Any) -> str:
     if type(value) is not str or len(value) > LONGEST_NAME or not value.isidentifier():
         raise UnknownField(f"{_show(value)} where a name should be")
     if keyword.iskeyword(value) or not value.isascii():
@@ -203,14 +214,14 @@ def _identifier(value: Any) -> str:
     return value
 
 
-def _argument_name(value: Any) -> str:
+def _read_argument_name(value: Any) -> str:
     """Of an operator's schema: may be a keyword of Python ("from"); empty for control flow."""
     if value == "" or (type(value) is str and keyword.iskeyword(value)):
         return value
-    return _identifier(value)
+    return _read_identifier(value)
 
 
-def _qualified_name(value: Any) -> str:
+def _read_qualified_name(value: Any) -> str:
     """A parameter's name with its modules, such as "layers.0.weight"."""
     if type(value) is not str or not 0 < len(value) <= LONGEST_NAME:
         raise UnknownField(f"{_show(value)} where a parameter's name should be")
@@ -220,19 +231,20 @@ def _qualified_name(value: Any) -> str:
     return value
 
 
-def _module_name(value: Any) -> str:
-    return "" if value == "" else _qualified_name(value)
+def _read_module_name(value: Any) -> str:
+    return "" if value == "" else _read_qualified_name(value)
 
 
-def _target(value: Any) -> str:
+def _read_target(value: Any) -> str:
     if type(value) is not str or not is_allowed_operator(value):
         raise UnknownField(
-            f"calls {_show(value)}, which is no ATen operator of a network; only traced networks are loaded"
+            f"calls {_show(value)}, which is no ATen operator of a network; only traced networks"
+            " are loaded"
         )
     return value
 
 
-def _size_text(value: Any) -> str:
+def _read_size_text(value: Any) -> str:
     if type(value) is not str:
         raise UnknownField(f"{_show(value)} where a size expression should be")
     try:
@@ -243,7 +255,7 @@ def _size_text(value: Any) -> str:
         ) from None
 
 
-def _dropped(kind: type) -> Reader:
+def _drop(kind: type) -> Reader:
     """A field that torch does not need: its type is looked at, its content replaced by nothing."""
 
     def read(value: Any) -> Any:
@@ -254,15 +266,15 @@ def _dropped(kind: type) -> Reader:
     return read
 
 
-def _empty(value: Any) -> Any:
+def _require_empty(value: Any) -> Any:
     if value not in ({}, []):
         raise UnknownField(f"{_show(value)}: custom objects and named tuples are not loaded")
     return type(value)()
 
 
-def _none_marker(value: Any) -> bool:
+def _read_none(value: Any) -> bool:
     """torch writes None as {"as_none": true}."""
-    return _flag(value)
+    return _read_flag(value)
 
 
 # Readers of composed values
@@ -281,7 +293,7 @@ def _record(**fields: Reader) -> Reader:
         for name, reader in fields.items():
             if name not in value:
                 raise UnknownField(f"the field {name!r} is missing")
-            rebuilt[name] = _within(f".{name}", reader, value[name])
+            rebuilt[name] = _read_within(f".{name}", reader, value[name])
         return rebuilt
 
     return read
@@ -296,7 +308,7 @@ def _union(**choices: Reader) -> Reader:
         [(name, inner)] = value.items()
         if name not in choices:
             raise UnknownField(f"{_show(name)} is not supported")
-        return {name: _within(f".{name}", choices[name], inner)}
+        return {name: _read_within(f".{name}", choices[name], inner)}
 
     return read
 
@@ -305,7 +317,7 @@ def _list_of(reader: Reader) -> Reader:
     def read(value: Any) -> list[Any]:
         if type(value) is not list:
             raise UnknownField(f"{_show(value)} where a list should be")
-        return [_within(f"[{at}]", reader, item) for at, item in enumerate(value)]
+        return [_read_within(f"[{at}]", reader, item) for at, item in enumerate(value)]
 
     return read
 
@@ -314,7 +326,7 @@ def _mapping(key: Reader, reader: Reader) -> Reader:
     def read(value: Any) -> dict[str, Any]:
         if type(value) is not dict:
             raise UnknownField(f"{_show(value)} where an object should be")
-        return {key(name): _within(f".{name}", reader, inner) for name, inner in value.items()}
+        return {key(name): _read_within(f".{name}", reader, inner) for name, inner in value.items()}
 
     return read
 
@@ -326,7 +338,7 @@ def _optional(reader: Reader) -> Reader:
     return read
 
 
-def _within(step: str, reader: Reader, value: Any) -> Any:
+def _read_within(step: str, reader: Reader, value: Any) -> Any:
     try:
         return reader(value)
     except UnknownField as error:
@@ -345,55 +357,55 @@ def _show(value: Any) -> str:
 # torch's classes (torch/_export/serde/schema.py), less what no network of ours needs: custom
 # objects, tokens, operators as arguments, nested lists for Triton.
 
-_HINT = _union(as_int=_integer, as_bool=_flag, as_float=_number)
-_SYM_EXPRESSION = _record(expr_str=_size_text, hint=_optional(_HINT))
-_SYM_INT = _union(as_expr=_SYM_EXPRESSION, as_int=_integer)
-_SYM_FLOAT = _union(as_expr=_SYM_EXPRESSION, as_float=_number)
-_SYM_BOOL = _union(as_expr=_SYM_EXPRESSION, as_bool=_flag)
+_HINT = _union(as_int=_read_integer, as_bool=_read_flag, as_float=_read_number)
+_SYM_EXPRESSION = _record(expr_str=_read_size_text, hint=_optional(_HINT))
+_SYM_INT = _union(as_expr=_SYM_EXPRESSION, as_int=_read_integer)
+_SYM_FLOAT = _union(as_expr=_SYM_EXPRESSION, as_float=_read_number)
+_SYM_BOOL = _union(as_expr=_SYM_EXPRESSION, as_bool=_read_flag)
 _DEVICE = _record(type=_one_of(frozenset(("cpu",))), index=_optional(_one_of(range(1))))
 _TENSOR_META = _record(
     dtype=_one_of(ELEMENT_BYTES),
     sizes=_list_of(_SYM_INT),
-    requires_grad=_flag,
+    requires_grad=_read_flag,
     device=_DEVICE,
     strides=_list_of(_SYM_INT),
     storage_offset=_SYM_INT,
     layout=_one_of(frozenset((STRIDED,))),
 )
-_TENSOR = _record(name=_identifier)
-_SYM_INT_ARGUMENT = _union(as_name=_identifier, as_int=_integer)
-_SYM_FLOAT_ARGUMENT = _union(as_name=_identifier, as_float=_number)
-_SYM_BOOL_ARGUMENT = _union(as_name=_identifier, as_bool=_flag)
-_OPTIONAL_TENSOR = _union(as_tensor=_TENSOR, as_none=_none_marker)
-_COMPLEX = _record(real=_number, imag=_number)
+_TENSOR = _record(name=_read_identifier)
+_SYM_INT_ARGUMENT = _union(as_name=_read_identifier, as_int=_read_integer)
+_SYM_FLOAT_ARGUMENT = _union(as_name=_read_identifier, as_float=_read_number)
+_SYM_BOOL_ARGUMENT = _union(as_name=_read_identifier, as_bool=_read_flag)
+_OPTIONAL_TENSOR = _union(as_tensor=_TENSOR, as_none=_read_none)
+_COMPLEX = _record(real=_read_number, imag=_read_number)
 
 
-def _inner_graph(value: Any) -> dict[str, Any]:
+def _read_inner_graph(value: Any) -> dict[str, Any]:
     """The graph of a branch or a loop's body; the depth is bounded by the JSON's."""
-    return _record(name=_identifier, graph=_GRAPH)(value)
+    return _record(name=_read_identifier, graph=_GRAPH)(value)
 
 
 _ARGUMENT = _union(
-    as_none=_none_marker,
+    as_none=_read_none,
     as_tensor=_TENSOR,
     as_tensors=_list_of(_TENSOR),
-    as_int=_integer,
-    as_ints=_list_of(_integer),
-    as_float=_number,
-    as_floats=_list_of(_number),
-    as_string=_text,
-    as_strings=_list_of(_text),
+    as_int=_read_integer,
+    as_ints=_list_of(_read_integer),
+    as_float=_read_number,
+    as_floats=_list_of(_read_number),
+    as_string=_read_text,
+    as_strings=_list_of(_read_text),
     as_sym_int=_SYM_INT_ARGUMENT,
     as_sym_ints=_list_of(_SYM_INT_ARGUMENT),
     as_scalar_type=_one_of(ELEMENT_BYTES),
     as_memory_format=_one_of(range(1, 5)),
     as_layout=_one_of(frozenset((STRIDED,))),
     as_device=_DEVICE,
-    as_bool=_flag,
-    as_bools=_list_of(_flag),
+    as_bool=_read_flag,
+    as_bools=_list_of(_read_flag),
     as_sym_bool=_SYM_BOOL_ARGUMENT,
     as_sym_bools=_list_of(_SYM_BOOL_ARGUMENT),
-    as_graph=_inner_graph,
+    as_graph=_read_inner_graph,
     as_optional_tensors=_list_of(_OPTIONAL_TENSOR),
     as_sym_float=_SYM_FLOAT_ARGUMENT,
     as_sym_floats=_list_of(_SYM_FLOAT_ARGUMENT),
@@ -401,43 +413,49 @@ _ARGUMENT = _union(
     as_complex=_COMPLEX,
 )
 _NODE = _record(
-    target=_target,
-    inputs=_list_of(_record(name=_argument_name, arg=_ARGUMENT, kind=_optional(_one_of(range(3))))),
+    target=_read_target,
+    inputs=_list_of(
+        _record(name=_read_argument_name, arg=_ARGUMENT, kind=_optional(_one_of(range(3))))
+    ),
     outputs=_list_of(_ARGUMENT),
-    metadata=_dropped(dict),
-    is_hop_single_tensor_return=_optional(_flag),
-    name=_optional(_identifier),
+    metadata=_drop(dict),
+    is_hop_single_tensor_return=_optional(_read_flag),
+    name=_optional(_read_identifier),
 )
 _GRAPH = _record(
     inputs=_list_of(_ARGUMENT),
     outputs=_list_of(_ARGUMENT),
     nodes=_list_of(_NODE),
-    tensor_values=_mapping(_identifier, _TENSOR_META),
-    sym_int_values=_mapping(_identifier, _SYM_INT),
-    sym_bool_values=_mapping(_identifier, _SYM_BOOL),
-    is_single_tensor_return=_flag,
-    custom_obj_values=_empty,
-    sym_float_values=_mapping(_identifier, _SYM_FLOAT),
+    tensor_values=_mapping(_read_identifier, _TENSOR_META),
+    sym_int_values=_mapping(_read_identifier, _SYM_INT),
+    sym_bool_values=_mapping(_read_identifier, _SYM_BOOL),
+    is_single_tensor_return=_read_flag,
+    custom_obj_values=_require_empty,
+    sym_float_values=_mapping(_read_identifier, _SYM_FLOAT),
 )
 _CONSTANT = _union(
-    as_none=_none_marker, as_int=_integer, as_float=_number, as_string=_text, as_bool=_flag
+    as_none=_read_none,
+    as_int=_read_integer,
+    as_float=_read_number,
+    as_string=_read_text,
+    as_bool=_read_flag,
 )
 _INPUT_SPEC = _union(
     user_input=_record(arg=_ARGUMENT),
-    parameter=_record(arg=_TENSOR, parameter_name=_qualified_name),
-    buffer=_record(arg=_TENSOR, buffer_name=_qualified_name, persistent=_flag),
-    tensor_constant=_record(arg=_TENSOR, tensor_constant_name=_qualified_name),
-    constant_input=_record(name=_identifier, value=_CONSTANT),
+    parameter=_record(arg=_TENSOR, parameter_name=_read_qualified_name),
+    buffer=_record(arg=_TENSOR, buffer_name=_read_qualified_name, persistent=_read_flag),
+    tensor_constant=_record(arg=_TENSOR, tensor_constant_name=_read_qualified_name),
+    constant_input=_record(name=_read_identifier, value=_CONSTANT),
 )
 _OUTPUT_SPEC = _union(
     user_output=_record(arg=_ARGUMENT),
-    buffer_mutation=_record(arg=_TENSOR, buffer_name=_qualified_name),
-    user_input_mutation=_record(arg=_TENSOR, user_input_name=_identifier),
+    buffer_mutation=_record(arg=_TENSOR, buffer_name=_read_qualified_name),
+    user_input_mutation=_record(arg=_TENSOR, user_input_name=_read_identifier),
 )
 _SIGNATURE = _record(input_specs=_list_of(_INPUT_SPEC), output_specs=_list_of(_OUTPUT_SPEC))
 
 
-def _structure(value: Any) -> str:
+def _read_structure(value: Any) -> str:
     """A pytree specification (text of JSON inside the JSON): how arguments or results nest."""
     if type(value) is not str:
         raise UnknownField(f"{_show(value)} where a structure should be")
@@ -447,20 +465,20 @@ def _structure(value: Any) -> str:
         raise UnknownField(f"the structure is no JSON: {error}") from None
     if type(document) is not list or len(document) != 2 or document[0] != 1:
         raise UnknownField(f"{_show(value)} where a structure of version 1 should be")
-    return json.dumps([1, _tree(document[1])])
+    return json.dumps([1, _read_tree(document[1])])
 
 
-def _tree(value: Any) -> dict[str, Any]:
-    rebuilt = _record(type=_container, context=_optional(_any_text), children_spec=_list_of(_tree))(
-        value
-    )
+def _read_tree(value: Any) -> dict[str, Any]:
+    rebuilt = _record(
+        type=_read_container, context=_optional(_read_any_text), children_spec=_list_of(_read_tree)
+    )(value)
     children = rebuilt["children_spec"]
     context = rebuilt["context"]
     if rebuilt["type"] is None:
         if context is not None or children:
             raise UnknownField("a leaf of the structure has something in it")
     elif rebuilt["type"] in KEYED_CONTAINERS:
-        keys = _keys(context)
+        keys = _read_keys(context)
         if len(keys) != len(children):
             raise UnknownField(f"{len(keys)} keys for {len(children)} values")
         rebuilt["context"] = json.dumps(keys)
@@ -469,7 +487,7 @@ def _tree(value: Any) -> dict[str, Any]:
     return rebuilt
 
 
-def _container(value: Any) -> str | None:
+def _read_container(value: Any) -> str | None:
     if value is not None and (type(value) is not str or value not in CONTAINERS):
         raise UnknownField(
             f"takes or returns {_show(value)}; only tensors, tuples, lists and dicts are loaded"
@@ -477,13 +495,13 @@ def _container(value: Any) -> str | None:
     return value
 
 
-def _any_text(value: Any) -> str:
+def _read_any_text(value: Any) -> str:
     if type(value) is not str:
         raise UnknownField(f"{_show(value)} where a text should be")
     return value
 
 
-def _keys(context: str | None) -> list[str | int]:
+def _read_keys(context: str | None) -> list[str | int]:
     try:
         keys = parse_json(context or "", most_bytes=MOST_SPEC_BYTES, most_items=100_000)
     except BadJson as error:
@@ -492,9 +510,9 @@ def _keys(context: str | None) -> list[str | int]:
         raise UnknownField(f"{_show(keys)} where keys of a dict should be")
     for key in keys:
         if type(key) is int:
-            _integer(key)
+            _read_integer(key)
         else:
-            _text(key)
+            _read_text(key)
             _check_key(key)
     if len(set(keys)) != len(keys):
         raise UnknownField("a dict has a key twice")
@@ -510,14 +528,14 @@ def _check_key(key: str) -> None:
 _CALL_SIGNATURE = _record(
     inputs=_list_of(_ARGUMENT),
     outputs=_list_of(_ARGUMENT),
-    in_spec=_structure,
-    out_spec=_structure,
-    forward_arg_names=_optional(_list_of(_identifier)),
+    in_spec=_read_structure,
+    out_spec=_read_structure,
+    forward_arg_names=_optional(_list_of(_read_identifier)),
 )
-_CALL = _record(fqn=_module_name, signature=_optional(_CALL_SIGNATURE))
+_CALL = _record(fqn=_read_module_name, signature=_optional(_CALL_SIGNATURE))
 
 
-def _calls(value: Any) -> list[dict[str, Any]]:
+def _read_calls(value: Any) -> list[dict[str, Any]]:
     """Only the network's own call is needed; those of its modules serve unflattening."""
     calls = _list_of(_CALL)(value)
     whole = [call for call in calls if call["fqn"] == ""]
@@ -532,26 +550,26 @@ def _check_keywords(in_spec: str) -> None:
     children = json.loads(in_spec)[1]["children_spec"]
     if len(children) == 2 and children[1]["type"] == "builtins.dict":
         for key in json.loads(children[1]["context"]):
-            _identifier(key)
+            _read_identifier(key)
 
 
 _GRAPH_MODULE = _record(
     graph=_GRAPH,
     signature=_SIGNATURE,
-    module_call_graph=_calls,
-    metadata=_dropped(dict),
-    treespec_namedtuple_fields=_empty,
+    module_call_graph=_read_calls,
+    metadata=_drop(dict),
+    treespec_namedtuple_fields=_require_empty,
 )
-_RANGE = _record(min_val=_optional(_integer), max_val=_optional(_integer))
+_RANGE = _record(min_val=_optional(_read_integer), max_val=_optional(_read_integer))
 
 
-def _ranges(value: Any) -> dict[str, Any]:
+def _read_ranges(value: Any) -> dict[str, Any]:
     """Of symbols. Those of expressions ("2*s39") follow from them and are left out."""
     if type(value) is not dict or len(value) > MOST_SYMBOLS:
         raise UnknownField(f"{_show(value)} where ranges of sizes should be")
     rebuilt = {}
     for name, bounds in value.items():
-        checked = _within(f".{name[:80]}", _RANGE, bounds)
+        checked = _read_within(f".{name[:80]}", _RANGE, bounds)
         if SYMBOL.fullmatch(name):
             rebuilt[name] = checked
     return rebuilt
@@ -559,43 +577,44 @@ def _ranges(value: Any) -> dict[str, Any]:
 
 _PROGRAM = _record(
     graph_module=_GRAPH_MODULE,
-    opset_version=_mapping(_identifier, _count),
-    range_constraints=_ranges,
-    schema_version=_record(major=_count, minor=_count),
+    opset_version=_mapping(_read_identifier, _read_count),
+    range_constraints=_read_ranges,
+    schema_version=_record(major=_read_count, minor=_read_count),
     verifiers=_list_of(_one_of(VERIFIERS)),
-    torch_version=_text,
-    guards_code=_dropped(list),
+    torch_version=_read_text,
+    guards_code=_drop(list),
 )
 
 
-def _program(document: Any) -> dict[str, Any]:
+def _read_program(document: Any) -> dict[str, Any]:
     return _PROGRAM(document)
 
 
-def _fixed_size(value: Any) -> dict[str, int]:
-    return _record(as_int=_count)(value)
+def _read_fixed_size(value: Any) -> dict[str, int]:
+    return _record(as_int=_read_count)(value)
 
 
 _PAYLOAD_META = _record(
-    path_name=_identifier,
-    is_param=_flag,
-    use_pickle=_flag,
+    path_name=_read_identifier,
+    is_param=_read_flag,
+    use_pickle=_read_flag,
     tensor_meta=_record(
         dtype=_one_of(ELEMENT_BYTES),
-        sizes=_list_of(_fixed_size),
-        requires_grad=_flag,
+        sizes=_list_of(_read_fixed_size),
+        requires_grad=_read_flag,
         device=_DEVICE,
-        strides=_list_of(_fixed_size),
-        storage_offset=_fixed_size,
+        strides=_list_of(_read_fixed_size),
+        storage_offset=_read_fixed_size,
         layout=_one_of(frozenset((STRIDED,))),
     ),
 )
 
 
-def _payload(value: Any) -> dict[str, Any]:
+def _read_payload(value: Any) -> dict[str, Any]:
     if type(value) is dict and value.get("use_pickle") is not False:
         raise UnknownField(
-            "asks for unpickling a tensor; only raw tensors are loaded: export a contiguous CPU model again"
+            "asks for unpickling a tensor; only raw tensors are loaded: export a contiguous CPU"
+            " model again"
         )
     rebuilt = _PAYLOAD_META(value)
     meta = rebuilt["tensor_meta"]
@@ -604,7 +623,7 @@ def _payload(value: Any) -> dict[str, Any]:
     return rebuilt
 
 
-_payload_config = _record(config=_mapping(_qualified_name, _payload))
+_read_payload_config = _record(config=_mapping(_read_qualified_name, _read_payload))
 
 
 def _check_version(document: Any) -> None:

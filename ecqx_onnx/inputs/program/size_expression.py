@@ -1,4 +1,4 @@
-"""Size expressions of exported programs: text of a file -> arithmetic -> text written anew.
+"""Read the size expressions of exported programs, and write them anew.
 
 torch writes the size `2*s39` as "Mul(Integer(2), Symbol('s39', positive=True, integer=True))", and
 on loading it lets sympy evaluate that text as Python. Here it is parsed, nothing is evaluated,
@@ -21,7 +21,10 @@ SYMBOL = re.compile(r"(?:s|u|z|zf|zuf)\d{1,6}")
 
 TOKEN = re.compile(r"\s*(?:([A-Za-z_]\w*)|(\d+)|'([A-Za-z0-9.+-]*)'|([(),=-]))", re.ASCII)
 CONSTANTS = frozenset(("true", "false", "oo", "int_oo", "zoo"))
-COMPARISONS = "Equality Unequality GreaterThan LessThan StrictGreaterThan StrictLessThan Eq Ne Ge Le Gt Lt And Or Not"
+COMPARISONS = (
+    "Equality Unequality GreaterThan LessThan StrictGreaterThan StrictLessThan"
+    " Eq Ne Ge Le Gt Lt And Or Not"
+)
 ROUNDING = (
     "FloorDiv PythonMod Mod CleanDiv CeilDiv ModularIndexing CeilToInt FloorToInt TruncToInt"
     " TruncToFloat RoundToInt ToFloat Identity Where IntTrueDiv FloatTrueDiv ceiling floor"
@@ -41,10 +44,11 @@ class NotArithmetic(ValueError):  # noqa: N818 - says what the text is
 class Size:
     """A checked expression.
 
-    text: printed anew, in the form that torch writes.
-    bits: a bound of the largest value's length, sizes themselves taken as 63 bits.
-    terms: how many products its expanded sum has.
-    integer: its value where it is a plain integer, else None.
+    Attributes:
+        text: printed anew, in the form that torch writes.
+        bits: a bound of the largest value's length, sizes themselves taken as 63 bits.
+        terms: how many products its expanded sum has.
+        integer: its value where it is a plain integer, else None.
     """
 
     text: str
@@ -67,14 +71,14 @@ def print_anew(text: str) -> str:
     """
     if len(text) > LONGEST:
         raise NotArithmetic(f"{len(text)} characters, more than {LONGEST}")
-    parser = _Parser(split_tokens(text))
-    size = parser.expression(0)
+    parser = _Parser(_split_tokens(text))
+    size = parser.parse_expression(0)
     parser.expect_end()
     return size.text
 
 
-def split_tokens(text: str) -> list[tuple[str, str]]:
-    """(kind, text) of each token; kind is "name", "integer", "string" or the character itself."""
+def _split_tokens(text: str) -> list[tuple[str, str]]:
+    """(type, text) of each token; "name", "integer", "string" or the character itself."""
     tokens = []
     at = 0
     while at < len(text.rstrip()):
@@ -101,44 +105,44 @@ class _Parser:
         self.tokens = tokens
         self.at = 0
 
-    def expression(self, depth: int) -> Size:
+    def parse_expression(self, depth: int) -> Size:
         if depth > DEEPEST:
             raise NotArithmetic(f"functions more than {DEEPEST} deep")
-        kind, text = self._next()
+        kind, text = self._take_any()
         if kind == "-":
-            number = -self._integer(self._take("integer"))
-            return _number(number, str(number))
+            number = -self._parse_integer(self._take("integer"))
+            return _make_number(number, str(number))
         if kind == "integer":
-            number = self._integer(text)
-            return _number(number, str(number))
+            number = self._parse_integer(text)
+            return _make_number(number, str(number))
         if kind != "name":
             raise NotArithmetic(f"{text!r} where a number or a function should be")
-        if self._peek() != "(":
+        if self._peek_kind() != "(":
             if text not in CONSTANTS:
                 raise NotArithmetic(f"the name {text!r}")
             return Size(text, 64, 1)
         self._take("(")
         if text == "Symbol":
-            return self._symbol()
+            return self._parse_symbol()
         if text == "Float":
-            return self._float()
-        arguments = [self.expression(depth + 1)]
-        while self._peek() == ",":
+            return self._parse_float()
+        arguments = [self.parse_expression(depth + 1)]
+        while self._peek_kind() == ",":
             self._take(",")
-            arguments.append(self.expression(depth + 1))
+            arguments.append(self.parse_expression(depth + 1))
         self._take(")")
-        return _call(text, arguments)
+        return _make_call(text, arguments)
 
     def expect_end(self) -> None:
         if self.at != len(self.tokens):
             raise NotArithmetic("more than one expression")
 
-    def _symbol(self) -> Size:
+    def _parse_symbol(self) -> Size:
         name = self._take("string")
         if not SYMBOL.fullmatch(name):
             raise NotArithmetic(f"the symbol {name!r}")
         flags = []
-        while self._peek() == ",":
+        while self._peek_kind() == ",":
             self._take(",")
             flag = self._take("name")
             self._take("=")
@@ -149,7 +153,7 @@ class _Parser:
         self._take(")")
         return Size(f"Symbol('{name}'{''.join(flags)})", 63, 1)
 
-    def _float(self) -> Size:
+    def _parse_float(self) -> Size:
         """Float('0.5', precision=53)."""
         text = self._take("string")
         try:
@@ -162,48 +166,49 @@ class _Parser:
         if self._take("name") != "precision":
             raise NotArithmetic("a number without its precision")
         self._take("=")
-        precision = self._integer(self._take("integer"))
+        precision = self._parse_integer(self._take("integer"))
         if not 1 <= precision <= 113:
             raise NotArithmetic(f"{precision} bits of precision")
         self._take(")")
         return Size(f"Float('{text}', precision={precision})", 100, 1)
 
-    def _integer(self, digits: str) -> int:
+    def _parse_integer(self, digits: str) -> int:
         if len(digits) > 20 or int(digits) >= 2**63:
             raise NotArithmetic(f"the number {digits[:30]}")
         return int(digits)
 
-    def _peek(self) -> str:
+    def _peek_kind(self) -> str:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
 
-    def _next(self) -> tuple[str, str]:
+    def _take_any(self) -> tuple[str, str]:
         if self.at == len(self.tokens):
             raise NotArithmetic("it ends too early")
         self.at += 1
         return self.tokens[self.at - 1]
 
     def _take(self, wanted: str) -> str:
-        kind, text = self._next()
+        kind, text = self._take_any()
         if kind != wanted:
             raise NotArithmetic(f"{text!r} where {wanted!r} should be")
         return text
 
 
-def _number(value: int, text: str) -> Size:
+def _make_number(value: int, text: str) -> Size:
     return Size(text, max(value.bit_length(), 1), 1, value)
 
 
-def _call(name: str, arguments: list[Size]) -> Size:
+def _make_call(name: str, arguments: list[Size]) -> Size:
     """The call of a known function, with bounds of what sympy makes of it."""
     inner = ", ".join(argument.text for argument in arguments)
     text = f"{name}({inner})"
     bits = sum(argument.bits for argument in arguments)
     terms = sum(argument.terms for argument in arguments)
+    # 1. Numbers.
     if name == "Integer":
         value = arguments[0].integer
         if len(arguments) != 1 or value is None:
             raise NotArithmetic("Integer(...) of something else")
-        return _number(value, f"Integer({value})")
+        return _make_number(value, f"Integer({value})")
     if name == "Rational":
         values = [argument.integer for argument in arguments]
         if len(values) != 2 or None in values or not values[1]:
@@ -211,6 +216,8 @@ def _call(name: str, arguments: list[Size]) -> Size:
         return Size(text, bits, 1)
     if name not in FUNCTIONS:
         raise NotArithmetic(f"the function {name!r}")
+    # 2. Powers and products: the length of a number, and the terms of a sum that sympy expands,
+    #    grow with them.
     if name in POWERS.split():
         exponent = arguments[-1].integer
         if len(arguments) != 2 or exponent is None or not -16 <= exponent <= 16:
