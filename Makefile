@@ -34,10 +34,7 @@ bench-size: .venv/test    ## bytes: entropy, packed, NNCodec, xz, zip side by si
 	$(BIN)/python benchmarks/packed_size.py whole
 	$(BIN)/python benchmarks/packed_load.py 10
 
-bench-fuzz: .venv/test          ## hostile files for every reader, 30 s each; FUZZ_SECONDS=300 for longer
-	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
-
-devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
+bench-devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
 	$(BIN)/python benchmarks/devices.py ../shared/data
 
 bench-integer: .venv/test ## int8 activations against float and quantize_static: bytes, accuracy, latency; about 10 minutes

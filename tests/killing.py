@@ -197,12 +197,14 @@ def try_moments(
     folder: Path, command: str, moments: str, seed: int, by: signal.Signals = signal.SIGKILL
 ) -> dict[str, object]:
     """See the module's first lines."""
-    import ecqx_onnx.packing
-
-    import ecqx_onnx.api
     import ecqx_onnx.cli
-    import ecqx_onnx.quantization
-    import ecqx_onnx.validation  # noqa: F401
+    import ecqx_onnx.quantization.training
+    import ecqx_onnx.sources.to_checkpoint
+    import ecqx_onnx.validation
+    import ecqx_onnx.verbs.convert
+    import ecqx_onnx.verbs.deploy
+    import ecqx_onnx.verbs.pack
+    import ecqx_onnx.verbs.quantize  # noqa: F401 - loaded once, before the runs are forked
 
     (folder / "tmp").mkdir()
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")

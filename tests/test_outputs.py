@@ -52,7 +52,7 @@ def in_another_process(tmp_path, line):
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {sys.path!r}
-from ecqx_onnx_converters import outputs
+from ecqx_onnx_converters.graph import outputs
 from tests.test_outputs import *
 path = Path({str(tmp_path)!r}) / "out"
 def die(*_, **__):
@@ -95,7 +95,7 @@ def test_a_new_pair_that_was_half_moved_vanishes(tmp_path):
 
 def test_a_replaced_pair_that_was_moved_when_its_process_was_killed_stays(tmp_path):
     write_pair(tmp_path / "out", "old")
-    result = in_another_process(tmp_path, 'outputs._flush_folder = die\nwrite_pair(path, "new")')
+    result = in_another_process(tmp_path, 'outputs.flush_folder = die\nwrite_pair(path, "new")')
     assert result.returncode == -9, result.stderr
     check_output(tmp_path / "out", force=True)
     assert contents(tmp_path) == NEW
@@ -104,8 +104,8 @@ def test_a_replaced_pair_that_was_moved_when_its_process_was_killed_stays(tmp_pa
 def test_what_belonged_to_the_replaced_output_goes_even_after_a_kill(tmp_path):
     write_pair(tmp_path / "out", "old")
     line = """
-outputs._flush_folder = die
-with replacing(path, force=True, superseded=[path.with_name("out.data")]) as temporary:
+outputs.flush_folder = die
+with replace_on_success(path, force=True, superseded=[path.with_name("out.data")]) as temporary:
     temporary.write_text("new")
 """
     assert in_another_process(tmp_path, line).returncode == -9
@@ -325,9 +325,9 @@ def test_a_folder_that_was_moved_away_when_its_process_was_killed_comes_back(tmp
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     line = """
-outputs._exchange = lambda *_: False
+outputs.exchange_names = lambda *_: False
 outputs._rename_to_free = die
-with replacing_folder(path, check=lambda: None, force=True) as folder:
+with replace_folder_on_success(path, check=lambda: None, force=True) as folder:
     (folder / "new").write_text("new")
 """
     assert in_another_process(tmp_path, line).returncode == -9
@@ -385,7 +385,7 @@ def test_temporaries_of_killed_processes_go_with_the_next_one(tmp_path, monkeypa
     line = """
 import tempfile
 tempfile.tempdir = str(path.parent)
-with temporary_folder() as folder:
+with open_temporary_folder() as folder:
     (folder / "a").touch()
     die()
 """

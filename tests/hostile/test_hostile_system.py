@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ecqx_onnx import inspection
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inputs.reading import make_file_error, turn_system_errors
-from ecqx_onnx.inspection import inspection
 
 MODELS = Path(__file__).parents[2] / "models"
 CHECKPOINT = MODELS / "lenet_300_100_mnist_2bit.pt"
