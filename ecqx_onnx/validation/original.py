@@ -16,6 +16,7 @@ from ecqx_onnx_converters.serialization.reading import read_weights
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.runtime.decoded_model import DecodedModel, decode_model
 from ecqx_onnx.runtime.latency import Latency, measure_latency
 from ecqx_onnx.runtime.sessions import (
@@ -45,9 +46,9 @@ def validate_against_original(
     split: Split | None = None,
     notes: Sequence[str] = (),
     inputs: Mapping[str, np.ndarray] | None = None,
-    batch_size: int = 64,
+    batch_size: int = ValidateOptions.batch_size,
     progress: Callable[[int, int], None] | None = None,
-    latency_runs: int = 50,
+    latency_runs: int = ValidateOptions.latency_runs,
 ) -> ValidationReport:
     """split: labelled data; inputs: by the original's names of them; without either, random ones in shapes that it takes.
 

@@ -14,6 +14,7 @@ from ecqx_onnx_converters.serialization.reading import read_weights
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.latency import Latency, measure_latency
 from ecqx_onnx.runtime.sessions import (
@@ -68,9 +69,9 @@ def validate(
     preprocessing: Preprocessing | None = None,
     float_bounds: FloatBounds | None = None,
     class_names: bool = False,
-    batch_size: int = 256,
+    batch_size: int = ValidateOptions.batch_size,
     progress: Callable[[int, int], None] | None = None,
-    latency_runs: int = 50,
+    latency_runs: int = ValidateOptions.latency_runs,
 ) -> ValidationReport:
     """Everything that can be asked of the file with what is given; `report.ok` says whether every check passed.
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError
 from ecqx_onnx.inputs.onnx_file import read_onnx
+from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.latency import Latency
 from ecqx_onnx.runtime.sessions import (
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 ROWS = (
     "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "x float", "memory",
 )  # fmt: skip
-TIME_LIMIT = 1800.0  # seconds for everything that the runner does
+TIME_LIMIT = ValidateOptions.time_limit  # seconds for everything that the runner does
 
 
 def validate_on(
@@ -69,8 +70,8 @@ def validate_on(
     preprocessing: Preprocessing | None = None,
     float_bounds: FloatBounds | None = None,
     class_names: bool = False,
-    batch_size: int = 64,
-    latency_runs: int = 50,
+    batch_size: int = ValidateOptions.batch_size,
+    latency_runs: int = ValidateOptions.latency_runs,
     time_limit: float = TIME_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
