@@ -1,4 +1,7 @@
-"""An .onnx file that `write` made -> the levels of its weights and what they stand for, checked against their CRC."""
+"""Reads the weights of an .onnx file that `write` made: levels, what they stand for, checksums.
+
+Nothing in the file is trusted. Leaves: a `StoredWeight` for each quantized weight.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,15 @@ from ecqx_onnx_converters.storage.registry import STORAGES
 class StoredWeight:
     """One weight of a written file.
 
-    weight: name and layout as in the float graph; `weight.dequantize()` is what the file's graph computes.
-    value: name that the weight's float value (or integers, where the graph reads these) has in the file's graph.
-    nbytes: of the integers as stored, with their decoding.
-    crc_ok: the levels have the checksum that the metadata states.
+    Attributes:
+        weight: Name and axes as in the float graph; `weight.dequantize()` is what the file's graph
+            computes.
+        storage: Name of the codec.
+        levels_name: Name of the integer tensor in the file's graph.
+        value: Name that the weight's float value (or integers, where the graph reads these) has in
+            the file's graph.
+        nbytes: Of the integers as stored, with their decoding.
+        crc_ok: Whether the levels have the checksum that the metadata states.
     """
 
     weight: GraphWeight
@@ -48,76 +56,112 @@ class StoredWeight:
 
 
 def read_metadata(model: ModelProto) -> dict[str, Any]:
-    """What `write` put under METADATA_KEY; empty for a file of someone else's. FileError when it can't be read."""
-    text = find_metadata_text(model)
+    """Read what `write` put under METADATA_KEY.
+
+    Args:
+        model: A model, whoever made it.
+
+    Returns:
+        The JSON object; empty for a file of someone else's.
+
+    Raises:
+        FileError: It can't be read.
+    """
+    text = _find_metadata_text(model)
     if text is None:
         return {}
     try:
         return from_text(text)
     except (ValueError, RecursionError) as error:
         raise FileError(
-            f"the metadata '{METADATA_KEY}' of the ONNX file can't be read ({error}): it is damaged, or another version of"
-            " ecqx-onnx wrote it; convert the model again"
+            f"the metadata '{METADATA_KEY}' of the ONNX file can't be read ({error}): it is"
+            " damaged, or another version of ecqx-onnx wrote it; convert the model again"
         ) from error
 
 
 def is_as_written(source: ModelProto | Path | str) -> bool | None:
-    """Whether graph, parameters and metadata have the checksum that `write` put into the file.
+    """Tell whether graph, parameters and metadata have the checksum that `write` put into the file.
 
     Args:
-        source: A model with its data in it, or the path of a file whose external data lies beside it.
+        source: A model with its data in it, or the path of a file whose external data lies beside
+            it.
 
     Returns:
-        None for a file that carries no such checksum: one of someone else's, or of an earlier version.
+        None for a file that carries no such checksum: one of someone else's, or of an earlier
+        version.
 
     Raises:
         FileError: The file can't be read.
     """
-    model = source if isinstance(source, ModelProto) else read_proto(source)
-    folder = None if isinstance(source, ModelProto) else Path(source).parent
-    text = find_metadata_text(model)
-    read_metadata(model)
+    model, folder = _open_source(source)
+    text = _find_metadata_text(model)
+    read_metadata(model)  # an error where the metadata as a whole can't be read
     stored = None if text is None else read_checksum(text)
     if stored is None:
         return None
 
     def content(tensor: TensorProto) -> bytes | None:
-        elsewhere = folder is not None and tensor.data_location == TensorProto.EXTERNAL
-        return read_external_bytes(tensor, folder) if elsewhere and folder is not None else None
+        if folder is None or tensor.data_location != TensorProto.EXTERNAL:
+            return None
+        return read_external_bytes(tensor, folder)
 
     start, wanted = stored
     return compute_checksum(model, content, start=start) == wanted
 
 
-def find_metadata_text(model: ModelProto) -> str | None:
-    return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+def _open_source(source: ModelProto | Path | str) -> tuple[ModelProto, Path | None]:
+    """A model, and the folder of its external data; None for a model with its data in it."""
+    if isinstance(source, ModelProto):
+        return source, None
+    return read_proto(source), Path(source).parent
+
+
+def _find_metadata_text(model: ModelProto) -> str | None:
+    """What stands under METADATA_KEY; None for a file of someone else's."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            return entry.value
+    return None
 
 
 def read_records(metadata: Mapping[str, Any]) -> tuple[Record, ...]:
-    """The list of tensors in what `read_metadata` gave; FileError for one that can't be read."""
-    return tuple(
-        Record.of(record, metadata.get("storage")) for record in metadata.get("tensors", [])
-    )
+    """Read the list of tensors.
+
+    Args:
+        metadata: What `read_metadata` gave.
+
+    Returns:
+        One record for each quantized weight; a FileError comes from one that can't be read.
+    """
+    usual = metadata.get("storage")
+    return tuple(Record.of(record, usual) for record in metadata.get("tensors", []))
 
 
 def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
-    """Every weight that the metadata lists; none for a file of someone else's. FileError for a file that is damaged or lies."""
-    model = source if isinstance(source, ModelProto) else read_proto(source)
-    folder = None if isinstance(source, ModelProto) else Path(source).parent
+    """Read every weight that the metadata lists.
+
+    Args:
+        source: A model with its data in it, or the path of a file whose external data lies beside
+            it.
+
+    Returns:
+        The weights in the order of the metadata; none for a file of someone else's.
+
+    Raises:
+        FileError: The file is damaged or lies about itself.
+    """
+    model, folder = _open_source(source)
     try:
         return _read_all(model, folder)
-    except (
-        IndexError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # a node without inputs, a name that isn't UTF-8, …
+    # A node without inputs, a name that isn't UTF-8, …
+    except (IndexError, TypeError, ValueError, OverflowError) as error:
         raise FileError(
             f"the weights of the ONNX file can't be read ({error}); the file is damaged"
         ) from error
 
 
 def _read_all(model: ModelProto, folder: Path | None) -> tuple[StoredWeight, ...]:
+    """Every weight, once calls that decode and dequantize at once are two nodes each."""
     nodes = [part for node in model.graph.node for part in expand_call(node)]
     makers = {output: node for node in nodes for output in node.output}
     contents = replace(Contents.of(model), initializers=_Initializers(model, folder), makers=makers)
@@ -130,9 +174,17 @@ def _read_all(model: ModelProto, folder: Path | None) -> tuple[StoredWeight, ...
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of the metadata's list of tensors, with its types checked; writer._record says what each is.
+    """One entry of the metadata's list of tensors, with its types checked.
 
-    levels: empty where one call decodes and dequantises.
+    Attributes:
+        name: The weight's, before the writer shortened names.
+        value: Name of its float value (or integers) in the file's graph; "" where it has none.
+        storage: Name of the codec.
+        levels: Name of its integer tensor; "" where one call decodes and dequantizes.
+        sources: Parameters that it was made of.
+        transposed: Whether it is stored in the transpose of its own axes.
+        integers: Whether the graph reads integers, not floats.
+        crc32: Checksum of its levels as stored.
     """
 
     name: str
@@ -146,155 +198,197 @@ class Record:
 
     @classmethod
     def of(cls, record: Any, usual: Any) -> Record:
+        """Check one row of the list.
+
+        Args:
+            record: JSON, as `writer.build` describes it.
+            usual: The file's usual storage, as JSON.
+
+        Returns:
+            The row with its types checked.
+
+        Raises:
+            FileError: It is not such a row, or its storage is unknown.
+        """
         try:
+            # 1. Zeros at the end of a row are left out.
             name, crc, value, *rest = record
-            levels, layout, storage, sources = (*rest, 0, 0, 0, 0)[:4] if len(rest) <= 4 else rest
-            levels, storage = "" if levels == 0 else levels, storage or usual
+            levels, layout, storage, sources = (*rest, *[0] * (4 - len(rest)))
+            levels = "" if levels == 0 else levels
+            storage = storage or usual
+            # 2. Types and lengths.
             texts = (name, storage, levels, value, *(sources or [name]))
+            all_texts = all(isinstance(text, str) for text in texts)
             known = layout in (0, 1, 2) and rest[:1] != [""]
-            if (
-                not all(isinstance(text, str) for text in texts)
-                or type(crc) is not int
-                or not known
-            ):
+            if not all_texts or type(crc) is not int or not known:
                 raise ValueError("a name is no text, the checksum no number, or the layout unknown")
             if max(map(len, texts)) > LONGEST_NAME:
                 raise ValueError(f"a name has more than {LONGEST_NAME} characters")
         except (TypeError, ValueError) as error:
             raise FileError(
-                f"the metadata of the ONNX file describes a tensor wrongly ({error}); the file is damaged"
+                f"the metadata of the ONNX file describes a tensor wrongly ({error});"
+                " the file is damaged"
             ) from error
-        parsed = cls(
-            name, value, storage, levels, tuple(sources or [name]), layout == 1, layout == 2, crc
-        )
-        if parsed.storage not in STORAGES:
+        if storage not in STORAGES:
             raise FileError(
-                f"weight '{name}' has storage '{parsed.storage}', which this version can't read; update ecqx-onnx"
+                f"weight '{name}' has storage '{storage}', which this version can't read;"
+                " update ecqx-onnx"
             )
-        return parsed
+        return cls(
+            name=name,
+            value=value,
+            storage=storage,
+            levels=levels,
+            sources=tuple(sources or [name]),
+            transposed=layout == 1,
+            integers=layout == 2,
+            crc32=crc,
+        )
 
 
 def _read(record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]) -> StoredWeight:
-    record = record if record.levels else replace(record, levels=find_levels(record, contents))
+    """One weight. users: the nodes that read each value as their first input."""
+    # 1. Its levels.
+    if not record.levels:
+        record = replace(record, levels=_find_levels(record, contents))
     try:
         levels = STORAGES[record.storage].decode(record.levels, contents)
     except KeyError as error:
         raise FileError(
-            f"the integers '{record.levels}' of weight '{record.name}' aren't in the file; some tool has folded or renamed them:"
-            " convert the model again, and simplify it before, not after"
+            f"the integers '{record.levels}' of weight '{record.name}' aren't in the file; some"
+            " tool has folded or renamed them: convert the model again, and simplify it before, not"
+            " after"
         ) from error
     if record.integers:
         return _read_integers(record, levels, contents)
-    node = find_dequantization(record, contents, users)
-    read = (
-        node.input[1:2] if node.op_type == "DequantizeLinear" else node.input[1:]
-    )  # its zero point is always zero
-    constants = {
-        name: read_floats(contents.initializers[name])
-        for name in read
-        if name in contents.initializers
-    }
+    # 2. What they stand for, by the node that dequantizes them.
+    node = _find_dequantization(record, contents, users)
+    inputs = node.input[1:]
+    if node.op_type == "DequantizeLinear":
+        inputs = node.input[1:2]  # its zero point is always zero
+    constants = {}
+    for name in inputs:
+        if name in contents.initializers:
+            constants[name] = _read_floats(contents.initializers[name])
     meaning, factor = read_meaning(node, constants, levels.ndim)
+    _check_fit(record.name, levels, meaning, factor)
+    # 3. In the weight's own axes.
+    tensor = QuantTensor(record.name, levels, meaning)
+    permutation = _find_permutation(record, contents, levels.ndim)
+    if permutation is not None:
+        tensor = tensor.transpose(permutation)
+        if factor is not None and factor.ndim:
+            factor = factor.transpose(permutation)
+    weight = GraphWeight(record.name, tensor, record.sources, factor)
+    return _make_stored(record, weight, levels, contents)
+
+
+def _check_fit(
+    name: str, levels: np.ndarray, meaning: Scale | Codebook, factor: np.ndarray | None
+) -> None:
+    """FileError unless step and factor broadcast to the levels, and all levels have a centroid."""
+    step = meaning.step if isinstance(meaning, Scale) else None
     try:
-        for part in (meaning.step if isinstance(meaning, Scale) else None, factor):
+        for part in (step, factor):
             if part is not None and np.broadcast_shapes(part.shape, levels.shape) != levels.shape:
                 raise ValueError("a constant is larger than the weight")
         if isinstance(meaning, Codebook) and levels.size:
             meaning.values[[int(levels.min()), int(levels.max())]]
     except (ValueError, IndexError) as error:
         raise FileError(
-            f"the levels of '{record.name}', {list(levels.shape)}, don't fit what dequantises them ({error})"
+            f"the levels of '{name}', {list(levels.shape)}, don't fit what dequantises them"
+            f" ({error})"
         ) from error
-    tensor = QuantTensor(record.name, levels, meaning)
-    crc_ok = compute_levels_crc(levels) == record.crc32
-    order = find_permutation(record, contents, levels.ndim)
-    if order is not None:
-        tensor, factor = (
-            tensor.transpose(order),
-            factor if factor is None or factor.ndim == 0 else factor.transpose(order),
-        )
-    weight = GraphWeight(record.name, tensor, record.sources, factor)
-    nbytes = STORAGES[record.storage].stored_bytes(record.levels, contents)
-    return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
 
 
-def find_levels(record: Record, contents: Contents) -> str:
-    """What the call that makes the record's value dequantises."""
-    node = find_maker(record, contents)
+def _make_stored(
+    record: Record, weight: GraphWeight, levels: np.ndarray, contents: Contents
+) -> StoredWeight:
+    """levels: as stored, in whose order the checksum is."""
+    return StoredWeight(
+        weight=weight,
+        storage=record.storage,
+        levels_name=record.levels,
+        value=record.value,
+        nbytes=STORAGES[record.storage].stored_bytes(record.levels, contents),
+        crc_ok=compute_levels_crc(levels) == record.crc32,
+    )
+
+
+def _find_levels(record: Record, contents: Contents) -> str:
+    """What the call that makes the record's value dequantizes."""
+    node = _find_maker(record, contents)
     if node is None or node.domain != DOMAIN or not node.input:
         raise FileError(
-            f"nothing decodes weight '{record.name}' in the ONNX file; some tool has folded or rewritten it: convert the model"
-            " again, and simplify it before, not after"
+            f"nothing decodes weight '{record.name}' in the ONNX file; some tool has folded or"
+            " rewritten it: convert the model again, and simplify it before, not after"
         )
     return node.input[0]
 
 
-def find_maker(record: Record, contents: Contents) -> NodeProto | None:
-    """Of the record's value, behind a Transpose if there is one."""
+def _find_maker(record: Record, contents: Contents) -> NodeProto | None:
+    """The node that makes the record's value, in front of a Transpose if there is one."""
     node = contents.makers.get(record.value)
     if node is not None and node.op_type == "Transpose" and node.input:
         node = contents.makers.get(node.input[0])
     return node
 
 
-def find_permutation(record: Record, contents: Contents, rank: int) -> tuple[int, ...] | None:
-    """How the stored axes are turned to get the weight's."""
+def _find_permutation(record: Record, contents: Contents, rank: int) -> tuple[int, ...] | None:
+    """By which the stored axes become the weight's; None where they are."""
     node = contents.makers.get(record.value)
     if node is not None and node.op_type == "Transpose":
-        turned = next(
-            (tuple(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), ()
-        )
-        if sorted(turned) != list(range(rank)):
+        permutation: tuple[int, ...] = ()
+        for attribute in node.attribute:
+            if attribute.name == "perm":
+                permutation = tuple(attribute.ints)
+                break
+        if sorted(permutation) != list(range(rank)):
             raise FileError(
-                f"weight '{record.name}' is transposed by {list(turned)}; the ONNX file is damaged"
+                f"weight '{record.name}' is transposed by {list(permutation)};"
+                " the ONNX file is damaged"
             )
-        return turned
+        return permutation
     return (1, 0) if record.transposed else None
 
 
 def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> StoredWeight:
+    """A weight that the graph reads as integers: its levels plus an offset."""
     node = contents.makers.get(record.value)
     if node is None or not node.input or node.input[0] != record.levels:
         raise FileError(
-            f"nothing makes the integers of '{record.name}' in the ONNX file; some tool has rewritten it: pack it again"
+            f"nothing makes the integers of '{record.name}' in the ONNX file; some tool has"
+            " rewritten it: pack it again"
         )
-    offsets = [
-        read_values(contents.initializers[name])
-        for name in node.input[1:]
-        if name in contents.initializers
-    ]
+    offsets = []
+    for name in node.input[1:]:
+        if name in contents.initializers:
+            offsets.append(read_values(contents.initializers[name]))
     form = read_integers(node, offsets[0] if len(offsets) == 1 else None)
     tensor = QuantTensor(record.name, levels, Scale(np.ones((), np.float32)))
     weight = GraphWeight(record.name, tensor, record.sources, integers=form)
-    nbytes = STORAGES[record.storage].stored_bytes(record.levels, contents)
-    crc_ok = compute_levels_crc(levels) == record.crc32
-    return StoredWeight(weight, record.storage, record.levels, record.value, nbytes, crc_ok)
+    return _make_stored(record, weight, levels, contents)
 
 
-def find_dequantization(
+def _find_dequantization(
     record: Record, contents: Contents, users: Mapping[str, list[NodeProto]]
 ) -> NodeProto:
-    """The node that dequantises the record's levels into its value, or, for an embedding, into the gathered rows."""
-    node = find_maker(record, contents)
-    cast = (
-        contents.makers.get(node.input[0])
-        if node is not None and node.op_type == "DequantizeLinear"
-        else None
-    )
-    if (
-        node is not None
-        and cast is not None
-        and cast.op_type == "Cast"
-        and cast.input[0] == record.levels
-    ):
-        return node
-    if (
-        node is not None
-        and node.input[0] == record.levels
-        and (node.domain == DOMAIN or node.op_type == "DequantizeLinear")
-    ):
-        return node
-    reached, queue = set(), [record.levels]
+    """The node that dequantizes the record's levels into its value.
+
+    For an embedding: into the gathered rows.
+    """
+    # 1. Upwards from the value: a call of ours, or DequantizeLinear, behind a Cast or not.
+    node = _find_maker(record, contents)
+    if node is not None:
+        is_linear = node.op_type == "DequantizeLinear"
+        cast = contents.makers.get(node.input[0]) if is_linear else None
+        if cast is not None and cast.op_type == "Cast" and cast.input[0] == record.levels:
+            return node
+        if node.input[0] == record.levels and (node.domain == DOMAIN or is_linear):
+            return node
+    # 2. Downwards from the levels, through what only moves them.
+    reached = set()
+    queue = [record.levels]
     while queue:
         for user in users.get(queue.pop(), []):
             if user.op_type in ("DequantizeLinear", "Mul"):  # Mul: of an embedding's rows
@@ -303,14 +397,17 @@ def find_dequantization(
                 reached.add(user.output[0])
                 queue.append(user.output[0])
     raise FileError(
-        f"nothing dequantises weight '{record.name}' in the ONNX file; some tool has rewritten it: convert the model again"
+        f"nothing dequantises weight '{record.name}' in the ONNX file; some tool has rewritten it:"
+        " convert the model again"
     )
 
 
-def read_floats(tensor: TensorProto) -> np.ndarray:
+def _read_floats(tensor: TensorProto) -> np.ndarray:
+    """float32, of a float32 or float16 initializer."""
     if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
         raise FileError(
-            f"'{tensor.name}' should be float32 or float16 and has type {tensor.data_type}; the ONNX file is damaged"
+            f"'{tensor.name}' should be float32 or float16 and has type {tensor.data_type};"
+            " the ONNX file is damaged"
         )
     return read_values(tensor).astype(np.float32)
 
