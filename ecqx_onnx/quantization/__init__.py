@@ -1,7 +1,8 @@
-"""Which level each weight gets: grid, relevance, assignment, at every training step."""
+"""Quantization by training: grid, relevances and the assignment of levels at every step."""
 
 from ecqx_onnx.options.quantizer import Recipe
-from ecqx_onnx.quantization.quantizer import Quantizer, Report, TensorReport
+from ecqx_onnx.quantization.quantizer import Quantizer
+from ecqx_onnx.quantization.report import Report, TensorReport
 from ecqx_onnx.quantization.training import EpochRecord, Progress, Training, train
 
 __all__ = [

@@ -1,26 +1,35 @@
-"""(any nn.Module) -> the same module with its weights on integer levels, kept there through any training loop.
+"""The Quantizer keeps the weights of any nn.Module on integer levels through a training loop.
 
     quantizer = Quantizer(model, bits=4, entropy_weight=0.1)
     ...
     loss.backward(); optimizer.step(); quantizer.step(x, y)
 
-The module's own parameters hold the quantised values kΔ, so its forward, the gradients and every optimizer see them; the
-quantizer holds the full-precision background weights W. The update that the optimizer made at kΔ is carried over to W
-(straight-through), and W's levels are assigned anew.  [ECQx, sec. 4]
+The module's own parameters hold the quantized values kΔ, so its forward, the gradients and every
+optimizer see them; the quantizer holds the full-precision background weights W. The update that the
+optimizer made at kΔ is carried over to W (straight-through), and W's levels are assigned anew.
+[ECQx, sec. 4]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ecqx_onnx.errors import ModelError, OptionError
-from ecqx_onnx.options.quantizer import Recipe, make_recipe
+from ecqx_onnx.options.quantizer import (
+    Activations,
+    Gradient,
+    Granularity,
+    Levels,
+    Recipe,
+    StepRule,
+    make_recipe,
+)
 from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.distributed import assert_same_levels, sum_numbers, sum_over_processes
 from ecqx_onnx.quantization.levels.assignment import Assignment, assign
@@ -28,6 +37,7 @@ from ecqx_onnx.quantization.levels.entropy import compute_size_factor
 from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
 from ecqx_onnx.quantization.levels.learned_step import StepOptimizer
 from ecqx_onnx.quantization.parametrizations import find_parametrized
+from ecqx_onnx.quantization.report import Report, TensorReport
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 QUANTIZED: tuple[type[nn.Module], ...] = (
@@ -43,58 +53,9 @@ QUANTIZED: tuple[type[nn.Module], ...] = (
     ),
     *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
 )
+RECIPE_NAMES = frozenset(entry.name for entry in fields(Recipe))
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """One quantised weight. zeros and ecq_zeros: share of zeros, with relevances and as plain ECQ would have it. entropy: bits
-    per weight. beta: the exponent of f(R) last used. rule: where its relevance comes from. warnings: what did not go as asked."""
-
-    name: str
-    shape: tuple[int, ...]
-    bits: int
-    zeros: float
-    ecq_zeros: float
-    entropy: float
-    beta: float | None
-    rule: str
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was quantised and how. left_float: (parameter, why). approximated: operators that relevance crossed by gradient times
-    input, having no rule of their own. unmatched: patterns of exclude and bits that no parameter's name matches.
-    relevance_failures: (weight, why it has no relevance), or ("all weights", why): what failed falls back to plain ECQ.
-    parametrized: of left_float, what is computed into another weight in each forward pass."""
-
-    tensors: tuple[TensorReport, ...]
-    left_float: tuple[tuple[str, str], ...]
-    approximated: tuple[str, ...]
-    unmatched: tuple[str, ...] = ()
-    relevance_failures: tuple[tuple[str, str], ...] = ()
-    parametrized: tuple[str, ...] = ()
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        unused = tuple(f"{pattern} matches no parameter" for pattern in self.unmatched)
-        quantized = {tensor.name for tensor in self.tensors}
-        failed = tuple(
-            f"no relevances, so plain ECQ for all weights: {why}"
-            if what == "all weights"
-            else f"{what}: {why}"
-            for what, why in self.relevance_failures
-            if what not in quantized
-        )
-        computed = {
-            why: None for name, why in self.left_float if name in self.parametrized
-        }  # one for g and v
-        single = tuple(
-            f"{tensor.name}: {warning}" for tensor in self.tensors for warning in tensor.warnings
-        )
-        return unused + failed + tuple(computed) + single
 
 
 @dataclass(eq=False)
@@ -126,13 +87,81 @@ class _Weight:
 
 
 class Quantizer:
-    """Attaches to `model`; options: see Recipe. The module's structure is not changed.
+    """Keeps the weights of a model on integer levels through any training loop.
 
-    ModelError if nothing can be quantised or a weight is not finite; OptionError for options that do not fit.
+    The module's structure is not changed: its parameters hold kΔ, the quantizer holds W.
+
+    Example:
+        quantizer = Quantizer(model, bits=4, entropy_weight=0.1)
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss_function(model(x), y).backward()
+            optimizer.step()
+            quantizer.step(x, y)
+        print(quantizer.report())
     """
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        self.options = make_recipe(options)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        bits: int | Mapping[str, int] = 4,
+        entropy_weight: float = 0.1,
+        relevance: Any = "epsilon_plus_flat",
+        start: Any = "logit",
+        refresh_every: int = 8,
+        relevance_memory: float = 0.9,
+        relevance_samples: int | None = None,
+        rho: float = 2.0,
+        keep: float = 0.1,
+        prune: float = 0.1,
+        zero_floor: float = 0.5,
+        size_exponent: float = 1.0,
+        levels: Levels = "symmetric",
+        step: StepRule | Literal["learned"] = "auto",
+        step_rate: float = 1e-3,
+        granularity: Granularity = "tensor",
+        exclude: str | Sequence[str] = (),
+        gradient: Gradient = "plain",
+        activations: Activations = "float32",
+        **unknown: Any,
+    ) -> None:
+        """Attach to a model and assign its weights' first levels.
+
+        Args:
+            model: its weights are float32 or float64 and finite; changed in place.
+            bits: 2 to 8, for all weights or as {pattern of parameter names: bits}, where the last
+                matching pattern wins and what none matches stays float.
+            entropy_weight: γ in [0, 1], how dear a bit is against a squared error; 0 is the
+                nearest level.  [ECQx, sec. 4]
+            relevance: name of a zennit composite, a Composite, or None for plain ECQ.
+            start: relevance at the output: "logit", "probability" or "ones" of the true class, or
+                a function (output, target) -> relevance.
+            refresh_every: steps between two relevances, 1 or more.
+            relevance_memory: share of the old in the moving average, in [0, 1).
+            relevance_samples: take relevances on so many samples of a batch; None for all.
+            rho: ρ of f(R) = ρ R^β, above 1.
+            keep: by how much relevances may lower the share of zeros, in [0, 1].
+            prune: by how much they may raise it, in [0, 1].
+            zero_floor: P_0 is at least this, in [0, 1], so that zero is the cheapest symbol.
+            size_exponent: λ = γ·δ^size_exponent·λ_max, in [0, 1]; 1 spares small tensors most.
+            levels: "symmetric", 2^b - 1 of them, or "asymmetric", 2^b.
+            step: how Δ is found: "auto", "percentile", "least_squares", or "learned" by gradient.
+            step_rate: learning rate of log Δ where step="learned", above 0.
+            granularity: one Δ per "tensor" or per output "channel".
+            exclude: patterns of parameter names that stay float.
+            gradient: "plain", or "absolute" for |kΔ| times the gradient.  [Thesis]
+            activations: "float32", or "int8" to round them while training.
+            **unknown: nothing; a name that stands here is refused.
+
+        Raises:
+            UnknownOptionError: for an option that there is not; it is a TypeError as well.
+            OptionError: for a value that does not fit.
+            ModelError: nothing can be quantized, or a weight is not finite.
+        """
+        # The keywords above are the fields of Recipe, by name; a test holds them to it.
+        options = {name: value for name, value in locals().items() if name in RECIPE_NAMES}
+        self.options = make_recipe({**options, **unknown})
         self.model = model
         module = unwrap_model(model)
         self._weights, self._left_float = _choose_weights(module, self.options)
@@ -155,7 +184,8 @@ class Quantizer:
         self.activations: ActivationRounding | None = None
         if self.options.activations == "int8" and hasattr(model, "_orig_mod"):
             raise OptionError(
-                "activations='int8' cannot look into a compiled model: give the Quantizer the model itself"
+                "activations='int8' cannot look into a compiled model: "
+                "give the Quantizer the model itself"
             )
         if (
             self.options.activations == "int8"
@@ -175,12 +205,27 @@ class Quantizer:
             ]
         self.assign()
 
+    def __repr__(self) -> str:
+        mean_bits = f"{self.bits_per_weight:.2f} bits per weight"
+        state = "" if self._attached else ", detached"
+        return (
+            f"Quantizer({type(unwrap_model(self.model)).__name__}: {len(self._weights)} weights,"
+            f" {100 * self.zeros:.1f} % zeros, {mean_bits}, {self._steps} steps{state})"
+        )
+
     @torch.no_grad()
     def step(self, inputs: Any = None, target: Any = None) -> None:
         """After optimizer.step(): carry its update over to the background weights and assign the levels anew.
 
-        inputs, target: the batch, for the relevances: the model's input (or a tuple or mapping of its arguments) and the
-        classes. Not needed for relevance=None.
+        Args:
+            inputs: the model's input, or a tuple or mapping of its arguments; for the relevances,
+                not needed for relevance=None.
+            target: int64 [N], the classes of the batch, or what `start` takes.
+
+        Raises:
+            OptionError: relevances need the batch; or the quantizer is detached.
+            ModelError: a weight became NaN or infinite.
+            DataError: the first batch's targets do not fit the model's output.
         """
         self._absorb()
         for weight in self._weights:
@@ -201,9 +246,10 @@ class Quantizer:
         if self._relevances is not None and refresh and not self.relevances_rest:
             if inputs is None:
                 raise OptionError(
-                    "quantizer.step() needs the batch, step(x, y), to take relevances; or use relevance=None"
+                    "quantizer.step() needs the batch, step(x, y), to take relevances; "
+                    "or use relevance=None"
                 )
-            self.observe(*take_first((inputs, target), self.options.relevance_samples))
+            self.observe(*_take_first((inputs, target), self.options.relevance_samples))
         self._steps += 1
         self.assign()
         if refresh:
@@ -213,6 +259,10 @@ class Quantizer:
         """Take relevances on this batch into the moving average, without assigning.
 
         Where they cannot be taken, the weights fall back to plain ECQ and `report()` says why.
+
+        Args:
+            inputs: the model's input, or a tuple or mapping of its arguments.
+            target: int64 [N], the classes of the batch, or what `start` takes.
         """
         if self._relevances is None:
             return
@@ -253,8 +303,8 @@ class Quantizer:
         weight = next(weight for weight in self._weights if weight.name == name)
         if peak != peak or peak == float("inf"):
             weight.warnings.add(
-                f"its relevance was {peak} on a batch, which was left out: the model's outputs or this batch are not finite, or "
-                "a layer divides by zero"
+                f"its relevance was {peak} on a batch, which was left out: the model's outputs or "
+                "this batch are not finite, or a layer divides by zero"
             )
             return
         if peak == 0:
@@ -314,7 +364,8 @@ class Quantizer:
                 if total - total != 0
             )
             raise ModelError(
-                f"the weights of '{broken}' became NaN or infinite: the training diverges, lower the learning rate"
+                f"the weights of '{broken}' became NaN or infinite: the training diverges, "
+                "lower the learning rate"
             )
 
     def _check_attached(self) -> None:
@@ -324,7 +375,12 @@ class Quantizer:
     # What it knows
 
     def tensors(self) -> tuple[QuantTensor, ...]:
-        """The quantised weights under their state-dict names (a tied one under its first); levels and step on the CPU."""
+        """Give the quantized weights.
+
+        Returns:
+            One for each, under its state-dict name (a tied one under its first); int8 levels and
+            float32 step as arrays of their own.
+        """
         return tuple(
             QuantTensor(
                 weight.name,
@@ -335,11 +391,19 @@ class Quantizer:
         )
 
     def background(self) -> dict[str, Tensor]:
-        """The full-precision weights W by name (not copies)."""
+        """Give the full-precision weights W.
+
+        Returns:
+            Name -> W, in the parameter's shape and dtype; not copies.
+        """
         return {weight.name: weight.background for weight in self._weights}
 
     def relevances(self) -> dict[str, Tensor]:
-        """R in [0, 1] by name, for the weights that have one."""
+        """Give the relevances that decide at present.
+
+        Returns:
+            Name -> R in [0, 1], of the weight's shape, for the weights that have one.
+        """
         return {
             weight.name: weight.relevance / weight.relevance.amax()
             for weight in self._weights
@@ -363,10 +427,19 @@ class Quantizer:
         )
 
     def recipe(self) -> dict[str, Any]:
-        """The options, JSON-able."""
+        """Give the options as JSON has them.
+
+        Returns:
+            Option -> number, string, list or dict.
+        """
         return self.options.to_json()
 
     def report(self) -> Report:
+        """Tell what was quantized and how, with what did not go as asked.
+
+        Returns:
+            A value that `print` and notebooks show as a table.
+        """
         rules = self._relevances.rules if self._relevances is not None else {}
         entries = []
         for weight, tensor in zip(self._weights, self.tensors(), strict=True):
@@ -375,7 +448,8 @@ class Quantizer:
             warnings = sorted(weight.warnings)
             if not last.in_band:
                 warnings.append(
-                    f"no exponent in [0, 1] meets the band: zeros {last.zeros:.3f}, plain ECQ {last.ecq_zeros:.3f}"
+                    f"no exponent in [0, 1] meets the band: zeros {last.zeros:.3f}, "
+                    f"plain ECQ {last.ecq_zeros:.3f}"
                 )
             if weight.relevance is None:
                 rule = "none (plain ECQ)"
@@ -420,7 +494,14 @@ class Quantizer:
 
     @torch.no_grad()
     def detach(self, *, restore: bool = False) -> nn.Module:
-        """Let go of the model: it keeps the quantised values, or gets the background weights back with restore=True."""
+        """Let go of the model.
+
+        Args:
+            restore: give it the background weights W back; else it keeps the quantized values.
+
+        Returns:
+            The model.
+        """
         for weight in self._weights if restore else ():
             weight.parameter.copy_(weight.background)
         for hook in self._hooks:
@@ -431,7 +512,11 @@ class Quantizer:
         return self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs besides the model's and the optimizer's state."""
+        """Collect all that a resumed run needs besides the model's and the optimizer's state.
+
+        Returns:
+            Tensors (copies), numbers, strings and dicts, for `load_state_dict`.
+        """
         return {
             "steps": self._steps,
             "relevance_failure": None if self._relevances is None else self._relevances.failure,
@@ -451,10 +536,18 @@ class Quantizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """ModelError if the state belongs to another model or recipe."""
+        """Go on from a saved state; the model's parameters get its kΔ.
+
+        Args:
+            state: as `state_dict` gave it, for the same model and recipe.
+
+        Raises:
+            ModelError: the state belongs to another model or recipe.
+        """
         if set(state["weights"]) != {weight.name for weight in self._weights}:
             raise ModelError(
-                "the quantizer's state has other weights than this model: use the same model, bits and exclude"
+                "the quantizer's state has other weights than this model: "
+                "use the same model, bits and exclude"
             )
         self._steps, self.entropy_scale = (
             int(state["steps"]),
@@ -469,7 +562,8 @@ class Quantizer:
                 or saved["step"].shape != weight.step.shape
             ):
                 raise ModelError(
-                    f"the quantizer's state of '{weight.name}' has another shape: use the same model and recipe"
+                    f"the quantizer's state of '{weight.name}' has another shape: "
+                    "use the same model and recipe"
                 )
             weight.background, weight.step, weight.levels = (
                 saved[key].to(device).clone() for key in ("background", "step", "levels")
@@ -484,23 +578,30 @@ class Quantizer:
         self.assign()
 
 
-def take_first(value: Any, samples: int | None) -> Any:
+def _take_first(value: Any, samples: int | None) -> Any:
     """The first samples of each tensor in a batch."""
     if samples is None:
         return value
     if isinstance(value, Tensor):
         return value[:samples]
     if isinstance(value, Mapping):
-        return {key: take_first(item, samples) for key, item in value.items()}
+        return {key: _take_first(item, samples) for key, item in value.items()}
     return (
-        type(value)(take_first(item, samples) for item in value)
+        type(value)(_take_first(item, samples) for item in value)
         if isinstance(value, (tuple, list))
         else value
     )
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The user's module inside torch.compile's and DistributedDataParallel's wrappers: names are those of its state dict."""
+    """Take off the wrappers of torch.compile and DistributedDataParallel.
+
+    Args:
+        model: wrapped or not.
+
+    Returns:
+        The user's module, in which names are those of its own state dict.
+    """
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -513,7 +614,10 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 def _choose_weights(
     model: nn.Module, recipe: Recipe
 ) -> tuple[list[_Weight], tuple[tuple[str, str], ...]]:
-    """The parameters to quantise, and (name, reason) of those that stay float. A tied parameter is met once, first name first."""
+    """The parameters to quantize, and (name, reason) of those that stay float.
+
+    A tied parameter is met once, first name first.
+    """
     chosen: list[_Weight] = []
     left: list[tuple[str, str]] = []
     seen: set[int] = set()
@@ -526,11 +630,11 @@ def _choose_weights(
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{short}" if prefix else short
-            reason = find_reason_to_leave(name, module, parameter, recipe, computed.get(name))
+            reason = _find_reason_to_leave(name, module, parameter, recipe, computed.get(name))
             if reason:
                 left.append((name, reason))
             else:
-                chosen.append(attach_hook(name, module, parameter, recipe))
+                chosen.append(_make_weight(name, module, parameter, recipe))
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left[:3])
         raise ModelError(
@@ -539,7 +643,7 @@ def _choose_weights(
     return chosen, tuple(left)
 
 
-def find_reason_to_leave(
+def _find_reason_to_leave(
     name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe, computed: str | None
 ) -> str | None:
     """computed: what to do about a parameter that a weight is computed from in each forward pass."""
@@ -561,11 +665,12 @@ def find_reason_to_leave(
     return None
 
 
-def attach_hook(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe) -> _Weight:
+def _make_weight(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe) -> _Weight:
     if parameter.dtype not in (torch.float32, torch.float64):
         raise ModelError(
-            f"the weight '{name}' is {parameter.dtype}, which cannot hold kΔ exactly: keep the model in float32 "
-            "(torch.autocast gives the speed of half precision), or exclude it"
+            f"the weight '{name}' is {parameter.dtype}, which cannot hold kΔ exactly: "
+            "keep the model in float32 (torch.autocast gives the speed of half precision), "
+            "or exclude it"
         )
     if not bool(parameter.detach().isfinite().all()):
         raise ModelError(
@@ -577,7 +682,8 @@ def attach_hook(name: str, module: nn.Module, parameter: nn.Parameter, recipe: R
     grid = choose_grid(background, bits, levels=recipe.levels)
     axis = None
     if recipe.granularity == "channel":
-        # Transposed convolutions have their output channels second; an embedding's rows are looked up, its columns are scaled.
+        # Transposed convolutions have their output channels second; an embedding's rows are looked
+        # up, its columns are scaled.
         axis = 1 if isinstance(module, TRANSPOSED + EMBEDDINGS) else 0
     learned = recipe.step == "learned"
     step = fit_step(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from ecqx_onnx.checkpoint.checkpoint import Checkpoint
-    from ecqx_onnx.quantization.quantizer import Report
+    from ecqx_onnx.quantization.report import Report
     from ecqx_onnx.quantization.training import EpochRecord, Training
     from ecqx_onnx.sources.loading import Loaded
 
