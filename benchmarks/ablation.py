@@ -1,30 +1,35 @@
-"""What does each choice of the recipe bring? LeNet-300-100 (or LeNet-5) on MNIST, one option changed at a time.
+"""What does each choice of the recipe bring? LeNets on MNIST, one option changed at a time.
 
-    python benchmarks/ablation.py                           # every variant, 3 seeds, 4 entropy weights; about a day of one core
+    python benchmarks/ablation.py          # all variants: 3 seeds, 4 entropy weights, about a day
     python benchmarks/ablation.py --epochs 2 --samples 20000 --variants default ECQ "rho 4"
 
-Each variant is trained from the same float networks at several entropy weights. A run lands in runs/ablation.jsonl and is not
-done again. Accuracy is interpolated between the runs of a seed to the same share of zeros, or to the same bits per
-weight, and the difference to the default taken seed by seed. Since it decides on defaults, it is the accuracy on the last 10 000
-of MNIST's training images, which no network has seen. --also changes options of all variants, the default as well.
-Composites differ in their rules for convolutions only, so try them with --model lenet5.
+Each variant is trained from the same float networks at several entropy weights. A run lands in
+runs/ablation.jsonl and is not done again. Accuracy is interpolated between the runs of a seed to
+the same share of zeros, or to the same bits per weight, and the difference to the default taken
+seed by seed. Since it decides on defaults, it is the accuracy on the last 10 000 of MNIST's
+training images, which no network has seen. --also changes options of all variants, the default as
+well. Composites differ in their rules for convolutions only, so try them with --model lenet5.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from curves import at
-from results import half_width, interval
+from shared import (
+    ROOT,
+    RUNS,
+    compute_half_width,
+    format_interval,
+    interpolate_accuracy,
+    make_parser,
+)
 from train_fp32 import train as train_float
 
 from ecqx_onnx import api
@@ -36,16 +41,14 @@ from ecqx_onnx.quantization.relevance.relevance import Relevances
 from ecqx_onnx.sources.loading import load_factory
 from ecqx_onnx.tensors import Scale
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS, DATA = ROOT / "runs", f"{ROOT}/benchmarks/mnist_validation.py:mnist_validation"
+DATA = f"{ROOT}/benchmarks/mnist_validation.py:mnist_validation"
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "ECQ": {"relevance": None},
     "gradient absolute": {"gradient": "absolute"},
-    "gradient signed": {
-        "gradient": "absolute"
-    },  # by kΔ with its sign: ascent where it is negative; see `changed`
+    # by kΔ with its sign: ascent where it is negative; see `change_training`
+    "gradient signed": {"gradient": "absolute"},
     **{
         f"band -{keep} +{prune}": {"keep": keep, "prune": prune}
         for keep, prune in ((0, 0), (0.1, 0), (0, 0.1), (0.2, 0.2))
@@ -59,34 +62,38 @@ VARIANTS: dict[str, dict[str, Any]] = {
         f"composite {name}": {"relevance": name}
         for name in ("epsilon_plus", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box")
     },
-    "relevance at the levels": {},  # taken on the quantised network, not on the background weights; see `changed`
-    "relevance keeps only": {},  # relevances take no weight to zero that plain ECQ would not; see `changed`
+    # taken on the quantised network, not on the background weights; see `change_training`
+    "relevance at the levels": {},
+    # relevances take no weight to zero that plain ECQ would not; see `change_training`
+    "relevance keeps only": {},
     **{f"step {rule}": {"step": rule} for rule in ("percentile", "least_squares", "learned")},
     "step per channel": {"granularity": "channel"},
 }
 
-Point = dict[
-    str, float
-]  # zeros, bits (per weight: entropy of the levels, and 32 for each step), accuracy in %
+Point = dict[str, float]
+"""zeros, bits (per weight: entropy of the levels, and 32 for each step), accuracy in %."""
 
 
 @contextmanager
-def changed(variant: str) -> Iterator[None]:
+def change_training(variant: str) -> Iterator[None]:
     """What no option of the package does, while a variant of this name trains."""
 
-    def signed(weight: Any) -> torch.Tensor:
+    def compute_signed_factor(weight: Any) -> torch.Tensor:
         value = weight.quantized()
         return torch.where(value != 0, value, torch.ones_like(value)).to(weight.parameter.dtype)
 
-    def keeps_only(rows, R, step, levels, cost, zero_cost, rho, exponent, chosen) -> int:
+    def find_exponents_that_keep(
+        rows, R, step, levels, cost, zero_cost, rho, exponent, chosen
+    ) -> int:
         zeros = find_critical_exponents(
             rows, R, step, levels, cost, zero_cost, rho, exponent, chosen
         )
-        # Plain ECQ takes zero at ρ R^β = 1 or above, β <= ln ρ / -ln R: a weight whose critical exponent lies beyond stays.
+        # Plain ECQ takes zero at ρ R^β = 1 or above, β <= ln ρ / -ln R: a weight whose critical
+        # exponent lies beyond stays.
         exponent[exponent > math.log(rho) / -R.clamp(LEAST_RELEVANCE, 1 - 1e-6).log()] = torch.inf
         return zeros
 
-    def levels_in(self: Relevances, background: Any) -> None:
+    def share_levels(self: Relevances, background: Any) -> None:
         share(
             self,
             {
@@ -98,15 +105,19 @@ def changed(variant: str) -> Iterator[None]:
 
     share = Relevances._share_values
     patches = {
-        "relevance at the levels": mock.patch.object(Relevances, "_share_values", levels_in),
-        "gradient signed": mock.patch.object(quantizer._Weight, "gradient_factor", signed),
-        "relevance keeps only": mock.patch.object(assignment, "critical_exponents", keeps_only),
+        "relevance at the levels": mock.patch.object(Relevances, "_share_values", share_levels),
+        "gradient signed": mock.patch.object(
+            quantizer._Weight, "gradient_factor", compute_signed_factor
+        ),
+        "relevance keeps only": mock.patch.object(
+            assignment, "find_critical_exponents", find_exponents_that_keep
+        ),
     }
     with patches.get(variant, nullcontext()):
         yield
 
 
-def run(
+def train_variant(
     variant: str,
     entropy_weight: float,
     seed: int,
@@ -122,7 +133,7 @@ def run(
         "batch_size": 128,
     }
     options |= {**how.get("also", {}), **VARIANTS[variant]}
-    with changed(variant):
+    with change_training(variant):
         trained = train(model, dataset, validation=0.0, seed=seed, device="cpu", **options)
     made = trained.quantizer
     tensors = made.tensors()
@@ -132,7 +143,7 @@ def run(
     return {"zeros": made.zeros, "bits": made.bits_per_weight + for_steps, "accuracy": accuracy}
 
 
-def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Module:
+def load_float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     model = load_factory(f"{ROOT}/models/{how['model']}.py:{how['model']}").model
     path = RUNS / f"ablation-{how['model']}-{how['samples']}-{seed}.pt"
@@ -153,8 +164,9 @@ def float_network(how: dict[str, Any], dataset: Any, seed: int) -> torch.nn.Modu
     return model
 
 
-def table(curves: dict[str, dict[int, list[Point]]], places: list[tuple[str, float]]) -> str:
-    """Markdown: each variant's accuracy at these places, and its difference to the default, seed by seed; bold beyond chance.
+def format_table(curves: dict[str, dict[int, list[Point]]], places: list[tuple[str, float]]) -> str:
+    """Markdown: each variant's accuracy at these places, and its difference to the default, seed by
+    seed; bold beyond chance.
 
     places: (axis, value on it). n: how many seeds' curves reach the place.
     """
@@ -172,27 +184,28 @@ def table(curves: dict[str, dict[int, list[Point]]], places: list[tuple[str, flo
         cells = []
         for axis, value in places:
             default = {
-                seed: at(points, axis, value) for seed, points in curves.get("default", {}).items()
+                seed: interpolate_accuracy(points, axis, value)
+                for seed, points in curves.get("default", {}).items()
             }
-            found = {seed: at(points, axis, value) for seed, points in by_seed.items()}
+            found = {
+                seed: interpolate_accuracy(points, axis, value) for seed, points in by_seed.items()
+            }
             reached = {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
             pairs = [
                 accuracy - here
                 for seed, accuracy in reached.items()
                 if (here := default.get(seed)) is not None
             ]
-            mean = interval(list(reached.values())) if reached else "no curve reaches it"
-            shown = interval(pairs) if pairs and variant != "default" else ""
-            beyond = len(pairs) > 1 and abs(sum(pairs) / len(pairs)) > half_width(pairs)
+            mean = format_interval(list(reached.values())) if reached else "no curve reaches it"
+            shown = format_interval(pairs) if pairs and variant != "default" else ""
+            beyond = len(pairs) > 1 and abs(sum(pairs) / len(pairs)) > compute_half_width(pairs)
             cells += [str(len(reached)), mean, f"**{shown}**" if shown and beyond else shown]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME"
     )
@@ -239,11 +252,11 @@ def main() -> None:
             for entropy_weight in arguments.entropy_weights:
                 key = json.dumps([how, variant, entropy_weight, seed])
                 if key not in done and arguments.only is None:
-                    point = run(
+                    point = train_variant(
                         variant,
                         entropy_weight,
                         seed,
-                        float_network(how, dataset, seed),
+                        load_float_network(how, dataset, seed),
                         dataset,
                         how,
                     )
@@ -266,10 +279,11 @@ def main() -> None:
         for point in points
     ]
     print(
-        f"\n{how['model']}, {how['bits']} bit, {how['epochs']} epochs, {how['samples']} samples, {len(sizes)} runs; mean ± 95 %\n"
+        f"\n{how['model']}, {how['bits']} bit, {how['epochs']} epochs, {how['samples']} samples, "
+        f"{len(sizes)} runs; mean ± 95 %\n"
     )
     print(
-        table(
+        format_table(
             curves,
             [
                 *(("zeros", value) for value in arguments.zeros),

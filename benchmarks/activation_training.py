@@ -1,26 +1,27 @@
-"""Does training for 8-bit activations help? The keyword spotter with 4-bit weights, trained with and without, as files.
+"""Does training for 8-bit activations help? The keyword spotter with 4-bit weights, both ways.
 
-    python benchmarks/train_fp32.py models/kws_dscnn.py:kws_dscnn ../shared/data/fsdd.npz --epochs 25 --lr 0.005 --out kws_fp32.pt
+    python benchmarks/train_fp32.py models/kws_dscnn.py:kws_dscnn ../shared/data/fsdd.npz \\
+        --epochs 25 --rate 0.005 --out kws_fp32.pt
     python benchmarks/activation_training.py kws_fp32.pt ../shared/data/fsdd.npz runs
 
-Recipe: ECQx, 4 bit, entropy weight 0.1, Adam at 0.002, 8 epochs, clips shifted at random. A checkpoint that is there is not
-trained again. noise: energy of the class scores' difference to the weight-only file's, against theirs.
+Recipe: ECQx, 4 bit, entropy weight 0.1, Adam at 0.002, 8 epochs, clips shifted at random. A
+checkpoint that is there is not trained again. noise: energy of the class scores' difference to the
+weight-only file's, against theirs.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from integer_kernels import class_scores, distance
+from integer_kernels import compute_class_scores, compute_noise
+from shared import ROOT, make_parser
 
 from ecqx_onnx import api
 from ecqx_onnx.checkpoint import load
 from ecqx_onnx.data import load_dataset
 
-ROOT = Path(__file__).parents[1]
 RECIPE = {
     "bits": 4,
     "entropy_weight": 0.1,
@@ -31,9 +32,7 @@ RECIPE = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("weights", type=Path, help="float weights of the keyword spotter")
     parser.add_argument("data", help="fsdd.npz")
     parser.add_argument(
@@ -43,7 +42,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(exist_ok=True)
     print(
-        "| trained with | seed | weights only | int8, calibrated by min-max | by percentile | as trained | noise, dB |"
+        "| trained with | seed | weights only | int8, calibrated by min-max | by percentile | as "
+        "trained | noise, dB |"
     )
     print("|---|---|---|---|---|---|---|")
     for activations in ("float32", "int8"):
@@ -57,13 +57,13 @@ def main() -> None:
                 )
             print(
                 f"| {activations} activations | {seed} | "
-                + " | ".join(measured(path, arguments.data))
+                + " | ".join(measure_files(path, arguments.data))
                 + " |",
                 flush=True,
             )
 
 
-def measured(path: Path, data: str) -> list[str]:
+def measure_files(path: Path, data: str) -> list[str]:
     """Cells: right answers of each file, then each int8 file's noise."""
     checkpoint = load(path)
     dataset = load_dataset(data, preprocessing=checkpoint.preprocessing)
@@ -75,13 +75,13 @@ def measured(path: Path, data: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "out.onnx"
         api.convert(checkpoint, file)
-        scores = [class_scores(file, dataset.test)]
+        scores = [compute_class_scores(file, dataset.test)]
         for way in ways:
             api.convert(checkpoint, file, activations="int8", force=True, **way)
-            scores.append(class_scores(file, dataset.test))
+            scores.append(compute_class_scores(file, dataset.test))
     total = len(dataset.test)
     cells = [f"{int(np.sum(found.argmax(1) == dataset.test.y))} of {total}" for found in scores]
-    noise = ", ".join(f"{distance(found, scores[0]):.1f}" for found in scores[1:])
+    noise = ", ".join(f"{compute_noise(found, scores[0]):.1f}" for found in scores[1:])
     return [*cells, *["-"] * (4 - len(cells)), noise]
 
 

@@ -1,13 +1,14 @@
-"""How much faster is one ECQx assignment than the straightforward way, what does it need in memory, how does it grow?
+"""How much faster is one ECQx assignment than the straightforward way, and in how much memory?
 
     python benchmarks/assignment.py
 
-The straightforward way is kept here: the cost of every level for every weight in one [2^b, n] tensor, and up to 50 trial
-exponents, found by bisection, until the share of zeros is in the band, each a pass over the table. How many it tries depends on
-how far the relevances would move the zeros on their own, so there are three cases: hardly, some way, far. Both ways take the
-same weights, relevances and band in one process and take turns; times are the least of all runs, in CPU seconds with one thread
-(other work on the machine then counts little) and by the clock with more; memory is the peak of what torch's allocator hands out
-beyond the inputs.
+The straightforward way is kept here: the cost of every level for every weight in one [2^b, n]
+tensor, and up to 50 trial exponents, found by bisection, until the share of zeros is in the band,
+each a pass over the table. How many it tries depends on how far the relevances would move the zeros
+on their own, so there are three cases: hardly, some way, far. Both ways take the same weights,
+relevances and band in one process and take turns; times are the least of all runs, in CPU seconds
+with one thread (other work on the machine then counts little) and by the clock with more; memory is
+the peak of what torch's allocator hands out beyond the inputs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
 STRENGTH, BAND, RHO = 0.3, Band(0.02, 0.02), 2.0
 
 
-def straightforward(weight, relevance, step, grid: Grid, *, trials: int = 50):
+def assign_straightforwardly(weight, relevance, step, grid: Grid, *, trials: int = 50):
     """The same assignment by its definition. (levels, how many exponents were tried)."""
     flat, levels = weight.reshape(-1), grid.levels(weight)
     distance = (flat[None] - (levels * step).to(weight.dtype)[:, None]).square()
@@ -63,13 +64,15 @@ def straightforward(weight, relevance, step, grid: Grid, *, trials: int = 50):
     return (index + grid.lowest).reshape(weight.shape), tried
 
 
-def inputs(size: int, bits: int, tail: float = 3.0, channels: int | None = None):
-    """tail: how unevenly relevance is spread; the more, the more weights does the neutral exponent send to zero.
+def make_inputs(size: int, bits: int, tail: float = 3.0, channels: int | None = None):
+    """tail: how unevenly relevance is spread; the more, the more weights does the neutral exponent
+    send to zero.
 
     channels: as many rows, each with a step of its own."""
     generator = torch.Generator().manual_seed(size + bits)
     weight = torch.randn(size, generator=generator) * 0.05
-    # Relevances are heavy-tailed: most weights matter little, few very much. Here they also grow with the weight, as r_w does.
+    # Relevances are heavy-tailed: most weights matter little, few very much. Here they also grow
+    # with the weight, as r_w does.
     relevance = torch.randn(size, generator=generator).abs().pow(tail) * weight.abs()
     grid, shape = (
         choose_grid(weight, bits),
@@ -79,7 +82,7 @@ def inputs(size: int, bits: int, tail: float = 3.0, channels: int | None = None)
     return weight, relevance, fit_step(weight, grid, axis=None if channels is None else 0), grid
 
 
-def ours(weight, relevance, step, grid: Grid):
+def assign_ours(weight, relevance, step, grid: Grid):
     return assign(
         weight,
         step,
@@ -92,7 +95,7 @@ def ours(weight, relevance, step, grid: Grid):
     )
 
 
-def least_seconds(functions, repeats: int) -> list[float]:
+def measure_least_seconds(functions, repeats: int) -> list[float]:
     """The functions take turns, so that a busy machine slows all alike."""
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     least = [math.inf] * len(functions)
@@ -104,7 +107,7 @@ def least_seconds(functions, repeats: int) -> list[float]:
     return least
 
 
-def peak_bytes(function) -> int:
+def measure_peak_bytes(function) -> int:
     """Most bytes allocated at one time during the call, beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
@@ -128,7 +131,10 @@ def main() -> None:
     size, console = arguments.size, Console()
 
     table = Table(
-        title=f"{size:,} weights, 4 bit, {arguments.threads} thread(s); memory in units of the weights' size"
+        title=(
+            f"{size:,} weights, 4 bit, {arguments.threads} thread(s); memory in units of the "
+            "weights' size"
+        )
     )
     for heading in (
         "case",
@@ -142,11 +148,12 @@ def main() -> None:
     ):
         table.add_column(heading, justify="right")
     for name, tail in (("hardly", 1.0), ("some way", 4.0), ("far", 6.0)):
-        case = inputs(size, 4, tail)
-        run_ours, run_straightforward = partial(ours, *case), partial(straightforward, *case)
-        fast, slow = least_seconds([run_ours, run_straightforward], arguments.repeats)
+        case = make_inputs(size, 4, tail)
+        run_ours = partial(assign_ours, *case)
+        run_straightforward = partial(assign_straightforwardly, *case)
+        fast, slow = measure_least_seconds([run_ours, run_straightforward], arguments.repeats)
         found, (expected, trials) = run_ours(), run_straightforward()
-        memory = [peak_bytes(run) / (4 * size) for run in (run_straightforward, run_ours)]
+        memory = [measure_peak_bytes(run) / (4 * size) for run in (run_straightforward, run_ours)]
         differing = float((found.levels != expected).float().mean())
         table.add_row(
             *(
@@ -164,14 +171,16 @@ def main() -> None:
     growth = Table(title="how it grows")
     for heading in ("", "seconds", "against 4 bit, full size"):
         growth.add_column(heading, justify="right")
-    cases = {f"{bits} bit": inputs(size, bits) for bits in (2, 3, 4, 5)} | {
-        f"4 bit, 1/{k} of the size": inputs(size // k, 4) for k in (4, 16)
+    cases = {f"{bits} bit": make_inputs(size, bits) for bits in (2, 3, 4, 5)} | {
+        f"4 bit, 1/{k} of the size": make_inputs(size // k, 4) for k in (4, 16)
     }
-    cases["4 bit, 1024 channels"] = inputs(size // 1024 * 1024, 4, channels=1024)
+    cases["4 bit, 1024 channels"] = make_inputs(size // 1024 * 1024, 4, channels=1024)
     times = dict(
         zip(
             cases,
-            least_seconds([partial(ours, *case) for case in cases.values()], arguments.repeats),
+            measure_least_seconds(
+                [partial(assign_ours, *case) for case in cases.values()], arguments.repeats
+            ),
             strict=True,
         )
     )

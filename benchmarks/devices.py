@@ -1,16 +1,16 @@
-"""(reference networks, ways to write them) x devices -> accuracy, agreement, time and memory on the same data, side by side.
+"""The same files on several devices: accuracy, agreement, time and memory, side by side.
 
-    python benchmarks/devices.py ../shared/data                 # everything, as a table, and benchmarks/RESULTS-devices.md
-    python benchmarks/devices.py ../shared/data --network kws --variant int8 --device local --device web
+    python benchmarks/devices.py ../shared/data         # everything; benchmarks/RESULTS-devices.md
+    python benchmarks/devices.py ../shared/data --network kws --variant int8 --device web
 
-What was measured is kept under --kept, by the file's checksum and the device, and not measured again; --fresh does it anew,
---again keeps the run with the shorter latency, for machines that do other things as well.
-ResNet-20 takes about 10 minutes a file under emulation, so that everything from scratch takes about 45 minutes.
+What was measured is kept under --kept, by the file's checksum and the device, and not measured
+again; --fresh does it anew, --again keeps the run with the shorter latency, for machines that do
+other things as well. ResNet-20 takes about 10 minutes a file under emulation, so that everything
+from scratch takes about 45 minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -18,20 +18,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared import ROOT, make_parser
+
 from ecqx_onnx import api
 from ecqx_onnx.validation.devices.job import compute_sha256
 from ecqx_onnx.validation.metrics import Proportion
 
-ROOT = Path(__file__).parents[1]
 TIME_LIMIT = 7200.0  # seconds; emulation is slow, and slower on a busy machine
 DEVICES = ("local", "web", "arm64")
 
 
 @dataclass(frozen=True)
 class Network:
-    """checkpoint, data: `{data}` stands for the folder of data sets. what: of which images or sounds the rows speak.
+    """checkpoint, data: `{data}` stands for the folder of data sets. what: of which images or
+    sounds the rows speak.
 
-    rounded: float weights which, rounded to 5 bits, take the checkpoint's place for integer kernels, as those take no codebook.
+    rounded: float weights which, rounded to 5 bits, take the checkpoint's place for integer
+    kernels, as those take no codebook.
     """
 
     title: str
@@ -51,7 +54,10 @@ NETWORKS = {
     ),
     "resnet20": Network(
         "ResNet-20",
-        "CIFAR-10, 1017 of the official test images; ternary by EC2T, for int8 the float network rounded to 5 bits",
+        (
+            "CIFAR-10, 1017 of the official test images; ternary by EC2T, for int8 the float "
+            "network rounded to 5 bits"
+        ),
         "{data}/checkpoints/resnet20_cifar10_ec2t_ternary64.pt",
         "{data}/cifar10_lossless_part.npz",
         f"{ROOT}/models/resnet20.py:resnet20",
@@ -123,11 +129,11 @@ def measure(
             if before is None or found["latency_seconds"] < before["latency_seconds"]:
                 place.write_text(json.dumps(found))
         rows.append(Row(network, variant, device, json.loads(place.read_text())))
-        print(_cells(rows[-1]), flush=True)
+        print(_format_cells(rows[-1]), flush=True)
     return rows
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
+def format_markdown(rows: Sequence[Row]) -> str:
     heads = (
         "file",
         "bytes",
@@ -149,12 +155,12 @@ def as_markdown(rows: Sequence[Row]) -> str:
                 f"| {' | '.join(heads)} |",
                 "|---" * len(heads) + "|",
             ]
-            lines += [f"| {' | '.join(_cells(row))} |" for row in mine]
-            lines += ["", *_judged(mine), ""]
+            lines += [f"| {' | '.join(_format_cells(row))} |" for row in mine]
+            lines += ["", *_judge_rows(mine), ""]
     return "\n".join(lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _format_cells(row: Row) -> tuple[str, ...]:
     report, latency = row.report, row.report["latency_seconds"]
     same, memory = report["agreement"], report["peak_memory_bytes"]
     ratio = f"{report['latency_ratio']:.2f} x float" if latency else ""
@@ -171,14 +177,16 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _judged(rows: Sequence[Row]) -> list[str]:
-    """Weight-only files: every class is PyTorch's. Quantised activations: each device's accuracy in the interval of local's."""
+def _judge_rows(rows: Sequence[Row]) -> list[str]:
+    """Weight-only files: every class is PyTorch's. Quantised activations: each device's accuracy in
+    the interval of local's."""
     exact = [row for row in rows if row.variant != "int8"]
     lines = []
     if exact:
         good = all(row.report["ok"] and row.report["agreement"]["share"] == 1.0 for row in exact)
         lines.append(
-            f"Weight-only files: {'every class is PyTorch’s on every device' if good else 'SOME CLASS DIFFERS'}."
+            "Weight-only files: "
+            f"{'every class is PyTorch’s on every device' if good else 'SOME CLASS DIFFERS'}."
         )
     home = next(
         (row.accuracy for row in rows if (row.variant, row.device) == ("int8", "local")), None
@@ -187,15 +195,14 @@ def _judged(rows: Sequence[Row]) -> list[str]:
         low, high = home.interval
         inside = "within" if low <= row.accuracy.share <= high else "OUTSIDE"
         lines.append(
-            f"int8 on {row.device}: {100 * row.accuracy.share:.2f} %, {inside} the interval of local's ({home})."
+            f"int8 on {row.device}: {100 * row.accuracy.share:.2f} %, {inside} the interval of "
+            f"local's ({home})."
         )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "data",
         type=Path,
@@ -225,26 +232,27 @@ def main() -> None:
             devices = arguments.device or DEVICES
             more = {"fresh": arguments.fresh, "again": arguments.again}
             rows += measure(network, variant, devices, arguments.data, arguments.kept, **more)
-    table = as_markdown(rows)
+    table = format_markdown(rows)
     print(table)
     whole = not (arguments.network or arguments.variant or arguments.device)
     out = arguments.out or (ROOT / "benchmarks" / "RESULTS-devices.md" if whole else None)
     if out:
-        out.write_text(f"{HEAD}{_runtimes(rows)}\n\n{table}", encoding="utf-8")
+        out.write_text(f"{HEAD}{_list_runtimes(rows)}\n\n{table}", encoding="utf-8")
 
 
 HEAD = """# The same file on a computer, in a browser and on an emulated ARM board
 
-`python benchmarks/devices.py ../shared/data`: each row is one run of `ecqx-onnx validate FILE --against CHECKPOINT --data DATA
---device DEVICE` over the whole test set. *PyTorch's class*: samples to which both give the same class. Latency is one sample on
-one thread, the file and its float twin (of int8: the float model) in turn, on a machine that did other things as well; of several
-runs the one with the shortest latency is shown. Under emulation all times are the emulator's. docs/devices.md says what is
-measured how.
+`python benchmarks/devices.py ../shared/data`: each row is one run of `ecqx-onnx validate FILE
+--against CHECKPOINT --data DATA --device DEVICE` over the whole test set. *PyTorch's class*:
+samples to which both give the same class. Latency is one sample on one thread, the file and its
+decoded float model (of int8: the float model) in turn, on a machine that did other things as well;
+of several runs the one with the shortest latency is shown. Under emulation all times are the
+emulator's. docs/devices.md says what is measured how.
 
 """
 
 
-def _runtimes(rows: Sequence[Row]) -> str:
+def _list_runtimes(rows: Sequence[Row]) -> str:
     runtimes = {row.device: row.report["runtime"] for row in rows}
     return (
         "\n".join(f"- {device}: {runtime}" for device, runtime in runtimes.items())

@@ -1,7 +1,8 @@
 """Do relevances help? Plain ECQ and ECQx on the demo's digits, compared at equal shares of zeros.
 
-For each seed: a float network, then both methods at several entropy weights, best epoch by a validation split. Accuracy on the
-held-out digits is interpolated linearly between the runs to the same share of zeros, and the difference taken seed by seed.
+For each seed: a float network, then both methods at several entropy weights, best epoch by a
+validation split. Accuracy on the held-out digits is interpolated linearly between the runs to the
+same share of zeros, and the difference taken seed by seed.
 Run: python benchmarks/ecq_against_ecqx.py [seeds] (about 2 minutes a seed on one core)
 """
 
@@ -10,8 +11,8 @@ import statistics
 import sys
 
 import torch
-from curves import at
 from scipy import stats
+from shared import interpolate_accuracy
 
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
@@ -24,7 +25,7 @@ ENTROPY_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8)
 ZEROS = (0.6, 0.7, 0.8, 0.9)
 
 
-def curve(float_model, dataset, relevance, seed) -> list[dict[str, float]]:
+def train_curve(float_model, dataset, relevance, seed) -> list[dict[str, float]]:
     """Zeros, and accuracy on the test split in %, one point for each entropy weight."""
     points = []
     for entropy_weight in ENTROPY_WEIGHTS:
@@ -53,7 +54,8 @@ def main() -> None:
         model = demo_model.digits_cnn()
         demo.train_float(model, dataset, None, seed=seed)
         curves = {
-            name: curve(model, dataset, relevance, seed) for name, relevance in METHODS.items()
+            name: train_curve(model, dataset, relevance, seed)
+            for name, relevance in METHODS.items()
         }
         shown = {
             name: [(round(p["zeros"], 3), round(p["accuracy"], 2)) for p in points]
@@ -61,7 +63,10 @@ def main() -> None:
         }
         print(seed, shown, file=sys.stderr)
         for zeros in ZEROS:
-            found = {name: at(points, "zeros", zeros) for name, points in curves.items()}
+            found = {
+                name: interpolate_accuracy(points, "zeros", zeros)
+                for name, points in curves.items()
+            }
             if None not in found.values():
                 differences[zeros].append(found["ECQx"] - found["ECQ"])
                 for name, value in found.items():
@@ -74,7 +79,8 @@ def main() -> None:
         half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
         means = [statistics.mean(values[name, zeros]) for name in METHODS]
         print(
-            f"| {zeros:.0%} | {len(found)} | {means[0]:.2f} | {means[1]:.2f} | {statistics.mean(found):+.2f} ± {half:.2f} |"
+            f"| {zeros:.0%} | {len(found)} | {means[0]:.2f} | {means[1]:.2f} | "
+            f"{statistics.mean(found):+.2f} ± {half:.2f} |"
         )
 
 

@@ -1,6 +1,7 @@
-"""The spoken digits with one speaker held out whole: how well does a keyword spotter hear a voice that it never heard?
+"""The spoken digits with one speaker held out whole: how well is a new voice understood?
 
-    ecqx-onnx quantize models/kws_dscnn.py:kws_dscnn --data benchmarks/fsdd_unseen_speaker.py:fsdd_unseen_speaker ...
+    ecqx-onnx quantize models/kws_dscnn.py:kws_dscnn \\
+        --data benchmarks/fsdd_unseen_speaker.py:fsdd_unseen_speaker ...
 
 Six speakers, 500 clips each.
 """
@@ -18,6 +19,7 @@ HELD_OUT = "theo"
 
 
 def fsdd_unseen_speaker() -> dict[str, np.ndarray]:
-    """x int16 [3000, 8000], y [3000], is_test bool [3000]: the 500 clips of HELD_OUT are for testing."""
+    """x int16 [3000, 8000], y [3000], is_test bool [3000]: the 500 clips of HELD_OUT are for
+    testing."""
     arrays = read_npz(FSDD, wanted=("x", "y", "speaker"))
     return {"x": arrays["x"], "y": arrays["y"], "is_test": arrays["speaker"] == HELD_OUT}

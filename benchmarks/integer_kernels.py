@@ -1,19 +1,20 @@
-"""Integer kernels against the float model and against onnxruntime's own quantize_static: bytes, accuracy, latency, one table.
+"""Integer kernels against the float model and onnxruntime's quantize_static, in one table.
 
     python benchmarks/integer_kernels.py ../shared/data > benchmarks/RESULTS-integer.md
     python benchmarks/integer_kernels.py ../shared/data --only "ResNet-20" --checkpoint resnet20.pt
 
-Each network twice: as it was trained, with 8-bit weights; and on 4-bit weights, which quantize_static gets as floats. All files
-of a network get the same calibration data (512 training samples; min-max, and percentile where accuracy is measured). They are
-timed in turn in one process on one thread, batch 1, and the smallest of the repeats counts. quantize_static: QDQ, weights int8
-per channel, activations uint8, after its own pre-processing. It rounds the class scores to 256 values as well, so that some
-samples have two highest ones: where n classes share the highest score, a right one among them counts 1/n, whatever their order.
+Columns: bytes, accuracy, latency. Each network twice: as it was trained, with 8-bit weights; and on
+4-bit weights, which quantize_static gets as floats. All files of a network get the same calibration
+data (512 training samples; min-max, and percentile where accuracy is measured). They are timed in
+turn in one process on one thread, batch 1, and the smallest of the repeats counts. quantize_static:
+QDQ, weights int8 per channel, activations uint8, after its own pre-processing. It rounds the class
+scores to 256 values as well, so that some samples have two highest ones: where n classes share the
+highest score, a right one among them counts 1/n, whatever their order.
 noise: energy of the class scores' difference to the float model's, against theirs.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
@@ -39,6 +40,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from shared import ROOT, make_parser
 
 from ecqx_onnx import api
 from ecqx_onnx.checkpoint.export import export
@@ -49,7 +51,6 @@ from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
 from ecqx_onnx.runtime.sessions import count_executed_operators
 from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = 512
 FLOAT_ROUNDING = -110.0  # decibels
 FLOAT_KERNELS = (
@@ -78,9 +79,7 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "data", type=Path, help="folder with mnist.npz, cifar10_jpeg.npz, fsdd.npz and checkpoints/"
     )
@@ -99,7 +98,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     print(
-        f"# Integer kernels: measured\n{__doc__}\nonnxruntime {onnxruntime.__version__}, {processor()}\n"
+        f"# Integer kernels: measured\n{__doc__}\nonnxruntime {onnxruntime.__version__}, "
+        f"{describe_processor()}\n"
     )
     headings = (
         "network",
@@ -113,12 +113,12 @@ def main() -> None:
     )
     print("| " + " | ".join((*headings, "float operators executed")) + " |")
     print("|---" * (len(headings) + 1) + "|")
-    for case in cases(arguments.data, arguments.only, arguments.kws):
+    for case in make_cases(arguments.data, arguments.only, arguments.kws):
         for bits in (8, 4):
             measure(case, bits, arguments.seconds, arguments.checkpoint if bits == 4 else None)
 
 
-def processor() -> str:
+def describe_processor() -> str:
     """Its name, and whether it multiplies 8-bit integers in one go."""
     try:
         lines = dict(
@@ -133,36 +133,38 @@ def processor() -> str:
     return f"{fields.get('model name', platform.machine())}, {vnni} VNNI"
 
 
-def cases(data: Path, only: str, kws: str | None) -> Iterator[Case]:
+def make_cases(data: Path, only: str, kws: str | None) -> Iterator[Case]:
     """Those asked for, one at a time."""
     makers: dict[str, Callable[[str], Case]] = {
-        "LeNet-5, MNIST": lambda name: trained(
+        "LeNet-5, MNIST": lambda name: load_trained(
             name, "lenet5", data / "mnist.npz", data / "checkpoints/lenet5_mnist_fp32.pt"
         ),
-        "ResNet-20, CIFAR-10, JPEG": lambda name: trained(
+        "ResNet-20, CIFAR-10, JPEG": lambda name: load_trained(
             name,
             "resnet20",
             data / "cifar10_jpeg.npz",
             data / "checkpoints/resnet20_cifar10_fp32.pt",
         ),
-        "ResNet-20, four times as wide, random weights": lambda name: random(
+        "ResNet-20, four times as wide, random weights": lambda name: make_random(
             name, load_function(f"{ROOT}/models/resnet20.py:ResNet20")(width=64), (3, 32, 32)
         ),
         "keyword spotter, FSDD" if kws else "keyword spotter, random weights": lambda name: (
-            trained(name, "kws_dscnn", data / "fsdd.npz", Path(kws))
+            load_trained(name, "kws_dscnn", data / "fsdd.npz", Path(kws))
             if kws
-            else random(
+            else make_random(
                 name, load_factory(f"{ROOT}/models/kws_dscnn.py:kws_dscnn").model, (1, 49, 40)
             )
         ),
-        "MobileNetV2, random weights": lambda name: random(name, mobilenet(), (3, 224, 224)),
+        "MobileNetV2, random weights": lambda name: make_random(
+            name, make_mobilenet(), (3, 224, 224)
+        ),
     }
     for name, make in makers.items():
         if only in name:
             yield make(name)
 
 
-def trained(name: str, factory: str, data: Path, weights: Path) -> Case:
+def load_trained(name: str, factory: str, data: Path, weights: Path) -> Case:
     loaded = load_factory(f"{ROOT}/models/{factory}.py:{factory}")
     apply_state(loaded.model, load_state(weights), weights)
     return Case(
@@ -170,7 +172,7 @@ def trained(name: str, factory: str, data: Path, weights: Path) -> Case:
     )
 
 
-def random(name: str, model: torch.nn.Module, shape: tuple[int, ...]) -> Case:
+def make_random(name: str, model: torch.nn.Module, shape: tuple[int, ...]) -> Case:
     """Random weights, with BatchNorm statistics that fit them."""
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((64, *shape)).astype(np.float32), np.arange(64) % 10
@@ -186,7 +188,7 @@ def random(name: str, model: torch.nn.Module, shape: tuple[int, ...]) -> Case:
     )
 
 
-def mobilenet() -> torch.nn.Module:
+def make_mobilenet() -> torch.nn.Module:
     import_zennit()  # helps torchvision beside a CPU-only torch
     from torchvision.models import mobilenet_v2
 
@@ -220,7 +222,7 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
             "calibration_samples": SAMPLES,
         }
         report = api.convert(ours, files["ours, int8"], **options)
-        static(
+        quantize_statically(
             files["float"],
             files["quantize_static"],
             calibration.take(SAMPLES),
@@ -231,13 +233,17 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
                 ours, files["ours, int8, percentile"], calibration_method="percentile", **options
             )
             by = CalibrationMethod.Percentile
-            static(
+            quantize_statically(
                 files["float"], files["quantize_static, percentile"], calibration.take(SAMPLES), by
             )
-        times = latencies(list(files.values()), x[:1], seconds)
-        scores = {name: class_scores(file, case.dataset.test) for name, file in files.items()}
+        times = measure_latencies(list(files.values()), x[:1], seconds)
+        scores = {
+            name: compute_class_scores(file, case.dataset.test) for name, file in files.items()
+        }
         said = {name: found.argmax(1) for name, found in scores.items()}
-        hits = {name: share_right(found, case.dataset.test.y) for name, found in scores.items()}
+        hits = {
+            name: compute_share_right(found, case.dataset.test.y) for name, found in scores.items()
+        }
         for (name, file), took in zip(files.items(), times, strict=True):
             right = f"{100 * float(hits[name].mean()):.2f}" if case.labeled else "-"
             same = f"{100 * float((said[name] == said['float']).mean()):.2f}"
@@ -248,7 +254,7 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
                 else ""
             )
             network = f"{case.name}, {bits} bit weights"
-            moved = distance(scores[name], scores["float"])
+            moved = compute_noise(scores[name], scores["float"])
             noise = f"{moved:.1f}" if moved > FLOAT_ROUNDING else "-"
             cells = (
                 f"{file.stat().st_size}",
@@ -272,7 +278,10 @@ def measure(case: Case, bits: int, seconds: float, checkpoint: str | None) -> No
             )
         for node in report.stays:
             print(
-                f"| {network} | ours stays float | {node.operator} {node.name}: {node.reason} | | | | | | |",
+                (
+                    f"| {network} | ours stays float | {node.operator} {node.name}: {node.reason} "
+                    "| | | | | | |"
+                ),
                 flush=True,
             )
 
@@ -287,7 +296,7 @@ NAMES = (
 )
 
 
-def static(source: Path, path: Path, split: Split, method: CalibrationMethod) -> None:
+def quantize_statically(source: Path, path: Path, split: Split, method: CalibrationMethod) -> None:
     """onnxruntime's recipe: pre-process, then QDQ with weights per channel."""
 
     class Reader(CalibrationDataReader):
@@ -315,35 +324,37 @@ def static(source: Path, path: Path, split: Split, method: CalibrationMethod) ->
         quantize_static(prepared, path, Reader(), extra_options=extra, **settings, **types)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
+def open_session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def class_scores(path: Path, split: Split) -> np.ndarray:
+def compute_class_scores(path: Path, split: Split) -> np.ndarray:
     """What the file gives each class of each sample."""
-    runner = session(path)
+    runner = open_session(path)
     name = runner.get_inputs()[0].name
     return np.concatenate([runner.run(None, {name: x})[0] for x, _ in split.batches(64)])
 
 
-def share_right(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """1 where the right class has the highest score alone, 1/n where it shares it with n - 1 others, else 0."""
+def compute_share_right(scores: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """1 where the right class has the highest score alone, 1/n where it shares it with n - 1
+    others, else 0."""
     highest = scores == scores.max(1, keepdims=True)
     return highest[np.arange(len(y)), y] / highest.sum(1)
 
 
-def distance(scores: np.ndarray, wanted: np.ndarray) -> float:
-    """Energy of the difference against that of the wanted scores, each less its mean over the classes, in decibels."""
+def compute_noise(scores: np.ndarray, wanted: np.ndarray) -> float:
+    """Energy of the difference against that of the wanted scores, each less its mean over the
+    classes, in decibels."""
     error, signal = (values - values.mean(1, keepdims=True) for values in (scores - wanted, wanted))
     return 10 * float(np.log10(max(np.square(error).sum() / np.square(signal).sum(), 1e-15)))
 
 
-def latencies(paths: list[Path], x: np.ndarray, seconds: float) -> list[float]:
+def measure_latencies(paths: list[Path], x: np.ndarray, seconds: float) -> list[float]:
     """Smallest time of one inference, in seconds, of each file; they take turns."""
-    runners = [session(path) for path in paths]
+    runners = [open_session(path) for path in paths]
     feeds = [{runner.get_inputs()[0].name: x} for runner in runners]
     best = [float("inf")] * len(paths)
     for runner, feed in zip(runners, feeds, strict=True):

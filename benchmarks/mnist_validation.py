@@ -1,4 +1,4 @@
-"""MNIST's training images alone, the last 10 000 for testing: recipes are chosen here, and the test set chooses nothing."""
+"""MNIST's training images alone, the last 10 000 for testing: the test set chooses nothing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What does loading a packed file cost? Session load time and peak memory, each in a fresh process, against the float model.
+"""What does loading a packed file cost, against the float model? Load time and peak memory.
 
-Weights: 4-bit levels at 0.94 bit a weight (80 % forced zeros), as 20 conv layers and as one tensor. Times are the least of five
-processes; of peaks the least and the largest, and both over the float model's least.
+Each in a fresh process. Weights: 4-bit levels at 0.94 bit a weight (80 % forced zeros), as 20 conv
+layers and as one tensor. Times are the least of five processes; of peaks the least and the largest,
+and both over the float model's least.
 Run: python benchmarks/packed_load.py [million weights] [another Python, with its onnxruntime]
 """
 
@@ -24,20 +25,23 @@ import onnxruntime as ort
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 options.log_severity_level = 3
-status = lambda field: int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 1024
 begin, cpu = time.perf_counter(), time.process_time()
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-print(json.dumps({"wall": time.perf_counter() - begin, "cpu": time.process_time() - cpu, "peak": status("VmHWM")}))
+wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+for line in open("/proc/self/status"):
+    if line.startswith("VmHWM"):
+        peak = int(line.split()[1]) / 1024
+print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak}))
 """
 
 
-def levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def make_levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     w = np.clip(np.round(generator.laplace(size=shape) * 1.4), -7, 7)
     return (w * (generator.random(shape) < 0.2)).astype(np.int8)
 
 
-def conv_net(weights: list[np.ndarray], *, packed: bool) -> onnx.ModelProto:
+def make_network(weights: list[np.ndarray], *, packed: bool) -> onnx.ModelProto:
     """Each weight feeds a convolution of its own over a one-pixel image."""
     initializers = [numpy_helper.from_array(np.float32(0.02), "step")]
     made, protos, x = [], [], "x"
@@ -85,16 +89,15 @@ def main() -> None:
     million = float(sys.argv[1]) if len(sys.argv) > 1 else 10
     python = sys.argv[2] if len(sys.argv) > 2 else sys.executable
     side = int((million * 1e6 / 20 / 9) ** 0.5) // 16 * 16  # whole NCHWc blocks
-    nets = {"20 layers": [levels((side, side, 3, 3), i) for i in range(20)]}
+    nets = {"20 layers": [make_levels((side, side, 3, 3), i) for i in range(20)]}
     side = int((million * 1e6 / 9) ** 0.5) // 16 * 16
-    nets["one tensor"] = [levels((side, side, 3, 3), 0)]
-    print(
-        f"{'':24s}{'MB':>8s}{'load s':>8s}{'cpu s':>8s}{'peak MB':>11s}{'x float':>12s}{'M weights/s':>13s}"
-    )
+    nets["one tensor"] = [make_levels((side, side, 3, 3), 0)]
+    heads = f"{'MB':>8s}{'load s':>8s}{'cpu s':>8s}{'peak MB':>11s}"
+    print(f"{'':24s}{heads}{'x float':>12s}{'M weights/s':>13s}")
     with tempfile.TemporaryDirectory() as folder:
         for name, weights in nets.items():
-            plain = measure(conv_net(weights, packed=False), Path(folder), python)
-            tight = measure(conv_net(weights, packed=True), Path(folder), python)
+            plain = measure(make_network(weights, packed=False), Path(folder), python)
+            tight = measure(make_network(weights, packed=True), Path(folder), python)
             speed = sum(w.size for w in weights) / 1e6 / max(1e-9, tight["cpu"] - plain["cpu"])
             ratios = f"{tight['peak'] / plain['peak']:.2f}-{tight['largest'] / plain['peak']:.2f}"
             for kind, row, last in (
@@ -102,9 +105,8 @@ def main() -> None:
                 ("packed", tight, f"{ratios:>12s}{speed:13.1f}"),
             ):
                 peaks = f"{row['peak']:.0f}-{row['largest']:.0f}"
-                print(
-                    f"{name + ', ' + kind:24s}{row['file']:8.2f}{row['wall']:8.2f}{row['cpu']:8.2f}{peaks:>11s}{last}"
-                )
+                times = f"{row['wall']:8.2f}{row['cpu']:8.2f}"
+                print(f"{name + ', ' + kind:24s}{row['file']:8.2f}{times}{peaks:>11s}{last}")
 
 
 if __name__ == "__main__":

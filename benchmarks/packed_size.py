@@ -1,12 +1,14 @@
-"""How many bytes do the integers of a net take? Zero-order entropy, packed, NNCodec (where installed), xz and zip side by side.
+"""How many bytes do a network's integers take? Entropy, packed, NNCodec, xz and zip side by side.
 
-Payload: packed arrays only. Decoder: what the file holds besides (functions, nodes, names), before any float parameter.
-NNCodec: its own bitstream on the same integers, exact. Run: make bench-size
+Payload: packed arrays only. Decoder: what the file holds besides (functions, nodes, names), before
+any float parameter. NNCodec, where installed: its own bitstream on the same integers, exact.
+Run: make bench-size
 
-`python benchmarks/packed_size.py whole`: files of the same networks as `convert` writes them, against NNCodec's bitstream for the
-same integers plus the file's float parameters, steps included, as they are; and the packed payload (stream, tree, tables) over
-entropy and NNCodec. The LeNet-300-100s that are not synthetic are those of models/. With checkpoints as arguments
-(python benchmarks/packed_size.py model.pt …): the same of these.
+`python benchmarks/packed_size.py whole`: files of the same networks as `convert` writes them,
+against NNCodec's bitstream for the same integers plus the file's float parameters, steps included,
+as they are; and the packed payload (stream, tree, tables) over entropy and NNCodec. The
+LeNet-300-100s that are not synthetic are those of models/. With checkpoints as arguments (python
+benchmarks/packed_size.py model.pt …): the same of these.
 """
 
 import lzma
@@ -35,7 +37,7 @@ TRAINED = {
 Tensors = list[np.ndarray]
 
 
-def checkpoint(name: str) -> dict[str, np.ndarray]:
+def load_weights(name: str) -> dict[str, np.ndarray]:
     import torch
 
     state = torch.load(DATA / name, map_location="cpu", weights_only=True)
@@ -46,23 +48,23 @@ def checkpoint(name: str) -> dict[str, np.ndarray]:
     }
 
 
-def ec2t_ternary_resnet20() -> Tensors:
-    weights = checkpoint("resnet20_cifar10_ec2t_ternary64.pt").values()
+def load_ec2t_resnet20() -> Tensors:
+    weights = load_weights("resnet20_cifar10_ec2t_ternary64.pt").values()
     return [np.sign(w).astype(np.int8) for w in weights if len(np.unique(w)) <= 3]
 
 
-def resnet20_4bit() -> Tensors:
+def round_resnet20() -> Tensors:
     steps = {
         key: np.quantile(np.abs(w), 0.999) / 7
-        for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()
+        for key, w in load_weights("resnet20_cifar10_fp32.pt").items()
     }
     return [
         np.clip(np.round(w / steps[key]), -7, 7).astype(np.int8)
-        for key, w in checkpoint("resnet20_cifar10_fp32.pt").items()
+        for key, w in load_weights("resnet20_cifar10_fp32.pt").items()
     ]
 
 
-def laplacian(
+def draw_laplacian(
     shape: tuple[int, ...], zeros: float, generator: np.random.Generator, *, uneven: bool
 ) -> np.ndarray:
     """4-bit levels of Laplacian weights whose spread varies over rows and columns if uneven."""
@@ -74,26 +76,26 @@ def laplacian(
     return np.clip(np.round(w / (2 * np.quantile(np.abs(w), zeros))), -7, 7).astype(np.int8)
 
 
-def lenet_300_100() -> Tensors:
+def draw_lenet_300_100() -> Tensors:
     generator = np.random.default_rng(1)
     shapes = [((300, 784), 0.95), ((100, 300), 0.9), ((10, 100), 0.6)]
-    return [laplacian(shape, zeros, generator, uneven=True) for shape, zeros in shapes]
+    return [draw_laplacian(shape, zeros, generator, uneven=True) for shape, zeros in shapes]
 
 
-def vgg16() -> Tensors:
+def draw_vgg16() -> Tensors:
     generator = np.random.default_rng(2)
     widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     convs = [(o, i, 3, 3) for i, o in pairwise(widths)]
-    return [laplacian(shape, 0.85, generator, uneven=False) for shape in [*convs, (10, 512)]]
+    return [draw_laplacian(shape, 0.85, generator, uneven=False) for shape in [*convs, (10, 512)]]
 
 
-def trained(name: str) -> Tensors:
+def load_trained(name: str) -> Tensors:
     from ecqx_onnx import load
 
     return [tensor.levels for tensor in load(MODELS / name).tensors]
 
 
-def entropy_bytes(tensors: Tensors) -> float:
+def compute_entropy_bytes(tensors: Tensors) -> float:
     total = 0.0
     for levels in tensors:
         counts = np.unique(levels, return_counts=True)[1]
@@ -101,8 +103,9 @@ def entropy_bytes(tensors: Tensors) -> float:
     return total
 
 
-def nncodec_bytes(tensors: Tensors) -> float:
-    """The arithmetic coder of NNCodec with its contexts optimised, tensor by tensor; nan where it is not installed."""
+def measure_nncodec_bytes(tensors: Tensors) -> float:
+    """The arithmetic coder of NNCodec with its contexts optimised, tensor by tensor; nan where it
+    is not installed."""
     try:
         from nncodec.extensions import deepCABAC
     except ImportError:
@@ -121,12 +124,13 @@ def nncodec_bytes(tensors: Tensors) -> float:
     return total
 
 
-def payload_bytes(tensors: Tensors) -> int:
+def measure_payload_bytes(tensors: Tensors) -> int:
     return sum(packed.nbytes for _, packed in pack_all(tensors)[0])
 
 
-def whole_files(sources: dict[str, Any]) -> None:
-    """sources: by name, what `convert.convert` takes, and its example input (None for a checkpoint)."""
+def compare_whole_files(sources: dict[str, Any]) -> None:
+    """sources: by name, what `convert.convert` takes, and its example input (None for a
+    checkpoint)."""
     import tempfile
 
     from ecqx_onnx_converters import read_weights
@@ -142,18 +146,17 @@ def whole_files(sources: dict[str, Any]) -> None:
             size = api.convert(source, out, example=example).nbytes
             parts = inspect(out).parts
             tensors = [stored.weight.tensor.levels for stored in read_weights(out)]
-        coded, payload = nncodec_bytes(tensors), payload_bytes(tensors)
+        coded, payload = measure_nncodec_bytes(tensors), measure_payload_bytes(tensors)
         floats = parts.get("float parameters", 0) + parts.get("steps and codebooks", 0)
-        files = (
-            f"{size:9d}{coded:9.0f}{floats:9d}{coded + floats:9.0f}{size / (coded + floats):9.3f}"
-        )
-        print(
-            f"{name[-40:]:40s}{files}{payload:9d}{payload / entropy_bytes(tensors):9.3f}{payload / coded:9.3f}"
-        )
+        whole = coded + floats
+        files = f"{size:9d}{coded:9.0f}{floats:9d}{whole:9.0f}{size / whole:9.3f}"
+        ratios = f"{payload / compute_entropy_bytes(tensors):9.3f}{payload / coded:9.3f}"
+        print(f"{name[-40:]:40s}{files}{payload:9d}{ratios}")
 
 
-def network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any, Any]:
-    """(the model with these levels as its weights, times 0.02, or with a checkpoint's; an example input)"""
+def make_network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any, Any]:
+    """(the model with these levels as its weights, times 0.02, or with a checkpoint's; an example
+    input)"""
     import torch
 
     from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
@@ -172,27 +175,27 @@ def network(factory: str, tensors: Tensors | None, state: str = "") -> tuple[Any
 
 def main() -> None:
     if sys.argv[1:] and all(argument.endswith(".pt") for argument in sys.argv[1:]):
-        return whole_files({path: (Path(path), None) for path in sys.argv[1:]})
+        return compare_whole_files({path: (Path(path), None) for path in sys.argv[1:]})
     if sys.argv[1:] == ["whole"]:
-        return whole_files(
+        return compare_whole_files(
             {
-                "EC2T ternary ResNet-20": network(
+                "EC2T ternary ResNet-20": make_network(
                     "resnet20.py:resnet20", None, "resnet20_cifar10_ec2t_ternary64.pt"
                 ),
-                "ResNet-20, 4 bit": network("resnet20.py:resnet20", resnet20_4bit()),
-                "LeNet-300-100, synthetic": network(
-                    "lenet_300_100.py:lenet_300_100", lenet_300_100()
+                "ResNet-20, 4 bit": make_network("resnet20.py:resnet20", round_resnet20()),
+                "LeNet-300-100, synthetic": make_network(
+                    "lenet_300_100.py:lenet_300_100", draw_lenet_300_100()
                 ),
                 **{name: (MODELS / file, None) for name, file in TRAINED.items()},
-                "VGG16, random": network("vgg16.py:vgg16", vgg16()),
+                "VGG16, random": make_network("vgg16.py:vgg16", draw_vgg16()),
             }
         )
     nets: dict[str, Callable[[], Tensors]] = {
-        "EC2T ternary ResNet-20": ec2t_ternary_resnet20,
-        "ResNet-20, 4 bit": resnet20_4bit,
-        "LeNet-300-100, synthetic": lenet_300_100,
-        **{name: partial(trained, file) for name, file in TRAINED.items()},
-        "VGG16, random": vgg16,
+        "EC2T ternary ResNet-20": load_ec2t_resnet20,
+        "ResNet-20, 4 bit": round_resnet20,
+        "LeNet-300-100, synthetic": draw_lenet_300_100,
+        **{name: partial(load_trained, file) for name, file in TRAINED.items()},
+        "VGG16, random": draw_vgg16,
     }
     heads = ["weights", "zeros", "entropy", "packed", "decoder", "NNCodec", "xz", "zip", "M/s"]
     print(
@@ -203,11 +206,11 @@ def main() -> None:
     for name, make in nets.items():
         if len(sys.argv) > 1 and sys.argv[1] not in name:
             continue
-        if make in (ec2t_ternary_resnet20, resnet20_4bit) and not DATA.exists():
+        if make in (load_ec2t_resnet20, round_resnet20) and not DATA.exists():
             print(f"{name:26s}skipped: {DATA} is missing")
             continue
         tensors = make()
-        entropy = entropy_bytes(tensors)
+        entropy = compute_entropy_bytes(tensors)
         spent = []
         for _ in range(3):
             begin = time.process_time()
@@ -236,7 +239,7 @@ def main() -> None:
         columns = [
             payload,
             container,
-            nncodec_bytes(tensors),
+            measure_nncodec_bytes(tensors),
             len(lzma.compress(raw, preset=9)),
             len(archive.getvalue()),
         ]

@@ -1,15 +1,15 @@
-"""(table of results.py) -> a picture of accuracy against real .onnx bytes; each point is a recipe, its bars the 95 % interval.
+"""A picture of accuracy against real .onnx bytes; each point is a recipe with its 95 % interval.
 
     python benchmarks/plot_results.py lenet5 docs/accuracy_against_bytes.png
     python benchmarks/plot_results.py kws docs/accuracy_against_bytes_kws.png
 
-It draws what `python benchmarks/results.py TABLE` left in runs/. A table that starts from one float network also gets what its
-levels are worth without any training, at several bits and entropy weights.
+It draws what `python benchmarks/results.py TABLE` left in runs/. A table that starts from one float
+network also gets what its levels are worth without any training, at several bits and entropy
+weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -20,7 +20,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from results import ROOT, RUNS, TABLES, Results, half_width, written
+from results import TABLES, Results, measure_onnx_bytes
+from shared import ROOT, RUNS, compute_half_width, make_parser
 
 from ecqx_onnx import api
 from ecqx_onnx.data import load_dataset
@@ -29,7 +30,7 @@ from ecqx_onnx.sources.loading import load_model
 ENTROPY_WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.8)
 
 
-def untrained(table: Results, axes: Any) -> None:
+def plot_untrained(table: Results, axes: Any) -> None:
     """Curves of the float network's weights, rounded to levels and nothing else."""
     assert isinstance(table.start, str)  # asked before
     factory = str(ROOT / table.model)
@@ -58,8 +59,9 @@ def untrained(table: Results, axes: Any) -> None:
             )
 
 
-def trained(name: str, table: Results, axes: Any) -> float:
-    """The rows of the table that lie in runs/, those of one method and bit width joined; returns the float accuracy, in %."""
+def plot_trained(name: str, table: Results, axes: Any) -> float:
+    """The rows of the table that lie in runs/, those of one method and bit width joined; returns
+    the float accuracy, in %."""
     methods: dict[str, list[tuple[float, float, float]]] = {}
     floats = []
     for row in table.rows:
@@ -73,10 +75,10 @@ def trained(name: str, table: Results, axes: Any) -> float:
         results = [json.loads(file.read_text()) for file in files]
         accuracies = [100 * result["accuracy"]["test"] for result in results]
         floats += [100 * result["float"]["test"] for result in results]
-        nbytes = sum(written(file.with_suffix(".pt"), floats="float32") for file in files) / len(
-            files
-        )
-        point = (nbytes / 1000, sum(accuracies) / len(accuracies), half_width(accuracies))
+        nbytes = sum(
+            measure_onnx_bytes(file.with_suffix(".pt"), floats="float32") for file in files
+        ) / len(files)
+        point = (nbytes / 1000, sum(accuracies) / len(accuracies), compute_half_width(accuracies))
         print(
             f"{row.name}: {nbytes:.0f} bytes, {point[1]:.2f} ± {point[2]:.2f} %, {len(files)} seeds"
         )
@@ -91,9 +93,7 @@ def trained(name: str, table: Results, axes: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("picture", type=Path)
     parser.add_argument("--title", help="default: the model's and the data's file names")
@@ -105,8 +105,8 @@ def main() -> None:
     table = TABLES[arguments.table]
     figure, axes = plt.subplots(figsize=(7, 4.4))
     if isinstance(table.start, str):
-        untrained(table, axes)
-    fp32 = trained(arguments.table, table, axes)
+        plot_untrained(table, axes)
+    fp32 = plot_trained(arguments.table, table, axes)
     axes.axhline(fp32, color="black", linewidth=0.8, linestyle="--", label="float32")
     axes.set(
         xlabel=".onnx file, kB",

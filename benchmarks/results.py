@@ -1,17 +1,16 @@
-"""(name of a table) -> trains what is missing of it, writes the real .onnx files, prints accuracy against bytes.
+"""Accuracy against bytes: trains what a table misses, writes real .onnx files, prints the table.
 
-    python benchmarks/results.py lenet300             # all rows and seeds of the table; what lies in runs/ is not done again
+    python benchmarks/results.py lenet300               # what lies in runs/ is not done again
     python benchmarks/results.py lenet300 --only print
 
-A run is one row of a table and one seed: it starts from the float network of that seed, trains with the row's options, and takes
-the weights of the last epoch: nothing is chosen on the test set. Its results are in runs/TABLE-ROW-SEED.json.
+A run is one row of a table and one seed: it starts from the float network of that seed, trains with
+the row's options, and takes the weights of the last epoch: nothing is chosen on the test set. Its
+results are in runs/TABLE-ROW-SEED.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import at
 from rich.console import Console
 from rich.table import Table
+from shared import (
+    ROOT,
+    RUNS,
+    SHARED_DATA,
+    format_interval,
+    interpolate_accuracy,
+    make_parser,
+)
 from train_fp32 import train as train_float
 
 import ecqx_onnx
@@ -32,25 +38,11 @@ from ecqx_onnx.data.augmentation import crop_and_flip, shift_audio, shift_images
 from ecqx_onnx.quantization.training import emulates_bfloat16
 from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
-ROOT = Path(__file__).resolve().parents[1]
-RUNS, DATA = ROOT / "runs", ROOT.parent / "shared" / "data"
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-STUDENT = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}
-
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe. options: those of `quantization.train` and the Quantizer. after: the row whose network it goes on from.
+    """One recipe. options: those of `quantization.train` and the Quantizer. after: the row whose
+    network it goes on from.
 
     data: what it trains on, where that isn't the table's.
     """
@@ -65,7 +57,8 @@ class Row:
 class Results:
     """One table. start: a float state dict, or how `train_fp32.train` makes one for each seed.
 
-    compared: a row, and the rows of another method whose accuracy is interpolated to its zeros, and to its entropy bytes.
+    compared: a row, and the rows of another method whose accuracy is interpolated to its zeros, and
+    to its entropy bytes.
     """
 
     model: str
@@ -132,8 +125,9 @@ FROM_PUBLIC = {"entropy_ramp": 0.5, "epochs": 10, "distillation": 1.0}
 TERNARY_AFTER = {**TERNARY, "entropy_ramp": 0.3, "epochs": 3, "learning_rate": 7e-4}
 
 
-def named(shared: Mapping[str, Any], name: str) -> Row:
-    """The row that its name tells: METHOD-BITSbit-100γ, and a rule for the step where it isn't the shared one."""
+def make_row(shared: Mapping[str, Any], name: str) -> Row:
+    """The row that its name tells: METHOD-BITSbit-100γ, and a rule for the step where it isn't the
+    shared one."""
     method, bits, weight, *step = name.split("-")
     options = {**shared, "bits": int(bits.removesuffix("bit")), "entropy_weight": int(weight) / 100}
     if method == "ecqx":
@@ -144,9 +138,9 @@ def named(shared: Mapping[str, Any], name: str) -> Row:
 TABLES: dict[str, Results] = {
     "lenet5": Results(
         "models/lenet5.py:lenet5",
-        f"{DATA}/mnist.npz",
+        f"{SHARED_DATA}/mnist.npz",
         rows=tuple(
-            named(LENET5, name)
+            make_row(LENET5, name)
             for name in (
                 "ecq-4bit-020",
                 "ecq-4bit-030",
@@ -156,7 +150,7 @@ TABLES: dict[str, Results] = {
                 "ecqx-2bit-030",
             )
         ),
-        start=f"{DATA}/checkpoints/lenet5_mnist_fp32.pt",
+        start=f"{SHARED_DATA}/checkpoints/lenet5_mnist_fp32.pt",
         compared={
             "ecqx-4bit-030": ("ecq-4bit-020", "ecq-4bit-030"),
             "ecqx-2bit-030": ("ecq-2bit-020", "ecq-2bit-030"),
@@ -166,7 +160,7 @@ TABLES: dict[str, Results] = {
         "models/lenet5.py:lenet5",
         f"{ROOT}/benchmarks/mnist_validation.py:mnist_validation",
         rows=tuple(
-            named({**LENET5, "epochs": 5}, name)
+            make_row({**LENET5, "epochs": 5}, name)
             for name in (
                 *(
                     "ecq-4bit-030",
@@ -184,7 +178,7 @@ TABLES: dict[str, Results] = {
     ),
     "lenet300": Results(
         "models/lenet_300_100.py:lenet_300_100",
-        f"{DATA}/mnist.npz",
+        f"{SHARED_DATA}/mnist.npz",
         rows=(
             Row("ecq-2bit-055", {**LENET300, "entropy_weight": 0.55}),
             Row("ecq-2bit-070", {**LENET300, "entropy_weight": 0.7, "epochs": 25}),
@@ -211,7 +205,7 @@ TABLES: dict[str, Results] = {
     ),
     "kws": Results(
         "models/kws_dscnn.py:kws_dscnn",
-        f"{DATA}/fsdd.npz",
+        f"{SHARED_DATA}/fsdd.npz",
         KWS_ROWS,
         KWS_FLOAT,
         compared=KWS_COMPARED,
@@ -288,7 +282,7 @@ TABLES: dict[str, Results] = {
         ),
         start={
             **{
-                "weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
+                "weights": f"{SHARED_DATA}/checkpoints/resnet20_cifar10_fp32.pt",
                 "epochs": 2,
                 "rate": 1e-3,
                 "bfloat16": BFLOAT16,
@@ -314,7 +308,7 @@ TABLES: dict[str, Results] = {
                 for name, γ in (("ecq-layer1-4bit", 0.21), ("ecq-layer1-4bit-030", 0.3))
             ),
         ),
-        start=f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
+        start=f"{SHARED_DATA}/checkpoints/resnet20_cifar10_fp32.pt",
         tests={"jpeg": f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"},
     ),
     "resnet20-lossless": Results(
@@ -328,7 +322,7 @@ TABLES: dict[str, Results] = {
         ),
         start={
             **{
-                "weights": f"{DATA}/checkpoints/resnet20_cifar10_fp32.pt",
+                "weights": f"{SHARED_DATA}/checkpoints/resnet20_cifar10_fp32.pt",
                 "epochs": 8,
                 "rate": 1e-3,
                 "bfloat16": BFLOAT16,
@@ -340,7 +334,7 @@ TABLES: dict[str, Results] = {
 }
 
 
-def float_weights(name: str, table: Results, seed: int) -> Path:
+def prepare_float_weights(name: str, table: Results, seed: int) -> Path:
     """The float network that the runs of this seed start from."""
     if isinstance(table.start, str):
         return Path(table.start)
@@ -365,7 +359,7 @@ def float_weights(name: str, table: Results, seed: int) -> Path:
     return path
 
 
-def quantized_weights(name: str, row: str, seed: int) -> Path:
+def save_quantized_weights(name: str, row: str, seed: int) -> Path:
     """What another row ended with, as a state dict of floats."""
     checkpoint = ecqx_onnx.load(RUNS / f"{name}-{row}-{seed}.pt")
     path = RUNS / f"{name}-{row}-{seed}-weights.pt"
@@ -377,7 +371,7 @@ def quantized_weights(name: str, row: str, seed: int) -> Path:
     return path
 
 
-def run(name: str, table: Results, row: Row, seed: int) -> None:
+def train_row(name: str, table: Results, row: Row, seed: int) -> None:
     """Train, and write what came out to runs/."""
     result_file = RUNS / f"{name}-{row.name}-{seed}.json"
     if result_file.exists():
@@ -386,23 +380,23 @@ def run(name: str, table: Results, row: Row, seed: int) -> None:
     made = api.quantize(
         str(ROOT / table.model),
         data=row.data or table.data,
-        weights=quantized_weights(name, row.after, seed)
+        weights=save_quantized_weights(name, row.after, seed)
         if row.after
-        else float_weights(name, table, seed),
+        else prepare_float_weights(name, table, seed),
         out=checkpoint,
         seed=seed,
         force=True,
         resume=True,
         validation=0.0,
-        progress=_printer(f"{name} {row.name} seed {seed}"),
+        progress=_make_printer(f"{name} {row.name} seed {seed}"),
         **row.options,
     )
     accuracies = {"test": (made.before.share, made.after.share)}
     if row.after:  # the float network is not what this run started from
-        accuracies["test"] = _accuracies(name, table, seed, checkpoint, table.data)
+        accuracies["test"] = _measure_accuracies(name, table, seed, checkpoint, table.data)
     for test, data in table.tests.items():
-        accuracies[test] = _accuracies(name, table, seed, checkpoint, data)
-    floats = _float_parameters(table, made.tensors)
+        accuracies[test] = _measure_accuracies(name, table, seed, checkpoint, data)
+    floats = _count_float_parameters(table, made.tensors)
     entropy = sum(tensor.entropy * tensor.size for tensor in made.tensors) / 8
     result = {
         "float": {test: before for test, (before, _) in accuracies.items()},
@@ -421,7 +415,7 @@ def run(name: str, table: Results, row: Row, seed: int) -> None:
     result_file.write_text(json.dumps(result, indent=1))
 
 
-def _printer(title: str) -> Any:
+def _make_printer(title: str) -> Any:
     shown = -1
 
     def show(done: int, total: int, text: str) -> None:
@@ -433,12 +427,12 @@ def _printer(title: str) -> Any:
     return show
 
 
-def _accuracies(
+def _measure_accuracies(
     name: str, table: Results, seed: int, checkpoint: Path, data: str
 ) -> tuple[float, float]:
     """(float, quantised) on another test set."""
     loaded = load_factory(str(ROOT / table.model))
-    weights = float_weights(name, table, seed)
+    weights = prepare_float_weights(name, table, seed)
     apply_state(loaded.model, load_state(weights), weights)
     split = load_dataset(data, preprocessing=loaded.preprocessing).test
     return api.accuracy(loaded.model, split).share, api.accuracy(
@@ -446,7 +440,7 @@ def _accuracies(
     ).share
 
 
-def _float_parameters(table: Results, tensors: Any) -> int:
+def _count_float_parameters(table: Results, tensors: Any) -> int:
     names = {tensor.name for tensor in tensors}
     model = load_factory(str(ROOT / table.model)).model
     return sum(
@@ -454,7 +448,7 @@ def _float_parameters(table: Results, tensors: Any) -> int:
     )
 
 
-def written(path: Path, **options: Any) -> int:
+def measure_onnx_bytes(path: Path, **options: Any) -> int:
     """Bytes of the .onnx file, written beside the checkpoint."""
     out = path.with_name(path.stem + "".join(f"-{value}" for value in options.values()) + ".onnx")
     if not out.exists() or out.stat().st_mtime < path.stat().st_mtime:
@@ -462,36 +456,23 @@ def written(path: Path, **options: Any) -> int:
     return out.stat().st_size
 
 
-def half_width(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean, by Student's t; 0 for one value."""
-    mean, freedom = sum(values) / len(values), len(values) - 1
-    if not freedom:
-        return 0.0
-    return STUDENT[freedom] * math.sqrt(
-        sum((value - mean) ** 2 for value in values) / freedom / len(values)
-    )
-
-
-def interval(values: list[float]) -> str:
-    """mean ± half of the 95 % interval of the mean."""
-    mean = sum(values) / len(values)
-    return f"{mean:.2f} ± {half_width(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
-
-
-def differences(
+def compute_differences(
     name: str, table: Results, row: str, others: tuple[str, ...], axis: str, test: str
 ) -> list[float]:
-    """Points of accuracy on `test` by which `row` lies above the others' curve where axis has its value, seed by seed."""
+    """Points of accuracy on `test` by which `row` lies above the others' curve where axis has its
+    value, seed by seed."""
 
-    def point(row: str, seed: int) -> dict[str, float]:
+    def load_point(row: str, seed: int) -> dict[str, float]:
         result = json.loads((RUNS / f"{name}-{row}-{seed}.json").read_text())
         return {"accuracy": 100 * result["accuracy"][test], axis: result[axis]}
 
     found = []
     for seed in table.seeds:
         if all((RUNS / f"{name}-{each}-{seed}.json").exists() for each in (row, *others)):
-            own = point(row, seed)
-            there = at([point(other, seed) for other in others], axis, own[axis])
+            own = load_point(row, seed)
+            there = interpolate_accuracy(
+                [load_point(other, seed) for other in others], axis, own[axis]
+            )
             found += [] if there is None else [own["accuracy"] - there]
     return found
 
@@ -511,13 +492,16 @@ def show_compared(name: str, table: Results, console: Console) -> None:
     for row, others in table.compared.items():
         for test in ("test", *table.tests):
             by_axis = (
-                differences(name, table, row, others, axis, test)
+                compute_differences(name, table, row, others, axis, test)
                 for axis in ("zeros", "entropy_bytes")
             )
             columns = [
                 text
                 for found in by_axis
-                for text in (str(len(found)), interval(found) if found else "outside the curve")
+                for text in (
+                    str(len(found)),
+                    format_interval(found) if found else "outside the curve",
+                )
             ]
             printed.add_row(row, ", ".join(others), test, *columns)
     console.print(printed)
@@ -555,14 +539,14 @@ def show(name: str, table: Results, console: Console) -> None:
             return sum(result[key] for result in results) / len(results)
 
         onnx, half = (
-            sum(written(path, floats=floats) for path in made) / len(made)
+            sum(measure_onnx_bytes(path, floats=floats) for path in made) / len(made)
             for floats in ("float32", "float16")
         )
         printed.add_row(
             *(
                 row.name,
                 str(len(results)),
-                interval([100 * r["zeros"] for r in results]),
+                format_interval([100 * r["zeros"] for r in results]),
                 f"{mean('entropy_bytes'):.0f}",
             ),
             *(
@@ -571,17 +555,15 @@ def show(name: str, table: Results, console: Console) -> None:
                 f"{mean('float_bytes') / onnx:.1f}x",
             ),
             *(f"{half:.0f}", f"{mean('float_bytes') / half:.1f}x"),
-            *(interval([100 * r["float"][test] for r in results]) for test in tests),
-            *(interval([100 * r["accuracy"][test] for r in results]) for test in tests),
-            interval([100 * (r["float"]["test"] - r["accuracy"]["test"]) for r in results]),
+            *(format_interval([100 * r["float"][test] for r in results]) for test in tests),
+            *(format_interval([100 * r["accuracy"][test] for r in results]) for test in tests),
+            format_interval([100 * (r["float"]["test"] - r["accuracy"]["test"]) for r in results]),
         )
     console.print(printed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--only", help="a row's name, or `print`")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these")
@@ -598,7 +580,7 @@ def main() -> None:
     for seed in arguments.seeds or table.seeds:
         for row in table.rows:
             if arguments.only in (None, row.name):
-                run(arguments.table, table, row, seed)
+                train_row(arguments.table, table, row, seed)
     show(arguments.table, table, Console(width=200))
     if table.compared:
         show_compared(arguments.table, table, Console(width=200))

@@ -1,10 +1,11 @@
-"""(Google Speech Commands, unpacked) -> OUT/train/CLASS and OUT/test/CLASS: the 12 classes of the usual task, as links.
+"""Google Speech Commands, unpacked, as OUT/train/CLASS and OUT/test/CLASS: links for 12 classes.
 
     python benchmarks/speech_commands.py speech_commands gsc12
 
-Warden, "Speech commands", 2018 (arXiv 1804.03209): ten words, `_unknown_` drawn from all other words, as many as a word has on
-average, and as many seconds of `_silence_` from the recordings of background noise. testing_list.txt says which clips test, so
-that no voice is in both; the first 80 % of each noise recording train.
+Warden, "Speech commands", 2018 (arXiv 1804.03209): ten words, `_unknown_` drawn from all other
+words, as many as a word has on average, and as many seconds of `_silence_` from the recordings of
+background noise. testing_list.txt says which clips test, so that no voice is in both; the first
+80 % of each noise recording train.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ TRAINING_SHARE = 0.8  # of each noise recording
 
 
 def arrange(source: Path, out: Path, *, seed: int = 0) -> dict[str, dict[str, int]]:
-    """How many clips each split and class has. ValueError with one sentence if `source` is no such data set."""
+    """How many clips each split and class has. ValueError with one sentence if `source` is no such
+    data set."""
     listed = source / "testing_list.txt"
     if not listed.is_file() or not (source / NOISE).is_dir():
         raise ValueError(
-            f"{source} has no testing_list.txt or no {NOISE}/: name the folder where Speech Commands was unpacked"
+            f"{source} has no testing_list.txt or no {NOISE}/: name the folder where Speech "
+            "Commands was unpacked"
         )
     tested = set(listed.read_text().split())
     draw = random.Random(seed)
@@ -43,7 +46,8 @@ def arrange(source: Path, out: Path, *, seed: int = 0) -> dict[str, dict[str, in
         chosen = {word: clips.pop(word, []) for word in WORDS}
         if not all(chosen.values()):
             raise ValueError(
-                f"{source} has no {split} clips of '{next(w for w in WORDS if not chosen[w])}': unpack it anew"
+                f"{source} has no {split} clips of '{next(w for w in WORDS if not chosen[w])}': "
+                "unpack it anew"
             )
         each = round(sum(map(len, chosen.values())) / len(WORDS))
         others = [clip for found in clips.values() for clip in found]

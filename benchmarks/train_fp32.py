@@ -1,19 +1,21 @@
-"""(model, data set, seed) -> a trained float32 state dict: the baseline that quantisation starts from.
+"""Train a float32 network: the baseline that quantization starts from, as a state dict.
 
-    python benchmarks/train_fp32.py models/lenet_300_100.py:lenet_300_100 ../shared/data/mnist.npz --epochs 12 --out lenet300.pt
+    python benchmarks/train_fp32.py models/lenet_300_100.py:lenet_300_100 \\
+        ../shared/data/mnist.npz --epochs 12 --out lenet300.pt
 
-Adam with a one-cycle learning rate. The last epoch's weights are saved: no epoch is picked on the test set.
+Adam with a one-cycle learning rate. The last epoch's weights are saved: no epoch is picked on the
+test set.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from shared import make_parser
 
 from ecqx_onnx.data import Split, load_dataset
 from ecqx_onnx.data.augmentation import AUGMENTATIONS
@@ -53,7 +55,10 @@ def train(
             schedule.step()
             total += loss.item() * len(y)
         print(
-            f"epoch {epoch + 1}/{epochs}  loss {total / len(split):.4f}  {time.perf_counter() - start:.1f} s",
+            (
+                f"epoch {epoch + 1}/{epochs}  loss {total / len(split):.4f}  "
+                f"{time.perf_counter() - start:.1f} s"
+            ),
             flush=True,
         )
 
@@ -68,9 +73,7 @@ def count_correct(model: torch.nn.Module, split: Split) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("model", help="FILE.py:FACTORY")
     parser.add_argument("data", help="a data set, as `ecqx-onnx quantize --data` takes it")
     parser.add_argument("--weights", help="a float state dict to go on from")
@@ -107,7 +110,8 @@ def main() -> None:
     correct, count = count_correct(model, data.test), len(data.test)
     torch.save(model.state_dict(), arguments.out)
     print(
-        f"{100 * correct / count:.2f} % ({correct} of {count}), {time.perf_counter() - start:.0f} s, saved {arguments.out}"
+        f"{100 * correct / count:.2f} % ({correct} of {count}), {time.perf_counter() - start:.0f} "
+        f"s, saved {arguments.out}"
     )
 
 

@@ -1,11 +1,12 @@
-"""What does a training step cost with ECQ and ECQx, against plain straight-through quantisation-aware training?
+"""What does a training step cost with ECQ and ECQx, against plain straight-through training?
 
     python benchmarks/training_step.py
 
-ResNet-20, random 32x32 images, batch 64, Adam, 4 bit. The yardstick rounds each weight to the nearest level in the forward pass
-and lets the gradient through. All variants live in one process and take turns by groups of 8 steps, so that a refresh every 8th
-step is counted in full; the figure is the fastest group, in CPU seconds with one thread (other work on the machine then counts
-little) and by the clock with more.
+ResNet-20, random 32x32 images, batch 64, Adam, 4 bit. The baseline rounds each weight to the
+nearest level in the forward pass and lets the gradient through. All variants live in one process
+and take turns by groups of 8 steps, so that a refresh every 8th step is counted in full; the figure
+is the fastest group, in CPU seconds with one thread (other work on the machine then counts little)
+and by the clock with more.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Variant:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         self.x, self.y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
 
-    def group(self) -> float:
+    def time_group(self) -> float:
         """Seconds per step."""
         now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         start = now()
@@ -92,16 +93,16 @@ def main() -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     for variant in variants.values():
-        variant.group()
+        variant.time_group()
     for _ in range(arguments.repeats):
         for name, variant in variants.items():
-            times[name].append(variant.group())
-    yardstick = min(times["straight-through QAT"])
+            times[name].append(variant.time_group())
+    baseline = min(times["straight-through QAT"])
     table = Table(title=f"ResNet-20, batch {arguments.batch}, {arguments.threads} thread(s)")
     for heading in ("", "ms per step", "against QAT"):
         table.add_column(heading, justify="right")
     for name, measured in times.items():
-        table.add_row(name, f"{1000 * min(measured):.1f}", f"{min(measured) / yardstick:.2f}x")
+        table.add_row(name, f"{1000 * min(measured):.1f}", f"{min(measured) / baseline:.2f}x")
     Console().print(table)
 
 

@@ -1,24 +1,24 @@
-"""Are weights of low relevance those that a ternary ResNet-20 can do without? Zeroes some of each layer's, without training.
+"""Are weights of low relevance those that a ternary ResNet-20 can do without? Zeroes some of them.
 
-    python benchmarks/zeroing.py --share 0.1 --seeds 0 1 2      # after `results.py resnet20`: it needs row ecq-ternary-longer
+    python benchmarks/zeroing.py --share 0.1 --seeds 0 1 2
 
-All weights that are not zero have the same size Δ in their layer, so that their relevances alone tell them apart. A share of
-them is zeroed in each layer: those of the lowest or the highest relevance |r|, of the smallest |gradient times weight|, or any.
-Accuracy on the first test images (JPEG), with the network's own BatchNorm statistics and with new ones from training images.
+It needs row ecq-ternary-longer of `results.py resnet20`, and trains nothing. All weights that are
+not zero have the same size Δ in their layer, so that their relevances alone tell them apart. A
+share of them is zeroed in each layer: those of the lowest or the highest relevance |r|, of the
+smallest |gradient times weight|, or any. Accuracy on the first test images (JPEG), with the
+network's own BatchNorm statistics and with new ones from training images.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from results import interval
+from shared import ROOT, format_interval, make_parser
 from torch import Tensor, nn
 
 import ecqx_onnx
@@ -27,13 +27,12 @@ from ecqx_onnx.data.augmentation import crop_and_flip
 from ecqx_onnx.quantization.relevance.relevance import Relevances
 from ecqx_onnx.sources.loading import load_factory
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL, DATA = f"{ROOT}/models/resnet20.py:resnet20", f"{ROOT}/benchmarks/cifar10_mixed.py:jpeg_test"
 ROW, BATCHES, BATCH = "ecq-ternary-longer", 12, 128
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def scores(
+def compute_scores(
     model: nn.Module, weights: dict[str, Tensor], batches: Batches, seed: int
 ) -> dict[str, dict[str, Tensor]]:
     """What decides -> a number for each weight; the lowest are zeroed."""
@@ -63,7 +62,7 @@ def scores(
     }
 
 
-def zeroed(weight: Tensor, score: Tensor, share: float) -> Tensor:
+def zero_share(weight: Tensor, score: Tensor, share: float) -> Tensor:
     """The weight without this share of its non-zero entries, those of the lowest score."""
     flat = weight.flatten().clone()
     occupied = flat.nonzero().flatten()
@@ -85,7 +84,7 @@ def with_new_statistics(model: nn.Module, batches: Batches) -> nn.Module:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches) -> float:
+def measure_accuracy(model: nn.Module, batches: Batches) -> float:
     """In %."""
     return (
         100
@@ -94,14 +93,12 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     )
 
 
-def taken(split: Iterator[tuple[np.ndarray, np.ndarray]], count: int) -> Batches:
+def take_batches(split: Iterator[tuple[np.ndarray, np.ndarray]], count: int) -> Batches:
     return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in islice(split, count)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--share", type=float, default=0.1, help="of each layer's weights that are not zero"
     )
@@ -110,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dataset = load_dataset(DATA, preprocessing=load_factory(MODEL).preprocessing)
-    tested = taken(dataset.test.batches(500), -(-arguments.images // 500))
+    tested = take_batches(dataset.test.batches(500), -(-arguments.images // 500))
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in arguments.seeds:
         checkpoint = ecqx_onnx.load(ROOT / "runs" / f"resnet20-{ROW}-{seed}.pt")
@@ -120,26 +117,30 @@ def main() -> None:
         model = load_factory(MODEL).model
         model.load_state_dict({**checkpoint.state, **weights})
         model.eval()
-        seen = taken(
+        seen = take_batches(
             dataset.training.batches(
                 BATCH, shuffle=np.random.default_rng(seed), augment=crop_and_flip
             ),
             BATCHES,
         )
         parameters = dict(model.named_parameters())
-        for name, score in scores(model, weights, seen, seed).items():
+        for name, score in compute_scores(model, weights, seen, seed).items():
             for each, value in score.items():
-                parameters[each].data.copy_(zeroed(weights[each], value, arguments.share))
+                parameters[each].data.copy_(zero_share(weights[each], value, arguments.share))
             found.setdefault(name, []).append(
-                (accuracy(model, tested), accuracy(with_new_statistics(model, seen), tested))
+                (
+                    measure_accuracy(model, tested),
+                    measure_accuracy(with_new_statistics(model, seen), tested),
+                )
             )
             print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
     print(
-        f"{arguments.share:.0%} of the weights that are not zero; accuracy in %, {arguments.images} images, mean ± 95 %"
+        f"{arguments.share:.0%} of the weights that are not zero; accuracy in %, "
+        f"{arguments.images} images, mean ± 95 %"
     )
     for name, pairs in found.items():
         own, new = ([pair[i] for pair in pairs] for i in (0, 1))
-        print(f"| {name} | {interval(own)} | {interval(new)} |")
+        print(f"| {name} | {format_interval(own)} | {format_interval(new)} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A small convolutional net for scikit-learn's 8x8 handwritten digits (Alpaydin and Kaynak 1998); `make demo` trains it."""
+"""A small convolutional network for scikit-learn's 8x8 handwritten digits; `make demo` trains it.
+
+The digits are those of Alpaydin and Kaynak 1998.
+"""
 
 from ecqx_onnx.demo.model import INPUT_SHAPE, PREPROCESSING, digits_cnn
 

@@ -1,7 +1,8 @@
 """A depthwise-separable keyword spotter: ten spoken digits, one second at 8 kHz, log-mel input.
 
-The DS-CNN of Zhang, Suda, Lai, Chandra, "Hello edge: keyword spotting on microcontrollers", 2017 (arXiv 1711.07128), small size:
-one convolution, four depthwise-separable blocks of 64 channels, average pooling.
+The DS-CNN of Zhang, Suda, Lai, Chandra, "Hello edge: keyword spotting on microcontrollers", 2017
+(arXiv 1711.07128), small size: one convolution, four depthwise-separable blocks of 64 channels,
+average pooling.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from ecqx_onnx.preprocessing.spectrum import Spectrum
 INPUT_SHAPE = (1, 49, 40)
 LOG_MEL = Spectrum(8_000, frame_length=256, hop=160, fft_length=256, mel_bands=40)
 PREPROCESSING = Preprocessing("waveform", scale=32768.0, samples=8_000, spectrum=LOG_MEL)
-CHANNELS, BLOCKS = 64, 4
+CHANNELS = 64
+BLOCKS = 4
 
 
 def _separable(channels: int) -> nn.Module:
-    """A 3x3 convolution of each channel alone, then a 1x1 convolution across channels (MobileNet, arXiv 1704.04861)."""
+    """A 3x3 convolution of each channel alone, then a 1x1 convolution across channels.
+
+    As in MobileNet, arXiv 1704.04861.
+    """
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
         nn.BatchNorm2d(channels),
@@ -50,4 +55,5 @@ class KeywordSpotter(nn.Module):
 
 
 def kws_dscnn() -> nn.Module:
+    """The network for the ten digits, untrained."""
     return KeywordSpotter()

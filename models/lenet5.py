@@ -1,7 +1,7 @@
 """LeNet-5 for MNIST.
 
-LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", Proc. IEEE 86(11), 1998; with ReLU, max
-pooling and a plain linear classifier, as it is trained today.
+LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", Proc.
+IEEE 86(11), 1998; with ReLU, max pooling and a plain linear classifier, as it is trained today.
 """
 
 from __future__ import annotations
@@ -36,4 +36,5 @@ class LeNet5(nn.Module):
 
 
 def lenet5() -> nn.Module:
+    """The network for MNIST's ten classes, untrained."""
     return LeNet5()

@@ -1,7 +1,8 @@
 """LeNet-300-100 for MNIST, the fully connected net on which compression papers compare.
 
-LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", Proc. IEEE 86(11), 1998; with ReLU,
-as in Han, Mao, Dally, "Deep compression", ICLR 2016 (arXiv 1510.00149).
+LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", Proc.
+IEEE 86(11), 1998; with ReLU, as in Han, Mao, Dally, "Deep compression", ICLR 2016 (arXiv
+1510.00149).
 """
 
 from __future__ import annotations
@@ -31,4 +32,5 @@ class LeNet300100(nn.Module):
 
 
 def lenet_300_100() -> nn.Module:
+    """The network for MNIST's ten classes, untrained."""
     return LeNet300100()

@@ -1,8 +1,9 @@
-"""MLP_GSC: a fully connected keyword spotter for the 12 classes of Google Speech Commands, the MLP of the ECQx paper.
+"""MLP_GSC of the ECQx paper: a fully connected keyword spotter for Google Speech Commands.
 
-Widths 512-512-256-256-128-128-12: Becking, Dreyer, Samek, Müller, Lapuschkin, "ECQx", 2021 (arXiv 2109.04236), section 5.
-Input, ours to choose: 10 MFCCs of 49 frames of 40 ms every 20 ms of one second at 16 kHz, as in Zhang, Suda, Lai, Chandra,
-"Hello edge: keyword spotting on microcontrollers", 2017 (arXiv 1711.07128).
+Widths 512-512-256-256-128-128-12: Becking, Dreyer, Samek, Müller, Lapuschkin, "ECQx", 2021 (arXiv
+2109.04236), section 5. Input, ours to choose: 10 MFCCs of 49 frames of 40 ms every 20 ms of one
+second at 16 kHz, as in Zhang, Suda, Lai, Chandra, "Hello edge: keyword spotting on
+microcontrollers", 2017 (arXiv 1711.07128).
 """
 
 from __future__ import annotations
@@ -36,4 +37,5 @@ class MLPGSC(nn.Module):
 
 
 def mlp_gsc() -> nn.Module:
+    """The network for the 12 classes, untrained."""
     return MLPGSC()

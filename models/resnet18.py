@@ -1,7 +1,8 @@
 """ResNet-18 for images of 224x224, with the 20 classes of Pascal VOC.
 
-He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, table 1 (arXiv 1512.03385). Parameters have
-torchvision's names, so that its state dicts fit where the number of classes does.
+He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, table 1 (arXiv
+1512.03385). Parameters have torchvision's names, so that its state dicts fit where the number of
+classes does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ PREPROCESSING = Preprocessing(
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where height and width are halved (option B)."""
+    """Two 3x3 convolutions and a shortcut.
+
+    The shortcut is a 1x1 convolution where height and width are halved (option B of the paper).
+    """
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
@@ -70,4 +74,5 @@ class ResNet18(nn.Module):
 
 
 def resnet18() -> nn.Module:
+    """The network for the 20 classes, untrained."""
     return ResNet18()

@@ -1,6 +1,7 @@
 """ResNet-20 for CIFAR-10 with parameter-free (option A) shortcuts.
 
-He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2 (arXiv 1512.03385).
+He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2 (arXiv
+1512.03385).
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from torch import nn
 from ecqx_onnx.preprocessing import Preprocessing
 
 INPUT_SHAPE = (3, 32, 32)
-# CIFAR-10's own mean and std. The public float checkpoint was trained with ImageNet's and is as accurate with either; EC2T's
-# ternary one was measured with these.
+# CIFAR-10's own mean and std. The public float checkpoint was trained with ImageNet's and is as
+# accurate with either; EC2T's ternary one was measured with these.
 PREPROCESSING = Preprocessing(
     "image", scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
 )
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the first convolution halves height and width when the channels grow."""
+    """Two 3x3 convolutions and a shortcut.
+
+    The first convolution halves height and width when the channels grow.
+    """
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
@@ -40,7 +44,10 @@ class Block(nn.Module):
         return self.relu2(out + self.shortcut(x))
 
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
-        """Option A: every second pixel, and zeros for the new channels, half of them in front and half behind."""
+        """Option A of the paper: every second pixel, and zeros for the new channels.
+
+        Half of these lie in front of the others and half behind.
+        """
         if not self.grows:
             return x
         new = self.conv1.out_channels - self.conv1.in_channels
@@ -76,4 +83,5 @@ class ResNet20(nn.Module):
 
 
 def resnet20() -> nn.Module:
+    """The network for CIFAR-10, untrained."""
     return ResNet20()

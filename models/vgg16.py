@@ -1,7 +1,7 @@
 """VGG16 for CIFAR-10, with BatchNorm and one linear layer behind the convolutions.
 
-Simonyan, Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015, configuration D
-(arXiv 1409.1556); cut down for 32x32 images as is usual for CIFAR-10.
+Simonyan, Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR
+2015, configuration D (arXiv 1409.1556); cut down for 32x32 images as is usual for CIFAR-10.
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ INPUT_SHAPE = (3, 32, 32)
 PREPROCESSING = Preprocessing(
     "image", scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
 )
-STAGES = (
-    (64, 2),
-    (128, 2),
-    (256, 3),
-    (512, 3),
-    (512, 3),
-)  # (channels, convolutions), each followed by pooling
+# (channels, convolutions) of each stage, which pooling follows.
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
 class VGG16(nn.Module):
@@ -48,4 +43,5 @@ class VGG16(nn.Module):
 
 
 def vgg16() -> nn.Module:
+    """The network for CIFAR-10, untrained."""
     return VGG16()
