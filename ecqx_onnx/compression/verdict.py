@@ -14,7 +14,7 @@ from onnx import ModelProto
 
 from ecqx_onnx.compression.search.quality import Quality, QualitySum
 from ecqx_onnx.compression.search.samples import Samples
-from ecqx_onnx.runtime.runner import IN_ONE_FILE, Feeds, run_session
+from ecqx_onnx.runtime.runner import IN_ONE_FILE, Feeds, batch_size, run_session
 from ecqx_onnx.runtime.sessions import Session, open_session
 
 ROUNDS = 5  # of one input, for the latency; the least counts
@@ -67,9 +67,9 @@ def judge_file(
         first = feeds if first is None else first
         expected = run_session(before, names, feeds)
         found = run_session(after, names, feeds)
-        total.add(expected, found, labels, len(next(iter(feeds.values()))))
+        total.add(expected, found, labels, batch_size(feeds))
     assert first is not None
-    size = len(next(iter(first.values())))
+    size = batch_size(first)
     costs = []
     for session, load, nbytes in zip(
         (before, after), (load_before, load_after), sizes, strict=True

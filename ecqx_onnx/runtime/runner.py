@@ -25,6 +25,21 @@ IN_ONE_FILE = 2**30  # bytes of weights; larger models keep them beside the file
 Feeds = Mapping[str, np.ndarray]
 
 
+class Batch(dict[str, np.ndarray]):
+    """The inputs of one run by name. count: samples in it, which the first axis need not tell."""
+
+    def __init__(self, arrays: Feeds, count: int) -> None:
+        super().__init__(arrays)
+        self.count = count
+
+
+def batch_size(feeds: Feeds) -> int:
+    """Samples in a batch: as it says, else the first axis of its inputs."""
+    if isinstance(feeds, Batch):
+        return feeds.count
+    return max((len(array) for array in feeds.values() if array.ndim), default=1)
+
+
 class Runner:
     """One session over a graph. `weights` are those given at each call, the graph's own otherwise.
 

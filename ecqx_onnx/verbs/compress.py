@@ -309,6 +309,8 @@ def _normalized(splits: Splits, mean: tuple[float, ...], std: tuple[float, ...])
 
 def _choose_batch(specs: Sequence[InputSpec], splits: Splits) -> tuple[int, Splits]:
     """Samples in a run, and splits that are whole batches where the model wants that."""
+    if splits.statistics.calls:
+        return 1, splits
     fixed = {spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None}
     if fixed:
         batch = fixed.pop()
@@ -349,8 +351,9 @@ def _find_classes(
         return index, axis
     if class_axis is not None:
         raise OptionError("--class-axis goes with --output, the output that it is an axis of")
-    named = bool(labels) or splits.search.labels is not None
-    size = len(next(iter(feeds.values())))
+    labelled = (splits.search.labels, splits.verdict.labels)
+    named = bool(labels) or any(part is not None for part in labelled)
+    size = batch_size(feeds)
     for index, array in enumerate(results):
         scores = array.ndim == 2 and array.shape[1] >= 2 and array.dtype.kind == "f"
         if named and scores and len(array) == size:

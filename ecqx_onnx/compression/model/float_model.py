@@ -21,6 +21,7 @@ from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 from onnx import TensorProto
 from onnx.inliner import inline_local_functions
 
+from ecqx_onnx.compression.model.constants import apply_moves
 from ecqx_onnx.compression.model.half import is_half, to_float32
 from ecqx_onnx.compression.model.weights import find_weights
 from ecqx_onnx.errors import ModelError
@@ -98,7 +99,7 @@ def load_onnx(path: Path) -> FloatModel:
         notes.append("its float16 weights are compressed as float32 ones; inputs and outputs stay")
     graph, raised = _raise(graph)
     notes.extend(raised)
-    graph, folded = fold_into_weights(graph)
+    graph, folded = fold_into_weights(apply_moves(graph))
     if folded:
         notes.append(f"{folded} BatchNormalization went into the weights before, up to rounding")
     return FloatModel(graph, str(path), file.size, notes=tuple(notes))
@@ -186,7 +187,7 @@ def _from_pytorch(
             f"{source}: {len(checkpoint.tensors)} of its weights are on few values already; write it"
             " with ecqx-onnx convert, or give the float model"
         )
-    graph, folded = fold_into_weights(checkpoint.graph)
+    graph, folded = fold_into_weights(apply_moves(checkpoint.graph))
     notes = list(checkpoint.notes)
     if folded:
         notes.append(f"{folded} BatchNormalization went into the weights before, up to rounding")

@@ -58,12 +58,15 @@ class Moments:
     blocks: float64 arrays [groups, k, k] on the diagonal, for inputs `starts[i]` to `starts[i] + k`.
     mean: float64 [groups, n].
     count: vectors that were seen.
+    tails: float64 [groups], E|x|⁴ as a multiple of what it were for a normal distribution; tells
+        how sure the moments are.
     """
 
     blocks: tuple[np.ndarray, ...]
     starts: tuple[int, ...]
     mean: np.ndarray
     count: int
+    tails: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -76,7 +79,35 @@ class Moments:
         for start, block in zip(self.starts, self.blocks, strict=True):
             part = self.mean[:, start : start + block.shape[-1]]
             blocks.append(block - part[:, :, None] * part[:, None, :])
-        return Moments(tuple(blocks), self.starts, self.mean, self.count)
+        return Moments(tuple(blocks), self.starts, self.mean, self.count, self.tails)
+
+    def shrunk(self) -> Moments:
+        """The same with correlations drawn towards none, as far as chance may have made them.
+
+            α = (E|x|⁴ - |S|²) / N / |S - diag S|²,   S <- (1 - α) S + α diag S
+            E|x|⁴ = tails · ((tr S)² + 2 |S|²)
+
+        [Ledoit and Wolf 2004, J. Multivariate Analysis 88, with diag S as the target]. With fewer
+        vectors than inputs, error feedback would push every error to where these few do not see it.
+        """
+        if self.tails is None or self.count < 1:
+            return self
+        blocks = tuple(self._shrink(block) for block in self.blocks)
+        return Moments(blocks, self.starts, self.mean, self.count, self.tails)
+
+    def _shrink(self, block: np.ndarray) -> np.ndarray:
+        assert self.tails is not None
+        shrunk = np.empty_like(block)
+        for group, matrix in enumerate(block):
+            diagonal = np.diag(matrix)
+            square = float((matrix**2).sum())
+            apart = square - float((diagonal**2).sum())
+            fourth = float(self.tails[group]) * (float(diagonal.sum()) ** 2 + 2 * square)
+            chance = max(0.0, fourth - square) / self.count
+            share = min(1.0, chance / apart) if apart > 0 else 1.0
+            shrunk[group] = (1 - share) * matrix
+            np.fill_diagonal(shrunk[group], diagonal)
+        return shrunk
 
 
 class MomentSum:
@@ -86,6 +117,7 @@ class MomentSum:
         self.blocks: list[np.ndarray] = []
         self.starts: list[int] = []
         self.total: np.ndarray | None = None
+        self.fourth: np.ndarray | None = None
         self.count = 0
 
     def add(self, vectors: np.ndarray, others: np.ndarray | None = None) -> None:
@@ -96,7 +128,10 @@ class MomentSum:
             self.starts = list(range(0, length, LONGEST))
             sizes = [min(LONGEST, length - start) for start in self.starts]
             self.blocks = [np.zeros((groups, size, size)) for size in sizes]
+            self.fourth = np.zeros(groups)
         self.total += vectors.sum(axis=1, dtype=np.float64)
+        squares = np.einsum("gcn,gcn->gc", vectors, vectors).astype(np.float64)
+        self.fourth += (squares**2).sum(axis=1)
         self.count += count
         for start, block in zip(self.starts, self.blocks, strict=True):
             part = vectors[:, :, start : start + block.shape[-1]]
@@ -115,7 +150,15 @@ class MomentSum:
         assert self.total is not None
         count = max(1, self.count)
         blocks = tuple(block / count for block in self.blocks)
-        return Moments(blocks, tuple(self.starts), self.total / count, self.count)
+        tails = None if self.fourth is None else self._tails(blocks, self.fourth / count)
+        return Moments(blocks, tuple(self.starts), self.total / count, self.count, tails)
+
+    def _tails(self, blocks: tuple[np.ndarray, ...], fourth: np.ndarray) -> np.ndarray:
+        """E|x|⁴ against (tr S)² + 2 |S|², for x in blocks nearly so."""
+        traces = sum(np.trace(block, axis1=1, axis2=2) for block in blocks)
+        squares = sum((block**2).sum(axis=(1, 2)) for block in blocks)
+        normal = traces**2 + 2 * squares
+        return np.divide(fourth, normal, out=np.ones(len(fourth)), where=normal > 0)
 
 
 def collect_moments(
@@ -181,11 +224,6 @@ def check_finite(name: str, total: MomentSum) -> None:
         raise ModelError(
             f"activation '{name}' holds NaN or infinity on these data: mend the model or the data"
         )
-
-
-def batch_size(feeds: Feeds) -> int:
-    """Samples in a batch: the first axis of its inputs."""
-    return max((len(array) for array in feeds.values() if array.ndim), default=1)
 
 
 def padding_mask(feeds: Feeds) -> np.ndarray | None:

@@ -20,7 +20,6 @@ from ecqx_onnx.compression.rounding.moments import (
     MomentKey,
     Moments,
     MomentSum,
-    batch_size,
     check_finite,
     padding_mask,
     unique_keys,
@@ -32,7 +31,7 @@ from ecqx_onnx.compression.rounding.rounding import (
     round_nearest,
     round_with_feedback,
 )
-from ecqx_onnx.runtime.runner import Feeds
+from ecqx_onnx.runtime.runner import Feeds, batch_size
 from ecqx_onnx.runtime.segments import Segments
 
 CORRECTION = 0.1  # dampening of the target's correction: it learns from few samples
@@ -132,10 +131,11 @@ def round_weight(
     target = None
     if cross is not None:
         target = corrected_target(matrices, used, cross, dampening=CORRECTION)
-    rounded = round_with_feedback(matrices, step, used, target=target)
+    sure = used.shrunk()
+    rounded = round_with_feedback(matrices, step, sure, target=target)
     while _is_uneven(weight, rounded):
         widest = rounded.steps.max()
-        rounded = round_with_feedback(matrices, widest, used, target=target)
+        rounded = round_with_feedback(matrices, widest, sure, target=target)
     values = rounded.values
     changed = {weight.name: weight.from_matrices(values)}
     if bias is not None:

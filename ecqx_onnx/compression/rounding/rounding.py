@@ -205,7 +205,8 @@ def corrected_target(
     in closed form]. Dampening shrinks the correction W (C - H') H'⁻¹, not the weights.
     """
     target = matrices.astype(np.float64)
-    for start, block, mixed in zip(quantized.starts, quantized.blocks, cross.blocks, strict=True):
+    blocks = zip(quantized.blocks, quantized.shrunk().blocks, cross.blocks, strict=True)
+    for start, (block, sure, mixed) in zip(quantized.starts, blocks, strict=True):
         part = slice(start, start + block.shape[-1])
         for group in range(len(matrices)):
             of = group if len(block) > 1 else 0
@@ -213,7 +214,7 @@ def corrected_target(
             mean = float(np.trace(block[of])) / size
             if not mean > 0.0:
                 continue
-            dampened = block[of] + dampening * mean * np.eye(size)
+            dampened = sure[of] + dampening * mean * np.eye(size)
             difference = mixed[of] - block[of]
             change = np.linalg.solve(dampened, difference.T).T
             target[group][:, part] += matrices[group][:, part].astype(np.float64) @ change

@@ -135,7 +135,7 @@ class PointMaker:
             curves.append(measure_rate(weight.name, matrices, self._units[weight.name]))
         self._curves: tuple[RateCurve, ...] = tuple(curves)
         self._say(f"statistics of {len(layers.weights)} weights")
-        samples = sum(len(next(iter(feeds.values()))) for feeds in self._batches)
+        samples = total_samples(self._batches)
         self._moments = collect_moments(
             self._runner, layers.weights, self._batches, samples=samples
         )
@@ -146,7 +146,7 @@ class PointMaker:
         if known is not None and set(known) == {weight.name for weight in self.layers.weights}:
             self.slopes = dict(known)
             return
-        size = len(next(iter(self._batches[0].values())))
+        size = batch_size(self._batches[0])
         some = self._batches[: max(1, PROBED // max(1, size))]
 
         def show(done: int, total: int) -> None:
@@ -187,11 +187,11 @@ class PointMaker:
         total = QualitySum(self._runner.outputs, classes=self._classes)
         for (feeds, labels), expected in zip(self._search, self._expected, strict=True):
             found = self._runner.run(feeds, weights=model.changed)
-            size = len(next(iter(feeds.values())))
+            size = batch_size(feeds)
             total.add(expected, found, labels, size)
         return total.finish()
 
 
 def total_samples(batches: Sequence[Feeds]) -> int:
     """Samples in all batches."""
-    return sum(len(next(iter(feeds.values()))) for feeds in batches)
+    return sum(batch_size(feeds) for feeds in batches)

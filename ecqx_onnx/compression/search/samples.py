@@ -9,13 +9,14 @@ load.py:samples  yields or returns an array, (inputs, labels) or {input: array}
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ecqx_onnx.compression.runner import Batch
 from ecqx_onnx.data import Dataset, Source, Split, load_dataset
 from ecqx_onnx.data.folders import IMAGES, WAVS, open_images, open_wavs
 from ecqx_onnx.data.npz import read_npz
@@ -57,6 +58,7 @@ class Samples:
 
     sources: input -> raw samples. preprocessing: for the only input; None: arrays as they are.
     rows: which samples. labels: int64, one a sample in `rows`; None without.
+    calls: each sample is all of a call's inputs, whose first axis is no batch (an LSTM's state).
     """
 
     name: str
@@ -65,6 +67,7 @@ class Samples:
     preprocessing: Preprocessing | None
     rows: np.ndarray
     labels: np.ndarray | None
+    calls: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,9 +102,13 @@ class Samples:
                     f"{self.sources[spec.name].name} holds NaN or infinity in samples {rows[0]} to"
                     f" {rows[-1]}: replace the values or drop the samples"
                 )
+            if self.calls:
+                if len(rows) != 1:
+                    raise DataError(f"each sample of {self.name} is a call of its own")
+                raw = raw[0]
             x = raw if self.preprocessing is None else self.preprocessing.apply(raw)
             found[spec.name] = _fit(x, spec)
-        return found
+        return Batch(found, len(rows))
 
 
 def _fit(x: np.ndarray, spec: InputSpec) -> np.ndarray:
@@ -110,6 +117,8 @@ def _fit(x: np.ndarray, spec: InputSpec) -> np.ndarray:
     if x.dtype.kind == "f" and dtype.kind in "iu":
         raise DataError(f"input '{spec.name}' takes {spec.type}, and the data give {x.dtype}")
     lengths = spec.shape[1:]
+    if not spec.shape and x.ndim == 1 and len(x) and (x == x[0]).all():
+        return np.asarray(x[0], dtype=dtype)  # a setting, the same for all samples
     fits = len(spec.shape) == x.ndim and all(
         wanted in (None, there) for wanted, there in zip(lengths, x.shape[1:], strict=False)
     )
@@ -381,6 +390,9 @@ def _from_arrays(
     if labels is not None:
         labels = _checked_labels(name, labels, count)
     sources = {key: Arrays(f"{key} in {name}", array) for key, array in arrays.items()}
+    calls = all(arrays[spec.name].ndim == len(spec.shape) + 1 for spec in inputs)
+    if calls and preprocessing is None:
+        return Samples(name, inputs, sources, None, np.arange(count), labels, calls=True)
     if len(inputs) == 1:
         source = next(iter(sources.values()))
         return _from_source(source, inputs, preprocessing, labels)
@@ -443,6 +455,3 @@ def _from_split(
 ) -> Samples:
     made = _from_source(split.source, inputs, preprocessing or split.preprocessing, None)
     return replace(made, rows=split.rows, labels=split.y)
-
-
-BatchFunction = Callable[[int], list[Feeds]]
