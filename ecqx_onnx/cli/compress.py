@@ -101,10 +101,6 @@ def compress(
     opset: Annotated[
         int | None, typer.Option(help="Highest ONNX opset to write.", rich_help_panel=FILE)
     ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Also a checkpoint that training goes on from.", rich_help_panel=FILE),
-    ] = None,
     keep_best: Annotated[
         bool, typer.Option("--keep-best", help="Write the best even if a bound is missed.")
     ] = False,
@@ -155,7 +151,6 @@ def compress(
         threads=threads,
         keep_best=keep_best,
         trust_pickle=trust_pickle,
-        checkpoint=checkpoint,
         force=force,
         say=None if quiet or as_json else _speaker(),
     )

@@ -41,6 +41,7 @@ from ecqx_onnx.errors import DataError, ModelError, OptionError
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.runner import Runner
 
+CULPRIT = 0.02  # relative error of the outputs beyond which classes change
 BATCH = 32
 BATCH_BYTES = 8 << 20  # of inputs; activations may take fifty times as much
 Say = Callable[[str], None]
@@ -89,7 +90,6 @@ def compress(
     threads: int = 1,
     keep_best: bool = False,
     trust_pickle: bool = False,
-    checkpoint: str | Path | None = None,
     force: bool = False,
     say: Say | None = None,
 ) -> CompressResult:
@@ -113,7 +113,6 @@ def compress(
         seed: of the draw of samples.
         threads: of onnxruntime.
         keep_best: write the best file even if a bound is missed.
-        checkpoint: also write a checkpoint there that training goes on from; PyTorch models only.
         force: replace the file if it exists.
         say: told, line by line, what is done.
     Returns:
@@ -127,8 +126,6 @@ def compress(
     bounds = make_bounds(max_bytes, bits_per_weight, max_drop, min_agreement, max_error)
     options = FileOptions(storage, dequantize, target, opset, floats)
     _check_options(options, out, model, force)
-    if checkpoint is not None and is_onnx_path(model):
-        raise OptionError("--checkpoint is for PyTorch models, which training can go on from")
     loaded = load_float_model(
         model,
         factory=factory,
@@ -159,21 +156,32 @@ def compress(
     key = _search_key(prepared, chosen_options)
     metadata = _metadata(prepared)
     with SearchFolder.at(out, key) as folder:
-        maker = PointMaker(
-            prepared.layers,
-            prepared.splits.statistics,
-            prepared.splits.search,
-            batch=prepared.batch,
-            classes=prepared.classes,
-            options=options,
-            metadata=metadata,
-            threads=threads,
-            say=say,
-        )
+
+        def make_maker(layers: Layers) -> PointMaker:
+            return PointMaker(
+                layers,
+                prepared.splits.statistics,
+                prepared.splits.search,
+                batch=prepared.batch,
+                classes=prepared.classes,
+                options=options,
+                metadata=metadata,
+                threads=threads,
+                say=say,
+            )
+
+        maker = make_maker(prepared.layers)
         maker.measure(folder.slopes())
         folder.keep_slopes(maker.slopes)
         make = _remembering(maker, folder)
         found = search(make, prepared.bounds, entries=maker.entries, say=say)
+        culprits = _culprits(maker, found, prepared.bounds)
+        if culprits:
+            say(f"{len(culprits)} weights stay float, as int8 is too coarse for them")
+            prepared = _without(prepared, culprits)
+            maker = make_maker(prepared.layers)
+            maker.measure()
+            found = search(maker.make, prepared.bounds, entries=maker.entries, say=say)
         candidate = _made(maker, found.chosen)
         return _finish(
             prepared,
@@ -183,11 +191,38 @@ def compress(
             out=out,
             model=model,
             keep_best=keep_best,
-            checkpoint=checkpoint,
             force=force,
             started=started,
             say=say,
         )
+
+
+def _culprits(maker: PointMaker, found: Found, bounds: Bounds) -> frozenset[str]:
+    """Weights that keep a quality bound from being held at any rate; empty where they are all."""
+    if found.held or not bounds.limits_quality or bounds.limits_size:
+        return frozenset()
+    errors = maker.errors_at_finest()
+    allowed = bounds.max_error or CULPRIT
+    share = 0.5 * allowed / max(1, len(errors)) ** 0.5
+    worst = frozenset(name for name, error in errors.items() if error > share)
+    return worst if len(worst) < len(errors) else frozenset()
+
+
+def _without(prepared: _Prepared, names: frozenset[str]) -> _Prepared:
+    """These weights stay float."""
+    layers = prepared.layers
+    kept = tuple(weight for weight in layers.weights if weight.name not in names)
+    biases = {name: bias for name, bias in layers.biases.items() if name not in names}
+    left = [
+        Passed(weight.name, weight.shape, "int8's levels are too coarse for it")
+        for weight in layers.weights
+        if weight.name in names
+    ]
+    return replace(
+        prepared,
+        layers=Layers(layers.graph, kept, biases),
+        passed=(*prepared.passed, *left),
+    )
 
 
 def _search_key(prepared: _Prepared, options: tuple[Any, ...]) -> str:
@@ -419,7 +454,6 @@ def _finish(
     out: Path,
     model: Any,
     keep_best: bool,
-    checkpoint: str | Path | None,
     force: bool,
     started: float,
     say: Say,
@@ -451,10 +485,6 @@ def _finish(
         if not written:
             for part in list(draft.parent.iterdir()):
                 part.unlink()
-    if written and checkpoint is not None:
-        from ecqx_onnx.compression.checkpoints import save_checkpoint
-
-        save_checkpoint(prepared.model, candidate.model, checkpoint, force=force)
     return CompressResult(
         path=out if written else None,
         source=prepared.model.source,

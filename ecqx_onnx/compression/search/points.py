@@ -153,9 +153,27 @@ class PointMaker:
             if done % max(1, total // 10) == 0:
                 self._say(f"sensitivity of weight {done + 1} of {total}")
 
-        self.slopes = measure_sensitivity(
+        measured = measure_sensitivity(
             self.layers, self._units, self._moments, self._runner, some, progress=show
         )
+        sizes = {curve.name: curve.size for curve in self._curves}
+        self.slopes = fill_unmoved(measured, sizes)
+        unmoved = [name for name in measured if measured[name] <= LEAST]
+        if unmoved:
+            self.notes.append(
+                f"{len(unmoved)} weights ({unmoved[0]} first) moved no output on these data: they"
+                " get as many bits as others of their size"
+            )
+
+    def errors_at_finest(self) -> dict[str, float]:
+        """Relative error of the outputs that each weight alone makes at the finest step: what no
+        dial can better, as int8 has no finer levels for a weight with entries far outside."""
+        size = batch_size(self._batches[0])
+        some = self._batches[: max(1, PROBED // max(1, size))]
+        slopes = measure_sensitivity(
+            self.layers, self._units, self._moments, self._runner, some, probe=FINEST
+        )
+        return {name: FINEST * slope**0.5 for name, slope in slopes.items()}
 
     @property
     def entries(self) -> int:

@@ -133,6 +133,7 @@ def _smallest(dial: _Dial, bounds: Bounds) -> Found:
     while True:
         candidate = dial.at(bits)
         ratio = quality_ratio(candidate.point.quality, bounds)
+        same = any(point.nbytes == candidate.point.nbytes for point in dial.points[:-1])
         if ratio <= 1.0:
             best, high = candidate, bits
         else:
@@ -140,7 +141,7 @@ def _smallest(dial: _Dial, bounds: Bounds) -> Found:
         better = closest is None or ratio < quality_ratio(closest.point.quality, bounds)
         if better:
             closest = candidate
-        if dial.spent or _closed(low, high):
+        if dial.spent or same or _closed(low, high):
             break
         wish = _next_bits(bits, ratio, low, high)
         if any(math.isclose(wish, point.bits, rel_tol=1e-4) for point in dial.points):

@@ -51,8 +51,24 @@ def measure_sensitivity(
         step = units[weight.name] * np.float32(probe)
         one = round_weight(layers, weight, step, known, known, None)
         found = [runner.run(feeds, weights=one.changed) for feeds in batches]
-        slopes[weight.name] = max(_squared_error(expected, found), LEAST) / probe**2
+        slopes[weight.name] = _squared_error(expected, found) / probe**2
     return slopes
+
+
+def fill_unmoved(slopes: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Slopes with those of weights that moved nothing raised to the typical one for their size.
+
+    A branch that the data never take looks as if it did not matter; other data may take it.
+
+    Args:
+        slopes: weight -> a_l.
+        sizes: weight -> entries.
+    """
+    moving = [slopes[name] / sizes[name] for name in slopes if slopes[name] > LEAST]
+    typical = float(np.median(moving)) if moving else 1.0
+    return {
+        name: slope if slope > LEAST else typical * sizes[name] for name, slope in slopes.items()
+    }
 
 
 def _squared_error(
