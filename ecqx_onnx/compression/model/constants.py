@@ -1,7 +1,8 @@
-"""Applies Reshape, Transpose and the like to constant weights, so that products read them directly.
+"""Applies Reshape, Slice, Concat and the like to constant weights, so that products read them.
 
-Old exporters write `MatMul(x, Transpose(W))` or `MatMul(x, Reshape(W))`: the weight is then not what
-the product's input is, and would be taken for a table.
+Exporters write `MatMul(x, Transpose(W))`, or put an LSTM's gates in another order by Slice and
+Concat: the weight is then not what the product's input is, and would be taken for a table. Only
+operators that move entries are applied; none of them makes a tensor larger than its inputs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from ecqx_onnx_converters.consumers import find_uses
+from ecqx_onnx_converters.files import little_endian_bytes
 from ecqx_onnx_converters.graph import (
     FloatGraph,
     constant_value,
@@ -19,118 +21,107 @@ from ecqx_onnx_converters.graph import (
     value_names,
 )
 from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
-MOVES = ("Reshape", "Transpose", "Identity", "Flatten", "Squeeze", "Unsqueeze")
+MOVES = (
+    "Reshape", "Transpose", "Identity", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Concat", "Split",
+)  # fmt: skip
+SMALL = 4096  # entries of shapes, axes and biases that are looked at
 
 
 def apply_moves(graph: FloatGraph) -> FloatGraph:
-    """The graph with such nodes on weights gone; the weights lie as they are read.
+    """The graph with such nodes on float constants gone; constants lie as they are read.
 
-    Only weights with that one reader in the main graph are touched. The graph given stays.
+    Only nodes of the main graph are applied. The graph given is not changed.
     """
-    if not any(node.op_type in MOVES for node in graph.proto.graph.node):
-        return graph
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     arrays = dict(graph.weights)
-    changed = True
-    while changed:
-        changed = _apply_one(proto, arrays)
-    _drop_unread(proto, before=graph.proto)
+    known = _constants(proto, arrays)
+    outputs = {value.name for value in proto.graph.output}
+    taken = value_names(proto.graph)
+    gone = []
+    for index, node in enumerate(proto.graph.node):
+        made = _moved(proto, node, known, outputs)
+        if made is None:
+            continue
+        gone.append(index)
+        for old, values in zip(node.output, made, strict=True):
+            if not old:
+                continue
+            name = fresh_name(f"{old}.constant", taken)
+            _put(proto, arrays, name, values)
+            known[name] = values
+            rename(proto.graph, old, name)
+    if not gone:
+        return graph
+    for index in reversed(gone):
+        del proto.graph.node[index]
+    _drop_unread(proto, arrays)
     return FloatGraph(proto, arrays)
 
 
-def _apply_one(proto: ModelProto, arrays: dict[str, np.ndarray]) -> bool:
-    """One node less, if there is one that only moves a weight's entries."""
-    main = proto.graph
-    outputs = {value.name for value in main.output}
-    uses = find_uses(main)
-    small = _small_constants(proto)
-    for index, node in enumerate(main.node):
-        name = node.input[0] if node.input else ""
-        moves = node.op_type in MOVES and node.domain in ("", "ai.onnx")
-        if not moves or name not in arrays or node.output[0] in outputs or name in outputs:
-            continue
-        values = arrays[name]
-        if values.dtype != np.float32 or len(uses[name]) != 1:
-            continue
-        moved = _moved(values, node, small)
-        if moved is None:
-            continue
-        wanted = fresh_name(f"{name}.moved", value_names(main))
-        _replace_initializer(proto, name, wanted, moved)
-        del arrays[name]
-        arrays[wanted] = moved
-        old = node.output[0]
-        del main.node[index]
-        rename(main, old, wanted)
-        return True
-    return False
-
-
-def _small_constants(proto: ModelProto) -> Mapping[str, np.ndarray]:
-    """Integer constants of the main graph: shapes and axes."""
-    found = {}
+def _constants(proto: ModelProto, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights, and small constants of the main graph."""
+    found = dict(arrays)
     for tensor in proto.graph.initializer:
-        if tensor.data_type == TensorProto.INT64 and len(tensor.dims) <= 1:
-            found[tensor.name] = tensor_values(tensor)
+        if tensor.name not in arrays and np.prod(tensor.dims) <= SMALL:
+            if tensor.data_type in (TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT):
+                found[tensor.name] = tensor_values(tensor)
     for node in proto.graph.node:
         value = constant_value(node)
-        if value is not None and value.data_type == TensorProto.INT64:
+        if value is not None and value.data_type in (TensorProto.INT64, TensorProto.FLOAT):
             found[node.output[0]] = tensor_values(value)
+        elif node.op_type == "Constant" and node.attribute[0].name in ("value_ints", "value_int"):
+            given = helper.get_attribute_value(node.attribute[0])
+            found[node.output[0]] = np.array(given, np.int64)
     return found
 
 
 def _moved(
-    values: np.ndarray, node: NodeProto, small: Mapping[str, np.ndarray]
-) -> np.ndarray | None:
-    """What the node makes of the values; None where that is not certain."""
-    attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-    if node.op_type == "Identity":
-        return values
-    if node.op_type == "Transpose":
-        return np.ascontiguousarray(values.transpose(attributes.get("perm")))
-    if node.op_type == "Flatten":
-        axis = int(attributes.get("axis", 1)) % (values.ndim + 1)
-        return values.reshape(int(np.prod(values.shape[:axis])), -1)
-    given = attributes.get("shape" if node.op_type == "Reshape" else "axes")
-    if given is None and len(node.input) > 1:
-        given = small.get(node.input[1])
-    if given is None:
+    proto: ModelProto, node: NodeProto, known: Mapping[str, np.ndarray], outputs: set[str]
+) -> list[np.ndarray] | None:
+    """What the node makes of float constants; None where it is another node, or can't be told."""
+    if node.op_type not in MOVES or node.domain not in ("", "ai.onnx"):
         return None
-    numbers = [int(number) for number in np.atleast_1d(given)]
-    if node.op_type == "Reshape":
-        if attributes.get("allowzero", 0):
-            return None
-        lengths = [values.shape[i] if n == 0 else n for i, n in enumerate(numbers)]
-        return values.reshape(lengths)
-    if node.op_type == "Squeeze":
-        return values.squeeze(tuple(numbers))
-    return np.expand_dims(values, tuple(numbers))
+    names = [name for name in node.input if name]
+    if not names or any(name not in known for name in names):
+        return None
+    if known[names[0]].dtype != np.float32 or outputs & set(node.output):
+        return None
+    inputs = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(known[name].dtype), known[name].shape
+        )
+        for name in dict.fromkeys(names)
+    ]
+    results = [helper.make_empty_tensor_value_info(name) for name in node.output if name]
+    graph = helper.make_graph([node], "move", inputs, results)
+    model = helper.make_model(graph, opset_imports=proto.opset_import)
+    try:
+        made = ReferenceEvaluator(model).run(None, {name: known[name] for name in names})
+    except Exception:  # the evaluator raises anything; the node then stays
+        return None
+    return [np.ascontiguousarray(values) for values in made]
 
 
-def _drop_unread(proto: ModelProto, *, before: ModelProto) -> None:
-    """Shapes and axes that only the nodes that are gone have read."""
+def _put(proto: ModelProto, arrays: dict[str, np.ndarray], name: str, values: np.ndarray) -> None:
+    """A new initializer; its data among the weights from two dimensions on."""
+    tensor = proto.graph.initializer.add(name=name, data_type=TensorProto.FLOAT)
+    tensor.dims.extend(values.shape)
+    if values.ndim >= 2:
+        arrays[name] = values
+    else:
+        tensor.raw_data = little_endian_bytes(values)
+
+
+def _drop_unread(proto: ModelProto, arrays: dict[str, np.ndarray]) -> None:
+    """Constants that only nodes that are gone have read, and those made on the way."""
     still = set(find_uses(proto.graph)) | {value.name for value in proto.graph.output}
-    unread = {name for name in find_uses(before.graph) if name not in still}
+    unread = {tensor.name for tensor in proto.graph.initializer} - still
     for values in (proto.graph.initializer, proto.graph.input):
         for index in reversed(range(len(values))):
-            if values[index].name in unread and values[index].name in _initialized(before):
+            if values[index].name in unread:
                 del values[index]
-
-
-def _initialized(proto: ModelProto) -> set[str]:
-    return {tensor.name for tensor in proto.graph.initializer}
-
-
-def _replace_initializer(proto: ModelProto, old: str, new: str, values: np.ndarray) -> None:
-    for index, tensor in enumerate(proto.graph.initializer):
-        if tensor.name == old:
-            del proto.graph.initializer[index]
-            break
-    for index, value in enumerate(proto.graph.input):
-        if value.name == old:  # opset 8 lists weights among the inputs
-            del proto.graph.input[index]
-            break
-    tensor = proto.graph.initializer.add(name=new, data_type=TensorProto.FLOAT)
-    tensor.dims.extend(values.shape)
+    for name in unread & set(arrays):
+        del arrays[name]
