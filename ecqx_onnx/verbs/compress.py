@@ -34,12 +34,12 @@ from ecqx_onnx.compression.search.bounds import Bounds, make_bounds
 from ecqx_onnx.compression.search.folder import SearchFolder, hash_parts
 from ecqx_onnx.compression.search.points import Candidate, Point, PointMaker
 from ecqx_onnx.compression.search.samples import InputSpec, Samples, Splits, load_splits
-from ecqx_onnx.compression.search.search import search
+from ecqx_onnx.compression.search.search import Found, search
 from ecqx_onnx.compression.verdict import judge_file, write_reference
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, ModelError, OptionError
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
-from ecqx_onnx.runtime.runner import Runner
+from ecqx_onnx.runtime.runner import Runner, batch_size
 
 CULPRIT = 0.02  # relative error of the outputs beyond which classes change
 BATCH = 32

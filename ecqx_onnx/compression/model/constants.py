@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from ecqx_onnx_converters.consumers import find_uses
-from ecqx_onnx_converters.files import little_endian_bytes
-from ecqx_onnx_converters.graph import (
+from ecqx_onnx_converters.graph.files import to_little_endian
+from ecqx_onnx_converters.graph.graph import (
     FloatGraph,
-    constant_value,
-    fresh_name,
-    rename,
-    tensor_values,
-    value_names,
+    find_constant,
+    list_value_names,
+    make_fresh_name,
+    read_values,
+    rename_values,
 )
+from ecqx_onnx_converters.graph.uses import find_uses
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
@@ -39,7 +39,7 @@ def apply_moves(graph: FloatGraph) -> FloatGraph:
     arrays = dict(graph.weights)
     known = _constants(proto, arrays)
     outputs = {value.name for value in proto.graph.output}
-    taken = value_names(proto.graph)
+    taken = list_value_names(proto.graph)
     gone = []
     for index, node in enumerate(proto.graph.node):
         made = _moved(proto, node, known, outputs)
@@ -49,10 +49,10 @@ def apply_moves(graph: FloatGraph) -> FloatGraph:
         for old, values in zip(node.output, made, strict=True):
             if not old:
                 continue
-            name = fresh_name(f"{old}.constant", taken)
+            name = make_fresh_name(f"{old}.constant", taken)
             _put(proto, arrays, name, values)
             known[name] = values
-            rename(proto.graph, old, name)
+            rename_values(proto.graph, old, name)
     if not gone:
         return graph
     for index in reversed(gone):
@@ -65,13 +65,14 @@ def _constants(proto: ModelProto, arrays: Mapping[str, np.ndarray]) -> dict[str,
     """Weights, and small constants of the main graph."""
     found = dict(arrays)
     for tensor in proto.graph.initializer:
-        if tensor.name not in arrays and np.prod(tensor.dims) <= SMALL:
-            if tensor.data_type in (TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT):
-                found[tensor.name] = tensor_values(tensor)
+        kinds = (TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT)
+        small = tensor.data_type in kinds and np.prod(tensor.dims) <= SMALL
+        if small and tensor.name not in arrays:
+            found[tensor.name] = read_values(tensor)
     for node in proto.graph.node:
-        value = constant_value(node)
+        value = find_constant(node)
         if value is not None and value.data_type in (TensorProto.INT64, TensorProto.FLOAT):
-            found[node.output[0]] = tensor_values(value)
+            found[node.output[0]] = read_values(value)
         elif node.op_type == "Constant" and node.attribute[0].name in ("value_ints", "value_int"):
             given = helper.get_attribute_value(node.attribute[0])
             found[node.output[0]] = np.array(given, np.int64)
@@ -112,7 +113,7 @@ def _put(proto: ModelProto, arrays: dict[str, np.ndarray], name: str, values: np
     if values.ndim >= 2:
         arrays[name] = values
     else:
-        tensor.raw_data = little_endian_bytes(values)
+        tensor.raw_data = to_little_endian(values)
 
 
 def _drop_unread(proto: ModelProto, arrays: dict[str, np.ndarray]) -> None:

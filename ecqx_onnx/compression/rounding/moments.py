@@ -19,7 +19,7 @@ import numpy as np
 from ecqx_onnx.compression.model.weights import Product, Weight
 from ecqx_onnx.compression.rounding.vectors import input_vectors
 from ecqx_onnx.errors import ModelError
-from ecqx_onnx.runtime.runner import Feeds, Runner
+from ecqx_onnx.runtime.runner import Feeds, Runner, batch_size
 
 LONGEST = 4096  # inputs of one block of H
 VECTORS_PER_INPUT = 32  # as many vectors as that times the length of x, or FEWEST_VECTORS

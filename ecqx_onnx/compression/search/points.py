@@ -18,12 +18,18 @@ from ecqx_onnx.compression.rounding.ordered import (
     round_in_order,
 )
 from ecqx_onnx.compression.rounding.units import choose_unit
-from ecqx_onnx.compression.search.allocation import RateCurve, allocate, dial_for_bits, measure_rate
+from ecqx_onnx.compression.search.allocation import (
+    FINEST,
+    RateCurve,
+    allocate,
+    dial_for_bits,
+    measure_rate,
+)
 from ecqx_onnx.compression.search.quality import Quality, QualitySum
 from ecqx_onnx.compression.search.samples import Samples
-from ecqx_onnx.compression.search.sensitivity import measure_sensitivity
+from ecqx_onnx.compression.search.sensitivity import LEAST, fill_unmoved, measure_sensitivity
 from ecqx_onnx.errors import DataError, ModelError
-from ecqx_onnx.runtime.runner import Feeds, Runner
+from ecqx_onnx.runtime.runner import Feeds, Runner, batch_size
 
 LIVE_BUDGET = 400 << 20  # bytes of values between two layers, in each of the two networks
 PROBED = 128  # samples for the sensitivities

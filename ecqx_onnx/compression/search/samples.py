@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from ecqx_onnx.compression.runner import Batch
 from ecqx_onnx.data import Dataset, Source, Split, load_dataset
 from ecqx_onnx.data.folders import IMAGES, WAVS, open_images, open_wavs
 from ecqx_onnx.data.npz import read_npz
@@ -24,6 +23,7 @@ from ecqx_onnx.data.split import Arrays
 from ecqx_onnx.errors import DataError, FileError, InputError
 from ecqx_onnx.inputs.user_code import is_function_spec, load_function
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing, infer_preprocessing
+from ecqx_onnx.runtime.runner import Batch
 from ecqx_onnx.runtime.sessions import NUMPY_TYPES
 
 FEWEST = 32
