@@ -327,7 +327,9 @@ def _read_graph(document: Mapping[Any, Any], found: tuple[GraphWeight, ...]) -> 
     for name in declared:
         _read_name(name)
     for weight in found:
-        shape = tuple(declared[weight.name].dims) if weight.name in declared else None
+        shape = None
+        if weight.name in declared:
+            shape = tuple(declared[weight.name].dims)
         if shape != weight.tensor.shape:
             raise BadDocument(
                 f"{weight.name!r} has shape {weight.tensor.shape}, its graph declares {shape}"

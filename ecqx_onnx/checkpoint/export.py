@@ -29,6 +29,8 @@ from ecqx_onnx.quantization.parametrizations import (
 # The lowest that torch's exporter writes; every target can read it, and the converter raises it at
 # need.
 BASE_OPSET = 18
+# What the exporters log to.
+LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._export")
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,16 +227,13 @@ def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     """
     signature = program.graph_signature
     inputs = set(map(str, signature.user_inputs))
-    unread = [
-        node.name
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in inputs and not node.users
-    ]
-    notes = [
-        f"nothing reads the input '{name}': if the model should, it was traced with one tensor"
-        " given twice"
-        for name in unread
-    ]
+    notes = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in inputs and not node.users:
+            notes.append(
+                f"nothing reads the input '{node.name}': if the model should, it was traced with"
+                " one tensor given twice"
+            )
     written = sorted(written_buffers(program))
     if written:
         names = ", ".join(written)
@@ -393,10 +392,7 @@ def _silence_exporters() -> Iterator[None]:
 
     They print progress and warn of their own internals; none of it is for our users.
     """
-    loggers = [
-        logging.getLogger(name)
-        for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._export")
-    ]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -48,10 +48,10 @@ def copy_model(file: OnnxFile, path: Path) -> tuple[Path, ...]:
     """
     proto = ModelProto()
     proto.CopyFrom(file.proto)
-    found = [
-        (tensor, find_external_file(file.path, f"tensor '{tensor.name}'", tensor))
-        for tensor in _list_external_tensors(proto)
-    ]
+    found: list[tuple[TensorProto, Path]] = []
+    for tensor in _list_external_tensors(proto):
+        source = find_external_file(file.path, f"tensor '{tensor.name}'", tensor)
+        found.append((tensor, source))
     if not found:
         shutil.copyfile(file.path, path)
         return ()
@@ -137,17 +137,13 @@ def _unite_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def _set_location(tensor: TensorProto, location: str, pieces: list[_Piece]) -> None:
     """Let a tensor's data lie where its bytes were copied to."""
     start = _read_offset(tensor)
-    piece = next(
-        piece
-        for piece in pieces
-        if piece.start <= start and start + count_stored_bytes(tensor) <= piece.stop
-    )
+    length = count_stored_bytes(tensor)
+    holders = [piece for piece in pieces if piece.start <= start and start + length <= piece.stop]
+    piece = holders[0]  # ranges were united: exactly one
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    entries |= {
-        "location": location,
-        "offset": str(piece.place + start - piece.start),
-        "length": str(count_stored_bytes(tensor)),
-    }
+    entries["location"] = location
+    entries["offset"] = str(piece.place + start - piece.start)
+    entries["length"] = str(length)
     tensor.ClearField("external_data")
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=value)

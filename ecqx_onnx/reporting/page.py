@@ -18,7 +18,8 @@ from rich.text import Text
 
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint.insight import Insight, WeightInsight
-from ecqx_onnx.inspection.inspection import InspectedTensor, inspect
+from ecqx_onnx.inspection.inspection import inspect
+from ecqx_onnx.inspection.result import InspectedTensor
 from ecqx_onnx.reporting.charts import draw_curves, draw_histogram, draw_scatter
 from ecqx_onnx.tensors import QuantTensor, total_entropy_bytes
 from ecqx_onnx.validation.metrics import Proportion

@@ -290,6 +290,7 @@ def _find_ranges_in_graph(
     from ecqx_onnx.runtime.calibration import find_ranges_by_value
 
     example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    # Values are found by what they are on random inputs, which hardly any two share.
     generator = torch.Generator().manual_seed(0)
     probe = [
         torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.cpu()
@@ -326,10 +327,9 @@ def _write_back(
             continue
         if tensor.name not in values:
             value = torch.from_numpy(np.ascontiguousarray(tensor.dequantize())).to(old.dtype)
-            is_parameter = isinstance(state[tensor.name], torch.nn.Parameter)
-            values[tensor.name] = (
-                torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
-            )
+            if isinstance(state[tensor.name], torch.nn.Parameter):
+                value = torch.nn.Parameter(value, requires_grad=False)
+            values[tensor.name] = value
         changed[name] = values[tensor.name]
     return changed
 
