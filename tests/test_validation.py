@@ -161,7 +161,9 @@ def test_without_a_reference_what_can_be_checked_is_checked(tmp_path):
 def test_outputs_of_another_shape_fail_with_both_shapes(tmp_path):
     pair = make_pair()
     wider = torch.nn.Sequential(torch.nn.Linear(8, 6)).eval()
-    report = validate(pair.save(tmp_path), reference=wider, split=some_data(pair), latency_runs=0)
+    report = validate(
+        pair.save(tmp_path), reference=wider, split=some_data(pair), batch_size=100, latency_runs=0
+    )
     check = next(check for check in report.checks if check.name == "outputs")
     assert check.passed is False
     assert "[100, 5]" in check.sentence

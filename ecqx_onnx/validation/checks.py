@@ -1,4 +1,7 @@
-"""What was measured -> the checks of the report, each with its verdict and one sentence."""
+"""The checks of a validation report, each with its verdict and one sentence.
+
+What was measured goes in, a `Check` comes out. Names of checks are part of the report's JSON.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,14 @@ QUANTIZING = {
 
 
 def check_format(file: OnnxFile) -> Check:
-    """onnx's own checker, with full shape inference where it knows all that is in the file."""
+    """Ask onnx's own checker, with full shape inference where it knows all that is in the file.
+
+    Args:
+        file: The file to check.
+
+    Returns:
+        The check "format".
+    """
     sparse = bool(
         file.proto.graph.sparse_initializer
     )  # onnx's strict shape inference rejects these
@@ -70,9 +80,18 @@ def check_optimization(
     *,
     quantized: bool = False,
 ) -> Check:
-    """The same inputs through a session with all optimisations and one with none. bounds: one per output.
+    """Compare a session with all optimizations to one with none, on the same inputs.
 
-    quantised: activations are, on purpose: where sums differ by a rounding, an activation may fall on the next integer.
+    Args:
+        optimized: The session with all optimizations.
+        plain: The session with none.
+        inputs: The model's inputs.
+        bounds: One for each output.
+        quantized: Whether activations are quantized on purpose: where sums differ by a rounding, an
+            activation may fall on the next integer, so the difference is told and not judged.
+
+    Returns:
+        The check "optimisation".
     """
     try:
         outputs = list(zip(run(optimized, inputs), run(plain, inputs), bounds, strict=True))
@@ -98,9 +117,15 @@ def check_optimization(
 def check_operators(
     file: OnnxFile, executed: Counter[str], *, original: Counter[str] | None = None
 ) -> Check:
-    """Red if the runtime rounded activations that the file does not say are quantised; beside an original, if that one's are not.
+    """Check that the runtime rounded no activations that are not to be rounded.
 
-    original: what the original executes.
+    Args:
+        file: The file, which may say that its activations are quantized.
+        executed: Number of executions of each operator.
+        original: The same of the original file, which then decides instead of the file.
+
+    Returns:
+        The check "operators".
     """
     found = {name: count for name, count in executed.items() if rounds_activations(name)}
     words = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
@@ -137,11 +162,26 @@ def check_operators(
 
 
 def rounds_activations(operator: str) -> bool:
+    """Tell whether an operator rounds activations or computes on rounded ones.
+
+    Args:
+        operator: An operator's type, such as "QLinearConv".
+
+    Returns:
+        True for those of integer kernels.
+    """
     return operator in QUANTIZING or operator.startswith("QLinear") or operator.endswith("Integer")
 
 
 def has_quantized_activations(file: OnnxFile) -> bool:
-    """Whether the file itself says so: in our metadata, or, for a foreign file, by such operators in its graph."""
+    """Tell whether the file says itself that its activations are quantized.
+
+    Args:
+        file: One of ours, which says so in its metadata, or a foreign one.
+
+    Returns:
+        Whether our metadata says so; of a foreign file, whether its graph has such operators.
+    """
     if file.metadata:
         return bool(file.metadata.get("activations"))
     return any(
@@ -152,9 +192,14 @@ def has_quantized_activations(file: OnnxFile) -> bool:
 
 
 def check_weights(comparison: WeightsComparison, *, alone: bool = False) -> Check:
-    """The stored integers dequantise to PyTorch's values bit for bit, and the runtime decodes them so.
+    """Check that stored integers dequantize to PyTorch's values, bit for bit, in the runtime as well.
 
-    alone: the file was checked in itself, without PyTorch's values.
+    Args:
+        comparison: What was found weight by weight.
+        alone: Whether the file was checked in itself, without PyTorch's values.
+
+    Returns:
+        The check "weights".
     """
     faults = comparison.faults
     if faults:
@@ -219,14 +264,30 @@ def check_parameters(compared: ParametersComparison, *, reference: str) -> Check
 
 
 def explain_inexactness(file: OnnxFile, *, float_reference: bool) -> str | None:
-    """Why outputs may differ from PyTorch's by more than rounding, on purpose; None where they may not."""
+    """Say why outputs may differ from PyTorch's by more than rounding, on purpose.
+
+    Args:
+        file: The file that was run.
+        float_reference: Whether it is compared with the model from before the quantization.
+
+    Returns:
+        The reason, or None where they may not.
+    """
     if float_reference:
         return "the PyTorch model is float and the file's weights are quantised"
     return "activations are quantised" if has_quantized_activations(file) else None
 
 
 def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
-    """inexact: see why_inexact."""
+    """Compare the largest difference to PyTorch's outputs with its bound.
+
+    Args:
+        comparison: A pass over the data beside PyTorch's model.
+        inexact: What `explain_inexactness` says; with a reason nothing is judged.
+
+    Returns:
+        The check "outputs".
+    """
     if comparison.mismatch:
         return Check("outputs", False, None, None, comparison.mismatch)
     worst = max(comparison.differences, key=lambda d: _compute_excess(d.measured, d.bound.limit))
@@ -244,7 +305,15 @@ def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
 
 
 def check_agreement(comparison: Comparison, *, inexact: str | None) -> Check | None:
-    """classes_check beside PyTorch; inexact: see why_inexact."""
+    """Check the classes beside PyTorch's.
+
+    Args:
+        comparison: A pass over the data.
+        inexact: What `explain_inexactness` says.
+
+    Returns:
+        The check "top-1", or None where the outputs are no classes.
+    """
     if comparison.agreement is None:
         return None
     # Both classes' scores may each move by the bound, and by what rounded parameters change.
@@ -255,9 +324,16 @@ def check_agreement(comparison: Comparison, *, inexact: str | None) -> Check | N
 def check_classes(
     agreement: Agreement, tie: float, *, reference: str, inexact: str | None = None
 ) -> Check:
-    """Every input gets the class that the reference gives, except where the reference's own lead is no more than rounding.
+    """Check that every input gets the reference's class, except where its lead is mere rounding.
 
-    tie: such a lead. inexact: see why_inexact.
+    Args:
+        agreement: How often both say the same class.
+        tie: A lead, in units of the scores, that is no more than rounding.
+        reference: Whose classes these are, in words.
+        inexact: What `explain_inexactness` says.
+
+    Returns:
+        The check "top-1".
     """
     same, margin = agreement.same, agreement.margin
     share = 100 * same.share
@@ -279,7 +355,14 @@ def check_classes(
 
 
 def check_accuracy(comparison: Comparison) -> Check | None:
-    """chance_check beside PyTorch, if there are labels."""
+    """Check the accuracy beside PyTorch's.
+
+    Args:
+        comparison: A pass over the data.
+
+    Returns:
+        The check "accuracy", or None without labels.
+    """
     if comparison.onnx_accuracy is None:
         return None
     if comparison.pytorch_accuracy is None:
@@ -291,16 +374,31 @@ def check_accuracy(comparison: Comparison) -> Check | None:
 
 
 def check_chance(file: Proportion, other: Proportion, *, reference: str) -> Check:
-    """The file is not less accurate than the reference may be by chance, on the same data."""
+    """Check that the file is not less accurate than the reference may be by chance.
+
+    Args:
+        file: The file's accuracy.
+        other: The reference's, on the same data.
+        reference: Its name, in words.
+
+    Returns:
+        The check "accuracy": passed down to the lower end of the reference's 95 % interval.
+    """
     measured, lowest = 100 * file.share, 100 * other.interval[0]
     sentence = f"the file {file}, {reference} {other}, per cent with 95 % interval"
     return Check("accuracy", measured >= lowest, measured, lowest, sentence)
 
 
 def check_latency(file: OnnxFile, latency: Latency | None, *, runtime: str) -> Check | None:
-    """Where integer kernels were measured to be no faster than floats: what to do. No file fails by that.
+    """Say what to do where integer kernels are no faster than floats. No file fails by that.
 
-    runtime: its name; an emulator's times say nothing of the processor that it stands for.
+    Args:
+        file: The file that was measured.
+        latency: What was measured, or None.
+        runtime: Its name; an emulator's times say nothing of the processor that it stands for.
+
+    Returns:
+        The check "latency", or None where there is nothing to say.
     """
     if (
         latency is None

@@ -1,4 +1,8 @@
-"""(session, PyTorch model, batches) -> differences against their bounds, agreement, accuracies. One batch in memory at a time."""
+"""One pass over the data: a file's outputs beside PyTorch's, one batch in memory at a time.
+
+Enter: a session, PyTorch's model, batches. Leave: differences and their bounds, agreement,
+accuracies.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +45,14 @@ Progress = Callable[[int], None]
 class Difference:
     """One output of the graph against PyTorch's.
 
-    measured: largest |onnx - exact| where an exact result was computed, |onnx - PyTorch| elsewhere; inf for other shapes.
-    to_pytorch: largest |onnx - PyTorch| over all samples.
-    moved: the largest change of the output by rounded parameters, which `measured` leaves out (floats.py); 0 without such.
+    Attributes:
+        output: Its name.
+        measured: Largest |onnx - exact| where an exact result was computed, |onnx - PyTorch|
+            elsewhere; inf for other shapes.
+        to_pytorch: Largest |onnx - PyTorch| over all samples.
+        bound: How far they may lie apart.
+        moved: Largest change of the output by rounded parameters, which `measured` leaves out
+            (floats.py); 0 without such.
     """
 
     output: str
@@ -54,6 +63,7 @@ class Difference:
 
     @property
     def within(self) -> bool:
+        """Whether the difference is no more than rounding."""
         return self.measured <= self.bound.limit
 
 
@@ -61,11 +71,17 @@ class Difference:
 class Comparison:
     """What a pass over the data found.
 
-    first: the inputs of the first batch. differences: one per output; empty without a reference.
-    agreement, pytorch_accuracy, onnx_accuracy: of the first output, if it is one of classes.
-    confusion: of the reference where there is one, else of the file; inputs: of the first input, if it is of floats.
-    distances: of each output to the reference's, relative to it; summed over the samples.
-    mismatch: a sentence where the two models' outputs cannot be paired; the pass ended there.
+    Attributes:
+        samples: How many were run.
+        first: The inputs of the first batch.
+        differences: One for each output; empty without a reference.
+        agreement: Of the first output's classes with the reference's.
+        pytorch_accuracy: The reference's, of the first output, if it is one of classes.
+        onnx_accuracy: The file's.
+        mismatch: A sentence where the two models' outputs cannot be paired; the pass ended there.
+        confusion: Of the reference where there is one, else of the file.
+        inputs: The range of the first input, if it is of floats.
+        distances: Of each output to the reference's, relative to it; summed over the samples.
     """
 
     samples: int
@@ -88,9 +104,22 @@ def compare(
     progress: Progress | None = None,
     shift: Shift | None = None,
 ) -> Comparison:
-    """shift: what the file's rounded parameters change in the outputs.
+    """Run a file, and PyTorch's model beside it, on all batches.
 
-    DataError if there is no sample, or inputs or labels do not fit the graph; CheckFailed if the runtime fails."""
+    Args:
+        session: The file's, or one that replays the outputs of another machine.
+        reference: PyTorch's model, or None.
+        batches: Inputs, and labels or None, in the model's preprocessing.
+        progress: Called with the number of samples done so far.
+        shift: What the file's rounded parameters change in the outputs.
+
+    Returns:
+        What was found.
+
+    Raises:
+        DataError: There is no sample, or inputs or labels do not fit the graph.
+        CheckFailed: The runtime fails.
+    """
 
     from ecqx_onnx.validation.pytorch_outputs import run_reference
 
@@ -235,7 +264,15 @@ class _Differences:
 
 
 def pad_batch(array: np.ndarray, size: int | None) -> np.ndarray:
-    """Filled up with its last sample to the batch that the graph insists on."""
+    """Fill a batch up to the size that a graph insists on.
+
+    Args:
+        array: Samples along axis 0, at least one.
+        size: The fixed batch size, or None.
+
+    Returns:
+        The array, with its last sample repeated.
+    """
     missing = 0 if size is None or array.ndim == 0 else size - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing > 0 else array
 

@@ -1,9 +1,11 @@
-"""(an .onnx file, another that should be the same model) -> does onnxruntime compute the same with both?
+"""Does onnxruntime compute the same with two .onnx files?
 
-Both are run as they are written, with every optimisation off: the same operators on the same weights give the same floats bit
-for bit, or, where an operator was replaced, the same within rounding. Then with all optimisations: the second file must say
-what the first says, either optimised or as it is written, within rounding (an optimisation may make the first file itself
-less exact: onnxruntime quantises the activations of a MatMul whose weight it finds behind DequantizeLinear).
+Both are run as they are written, with every optimization off: the same operators on the same
+weights give the same floats bit for bit, or, where an operator was replaced, the same within
+rounding. Then with all optimizations: the second file must say what the first says, either
+optimized or as it is written, within rounding (an optimization may make the first file itself less
+exact: onnxruntime quantizes the activations of a MatMul whose weight it finds behind
+DequantizeLinear).
 """
 
 from __future__ import annotations
@@ -51,10 +53,18 @@ SEEDS = 2
 
 @dataclass(frozen=True)
 class Equivalence:
-    """checks: one a question; a check that could not be made has passed None and says why. inputs: sets that were compared.
+    """What comparing two files found.
 
-    first, original_first: the first of them, as the second and the first model take it. agreement, accuracy, original_accuracy:
-    of all samples, where the first output is one of classes; tie: a lead in the original's scores that is no more than rounding.
+    Attributes:
+        checks: One a question; a check that could not be made has passed None and says why.
+        inputs: Number of sets of inputs that were compared.
+        samples: Number of samples in these.
+        first: The first set as the second file takes it.
+        original_first: The first set as the first file takes it.
+        agreement: Of all samples, where the first output is one of classes.
+        tie: A lead in the original's scores that is no more than rounding.
+        accuracy: The second file's, where there are labels.
+        original_accuracy: The first file's.
     """
 
     checks: tuple[Check, ...]
@@ -69,15 +79,22 @@ class Equivalence:
 
     @property
     def ok(self) -> bool:
+        """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     @property
     def failure(self) -> str:
+        """What failed, in words; "" where nothing did."""
         return "; ".join(
             f"{check.name}: {check.sentence}" for check in self.checks if check.passed is False
         )
 
     def render(self) -> RenderableType:
+        """Draw the checks for a terminal.
+
+        Returns:
+            A line for each check.
+        """
         marks = {True: "ok", False: "FAILED", None: "-"}
         return Text(
             "\n".join(
@@ -94,9 +111,20 @@ def compare_models(
     batches: Iterable[Batch] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Equivalence:
-    """inputs: by the first model's names of them, or batches of a data set; without either, random ones in shapes that it takes.
+    """Run two files on the same inputs and compare what they say.
 
-    progress: called with the number of samples done so far. DataError if the inputs don't fit.
+    Args:
+        first: The original.
+        second: The file that should be the same model.
+        inputs: By the first model's names of them, instead of batches.
+        batches: Of a data set; without either, random inputs in shapes that the original takes.
+        progress: Called with the number of samples done so far.
+
+    Returns:
+        What was found.
+
+    Raises:
+        DataError: The inputs don't fit, or the data hold no sample.
     """
     try:
         written, optimized = (open_session(first, level=level) for level in ("disabled", "all"))

@@ -1,7 +1,7 @@
-"""(outputs of a float model and of one quantised from it without training) -> how far apart, and is it too far?
+"""How far a model that was quantized without training lies from its float model.
 
-The relative error of an output is ||quantised - float|| / ||float||, over all samples. For class scores the share of samples
-that get the float model's class says more.
+The relative error of an output is ||quantized - float|| / ||float||, over all samples. For class
+scores the share of samples that get the float model's class says more.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ NAME = "float model"
 
 @dataclass(frozen=True)
 class FloatBounds:
-    """How far an untrained result may lie from its float model; None: by default.
+    """How far an untrained result may lie from its float model.
 
-    min_agreement: per cent of the samples that keep the float model's class. max_error: relative error of every output.
-    max_drop: points of accuracy, on labelled data.
+    Attributes:
+        min_agreement: Per cent of the samples that keep the float model's class; None: by default.
+        max_error: Relative error of every output; None: by default.
+        max_drop: Points of accuracy, on labelled data; None: not judged.
     """
 
     min_agreement: float | None = None
@@ -55,10 +57,13 @@ class FloatBounds:
 
 @dataclass(frozen=True)
 class OutputDistance:
-    """One output, summed over the samples so far.
+    """One output's distance, summed over the samples so far.
 
-    squares: of the differences; float_squares: of the float model's values. same: samples with the float model's class, where
-    the output has the form of class scores [N, C].
+    Attributes:
+        name: The output's.
+        squares: Sum of the squared differences.
+        float_squares: Sum of the float model's squared values.
+        same: Samples with the float model's class, where the output has the form of class scores.
     """
 
     name: str
@@ -90,7 +95,16 @@ class LayerError:
 
 
 def measure_output(name: str, quantized: np.ndarray, exact: np.ndarray) -> OutputDistance:
-    """quantised, exact: the same output of both models, [N, ...]; exact is the float model's."""
+    """Measure how far an output lies from the float model's.
+
+    Args:
+        name: The output's.
+        quantized: The quantized model's, [N, ...].
+        exact: The float model's, in the same shape.
+
+    Returns:
+        Its distance on these samples; infinite for other shapes.
+    """
     a, b = quantized.astype(np.float64), exact.astype(np.float64)
     if a.shape != b.shape:
         return OutputDistance(name, math.inf, float(np.square(b).sum()), Proportion(0, 0))
@@ -108,7 +122,15 @@ def measure_output(name: str, quantized: np.ndarray, exact: np.ndarray) -> Outpu
 def add_distances(
     before: Sequence[OutputDistance], new: Sequence[OutputDistance]
 ) -> tuple[OutputDistance, ...]:
-    """Of one batch more."""
+    """Add the distances of one batch more.
+
+    Args:
+        before: One for each output, or none so far.
+        new: One for each output, of the batch.
+
+    Returns:
+        Their sums.
+    """
     if not before:
         return tuple(new)
     return tuple(a + b for a, b in zip(before, new, strict=True))
@@ -117,7 +139,17 @@ def add_distances(
 def measure_weight(
     name: str, quantized: np.ndarray, exact: np.ndarray, *, rescaled: bool = False
 ) -> LayerError:
-    """quantised, exact: the same weight. rescaled: the first carries a factor per output channel (axis 0), left out here."""
+    """Measure the relative error of a weight.
+
+    Args:
+        name: The weight's.
+        quantized: Its dequantized values.
+        exact: The float values in the same shape.
+        rescaled: Whether the first carries a factor per output channel (axis 0), which is left out.
+
+    Returns:
+        ||quantized - exact|| / ||exact||, 0 for a weight of zeros.
+    """
     a, b = quantized.astype(np.float64), exact.astype(np.float64)
     if rescaled:
         axes = tuple(range(1, a.ndim))
@@ -195,11 +227,25 @@ def _or(value: float | None, default: float) -> float:
 
 
 def recipe_of(metadata: Mapping[str, object]) -> Mapping[str, object]:
-    """How the file was made; empty in a foreign file."""
+    """Look up how a file was made.
+
+    Args:
+        metadata: The file's.
+
+    Returns:
+        Its recipe; empty in a foreign file.
+    """
     recipe = metadata.get("recipe")
     return recipe if isinstance(recipe, Mapping) else {}
 
 
 def is_untrained(metadata: Mapping[str, object]) -> bool:
-    """Whether the weights were quantised by us and without training."""
+    """Tell whether we quantized the weights without training.
+
+    Args:
+        metadata: The file's.
+
+    Returns:
+        False in a foreign file.
+    """
     return recipe_of(metadata).get("trained") is False

@@ -1,4 +1,4 @@
-"""(float model, the same quantised without training) -> how far apart their outputs are; for `convert --bits`."""
+"""The distance of a quantized model from its float model while `convert --bits` makes it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,12 @@ class FloatProbe:
     def see_weights(
         self, state: Mapping[str, torch.Tensor], tensors: Sequence[QuantTensor]
     ) -> None:
-        """state: the float model's, with the weights that `tensors` stand for still as they were."""
+        """Measure the weights' errors.
+
+        Args:
+            state: The float model's, with the weights that `tensors` stand for still as they were.
+            tensors: Their quantized form.
+        """
         for tensor in tensors:
             weight = state[tensor.name].detach().cpu().float().numpy()
             self._layers.append(measure_weight(tensor.name, tensor.dequantize(), weight))
@@ -57,7 +62,13 @@ class FloatProbe:
     def see_float(
         self, model: torch.nn.Module, example: object, preprocessing: Preprocessing | None
     ) -> None:
-        """example: as the model is traced with; tensors, in any nest."""
+        """Run the float model, before its weights are rounded.
+
+        Args:
+            model: The float model.
+            example: As the model is traced with; tensors, in any nest.
+            preprocessing: What the data go through, or None for their own.
+        """
 
         import torch
         from torch.utils._pytree import tree_leaves
@@ -76,7 +87,15 @@ class FloatProbe:
         self.trouble = None
 
     def judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
-        """model: the quantised one. class_names: whether its classes have names. The check has passed None if nothing ran."""
+        """Run the quantized model on the same inputs and compare.
+
+        Args:
+            model: The quantized one.
+            class_names: Whether its classes have names.
+
+        Returns:
+            The check "float model"; passed is None if nothing ran.
+        """
         if self.trouble is None:
             try:
                 return self._judge(model, class_names=class_names)
@@ -136,7 +155,14 @@ class FloatProbe:
 
 
 def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...]:
-    """Zeros as the program takes them; a free length is FREE."""
+    """Make an example input for a program.
+
+    Args:
+        program: As torch.export writes it.
+
+    Returns:
+        Zeros as the program takes them; a free length is FREE.
+    """
 
     import torch
 

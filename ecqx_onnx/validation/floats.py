@@ -1,12 +1,14 @@
-"""(file, the float model that it was converted from) -> what storing parameters as float16 changes in the outputs.
+"""What storing parameters as float16 changes in a model's outputs.
 
-A file with rounded parameters is not PyTorch's model any more, and no bound on float32 arithmetic covers the difference. So the
-same parameters are rounded in the float model, w32 -> w16, and both run on the same inputs. What is compared with PyTorch is
+A file with rounded parameters is not PyTorch's model any more, and no bound on float32 arithmetic
+covers the difference. So the same parameters are rounded in the float model, w32 -> w16, and both
+run on the same inputs. What is compared with PyTorch is
 
     file - (w16 - w32)  =  w32 + (file - w16)
 
-where file and w16 are two float32 implementations of one network, and w32 is one of PyTorch's: three times the bound for one,
-and nothing for the rounded parameters. A fault of the file is seen about as sharply as in one of float32 parameters.
+where file and w16 are two float32 implementations of one network, and w32 is one of PyTorch's:
+three times the bound for one, and nothing for the rounded parameters. A fault of the file is seen
+about as sharply as in one of float32 parameters.
 """
 
 from __future__ import annotations
@@ -29,9 +31,16 @@ Shift = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, ...]]
 def measure_float16_shift(
     file: OnnxFile, float_model: Callable[..., bytes | None] | None
 ) -> Shift | None:
-    """None for a file of float32 parameters, and where there is no float model to round.
+    """Prepare to measure what rounded parameters change.
 
-    float_model: called with floats="float32" and floats="float16" it makes w32 and w16.
+    Args:
+        file: The file that was converted.
+        float_model: Called with floats="float32" and floats="float16" it makes w32 and w16, as
+            serialized ONNX models; None where there is no float model.
+
+    Returns:
+        A function from inputs to the change of each output; None for a file of float32 parameters,
+        and where there is no float model to round.
     """
     if file.metadata.get("floats") != "float16" or float_model is None:
         return None

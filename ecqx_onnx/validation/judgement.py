@@ -27,7 +27,17 @@ SYNTHETIC_BATCH = 4
 
 
 def read_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
-    """The preprocessing in the file's metadata; None in a foreign file. FileError if it is there and cannot be used."""
+    """Read the preprocessing that a file records.
+
+    Args:
+        file: An .onnx file, or its path.
+
+    Returns:
+        The preprocessing; None in a foreign file.
+
+    Raises:
+        FileError: It is there and cannot be used.
+    """
     file = file if isinstance(file, OnnxFile) else read_onnx(file)
     stored = file.metadata.get("preprocessing")
     if stored is None:
@@ -39,12 +49,29 @@ def read_preprocessing(file: OnnxFile | Path | str) -> Preprocessing | None:
 
 
 def preprocess_batches(split: Split, size: int) -> Iterator[Batch]:
+    """Read a split in batches as a model takes them.
+
+    Args:
+        split: Samples with their preprocessing.
+        size: Samples in a batch.
+
+    Yields:
+        The one input of a batch, and its labels.
+    """
     for x, y in split.batches(size):
         yield (x,), y
 
 
 def derive_bounds(comparison: Comparison, outputs: Sequence) -> list[Bound]:
-    """How far two ways of computing each output may lie apart: the derived bound, or without a reference the coarse one."""
+    """Say how far two ways of computing each output may lie apart.
+
+    Args:
+        comparison: A pass beside a reference, or one without.
+        outputs: Arrays, one for each output.
+
+    Returns:
+        The derived bounds, or without a reference the coarse ones.
+    """
     if comparison.differences:
         return [replace(difference.bound, runs=1) for difference in comparison.differences]
     return [derive_bound(output, None) for output in outputs]
@@ -57,17 +84,18 @@ def check_stored_weights(
     *,
     float_model: Callable[..., bytes | None] | None = None,
 ) -> list[Check]:
-    """What the file itself, and the model that it was made from, say of every tensor in it.
+    """Compare every tensor of a file with what the file itself, and its origin, say of it.
 
     Args:
         model: The file's, with its data in it.
-        twin: What the runtime makes of the model's constants.
-        tensors: The quantised weights of PyTorch's model; empty to check the file in itself.
-        float_model: Makes the ONNX model from before the quantisation, as for `validate`; None where there is none, or where it
-            isn't the one that the file was made from.
+        decoded_model: What the runtime makes of the model's constants.
+        tensors: The quantized weights of PyTorch's model; empty to check the file in itself.
+        float_model: Makes the ONNX model from before the quantization, as for `validate`; None where
+            there is none, or where it isn't the one that the file was made from.
 
     Returns:
-        One check of the checksum, one of the quantised weights, one of the float parameters; those that can be made.
+        One check of the checksum, one of the quantized weights, one of the float parameters; those
+        that can be made.
     """
     try:
         found = [check] if (check := checks.check_contents(model)) is not None else []
@@ -96,6 +124,15 @@ def check_stored_weights(
 
 
 def decode_or_report(model: onnx.ModelProto, found: list[Check]) -> DecodedModel | None:
+    """Let the runtime decode a model's weights.
+
+    Args:
+        model: With its data in it.
+        found: Checks so far; a failed one is appended where the runtime cannot decode the weights.
+
+    Returns:
+        The decoded model, or None.
+    """
     try:
         return decode_model(model)
     except CheckFailed as error:
@@ -110,7 +147,17 @@ def choose_latency_baseline(
     decoded_model: DecodedModel | None,
     float_model: Callable[..., bytes | None] | None,
 ) -> bytes | None:
-    """What latency is compared with: the file's float twin; for integer kernels the model before them, where it is known."""
+    """Choose the model that latency is compared with.
+
+    Args:
+        file: The file to measure.
+        decoded_model: Its decoded float model, or None.
+        float_model: Makes the model from before integer kernels, or None.
+
+    Returns:
+        A serialized model: for integer kernels the one before them, where it is known, else the
+        decoded float model; None without either.
+    """
     if float_model is not None and checks.has_quantized_activations(file):
         return float_model()
     return None if decoded_model is None else decoded_model.serialize()

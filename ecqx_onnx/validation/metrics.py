@@ -1,4 +1,7 @@
-"""Batches of outputs and labels -> accuracy with its interval, top-1 agreement, largest difference. Constant memory."""
+"""Accuracy with its interval, top-1 agreement and largest difference of outputs.
+
+Each is measured on one batch; those of several batches are added up, in constant memory.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ class Proportion:
 
     @property
     def share(self) -> float:
+        """hits / total, in [0, 1]."""
         return self.hits / self.total
 
     @property
@@ -47,6 +51,11 @@ class Proportion:
         return f"{100 * self.share:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
 
     def to_json(self) -> dict[str, float | int]:
+        """Describe the proportion in JSON values.
+
+        Returns:
+            hits, total, share, and low and high of the 95 % interval.
+        """
         low, high = self.interval
         return {
             "hits": self.hits,
@@ -58,12 +67,30 @@ class Proportion:
 
 
 def is_classification(output: np.ndarray) -> bool:
-    """Scores [N, C] of C >= 2 classes."""
+    """Tell whether an output has the form of class scores.
+
+    Args:
+        output: Any output.
+
+    Returns:
+        True for floats [N, C] with C >= 2.
+    """
     return output.ndim == 2 and output.shape[1] >= 2 and np.issubdtype(output.dtype, np.floating)
 
 
 def measure_accuracy(output: np.ndarray, labels: np.ndarray) -> Proportion:
-    """output: scores [N, C]; labels: integers [N], each in [0, C), else DataError."""
+    """Count samples whose highest score is that of their label.
+
+    Args:
+        output: Scores [N, C].
+        labels: Integers [N], each in [0, C).
+
+    Returns:
+        Right answers of N.
+
+    Raises:
+        DataError: A label is out of range.
+    """
     classes = output.shape[1]
     wrong = labels[(labels < 0) | (labels >= classes)]
     if wrong.size:
@@ -89,7 +116,15 @@ class Agreement:
 
 
 def measure_agreement(first: np.ndarray, second: np.ndarray) -> Agreement:
-    """first, second: scores [N, C]."""
+    """Count samples to which two models give the same class.
+
+    Args:
+        first: Scores [N, C] of the reference.
+        second: Scores [N, C] of the other.
+
+    Returns:
+        The agreement, with the reference's widest lead where they disagree.
+    """
     a, b, rows = first.argmax(1), second.argmax(1), np.arange(len(first))
     lead = np.nan_to_num((first[rows, a] - first[rows, b]).astype(np.float64), nan=math.inf)
     same = a == b
@@ -99,9 +134,15 @@ def measure_agreement(first: np.ndarray, second: np.ndarray) -> Agreement:
 
 
 def find_largest_difference(first: np.ndarray, second: np.ndarray) -> float:
-    """max |first - second|; NaN against NaN and an infinity against itself are equal, anything else that is no number is inf.
+    """Find max |first - second|.
 
-    Also inf for two shapes that are not the same.
+    Args:
+        first: Any array.
+        second: Another.
+
+    Returns:
+        The difference. NaN against NaN and an infinity against itself are equal; anything else that
+        is no number gives inf, as do two shapes that are not the same.
     """
     if first.shape != second.shape:
         return math.inf

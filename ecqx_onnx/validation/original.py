@@ -1,6 +1,7 @@
-"""(.onnx file, the .onnx file that it was made from, data) -> ValidationReport: does the file still say what the original says?
+"""Does a file still say what the .onnx file says that it was made from?
 
-For files of `pack`, behind which there is no PyTorch model, and for any two files that should be the same model.
+For files of `pack`, behind which there is no PyTorch model, and for any two files that should be
+the same model.
 """
 
 from __future__ import annotations
@@ -50,9 +51,26 @@ def validate_against_original(
     progress: Callable[[int, int], None] | None = None,
     latency_runs: int = ValidateOptions.latency_runs,
 ) -> ValidationReport:
-    """split: labelled data; inputs: by the original's names of them; without either, random ones in shapes that it takes.
+    """Compare a file with its original, in everything that can be asked of both.
 
-    InputError if a file or the data cannot be used, or if nothing could be compared.
+    Args:
+        path: The file to check.
+        original: The .onnx file that it was made from.
+        split: Labelled data.
+        notes: Sentences for the report.
+        inputs: By the original's names of them, instead of a split. Without either, random ones in
+            shapes that the original takes.
+        batch_size: Samples that run at once.
+        progress: Called with (samples done, samples in all).
+        latency_runs: Pairs of measurements; 0 leaves latency out.
+
+    Returns:
+        A report; its `ok` says whether every check passed.
+
+    Raises:
+        InputError: A file or the data cannot be used, or nothing could be compared.
+        ModelError: The original does not load.
+        DataError: Nothing was proven.
     """
     file, source = read_onnx(path), read_onnx(original)
     found = [checks.check_format(file)]

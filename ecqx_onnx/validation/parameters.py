@@ -1,8 +1,8 @@
-"""(tensors of a file, as the runtime decoded them; those of the model that it was made from) -> which are missing in the file.
+"""Which float tensors of a model are in the file that was made from it, bit for bit.
 
-Biases, BatchNormalization, tables, and what the quantised weights stand for, steps and all: they must be in the file bit for
-bit. Where parameters were rounded to float16, or multiplied into each other, the other model must have undergone the same
-before. (weights.py compares the integers, and knows of no such rewriting.)
+Biases, BatchNormalization, tables, and what the quantized weights stand for, steps and all. Where
+parameters were rounded to float16, or multiplied into each other, the other model must have
+undergone the same before. (weights.py compares the integers, and knows of no such rewriting.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""(classes of the data against the model's answers, what its input was) -> sentences on what is probably wrong.
+"""What is probably wrong with data on which a model does badly.
 
-A model that is judged on data with other class numbers, or brought to it in another way than in training, still agrees with its
-own .onnx file in every sample. Only its accuracy tells.
+A model that is judged on data with other class numbers, or brought to it in another way than in
+training, still agrees with its own .onnx file in every sample. Only its accuracy tells.
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ class Confusion:
 
     @classmethod
     def count(cls, labels: np.ndarray, answers: np.ndarray, classes: int) -> Confusion:
-        """labels, answers: int64 [N], each in [0, classes)."""
+        """Count pairs of label and answer.
+
+        Args:
+            labels: int64 [N], each in [0, classes).
+            answers: int64 [N], each in [0, classes).
+            classes: How many there are.
+
+        Returns:
+            The counts.
+        """
         cells = np.bincount(
             labels.astype(np.int64) * classes + answers, minlength=classes * classes
         )
@@ -38,6 +47,7 @@ class Confusion:
 
     @property
     def right(self) -> Proportion:
+        """Samples that got the class of their label."""
         return Proportion(int(np.trace(self.counts)), int(self.counts.sum()))
 
 
@@ -50,16 +60,32 @@ class InputRange:
 
     @classmethod
     def of(cls, x: np.ndarray) -> InputRange | None:
-        """None for an input that is no float, or empty."""
+        """Find the range of an input.
+
+        Args:
+            x: A batch of it.
+
+        Returns:
+            The range; None for an input that is no float, or empty.
+        """
         if x.dtype.kind != "f" or not x.size:
             return None
         return cls(float(x.min()), float(x.max()))
 
     def widen(self, other: InputRange) -> InputRange:
+        """Find the range of both.
+
+        Args:
+            other: The range of another batch.
+
+        Returns:
+            The range from the lower to the higher end.
+        """
         return InputRange(min(self.lowest, other.lowest), max(self.highest, other.highest))
 
     @property
     def reach(self) -> float:
+        """The largest absolute value."""
         return max(abs(self.lowest), abs(self.highest))
 
 
@@ -105,7 +131,15 @@ def doubt_accuracy(
 def doubt_range(
     inputs: InputRange | None, calibrated: tuple[float, float] | None
 ) -> tuple[str, ...]:
-    """Say that the inputs are not those that the 8 bit activations were calibrated on. calibrated: lowest and highest value."""
+    """Say that inputs are not those that the 8 bit activations were calibrated on.
+
+    Args:
+        inputs: What went into the model, or None.
+        calibrated: The lowest and highest value that the first input's integers hold, or None.
+
+    Returns:
+        At most one sentence.
+    """
     if inputs is None or calibrated is None:
         return ()
     low, high = calibrated

@@ -19,7 +19,18 @@ LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 def run_reference(
     reference: torch.nn.Module, inputs: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """PyTorch's outputs as they are, in evaluation mode. ModelError if the model does not take these inputs."""
+    """Run PyTorch's model as it is, in evaluation mode.
+
+    Args:
+        reference: The model.
+        inputs: Its arguments, one batch.
+
+    Returns:
+        Its outputs, flattened.
+
+    Raises:
+        ModelError: The model does not take these inputs.
+    """
     arguments = [torch.from_numpy(array) for array in inputs]
     with torch.no_grad(), _hold_evaluation_mode(reference):
         try:
@@ -35,10 +46,18 @@ def run_reference(
 def run_reference_exactly(
     reference: torch.nn.Module, inputs: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, ...] | None:
-    """PyTorch's outputs in float64; None if some operation of the model has no float64 form.
+    """Run PyTorch's model in float64.
 
-    The parameters are replaced by float64 ones for this call only. Whatever the code still makes in a lower precision
-    (`torch.zeros(..., dtype=torch.float32)`, `x.float()`, constants of an exported program) a dispatch mode raises.
+    The parameters are replaced by float64 ones for this call only. Whatever the code still makes in a
+    lower precision (`torch.zeros(..., dtype=torch.float32)`, `x.float()`, constants of an exported
+    program) a dispatch mode raises.
+
+    Args:
+        reference: The model.
+        inputs: Its arguments, one batch.
+
+    Returns:
+        Its outputs in float64, flattened; None if some operation has no float64 form.
     """
     tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     raised = {name: _raise_precision(value.detach()) for name, value in tensors.items()}

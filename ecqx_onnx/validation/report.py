@@ -1,4 +1,4 @@
-"""What validation found, as frozen values -> JSON for programs, tables for people. Knows no runtime."""
+"""What a validation found, as frozen values: JSON for programs, tables for people."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class Check:
     sentence: str
 
     def to_json(self) -> dict[str, Any]:
+        """Describe the check in JSON values.
+
+        Returns:
+            Its fields; infinities and NaN as text.
+        """
         return {
             "name": self.name,
             "passed": self.passed,
@@ -43,10 +48,25 @@ class Check:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """samples: how many were compared. operators: executed type -> count. notes: what a user should know, a sentence each.
+    """What a validation found.
 
-    device: its name; None for the process that validates. peak_memory: bytes that loading the file and running a batch took
-    on the device (of WebAssembly: the whole heap); None where nobody measured it.
+    Attributes:
+        file: Its path.
+        runtime: Name and version of what ran it, and where.
+        size: Bytes of the file.
+        samples: How many were compared.
+        checks: One a question.
+        pytorch_accuracy: The reference's, where there are labels.
+        onnx_accuracy: The file's.
+        agreement: Samples to which both give the same class.
+        largest_difference: Between the outputs of both.
+        load_seconds: How long loading takes.
+        latency: Of one sample, beside a baseline.
+        operators: Executed type -> count.
+        device: Its name; None for the process that validates.
+        peak_memory: Bytes that loading the file and running a batch took on the device (of
+            WebAssembly: the whole heap); None where nobody measured it.
+        notes: What a user should know, a sentence each.
     """
 
     file: str
@@ -67,14 +87,20 @@ class ValidationReport:
 
     @property
     def ok(self) -> bool:
+        """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     @property
     def failures(self) -> tuple[Check, ...]:
+        """The checks that failed."""
         return tuple(check for check in self.checks if check.passed is False)
 
     def render(self) -> RenderableType:
-        """As tables for a terminal: every check, the numbers, and a last line with the verdict."""
+        """Draw the report for a terminal.
+
+        Returns:
+            Every check, the numbers, and a last line with the verdict.
+        """
         checks = Table(title=Text(f"{self.file} on {self.runtime}"), title_justify="left")
         for heading in ("", "check", "measured", "limit", "what it says"):
             checks.add_column(heading, overflow="fold")
@@ -93,7 +119,11 @@ class ValidationReport:
         return Group(checks, numbers, *notes, _draw_verdict(self))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; sizes in bytes, times in seconds, shares in [0, 1]."""
+        """Describe the report in JSON values.
+
+        Returns:
+            Sizes in bytes, times in seconds, shares in [0, 1].
+        """
         return {
             "file": self.file,
             "device": self.device,
@@ -120,6 +150,14 @@ class ValidationReport:
 
 
 def show(value: Value) -> str:
+    """Write a value for people.
+
+    Args:
+        value: A number, a text or None.
+
+    Returns:
+        Three digits of a float, groups of three of an integer, "" for None.
+    """
     if value is None:
         return ""
     if isinstance(value, float):

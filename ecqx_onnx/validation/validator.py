@@ -1,4 +1,4 @@
-"""(.onnx file, PyTorch reference, quantised weights, data) -> ValidationReport: does the file still say the same?"""
+"""Does a file still say what its PyTorch model says? The validation on this machine."""
 
 from __future__ import annotations
 
@@ -73,17 +73,33 @@ def validate(
     progress: Callable[[int, int], None] | None = None,
     latency_runs: int = ValidateOptions.latency_runs,
 ) -> ValidationReport:
-    """Everything that can be asked of the file with what is given; `report.ok` says whether every check passed.
+    """Ask everything that can be asked of a file with what is given.
 
-    reference: the PyTorch model, compared output by output. tensors: the quantised weights that it holds.
-    float_reference: it is the float model from before the quantisation, so that differences are shown and not judged.
-    float_model: makes the ONNX model from before any quantisation, with which the latency of integer kernels is compared;
-        called with floats="float16", the same with its parameters rounded.
-    float_bounds: how far a file that was quantised without training may lie from its float model.
-    class_names: the reference has names for its classes, so that its first output, if [N, C], holds class scores.
-    split: data with classes; without it, synthetic inputs are compared. preprocessing: by default what the file records.
-    progress: called with (samples done, samples in all). latency_runs: pairs of measurements; 0 leaves latency out.
-    InputError if the file or the data cannot be used.
+    Args:
+        path: The .onnx file.
+        reference: The PyTorch model, compared output by output.
+        tensors: The quantized weights that it holds.
+        float_reference: Whether it is the float model from before the quantization, so that
+            differences are shown and not judged.
+        float_model: Makes the ONNX model from before any quantization, with which the latency of
+            integer kernels is compared; called with floats="float16", the same with its parameters
+            rounded.
+        split: Data with classes; without it, synthetic inputs are compared.
+        notes: Sentences for the report.
+        preprocessing: By default what the file records.
+        float_bounds: How far a file that was quantized without training may lie from its float model.
+        class_names: Whether the reference has names for its classes, so that its first output, if
+            [N, C], holds class scores.
+        batch_size: Samples that run at once.
+        progress: Called with (samples done, samples in all).
+        latency_runs: Pairs of measurements; 0 leaves latency out.
+
+    Returns:
+        A report; its `ok` says whether every check passed.
+
+    Raises:
+        InputError: The file or the data cannot be used.
+        DataError: The file does not run on synthetic inputs.
     """
     file = read_onnx(path)
     found = [checks.check_format(file)]
@@ -219,7 +235,17 @@ def _choose_preprocessing(
 def prepare_samples(
     file: OnnxFile, split: Split, given: Preprocessing | None, session: Session
 ) -> tuple[Split, str]:
-    """(the samples as the model takes them, a sentence that says how they are preprocessed and who decided it)."""
+    """Preprocess samples as a model takes them.
+
+    Args:
+        file: The file, which may record a preprocessing.
+        split: The samples.
+        given: A preprocessing that comes before the recorded one, or None.
+        session: The file's, for the shape of its first input.
+
+    Returns:
+        The samples, and a sentence that says how they are preprocessed and who decided it.
+    """
     preprocessing, told = _choose_preprocessing(file, split, given)
     shape = session.get_inputs()[0].shape[1:] if session.get_inputs() else ()
     lengths = [length if isinstance(length, int) else None for length in shape]
@@ -234,7 +260,17 @@ def prepare_samples(
 def list_doubts(
     file: OnnxFile, comparison: Comparison, split: Split | None, *, has_reference: bool
 ) -> tuple[str, ...]:
-    """Sentences on what is probably wrong with the data, their labels or their preprocessing; none without data."""
+    """Say what is probably wrong with the data, their labels or their preprocessing.
+
+    Args:
+        file: The file that was run.
+        comparison: What was found on the data.
+        split: The data; None for synthetic inputs.
+        has_reference: Whether PyTorch's model ran beside it.
+
+    Returns:
+        A sentence each; none without data.
+    """
     if split is None:
         return ()
     range_doubts = doubt_range(comparison.inputs, _find_calibrated_input_range(file))
@@ -255,7 +291,19 @@ def float_check(
     scores: bool,
     data: str | None,
 ) -> Check:
-    """How far the file is from the float model that it was quantised from without training. data: None for random inputs."""
+    """Judge how far a file is from the float model that it was quantized from without training.
+
+    Args:
+        file: The file.
+        comparison: A pass beside the float model.
+        reference: The float model.
+        bounds: What is allowed.
+        scores: Whether the first output holds class scores.
+        data: The data's name; None for random inputs.
+
+    Returns:
+        The check "float model".
+    """
     accuracies = None
     if comparison.onnx_accuracy is not None and comparison.pytorch_accuracy is not None:
         accuracies = (comparison.onnx_accuracy, comparison.pytorch_accuracy)

@@ -1,4 +1,4 @@
-"""(weights in the file, weights as the runtime decoded them, PyTorch's QuantTensors) -> which are equal, and what is wrong."""
+"""Which quantized weights of a file are PyTorch's, and what is wrong with the others."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from ecqx_onnx.tensors import QuantTensor
 
 @dataclass(frozen=True)
 class WeightsComparison:
-    """equal of total weights are right. rescaled: how many of them carry a BatchNorm's factor per channel.
+    """What comparing the weights found.
 
-    faults: one sentence each. absent: names of PyTorch's quantised weights that the graph does not have under any name.
+    Attributes:
+        equal: How many are right.
+        total: How many there are.
+        rescaled: How many carry a BatchNorm's factor per channel.
+        absent: PyTorch's quantized weights that the graph does not have under any name.
+        faults: One sentence for each that is wrong.
     """
 
     equal: int
@@ -31,10 +36,17 @@ def compare_weights(
     decoded: Mapping[str, np.ndarray],
     tensors: Sequence[QuantTensor],
 ) -> WeightsComparison:
-    """stored: empty for a foreign file, whose float weights are compared as they are. tensors: empty to check the file in itself.
+    """Compare a file's weights with its checksums, the runtime's decoding and PyTorch's values.
 
-    decoded: by name in the file's graph, what the runtime computed from the stored integers: floats, and the integers of tables
-    of which it dequantises only the rows that are asked for.
+    Args:
+        stored: As our reader decodes them; empty for a foreign file, whose float weights are compared
+            as they are.
+        decoded: By name in the file's graph, what the runtime computed from the stored integers:
+            floats, and the integers of tables of which it dequantizes only the rows asked for.
+        tensors: PyTorch's; empty to check the file in itself.
+
+    Returns:
+        How many are right, and a sentence for each that is not.
     """
     own = {name for item in stored for name in (item.value, item.levels_name)}
     values = {

@@ -1,7 +1,8 @@
-"""(.onnx file) -> ValidationReport: is this file whole? Nothing else is needed: no checkpoint, no data, no inference.
+"""Is a file whole? Nothing else is needed: no checkpoint, no data, no inference.
 
-A single flipped bit of packed weights often decodes to other weights without a word from the runtime. So every checksum in the
-file is computed anew, of the levels as this reader decodes them and as the runtime does, and of all else as it lies there.
+A single flipped bit of packed weights often decodes to other weights without a word from the
+runtime. So every checksum in the file is computed anew: of the levels as our reader decodes them
+and as the runtime does, and of all else as it lies there.
 """
 
 from __future__ import annotations

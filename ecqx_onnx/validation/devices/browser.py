@@ -1,4 +1,4 @@
-"""A job folder -> a headless Chromium opens a page, runs the job there with onnxruntime-web, and puts the outputs back."""
+"""A device that is a headless Chromium: a page runs the job there with onnxruntime-web."""
 
 from __future__ import annotations
 
@@ -37,14 +37,29 @@ TYPES = {".html": "text/html", ".mjs": "text/javascript", ".wasm": "application/
 
 @dataclass(frozen=True)
 class Browser:
-    """runtime: the folder with onnxruntime-web's files."""
+    """A browser of this machine.
+
+    Attributes:
+        name: The device's.
+        program: The browser's path.
+        runtime: The folder with onnxruntime-web's files.
+    """
 
     name: str
     program: str
     runtime: Path
 
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
-        """Leaves result.json and outputs in the job's folder. InputError if the browser does not get that far."""
+        """Run a job in a page; result.json and outputs are left in the job's folder.
+
+        Args:
+            job: What to do.
+            time_limit: Seconds until the page is closed.
+            progress: Called with (batches done, batches in all).
+
+        Raises:
+            InputError: The browser does not get that far.
+        """
         (job.folder / "outputs").mkdir(exist_ok=True)
         with (
             _Server(job.folder, self.runtime, progress) as server,

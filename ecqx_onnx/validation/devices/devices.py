@@ -1,4 +1,4 @@
-"""A device's name as the user writes it -> something that does a job, or one sentence on why it cannot."""
+"""The devices by the names that users write: each can do a job, or one sentence says why not."""
 
 from __future__ import annotations
 
@@ -39,24 +39,47 @@ class Device(Protocol):
     """Whatever can do a job: it leaves result.json and the output files in the job's folder, and nothing anywhere else."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As the user writes it."""
 
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> Path | None:
-        """Where the results lie, if not in the job's folder.
+        """Do a job.
 
-        InputError if the device is absent, or its runner dies or is not done after time_limit seconds.
+        Args:
+            job: What to do.
+            time_limit: Seconds until the runner is stopped.
+            progress: Called with (batches done, batches in all).
+
+        Returns:
+            Where the results lie, if not in the job's folder.
+
+        Raises:
+            InputError: The device is absent, or its runner dies or is not done in time.
         """
 
 
 @dataclass(frozen=True)
 class Command:
-    """A runner that is a program of this machine; the job's folder is its last argument."""
+    """A runner that is a program of this machine; the job's folder is its last argument.
+
+    Attributes:
+        name: The device's.
+        command: Program and arguments.
+        environment: Variables besides those of this process.
+    """
 
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
+        """Do a job; see `Device.run`.
+
+        Args:
+            job: What to do.
+            time_limit: Seconds until the runner is stopped.
+            progress: Called with (batches done, batches in all).
+        """
         command = (*self.command, str(job.folder))
         supervise(
             self.name,
@@ -69,9 +92,15 @@ class Command:
 
 @dataclass(frozen=True)
 class Ssh:
-    """Another machine with numpy and onnxruntime for its python3: job there, run, results back, all in one connection.
+    """Another machine with numpy and onnxruntime for its Python.
 
-    options: more arguments for ssh (-p, -i). Keys only: it never asks for a password. python: the one to run there.
+    The job goes there, runs, and its results come back, all in one connection. Keys only: it never
+    asks for a password.
+
+    Attributes:
+        host: As ssh takes it.
+        options: More arguments for ssh (-p, -i).
+        python: The Python to run there.
     """
 
     host: str
@@ -80,10 +109,21 @@ class Ssh:
 
     @property
     def name(self) -> str:
+        """As the user writes it."""
         return f"ssh://{self.host}"
 
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
         # The folder goes whatever happens: the trap runs when the runner dies, and `timeout` ends one that outlives us.
+        """Do a job; see `Device.run`.
+
+        Args:
+            job: What to do.
+            time_limit: Seconds until the runner is stopped.
+            progress: Called with (batches done, batches in all).
+
+        Raises:
+            InputError: The machine does not answer, or what came back is no archive of results.
+        """
         script = (
             "set -e; d=$(mktemp -d); trap 'rm -rf \"$d\"' EXIT; trap 'exit 1' HUP INT TERM PIPE; tar xf - -C \"$d\"; "
             f'timeout {time_limit:.0f} {shlex.quote(self.python)} "$d/run.py" "$d" 1>&2 || late=$?; '
@@ -132,15 +172,33 @@ def _unpack_results(received: IO[bytes], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that is carried to the device and back: the first call leaves the job in it, the next one reads the results."""
+    """A folder that is carried to the device and back.
+
+    The first call leaves the job in it, the next one reads the results.
+    """
 
     path: Path
 
     @property
     def name(self) -> str:
+        """As the user writes it."""
         return f"folder:{self.path}"
 
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> Path | None:
+        """Read the results, or leave the job where there are none.
+
+        Args:
+            job: What to do.
+            time_limit: Not used: a person does it.
+            progress: Not used.
+
+        Returns:
+            The folder with the results.
+
+        Raises:
+            InputError: There are no results yet; the job was written.
+            OptionError: The folder holds other things.
+        """
         if os.path.lexists(self.path / "result.json"):
             return self.path  # read where they are: copies of endless files would fill the disk
         with turn_system_errors():
@@ -179,7 +237,18 @@ def _refuse_link(target: Path) -> None:
 
 
 def find_device(name: str) -> Device:
-    """OptionError for a name that is none; InputError with what to install for a device that this machine does not have."""
+    """Find a device by its name.
+
+    Args:
+        name: One of those in KNOWN.
+
+    Returns:
+        The device.
+
+    Raises:
+        OptionError: The name is none.
+        InputError: This machine does not have the device; the sentence says what to install.
+    """
     kind, _, rest = name.partition(":")
     match kind:
         case "local" if name == kind:
@@ -211,7 +280,13 @@ def find_device(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether this machine has a device. runs: what it runs; advice: what is missing, or ""."""
+    """Whether this machine has a device.
+
+    Attributes:
+        name: The device's.
+        runs: What it runs.
+        advice: What is missing, or "".
+    """
 
     name: str
     runs: str
@@ -219,14 +294,22 @@ class Readiness:
 
     @property
     def ready(self) -> bool:
+        """Whether nothing is missing."""
         return not self.advice
 
 
 @dataclass(frozen=True)
 class DeviceList:
+    """Every kind of device, and whether it can be used here."""
+
     devices: tuple[Readiness, ...]
 
     def render(self) -> RenderableType:
+        """Draw the list for a terminal.
+
+        Returns:
+            A table with a row for each device.
+        """
         table = Table(show_header=True)
         for heading in ("device", "runs", "here"):
             table.add_column(heading, overflow="fold")
@@ -240,6 +323,11 @@ class DeviceList:
         return table
 
     def to_json(self) -> list[dict[str, Any]]:
+        """Describe the list in JSON values.
+
+        Returns:
+            device, runs, ready and advice of each.
+        """
         return [
             {"device": d.name, "runs": d.runs, "ready": d.ready, "advice": d.advice}
             for d in self.devices
@@ -247,7 +335,11 @@ class DeviceList:
 
 
 def check_readiness() -> DeviceList:
-    """Every kind of device, each with what it needs before it can be used here."""
+    """Ask every kind of device what it needs before it can be used here.
+
+    Returns:
+        The list.
+    """
     runs = {
         "local": "onnxruntime of this Python, in a process of its own",
         "node": f"onnxruntime-web {setup.WEB_VERSION} in Node.js",

@@ -1,6 +1,7 @@
-"""(.onnx file, batches) -> a job folder that a runner on any device can do; its result.json -> a checked Result.
+"""The job folder that a runner on any device can do, and the result that it leaves.
 
-The folder is specified in docs/devices.md. Nothing that comes back is believed before its checksum, type and shape fit.
+The folder is specified in docs/devices.md. Nothing that comes back is believed before its
+checksum, type and shape fit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ Feed = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Job:
-    """folder: holds job.json and all that it names. id: sha256 over the whole job, so that no result of another one fits."""
+    """A job as it lies on disk.
+
+    Attributes:
+        folder: Holds job.json and all that it names.
+        id: sha256 over the whole job, so that no result of another one fits.
+        model_sha256: Of the model's file.
+        batches: How many there are.
+    """
 
     folder: Path
     id: str
@@ -49,7 +57,14 @@ class Job:
 
 @dataclass(frozen=True)
 class DeviceLatency:
-    """Medians in seconds; float_seconds and ratio where the job had a float twin."""
+    """Medians of what a device measured.
+
+    Attributes:
+        seconds: For one sample.
+        runs: How many were measured.
+        float_seconds: The same of the decoded float model, where the job had one.
+        ratio: seconds / float_seconds, measured in pairs.
+    """
 
     seconds: float
     runs: int
@@ -59,9 +74,17 @@ class DeviceLatency:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a runner found. operators, load_seconds, latency, peak_memory: None where the runtime does not tell.
+    """What a runner found; None where the runtime does not tell.
 
-    plain: outputs of the first batch with all optimisations switched off, or None.
+    Attributes:
+        folder: Where the outputs lie.
+        runtime: Name and version of what ran.
+        batches: For each batch, what result.json says of its outputs.
+        plain: Outputs of the first batch with all optimizations switched off.
+        operators: Executions of each operator's type.
+        load_seconds: How long loading takes.
+        latency: Of one sample.
+        peak_memory: Bytes.
     """
 
     folder: Path
@@ -74,7 +97,14 @@ class Result:
     peak_memory: int | None
 
     def outputs(self) -> Iterator[tuple[np.ndarray, ...]]:
-        """The outputs of each batch, one batch in memory at a time. FileError if a file is not what result.json says."""
+        """Read the outputs, one batch in memory at a time.
+
+        Yields:
+            The outputs of a batch.
+
+        Raises:
+            FileError: A file is not what result.json says.
+        """
         for number, entries in enumerate(self.batches):
             yield tuple(
                 _read_array(self.folder, entry, f"output {i} of batch {number}")
@@ -91,7 +121,19 @@ def write_job(
     decoded: bytes | None = None,
     latency_runs: int = 50,
 ) -> Job:
-    """folder: empty, exists. single: one sample, for latency and operators. twin: the float model to compare latency with."""
+    """Write a job into a folder.
+
+    Args:
+        file: The model.
+        folder: Empty, exists.
+        batches: Inputs by name.
+        single: One sample, for latency and operators.
+        decoded: The serialized float model to compare latency with, or None.
+        latency_runs: Pairs of measurements; 0 leaves latency out.
+
+    Returns:
+        The job.
+    """
     (folder / "inputs").mkdir()
     external = copy_model(file, folder / "model.onnx")
     if decoded is not None:
@@ -376,5 +418,13 @@ def _read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray
 
 
 def compute_sha256(path: Path) -> str:
+    """Compute a file's checksum.
+
+    Args:
+        path: The file.
+
+    Returns:
+        sha256 in hexadecimal digits.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

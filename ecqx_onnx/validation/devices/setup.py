@@ -1,6 +1,7 @@
-"""A device's name -> its runtime, fetched once from npm, Debian and PyPI into a cache. The system is left as it is; no root.
+"""Fetch a device's runtime once, from npm, Debian and PyPI, into a cache. Needs no root.
 
-The cache is $XDG_CACHE_HOME/ecqx-onnx (~/.cache/ecqx-onnx); deleting a folder in it undoes its setup.
+The cache is $XDG_CACHE_HOME/ecqx-onnx (~/.cache/ecqx-onnx); deleting a folder in it undoes its
+setup. The system is left as it is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,19 @@ def _find_cache() -> Path:
 
 
 def set_up(device: str, *, progress: Progress | None = None) -> Path:
-    """Fetches what the device ('web', 'node' or 'arm64') needs, unless it is there. The folder it lies in."""
+    """Fetch what a device needs, unless it is there.
+
+    Args:
+        device: "web", "node" or "arm64".
+        progress: Called with (steps done, steps in all, what is being done now).
+
+    Returns:
+        The folder it lies in.
+
+    Raises:
+        OptionError: The device needs no setup, or is none.
+        InputError: Something could not be fetched.
+    """
     makers: Mapping[str, tuple[Path, Callable[[Path, Progress], None]]] = {
         "web": (_find_web_folder(), _fetch_web),
         "node": (_find_web_folder(), _fetch_web),
@@ -67,12 +80,29 @@ def _show_nothing(done: int, total: int, doing: str) -> None:
 
 
 def find_web_runtime(device: str) -> Path:
-    """onnxruntime-web's folder, for 'web' or 'node'. InputError if it was not set up."""
+    """Find onnxruntime-web.
+
+    Args:
+        device: "web" or "node", for the message.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        InputError: It was not set up.
+    """
     return _require_folder(device, _find_web_folder())
 
 
 def find_arm64_command() -> tuple[tuple[str, ...], Mapping[str, str]]:
-    """The emulated Python: (command, environment). InputError if it was not set up."""
+    """Find the emulated Python.
+
+    Returns:
+        Its command and environment variables.
+
+    Raises:
+        InputError: It was not set up.
+    """
     folder = _require_folder("arm64", _find_arm64_folder())
     root = folder / "root"
     python = root / "usr" / "bin" / "python3"

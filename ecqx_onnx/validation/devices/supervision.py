@@ -1,4 +1,4 @@
-"""A runner's command -> it ran to its end, or it and its children are gone and one sentence says why."""
+"""Run a runner's command to its end, or stop it and all its children and say why."""
 
 from __future__ import annotations
 
@@ -30,9 +30,22 @@ def supervise(
     stdin: IO[bytes] | None = None,
     stdout: IO[bytes] | None = None,
 ) -> None:
-    """The runner tells how far it is, as lines `3/40`, on its error stream if its output goes to `stdout`, else on either.
+    """Run a command and listen to how far it is.
 
-    InputError if the command is missing, dies, or is not done after `time_limit` seconds.
+    The runner tells it as lines `3/40`: on its error stream if its output goes to `stdout`, else on
+    either.
+
+    Args:
+        device: Its name, for messages.
+        command: Program and arguments.
+        time_limit: Seconds until it is stopped.
+        progress: Called with (batches done, batches in all).
+        environment: Variables besides those of this process.
+        stdin: What it reads; nothing by default.
+        stdout: Where its output goes; by default it is listened to.
+
+    Raises:
+        InputError: The command is missing, dies, or is not done in time.
     """
     try:
         process = subprocess.Popen(
@@ -69,7 +82,11 @@ def supervise(
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """The process and all that it started."""
+    """Stop a process and all that it started.
+
+    Args:
+        process: Started in a session of its own.
+    """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""(.onnx file, PyTorch reference, data, device) -> the same ValidationReport as at home, of what the device computed."""
+"""The validation of a file on another device: the same report, of what the device computed."""
 
 from __future__ import annotations
 
@@ -75,10 +75,34 @@ def validate_on(
     time_limit: float = TIME_LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
-    """As `validate`, but the file runs on the device: every output, the load, the latency and the operators are its own.
+    """Ask of a file what `validate` asks, but run it on a device.
 
-    The inputs are preprocessed here and travel as they go into the model. progress: called with (batches done, in all).
-    InputError if the device is absent, its runner dies or is not done in time, or its runtime does not take the file.
+    Every output, the load, the latency and the operators are the device's own. The inputs are
+    preprocessed here and travel as they go into the model.
+
+    Args:
+        device: A device or its name.
+        path: The .onnx file.
+        reference: As for `validate`, like all that follow but the last two.
+        tensors: The quantized weights that it holds.
+        float_reference: Whether it is the float model from before the quantization.
+        float_model: Makes the ONNX model from before any quantization.
+        split: Data with classes; without it, synthetic inputs are compared.
+        notes: Sentences for the report.
+        preprocessing: By default what the file records.
+        float_bounds: How far an untrained file may lie from its float model.
+        class_names: Whether the reference has names for its classes.
+        batch_size: Samples that run at once.
+        latency_runs: Pairs of measurements; 0 leaves latency out.
+        time_limit: Seconds for everything that the runner does.
+        progress: Called with (batches done, batches in all).
+
+    Returns:
+        A report; its `ok` says whether every check passed.
+
+    Raises:
+        InputError: The device is absent, or its runner dies or is not done in time.
+        ModelError: A runtime does not take the file.
     """
     device = find_device(device) if isinstance(device, str) else device
     file = read_onnx(path)
@@ -194,20 +218,32 @@ class Trouble:
 
 @dataclass(frozen=True)
 class DeviceTable:
-    """Reports of one file (or several) on several devices, side by side; troubles: devices that gave none."""
+    """Reports of one file (or several) on several devices, side by side.
+
+    Attributes:
+        reports: One for each device that gave one.
+        troubles: Devices that gave none.
+    """
 
     reports: tuple[ValidationReport, ...]
     troubles: tuple[Trouble, ...] = ()
 
     @property
     def ok(self) -> bool:
+        """Whether every device gave a report without failures."""
         return not self.troubles and all(report.ok for report in self.reports)
 
     @property
     def failures(self) -> tuple[Check, ...]:
+        """The checks that failed, of all reports."""
         return tuple(check for report in self.reports for check in report.failures)
 
     def render(self) -> RenderableType:
+        """Draw the reports for a terminal.
+
+        Returns:
+            A table with a column for each device, then what failed.
+        """
         files = ", ".join(
             sorted({f"{report.file}: {show(report.size)} bytes" for report in self.reports})
         )
@@ -237,7 +273,11 @@ class DeviceTable:
         return Group(table, *notes, *failed, *slow)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A report for each device; of one without result: device, ok, error."""
+        """Describe the reports in JSON values.
+
+        Returns:
+            A report for each device; of one without result: device, ok, error.
+        """
         troubles = [
             {"device": trouble.device, "ok": False, "error": trouble.sentence}
             for trouble in self.troubles
