@@ -132,7 +132,7 @@ def trace(
         signature = program.graph_signature
         inputs = set(map(str, signature.user_inputs))
         if inputs & set(map(str, signature.user_outputs)):
-            with _copying_inputs_returned(model):
+            with _copy_inputs_returned(model):
                 program, notes = _trace_program(model, example)
     finally:
         model.train(was_training)
@@ -140,7 +140,7 @@ def trace(
 
 
 @contextlib.contextmanager
-def _copying_inputs_returned(model: torch.nn.Module) -> Iterator[None]:
+def _copy_inputs_returned(model: torch.nn.Module) -> Iterator[None]:
     """Let forward return a copy of an input that it would return itself.
 
     In ONNX no input is an output.
@@ -193,10 +193,10 @@ def trace_fixed(
         raise error from None
     finally:
         model.train(was_training)
-    return program, f"the batch size is fixed to {_batch_of(example)}: with a free one, {error}"
+    return program, f"the batch size is fixed to {_find_batch(example)}: with a free one, {error}"
 
 
-def _batch_of(example: tuple[torch.Tensor, ...]) -> int:
+def _find_batch(example: tuple[torch.Tensor, ...]) -> int:
     return next((int(x.shape[0]) for x in example if x.ndim), 1)
 
 
@@ -234,7 +234,7 @@ def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
                 f"nothing reads the input '{node.name}': if the model should, it was traced with"
                 " one tensor given twice"
             )
-    written = sorted(written_buffers(program))
+    written = sorted(find_written_buffers(program))
     if written:
         names = ", ".join(written)
         notes.append(
@@ -244,7 +244,7 @@ def notes_on(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def written_buffers(program: torch.export.ExportedProgram) -> set[str]:
+def find_written_buffers(program: torch.export.ExportedProgram) -> set[str]:
     """Find the buffers that a program writes.
 
     Args:
@@ -286,7 +286,7 @@ def export_float_graph(
         ModelError: ONNX lacks an operator.
     """
     inputs = list(program.graph_signature.user_inputs)
-    outputs = _output_names(program)
+    outputs = _name_outputs(program)
     with _silence_exporters(), torch.no_grad():
         try:
             exported = torch.onnx.export(
@@ -327,7 +327,7 @@ def _optimize_around(exported: torch.onnx.ONNXProgram, keep: Collection[str]) ->
         inputs.remove(value)
 
 
-def _output_names(program: torch.export.ExportedProgram) -> list[str] | None:
+def _name_outputs(program: torch.export.ExportedProgram) -> list[str] | None:
     """The keys of a dict that the model returns; "output" for a single tensor.
 
     None where the exporter is to choose.
@@ -359,7 +359,7 @@ def _trace_program(
             first = error
         try:
             reason = f"the model does not trace with a free one ({_find_reason(first)})"
-            note = f"the batch size is fixed to {_batch_of(example)}: {reason}"
+            note = f"the batch size is fixed to {_find_batch(example)}: {reason}"
             return torch.export.export(model, example), (note,)
         except Exception as error:
             raise ModelError(

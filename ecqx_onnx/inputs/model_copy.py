@@ -101,7 +101,7 @@ def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO)
     pieces = []
     try:
         with open(source, "rb") as file:
-            for start, stop in _unite_ranges(ranges):
+            for start, stop in _merge_ranges(ranges):
                 place = out.tell() + (start - out.tell()) % ALIGNMENT
                 out.write(bytes(place - out.tell()))
                 file.seek(start)
@@ -123,7 +123,7 @@ def _copy_ranges(source: Path, ranges: Iterable[tuple[int, int]], out: BinaryIO)
     return pieces
 
 
-def _unite_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Overlapping ranges, and those less than a page apart, as one."""
     united: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):

@@ -18,11 +18,11 @@ from ecqx_onnx.checkpoint.export import (
     Exported,
     export,
     export_float_graph,
+    find_written_buffers,
     notes_on,
     prepare,
     trace,
     trace_fixed,
-    written_buffers,
 )
 from ecqx_onnx.checkpoint.insight import observe
 from ecqx_onnx.errors import ModelError, OptionError
@@ -217,7 +217,7 @@ def _show_float(
     if module is None:
         probe.see_float(run_module(program), example_of(program), preprocessing)
         return
-    shown = copy_module(module) if written_buffers(program) else module
+    shown = copy_module(module) if find_written_buffers(program) else module
     probe.see_float(shown, _as_float32(example), preprocessing)
 
 
