@@ -195,13 +195,13 @@ class ActivationRounding:
         """x̂; the value itself where the place has no range yet."""
         if place not in self.ranges or self.seen is not None:
             return value
-        scale, zero_point = choose_uint8_grid(self.ranges[place].to(value.device))
+        scale, zero_point = _choose_uint8_grid(self.ranges[place].to(value.device))
         return torch.fake_quantize_per_tensor_affine(
             value.float(), scale, zero_point, 0, LEVELS
         ).to(value.dtype)
 
 
-def choose_uint8_grid(range: Tensor) -> tuple[Tensor, Tensor]:
+def _choose_uint8_grid(range: Tensor) -> tuple[Tensor, Tensor]:
     """(scale float32, zero point int32) for values in the range [2], widened to hold zero; as the converter computes them."""
     low, high = range[0].double().clamp(max=0), range[1].double().clamp(min=0)
     scale = ((high - low) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny).float()
@@ -265,7 +265,7 @@ class _Mode(TorchFunctionMode):
         """An operator whose first argument is what an integer kernel makes."""
         if func in NORMS and made.product:
             return self._make(func(*args, **kwargs), sums=made.sums)
-        if func in UNARY or (func in MEANS and is_over_pixels(args, kwargs)):
+        if func in UNARY or (func in MEANS and _is_over_pixels(args, kwargs)):
             return self._make(func(self.read(args[0], self._counted(name)), *args[1:], **kwargs))
         if name == "silu":  # x sigmoid(x) in the exported graph
             return self._pair(
@@ -276,7 +276,7 @@ class _Mode(TorchFunctionMode):
             )
         if func in CLIPS:
             args = (args[0] if made.kernel is None else made.kernel, *args[1:])
-            if not keeps_zero(
+            if not _keeps_zero(
                 args[1:], kwargs
             ):  # a range always holds zero, so such a clip is no end of one
                 args = (self.read(args[0], self._counted(name)), *args[1:])
@@ -377,7 +377,7 @@ class _Mode(TorchFunctionMode):
             return self._float_operator(func, args, kwargs)
         constants = [not isinstance(x, Tensor) or isinstance(x, nn.Parameter) for x in both]
         read = [
-            round_constant(x) if fixed else self.read(x, self._counted(name))
+            _round_constant(x) if fixed else self.read(x, self._counted(name))
             for x, fixed in zip(both, constants, strict=True)
         ]
         if any(constants) and made[0].sums:
@@ -396,17 +396,17 @@ class _Mode(TorchFunctionMode):
         return func(*map_tensors(args, self.floats), **map_tensors(kwargs, self.floats))
 
 
-def round_constant(value: Any) -> Any:
+def _round_constant(value: Any) -> Any:
     """A parameter beside an activation is rounded to 8 bits of its own, by its extremes."""
     if not isinstance(value, Tensor):
         return value
-    scale, zero_point = choose_uint8_grid(torch.stack(torch.aminmax(value.detach().float())))
+    scale, zero_point = _choose_uint8_grid(torch.stack(torch.aminmax(value.detach().float())))
     return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, LEVELS).to(
         value.dtype
     )
 
 
-def keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
+def _keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a clip leaves zero as it is. bounds: a clamp's or hardtanh's positional ones; True where they are tensors."""
     named = dict(zip(("min", "max"), bounds, strict=False)) | {
         key[:3]: value for key, value in kwargs.items()
@@ -417,7 +417,7 @@ def keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
     )
 
 
-def is_over_pixels(args: Any, kwargs: Mapping[str, Any]) -> bool:
+def _is_over_pixels(args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a mean is over all dimensions behind the channels."""
     rank, axes = args[0].ndim, args[1] if len(args) > 1 else kwargs.get("dim")
     axes = (axes,) if isinstance(axes, int) else axes

@@ -68,11 +68,11 @@ def find_parametrized(model: nn.Module) -> tuple[Parametrized, ...]:
         One entry for each such weight; empty for most models.
     """
     return tuple(
-        entry for layer, module in model.named_modules() for entry in find_in_module(layer, module)
+        entry for layer, module in model.named_modules() for entry in _find_in_module(layer, module)
     )
 
 
-def find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
+def _find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
     prefix = f"{layer}." if layer else ""
     if parametrize.is_parametrized(module):
         parametrizations: Any = module.parametrizations
@@ -196,19 +196,19 @@ def copy_module(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in module.__dict__.values():
-            for tensor in find_computed_tensors(value):
+            for tensor in _find_computed_tensors(value):
                 memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(model, memo)
 
 
-def find_computed_tensors(value: Any) -> Iterator[Tensor]:
+def _find_computed_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with a graph behind them, which copy.deepcopy refuses, in an attribute or its lists and dicts."""
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from find_computed_tensors(item)
+            yield from _find_computed_tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from find_computed_tensors(item)
+            yield from _find_computed_tensors(item)

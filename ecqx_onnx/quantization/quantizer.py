@@ -163,7 +163,7 @@ class Quantizer:
         options = {name: value for name, value in locals().items() if name in RECIPE_NAMES}
         self.options = make_recipe({**options, **unknown})
         self.model = model
-        module = unwrap_model(model)
+        module = _unwrap_model(model)
         self._weights, self._left_float = _choose_weights(module, self.options)
         # A schedule may change these between steps: γ and step_rate are multiplied by them.
         self.entropy_scale, self.step_rate_scale = 1.0, 1.0
@@ -209,7 +209,7 @@ class Quantizer:
         mean_bits = f"{self.bits_per_weight:.2f} bits per weight"
         state = "" if self._attached else ", detached"
         return (
-            f"Quantizer({type(unwrap_model(self.model)).__name__}: {len(self._weights)} weights,"
+            f"Quantizer({type(_unwrap_model(self.model)).__name__}: {len(self._weights)} weights,"
             f" {100 * self.zeros:.1f} % zeros, {mean_bits}, {self._steps} steps{state})"
         )
 
@@ -469,11 +469,11 @@ class Quantizer:
                 )
             )
         approximated = self._relevances.approximated if self._relevances is not None else ()
-        names = [name for name, _ in unwrap_model(self.model).named_parameters()]
+        names = [name for name, _ in _unwrap_model(self.model).named_parameters()]
         failures = self._relevances.failures if self._relevances is not None else ()
         sources = {
             source
-            for entry in find_parametrized(unwrap_model(self.model))
+            for entry in find_parametrized(_unwrap_model(self.model))
             for source in entry.sources
         }
         parametrized = tuple(
@@ -593,7 +593,7 @@ def _take_first(value: Any, samples: int | None) -> Any:
     )
 
 
-def unwrap_model(model: nn.Module) -> nn.Module:
+def _unwrap_model(model: nn.Module) -> nn.Module:
     """Take off the wrappers of torch.compile and DistributedDataParallel.
 
     Args:

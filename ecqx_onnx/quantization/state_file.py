@@ -50,7 +50,7 @@ class StateFile:
             return None
         try:
             with _open(self.path) as file:
-                self._known = identify_file(os.fstat(file.fileno()))
+                self._known = _identify_file(os.fstat(file.fileno()))
                 state = _read(self.path, file)
         except OSError as error:
             what = error.strerror or error
@@ -74,7 +74,7 @@ class StateFile:
         try:
             with replace_on_success(self.path, force=True) as temporary:
                 torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
-            self._known = identify_file(os.lstat(self.path))
+            self._known = _identify_file(os.lstat(self.path))
         except (OSError, RuntimeError, FileError) as error:
             raise FileError(
                 f"cannot write the training state '{self.path}' ({error}): free some space or choose another place"
@@ -87,14 +87,14 @@ class StateFile:
 
     def _refuse_others(self) -> None:
         try:
-            known = identify_file(os.lstat(self.path))
+            known = _identify_file(os.lstat(self.path))
         except OSError:
             return
         if known != self._known:
             self.load()
 
 
-def identify_file(found: os.stat_result) -> tuple[int, ...]:
+def _identify_file(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 

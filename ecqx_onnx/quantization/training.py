@@ -139,7 +139,7 @@ def train(
         None if kept is None else kept.load()
     )  # without `resume`, too: it is going to be replaced
     with open_process_group() as local:
-        where = choose_device(device, local)
+        where = _choose_device(device, local)
         run = _Run(model.to(where), setup, options, where, augment, progress)
         if epochs == 0:
             if run.quantizer.activations is not None:
@@ -286,9 +286,9 @@ class _Run:
             self.device.type, torch.bfloat16, enabled=self.setup.precision == "bfloat16"
         ):
             output = self.parallel(x)
-            loss = compute_loss(output, y)
+            loss = _compute_loss(output, y)
             if self.teacher is not None:
-                wanted = compute_divergence(output, self.teacher, x, self.setup.temperature)
+                wanted = _compute_divergence(output, self.teacher, x, self.setup.temperature)
                 loss = (1 - self.setup.distillation) * loss + self.setup.distillation * wanted
         # Shares may differ by one sample: weighted so that the mean over processes is the mean over the batch.
         (loss * (len(y) * share)).backward() if count_processes() > 1 else loss.backward()
@@ -361,7 +361,7 @@ class _Run:
             ) from error
 
 
-def choose_device(wanted: str | torch.device | None, local: int) -> torch.device:
+def _choose_device(wanted: str | torch.device | None, local: int) -> torch.device:
     """The device to train on; OptionError if it cannot be had."""
     if wanted is None:
         return torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
@@ -378,14 +378,14 @@ def choose_device(wanted: str | torch.device | None, local: int) -> torch.device
 
 def emulates_bfloat16(device: str | torch.device | None) -> bool:
     """Whether products in bfloat16 take longer than in float32 there, for want of instructions: ten times with AVX2 alone."""
-    if choose_device(device, 0).type != "cpu":
+    if _choose_device(device, 0).type != "cpu":
         return False
     return not (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
-def compute_loss(output: Any, target: Tensor) -> Tensor:
+def _compute_loss(output: Any, target: Tensor) -> Tensor:
     """Cross entropy. DataError if the targets do not fit the output."""
     try:
         return F.cross_entropy(output, target)
@@ -397,7 +397,9 @@ def compute_loss(output: Any, target: Tensor) -> Tensor:
         ) from error
 
 
-def compute_divergence(output: Tensor, teacher: nn.Module, x: Tensor, temperature: float) -> Tensor:
+def _compute_divergence(
+    output: Tensor, teacher: nn.Module, x: Tensor, temperature: float
+) -> Tensor:
     """Hinton's distillation: T² · KL(teacher || student) at temperature T (arXiv 1503.02531)."""
     with torch.no_grad():
         wanted = F.log_softmax(teacher(x) / temperature, dim=1)

@@ -53,8 +53,8 @@ def calibrate_ranges(
         )
     if not values:
         return {}
-    with open_temporary_folder() as folder, silence_calibrators():
-        calibrator = make_calibrator(graph, values, method, folder)
+    with open_temporary_folder() as folder, _silence_calibrators():
+        calibrator = _make_calibrator(graph, values, method, folder)
         session = calibrator.infer_session
         for batch in batches:
             calibrator.collect_data(_Reader([session.feed(batch)]))
@@ -68,7 +68,7 @@ def calibrate_ranges(
             raise ModelError(
                 f"calibration by '{method}' fails on this model ({error}); use --calibration-method minmax"
             ) from error
-        return {name: read_bounds(name, found[name]) for name in values}
+        return {name: _read_bounds(name, found[name]) for name in values}
 
 
 def measure_channel_peaks(
@@ -78,9 +78,9 @@ def measure_channel_peaks(
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     known = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(declare_value(name) for name in values if name not in known)
+    proto.graph.output.extend(_declare_value(name) for name in values if name not in known)
     peaks: dict[str, np.ndarray] = {}
-    with open_watched_session(proto, graph.weights) as session:
+    with _open_watched_session(proto, graph.weights) as session:
         names = [node.name for node in session.get_outputs()]
         for batch in batches if values else ():
             found = dict(zip(names, session.run(None, session.feed(batch)), strict=True))
@@ -91,7 +91,7 @@ def measure_channel_peaks(
 
 
 @contextlib.contextmanager
-def open_watched_session(
+def _open_watched_session(
     proto: ModelProto, weights: Mapping[str, np.ndarray]
 ) -> Iterator[_Watched]:
     """Runs the model as it is written."""
@@ -114,7 +114,7 @@ def open_watched_session(
             )
         except RUNTIME_ERRORS as error:
             raise ModelError(
-                f"onnxruntime does not run the float model: {find_reason(error)}"
+                f"onnxruntime does not run the float model: {_find_reason(error)}"
             ) from error
 
 
@@ -129,10 +129,10 @@ def find_ranges_by_value(
     seen: place -> its value in PyTorch; ranges: place -> its range. Gives the range of each value's name in the graph. Several
     names may have one place's value: a Reshape changes nothing of it, a Relu nothing of what is positive. A place may have none.
     """
-    known = {place: compute_signature(value) for place, value in seen.items()}
+    known = {place: _compute_signature(value) for place, value in seen.items()}
     found: dict[str, tuple[float, float]] = {}
-    for name, value in run_every_value(graph, inputs):
-        mine = compute_signature(value)
+    for name, value in _run_every_value(graph, inputs):
+        mine = _compute_signature(value)
         for place, wanted in known.items():
             if mine[0] == wanted[0] and np.allclose(
                 mine[1:], wanted[1:], rtol=1e-3, atol=1e-4 * wanted[1]
@@ -142,7 +142,7 @@ def find_ranges_by_value(
     return found
 
 
-def compute_signature(value: np.ndarray) -> tuple[float, ...]:
+def _compute_signature(value: np.ndarray) -> tuple[float, ...]:
     """(entries, largest magnitude, lowest, highest, mean, root mean square): what a Reshape or Transpose leaves as it is."""
     x = value.astype(np.float64).reshape(-1)
     if not x.size:
@@ -157,7 +157,7 @@ def compute_signature(value: np.ndarray) -> tuple[float, ...]:
     )
 
 
-def run_every_value(
+def _run_every_value(
     graph: FloatGraph, inputs: Sequence[np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Each float32 value of the graph outside its inner graphs, for these inputs."""
@@ -174,11 +174,11 @@ def run_every_value(
         for name in node.output
         if name and kinds.get(name) == TensorProto.FLOAT
     ]
-    proto.graph.output.extend(declare_value(name) for name in made if name not in known)
+    proto.graph.output.extend(_declare_value(name) for name in made if name not in known)
     stored = {tensor.name for tensor in proto.graph.initializer}
     names = [value.name for value in proto.graph.input if value.name not in stored]
     feeds = dict(zip(names, inputs, strict=True))
-    with open_watched_session(proto, graph.weights) as session:
+    with _open_watched_session(proto, graph.weights) as session:
         outputs = session.run(None, feeds)
     yield from feeds.items()
     yield from (
@@ -186,7 +186,7 @@ def run_every_value(
     )
 
 
-def read_bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
+def _read_bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
     low, high = (float(np.min(bound)) for bound in data.range_value)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ModelError(
@@ -195,7 +195,7 @@ def read_bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
     return low, high
 
 
-def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: Path) -> Any:
+def _make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: Path) -> Any:
     """One that looks at `values` only; a sum of each is an output besides, since sums of NaN are NaN while extremes skip it."""
     kinds = {
         "minmax": (calibrate.MinMaxCalibrater, {}),
@@ -208,7 +208,7 @@ def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folde
         def select_tensors_to_calibrate(
             self, model: ModelProto
         ) -> tuple[list[str], dict[str, Any]]:
-            return list(values), {name: declare_value(name) for name in values}
+            return list(values), {name: _declare_value(name) for name in values}
 
         def create_inference_session(self) -> None:
             settings = onnxruntime.SessionOptions()
@@ -228,7 +228,7 @@ def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folde
         [i for i, value in enumerate(proto.graph.value_info) if value.name in values]
     ):
         del proto.graph.value_info[index]
-    proto.graph.value_info.extend(declare_value(name) for name in values if name not in known)
+    proto.graph.value_info.extend(_declare_value(name) for name in values if name not in known)
     for name in values:
         proto.graph.node.append(helper.make_node("ReduceSum", [name], [name + SUM], keepdims=0))
         proto.graph.output.append(helper.make_tensor_value_info(name + SUM, TensorProto.FLOAT, []))
@@ -243,7 +243,7 @@ def make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folde
         calibrator.create_inference_session()
     except RUNTIME_ERRORS as error:
         raise ModelError(
-            f"onnxruntime does not load the float model, so that nothing can be calibrated: {find_reason(error)}"
+            f"onnxruntime does not load the float model, so that nothing can be calibrated: {_find_reason(error)}"
         ) from error
     return calibrator
 
@@ -260,11 +260,11 @@ RUNTIME_ERRORS = (
 )
 
 
-def find_reason(error: Exception) -> str:
+def _find_reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def declare_value(name: str) -> Any:
+def _declare_value(name: str) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
 
 
@@ -302,7 +302,7 @@ class _Watched:
             outputs = run_within_time(self.session, names, inputs)
         except RUNTIME_ERRORS as error:
             raise DataError(
-                f"the model does not run on the calibration data: {find_reason(error)}"
+                f"the model does not run on the calibration data: {_find_reason(error)}"
             ) from error
         for node, value in zip(self.session.get_outputs(), outputs, strict=True):
             if node.name.endswith(SUM) and not np.isfinite(value).all():
@@ -325,7 +325,7 @@ class _Reader(calibrate.CalibrationDataReader):
 
 
 @contextlib.contextmanager
-def silence_calibrators() -> Iterator[None]:
+def _silence_calibrators() -> Iterator[None]:
     """The calibrators print their progress and warn of what is caught above."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -55,7 +55,7 @@ def decode_model(model: ModelProto) -> DecodedModel:
     """model: with its data loaded; not changed. CheckFailed if the runtime cannot decode its constants."""
     proto = ModelProto()
     proto.CopyFrom(model)
-    fold_constants(proto.graph, proto, {})
+    _fold_constants(proto.graph, proto, {})
     del proto.metadata_props[:]
     tensors = [tensor for graph in list_graphs(proto.graph) for tensor in graph.initializer]
     floats = {
@@ -71,7 +71,7 @@ def decode_model(model: ModelProto) -> DecodedModel:
     return DecodedModel(proto, floats, integers)
 
 
-def fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
+def _fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
     """Replace the nodes of `graph` that depend on constants only by initializers with their results; then its inner graphs."""
     inputs = {
         value.name for value in graph.input
@@ -81,14 +81,14 @@ def fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, Ten
         {tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs}
     )
     for sparse in graph.sparse_initializer:
-        constants[sparse.values.name] = make_dense(sparse)
-    constant, rest = split_graph(graph, set(constants))
-    frontier = find_readers(rest, graph) & {name for node in constant for name in node.output}
+        constants[sparse.values.name] = _make_dense(sparse)
+    constant, rest = _split_graph(graph, set(constants))
+    frontier = _find_readers(rest, graph) & {name for node in constant for name in node.output}
     computed = _evaluate(constant, sorted(frontier), constants, model)
     del graph.node[:]
     graph.node.extend(rest)
     constants.update(computed)
-    used = find_readers(rest, graph) | inputs
+    used = _find_readers(rest, graph) | inputs
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     kept += [
         constants[sparse.values.name]
@@ -102,14 +102,14 @@ def fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, Ten
     graph.initializer.extend(copies)
     for node in graph.node:
         for inner in list_subgraphs(node):
-            fold_constants(inner, model, constants)
+            _fold_constants(inner, model, constants)
 
 
-def split_graph(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], list[NodeProto]]:
+def _split_graph(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto], list[NodeProto]]:
     constant, rest, known = [], [], set(constants)
     for node in graph.node:
         fixed = all(not name or name in known for name in node.input) and node.op_type not in RANDOM
-        if fixed and not any(reads_outside(inner) for inner in list_subgraphs(node)):
+        if fixed and not any(_reads_outside(inner) for inner in list_subgraphs(node)):
             constant.append(node)
             known.update(node.output)
         else:
@@ -117,11 +117,11 @@ def split_graph(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto]
     return constant, rest
 
 
-def reads_outside(graph: GraphProto) -> bool:
+def _reads_outside(graph: GraphProto) -> bool:
     made = {value.name for value in (*graph.input, *graph.initializer)} | {
         name for node in graph.node for name in node.output
     }
-    return not find_readers(list(graph.node), graph) - {""} <= made
+    return not _find_readers(list(graph.node), graph) - {""} <= made
 
 
 def _evaluate(
@@ -137,14 +137,14 @@ def _evaluate(
     read: set[str] = set()
     for name in names:
         piece.append(name)
-        read |= find_ancestors(name, makers)
+        read |= _find_ancestors(name, makers)
         if (
             name == names[-1]
             or sum(count_stored_bytes(constants[n]) for n in read & constants.keys()) > PIECE
         ):
             used = [node for node in nodes if not read.isdisjoint(node.output)]
             results.update(
-                run_piece(
+                _run_piece(
                     used, piece, [constants[n] for n in sorted(read & constants.keys())], model
                 )
             )
@@ -152,7 +152,7 @@ def _evaluate(
     return results
 
 
-def find_ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
+def _find_ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
     """The name and all that it is computed from."""
     found, queue = set(), [name]
     while queue:
@@ -163,7 +163,7 @@ def find_ancestors(name: str, makers: Mapping[str, NodeProto]) -> set[str]:
     return found
 
 
-def run_piece(
+def _run_piece(
     nodes: list[NodeProto], names: list[str], constants: list[TensorProto], model: ModelProto
 ) -> dict[str, TensorProto]:
     if sum(map(count_stored_bytes, constants)) > SERIALIZED_LIMIT:
@@ -185,17 +185,17 @@ def run_piece(
     }
 
 
-def find_readers(nodes: list[NodeProto], graph: GraphProto) -> set[str]:
+def _find_readers(nodes: list[NodeProto], graph: GraphProto) -> set[str]:
     """Names that the nodes, the graphs inside them, or the graph's outputs read."""
     names = {value.name for value in graph.output}
     for node in nodes:
         names.update(node.input)
         for inner in list_subgraphs(node):
-            names |= find_readers(list(inner.node), inner)
+            names |= _find_readers(list(inner.node), inner)
     return names
 
 
-def make_dense(sparse: onnx.SparseTensorProto) -> TensorProto:
+def _make_dense(sparse: onnx.SparseTensorProto) -> TensorProto:
     values = numpy_helper.to_array(sparse.values)
     dense = np.zeros(int(np.prod(sparse.dims)), values.dtype)
     dense[numpy_helper.to_array(sparse.indices)] = values

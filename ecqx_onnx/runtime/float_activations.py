@@ -30,11 +30,11 @@ def remove_quantization(model: ModelProto) -> ModelProto:
     copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
-    convert_constants_to_floats(proto, copies)
+    _convert_constants_to_floats(proto, copies)
     return proto
 
 
-def convert_constants_to_floats(proto: ModelProto, nodes: list[NodeProto]) -> None:
+def _convert_constants_to_floats(proto: ModelProto, nodes: list[NodeProto]) -> None:
     """The bytes that remain are padding values and bounds of Clip; the time that they take does not depend on their values."""
     read = {name for node in nodes for name in node.input}
     tensors = list(proto.graph.initializer)

@@ -53,14 +53,14 @@ def measure_latency(
     inner = max(
         1,
         round(
-            SHORTEST / max(1e-6, min(measure_seconds(session, inputs, 1) for session in sessions))
+            SHORTEST / max(1e-6, min(_measure_seconds(session, inputs, 1) for session in sessions))
         ),
     )
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + LONGEST
     while len(times) < runs and (not times or time.perf_counter() < end):
         order = (0, 1) if len(times) % 2 == 0 else (1, 0)
-        pair = {which: measure_seconds(sessions[which], inputs, inner) for which in order}
+        pair = {which: _measure_seconds(sessions[which], inputs, inner) for which in order}
         times.append((pair[0], pair[1]))
     table = np.array(times)
     ratio = float(np.median(table[:, 0] / table[:, 1]))
@@ -69,7 +69,7 @@ def measure_latency(
     )
 
 
-def measure_seconds(
+def _measure_seconds(
     session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray], repeats: int
 ) -> float:
     start = time.perf_counter()

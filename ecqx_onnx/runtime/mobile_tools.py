@@ -22,7 +22,7 @@ def convert_to_ort(source: Path, folder: Path) -> None:
         convert_onnx_models_to_ort,
     )
 
-    with silence_tools():
+    with _silence_tools():
         try:
             convert_onnx_models_to_ort(
                 source,
@@ -61,7 +61,7 @@ def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
             model, fixed, "coreml_supported_mlprogram_ops.md"
         ),
     }
-    with open_temporary_folder() as folder, silence_tools():
+    with open_temporary_folder() as folder, _silence_tools():
         optimized = folder / "model.onnx"
         optimize_model(path, optimized, use_external_initializers=True)
         model: onnx.ModelProto = ModelProtoWithShapeInfo(optimized).model_with_shape_info
@@ -81,7 +81,7 @@ def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
 
 
 @contextlib.contextmanager
-def silence_tools() -> Iterator[None]:
+def _silence_tools() -> Iterator[None]:
     """These tools tell their progress to print and to the root logger, and one leaves a file to the garbage collector."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,1 +1,1 @@
-"""Which integer level each weight gets: grid, entropy, assignment. Tensors in, tensors out."""
+"""Choosing the integer level of each weight: grid, entropy, assignment; tensors in and out."""

@@ -1,12 +1,14 @@
-"""(weights, step, cost of each level, relevances) -> the level of each weight.
+"""Assignment of levels by ECQ and ECQx: each weight gets the level of least cost.
 
-    ECQ    k*(w) = argmin_k (w - kΔ)^2 + λ I_k                                     [ECQx, sec. 4; Thesis 4.4]
-    ECQx   the cost of k = 0 is multiplied by f(R) = ρ R^β                         [ECQx, sec. 4]
+    ECQ    k*(w) = argmin_k (w - kΔ)^2 + λ I_k                   [ECQx, sec. 4; Thesis 4.4]
+    ECQx   the cost of k = 0 is multiplied by f(R) = ρ R^β       [ECQx, sec. 4]
 
 With k the best level other than zero,
-    zero wins  <=>  ρ R^β · (w^2 + c_0) <= (w - kΔ)^2 + c_k  <=>  β >= log(((w - kΔ)^2 + c_k) / (ρ (w^2 + c_0))) / log R:
-one pass finds this critical exponent of each weight, and the share of zeros at any β is the share of critical exponents up to β.
-Everything runs in blocks that fit a core's cache; only levels and critical exponents are kept for all weights.
+    zero wins  <=>  ρ R^β · (w^2 + c_0) <= (w - kΔ)^2 + c_k
+               <=>  β >= log(((w - kΔ)^2 + c_k) / (ρ (w^2 + c_0))) / log R:
+one pass finds this critical exponent of each weight, and the share of zeros at any β is the share
+of critical exponents up to β. Everything runs in blocks that fit a core's cache; only levels and
+critical exponents are kept for all weights.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from ecqx_onnx.quantization.levels.envelope import Envelope, split_into_blocks
 from ecqx_onnx.quantization.levels.grid import Grid, from_channel_rows, to_channel_rows
 
 TINY = 1e-30  # keeps quotients and logarithms finite in float32
-LEAST_RELEVANCE = 1e-12  # R = 0 counts as this, so that weights without any relevance fall in order of what falling costs
+# R = 0 counts as this: weights without any relevance fall in order of what falling costs.
+LEAST_RELEVANCE = 1e-12
 BISECTIONS = 24
 EDGE = 1e-3  # share of weights: how near to the band's edge the bisection stops
 
@@ -36,8 +39,9 @@ EDGE = 1e-3  # share of weights: how near to the band's edge the bisection stops
 class Assignment:
     """The level of each weight and how it came about.
 
-    levels: int8, the weight's shape. zeros: share of zeros. ecq_zeros: what plain ECQ gives. beta: the exponent used; None
-    without relevances. in_band: False when no β in [0, 1] reaches the band and the nearest was kept.
+    levels: int8, the weight's shape. zeros: share of zeros. ecq_zeros: what plain ECQ gives.
+    beta: the exponent used; None without relevances. in_band: False when no β in [0, 1] reaches
+    the band and the nearest was kept.
     """
 
     levels: Tensor
@@ -59,18 +63,31 @@ def assign(
     rho: float = 2.0,
     zero_floor: float = 0.5,
 ) -> Assignment:
-    """One pass of ECQ or, with relevances, ECQx over one tensor.
+    """Run one pass of ECQ or, with relevances, ECQx over one tensor.
 
-    weight: float [...]; step: float32, () or keepdims-shaped along axis; strength: γ·δ, the share of λ_max that λ takes;
-    relevance: R in [0, 1], the weight's shape and dtype.
+    Args:
+        weight: float [...], the background weights W.
+        step: float32, () or keepdims-shaped along axis: Δ.
+        grid: the levels to choose from.
+        axis: of the output channels where each has its own Δ; None for one Δ.
+        strength: γ·δ in [0, 1], the share of λ_max that λ takes.
+        relevance: R in [0, 1], the weight's shape and dtype; None for plain ECQ.
+        band: how far relevances may move the share of zeros.
+        rho: ρ of f(R) = ρ R^β, above 1.
+        zero_floor: P_0 is at least this, in [0, 1].
+
+    Returns:
+        The levels and how they came about.
     """
+    # 1. λ I_k, from how often each level is the nearest.
     rows, step_rows = to_channel_rows(weight, axis).contiguous(), step.double().reshape(-1, 1)
     levels = grid.levels(weight)
     information = compute_information(
-        estimate_probabilities(count_nearest(rows, step_rows, grid), grid, zero_floor=zero_floor)
+        estimate_probabilities(_count_nearest(rows, step_rows, grid), grid, zero_floor=zero_floor)
     )
     cost = strength * find_largest_lambda(rows, step_rows, grid, information) * information
     chosen = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    # 2. Without relevances the cheapest level wins.
     if relevance is None:
         envelope = Envelope(step_rows, levels, cost, rows.dtype)
         level_at = levels.to(rows.dtype)[envelope.winners]
@@ -81,12 +98,16 @@ def assign(
         zeros = 1 - int(torch.count_nonzero(chosen)) / max(1, chosen.numel())
         return Assignment(from_channel_rows(chosen, weight.shape, axis), zeros, zeros)
 
-    R, others = to_channel_rows(relevance, axis), levels != 0
+    # 3. With them: the exponent at which each weight falls to zero, then the one for all.
+    R = to_channel_rows(relevance, axis)
+    others = levels != 0
     exponent = torch.empty_like(rows)
     ecq_zeros = find_critical_exponents(
         rows, R, step_rows, levels[others], cost[others], cost[-grid.lowest], rho, exponent, chosen
     )
-    beta, in_band, zeros = choose_exponent(exponent, find_neutral_exponent(R, rho), ecq_zeros, band)
+    beta, in_band, zeros = _choose_exponent(
+        exponent, _find_neutral_exponent(R, rho), ecq_zeros, band
+    )
     for block in split_into_blocks(rows):
         chosen[block].mul_(exponent[block] > beta)
     size = max(1, chosen.numel())
@@ -95,7 +116,7 @@ def assign(
     )
 
 
-def count_nearest(rows: Tensor, step: Tensor, grid: Grid) -> Tensor:
+def _count_nearest(rows: Tensor, step: Tensor, grid: Grid) -> Tensor:
     """For how many weights each level is the nearest: int64 [levels]."""
     counts, step = torch.zeros(256, dtype=torch.int64, device=rows.device), step.to(rows.dtype)
     for block in split_into_blocks(rows):
@@ -119,17 +140,27 @@ def find_critical_exponents(
     exponent: Tensor,
     chosen: Tensor,
 ) -> int:
-    """The smallest β at which each weight falls to zero, into `exponent`, the level that it has below, into `chosen`; returns how
-    many zeros plain ECQ gives. levels, cost: of the levels other than zero; all tensors but these: [channels, rest]."""
-    envelope, step, zero_cost = (
-        Envelope(step, levels, cost, rows.dtype),
-        step.to(rows.dtype),
-        zero_cost.to(rows.dtype),
-    )
-    level_at, cost_at = (
-        levels.to(rows.dtype)[envelope.winners],
-        cost.to(rows.dtype)[envelope.winners],
-    )
+    """Find the smallest β at which each weight falls to zero.
+
+    Args:
+        rows: float [channels, rest], the weights.
+        R: their relevances in [0, 1], likewise.
+        step: float64 [channels, 1], Δ.
+        levels: float64 [levels - 1], those other than zero, ascending.
+        cost: float64 [levels - 1], λ I_k of them.
+        zero_cost: float64 [], λ I_0.
+        rho: ρ of f(R) = ρ R^β.
+        exponent: [channels, rest], filled with the critical exponents.
+        chosen: int8 [channels, rest], filled with the level that a weight has below its exponent.
+
+    Returns:
+        How many zeros plain ECQ gives.
+    """
+    envelope = Envelope(step, levels, cost, rows.dtype)
+    step = step.to(rows.dtype)
+    zero_cost = zero_cost.to(rows.dtype)
+    level_at = levels.to(rows.dtype)[envelope.winners]
+    cost_at = cost.to(rows.dtype)[envelope.winners]
     ecq_zeros = 0
     for block in split_into_blocks(rows):
         w, place = rows[block], envelope.places(rows[block], block[0])
@@ -150,34 +181,33 @@ def find_critical_exponents(
     return ecq_zeros
 
 
-def find_neutral_exponent(R: Tensor, rho: float) -> float:
+def _find_neutral_exponent(R: Tensor, rho: float) -> float:
     """β_0 in [0, 1] of the neutral point ρ·(mean R)^β = 1.  [ECQx]"""
     mean = min(max(float(R.mean()), LEAST_RELEVANCE), 1 - 1e-6)
     return min(1.0, math.log(1 / rho) / math.log(mean))
 
 
-def choose_exponent(
+def _choose_exponent(
     exponent: Tensor, neutral: float, ecq_zeros: int, band: Band
 ) -> tuple[float, bool, int]:
     """(β, whether the band is met, how many zeros): the neutral β_0, moved no further than the band asks."""
     beta, size = neutral, exponent.numel()
-    fewest, most = (
-        math.ceil(ecq_zeros - band.keep * size),
-        math.floor(ecq_zeros + band.prune * size),
-    )
-    zeros = count_zeros_at(exponent, beta)
+    fewest = math.ceil(ecq_zeros - band.keep * size)
+    most = math.floor(ecq_zeros + band.prune * size)
+    zeros = _count_zeros_at(exponent, beta)
     if fewest <= zeros <= most:
         return beta, True, zeros
-    # Zeros grow with β: bisect between β_0 and the end on the band's side, and take the side of the edge that lies in the band.
+    # Zeros grow with β: bisect between β_0 and the end on the band's side, and take the side of
+    # the edge that lies in the band.
     outside, inside = beta, 1.0 if zeros < fewest else 0.0
-    zeros = count_zeros_at(exponent, inside)
+    zeros = _count_zeros_at(exponent, inside)
     if (inside == 1.0 and zeros < fewest) or (inside == 0.0 and zeros > most):
         return inside, False, zeros
     for _ in range(BISECTIONS):
         if fewest <= zeros <= most and min(zeros - fewest, most - zeros) <= size * EDGE:
             break
         middle = (outside + inside) / 2
-        zeros_there = count_zeros_at(exponent, middle)
+        zeros_there = _count_zeros_at(exponent, middle)
         if (inside > outside and zeros_there >= fewest) or (
             inside < outside and zeros_there <= most
         ):
@@ -187,10 +217,13 @@ def choose_exponent(
     return inside, fewest <= zeros <= most, zeros
 
 
-def count_zeros_at(exponent: Tensor, beta: float) -> int:
+def _count_zeros_at(exponent: Tensor, beta: float) -> int:
     return sum(_count_up_to(exponent[block], beta) for block in split_into_blocks(exponent))
 
 
 def _count_up_to(values: Tensor, limit: Tensor | float) -> int:
-    """How many values are <= limit, for less than 2^24 of them: a float sum of ones is exact, and faster than counting bools."""
+    """How many values are <= limit, for less than 2^24 of them.
+
+    A float sum of ones is exact then, and faster than counting bools.
+    """
     return int(torch.le(values, limit, out=torch.empty_like(values)).sum())

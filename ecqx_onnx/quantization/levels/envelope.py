@@ -1,10 +1,11 @@
-"""(step, cost of each level) -> which level is the cheapest for each weight, exactly, hardly slower for more levels.
+"""The cheapest level for each weight, found exactly and hardly slower for more levels.
 
-The grid is uniform, so (w - kΔ)^2 + c_k = w^2 + [k^2 Δ^2 + c_k - 2kΔ·w]: the bracket is a line in w, and the winner changes only
-where two lines cross. Those at most 2^b - 1 boundaries are found once. To look a weight up, the range between the outermost
-boundaries is cut into equal cells: a weight's cell says how many boundaries lie in the cells before, and those in its own cell,
-nearly always one, are compared with it. Cell numbers come from rounded arithmetic, but the same for weights and boundaries and
-monotone in both: what lies in a lower cell is smaller, whatever the rounding.
+The grid is uniform, so (w - kΔ)^2 + c_k = w^2 + [k^2 Δ^2 + c_k - 2kΔ·w]: the bracket is a line in w,
+and the winner changes only where two lines cross. Those at most 2^b - 1 boundaries are found once.
+To look a weight up, the range between the outermost boundaries is cut into equal cells: a weight's
+cell says how many boundaries lie in the cells before, and those in its own cell, nearly always one,
+are compared with it. Cell numbers come from rounded arithmetic, but the same for weights and
+boundaries and monotone in both: what lies in a lower cell is smaller, whatever the rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ BLOCK_ON_DEVICE = 1 << 22  # large enough to keep a GPU busy, small enough for i
 
 
 def split_into_blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(channels, columns) of contiguous parts of rows [channels, rest], in order, of about BLOCK entries each."""
+    """Cut rows into contiguous parts of about BLOCK entries each.
+
+    Args:
+        rows: [channels, rest].
+
+    Yields:
+        (channels, columns) of each part, in order.
+    """
     (channels, rest), size = rows.shape, BLOCK if rows.device.type == "cpu" else BLOCK_ON_DEVICE
     if rest < size:
         together = size // max(1, rest)
@@ -37,7 +45,8 @@ class Envelope:
     """The lower envelope of the levels' costs, one for each channel.
 
     step: float64 [channels, 1]; levels, cost: float64 [levels], levels ascending; dtype: the weights'.
-    winners: int64 [channels · places], the index into levels that wins at each of the places that `places` gives.
+    winners: int64 [channels · places], the index into levels that wins at each of the places that
+    `places` gives.
     """
 
     def __init__(self, step: Tensor, levels: Tensor, cost: Tensor, dtype: torch.dtype) -> None:
@@ -87,7 +96,15 @@ class Envelope:
         )
 
     def places(self, rows: Tensor, channels: slice) -> Tensor:
-        """The place of each weight: int64 [rows.numel()]. rows: [channels, any]."""
+        """Look each weight up.
+
+        Args:
+            rows: float [channels, any], weights.
+            channels: which of the envelope's channels these are.
+
+        Returns:
+            int64 [rows.numel()], the place of each in `winners`.
+        """
         cell, flat = self._cell(rows, channels), rows.reshape(-1)
         at = cell.long() if self.first_cell is None else cell.long() + self.first_cell[channels]
         above = (
@@ -102,9 +119,16 @@ class Envelope:
 
 
 def find_cheapest(rows: Tensor, step: Tensor, levels: Tensor, cost: Tensor) -> Tensor:
-    """argmin_k (w - kΔ)^2 + c_k as an index into levels, int64 [channels, rest]; a tie goes to the lower level.
+    """Find argmin_k (w - kΔ)^2 + c_k; a tie goes to the lower level.
 
-    rows: float [channels, rest]; step: float64 [channels, 1]; levels, cost: float64 [levels], levels ascending.
+    Args:
+        rows: float [channels, rest], the weights.
+        step: float64 [channels, 1], Δ.
+        levels: float64 [levels], ascending.
+        cost: float64 [levels], c_k.
+
+    Returns:
+        int64 [channels, rest], indices into levels.
     """
     envelope = Envelope(step, levels, cost, rows.dtype)
     index = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
@@ -117,10 +141,19 @@ def find_cheapest(rows: Tensor, step: Tensor, levels: Tensor, cost: Tensor) -> T
 
 
 def find_boundaries(step: Tensor, levels: Tensor, cost: Tensor, dtype: torch.dtype) -> Tensor:
-    """[channels, levels - 1], ascending: the largest w for which the winner is still among the levels 0 .. i.
+    """Find the largest w for which the winner is still among the levels 0 .. i, for each i.
 
-    The levels 0 .. i hold the winner at w if one of them, j, beats every m > i there, that is w <= min_m w_jm. A level that
-    never wins makes two boundaries coincide.
+    The levels 0 .. i hold the winner at w if one of them, j, beats every m > i there, that is
+    w <= min_m w_jm. A level that never wins makes two boundaries coincide.
+
+    Args:
+        step: float64 [channels, 1], Δ.
+        levels: float64 [levels], ascending.
+        cost: float64 [levels], c_k.
+        dtype: of the weights.
+
+    Returns:
+        dtype [channels, levels - 1], ascending.
     """
     i, j, step = levels[:, None], levels[None, :], step[:, :, None]
     # i and j > i cost the same at w_ij = (i + j)Δ/2 + (c_j - c_i) / (2Δ(j - i))

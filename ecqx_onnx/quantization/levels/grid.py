@@ -1,7 +1,8 @@
-"""(weight, bits) -> the integer levels it may take and the step Δ between their values.
+"""The grid of a tensor: the integer levels that it may take, and the step Δ between their values.
 
-Level k stands for kΔ. The levels are symmetric (the paper's 2^b - 1 of them), asymmetric (2^b, the spare one on the heavier
-side) or, for a tensor without negative weights, 0 .. 2^b - 1. The step is one number per tensor or one per output channel.
+Level k stands for kΔ. The levels are symmetric (the paper's 2^b - 1 of them), asymmetric (2^b, the
+spare one on the heavier side) or, for a tensor without negative weights, 0 .. 2^b - 1. The step is
+one number per tensor or one per output channel.
 """
 
 from __future__ import annotations
@@ -31,15 +32,35 @@ class Grid:
     highest: int
 
     def levels(self, like: Tensor) -> Tensor:
-        """float64 [highest - lowest + 1], ascending, on like's device."""
+        """List the levels.
+
+        Args:
+            like: any tensor on the device wanted.
+
+        Returns:
+            float64 [highest - lowest + 1], ascending.
+        """
         return torch.arange(self.lowest, self.highest + 1, dtype=torch.float64, device=like.device)
 
 
 def choose_grid(weight: Tensor, bits: int, *, levels: Levels = "symmetric") -> Grid:
-    """The grid for this tensor. Reads two numbers of it: its smallest entry and, if asymmetric, its mean."""
+    """Choose the grid of a tensor by its smallest entry and, if asymmetric, by its mean.
+
+    Args:
+        weight: float, any shape.
+        bits: 2 to 8.
+        levels: "symmetric", or "asymmetric" for one more on the heavier side.
+
+    Returns:
+        The grid; levels from 0 where no weight is negative.
+
+    Raises:
+        OptionError: bits outside 2 to 8.
+    """
     if not 2 <= bits <= 8:
         raise OptionError(
-            f"{bits} bits per weight is outside what the levels can hold: choose 2 to 8 (the paper uses 2 to 5)"
+            f"{bits} bits per weight is outside what the levels can hold: "
+            "choose 2 to 8 (the paper uses 2 to 5)"
         )
     if weight.numel() and bool((weight >= 0).all()) and bool((weight > 0).any()):
         return Grid(bits, 0, min(2**bits - 1, 127))  # 127: levels are stored as int8
@@ -51,7 +72,15 @@ def choose_grid(weight: Tensor, bits: int, *, levels: Levels = "symmetric") -> G
 
 
 def to_channel_rows(tensor: Tensor, axis: int | None) -> Tensor:
-    """[...] -> [channels, rest]: one row per step; one row in all when axis is None. A view where the layout allows."""
+    """Lay a tensor out as one row per step.
+
+    Args:
+        tensor: any shape.
+        axis: of the channels; None for one row in all.
+
+    Returns:
+        [channels, rest], a view where the layout allows.
+    """
     return (
         tensor.reshape(1, -1)
         if axis is None
@@ -60,7 +89,16 @@ def to_channel_rows(tensor: Tensor, axis: int | None) -> Tensor:
 
 
 def from_channel_rows(rows: Tensor, shape: torch.Size, axis: int | None) -> Tensor:
-    """The inverse of channel_rows, for a tensor of this shape."""
+    """Undo `to_channel_rows`.
+
+    Args:
+        rows: [channels, rest].
+        shape: of the tensor that they came from.
+        axis: as given there.
+
+    Returns:
+        A tensor of this shape.
+    """
     if axis is None:
         return rows.reshape(shape)
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
@@ -70,17 +108,27 @@ def from_channel_rows(rows: Tensor, shape: torch.Size, axis: int | None) -> Tens
 def fit_step(
     weight: Tensor, grid: Grid, *, axis: int | None = None, rule: StepRule = "auto"
 ) -> Tensor:
-    """Δ for this tensor: float32, shape () for axis None, else keepdims-shaped with one step per index of that axis.
+    """Fit Δ to a tensor.
 
-    percentile: 99.9th percentile of |W| / highest level [ECQx]. At 2 bit that puts Δ near max |W| and nearly every weight
-    at zero, so `auto` takes it from 4 bit upwards and least_squares, the Δ of smallest Σ(W - kΔ)^2, below.
-    A row without any non-zero weight gets step 1: all its levels are zero and the step must be positive.
+    percentile: 99.9th percentile of |W| / highest level [ECQx]. At 2 bit that puts Δ near max |W|
+    and nearly every weight at zero, so `auto` takes it from 4 bit upwards and least_squares, the Δ
+    of smallest Σ(W - kΔ)^2, below. A row without any non-zero weight gets step 1: all its levels
+    are zero and the step must be positive.
+
+    Args:
+        weight: float, any shape.
+        grid: its levels.
+        axis: of the channels that get a step each; None for one step.
+        rule: how to fit.
+
+    Returns:
+        float32, shape () for axis None, else keepdims-shaped with one step per index of that axis.
     """
     rows = to_channel_rows(weight.detach(), axis).float()
     if rule == "percentile" or (rule == "auto" and grid.bits >= 4):
-        step = fit_percentile_step(rows, grid)
+        step = _fit_percentile_step(rows, grid)
     else:
-        step = fit_least_squares_step(rows, grid)
+        step = _fit_least_squares_step(rows, grid)
     step = torch.where(step > 0, step, torch.ones_like(step)).clamp(
         min=torch.finfo(torch.float32).tiny
     )
@@ -89,7 +137,7 @@ def fit_step(
     return step.reshape([-1 if dim == axis % weight.ndim else 1 for dim in range(weight.ndim)])
 
 
-def fit_percentile_step(rows: Tensor, grid: Grid) -> Tensor:
+def _fit_percentile_step(rows: Tensor, grid: Grid) -> Tensor:
     magnitude = rows.abs()
     rank = math.ceil(
         PERCENTILE * rows.shape[1]
@@ -98,22 +146,21 @@ def fit_percentile_step(rows: Tensor, grid: Grid) -> Tensor:
     return torch.where(reach > 0, reach, magnitude.amax(dim=1)) / max(grid.highest, -grid.lowest)
 
 
-def fit_least_squares_step(rows: Tensor, grid: Grid) -> Tensor:
-    # Σ(W - kΔ)^2 has many local minima in Δ: start from each of a row of steps, then let k and Δ follow each other.
+def _fit_least_squares_step(rows: Tensor, grid: Grid) -> Tensor:
+    # Σ(W - kΔ)^2 has many local minima in Δ: start from each of a row of steps, then let k and Δ
+    # follow each other.
     reach = rows.abs().amax(dim=1, keepdim=True) / max(grid.highest, -grid.lowest)
     best_step, best_error = reach, torch.full_like(reach, torch.inf)
     for candidate in range(1, FIT_CANDIDATES + 1):
         step = reach * (candidate / FIT_CANDIDATES)
-        step, error = refine_step(rows, step, grid)
+        step, error = _refine_step(rows, step, grid)
         better = error < best_error
-        best_step, best_error = (
-            torch.where(better, step, best_step),
-            torch.where(better, error, best_error),
-        )
+        best_step = torch.where(better, step, best_step)
+        best_error = torch.where(better, error, best_error)
     return best_step.reshape(-1)
 
 
-def refine_step(rows: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _refine_step(rows: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(FIT_REFINEMENTS):
         k = (rows / step.clamp(min=tiny)).round().clamp(grid.lowest, grid.highest)

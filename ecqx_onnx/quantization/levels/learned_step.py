@@ -1,4 +1,4 @@
-"""(gradient at kΔ, W, k, Δ) -> a better Δ: step sizes learned with the weights.
+"""Step sizes Δ that are learned together with the weights.
 
 LSQ (Esser et al., "Learned step size quantization", arXiv 1902.08153): through the straight-through estimator
     ∂(kΔ)/∂Δ = k - W/Δ  inside the grid,  k where W is beyond it,
@@ -35,10 +35,26 @@ class StepOptimizer:
         step: Tensor,
         grid: Grid,
     ) -> Tensor:
-        """The next Δ. gradient: of the loss with respect to the weight kΔ, its shape."""
+        """Take one step of Adam on log Δ.
+
+        Args:
+            name: the weight's, for the message.
+            gradient: of the loss with respect to the weight kΔ, its shape.
+            background: W, likewise.
+            levels: k, int8, likewise.
+            step: Δ, float32, () or keepdims-shaped.
+            grid: the levels that there are.
+
+        Returns:
+            The next Δ, shaped as the present one.
+
+        Raises:
+            OptionError: there is no gradient.
+        """
         if gradient is None:
             raise OptionError(
-                f"step='learned' needs the gradient of '{name}': call quantizer.step() before optimizer.zero_grad()"
+                f"step='learned' needs the gradient of '{name}': "
+                "call quantizer.step() before optimizer.zero_grad()"
             )
         position = background / step
         beyond = (position <= grid.lowest) | (position >= grid.highest)
@@ -52,15 +68,29 @@ class StepOptimizer:
         return step * torch.exp(-self.rate * unbiased / (spread + 1e-12))
 
     def to(self, device: torch.device) -> None:
+        """Move the moments.
+
+        Args:
+            device: where the weight is now.
+        """
         self.first, self.second = self.first.to(device), self.second.to(device)
 
     def state(self) -> dict[str, Any]:
+        """Copy what a resumed run needs.
+
+        Returns:
+            The count and the two moments.
+        """
         return {"count": self.count, "first": self.first.clone(), "second": self.second.clone()}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        self.count, self.first, self.second = (
-            state["count"],
-            state["first"].clone(),
-            state["second"].clone(),
-        )
+        """Go on from a saved state.
+
+        Args:
+            state: as `state` gave it.
+            device: where the weight is.
+        """
+        self.count = state["count"]
+        self.first = state["first"].clone()
+        self.second = state["second"].clone()
         self.to(device)

@@ -1,10 +1,11 @@
-"""(float weights, step) -> levels near them whose errors cancel: better than the nearest ones where no training follows.
+"""Rounding without training: levels near the weights, chosen so that their errors cancel.
 
-The nearest level is best for each weight alone. A layer's outputs, however, see the sum of the errors times its inputs, which
-behind a Relu are all positive and, next to each other in an image, nearly equal: errors that add up to zero over a filter's
-window, and over all of an output's weights, nearly vanish in it. As many weights as the sum is steps away from zero take their
-second nearest level, those first for which that makes least difference.
-                                          [SQuant, Guo et al. 2022, arXiv 2202.07471: its steps SQuant-K and SQuant-C, simplified]
+The nearest level is best for each weight alone. A layer's outputs, however, see the sum of the
+errors times its inputs, which behind a Relu are all positive and, next to each other in an image,
+nearly equal: errors that add up to zero over a filter's window, and over all of an output's
+weights, nearly vanish in it. As many weights as the sum is steps away from zero take their second
+nearest level, those first for which that makes least difference.
+[SQuant, Guo et al. 2022, arXiv 2202.07471: its steps SQuant-K and SQuant-C, simplified]
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ from ecqx_onnx.quantization.levels.grid import Grid
 
 
 def round_to_cancel(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
-    """int8, the weight's shape: outputs along dimension 0, one filter window per output and input in the dimensions from 2.
+    """Round weights so that each output's errors add up to half a step at most.
 
-    step: as fit_step gives it. Each output's errors add up to half a step at most, unless the grid's ends are in the way.
+    Args:
+        weight: float, outputs along dimension 0, one filter window per output and input in the
+            dimensions from 2.
+        step: as `fit_step` gives it.
+        grid: the levels; its ends may be in the way of a smaller sum.
+
+    Returns:
+        int8, the weight's shape.
     """
     position = weight.detach().double() / step.double()
     levels = position.round().clamp(grid.lowest, grid.highest)
     if weight.ndim > 2:
-        levels = balance_rows(levels.flatten(2), position.flatten(2), grid).flatten(
+        levels = _balance_rows(levels.flatten(2), position.flatten(2), grid).flatten(
             1
         )  # the errors of each window
         position = position.flatten(1)
-    return balance_rows(levels, position, grid).to(torch.int8).reshape(weight.shape)
+    return _balance_rows(levels, position, grid).to(torch.int8).reshape(weight.shape)
 
 
-def balance_rows(levels: Tensor, position: Tensor, grid: Grid) -> Tensor:
+def _balance_rows(levels: Tensor, position: Tensor, grid: Grid) -> Tensor:
     """levels, position [..., n]: the levels with each row's Σ (level - position) brought to within half a step."""
     error = levels - position
     total = error.sum(-1, keepdim=True)

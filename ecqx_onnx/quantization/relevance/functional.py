@@ -427,7 +427,7 @@ class FunctionalRules(TorchFunctionMode):
         flowing = {id(tensor) for tensor in carriers if not isinstance(tensor, torch.nn.Parameter)}
         if func in NUMERATOR_ONLY:
             flowing = {id(args[0])} & flowing
-            args = (args[0], *(detach_tensors(arg) for arg in args[1:]))
+            args = (args[0], *(_detach_tensors(arg) for arg in args[1:]))
         taps: list[tuple[Tensor, Tensor]] = []
 
         def tap(tensor: Tensor) -> Tensor:
@@ -463,7 +463,7 @@ class FunctionalRules(TorchFunctionMode):
         return R / stabilize(z)
 
 
-def detach_tensors(value: Any) -> Any:
+def _detach_tensors(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 

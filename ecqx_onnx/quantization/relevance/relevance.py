@@ -55,7 +55,7 @@ UNRULED = (
 )  # their kernels are in functional.py
 
 
-def find_composite(name: str, low: Tensor, high: Tensor) -> Any:
+def _find_composite(name: str, low: Tensor, high: Tensor) -> Any:
     """The zennit composite of this name; low and high bound the inputs, for those with a box rule."""
     import_zennit()
     from zennit.composites import COMPOSITES
@@ -93,7 +93,7 @@ class Relevances:
         self.model, self.names, self.start = model, names, start
         self.rules: dict[str, str] = {}
         self.failures: dict[str, str] = {}
-        self.shadow = make_shadow(model)
+        self.shadow = _make_shadow(model)
         self._failed: tuple[_Rule, Exception] | None = None  # the rule that has just failed
         for name, parameter in self.shadow.named_parameters():
             parameter.requires_grad_(name in names)
@@ -105,7 +105,7 @@ class Relevances:
         self._functional = FunctionalRules(add=self._add)
         self._low, self._high = torch.zeros(()), torch.zeros(())
         if isinstance(composite, str):
-            composite = find_composite(composite, self._low, self._high)
+            composite = _find_composite(composite, self._low, self._high)
         if composite.canonizers:
             raise OptionError(
                 f"composite {type(composite).__name__} has canonizers, which rewrite the very weights whose relevance is wanted: "
@@ -141,7 +141,7 @@ class Relevances:
         self, inputs: Any, target: Any, background: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         dtype = next(iter(background.values())).dtype
-        args, kwargs = make_arguments(inputs, dtype)
+        args, kwargs = _make_arguments(inputs, dtype)
         device = next(self.shadow.parameters()).device
         self._functional.paused, self._failed = 0, None
         self._set_input_bounds(args or tuple(kwargs.values()))
@@ -220,7 +220,7 @@ class Relevances:
         from zennit.rules import Norm, ZPlus
 
         composite, self._composite = self._composite, None
-        order, unlike, plain = record_running_order(self.shadow, args, kwargs)
+        order, unlike, plain = _record_running_order(self.shadow, args, kwargs)
         names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
         context: dict = {}
         matched = False
@@ -256,7 +256,7 @@ class Relevances:
         return plain
 
 
-def record_running_order(
+def _record_running_order(
     shadow: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[list[tuple[str, nn.Module]], set[nn.Module], Any]:
     """(modules by name, those that ran first in the order they ran; those that are no layer a rule can be for; the output)."""
@@ -385,7 +385,7 @@ class _Rule:
         rule = self.template.copy()
         rule.forward(module, (args[0],), z)
         x = self.calls.pop()
-        goes_on = self.owner.to_inputs or has_weights_before(x)
+        goes_on = self.owner.to_inputs or _has_weights_before(x)
         if not goes_on:  # nothing before x is called, which would be handed None
             x = x.detach().requires_grad_()
         # What is needed again must survive the model's in-place operations on it.
@@ -406,7 +406,7 @@ class _Rule:
         return rule.backward(module, (x,), (R,))[0] if goes_on else None
 
 
-def has_weights_before(x: Tensor) -> bool:
+def _has_weights_before(x: Tensor) -> bool:
     """Whether relevance at x has a weight, or a module under a rule, to go to; else it would only end at the model's inputs."""
     seen, ahead = set(), [x.grad_fn]
     while ahead:
@@ -464,7 +464,7 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
     ):
         raise DataError(
             f"start '{start}' needs one class index per sample, shape {(output.shape[0], *output.shape[2:])}, and got "
-            f"{describe_target(target)}: for other tasks give start=function(output, target)"
+            f"{_describe_target(target)}: for other tasks give start=function(output, target)"
         )
     if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
         raise DataError(
@@ -487,7 +487,7 @@ def take_first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def describe_target(target: Any) -> str:
+def _describe_target(target: Any) -> str:
     return (
         f"{target.dtype} of shape {tuple(target.shape)}"
         if isinstance(target, Tensor)
@@ -495,7 +495,7 @@ def describe_target(target: Any) -> str:
     )
 
 
-def make_shadow(model: nn.Module) -> nn.Module:
+def _make_shadow(model: nn.Module) -> nn.Module:
     scripted = [
         name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
     ]
@@ -514,7 +514,7 @@ def make_shadow(model: nn.Module) -> nn.Module:
     return shadow
 
 
-def make_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple, dict]:
+def _make_arguments(inputs: Any, dtype: torch.dtype) -> tuple[tuple, dict]:
     """Positional and keyword arguments, floating tensors as fresh leaves that carry relevance."""
 
     def leaf(value: Any) -> Any:
