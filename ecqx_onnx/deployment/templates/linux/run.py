@@ -1,6 +1,9 @@
-"""The model of this folder, checked and used from Python. Needs numpy and onnxruntime; pillow for images.
+"""The model of this folder, checked and used from Python.
 
-python3 run.py             the self-check: golden inputs in, outputs compared with the golden ones; exit status 1 if they differ
+Needs numpy and onnxruntime; pillow for images.
+
+python3 run.py             the self-check: golden inputs in, outputs compared with the golden ones;
+                           exit status 1 if they differ
 python3 run.py FILE        the prediction for one image, .wav or .npy (raw, as the data set has it)
 python3 run.py --json ...  the same as JSON
 """
@@ -14,14 +17,16 @@ import time
 import wave
 from pathlib import Path
 
-# onnxruntime 1.32 leaves a device id and a database in the home folder and reports its use. It reads this at import.
+# onnxruntime 1.32 leaves a device id and a database in the home folder and reports its use. It
+# reads this at import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import onnxruntime
 
 HERE = Path(__file__).resolve().parent
-SHORTEST = 1e-3  # seconds: faster models run several times per measurement, so that the clock does not matter
+# Seconds: faster models run several times per measurement, so that the clock does not matter.
+SHORTEST = 1e-3
 
 
 class Model:
@@ -56,7 +61,8 @@ class Model:
         """One raw sample (or a batch of them) -> the model's outputs."""
         if self.manifest["raw"] is None:
             raise SystemExit(
-                "this model's manifest holds no preprocessing: give `run` inputs that are ready for the model"
+                "this model's manifest holds no preprocessing: give `run` inputs that are ready "
+                "for the model"
             )
         shape = tuple(self.manifest["raw"]["shape"])
         raw = np.asarray(raw)
@@ -219,7 +225,8 @@ def read_raw(path, manifest):
         return np.load(path, allow_pickle=False)
     if manifest["raw"] is None:
         raise SystemExit(
-            "this model's manifest holds no preprocessing: give `Model.run` inputs that are ready for the model"
+            "this model's manifest holds no preprocessing: give `Model.run` inputs that are ready "
+            "for the model"
         )
     shape, kind = manifest["raw"]["shape"], manifest["preprocessing"]["kind"]
     if kind == "image":
@@ -256,7 +263,8 @@ def read_wav(path, samples, spectrum):
             raise SystemExit(f"{path.name} is not 16 bit mono: convert it first")
         if spectrum and file.getframerate() != spectrum["sample_rate"]:
             raise SystemExit(
-                f"{path.name} has {file.getframerate()} Hz where {spectrum['sample_rate']} are expected: resample it"
+                f"{path.name} has {file.getframerate()} Hz where {spectrum['sample_rate']} are "
+                "expected: resample it"
             )
         found = np.frombuffer(file.readframes(samples), "<i2")
     raw = np.zeros(samples, np.int16)
@@ -265,7 +273,7 @@ def read_wav(path, samples, spectrum):
 
 
 def top(model, outputs, count=5):
-    """[(label, probability)] of the first sample, or None for a model that does not tell classes apart."""
+    """[(label, probability)] of the first sample; None for a model that tells no classes apart."""
     if not is_classes(outputs[0]):
         return None
     scores = outputs[0][0].astype(np.float64)
