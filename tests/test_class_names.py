@@ -186,3 +186,9 @@ def test_validate_tells_what_it_left_out(brightness, tmp_path):
     )
     assert any("__MACOSX" in note for note in report.notes)
     assert any("__MACOSX" in note for note in report.to_json()["notes"])
+
+
+def test_a_name_that_a_model_of_many_classes_has_twice_is_told(tmp_path):
+    names = [*map(str, range(10_000)), "ant", "ant"]
+    with pytest.raises(DataError, match="'ant' twice"):
+        match_classes(folder_of(tmp_path, "ant"), names)
