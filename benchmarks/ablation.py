@@ -174,11 +174,9 @@ def format_table(curves: dict[str, dict[int, list[Point]]], places: list[tuple[s
         f"{value:.0%} zeros" if axis == "zeros" else f"{value:g} bits per weight"
         for axis, value in places
     ]
-    columns = [
-        text
-        for heading in headings
-        for text in ("n", f"accuracy at {heading}, %", "against the default, points")
-    ]
+    columns = []
+    for heading in headings:
+        columns += ["n", f"accuracy at {heading}, %", "against the default, points"]
     lines = ["| variant | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for variant, by_seed in curves.items():
         cells = []
@@ -272,25 +270,16 @@ def main() -> None:
                     done[key] = point
                 if key in done:
                     curves[variant].setdefault(seed, []).append(done[key])
-    sizes = [
-        point["accuracy"]
-        for by_seed in curves.values()
-        for points in by_seed.values()
-        for point in points
-    ]
+    runs = 0
+    for by_seed in curves.values():
+        runs += sum(map(len, by_seed.values()))
     print(
         f"\n{how['model']}, {how['bits']} bit, {how['epochs']} epochs, {how['samples']} samples, "
-        f"{len(sizes)} runs; mean ± 95 %\n"
+        f"{runs} runs; mean ± 95 %\n"
     )
-    print(
-        format_table(
-            curves,
-            [
-                *(("zeros", value) for value in arguments.zeros),
-                *(("bits", value) for value in arguments.at_bits),
-            ],
-        )
-    )
+    places = [("zeros", value) for value in arguments.zeros]
+    places += [("bits", value) for value in arguments.at_bits]
+    print(format_table(curves, places))
 
 
 if __name__ == "__main__":

@@ -57,11 +57,9 @@ def main() -> None:
             name: train_curve(model, dataset, relevance, seed)
             for name, relevance in METHODS.items()
         }
-        shown = {
-            name: [(round(p["zeros"], 3), round(p["accuracy"], 2)) for p in points]
-            for name, points in curves.items()
-        }
-        print(seed, shown, file=sys.stderr)
+        for name, points in curves.items():
+            shown = [(round(p["zeros"], 3), round(p["accuracy"], 2)) for p in points]
+            print(seed, name, shown, file=sys.stderr)
         for zeros in ZEROS:
             found = {
                 name: interpolate_accuracy(points, "zeros", zeros)

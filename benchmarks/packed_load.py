@@ -49,8 +49,9 @@ def make_network(weights: list[np.ndarray], *, packed: bool) -> onnx.ModelProto:
         stored = encode_all(
             [(f"q{i}", w) for i, w in enumerate(weights)], find_target("onnxruntime")
         )
-        made = [node for one in stored for node in one.nodes]
-        initializers += [tensor for one in stored for tensor in one.initializers]
+        for one in stored:
+            made += one.nodes
+            initializers += one.initializers
         protos = list(stored[0].functions)
     for i, w in enumerate(weights):
         if packed:

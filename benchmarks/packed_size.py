@@ -227,10 +227,9 @@ def main() -> None:
         stored = encode_all(
             [(f"w{i}", levels) for i, levels in enumerate(tensors)], find_target("onnxruntime")
         )
-        parts = [
-            *stored[0].functions,
-            *(part for one in stored for part in (*one.initializers, *one.nodes)),
-        ]
+        parts = [*stored[0].functions]
+        for one in stored:
+            parts += [*one.initializers, *one.nodes]
         container = sum(part.ByteSize() for part in parts) - payload
         raw = b"".join(levels.tobytes() for levels in tensors)
         archive = BytesIO()

@@ -34,15 +34,14 @@ def arrange(source: Path, out: Path, *, seed: int = 0) -> dict[str, dict[str, in
     draw = random.Random(seed)
     counts: dict[str, dict[str, int]] = {}
     for split in ("train", "test"):
-        clips = {
-            folder.name: [
-                f
-                for f in sorted(folder.glob("*.wav"))
-                if (f"{folder.name}/{f.name}" in tested) == (split == "test")
-            ]
-            for folder in sorted(source.iterdir())
-            if folder.is_dir() and folder.name != NOISE
-        }
+        clips: dict[str, list[Path]] = {}
+        for folder in sorted(source.iterdir()):
+            if not folder.is_dir() or folder.name == NOISE:
+                continue
+            clips[folder.name] = []
+            for file in sorted(folder.glob("*.wav")):
+                if (f"{folder.name}/{file.name}" in tested) == (split == "test"):
+                    clips[folder.name].append(file)
         chosen = {word: clips.pop(word, []) for word in WORDS}
         if not all(chosen.values()):
             raise ValueError(

@@ -139,8 +139,9 @@ def main() -> None:
         f"{arguments.images} images, mean ± 95 %"
     )
     for name, pairs in found.items():
-        own, new = ([pair[i] for pair in pairs] for i in (0, 1))
-        print(f"| {name} | {format_interval(own)} | {format_interval(new)} |")
+        own = format_interval([pair[0] for pair in pairs])
+        new = format_interval([pair[1] for pair in pairs])
+        print(f"| {name} | {own} | {new} |")
 
 
 if __name__ == "__main__":
