@@ -1,4 +1,8 @@
-"""Plan -> ModelProto -> .onnx file, whole or not at all; and a report of what lies in it."""
+"""Writes a plan as an .onnx file, whole or not at all, and reports what lies in it.
+
+Enters: the plan of each weight's storage and dequantization. Leaves: one file, or two where the
+tensors need more than one protobuf holds, and a `WriteReport`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    helper,
+)
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.dequantization.dequantization import (
@@ -66,14 +78,24 @@ EXTERNAL_FROM = PROTOBUF_LIMIT - (1 << 20)  # bytes of tensors; leaves room for 
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """A finished model. payloads: values of the initializers that `model` declares without data."""
+    """A finished model.
+
+    Attributes:
+        model: The model; some of its initializers are declared without data.
+        payloads: Their values by name.
+        tensors: What was written of each quantized weight.
+    """
 
     model: ModelProto
     payloads: Mapping[str, np.ndarray]
     tensors: tuple[WrittenTensor, ...] = field(default=())
 
     def to_model(self) -> ModelProto:
-        """With the data in place; for models that fit one protobuf."""
+        """Put the data in place; for models that fit one protobuf.
+
+        Returns:
+            A copy of the model that is complete.
+        """
         model = ModelProto()
         model.CopyFrom(self.model)
         for tensor in model.graph.initializer:
@@ -92,150 +114,196 @@ def write(
     accept: Callable[[Path], None] | None = None,
     sources: Sequence[Path] = (),
 ) -> WriteReport:
-    """Writes `path`, and `<path>.data` beside it when the tensors need more than one protobuf holds (or external_data=True).
+    """Write a plan as a file. Same plan and metadata, same bytes.
 
-    metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors. Same plan, same bytes.
-    accept: raises if the written file, still in a temporary place, is not to take its name.
-    sources: files that are read, none of which is replaced.
+    Args:
+        plan: What to write.
+        path: Of the ONNX file.
+        metadata: JSON-able, goes into the file under METADATA_KEY beside the list of tensors.
+        force: Whether a file of that name may be replaced.
+        external_data: Whether tensors lie in `<path>.data` beside it; None: where they need more
+            than one protobuf holds.
+        accept: Raises if the written file, still in a temporary place, is not to take its name.
+        sources: Files that are read, none of which is replaced.
+
+    Returns:
+        What was written.
     """
     path = Path(path)
     built = build(plan, metadata=metadata)
     if external_data is None:
-        external_data = count_tensor_bytes(built) > EXTERNAL_FROM
+        external_data = _count_tensor_bytes(built) > EXTERNAL_FROM
     if external_data:
         check_output(find_data_path(path), force=force)
     with replace_model(path, force=force, sources=sources) as temporary:
         write_proto(built.model, built.payloads, temporary, external=external_data)
-        check_model(temporary)
+        _check_model(temporary)
         if accept is not None:
             accept(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
     return WriteReport(
-        path, nbytes, plan.opset, plan.target.name, built.tensors, plan.kept, plan.missing
+        path=path,
+        nbytes=nbytes,
+        opset=plan.opset,
+        target=plan.target.name,
+        tensors=built.tensors,
+        kept=plan.kept,
+        missing=plan.missing,
     )
 
 
 def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
-    """The model in memory; the plan's graph is left as it is."""
+    """Build the model in memory; the plan's graph is left as it is.
+
+    The metadata's list of tensors has a row for each weight, since keys would outweigh the rest:
+
+        [name, crc32 of the int8 levels row-major as stored, float value, integer value, layout,
+        storage, sources]
+
+    The values are names in the file's graph; integer value: 0 where a fused call leaves it no name.
+    layout: 0; 1 if stored transposed; 2 if the graph reads integers, not floats. storage: 0 for the
+    file's usual one. sources: 0 for just the name. Zeros at the end are left out.
+
+    Args:
+        plan: What to write.
+        metadata: See `write`.
+
+    Returns:
+        The model.
+    """
     model = ModelProto()
     model.CopyFrom(plan.graph.proto)
     quantized = {entry.weight.name for entry in plan.entries}
     graph = model.graph
-    for values in (
-        graph.initializer,
-        graph.input,
-    ):  # old exporters list weights among the inputs, too
-        for index in reversed(
-            [index for index, value in enumerate(values) if value.name in quantized]
-        ):
-            del values[index]
-    for scope in list_graphs(graph):
-        scope.ClearField(
-            "value_info"
-        )  # shapes that every runtime infers; they outweigh a small model's weights
+    # 1. The float graph less its quantized weights, for the plan's target and opset.
+    _clear_graph(graph, quantized)
     if plan.target.one_sample:
         fix_batch(graph)
     set_opset(model, plan.opset)
     model.ir_version = max(plan.target.ir_version(plan.opset), 8)
     model.producer_name = "ecqx-onnx"
     model.ClearField("producer_version")
+    # 2. Levels, and what makes weights of them.
     fused = choose_fused(plan.entries)
     tensors = _put_weights(model, plan, fused)
-    turned = fold_transpose_into_gemm(graph)
+    transposed = fold_transpose_into_gemm(graph)
+    # 3. Fewer bytes for the same.
     drop_defaults(model, plan.opset)
     shorten_integers(model)
     renamed = shorten_names(model)
-    payloads = {
-        renamed[name]: values
-        for name, values in plan.graph.weights.items()
-        if name not in quantized
-    }
-    usual = Counter(entry.stored.storage for entry in plan.entries).most_common(1)
-    records = [make_record(entry, renamed, usual[0][0], fused, turned) for entry in plan.entries]
-    content = {
-        "format": FORMAT,
-        **(metadata or {}),
-        "storage": usual[0][0] if usual else "dense",
-        "tensors": records,
-    }
-    for index in reversed(
-        [index for index, entry in enumerate(model.metadata_props) if entry.key == METADATA_KEY]
-    ):
-        del model.metadata_props[index]
-
-    def elsewhere(tensor: TensorProto) -> bytes | None:
-        return to_little_endian(payloads[tensor.name]) if tensor.name in payloads else None
-
-    text = to_text(content, lambda start: compute_checksum(model, elsewhere, start=start))
-    model.metadata_props.add(key=METADATA_KEY, value=text)
+    payloads = {}
+    for name, values in plan.graph.weights.items():
+        if name not in quantized:
+            payloads[renamed[name]] = values
+    # 4. Metadata, with a checksum over all of this.
+    storages = Counter(entry.stored.storage for entry in plan.entries)
+    usual = storages.most_common(1)[0][0] if storages else "dense"
+    records = [_make_record(entry, renamed, usual, fused, transposed) for entry in plan.entries]
+    content = {"format": FORMAT, **(metadata or {}), "storage": usual, "tensors": records}
+    _write_metadata(model, content, payloads)
     return Built(model, payloads, tensors)
 
 
+def _clear_graph(graph: GraphProto, quantized: Collection[str]) -> None:
+    """Removes quantized weights and inferred shapes, in place."""
+    for values in (graph.initializer, graph.input):  # old exporters list weights as inputs, too
+        for index in reversed(range(len(values))):
+            if values[index].name in quantized:
+                del values[index]
+    for scope in list_graphs(graph):
+        # Shapes that every runtime infers; they outweigh a small model's weights.
+        scope.ClearField("value_info")
+
+
+def _write_metadata(
+    model: ModelProto, content: Mapping[str, Any], payloads: Mapping[str, np.ndarray]
+) -> None:
+    """Puts the text under METADATA_KEY, in place."""
+    for index in reversed(range(len(model.metadata_props))):
+        if model.metadata_props[index].key == METADATA_KEY:
+            del model.metadata_props[index]
+
+    def read_elsewhere(tensor: TensorProto) -> bytes | None:
+        if tensor.name not in payloads:
+            return None
+        return to_little_endian(payloads[tensor.name])
+
+    def compute_whole(start: int) -> int:
+        return compute_checksum(model, read_elsewhere, start=start)
+
+    model.metadata_props.add(key=METADATA_KEY, value=to_text(content, compute_whole))
+
+
 def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[WrittenTensor, ...]:
-    """Storage, dequantisation and functions; sparse tensors last, since other tools drop them."""
-    graph, names, uses = (
-        model.graph,
-        NameMaker(list_value_names(model.graph)),
-        find_uses(model.graph),
-    )
-    names.taken.update(name for entry in plan.entries for name in list_names(entry))
+    """Storage, dequantization and functions; sparse tensors last, since other tools drop them.
+
+    fused: name of the function that decodes and dequantizes at once, see `choose_fused`.
+    """
+    graph = model.graph
+    names = NameMaker(list_value_names(graph))
+    uses = find_uses(graph)
+    for entry in plan.entries:
+        names.taken.update(_list_names(entry))
     nodes: list[NodeProto] = []
     functions: dict[tuple[str, str], FunctionProto] = {}
     sparse: list[SparseTensorProto] = []
     rows: list[WrittenTensor] = []
     seen: set[str] = set()
     for entry in plan.entries:
-        first, whole = (
-            entry.stored.levels not in seen,
-            fused is not None and entry.stored.storage == "packed",
-        )
-        if first:
-            seen.add(entry.stored.levels)
-            graph.initializer.extend(entry.stored.initializers)
-            sparse.extend(entry.stored.sparse_initializers)
-            nodes.extend([] if whole else entry.stored.nodes)
-            functions.update({(part.domain, part.name): part for part in entry.stored.functions})
-        permutation = find_read_permutation(entry, fused)
-        dequantization = make_dequantization(entry, names, permutation)
-        graph.initializer.extend(
-            part for part in dequantization.initializers if part.name not in seen
-        )
+        stored = entry.stored
+        weight = entry.weight
+        is_first = stored.levels not in seen  # tied weights share their levels
+        is_fused = fused is not None and stored.storage == "packed"
+        # 1. The levels, and what decodes them.
+        if is_first:
+            seen.add(stored.levels)
+            graph.initializer.extend(stored.initializers)
+            sparse.extend(stored.sparse_initializers)
+            if not is_fused:
+                nodes.extend(stored.nodes)
+            for part in stored.functions:
+                functions[part.domain, part.name] = part
+        # 2. Steps or codebook, and the function that multiplies by them.
+        permutation = _find_read_permutation(entry, fused)
+        dequantization = _make_dequantization(entry, names, permutation)
+        fresh = [part for part in dequantization.initializers if part.name not in seen]
+        graph.initializer.extend(fresh)
         seen.update(part.name for part in dequantization.initializers)
-        if dequantization.function is not None and not whole:
-            functions[DOMAIN, dequantization.function] = make_function(
-                dequantization.function, plan.opset
-            )
-        if fused is not None and whole:
-            nodes.extend(fuse(entry.stored, fused, dequantization.node))
+        if dequantization.function is not None and not is_fused:
+            function = make_function(dequantization.function, plan.opset)
+            functions[DOMAIN, dequantization.function] = function
+        # 3. The nodes: one call for both, or the levels' own and those of the dequantization.
+        if fused is not None and is_fused:
+            nodes.extend(fuse(stored, fused, dequantization.node))
         elif entry.form is None or entry.form.dense:
             nodes.extend([*dequantization.before, dequantization.node])
             if entry.form is None and permutation is not None:
-                nodes[-1].output[0] = names("t")
+                before = names("t")
+                nodes[-1].output[0] = before
                 nodes.append(
-                    helper.make_node(
-                        "Transpose", [nodes[-1].output[0]], [entry.weight.name], perm=permutation
-                    )
+                    helper.make_node("Transpose", [before], [weight.name], perm=permutation)
                 )
+        # 4. DequantizeLinear at each consumer, where that is the form.
         if entry.form is not None and not entry.form.integer:
-            step = dequantization.initializers[0].name
-            weight, stored = entry.weight, entry.stored
             apply_standard(
                 weight.tensor,
                 uses[weight.name],
                 weight=weight.name,
                 levels=stored.levels,
                 type=stored.type,
-                step=step,
+                step=dequantization.initializers[0].name,
                 names=names,
             )
-        rows.append(report_row(entry, dequantization, first))
+        rows.append(_make_row(entry, dequantization, is_first))
+    # 5. Where calls are fused, the decoder's last function is replaced.
     if fused is not None:
-        levels = functions.pop((DOMAIN, TENSOR))
-        functions[DOMAIN, fused] = (
-            make_scaled(levels)
-            if fused == "V"
-            else compose(fused, levels, make_function(FUSED[fused], plan.opset))
-        )
+        levels_function = functions.pop((DOMAIN, TENSOR))
+        if fused == "V":
+            functions[DOMAIN, fused] = make_scaled(levels_function)
+        else:
+            second = make_function(FUSED[fused], plan.opset)
+            functions[DOMAIN, fused] = compose(fused, levels_function, second)
+    # 6. Into the model: weights before the nodes that read them.
     existing = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *existing])
@@ -243,53 +311,57 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
     for part in functions.values():
         model.functions.add().CopyFrom(part)
     set_opset(model, plan.opset)
-    present = {entry.domain for entry in model.opset_import}
+    present = {imported.domain for imported in model.opset_import}
     for domain in sorted({domain for domain, _ in functions} - present):
         model.opset_import.append(helper.make_opsetid(domain, 1))
     return tuple(rows)
 
 
-def list_names(entry: Entry) -> set[str]:
-    parts = (
-        *entry.stored.initializers,
-        *(sparse.values for sparse in entry.stored.sparse_initializers),
-    )
-    return {
-        entry.stored.levels,
-        *(part.name for part in parts),
-        *(name for node in entry.stored.nodes for name in node.output),
-    }
+def _list_names(entry: Entry) -> set[str]:
+    """Every name that a stored weight takes in the graph."""
+    stored = entry.stored
+    names = {stored.levels}
+    names.update(part.name for part in stored.initializers)
+    names.update(sparse.values.name for sparse in stored.sparse_initializers)
+    for node in stored.nodes:
+        names.update(node.output)
+    return names
 
 
-def find_read_permutation(entry: Entry, fused: str | None) -> tuple[int, ...] | None:
-    """Of the weight's axes, to the order in which its dequantisation reads the levels; None where that is their own."""
-    return (
-        find_permutation(entry.stored)
-        if fused is not None and entry.stored.storage == "packed"
-        else entry.permutation
-    )
+def _find_read_permutation(entry: Entry, fused: str | None) -> tuple[int, ...] | None:
+    """Of the weight's axes, to the order in which its dequantization reads the levels.
+
+    None where that is their own.
+    """
+    if fused is not None and entry.stored.storage == "packed":
+        return find_permutation(entry.stored)
+    return entry.permutation
 
 
-def make_dequantization(
+def _make_dequantization(
     entry: Entry, names: NameMaker, permutation: tuple[int, ...] | None
 ) -> Dequantization:
-    weight, constant = entry.weight, names("s")
+    """Constants and node that make the weight of its levels, in the form that was planned."""
+    weight = entry.weight
+    stored = entry.stored
+    constant = names("s")
+    # 1. The graph reads integers.
     if weight.integers is not None:
         return make_integers(
-            weight.integers, levels=entry.stored.levels, output=weight.name, constant=constant
+            weight.integers, levels=stored.levels, output=weight.name, constant=constant
         )
+    # 2. A function of ours.
     if entry.form is None:
-        tensor, factor = weight.tensor, weight.factor
+        tensor = weight.tensor
+        factor = weight.factor
         if permutation is not None:
-            tensor, factor = (
-                tensor.transpose(permutation),
-                None if factor is None else factor.transpose(permutation),
-            )
+            tensor = tensor.transpose(permutation)
+            factor = None if factor is None else factor.transpose(permutation)
         return make_folded(
-            tensor, levels=entry.stored.levels, output=weight.name, constant=constant, factor=factor
+            tensor, levels=stored.levels, output=weight.name, constant=constant, factor=factor
         )
+    # 3. DequantizeLinear.
     tensor = weight.tensor.transpose((1, 0)) if entry.form.transposed else weight.tensor
-    stored = entry.stored
     if entry.form.integer:
         made = make_integer(
             tensor, levels=stored.levels, type=stored.type, output=weight.name, constant=constant
@@ -301,64 +373,80 @@ def make_dequantization(
     return made
 
 
-def report_row(entry: Entry, dequantization: Dequantization, first: bool) -> WrittenTensor:
+def _make_row(entry: Entry, dequantization: Dequantization, is_first: bool) -> WrittenTensor:
+    """What the report says of one weight."""
     tensor = entry.weight.tensor
-    nbytes = dequantization.nbytes + (entry.stored.nbytes if first else 0)
-    label = entry.stored.label if first else f"{entry.stored.label}, shared"
+    nbytes = dequantization.nbytes
+    label = f"{entry.stored.label}, shared"
+    if is_first:
+        nbytes += entry.stored.nbytes
+        label = entry.stored.label
     return WrittenTensor(
-        entry.weight.name, entry.weight.sources, tensor.shape, tensor.bits, tensor.zeros, tensor.entropy,
-        label, entry.dequantization, nbytes, entry.weight.rescaled, entry.reason,
-    )  # fmt: skip
+        name=entry.weight.name,
+        sources=entry.weight.sources,
+        shape=tensor.shape,
+        bits=tensor.bits,
+        zeros=tensor.zeros,
+        entropy=tensor.entropy,
+        storage=label,
+        dequantization=entry.dequantization,
+        nbytes=nbytes,
+        rescaled=entry.weight.rescaled,
+        reason=entry.reason,
+    )
 
 
-def make_record(
-    entry: Entry, renamed: Mapping[str, str], usual: str, fused: str | None, turned: Collection[str]
+def _make_record(
+    entry: Entry,
+    renamed: Mapping[str, str],
+    usual: str,
+    fused: str | None,
+    transposed: Collection[str],
 ) -> list[Any]:
-    """What the metadata says of one weight, as a row, since keys would outweigh the rest:
-
-    [name, crc32 of the int8 levels row-major as stored, float value, integer value, layout, storage, sources]. The values are
-    names in the file's graph; integer value: 0 where a fused call leaves it no name. layout: 0, 1 if stored transposed, 2 if the
-    graph reads integers, not floats. storage: 0 for the file's usual one. sources: 0 for just the name. Zeros at the end are
-    left out.
-    """
-    weight, stored = entry.weight, entry.stored
-    stored_turned = entry.permutation is not None or (
-        entry.form is not None and entry.form.transposed
-    )
-    permutation = find_read_permutation(entry, fused) or (
-        (1, 0) if stored_turned else range(weight.tensor.levels.ndim)
-    )
-    layout = 2 if weight.integers is not None else int(stored_turned or weight.name in turned)
-    sources = 0 if weight.sources == (weight.name,) else list(weight.sources)
-    rest = [
-        renamed.get(stored.levels, 0),
-        layout,
-        0 if stored.storage == usual else stored.storage,
-        sources,
-    ]
+    """What the metadata says of one weight, see `build`. transposed: names folded into Gemm."""
+    weight = entry.weight
+    stored = entry.stored
+    is_transposed = entry.permutation is not None
+    if entry.form is not None and entry.form.transposed:
+        is_transposed = True
+    # 1. The levels in the order in which they are read.
+    permutation = _find_read_permutation(entry, fused)
+    if permutation is None and is_transposed:
+        permutation = (1, 0)
+    levels = weight.tensor.levels
+    if permutation is not None:
+        levels = levels.transpose(permutation)
+    # 2. What is usual is 0, and zeros at the end are left out.
+    layout = int(is_transposed or weight.name in transposed)
+    if weight.integers is not None:
+        layout = 2
+    sources: Any = 0 if weight.sources == (weight.name,) else list(weight.sources)
+    storage: Any = 0 if stored.storage == usual else stored.storage
+    rest: list[Any] = [renamed.get(stored.levels, 0), layout, storage, sources]
     while rest and rest[-1] == 0:
         rest.pop()
-    return [
-        weight.name,
-        compute_levels_crc(weight.tensor.levels.transpose(permutation)),
-        renamed.get(weight.name, ""),
-        *rest,
-    ]
+    value = renamed.get(weight.name, "")
+    return [weight.name, compute_levels_crc(levels), value, *rest]
 
 
-def count_tensor_bytes(built: Built) -> int:
+def _count_tensor_bytes(built: Built) -> int:
+    """Bytes of all tensors."""
     inside = sum(tensor.ByteSize() for tensor in built.model.graph.initializer)
     return inside + sum(values.nbytes for values in built.payloads.values())
 
 
-def check_model(path: Path) -> None:
-    """onnx's checker, with shape inference unless there are sparse tensors (which strict inference rejects)."""
+def _check_model(path: Path) -> None:
+    """FileError for what onnx's checker rejects.
+
+    With shape inference, unless there are sparse tensors, which strict inference rejects.
+    """
     model = onnx.load(path, load_external_data=False)
     full = not model.graph.sparse_initializer
     del model
     try:
         onnx.checker.check_model(str(path), full_check=full)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first_line = str(error).strip().splitlines()[0]
         raise FileError(
-            f"the model would not be valid ONNX and was not written: {str(error).strip().splitlines()[0]}"
+            f"the model would not be valid ONNX and was not written: {first_line}"
         ) from error
