@@ -106,8 +106,10 @@ class QuantTensor:
             reproduce bit for bit.
         """
         if isinstance(self.meaning, Codebook):
-            return self.meaning.values[self.levels]
-        return self.levels.astype(np.float32) * self.meaning.step
+            values: np.ndarray = self.meaning.values[self.levels]
+            return values
+        scaled: np.ndarray = self.levels.astype(np.float32) * self.meaning.step
+        return scaled
 
     def transpose(self, permutation: Sequence[int]) -> QuantTensor:
         """Reorder the axes of levels and steps.
