@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Quantizer": "ecqx_onnx.quantization",
+    "quantize": "ecqx_onnx.verbs.quantize",
     "save": "ecqx_onnx.api",
     "convert": "ecqx_onnx.api",
     "validate": "ecqx_onnx.api",

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint as as_checkpoint
+    from ecqx_onnx.verbs.accuracy import accuracy as accuracy
+    from ecqx_onnx.verbs.accuracy import confuse as confuse
     from ecqx_onnx.verbs.convert import convert as convert
     from ecqx_onnx.verbs.deploy import deploy as deploy
-    from ecqx_onnx.verbs.quantize import Quantized as Quantized
-    from ecqx_onnx.verbs.quantize import accuracy as accuracy
-    from ecqx_onnx.verbs.quantize import confuse as confuse
     from ecqx_onnx.verbs.quantize import quantize as quantize
     from ecqx_onnx.verbs.quantize import training_progress as training_progress
     from ecqx_onnx.verbs.quantize import with_history as with_history
+    from ecqx_onnx.verbs.reports import Quantized as Quantized
     from ecqx_onnx.verbs.save import save as save
     from ecqx_onnx.verbs.validate import is_onnx as is_onnx
     from ecqx_onnx.verbs.validate import validate as validate
@@ -32,11 +32,11 @@ _HOMES = {
     "quantize": "ecqx_onnx.verbs.quantize",
     "as_checkpoint": "ecqx_onnx.sources.to_checkpoint",
     "is_onnx": "ecqx_onnx.verbs.validate",
-    "accuracy": "ecqx_onnx.verbs.quantize",
+    "accuracy": "ecqx_onnx.verbs.accuracy",
     "with_history": "ecqx_onnx.verbs.quantize",
     "training_progress": "ecqx_onnx.verbs.quantize",
-    "Quantized": "ecqx_onnx.verbs.quantize",
-    "confuse": "ecqx_onnx.verbs.quantize",
+    "Quantized": "ecqx_onnx.verbs.reports",
+    "confuse": "ecqx_onnx.verbs.accuracy",
 }
 __all__ = [  # noqa: RUF022
     "save",

@@ -64,8 +64,8 @@ def convert(
 
     Example:  ecqx-onnx convert lenet5.pt lenet5.onnx
 
-    Of a float model, without training:  ecqx-onnx convert fp32.pt small.onnx --model net.py:net --bits 4
-    """  # noqa: E501 - what can be copied stands on one line
+    Without training:  ecqx-onnx convert fp32.pt small.onnx --model net.py:net --bits 4
+    """
     from ecqx_onnx import api
 
     report = api.convert(

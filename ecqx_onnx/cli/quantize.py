@@ -106,12 +106,14 @@ def quantize(
 ) -> None:
     """Train and quantise with ECQx: near and cheap levels; relevance decides what may become zero.
 
-    Example:  ecqx-onnx quantize models/lenet5.py:lenet5 --weights fp32.pt --data mnist.npz --bits 4 --out lenet5.pt
+    Example:  ecqx-onnx quantize net.py:net --weights fp32.pt --data mnist.npz --out net.pt
 
-    For integer kernels:  ecqx-onnx quantize ... --activations int8 --out m.pt && ecqx-onnx convert m.pt m.onnx --activations int8
+    For integer kernels:  ecqx-onnx quantize ... --activations int8 --out net.pt
+
+    and then:  ecqx-onnx convert net.pt net.onnx --activations int8
 
     On several GPUs or machines:  torchrun --nproc-per-node=N -m ecqx_onnx quantize ...
-    """  # noqa: E501 - what can be copied stands on one line
+    """
     from ecqx_onnx import api
     from ecqx_onnx.quantization.training import emulates_bfloat16
 

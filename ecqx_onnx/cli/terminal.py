@@ -1,7 +1,8 @@
-"""Text of strangers -> text that a terminal only shows; whatever ends a command -> one sentence and an exit status.
+"""Make text from files harmless on a terminal, and end every command in a sentence and a status.
 
-Names in files may hold escape sequences, line breaks, or characters that turn the direction of writing.
-Reports and errors pass through `escape_report` before they are laid out, and nothing is read as markup.
+Names in files may hold escape sequences, line breaks, or characters that turn the direction of
+writing. Reports and errors pass through `escape_report` before they are laid out, and nothing is
+read as markup.
 """
 
 from __future__ import annotations
@@ -60,25 +61,26 @@ Debug = Annotated[
 
 
 def escape(text: str, *, most: int = LONGEST_CELL) -> str:
-    """Makes every character visible.
+    """Make every character visible.
 
     Args:
         text: from a file, a folder or a message about one.
         most: characters that are kept; what is beyond is counted instead.
 
     Returns:
-        One line, without control characters, invisible ones and halves of surrogate pairs; these are
-        written as Python writes them: `\\x1b`, `\\u202e`.
+        One line, without control characters, invisible ones and halves of surrogate pairs; these
+        are written as Python writes them: `\\x1b`, `\\u202e`.
     """
     left_out = len(text) - most
     if left_out > 0:
         text = text[:most]
     if not text.isprintable():
-        text = "".join(map(show_character, text))
+        text = "".join(map(_show_character, text))
     return f"{text}… ({left_out} more characters)" if left_out > 0 else text
 
 
-def show_character(character: str) -> str:
+def _show_character(character: str) -> str:
+    """The character, or the escape that Python writes for it."""
     if character in SHORT:
         return SHORT[character]
     if unicodedata.category(character) not in INVISIBLE:
@@ -90,7 +92,7 @@ def show_character(character: str) -> str:
 
 
 def escape_report(value: Any) -> Any:
-    """Escapes every text in a report.
+    """Escape every text in a report.
 
     Args:
         value: a dataclass, collection, path, text, or anything else, which stays as it is.
@@ -108,11 +110,12 @@ def escape_report(value: Any) -> Any:
     if type(value) in (tuple, list, set, frozenset):
         return type(value)(escape_report(entry) for entry in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return escape_fields(value)
+        return _escape_fields(value)
     return value
 
 
-def escape_fields(report: Any) -> Any:
+def _escape_fields(report: Any) -> Any:
+    """A copy of the dataclass whose fields are escaped."""
     changed = copy.copy(report)
     for field in dataclasses.fields(report):
         value = getattr(report, field.name)
@@ -121,7 +124,9 @@ def escape_fields(report: Any) -> Any:
 
 
 def make_strict_json(value: Any) -> Any:
-    """Makes plain values that every JSON parser reads: no NaN, no infinity, no halves of surrogate pairs.
+    """Make plain values that every JSON parser reads.
+
+    There is no NaN in them, no infinity, and no half of a surrogate pair.
 
     Args:
         value: dicts, lists, numbers, texts.
@@ -134,34 +139,49 @@ def make_strict_json(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, Mapping):
-        return {
-            make_strict_json(key) if isinstance(key, str) else key: make_strict_json(entry)
-            for key, entry in value.items()
-        }
+        found = {}
+        for key, entry in value.items():
+            name = make_strict_json(key) if isinstance(key, str) else key
+            found[name] = make_strict_json(entry)
+        return found
     if isinstance(value, list | tuple):
         return [make_strict_json(entry) for entry in value]
     return value
 
 
 def print_error(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
+    """Print an error as one line on stderr, whatever the message holds.
+
+    Args:
+        message: one sentence, not yet escaped.
+    """
     process = f" of process {process_number()}" if process_number() else ""
     line = escape(message.strip(), most=LONGEST_SENTENCE)
     stderr.print(f"error{process}:", line, style="red", highlight=False, soft_wrap=True)
 
 
 def process_number() -> int:
-    """Which of torchrun's processes this is: the first one speaks for all. 0 without torchrun."""
+    """Look up which of torchrun's processes this is: the first one speaks for all.
+
+    Returns:
+        Its rank; 0 without torchrun.
+    """
     return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
 def turn_errors_into_exit(doing: str, *, debug: bool = False) -> Iterator[None]:
-    """Ends the command with one sentence on stderr and an exit status, whatever is raised inside.
+    """End the command with one sentence on stderr and an exit status, whatever is raised inside.
 
     Args:
         doing: what is being done, for the sentence about what nobody foresaw.
         debug: print the traceback too.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        typer.Exit: with the exit status, if anything was raised.
     """
     try:
         yield
@@ -179,14 +199,15 @@ def turn_errors_into_exit(doing: str, *, debug: bool = False) -> Iterator[None]:
     except Exception as error:  # the net: what arrives here is a defect of ours
         if debug:
             traceback.print_exc(file=_EscapedFile())
-        print_error(describe_unforeseen(doing, error, debug=debug))
+        print_error(_describe_unforeseen(doing, error, debug=debug))
         status = InputError.exit_status if _is_out_of_memory(error) else UNFORESEEN
     else:
         return
     raise typer.Exit(status) from None
 
 
-def describe_unforeseen(doing: str, error: Exception, *, debug: bool) -> str:
+def _describe_unforeseen(doing: str, error: Exception, *, debug: bool) -> str:
+    """One sentence about a defect of ours, or about a machine that is too small."""
     message = escape(str(error), most=300)
     if _is_out_of_memory(error):
         return f"memory ran out during {doing}; close other programs, or use a machine with more"
@@ -212,7 +233,7 @@ class _EscapedFile:
 
 
 def guard(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a command end in words, and gives it the option --debug.
+    """Make a command end in words, and give it the option --debug.
 
     Args:
         function: the command, as typer takes it.
@@ -224,18 +245,19 @@ def guard(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        with turn_errors_into_exit(describe_command(name, kwargs), debug=debug):
+        with turn_errors_into_exit(_describe_command(name, kwargs), debug=debug):
             for parameter in (*INPUTS, *OUTPUTS):
-                if isinstance(value := kwargs.get(parameter), str | Path):
+                value = kwargs.get(parameter)
+                if isinstance(value, str | Path):
                     check_name(value)
             for parameter in INPUTS:
-                if isinstance(value := kwargs.get(parameter), str | Path):
+                value = kwargs.get(parameter)
+                if isinstance(value, str | Path):
                     check_regular(value)
             function(*args, **kwargs)
 
-    signature = inspect.signature(
-        function, eval_str=True
-    )  # typer does not evaluate what is set below
+    # typer does not evaluate what is set below.
+    signature = inspect.signature(function, eval_str=True)
     option = inspect.Parameter(
         "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
     )
@@ -248,15 +270,16 @@ def guard(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def describe_command(name: str, arguments: Mapping[str, Any]) -> str:
+def _describe_command(name: str, arguments: Mapping[str, Any]) -> str:
     """'inspect of model.onnx'"""
-    given = (arguments[parameter] for parameter in INPUTS if arguments.get(parameter) is not None)
-    first = next(given, None)
-    return name if first is None else f"{name} of '{first}'"
+    for parameter in INPUTS:
+        if arguments.get(parameter) is not None:
+            return f"{name} of '{arguments[parameter]}'"
+    return name
 
 
 def write_what_cannot_be_encoded_as_escapes() -> None:
-    """On a terminal of another encoding, characters that it lacks are written as escapes."""
+    """Write escapes for characters that a terminal of another encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

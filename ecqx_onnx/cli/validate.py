@@ -56,12 +56,14 @@ def validate(
 
     Exit status 1 if not.
 
-    Example:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --data mnist.npz --device local --device web
+    Example:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --data mnist.npz
+
+    On devices:  ecqx-onnx validate lenet5.onnx --against lenet5.pt --device local --device web
 
     Of a packed file:  ecqx-onnx validate packed.onnx --against model-int8.onnx
 
     Is a file whole, by its own checksums:  ecqx-onnx validate lenet5.onnx
-    """  # noqa: E501 - what can be copied stands on one line
+    """
     from ecqx_onnx import api
 
     if device and inputs is not None:

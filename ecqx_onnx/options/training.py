@@ -50,8 +50,8 @@ class _Setup:
             )
         if not 0 < self.relevance_until <= 1:
             raise OptionError(
-                f"relevance_until is {self.relevance_until}: choose a share of the training above 0,"
-                " up to 1"
+                f"relevance_until is {self.relevance_until}: choose a share of the training above"
+                " 0, up to 1"
             )
         choices_of = {"schedule": get_args(Schedule), "precision": get_args(Precision)}
         for name, choices in choices_of.items():

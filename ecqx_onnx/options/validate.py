@@ -34,8 +34,8 @@ class ValidateOptions:
     batch_size: int = option(64, "Number of samples that run at once.", minimum=1)
     device: Sequence[str] | None = option(
         None,
-        "Run the file there: local, node, web, arm64, ssh://user@host[:port] or folder:PATH; several"
-        " give one table.",
+        "Run the file there: local, node, web, arm64, ssh://user@host[:port] or folder:PATH;"
+        " several give one table.",
     )
     time_limit: float = option(
         1800.0, "With --device: seconds until its runner is stopped.", minimum=1.0

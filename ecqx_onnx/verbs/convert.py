@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,10 @@ from ecqx_onnx.checkpoint.float_model import restore_float_weights
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, OptionError
+from ecqx_onnx.options.convert import ConvertOptions
+from ecqx_onnx.options.option import check_limits, get_defaults, refuse_unknown_options
+from ecqx_onnx.options.quantize import QuantizeOptions
+from ecqx_onnx.options.quantizer import Recipe
 from ecqx_onnx.validation.float_distance import FloatBounds
 from ecqx_onnx.validation.float_probe import FloatProbe
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import Source
 
 
+@refuse_unknown_options
 def convert(
     model: Source,
     out: str | Path,
@@ -65,21 +69,55 @@ def convert(
     strict: bool = True,
     force: bool = False,
 ) -> WriteReport:
-    """Write `model` (a path, a Quantizer, a module, a program or a Checkpoint) as an .onnx file.
+    """Write a quantized model as an .onnx file.
 
-    bits: quantise a float model without training, so that errors cancel (see levels/rounding.py), or with an entropy_weight
-    by entropy-constrained assignment. Without it a float model is refused. Quantised is what a convolution, matrix product,
-    recurrent operator or token embedding multiplies, whatever `include` names besides, and never what `exclude` names.
-    activations: "float32", or "int8" for integer kernels; their ranges come from `calibration` (a data set as `load_dataset`
-    takes it, a Dataset or a Split; its training samples where it has any) by "minmax", "percentile" or "entropy", or without it
-    from the checkpoint of a training with activations="int8".
-    data, float_bounds: with bits, the result is compared with the float model on this data set (as `load_dataset` takes it, its
-    test split), else on random inputs, and the report warns beyond the bounds.
-    floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate` knows that from the file.
+    Quantized with `bits` is what a convolution, matrix product, recurrent operator or token
+    embedding multiplies, whatever `include` names besides, and never what `exclude` names.
+
+    Args:
+        model: a path, a Quantizer, a module, an exported program or a Checkpoint.
+        out: the .onnx file to write (.ort for targets that load that).
+        example: for a module, one batch of its input, or a tuple of the forward's arguments;
+            only shape and type matter.
+        factory: FILE.py:FACTORY, the network of a state dict.
+        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
+        trust_pickle: unpickle a module, which runs its author's code.
+        bits: 2 to 8: quantize a float model without training, so that errors cancel (see
+            quantization/levels/rounding.py); without it a float model is refused.
+        entropy_weight: with bits, quantize by entropy-constrained assignment instead; at least 0.
+        include: with bits, patterns of more parameter names to quantize.
+        exclude: with bits, patterns of parameter names that stay float.
+        storage: "auto" (fewest bytes), "dense", "sparse" or "packed".
+        dequantize: "auto", "folded" (float speed) or "standard" (DequantizeLinear).
+        target: the runtime that must load the file.
+        opset: by default the lowest that holds the weights.
+        activations: "float32", or "int8" for integer kernels.
+        calibration: with activations="int8", a data set (as `load_dataset` takes it, a Dataset or a
+            Split; its training samples where it has any) that their ranges come from; without it,
+            those of a training with activations="int8".
+        calibration_method: "minmax", "percentile" or "entropy".
+        calibration_samples: number of samples for it; at least 1.
+        floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate`
+            knows that from the file.
+        data: with bits, a data set on whose test split the result is compared with the float model;
+            by default random inputs.
+        float_bounds: with bits, beyond which distance from the float model the report warns.
+        strict: refuse a state dict that lacks weights, or has others.
+        force: replace `out` if it exists.
+
+    Returns:
+        How each weight is stored, what stays float and why, and notes.
+
+    Raises:
+        InputError: if something given can't be used, or the target can't hold the model.
+
+    Example:
+        report = ecqx_onnx.convert("model.pt", "out.onnx")
+        print(report.nbytes)
     """
-
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 
+    # 1. Refuse what does not go together, before anything is loaded.
     if floats not in ("float32", "float16"):
         raise OptionError(
             f"float parameters cannot be stored as '{floats}'; choose float32 or float16"
@@ -92,8 +130,16 @@ def convert(
         raise OptionError(
             "--data and bounds on the distance from the float model go with --bits; leave them out"
         )
+    check_limits(
+        ConvertOptions,
+        bits=bits or None,
+        entropy_weight=entropy_weight,
+        calibration_samples=calibration_samples,
+    )
     check_output(out, force=force, source=model)
     check_name(out, target)
+
+    # 2. Load the model, quantized if that is asked for.
     probe = FloatProbe(_test_split(data), float_bounds or FloatBounds()) if bits else None
     checkpoint = as_checkpoint(
         model,
@@ -108,33 +154,35 @@ def convert(
         probe=probe,
         strict=strict,
     )
-    told: tuple[str, ...] = ()
-    if probe is not None:
-        check = probe.judge(checkpoint.module(), class_names=bool(checkpoint.labels))
-        told = (("warning: " if check.passed is False else "") + check.sentence,)
-        if probe.error is not None and math.isfinite(probe.error):
-            checkpoint = replace(
-                checkpoint, recipe={**checkpoint.recipe, "float_error": float(f"{probe.error:.3g}")}
-            )
+    checkpoint, probe_notes = _judge_rounding(checkpoint, probe)
+
+    # 3. Rewrite the graph: BatchNorm into weights, scales to float16, activations to integers.
     graph, matching, batchnorms = fold_batchnorms(checkpoint.graph, checkpoint.matching)
-    matching, steps = store_half_steps(matching) if floats == "float16" else (matching, 0)
-    checkpoint, quantized = replace(checkpoint, graph=graph, matching=matching), None
+    half_steps = 0
+    if floats == "float16":
+        matching, half_steps = store_half_steps(matching)
+    checkpoint = replace(checkpoint, graph=graph, matching=matching)
+    quantized = None
     if activations != "float32":
         checkpoint = replace(checkpoint, graph=replace_pooling(graph))
         checkpoint, ranges = find_ranges(
             checkpoint, activations, target, calibration, calibration_method, calibration_samples
         )
         quantized = quantize_activations(checkpoint.graph, checkpoint.matching.found, ranges)
-        graph, matching = quantized.graph, replace(matching, found=quantized.found)
+        graph = quantized.graph
+        matching = replace(matching, found=quantized.found)
     elif calibration is not None:
         raise OptionError(
             "calibration data are for --activations int8; add it, or leave the data out"
         )
-    notes = (*checkpoint.notes, *told, *notes_on_unfolded_batchnorms(batchnorms))
+    notes = [*checkpoint.notes, *probe_notes, *_list_unfolded(batchnorms)]
     if floats == "float16":
         graph, halved = store_float16(graph, {weight.name for weight in matching.found})
-        notes = (*notes, replace(halved, steps=steps).sentence)
-        floats = floats if halved.names or steps else "float32"
+        notes.append(replace(halved, steps=half_steps).sentence)
+        if not (halved.names or half_steps):
+            floats = "float32"  # nothing was there to halve
+
+    # 4. Plan how each weight is stored.
     plan = make_plan(
         graph,
         matching,
@@ -144,52 +192,73 @@ def convert(
         opset=opset,
         integer=() if quantized is None else quantized.weights,
     )
-    metadata: dict[str, Any] = {"version": __version__, "recipe": drop_defaults(checkpoint.recipe)}
+
+    # 5. Write the file, with what a user of it should know.
+    metadata = _describe_checkpoint(checkpoint)
     if checkpoint.preprocessing_known:
-        recorded = json.loads(checkpoint.preprocessing.to_json())
-        metadata["preprocessing"] = {
-            key: value for key, value in recorded.items() if value is not None
-        }
-        notes = (
-            *notes,
-            f"preprocessing that the file records: {checkpoint.preprocessing.describe()}",
-        )
+        described = checkpoint.preprocessing.describe()
+        notes.append(f"preprocessing that the file records: {described}")
     else:
-        notes = (*notes, NO_PREPROCESSING)
-    if checkpoint.labels != tuple(map(str, range(len(checkpoint.labels)))):
-        metadata["labels"] = list(checkpoint.labels)
+        notes.append(NO_PREPROCESSING)
     if floats != "float32":
         metadata["floats"] = floats
     if quantized is not None:
         source = "trained" if calibration is None else calibration_method
         metadata["activations"] = {"type": "uint8", "calibration": source}
-        notes = (*notes, RANGES_FROM[source == "trained"])
+        notes.append(RANGES_TRAINED if source == "trained" else RANGES_CALIBRATED)
     report = deliver(plan, out, metadata=metadata, force=force)
     report = replace(report, notes=(*report.notes, *notes))
-    return (
-        report
-        if quantized is None
-        else replace(report, kernels=quantized.kernels, stays=quantized.stays)
-    )
-
-
-def notes_on_unfolded_batchnorms(batchnorms: Sequence[BatchNorm]) -> tuple[str, ...]:
-    return tuple(
-        f"BatchNormalization '{entry.name}' stays: {entry.reason}"
-        for entry in batchnorms
-        if entry.weight is None
-    )
+    if quantized is None:
+        return report
+    return replace(report, kernels=quantized.kernels, stays=quantized.stays)
 
 
 NO_PREPROCESSING = (
-    "the file records no preprocessing, as none is known: give `save` the one of the training (preprocessing=...), or FILE.py"
-    " a PREPROCESSING"
+    "the file records no preprocessing, as none is known: give `save` the one of the training"
+    " (preprocessing=...), or FILE.py a PREPROCESSING"
 )
 CALIBRATION_BATCH = 64
-RANGES_FROM = (
-    "ranges of activations: calibrated on the data given",
-    "ranges of activations: those that training ended with",
-)
+RANGES_CALIBRATED = "ranges of activations: calibrated on the data given"
+RANGES_TRAINED = "ranges of activations: those that training ended with"
+
+
+def _judge_rounding(
+    checkpoint: Checkpoint, probe: FloatProbe | None
+) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The checkpoint with its distance from the float model recorded, and a sentence about it."""
+    if probe is None:
+        return checkpoint, ()
+    check = probe.judge(checkpoint.module(), class_names=bool(checkpoint.labels))
+    warning = "warning: " if check.passed is False else ""
+    if probe.error is not None and math.isfinite(probe.error):
+        recipe = {**checkpoint.recipe, "float_error": float(f"{probe.error:.3g}")}
+        checkpoint = replace(checkpoint, recipe=recipe)
+    return checkpoint, (warning + check.sentence,)
+
+
+def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The file's metadata: how it was made, its preprocessing, its class names."""
+    metadata: dict[str, Any] = {
+        "version": __version__,
+        "recipe": _drop_defaults(checkpoint.recipe),
+    }
+    if checkpoint.preprocessing_known:
+        recorded = json.loads(checkpoint.preprocessing.to_json())
+        known = {key: value for key, value in recorded.items() if value is not None}
+        metadata["preprocessing"] = known
+    numbers = tuple(map(str, range(len(checkpoint.labels))))
+    if checkpoint.labels != numbers:  # "0", "1", ... are no names
+        metadata["labels"] = list(checkpoint.labels)
+    return metadata
+
+
+def _list_unfolded(batchnorms: Sequence[BatchNorm]) -> list[str]:
+    """A sentence for each BatchNormalization that stays in the graph."""
+    found = []
+    for entry in batchnorms:
+        if entry.weight is None:
+            found.append(f"BatchNormalization '{entry.name}' stays: {entry.reason}")
+    return found
 
 
 def find_ranges(
@@ -200,9 +269,26 @@ def find_ranges(
     method: str,
     samples: int,
 ) -> tuple[Checkpoint, Mapping[str, tuple[float, float]]]:
-    """Of the activations that are to be 8 bits: what they are on the calibration data, else what they were trained with. On data,
-    channels are made equally large first, where that costs nothing."""
-    from ecqx_onnx.data import load_dataset
+    """Find between which numbers the activations lie that are to be 8 bits.
+
+    On calibration data, channels are made equally large first, where that costs nothing.
+
+    Args:
+        checkpoint: the model.
+        activations: their type; "int8" is the only one there is.
+        target: the runtime that must load the file.
+        calibration: a data set, its name, or a Split; None for the ranges of the training.
+        method: "minmax", "percentile" or "entropy".
+        samples: use at most so many.
+
+    Returns:
+        The checkpoint, its channels equalized, and (lowest, highest) by the value's name.
+
+    Raises:
+        OptionError: for a type or method that there is none, a target without integers, or if
+            nothing says the ranges.
+        DataError: if the samples tell none.
+    """
     from ecqx_onnx.runtime.calibration import METHODS, calibrate_ranges, measure_channel_peaks
 
     if activations != "int8":
@@ -217,28 +303,23 @@ def find_ranges(
         raise OptionError(
             f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}"
         )
-    graph, matching = checkpoint.graph, checkpoint.matching
+    graph = checkpoint.graph
+    matching = checkpoint.matching
     values = find_integer_nodes(graph, matching.found).ranges
     if calibration is None:
         if not checkpoint.ranges:
             raise OptionError(
-                "--activations int8 needs data that activations take their ranges from; add --calibration DATA"
+                "--activations int8 needs data that activations take their ranges from; add"
+                " --calibration DATA"
             )
         return checkpoint, carry_ranges(graph, values, checkpoint.ranges)
-    data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
-    split = (data.train or data.test) if isinstance(data, Dataset) else data
-    if checkpoint.preprocessing_known:
-        split = split.with_preprocessing(checkpoint.preprocessing)
-    split = split.fitted(find_input_lengths(checkpoint.graph.proto)).take(samples)
-    if (value := split.find_only_value()) is not None:
-        raise DataError(
-            f"{split.source.name} holds nothing but the value {value:g} in the {len(split)} samples for calibration, which tells"
-            " no range: calibrate on data as the model was trained on"
-        )
+    split = _load_calibration(checkpoint, calibration, samples)
+
+    # Equalize channels: W and the activations before it change by factors that cancel.
     places = [place for place in find_places(graph, matching) if place.value in values]
     peaks = measure_channel_peaks(
         restore_float_weights(graph, matching),
-        [p.value for p in places],
+        [place.value for place in places],
         (x for x, _ in split.batches(CALIBRATION_BATCH)),
     )
     if peaks:
@@ -250,28 +331,45 @@ def find_ranges(
     return replace(checkpoint, graph=graph, matching=matching), ranges
 
 
-def find_input_lengths(proto: onnx.ModelProto) -> list[int | None]:
+def _load_calibration(checkpoint: Checkpoint, calibration: Any, samples: int) -> Split:
+    """Samples as the model takes them, at most so many; DataError if they hold one value only."""
+    from ecqx_onnx.data import load_dataset
+
+    data = load_dataset(str(calibration)) if isinstance(calibration, str | Path) else calibration
+    split: Split = (data.train or data.test) if isinstance(data, Dataset) else data
+    if checkpoint.preprocessing_known:
+        split = split.with_preprocessing(checkpoint.preprocessing)
+    split = split.fitted(_find_input_lengths(checkpoint.graph.proto)).take(samples)
+    value = split.find_only_value()
+    if value is not None:
+        raise DataError(
+            f"{split.source.name} holds nothing but the value {value:g} in the {len(split)} samples"
+            " for calibration, which tells no range: calibrate on data as the model was trained on"
+        )
+    return split
+
+
+def _find_input_lengths(proto: onnx.ModelProto) -> list[int | None]:
     """The shape of one sample of the first input; None for a free length."""
-    dims = proto.graph.input[0].type.tensor_type.shape.dim if proto.graph.input else ()
+    if not proto.graph.input:
+        return []
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
     return [dim.dim_value or None for dim in dims[1:]]
 
 
-def drop_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were chosen: all of them would outweigh a small net's weights. Of the data, the name without its path."""
-    from ecqx_onnx.quantization import Recipe, train
+def _drop_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were chosen: all of them would outweigh a small net's weights.
 
-    defaults = {
-        name: parameter.default for name, parameter in inspect.signature(train).parameters.items()
-    }
-    defaults |= Recipe().to_json()
-    chosen = {
-        name: v
-        for name, v in recipe.items()
-        if name == "bits" or v != defaults.get(name, inspect.Signature.empty)
-    }
-    return chosen | (
-        {"data": Path(chosen["data"]).name} if isinstance(chosen.get("data"), str) else {}
-    )
+    Of the data, the name without its path.
+    """
+    defaults = {**get_defaults(QuantizeOptions), **Recipe().to_json()}
+    chosen = {}
+    for name, value in recipe.items():
+        if name == "bits" or name not in defaults or value != defaults[name]:
+            chosen[name] = value
+    if isinstance(chosen.get("data"), str):
+        chosen["data"] = Path(chosen["data"]).name
+    return chosen
 
 
 def _test_split(data: Any) -> Split | None:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ecqx_onnx.data import Dataset
 from ecqx_onnx.deployment import Deployed
-from ecqx_onnx.verbs.validate import load_sides
+from ecqx_onnx.options.deploy import DeployOptions
+from ecqx_onnx.options.option import check_limits, refuse_unknown_options
+from ecqx_onnx.verbs.reference import load_evaluation_data, load_reference
 
 if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import Source
 
 
+@refuse_unknown_options
 def deploy(
     onnx_file: str | Path,
     folder: str | Path,
@@ -29,36 +31,65 @@ def deploy(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Deployed:
-    """Write a folder that is ready for web, android, ios or linux: model, manifest, golden outputs, runner, README.
+    """Write a folder with model, manifest, golden outputs, a runner that checks itself, README.
 
-    The file is validated first (see `validate` for against, data and samples); one that fails is not deployed.
-    labels: the classes' names, instead of those that the file (or else the data set) holds.
+    Args:
+        onnx_file: the file to deploy; it is validated first, and one that fails is not deployed.
+        folder: the folder to write.
+        to: the platform: web, android, ios or linux.
+        against: what the file was converted from; it makes the tolerance sharp.
+        data: a data set's name, a Dataset or a Split, for golden inputs and the expected accuracy.
+        factory: FILE.py:FACTORY, the network of a state dict.
+        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
+        trust_pickle: unpickle a module, which runs its author's code.
+        samples: use only so many of the data; at least 1.
+        labels: the classes' names, instead of those that the file (or else the data set) holds.
+        force: replace the folder if it exists.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        What was written: files, tolerances, accuracy and notes.
+
+    Raises:
+        InputError: if something given can't be used, or the platform can't load the file.
+        CheckFailed: if the file's validation failed.
+
+    Example:
+        ecqx_onnx.deploy("lenet5.onnx", "lenet5_web", to="web", against="lenet5.pt")
     """
     from ecqx_onnx import deployment, validation
     from ecqx_onnx.data import load_dataset
 
     platform = deployment.find_platform(to)
+    check_limits(DeployOptions, samples=samples)
     dataset = load_dataset(data) if isinstance(data, str) else data
-    sides, dataset = load_sides(
-        against,
-        dataset,
-        onnx_file=onnx_file,
-        factory=factory,
-        input_shape=input_shape,
-        trust_pickle=trust_pickle,
-        samples=samples,
-        names=labels,
+    reference = load_reference(
+        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle
     )
-    report = validation.validate(onnx_file, **sides, latency_runs=0, progress=progress)
+    evaluation = load_evaluation_data(
+        dataset, onnx_file, samples=samples, labels=labels or reference.labels
+    )
+    report = validation.validate(
+        onnx_file,
+        reference=reference.module,
+        tensors=reference.tensors,
+        float_reference=reference.is_float,
+        float_model=reference.float_model,
+        class_names=bool(reference.labels),
+        split=evaluation.split,
+        notes=evaluation.notes,
+        latency_runs=0,
+        progress=progress,
+    )
     return deployment.deploy(
         onnx_file,
         platform,
         folder,
         report=report,
-        reference=sides["reference"],
-        split=sides["split"],
+        reference=reference.module,
+        split=evaluation.split,
         labels=labels,
-        data_labels=dataset.labels if isinstance(dataset, Dataset) else (),
-        data_name=dataset.name if isinstance(dataset, Dataset) else "the given data",
+        data_labels=evaluation.labels,
+        data_name=evaluation.name,
         force=force,
     )

@@ -1,13 +1,14 @@
-"""Any .onnx file -> the same model with its quantised weights stored in fewer bytes; and back, for tools that cannot fold.
+"""Store the quantized weights of any .onnx file in fewer bytes, and unpack them again.
 
-`pack` looks for weights that some quantiser has put on few values, stores their integers anew and checks the result against
-the original. A model in which nothing gets smaller is copied as it is, with the reason.
+`pack` looks for weights that some quantizer has put on few values, stores their integers anew and
+checks the result against the original. A model in which nothing gets smaller is copied as it is,
+with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +30,28 @@ from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import CheckFailed, OptionError
 from ecqx_onnx.inputs.model_copy import copy_model
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.options.option import refuse_unknown_options
 from ecqx_onnx.recognition.packing_plan import plan_packing, raise_graph
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.float_distance import is_untrained, recipe_of
+from ecqx_onnx.verbs.reports import PackReport
 
 
-@dataclass(frozen=True)
-class PackReport:
-    """What `pack` did.
+@dataclass(frozen=True, kw_only=True)
+class _Storage:
+    """How integers are stored, and for whom."""
 
-    written: None where the model was passed through unchanged, for the `reason`. kept: weights that stay as they were.
-    checks: of the packed model against the original; empty when it was passed through, or no check was wanted.
-    """
+    storage: str
+    dequantize: str
+    target: str
+    opset: int | None
 
-    path: Path
-    original_bytes: int
-    nbytes: int
-    written: WriteReport | None
-    reason: str
-    kept: tuple[Kept, ...]
-    notes: tuple[str, ...]
-    equivalence: Equivalence | None
+    def to_options(self) -> dict[str, Any]:
+        """As the planner takes them."""
+        return asdict(self)
 
 
+@refuse_unknown_options
 def pack(
     model: str | Path,
     out: str | Path,
@@ -65,78 +65,127 @@ def pack(
     rewrite: bool = True,
     force: bool = False,
 ) -> PackReport:
-    """Write the .onnx file `model`, whoever made it, with its quantised weights stored anew, losslessly.
+    """Write an .onnx file, whoever made it, with its quantized weights stored anew, losslessly.
 
-    check: run both in onnxruntime, on `inputs` (by name; random ones without), and write nothing if they differ: CheckFailed.
-    rewrite: allow what reaches past the weights: an old graph is raised to an opset that has the shorter storages, and
-    BatchNormalization goes into the scales before it, which rounds. If the check finds a difference, it is done without both.
+    Args:
+        model: the .onnx file.
+        out: the .onnx file to write.
+        storage: "auto" (fewest bytes), "dense", "sparse" or "packed".
+        dequantize: "auto", "folded" (float speed) or "standard" (DequantizeLinear).
+        target: the runtime that must load the file.
+        opset: highest to write; by default what the target can load.
+        check: run both in onnxruntime, and write nothing if they differ.
+        inputs: what they run on, an array for each input by name; by default random ones.
+        rewrite: allow what reaches past the weights: an old graph is raised to an opset that has
+            the shorter storages, and BatchNormalization goes into the scales before it, which
+            rounds. If the check finds a difference, it is done without both.
+        force: replace `out` if it exists.
+
+    Returns:
+        What was stored how; or why the model was copied unchanged.
+
+    Raises:
+        CheckFailed: if the packed model is not the original.
+        InputError: if the file or an option can't be used.
+
+    Example:
+        report = ecqx_onnx.pack("model-int8.onnx", "packed.onnx")
+        print(report.original_bytes, report.nbytes)
     """
     out = Path(out)
-    if (suffix := find_target(target).suffix) != ".onnx":
+    suffix = find_target(target).suffix
+    if suffix != ".onnx":
         raise OptionError(
-            f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack, the model for it"
+            f"pack writes .onnx files, and target '{target}' loads {suffix}: convert, or unpack,"
+            " the model for it"
         )
     check_forms(storage, dequantize)
     check_output(out, force=force, source=model)
     check_name(out, target)
     file = read_onnx(model)
+    wanted = _Storage(storage=storage, dequantize=dequantize, target=target, opset=opset)
+    return _pack(file, out, wanted, check=check, inputs=inputs, rewrite=rewrite, force=force)
+
+
+def _pack(
+    file: OnnxFile,
+    out: Path,
+    wanted: _Storage,
+    *,
+    check: bool,
+    inputs: Mapping[str, np.ndarray] | None,
+    rewrite: bool,
+    force: bool,
+) -> PackReport:
+    # 1. Plan the weights that get smaller.
     if file.metadata.get("tensors"):
-        return pass_through(
-            file, out, "its weights are stored by ecqx-onnx already", (), (), force=force
-        )
+        reason = "its weights are stored by ecqx-onnx already"
+        return _pass_through(file, out, reason, (), (), force=force)
     graph = FloatGraph.load(file.path)
-    notes = list_notes(file.proto)
+    notes = _list_notes(file.proto)
     defined = qonnx.define_operators(graph.proto)
-    options: dict[str, Any] = {
-        "storage": storage,
-        "dequantize": dequantize,
-        "target": target,
-        "opset": opset,
-    }
-    raised = raise_graph(graph, find_target(target), opset) if rewrite else None
+    raised = raise_graph(graph, find_target(wanted.target), wanted.opset) if rewrite else None
     if raised is not None:
-        notes = (
-            *notes,
-            f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter",
-        )
-    plan, kept, batchnorms = plan_packing(raised or graph, options, fold_batchnorm=rewrite)
+        sentence = f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter"
+        notes = (*notes, sentence)
+    plan, kept, batchnorms = plan_packing(
+        raised or graph, wanted.to_options(), fold_batchnorm=rewrite
+    )
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
+
+    # 2. Copy the model where there is nothing to gain, or the checker would refuse it.
     if not plan.entries and defined is None:
-        return pass_through(file, out, explain_nothing(kept), kept, notes, force=force)
+        return _pass_through(file, out, _explain_nothing(kept), kept, notes, force=force)
     if folded:
-        notes = (
-            *notes,
-            f"{len(folded)} BatchNormalization went into the scales of the weights before, up to rounding",
+        sentence = (
+            f"{len(folded)} BatchNormalization went into the scales of the weights before, up to"
+            " rounding"
         )
+        notes = (*notes, sentence)
     if defined is not None:
         notes = (*notes, defined)
-    elif (fault := find_fault(file)) is not None:  # the writer would refuse it, too
-        return pass_through(
-            file, out, f"onnx's checker rejects the original: {fault}", kept, notes, force=force
-        )
-    equivalence, reason, again = None, "", False
-    with replace_model(out, force=force, sources=list_sources(file)) as temporary:
+    else:
+        fault = _find_fault(file)
+        if fault is not None:
+            reason = f"onnx's checker rejects the original: {fault}"
+            return _pass_through(file, out, reason, kept, notes, force=force)
+
+    # 3. Write to a temporary place, which becomes `out` if it is smaller and says the same.
+    equivalence: Equivalence | None = None
+    reason = ""
+    again = False
+    with replace_model(out, force=force, sources=_list_sources(file)) as temporary:
         written = write(plan, temporary, metadata={"version": __version__})
         if written.nbytes >= file.size and defined is None:
-            reason = f"with its weights packed it would take {written.nbytes:,} bytes, no less than the {file.size:,} that it has"
+            reason = (
+                f"with its weights packed it would take {written.nbytes:,} bytes, no less than the"
+                f" {file.size:,} that it has"
+            )
         elif check:
             equivalence = compare_models(file.path, temporary, inputs=inputs)
-            again = (bool(folded) or raised is not None) and not equivalence.ok
+            rewritten = bool(folded) or raised is not None
+            again = rewritten and not equivalence.ok
             if not equivalence.ok and not again:
                 raise CheckFailed(
-                    f"{out}: not written, the packed model is not the original: {equivalence.failure}"
+                    f"{out}: not written, the packed model is not the original:"
+                    f" {equivalence.failure}"
                 )
         if reason or again:
             for part in list(temporary.parent.iterdir()):
                 part.unlink()
+
+    # 4. Where rewriting made the difference, do without it.
     if again:
-        return pack(file.path, out, **options, inputs=inputs, rewrite=False, force=force)
+        return _pack(
+            read_onnx(file.path), out, wanted, check=True, inputs=inputs, rewrite=False, force=force
+        )
     if reason:
-        return pass_through(file, out, reason, kept, notes, force=force)
+        return _pass_through(file, out, reason, kept, notes, force=force)
     written = replace(written, path=out, kept=kept)
     return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
 
 
+@refuse_unknown_options
 def unpack(
     model: str | Path,
     out: str | Path,
@@ -147,9 +196,26 @@ def unpack(
     opset: int | None = None,
     force: bool = False,
 ) -> WriteReport:
-    """Write a file of ours with dense integers, for runtimes and converters that can't decode or fold.
+    """Write a file of ours with dense integers, for tools that can't decode or fold.
 
-    FileError if it is damaged. floats: plain float32 weights instead.
+    Args:
+        model: an .onnx file that `convert`, `compress` or `pack` has written.
+        out: the .onnx file to write.
+        floats: plain float32 weights instead of integers.
+        dequantize: "auto", "folded" or "standard" (DequantizeLinear).
+        target: who must load the file; "qdq" stands for tools that want standard operators.
+        opset: highest to write; by default what the target can load.
+        force: replace `out` if it exists.
+
+    Returns:
+        How each weight is stored, and notes.
+
+    Raises:
+        FileError: if the file is damaged: every weight's checksum is verified.
+        InputError: if an option can't be used.
+
+    Example:
+        ecqx_onnx.unpack("packed.onnx", "dense.onnx")
     """
     out = Path(out)
     check_output(out, force=force, source=model)
@@ -157,64 +223,68 @@ def unpack(
     file = read_onnx(model)
     unpacked = unpacking.unpack(model)
     lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)
-    graph, matching, kernels = unpacked.graph, unpacked.matching, unpacked.kernels
+    wanted = _Storage(storage="dense", dequantize=dequantize, target=target, opset=opset)
     if floats:
-        graph, matching, kernels = unpacked.with_floats(), Matching((), ()), ()
-    options: dict[str, Any] = {
-        "target": target,
-        "storage": "dense",
-        "dequantize": dequantize,
-        "opset": opset,
-    }
-    plan = make_plan(graph, matching, **options, integer=kernels)
-    if floats:
-        plan = replace(
-            plan, kept=tuple(replace(kept, reason="float, as asked for") for kept in plan.kept)
+        plan = make_plan(unpacked.with_floats(), Matching((), ()), **wanted.to_options())
+        kept = tuple(replace(entry, reason="float, as asked for") for entry in plan.kept)
+        plan = replace(plan, kept=kept)
+    else:
+        plan = make_plan(
+            unpacked.graph, unpacked.matching, **wanted.to_options(), integer=unpacked.kernels
         )
-    report = deliver(plan, out, metadata=unpacked.metadata, force=force, sources=list_sources(file))
+    report = deliver(
+        plan, out, metadata=unpacked.metadata, force=force, sources=_list_sources(file)
+    )
     if not is_untrained(unpacked.metadata):
         return report
     error = recipe_of(unpacked.metadata).get("float_error")
-    known = (
-        f", and lay {error:g} (relative error) from it then"
-        if isinstance(error, int | float)
-        else ""
+    known = ""
+    if isinstance(error, int | float):
+        known = f", and lay {error:g} (relative error) from it then"
+    sentence = (
+        f"its weights were quantised from a float model without training{known}; `validate"
+        " --against` it tells how far"
     )
-    told = f"its weights were quantised from a float model without training{known}; `validate --against` it tells how far"
-    return replace(report, notes=(*report.notes, told))
+    return replace(report, notes=(*report.notes, sentence))
 
 
-def list_notes(proto: ModelProto) -> tuple[str, ...]:
+def _list_notes(proto: ModelProto) -> tuple[str, ...]:
+    """A sentence about tensors that callers could replace so far."""
+    if proto.ir_version < 4:  # before, every initializer had to be listed as an input
+        return ()
     inputs = {value.name for value in proto.graph.input}
     listed = [tensor.name for tensor in proto.graph.initializer if tensor.name in inputs]
-    if proto.ir_version < 4 or not listed:  # before, every initializer had to be listed as an input
+    if not listed:
         return ()
     return (
-        f"{len(listed)} of its tensors are optional inputs; packed ones can't be overridden any more",
+        f"{len(listed)} of its tensors are optional inputs; packed ones can't be overridden any"
+        " more",
     )
 
 
-def find_fault(file: OnnxFile) -> str | None:
+def _find_fault(file: OnnxFile) -> str | None:
     """What onnx's checker has against the model, in one line."""
+    # The full check infers shapes strictly, which rejects sparse initializers.
+    full = not file.proto.graph.sparse_initializer
     try:
-        onnx.checker.check_model(str(file.path), full_check=not file.proto.graph.sparse_initializer)
+        onnx.checker.check_model(str(file.path), full_check=full)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         return " ".join(str(error).split())[:300]
     return None
 
 
-def explain_nothing(kept: tuple[Kept, ...]) -> str:
+def _explain_nothing(kept: tuple[Kept, ...]) -> str:
     if not kept:
         return "it has no weight of two or more dimensions"
     return f"none of its {len(kept)} weights can be packed ({kept[0].name}: {kept[0].reason})"
 
 
-def list_sources(file: OnnxFile) -> tuple[Path, ...]:
+def _list_sources(file: OnnxFile) -> tuple[Path, ...]:
     """What must not be replaced by what is made of it."""
     return (file.path, *file.external)
 
 
-def pass_through(
+def _pass_through(
     file: OnnxFile,
     out: Path,
     reason: str,
@@ -227,7 +297,7 @@ def pass_through(
     if file.external:
         check_output(find_data_path(out), force=force)
         notes = (*notes, f"its external data are in {find_data_path(out).name}")
-    with replace_model(out, force=force, sources=list_sources(file)) as temporary:
+    with replace_model(out, force=force, sources=_list_sources(file)) as temporary:
         copied = (temporary, *copy_model(file, temporary))
         nbytes = sum(part.stat().st_size for part in copied)
     return PackReport(out, file.size, nbytes, None, reason, kept, notes, None)

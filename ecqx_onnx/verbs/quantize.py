@@ -1,56 +1,72 @@
-"""The verbs: save, convert, validate, quantize as functions of paths and values; the command line only adds words."""
+"""Train a network so that its weights lie on few levels, and save it as a checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ecqx_onnx_converters.graph.outputs import check_output
 
 from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import DataError, FileError, OptionError
 from ecqx_onnx.inputs.user_code import is_function_spec, load_function
-from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.options.option import refuse_unknown_options
+from ecqx_onnx.options.quantize import QuantizeOptions
+from ecqx_onnx.options.quantizer import (
+    Activations,
+    Gradient,
+    Granularity,
+    Levels,
+    Recipe,
+    StepRule,
+)
+from ecqx_onnx.options.training import Precision, Schedule
 from ecqx_onnx.validation.metrics import Proportion
-from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, doubt_accuracy
+from ecqx_onnx.validation.plausibility import doubt_accuracy
+from ecqx_onnx.verbs.accuracy import accuracy, confuse
+from ecqx_onnx.verbs.reports import Quantized
+from ecqx_onnx.verbs.training_data import fit_channels, preprocess_data
 
 if TYPE_CHECKING:
     import torch
 
     from ecqx_onnx.checkpoint.checkpoint import Checkpoint
-    from ecqx_onnx.quantization.report import Report
-    from ecqx_onnx.quantization.training import EpochRecord, Training
+    from ecqx_onnx.quantization.training import Progress, Training
     from ecqx_onnx.sources.loading import Loaded
+
+OF_TRAIN = (
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "validation",
+    "distillation",
+    "temperature",
+    "entropy_ramp",
+    "relevance_until",
+    "precision",
+    "device",
+    "seed",
+    "resume",
+)  # options of `quantization.train` beside those of the levels and the augmentation
+BY_NAME = ("augment", "relevance", "start")  # options that may name a function
+Told = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
-    """What `quantize` did. accuracy: on the test split, which no choice was made on; before is the float network's, after that of
-    the quantised one, with activations rounded as they were while training."""
+class _Prepared:
+    """A network and its data, ready for the training."""
 
-    path: Path
+    loaded: Loaded
+    dataset: Dataset
+    example: torch.Tensor
     before: Proportion | None
-    after: Proportion
-    best_epoch: int
-    history: tuple[EpochRecord, ...]
-    report: Report
-    tensors: tuple[QuantTensor, ...]
-    data: str
     notes: tuple[str, ...]
-    activations: str = "float32"
-
-    @property
-    def zeros(self) -> float:
-        return sum(t.zeros * t.size for t in self.tensors) / sum(t.size for t in self.tensors)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return sum(t.entropy * t.size for t in self.tensors) / sum(t.size for t in self.tensors)
 
 
+@refuse_unknown_options
 def quantize(
     factory: str,
     *,
@@ -59,165 +75,281 @@ def quantize(
     weights: str | Path | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    validation: float = 0.1,
+    augment: str | Callable[..., Any] | None = None,
+    bits: int | Mapping[str, int] = 4,
+    entropy_weight: float = 0.1,
+    step: StepRule | Literal["learned"] = "auto",
+    step_rate: float = 1e-3,
+    levels: Levels = "symmetric",
+    granularity: Granularity = "tensor",
+    exclude: Sequence[str] = (),
+    activations: Activations = "float32",
+    gradient: Gradient = "plain",
+    zero_floor: float = 0.5,
+    size_exponent: float = 1.0,
+    relevance: Any = "epsilon_plus_flat",
+    start: str | Callable[..., Any] = "logit",
+    refresh_every: int = 8,
+    relevance_samples: int | None = None,
+    relevance_memory: float = 0.9,
+    relevance_until: float = 0.4,
+    keep: float = 0.1,
+    prune: float = 0.1,
+    rho: float = 2.0,
+    epochs: int = 10,
+    learning_rate: float = 1e-3,
+    schedule: Schedule = "cosine",
+    batch_size: int = 64,
+    distillation: float = 0.0,
+    temperature: float = 2.0,
+    entropy_ramp: float = 0.0,
+    precision: Precision = "float32",
+    device: str | None = None,
+    seed: int = 0,
+    strict: bool = True,
     resume: bool = False,
     force: bool = False,
-    strict: bool = True,
-    progress: Callable[..., None] | None = None,
-    seed: int = 0,
-    **options: Any,
+    progress: Told | None = None,
 ) -> Quantized:
-    """Train and quantise the network of 'FILE.py:FACTORY' on a data set, and save it as a checkpoint.
+    """Train and quantize a network by ECQx, and save it as a checkpoint.
 
-    weights: its float state dict; without it the network starts as the factory made it, under `seed`. mean, std: the
-    input's normalisation; by default PREPROCESSING of FILE.py, else the training split's own statistics.
-    options: those of `quantization.train` and the Quantizer; augment, start and relevance by name or as FILE.py:FUNCTION (for a
-    relevance it is called and returns the composite). While training, OUT.training holds what `resume` needs. Under torchrun
-    every process calls this, and the first one writes.
+    While training, OUT.training holds what `resume` needs. Under torchrun every process calls this,
+    and the first one writes.
+
+    Args:
+        factory: 'FILE.py:FACTORY', a function or class that returns the network.
+        data: training data: an .npz, a folder per class, sklearn:digits, or FILE.py:FUNCTION.
+        out: the checkpoint to write.
+        weights: its trained float state dict; without it, the network starts as the factory made
+            it, under `seed`.
+        mean: what is subtracted from the input, one value or one per channel; by default the
+            PREPROCESSING of FILE.py, else the training split's own.
+        std: what the input is divided by, likewise.
+        validation: share of the training samples that chooses the best epoch, in [0, 1); 0 takes
+            the last.
+        augment: crop_and_flip, shift_images, shift_audio, FILE.py:FUNCTION, or a function.
+        bits: per level, 2 to 8; or {pattern of parameter names: bits}, the last match wins.
+        entropy_weight: γ in [0, 1], how dear coding is against distance; 0 is nearest level.
+        step: between levels: auto, percentile, least_squares or learned.
+        step_rate: with step="learned", the learning rate of the steps.
+        levels: symmetric (2^b - 1 of them) or asymmetric (2^b).
+        granularity: one step per "tensor", or per output "channel".
+        exclude: patterns of parameter names that stay float.
+        activations: "int8" rounds them while training, as `convert(activations="int8")` will.
+        gradient: straight-through: "plain", or "absolute", scaled by the size of the level.
+        zero_floor: zero counts as at least this frequent, in [0, 1].
+        size_exponent: how far small tensors are spared the entropy weight: 1 most, 0 not.
+        relevance: name of an LRP composite, a Composite, FILE.py:FUNCTION that returns one, or None
+            for plain ECQ.
+        start: relevance at the output: logit, probability or ones of the true class, or a function
+            of (output, target), as FILE.py:FUNCTION or itself.
+        refresh_every: relevances are taken anew every so many steps.
+        relevance_samples: they are taken on so many samples of the batch; None for all.
+        relevance_memory: share of the old ones in their moving average, in [0, 1).
+        relevance_until: share of the training after which no new ones are taken, in (0, 1].
+        keep: largest share of zeros that relevances may take away, in [0, 1].
+        prune: largest share of extra zeros that they may add, in [0, 1].
+        rho: ρ of f(R) = ρ R^β, above 1.
+        epochs: passes over the training samples; 0 assigns levels without training.
+        learning_rate: Adam's.
+        schedule: of the learning rate: "cosine" or "constant".
+        batch_size: samples in a training step.
+        distillation: share of the loss that follows the float network's outputs, in [0, 1].
+        temperature: of the softmax of the distillation loss, above 0.
+        entropy_ramp: share of the training over which γ rises from 0, in [0, 1).
+        precision: of the forward passes: "float32" or "bfloat16".
+        device: cpu, cuda, cuda:1 ...; by default cuda where there is one.
+        seed: of all random choices: same seed, same bytes.
+        strict: refuse a state dict that lacks weights, or has others.
+        resume: go on where an interrupted run with the same `out` stopped.
+        force: replace `out` if it exists.
+        progress: called with (steps done, steps in all, a line of text).
+
+    Returns:
+        Accuracies on the test split, how each weight was quantized, and notes.
+
+    Raises:
+        UnknownOptionError: for a keyword that is no option; a TypeError as well.
+        InputError: if something given can't be used.
+
+    Example:
+        result = ecqx_onnx.quantize(
+            "models/lenet5.py:lenet5", weights="fp32.pt", data="mnist.npz", bits=4, out="lenet5.pt"
+        )
+        print(result)
     """
+    options = QuantizeOptions(
+        factory=factory,
+        data=data,
+        out=out,
+        weights=weights,
+        mean=mean,
+        std=std,
+        validation=validation,
+        augment=augment,
+        bits=bits,
+        entropy_weight=entropy_weight,
+        step=step,
+        step_rate=step_rate,
+        levels=levels,
+        granularity=granularity,
+        exclude=exclude,
+        activations=activations,
+        gradient=gradient,
+        zero_floor=zero_floor,
+        size_exponent=size_exponent,
+        relevance=relevance,
+        start=start,
+        refresh_every=refresh_every,
+        relevance_samples=relevance_samples,
+        relevance_memory=relevance_memory,
+        relevance_until=relevance_until,
+        keep=keep,
+        prune=prune,
+        rho=rho,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        batch_size=batch_size,
+        distillation=distillation,
+        temperature=temperature,
+        entropy_ramp=entropy_ramp,
+        precision=precision,
+        device=device,
+        seed=seed,
+        strict=strict,
+        resume=resume,
+        force=force,
+    )
+    return _quantize(options, progress)
 
+
+def _quantize(options: QuantizeOptions, progress: Told | None) -> Quantized:
+    import torch
+
+    from ecqx_onnx.checkpoint.checkpoint import save
+    from ecqx_onnx.quantization.distributed import find_rank, open_process_group
+    from ecqx_onnx.quantization.state_file import StateFile, state_path
+    from ecqx_onnx.sources.to_checkpoint import as_checkpoint
+
+    # 1. Refuse what can be refused before anything is loaded.
+    out = Path(options.out)
+    check_output(out, force=options.force, source=options.weights)
+    if out.suffix.lower() == ".onnx":
+        raise FileError(
+            f"{out}: what is written is a checkpoint, not an .onnx file; name it"
+            f" {out.with_suffix('.pt')}"
+        )
+    functions = _load_named_functions(options)
+
+    # 2. Load the network and the data, and look what the float network can do.
+    torch.manual_seed(options.seed)
+    prepared = _prepare(options)
+    dataset = prepared.dataset
+
+    # 3. Train.
+    state_file = state_path(out)
+    with open_process_group():
+        trained = _train(options, functions, prepared, state_file, progress)
+        is_first = find_rank() == 0
+    after = accuracy(trained.quantizer.model, dataset.test)
+
+    # 4. Save what came out, with how it came about.
+    trained.quantizer.model.to("cpu")
+    recipe = {**trained.setup, "data": dataset.name, "best_epoch": trained.best_epoch}
+    for name in BY_NAME:
+        recipe[name] = _show_option(getattr(options, name))
+    checkpoint = as_checkpoint(
+        trained.quantizer,
+        example=prepared.example,
+        preprocessing=dataset.preprocessing,
+        labels=dataset.labels,
+        recipe=recipe,
+    )
+    checkpoint = with_history(
+        checkpoint, trained, before=prepared.before, after=after, data=dataset.name
+    )
+    if is_first:
+        save(checkpoint, out, force=options.force)
+        StateFile(state_file).remove()
+    return Quantized(
+        path=out,
+        before=prepared.before,
+        after=after,
+        best_epoch=trained.best_epoch,
+        history=trained.history,
+        report=trained.quantizer.report(),
+        tensors=checkpoint.tensors,
+        data=dataset.name,
+        notes=(*prepared.notes, *checkpoint.notes),
+        activations=trained.quantizer.options.activations,
+    )
+
+
+def _prepare(options: QuantizeOptions) -> _Prepared:
     import torch
 
     from ecqx_onnx.data import load_dataset
-    from ecqx_onnx.quantization import train
-    from ecqx_onnx.quantization.distributed import find_rank, open_process_group
-    from ecqx_onnx.quantization.state_file import state_path
-    from ecqx_onnx.sources.loading import load_factory
-    from ecqx_onnx.sources.to_checkpoint import as_checkpoint
+    from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
-    out = Path(out)
-    check_output(out, force=force, source=weights)
-    if out.suffix.lower() == ".onnx":
-        raise FileError(
-            f"{out}: what is written is a checkpoint, not an .onnx file; name it {out.with_suffix('.pt')}"
-        )
-    named: dict[str, Any] = {
-        name: show_option(options[name])
-        for name in ("augment", "relevance", "start")
-        if name in options
-    }
-    options = {**options, **load_named_options(options)}
-    torch.manual_seed(seed)
-    loaded = load_factory(factory)
-    dataset = load_dataset(data)
-    dataset = fit_channels(dataset, loaded)
-    dataset, told = preprocess_data(dataset, loaded, mean, std, factory=factory)
-    state_notes: tuple[str, ...] = ()
-    if weights is not None:
-        from ecqx_onnx.sources.loading import apply_state, load_state
-
-        state_notes = apply_state(loaded.model, load_state(weights), weights, strict=strict)
+    loaded = load_factory(options.factory)
+    dataset = fit_channels(load_dataset(options.data), loaded)
+    dataset, decided = preprocess_data(
+        dataset, loaded, options.mean, options.std, factory=options.factory
+    )
+    notes: tuple[str, ...] = ()
+    if options.weights is not None:
+        state = load_state(options.weights)
+        notes = apply_state(loaded.model, state, options.weights, strict=options.strict)
     _check_patterns(options, [name for name, _ in loaded.model.named_parameters()])
     x, _ = next(dataset.test.batches(2))
+    example = torch.from_numpy(x)
+    dataset.check_outputs(_count_outputs(loaded.model, example, options))
+    notes = (*notes, *dataset.notes, decided)
+    if options.weights is None:
+        scratch = (
+            "no --weights are given: the network starts from random values and is trained from"
+            " scratch"
+        )
+        return _Prepared(loaded, dataset, example, None, (*notes, scratch))
+    confusion = confuse(loaded.model, dataset.test)
+    before = accuracy(loaded.model, dataset.test) if confusion is None else confusion.right
+    doubts = doubt_accuracy(confusion, who="the float model")
+    return _Prepared(loaded, dataset, example, before, (*notes, *doubts))
+
+
+def _count_outputs(model: torch.nn.Module, example: torch.Tensor, options: QuantizeOptions) -> int:
+    """Number of class scores; DataError if the samples do not go through the network."""
     try:
-        outputs = loaded.model.eval()(torch.from_numpy(x)).shape[-1]
+        return int(model.eval()(example).shape[-1])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"{data}: a batch of shape {x.shape} does not go through {factory} ({reason}); give data of the shape that it takes"
+            f"{options.data}: a batch of shape {tuple(example.shape)} does not go through"
+            f" {options.factory} ({reason}); give data of the shape that it takes"
         ) from error
-    dataset.check_outputs(outputs)
-    confusion = None if weights is None else confuse(loaded.model, dataset.test)
-    before = None
-    if weights is not None:
-        before = accuracy(loaded.model, dataset.test) if confusion is None else confusion.right
-    told = (*state_notes, *dataset.notes, told, *doubt_accuracy(confusion, who="the float model"))
-    if weights is None:
-        told = (
-            *told,
-            "no --weights are given: the network starts from random values and is trained from scratch",
-        )
-    state_file = state_path(out)
-    shown = None if progress is None else training_progress(progress)
-    with open_process_group():
-        trained = train(
-            loaded.model,
-            dataset,
-            seed=seed,
-            progress=shown,
-            state_file=state_file,
-            resume=resume,
-            **options,
-        )
-        first = find_rank() == 0
-    after = accuracy(trained.quantizer.model, dataset.test)
-    trained.quantizer.model.to("cpu")
-    checkpoint = as_checkpoint(
-        trained.quantizer,
-        example=torch.from_numpy(x),
-        preprocessing=dataset.preprocessing,
-        labels=dataset.labels,
-        recipe={**trained.setup, "data": dataset.name, "best_epoch": trained.best_epoch, **named},
+
+
+def _train(
+    options: QuantizeOptions,
+    functions: Mapping[str, Any],
+    prepared: _Prepared,
+    state_file: Path,
+    progress: Told | None,
+) -> Training:
+    from ecqx_onnx.quantization import train
+
+    given = {name: getattr(options, name) for name in (*OF_TRAIN, "augment")}
+    for entry in fields(Recipe):
+        given[entry.name] = getattr(options, entry.name)
+    return train(
+        prepared.loaded.model,
+        prepared.dataset,
+        progress=None if progress is None else training_progress(progress),
+        state_file=state_file,
+        **{**given, **functions},
     )
-    checkpoint = with_history(checkpoint, trained, before=before, after=after, data=dataset.name)
-    if first:
-        from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
-        from ecqx_onnx.quantization.state_file import StateFile
-
-        save_checkpoint(checkpoint, out, force=force)
-        StateFile(state_file).remove()
-    return Quantized(
-        out,
-        before,
-        after,
-        trained.best_epoch,
-        trained.history,
-        trained.quantizer.report(),
-        checkpoint.tensors,
-        dataset.name,
-        (*told, *checkpoint.notes),
-        trained.quantizer.options.activations,
-    )
-
-
-def fit_channels(dataset: Dataset, loaded: Loaded) -> Dataset:
-    """The data with the channels that the network takes: by INPUT_SHAPE, else by what it runs on."""
-
-    import torch
-
-    with torch.no_grad():
-        if loaded.input_shape is not None:
-            return dataset.fitted(loaded.input_shape)
-        for candidate in (
-            dataset,
-            *(dataset.fitted((channels, None, None)) for channels in (1, 3)),
-        ):
-            x, _ = next(candidate.test.batches(2))
-            with contextlib.suppress(
-                RuntimeError, ValueError, TypeError, IndexError, AssertionError
-            ):
-                loaded.model.eval()(torch.from_numpy(x))
-                return candidate
-        return dataset
-
-
-def preprocess_data(
-    dataset: Dataset,
-    loaded: Loaded,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    *,
-    factory: str,
-) -> tuple[Dataset, str]:
-    """(the data as the training takes them, a sentence that says how and who decided it)."""
-    if bool(mean) != bool(std):
-        given, missing = ("--mean", "--std") if mean else ("--std", "--mean")
-        neutral = "1" if mean else "0"
-        raise OptionError(
-            f"{given} goes with {missing}: give both ({missing} {neutral} changes nothing)"
-        )
-    file = Path(factory.rpartition(":")[0]).name
-    where = f"the data's type decided; {file} has no PREPROCESSING"
-    if loaded.preprocessing is not None:
-        dataset, where = (
-            dataset.with_preprocessing(loaded.preprocessing),
-            f"PREPROCESSING of {file}",
-        )
-    if mean and std:
-        dataset, where = dataset.normalized(mean, std), "mean and std as given, " + where
-    elif loaded.preprocessing is None and dataset.preprocessing.kind != "indices":
-        dataset = dataset.normalized()
-        where = f"mean and std estimated from the training samples of {dataset.name}; " + where
-    return dataset, f"preprocessing: {dataset.preprocessing.describe()} ({where})"
 
 
 def with_history(
@@ -228,110 +360,87 @@ def with_history(
     after: Proportion | None,
     data: str,
 ) -> Checkpoint:
-    """The checkpoint of a training, with what a report shows of it. before, after: accuracies on the test split."""
+    """Add to a checkpoint what a report shows of its training.
+
+    Args:
+        checkpoint: made from a Quantizer.
+        trained: the training.
+        before: accuracy of the float network on the test split, if known.
+        after: accuracy of the quantized one on it, if known.
+        data: name of the data set.
+
+    Returns:
+        The checkpoint with history and accuracies.
+    """
     assert checkpoint.insight is not None  # it was made from a Quantizer
     insight = replace(
         checkpoint.insight,
         history=tuple(asdict(record) for record in trained.history),
         best_epoch=trained.best_epoch,
-        before=write_counts(before),
-        after=write_counts(after),
+        before=_write_counts(before),
+        after=_write_counts(after),
         data=data,
     )
     return replace(checkpoint, insight=insight)
 
 
-def write_counts(accuracy: Proportion | None) -> dict[str, int] | None:
-    return {"hits": accuracy.hits, "total": accuracy.total} if accuracy else None
+def _write_counts(found: Proportion | None) -> dict[str, int] | None:
+    return {"hits": found.hits, "total": found.total} if found else None
 
 
-def load_named_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options name: an augmentation, and the user's own functions."""
+def _load_named_functions(options: QuantizeOptions) -> dict[str, Any]:
+    """The functions that options name, by the option: augmentations of ours, and the user's own."""
     from ecqx_onnx.data.augmentation import AUGMENTATIONS
     from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
 
     found: dict[str, Any] = {}
-    for name in ("augment", "start", "relevance"):
-        value = options.get(name)
+    for name in BY_NAME:
+        value = getattr(options, name)
         if isinstance(value, str) and is_function_spec(value):
             if name == "relevance":
                 import_zennit()  # as the user's file will, and may not be able to by itself
             found[name] = load_function(value)
     if "relevance" in found:
         found["relevance"] = found["relevance"]()
-    augment = options.get("augment")
+    augment = options.augment
     if isinstance(augment, str) and "augment" not in found:
         if augment not in AUGMENTATIONS:
             raise OptionError(
-                f"augmentation '{augment}' is unknown: use one of {', '.join(AUGMENTATIONS)}, or FILE.py:FUNCTION"
+                f"augmentation '{augment}' is unknown: use one of {', '.join(AUGMENTATIONS)}, or"
+                " FILE.py:FUNCTION"
             )
         found["augment"] = AUGMENTATIONS[augment]
     return found
 
 
-def show_option(value: Any) -> Any:
+def _show_option(value: Any) -> Any:
     """An option for the recipe: a file by its name alone, whatever folder it lies in."""
     if isinstance(value, str) and is_function_spec(value):
         file, _, function = value.rpartition(":")
         return f"{Path(file).name}:{function}"
-    return (
-        value if isinstance(value, str | None) else getattr(value, "__name__", type(value).__name__)
-    )
+    if value is None or isinstance(value, str):
+        return value
+    return getattr(value, "__name__", type(value).__name__)
 
 
-def _check_patterns(options: Mapping[str, Any], names: Sequence[str]) -> None:
-    """OptionError for a pattern that no parameter's name matches: told before the training that it is for, not after."""
-    from ecqx_onnx.quantization import Recipe
-
-    patterns = {name: options[name] for name in ("exclude", "bits") if name in options}
-    for unmatched in Recipe(**patterns).unmatched(names):
-        raise OptionError(
-            f"--{unmatched} matches no parameter; the first is '{next(iter(names), '')}'"
-        )
+def _check_patterns(options: QuantizeOptions, names: Sequence[str]) -> None:
+    """OptionError for a pattern that matches no parameter: told before the training, not after."""
+    for unmatched in options.unmatched(names):
+        first = next(iter(names), "")
+        raise OptionError(f"--{unmatched} matches no parameter; the first is '{first}'")
 
 
-def accuracy(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Proportion:
-    """Share of the split that the model classifies right."""
+def training_progress(progress: Told) -> Callable[[Progress], None]:
+    """Write a training's progress as the command line's bar wants it.
 
-    import torch
+    Args:
+        progress: called with (steps done, steps in all, a line of text).
 
-    with contextlib.suppress(
-        NotImplementedError
-    ):  # an exported program has its evaluation mode only
-        model.eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    right = 0
-    with torch.no_grad():
-        for x, y in split.batches(batch_size):
-            right += int((model(torch.from_numpy(x).to(device)).argmax(1).cpu().numpy() == y).sum())
-    return Proportion(right, len(split))
+    Returns:
+        What `quantization.train` calls.
+    """
 
-
-def confuse(model: torch.nn.Module, split: Any, *, batch_size: int = 256) -> Confusion | None:
-    """Which class of the split the model takes for which; None for more classes than can be counted in pairs."""
-
-    import torch
-
-    with torch.no_grad():
-        with contextlib.suppress(
-            NotImplementedError
-        ):  # an exported program has its evaluation mode only
-            model.eval()
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        found: Confusion | None = None
-        for x, y in split.batches(batch_size):
-            scores = model(torch.from_numpy(x).to(device))
-            if scores.ndim != 2 or scores.shape[1] > MOST_CLASSES:
-                return None
-            counted = Confusion.count(y, scores.argmax(1).cpu().numpy(), scores.shape[1])
-            found = counted if found is None else found + counted
-        return found
-
-
-def training_progress(progress: Callable[..., None]) -> Callable[[Any], None]:
-    """Training's progress value -> (done, total, text) as the command line's bar wants it."""
-
-    def show(at: Any) -> None:
+    def show(at: Progress) -> None:
         text = (
             f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}  accuracy {at.accuracy:.2%}  "
             f"zeros {at.zeros:.1%}  {at.bits_per_weight:.2f} bit/weight"

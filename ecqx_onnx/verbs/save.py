@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ecqx_onnx.options.option import refuse_unknown_options
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import Source
 
 
+@refuse_unknown_options
 def save(
     source: Source,
     path: str | Path,
@@ -25,11 +27,27 @@ def save(
     recipe: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Checkpoint:
-    """Write a Quantizer, or a module whose weights are already on few values, as a self-contained model.pt.
+    """Write a quantized model as a self-contained checkpoint.
 
-    example: one batch of the model's input (or a tuple of the forward's arguments); only its shape and type matter.
+    Args:
+        source: a Quantizer, or a module whose weights are already on few values.
+        path: the checkpoint to write, such as model.pt.
+        example: one batch of the model's input, or a tuple of the forward's arguments; only shape
+            and type matter.
+        preprocessing: how raw samples become the model's input.
+        labels: names of the classes, in the order of the model's scores.
+        recipe: how the model was made, plain values by name.
+        force: replace the file if it exists.
+
+    Returns:
+        The checkpoint that was written.
+
+    Raises:
+        InputError: if the model can't be exported, or the file can't be written.
+
+    Example:
+        ecqx_onnx.save(quantizer, "model.pt", example=x)
     """
-
     from ecqx_onnx.checkpoint.checkpoint import save as save_checkpoint
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 

@@ -9,22 +9,31 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from ecqx_onnx.checkpoint.float_model import make_float_model
-from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.errors import InputError, OptionError
+from ecqx_onnx.options.option import check_limits, refuse_unknown_options
+from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.float_distance import FloatBounds
+from ecqx_onnx.verbs.reference import load_evaluation_data, load_reference
 
 if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import Source
 
 
 def is_onnx(source: Source | None) -> TypeGuard[str | Path]:
-    """Whether it names an .onnx file."""
+    """Tell whether something names an .onnx file.
+
+    Args:
+        source: anything that `convert` takes, or None.
+
+    Returns:
+        Whether it is a path that ends in .onnx.
+    """
     return isinstance(source, str | Path) and Path(source).suffix.lower() == ".onnx"
 
 
+@refuse_unknown_options
 def validate(
     onnx_file: str | Path,
     *,
@@ -41,47 +50,49 @@ def validate(
     latency_runs: int = 50,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
-    """Does the .onnx file say the same as PyTorch? `report.ok`, and one check a question.
+    """Check that an .onnx file says the same as PyTorch, or as the .onnx file it was packed from.
 
-    against: what it was converted from (anything that `convert` takes), or the float model that was quantised: differences to
-    that one are shown, and only the accuracy is judged. Or the path of the .onnx file that `pack` was given. data: a data set's
-    name (see `load_dataset`), a Dataset or a Split; its test split is used, preprocessed as the file's metadata says. samples:
-    only so many of it.
-    float_bounds: how far a file of `convert(bits=...)` may lie from its float model.
-    inputs: instead of data, against an .onnx file, one array for each of its inputs.
+    Args:
+        onnx_file: the file to check.
+        against: what it was converted from (anything that `convert` takes), or the float model that
+            was quantized: differences to that one are shown, and only the accuracy is judged. Or
+            the path of the .onnx file that `pack` was given.
+        data: a data set's name (see `load_dataset`), a Dataset or a Split; its test split is used,
+            preprocessed as the file's metadata say. Without it, random inputs are compared.
+        inputs: instead of data, against an .onnx file: one array for each of its inputs, by name.
+        factory: FILE.py:FACTORY, the network of a state dict.
+        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
+        trust_pickle: unpickle a module, which runs its author's code.
+        samples: use only so many of the data; at least 1.
+        float_bounds: how far a file of `convert(bits=...)` may lie from its float model.
+        strict: refuse a state dict that lacks weights, or has others.
+        batch_size: samples that run at once; at least 1.
+        latency_runs: pairs of measurements; 0 leaves latency out.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        One check a question; `report.ok` says whether every one passed.
+
+    Raises:
+        InputError: if a file, the data or an option can't be used.
+
+    Example:
+        report = ecqx_onnx.validate("out.onnx", against="model.pt", data="data.npz")
+        assert report.ok, report.failures
     """
     from ecqx_onnx import validation
 
+    check_limits(ValidateOptions, samples=samples, batch_size=batch_size, latency_runs=latency_runs)
     if is_onnx(against):
-        if factory is not None:
-            raise OptionError(
-                f"--model names the network of a state dict, and {against} is an .onnx file: leave it out"
-            )
-        if (
-            Path(against).is_file()
-            and Path(onnx_file).is_file()
-            and Path(against).samefile(onnx_file)
-        ):
-            raise OptionError(
-                f"{against} is the file itself, which proves nothing; give what it was made from"
-            )
-        if inputs is not None and data is not None:
-            raise OptionError("--inputs and --data both say what to run on; give one of them")
-        sides, _ = load_sides(
-            None,
-            data,
-            onnx_file=onnx_file,
-            factory=None,
-            input_shape=None,
-            trust_pickle=False,
-            samples=samples,
-            names_from=against,
+        _check_against_original(
+            onnx_file, against, factory=factory, both_given=None not in (data, inputs)
         )
+        evaluation = load_evaluation_data(data, onnx_file, samples=samples, labels_from=against)
         return validation.validate_against_original(
             onnx_file,
             against,
-            split=sides["split"],
-            notes=sides["notes"],
+            split=evaluation.split,
+            notes=evaluation.notes,
             inputs=inputs,
             batch_size=batch_size,
             latency_runs=latency_runs,
@@ -89,21 +100,22 @@ def validate(
         )
     if inputs is not None:
         raise OptionError(
-            "--inputs are for a validation against an .onnx file; beside PyTorch give --data, or nothing"
+            "--inputs are for a validation against an .onnx file; beside PyTorch give --data, or"
+            " nothing"
         )
-    sides, _ = load_sides(
-        against,
-        data,
-        onnx_file=onnx_file,
-        factory=factory,
-        input_shape=input_shape,
-        trust_pickle=trust_pickle,
-        strict=strict,
-        samples=samples,
+    reference = load_reference(
+        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
     )
+    evaluation = load_evaluation_data(data, onnx_file, samples=samples, labels=reference.labels)
     return validation.validate(
         onnx_file,
-        **sides,
+        reference=reference.module,
+        tensors=reference.tensors,
+        float_reference=reference.is_float,
+        float_model=reference.float_model,
+        class_names=bool(reference.labels),
+        split=evaluation.split,
+        notes=evaluation.notes,
         float_bounds=float_bounds,
         batch_size=batch_size,
         latency_runs=latency_runs,
@@ -111,6 +123,25 @@ def validate(
     )
 
 
+def _check_against_original(
+    onnx_file: str | Path, against: str | Path, *, factory: str | None, both_given: bool
+) -> None:
+    """OptionError for what does not go with a validation against an .onnx file."""
+    if factory is not None:
+        raise OptionError(
+            f"--model names the network of a state dict, and {against} is an .onnx file: leave it"
+            " out"
+        )
+    both_exist = Path(against).is_file() and Path(onnx_file).is_file()
+    if both_exist and Path(against).samefile(onnx_file):
+        raise OptionError(
+            f"{against} is the file itself, which proves nothing; give what it was made from"
+        )
+    if both_given:
+        raise OptionError("--inputs and --data both say what to run on; give one of them")
+
+
+@refuse_unknown_options
 def validate_on(
     devices: Sequence[str],
     onnx_file: str | Path,
@@ -128,40 +159,62 @@ def validate_on(
     time_limit: float = TIME_LIMIT,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> DeviceTable:
-    """As `validate`, on each of the devices (see docs/devices.md), the reports side by side.
+    """Check a file as `validate` does, on each of several devices (see docs/devices.md).
 
-    time_limit: seconds for what runs on one device. progress: called with (batches done, in all, the device).
-    InputError before anything runs if one is absent; one that fails later stands in `troubles`, and the others go on.
+    Args:
+        devices: their names, such as "node" or "ssh://user@host".
+        onnx_file: the file to check.
+        against: what it was converted from, as `convert` takes it, or the float model.
+        data: a data set's name, a Dataset or a Split; without it, random inputs are compared.
+        factory: FILE.py:FACTORY, the network of a state dict.
+        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
+        trust_pickle: unpickle a module, which runs its author's code.
+        samples: use only so many of the data; at least 1.
+        float_bounds: how far a file of `convert(bits=...)` may lie from its float model.
+        strict: refuse a state dict that lacks weights, or has others.
+        batch_size: samples that run at once; at least 1.
+        latency_runs: pairs of measurements; 0 leaves latency out.
+        time_limit: seconds for what runs on one device; at least 1.
+        progress: called with (batches done, in all, the device).
+
+    Returns:
+        The reports side by side; a device that fails stands in `troubles`, and the others go on.
+
+    Raises:
+        InputError: before anything runs, if a device is absent or something given can't be used.
     """
     from ecqx_onnx.inputs.onnx_file import read_onnx
     from ecqx_onnx.validation import devices as room
 
+    check_limits(ValidateOptions, samples=samples, batch_size=batch_size, time_limit=time_limit)
     read_onnx(onnx_file)  # a damaged file is no device's trouble
     if is_onnx(against):
         raise OptionError(
-            f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave --device out"
+            f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave"
+            " --device out"
         )
     found = [room.find_device(name) for name in devices]
-    sides, _ = load_sides(
-        against,
-        data,
-        onnx_file=onnx_file,
-        factory=factory,
-        input_shape=input_shape,
-        trust_pickle=trust_pickle,
-        strict=strict,
-        samples=samples,
+    reference = load_reference(
+        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
     )
-    reports, troubles = [], []
+    evaluation = load_evaluation_data(data, onnx_file, samples=samples, labels=reference.labels)
+    reports = []
+    troubles = []
     for device in found:
-        shown = (
-            None if progress is None else functools.partial(report_on_device, progress, device.name)
-        )
+        shown = None
+        if progress is not None:
+            shown = functools.partial(_report_on_device, progress, device.name)
         try:
             report = room.validate_on(
                 device,
                 onnx_file,
-                **sides,
+                reference=reference.module,
+                tensors=reference.tensors,
+                float_reference=reference.is_float,
+                float_model=reference.float_model,
+                class_names=bool(reference.labels),
+                split=evaluation.split,
+                notes=evaluation.notes,
                 float_bounds=float_bounds,
                 batch_size=batch_size,
                 latency_runs=latency_runs,
@@ -174,77 +227,7 @@ def validate_on(
     return room.DeviceTable(tuple(reports), tuple(troubles))
 
 
-def report_on_device(
+def _report_on_device(
     progress: Callable[[int, int, str], None], device: str, done: int, total: int
 ) -> None:
     progress(done, total, device)
-
-
-def load_sides(
-    against: Source | None,
-    data: Any,
-    *,
-    onnx_file: str | Path,
-    factory: str | None,
-    input_shape: Sequence[int] | None,
-    trust_pickle: bool,
-    samples: int | None,
-    strict: bool = True,
-    names: Sequence[str] = (),
-    names_from: str | Path | None = None,
-) -> tuple[dict[str, Any], Any]:
-    """What a file is compared with: the PyTorch side and the data, as validation takes them; and the data set.
-
-    The data's classes get the numbers that the file's class names give them; where the file has no names, those of the
-    checkpoint, of the .onnx file `names_from`, or `names`.
-    """
-    from ecqx_onnx.data import load_dataset
-    from ecqx_onnx.data.class_names import match_classes
-
-    checkpoint = None
-    if against is not None:
-        from ecqx_onnx.sources.to_checkpoint import as_checkpoint
-
-        checkpoint = as_checkpoint(
-            against,
-            factory=factory,
-            input_shape=input_shape,
-            trust_pickle=trust_pickle,
-            strict=strict,
-            allow_float=True,
-        )
-    dataset, notes = load_dataset(data) if isinstance(data, str) else data, ()
-    if isinstance(dataset, Dataset):
-        known, outputs = read_class_names(onnx_file)
-        if not known and names_from is not None:
-            known = read_class_names(names_from)[0]
-        if not known:
-            known = names or (() if checkpoint is None else checkpoint.labels)
-        dataset, notes = match_classes(dataset, known, outputs=outputs)
-    split = dataset.test if isinstance(dataset, Dataset) else dataset
-    if isinstance(split, Split) and samples is not None:
-        split = split.take(samples)
-    sides = {
-        "reference": None if checkpoint is None else checkpoint.module(),
-        "tensors": () if checkpoint is None else checkpoint.tensors,
-        "float_reference": checkpoint is not None and not checkpoint.tensors,
-        "float_model": None
-        if checkpoint is None
-        else functools.partial(make_float_model, checkpoint),
-        "split": split,
-        "notes": notes,
-        "class_names": checkpoint is not None and bool(checkpoint.labels),
-    }
-    return sides, dataset
-
-
-def read_class_names(path: str | Path) -> tuple[tuple[str, ...], int | None]:
-    """What an .onnx file says of its classes: their names, empty if none, and how many scores its first output holds."""
-    from ecqx_onnx.inputs.onnx_file import read_onnx
-
-    file = read_onnx(path)
-    labels = file.metadata.get("labels")
-    names = tuple(map(str, labels)) if isinstance(labels, list) else ()
-    outputs = file.proto.graph.output
-    dims = outputs[0].type.tensor_type.shape.dim if outputs else ()
-    return names, dims[1].dim_value or None if len(dims) == 2 else None

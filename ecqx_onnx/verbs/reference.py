@@ -1,0 +1,172 @@
+"""What an .onnx file is compared with: the PyTorch side, and labelled data.
+
+`load_reference` and `load_evaluation_data` turn what a user names into what validation takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecqx_onnx.checkpoint.float_model import make_float_model
+from ecqx_onnx.data import Dataset, Split
+from ecqx_onnx.tensors import QuantTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from ecqx_onnx.sources.to_checkpoint import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The PyTorch side of a comparison; without arguments, there is none.
+
+    Attributes:
+        module: runs beside the file; None where nothing is given.
+        tensors: the quantized weights that it holds.
+        is_float: it is the float model from before the quantization, so that differences are shown
+            and not judged.
+        float_model: makes the ONNX model from before any quantization; None where there is none.
+        labels: names of its classes, in the order of its scores; empty where it has none.
+    """
+
+    module: torch.nn.Module | None = None
+    tensors: tuple[QuantTensor, ...] = ()
+    is_float: bool = False
+    float_model: Callable[..., bytes | None] | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationData:
+    """Data that a file is judged on; without arguments, there are none.
+
+    Attributes:
+        split: samples, and their classes numbered as the file numbers them.
+        notes: what a user should know of them, one sentence each.
+        name: of the data set; "the given data" for a bare split.
+        labels: names of the data set's classes, if it has any.
+    """
+
+    split: Split | None = None
+    notes: tuple[str, ...] = ()
+    name: str = "the given data"
+    labels: tuple[str, ...] = ()
+
+
+def load_reference(
+    against: Source | None,
+    *,
+    factory: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    trust_pickle: bool = False,
+    strict: bool = True,
+) -> Reference:
+    """Load the PyTorch side of a comparison.
+
+    Args:
+        against: anything that `convert` takes, or the float model; None for no reference.
+        factory: FILE.py:FACTORY, the network of a state dict.
+        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
+        trust_pickle: unpickle a module, which runs its author's code.
+        strict: refuse a state dict that lacks weights, or has others.
+
+    Returns:
+        The reference; the empty one for None.
+
+    Raises:
+        InputError: if it can't be read, or lacks something.
+    """
+    if against is None:
+        return Reference()
+    from ecqx_onnx.sources.to_checkpoint import as_checkpoint
+
+    checkpoint = as_checkpoint(
+        against,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        strict=strict,
+        allow_float=True,
+    )
+    return Reference(
+        checkpoint.module(),
+        checkpoint.tensors,
+        is_float=not checkpoint.tensors,
+        float_model=functools.partial(make_float_model, checkpoint),
+        labels=checkpoint.labels,
+    )
+
+
+def load_evaluation_data(
+    data: Any,
+    onnx_file: str | Path,
+    *,
+    samples: int | None = None,
+    labels: Sequence[str] = (),
+    labels_from: str | Path | None = None,
+) -> EvaluationData:
+    """Load data, and number their classes as the file does.
+
+    Args:
+        data: a data set's name (see `load_dataset`), a Dataset, a Split, or None.
+        onnx_file: whose class names, where it has any, say which class has which number.
+        samples: take only so many.
+        labels: class names to go by where no file has any.
+        labels_from: another .onnx file with class names, for where `onnx_file` has none.
+
+    Returns:
+        The test split, notes and names; empty for None.
+
+    Raises:
+        InputError: if the data or a file can't be read, or their classes don't fit the file's.
+    """
+    from ecqx_onnx.data import load_dataset
+    from ecqx_onnx.data.class_names import match_classes
+
+    if isinstance(data, str):
+        data = load_dataset(data)
+    if isinstance(data, Dataset):
+        known, outputs = read_class_names(onnx_file)
+        if not known and labels_from is not None:
+            known, _ = read_class_names(labels_from)
+        dataset, notes = match_classes(data, known or tuple(labels), outputs=outputs)
+        split = _take(dataset.test, samples)
+        return EvaluationData(split, notes, dataset.name, dataset.labels)
+    return EvaluationData(_take(data, samples))
+
+
+def _take(split: Split | None, samples: int | None) -> Split | None:
+    if isinstance(split, Split) and samples is not None:
+        return split.take(samples)
+    return split
+
+
+def read_class_names(path: str | Path) -> tuple[tuple[str, ...], int | None]:
+    """Read what an .onnx file says of its classes.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Their names, empty if it has none; and how many scores its first output [N, C] holds, None
+        if that isn't said.
+
+    Raises:
+        FileError: if it can't be read.
+    """
+    from ecqx_onnx.inputs.onnx_file import read_onnx
+
+    file = read_onnx(path)
+    labels = file.metadata.get("labels")
+    names = tuple(map(str, labels)) if isinstance(labels, list) else ()
+    if not file.proto.graph.output:
+        return names, None
+    dims = file.proto.graph.output[0].type.tensor_type.shape.dim
+    if len(dims) != 2:
+        return names, None
+    return names, dims[1].dim_value or None  # 0 stands for a free length
