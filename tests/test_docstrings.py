@@ -79,7 +79,7 @@ def missing_in(node, is_method):
     lacks = []
     if decorators(node) & {"property", "cached_property", "overload", "setter", "fixture"}:
         return lacks
-    if {"command", "callback"} & decorators(
+    if {"command", "callback", "register_command"} & decorators(
         node
     ):  # of the command line: the text is the help, and options have their own
         return lacks

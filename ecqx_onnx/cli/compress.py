@@ -44,20 +44,22 @@ def compress(
     ] = None,
     max_bytes: Annotated[
         str | None,
-        typer.Option(help="Of the whole file: 70k, 1.5M, 64KiB.", rich_help_panel=SIZE),
+        typer.Option(help="Most bytes of the whole file: 70k, 1.5M, 64KiB.", rich_help_panel=SIZE),
     ] = None,
     bits_per_weight: Annotated[
         float | None,
-        typer.Option(help="Coded bits for each quantized weight.", rich_help_panel=SIZE),
+        typer.Option(help="Most coded bits for each quantized weight.", rich_help_panel=SIZE),
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Percentage points of accuracy; needs labels.", rich_help_panel=QUALITY),
+        typer.Option(
+            help="Most percentage points of accuracy lost; needs labels.", rich_help_panel=QUALITY
+        ),
     ] = None,
     min_agreement: Annotated[
         float | None,
         typer.Option(
-            help="Percent of samples in the float model's class.", rich_help_panel=QUALITY
+            help="Least percent of samples in the float model's class.", rich_help_panel=QUALITY
         ),
     ] = None,
     max_error: Annotated[
@@ -83,17 +85,25 @@ def compress(
         str | None, typer.Option(help="Deviation that is divided by, as --mean.")
     ] = None,
     input_shape: Annotated[
-        str | None, typer.Option(help="Of one input of a PyTorch model: 3,32,32.")
+        str | None, typer.Option(help="Shape of one input of a PyTorch model: 3,32,32.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Use at most so many samples.")] = 1024,
     floats: Annotated[
-        str, typer.Option(help="float32 or float16, for what stays float.", rich_help_panel=FILE)
+        str,
+        typer.Option(help="Type of what stays float: float32 or float16.", rich_help_panel=FILE),
     ] = "float32",
     storage: Annotated[
-        str, typer.Option(help="auto, dense, sparse or packed.", rich_help_panel=FILE)
+        str,
+        typer.Option(
+            help="How integers lie in the file: auto, dense, sparse or packed.",
+            rich_help_panel=FILE,
+        ),
     ] = "auto",
     dequantize: Annotated[
-        str, typer.Option(help="auto, folded or standard.", rich_help_panel=FILE)
+        str,
+        typer.Option(
+            help="How levels become floats: auto, folded or standard.", rich_help_panel=FILE
+        ),
     ] = "auto",
     target: Annotated[
         str, typer.Option(help="The runtime that must load the file.", rich_help_panel=FILE)
@@ -105,10 +115,11 @@ def compress(
         bool, typer.Option("--keep-best", help="Write the best even if a bound is missed.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Also an HTML page of the result.", rich_help_panel=FILE)
+        Path | None,
+        typer.Option(help="Write an HTML page of the result as well.", rich_help_panel=FILE),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Of onnxruntime.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of samples.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads of onnxruntime.")] = 1,
     trust_pickle: TrustPickle = False,
     force: Force = False,
     as_json: Json = False,

@@ -93,30 +93,42 @@ def compress(
     force: bool = False,
     say: Say | None = None,
 ) -> CompressResult:
-    """Compresses a float model to a budget, without training.
+    """Compress a float model to a budget, without training.
 
     Args:
         model: an .onnx file, or whatever `convert` takes.
         out: the .onnx file to write.
         data: samples, with or without labels, as `load_splits` takes them.
-        factory, example, input_shape, trust_pickle: as for `convert`, for PyTorch models.
+        factory: FILE.py:FACTORY, the network of a state dict.
+        example: for a module, one batch of its input; only shape and type matter.
+        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
         max_bytes: of the whole file; a number, or text such as "70k".
         bits_per_weight: coded bits per quantized weight.
         max_drop: percentage points of top-1 accuracy; needs labels.
         min_agreement: percent of samples in the same class as by the float model.
         max_error: largest ||y - y'|| / ||y|| over the outputs.
-        output, class_axis: which output holds class scores, and along which axis.
-        include, exclude: patterns of weights' names; only those, and not those.
-        mean, std: of the preprocessing.
+        output: name of the output that holds class scores.
+        class_axis: the axis of it that the classes lie along.
+        include: patterns of weights' names: only those are compressed.
+        exclude: patterns of weights' names: those stay float.
+        mean: what is subtracted from the input, one value or one per channel.
+        std: what the input is divided by, likewise.
         samples: at most so many are used.
-        storage, dequantize, target, opset, floats: as for `convert`.
+        storage: "auto" (fewest bytes), "dense", "sparse" or "packed".
+        dequantize: "auto", "folded" (float speed) or "standard" (DequantizeLinear).
+        target: the runtime that must load the file.
+        opset: highest to write; by default what the target can load.
+        floats: type of what stays float, "float32" or "float16".
         seed: of the draw of samples.
         threads: of onnxruntime.
         keep_best: write the best file even if a bound is missed.
+        trust_pickle: unpickle a module, which runs its author's code.
         force: replace the file if it exists.
         say: told, line by line, what is done.
+
     Returns:
         The points, the chosen one and the verdict. `ok` says whether all bounds hold.
+
     Raises:
         InputError: something given can't be used; one sentence says what to do.
     """
@@ -508,6 +520,14 @@ def _kept(prepared: _Prepared, kept: Any) -> Any:
 
 
 def batch_of(samples: Samples, size: int) -> list[np.ndarray]:
-    """The first batch's arrays, in the inputs' order."""
+    """Take the first batch's arrays.
+
+    Args:
+        samples: of the model's inputs.
+        size: most samples in the batch.
+
+    Returns:
+        One array for each input, in the inputs' order.
+    """
     feeds = next(samples.batches(size))[0]
     return [feeds[spec.name] for spec in samples.inputs]
