@@ -39,8 +39,8 @@ class Bound:
     Attributes:
         rounding: e of the formula above, or None where no float64 result could be had.
         ulp: Unit in the last place of the largest output.
-        runs: float32 implementations between the two results: 1 unless the comparison goes by way of
-            others (floats.py).
+        runs: float32 implementations between the two results: 1 unless the comparison goes by way
+            of others (floats.py).
     """
 
     rounding: float | None
@@ -61,9 +61,15 @@ class Bound:
     def formula(self) -> str:
         """How the limit comes about, in words and numbers."""
         if self.rounding is None:
-            once = f"{FALLBACK_ULPS:.0f} ulp of the largest output or of 1, as no float64 result could be had"
+            once = (
+                f"{FALLBACK_ULPS:.0f} ulp of the largest output or of 1, as no float64 result "
+                "could be had"
+            )
         else:
-            once = f"{ORDER_FACTOR:.0f} x {self.rounding:.2e} (float32 rounding of PyTorch) + {FINAL_ULPS:.0f} ulp"
+            once = (
+                f"{ORDER_FACTOR:.0f} x {self.rounding:.2e} (float32 rounding of PyTorch) + "
+                f"{FINAL_ULPS:.0f} ulp"
+            )
         return once if self.runs == 1 else f"{self.runs} x ({once})"
 
     def widen(self, other: Bound) -> Bound:
@@ -96,7 +102,8 @@ def derive_bound(output: np.ndarray, exact: np.ndarray | None, *, runs: int = 1)
     """
     if not np.issubdtype(output.dtype, np.floating):
         return Bound(0.0, 0.0)
-    # Without a measured rounding, values of order one inside the network are all that can be assumed.
+    # Without a measured rounding, values of order one inside the network are all that can be
+    # assumed.
     finite = np.abs(output[np.isfinite(output)])
     ulp = float(np.spacing(finite.max(initial=1.0 if exact is None else 0.0).astype(output.dtype)))
     return Bound(None if exact is None else find_largest_difference(output, exact), ulp, runs)

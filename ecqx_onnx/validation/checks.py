@@ -99,7 +99,10 @@ def check_optimization(
         return Check("optimisation", False, None, None, str(error))
     if quantized:
         measured = max(find_largest_difference(a, b) for a, b, _ in outputs)
-        sentence = "largest difference between integer kernels and the same graph in floats; no bound, by rounding activations"
+        sentence = (
+            "largest difference between integer kernels and the same graph in floats; no bound, "
+            "by rounding activations"
+        )
         return Check("optimisation", None, measured, None, sentence)
     measured, limit = max(
         ((find_largest_difference(a, b), bound.limit) for a, b, bound in outputs),
@@ -192,7 +195,7 @@ def has_quantized_activations(file: OnnxFile) -> bool:
 
 
 def check_weights(comparison: WeightsComparison, *, alone: bool = False) -> Check:
-    """Check that stored integers dequantize to PyTorch's values, bit for bit, in the runtime as well.
+    """Check that stored integers dequantize to PyTorch's values, bit for bit.
 
     Args:
         comparison: What was found weight by weight.
@@ -205,24 +208,34 @@ def check_weights(comparison: WeightsComparison, *, alone: bool = False) -> Chec
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         return Check("weights", False, comparison.equal, comparison.total, f"{faults[0]}{more}")
-    sentence = f"all {comparison.total} quantised weights are PyTorch's bit for bit, as stored and as the runtime decodes them"
+    sentence = (
+        f"all {comparison.total} quantised weights are PyTorch's bit for bit, as stored and as "
+        "the runtime decodes them"
+    )
     if alone:
-        sentence = f"all {comparison.total} quantised weights match the file's checksums, and the runtime decodes them bit for bit"
+        sentence = (
+            f"all {comparison.total} quantised weights match the file's checksums, and the "
+            "runtime decodes them bit for bit"
+        )
     if comparison.rescaled:
-        sentence += f"; {comparison.rescaled} of them up to a factor per channel (BatchNorm), for which the outputs vouch"
+        sentence += (
+            f"; {comparison.rescaled} of them up to a factor per channel (BatchNorm), for which "
+            "the outputs vouch"
+        )
     if comparison.absent:
         sentence += f"; not in the graph: {', '.join(comparison.absent)}"
     return Check("weights", True, comparison.equal, comparison.total, sentence)
 
 
 def check_contents(model: onnx.ModelProto) -> Check | None:
-    """Whether all that a runtime reads of the file is as it was written, by the file's own checksum.
+    """Check that the file is as it was written, by its own checksum.
 
     Args:
         model: With its data in it.
 
     Returns:
-        None for a file of someone else's. A file of an earlier version has no such checksum: that is no fault, and said.
+        None for a file of someone else's. A file of an earlier version has no such checksum: that
+        is no fault, and said.
 
     Raises:
         FileError: The file's metadata can't be read.
@@ -231,7 +244,10 @@ def check_contents(model: onnx.ModelProto) -> Check | None:
     if intact is None and not read_metadata(model):
         return None
     if intact is None:
-        sentence = "the file has no checksum of its graph and float parameters, as files of earlier versions; convert it again"
+        sentence = (
+            "the file has no checksum of its graph and float parameters, as files of earlier "
+            "versions; convert it again"
+        )
         return Check("contents", None, None, None, sentence)
     if intact:
         return Check(
@@ -241,7 +257,10 @@ def check_contents(model: onnx.ModelProto) -> Check | None:
             None,
             "graph, parameters and metadata have the checksum that they were written with",
         )
-    sentence = "graph, parameters or metadata don't have the file's own checksum: it is damaged, or some tool has changed it"
+    sentence = (
+        "graph, parameters or metadata don't have the file's own checksum: it is damaged, or some "
+        "tool has changed it"
+    )
     return Check("contents", False, None, None, sentence)
 
 
@@ -256,7 +275,10 @@ def check_parameters(compared: ParametersComparison, *, reference: str) -> Check
         A failed check that names the first tensor that isn't there, or one that passed.
     """
     if not compared.faults:
-        sentence = f"all {compared.total} parameters, weights dequantised, are those of {reference}, bit for bit"
+        sentence = (
+            f"all {compared.total} parameters, weights dequantised, are those of {reference}, bit "
+            "for bit"
+        )
         return Check("parameters", True, compared.equal, compared.total, sentence)
     more = f" (and {len(compared.faults) - 1} more)" if len(compared.faults) > 1 else ""
     sentence = f"{compared.faults[0]}{more}: not what {reference} has"
@@ -408,7 +430,8 @@ def check_latency(file: OnnxFile, latency: Latency | None, *, runtime: str) -> C
     ):
         return None
     sentence = (
-        f"integer kernels took {latency.ratio:.2f} x the float model's time for one sample here, so they save none: unless"
+        f"integer kernels took {latency.ratio:.2f} x the float model's time for one sample here, "
+        "so they save none: unless"
         " another device is the target, keep float activations: convert without --activations int8"
     )
     return Check("latency", None, latency.ratio, None, sentence)
@@ -421,7 +444,10 @@ def _describe_difference(difference: Difference, samples: int) -> str:
         if difference.moved
         else ""
     )
-    return f"the largest difference over {samples} samples {verb} the bound {difference.bound.formula}{rounded}"
+    return (
+        f"the largest difference over {samples} samples {verb} the bound "
+        f"{difference.bound.formula}{rounded}"
+    )
 
 
 def _compute_excess(measured: float, limit: float) -> float:

@@ -222,7 +222,8 @@ class _Differences:
         *,
         samples_before: int,
     ) -> None:
-        """Against the float64 result for the first samples, and later wherever PyTorch's own is not close enough."""
+        """Against the float64 result for the first samples, and later wherever PyTorch's own is not
+        close enough."""
         to_pytorch = [find_largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
         moved = [0.0] * len(got)
         if self.shift is not None:
@@ -255,7 +256,10 @@ class _Differences:
             )
 
     def _undecided(self, between: Sequence[float]) -> bool:
-        """Some output lies too far from PyTorch's, and none had failed before: only then is the float64 result worth its time."""
+        """Some output lies too far from PyTorch's, and none had failed before.
+
+        Only then is the float64 result worth its time.
+        """
         far = any(
             difference > before.bound.limit
             for difference, before in zip(between, self.worst, strict=True)

@@ -195,9 +195,15 @@ def compare_models(
         raise DataError("the data set holds no sample: there is nothing to compare on")
     if not count:
         lengths = ", ".join(map(str, FREE_LENGTHS))
-        why = f"the original runs on no random inputs with free lengths of {lengths}: give it real ones (--inputs)"
+        why = (
+            f"the original runs on no random inputs with free lengths of {lengths}: give it real "
+            "ones (--inputs)"
+        )
         return Equivalence((Check("outputs", None, None, None, f"not compared: {why}"),), 0)
-    what = f"{count} set{'s' if count > 1 else ''} of {'given' if inputs is not None else 'random'} inputs"
+    what = (
+        f"{count} set{'s' if count > 1 else ''} of {'given' if inputs is not None else 'random'} "
+        "inputs"
+    )
     what = what if batches is None else f"{samples} samples of the data"
     checks = tuple(_judge_outputs(exact, worst, outputs, what))
     found = same if same.same else None
@@ -235,7 +241,10 @@ def _judge_outputs(
         f"all {outputs} outputs {says}, on {what}, without optimisations",
     )
     says = "agree" if fast <= fast_limit else "do NOT agree"
-    sentence = f"with all optimisations they {says} with the original's (largest difference {fast:.2g}, limit {fast_limit:.2g})"
+    sentence = (
+        f"with all optimisations they {says} with the original's (largest difference {fast:.2g}, "
+        f"limit {fast_limit:.2g})"
+    )
     yield Check("optimised", fast <= fast_limit, fast, fast_limit, sentence)
 
 
@@ -250,7 +259,10 @@ def _run_without(second: Path, why: str) -> Equivalence:
         )
         return Equivalence((Check("load", False, None, None, sentence),), 0)
     ran = any(True for _ in _draw_random_inputs(session))
-    sentence = f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there is nothing to compare with"
+    sentence = (
+        f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there "
+        "is nothing to compare with"
+    )
     return Equivalence((Check("outputs", None, None, None, sentence),), 0)
 
 
@@ -316,7 +328,8 @@ def _draw_random_inputs(session: Session) -> Iterator[Batch]:
 def _find_worst(
     references: Sequence[np.ndarray], results: Sequence[np.ndarray]
 ) -> tuple[float, float]:
-    """(largest difference, its limit) of the output that is nearest to its limit, or furthest past it."""
+    """(largest difference, its limit) of the output that is nearest to its limit, or furthest past
+    it."""
     pairs = [
         (find_largest_difference(result, reference), derive_bound(reference, None).limit)
         for reference, result in zip(references, results, strict=True)

@@ -43,7 +43,8 @@ class FloatBounds:
             raise OptionError(f"--min-agreement {share:g} is in per cent: write {100 * share:g}")
         if share is not None and not 0 <= share <= 100:
             raise OptionError(
-                f"--min-agreement {share:g} is no percentage: write a number from 0 to 100, such as 98"
+                f"--min-agreement {share:g} is no percentage: write a number from 0 to 100, such "
+                "as 98"
             )
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
             raise OptionError(
@@ -51,7 +52,8 @@ class FloatBounds:
             )
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise OptionError(
-                f"--max-drop {self.max_drop:g} is not in points of accuracy: write 0 to 100, such as 0.5"
+                f"--max-drop {self.max_drop:g} is not in points of accuracy: write 0 to 100, such "
+                "as 0.5"
             )
 
 
@@ -73,7 +75,10 @@ class OutputDistance:
 
     @property
     def error(self) -> float:
-        """||quantised - float|| / ||float||; infinite where only one of them is no number or zero."""
+        """||quantised - float|| / ||float||.
+
+        Infinite where only one of them is no number or zero.
+        """
         if self.squares == 0:
             return 0.0
         return math.sqrt(self.squares / self.float_squares) if self.float_squares > 0 else math.inf
@@ -174,7 +179,8 @@ def judge_distance(
         distances: of every output.
         bounds: what is allowed.
         on: what both were run on, in words: "256 samples of digits.npz", "32 random inputs".
-        scores: whether the first output holds class scores: it comes with labels, or with class names.
+        scores: whether the first output holds class scores: it comes with labels, or with class
+            names.
         layers: errors of the weights; the worst are named.
         accuracies: (the quantised model's, the float model's), where there are labels.
 
@@ -218,7 +224,10 @@ def judge_distance(
             f"{layer.name} {layer.error:.2g}" for layer in worst
         )
     if faults:
-        sentence += f": TOO FAR, {faults[0]}; quantise to more bits, --exclude the worst weights, or train with `quantize`"
+        sentence += (
+            f": TOO FAR, {faults[0]}; quantise to more bits, --exclude the worst weights, or "
+            "train with `quantize`"
+        )
     return Check(NAME, not faults, measured, limit, sentence)
 
 

@@ -34,7 +34,8 @@ FREE = 2
 
 
 class FloatProbe:
-    """Runs the float model before its weights are rounded, and the quantised one after, on the same inputs."""
+    """Runs the float model before its weights are rounded, and the quantised one after, on the same
+    inputs."""
 
     def __init__(self, split: Split | None, bounds: FloatBounds) -> None:
         """split: data to run on; None: random inputs, and that is said."""

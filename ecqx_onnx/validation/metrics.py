@@ -29,7 +29,10 @@ class Proportion:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval: where the true share lies, given `total` independent samples."""
+        """The 95 % Wilson score interval.
+
+        Where the true share lies, given `total` independent samples.
+        """
         # (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)  [Wilson 1927]
         n, p = self.total, self.share
         centre = p + Z95**2 / (2 * n)
@@ -95,7 +98,8 @@ def measure_accuracy(output: np.ndarray, labels: np.ndarray) -> Proportion:
     wrong = labels[(labels < 0) | (labels >= classes)]
     if wrong.size:
         raise DataError(
-            f"label {wrong[0]} is out of range: the model tells {classes} classes apart (0 to {classes - 1})"
+            f"label {wrong[0]} is out of range: the model tells {classes} classes apart (0 to "
+            f"{classes - 1})"
         )
     return Proportion(int(np.count_nonzero(output.argmax(1) == labels)), len(labels))
 
@@ -104,8 +108,10 @@ def measure_accuracy(output: np.ndarray, labels: np.ndarray) -> Proportion:
 class Agreement:
     """Top-1 agreement of two models on the same inputs.
 
-    margin: the widest lead, by the first model's scores, that its class had over the other's where they disagree; 0 if
-    they never do. A disagreement is only a rounded tie if its margin is within the rounding of both.
+    margin: the widest lead, by the first model's scores, that its class had over the other's where
+        they disagree; 0 if
+    they never do. A disagreement is only a rounded tie if its margin is within the rounding of
+    both.
     """
 
     same: Proportion

@@ -128,7 +128,10 @@ def validate_against_original(
 def _check_original_parameters(
     source: OnnxFile, model: onnx.ModelProto, decoded: DecodedModel
 ) -> Check | None:
-    """The original's float tensors are in the file: as they are, or as `pack` rewrites BatchNormalization and old opsets."""
+    """The original's float tensors are in the file.
+
+    As they are, or as `pack` rewrites BatchNormalization and old opsets.
+    """
     try:
         before = list_float_tensors(decode_model(source.with_data()).proto)
         stored = read_weights(model)

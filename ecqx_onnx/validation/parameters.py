@@ -33,7 +33,8 @@ def list_float_tensors(model: ModelProto) -> dict[str, np.ndarray]:
     """The float initializers of all graphs in a model.
 
     Args:
-        model: With its data in it; of a twin (twin.py), so that nothing is left to be computed of constants.
+        model: With its data in it; of a decoded float model, so that nothing is left to be computed of
+            constants.
 
     Returns:
         Values by name; two of one name in two subgraphs count as one.
@@ -52,7 +53,8 @@ def compare_parameters(
     *,
     stored: Sequence[StoredWeight] = (),
 ) -> ParametersComparison:
-    """Looks for each wanted tensor in the file by its type, shape and bits, since the file's names are others.
+    """Looks for each wanted tensor in the file by its type, shape and bits, since the file's names
+    are others.
 
     Args:
         found: The file's float tensors.
@@ -88,7 +90,8 @@ def _make_key(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
 def _describe_fault(
     name: str, values: np.ndarray, found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
 ) -> str:
-    """With the number of values that differ from the most similar tensor in the file, which is probably meant for it."""
+    """With the number of values that differ from the most similar tensor in the file, which is
+    probably meant for it."""
     known = {_make_key(other) for other in wanted.values()}
     alike = defaultdict(list)
     for other in found.values():

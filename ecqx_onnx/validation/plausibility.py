@@ -102,10 +102,12 @@ def doubt_accuracy(
         confusion: of labels and answers; None where there are no labels.
         who: the model, as the subject of a sentence: "the float model", "PyTorch's model".
         inputs: what went into it.
-        recorded: whether the preprocessing is one that somebody gave, and not a guess from the data's type.
+        recorded: whether the preprocessing is one that somebody gave, and not a guess from the
+            data's type.
 
     Returns:
-        At most one sentence: on classes that are numbered otherwise, or on an accuracy no better than guessing.
+        At most one sentence: on classes that are numbered otherwise, or on an accuracy no better
+        than guessing.
     """
     if confusion is None or confusion.right.total < FEWEST:
         return ()
@@ -114,8 +116,10 @@ def doubt_accuracy(
     if permuted is not None:
         first, share = permuted
         return (
-            f"{who} is right for {100 * right.share:.1f} % of the samples, and would be for {100 * share:.1f} % if the data"
-            f" numbered its classes otherwise: what the data call {first[0]} it calls {first[1]}; give the classes the model's"
+            f"{who} is right for {100 * right.share:.1f} % of the samples, and would be for "
+            f"{100 * share:.1f} % if the data"
+            f" numbered its classes otherwise: what the data call {first[0]} it calls {first[1]}; "
+            "give the classes the model's"
             " numbers, or names (`labels`, folders) that both have",
         )
     guess = float(confusion.counts.sum(1).max()) / right.total
@@ -123,7 +127,8 @@ def doubt_accuracy(
     if classes < 2 or right.share > guess + 0.1 * (1 - guess):
         return ()
     return (
-        f"{who} is right for {100 * right.share:.1f} % of the samples, no better than guessing ({100 * guess:.1f} %):"
+        f"{who} is right for {100 * right.share:.1f} % of the samples, no better than guessing "
+        f"({100 * guess:.1f} %):"
         f" {_find_likely_reason(inputs, recorded)}",
     )
 
@@ -150,15 +155,18 @@ def doubt_range(
         return ()
     what = "are cut off there" if far else "fall on few of its levels"
     return (
-        f"the network was calibrated on inputs from {low:.3g} to {high:.3g}; the data, from {inputs.lowest:.3g} to"
-        f" {inputs.highest:.3g}, {what}: bring them to the model as in calibration (pixels / 255, say)",
+        f"the network was calibrated on inputs from {low:.3g} to {high:.3g}; the data, from "
+        f"{inputs.lowest:.3g} to"
+        f" {inputs.highest:.3g}, {what}: bring them to the model as in calibration (pixels / 255, "
+        "say)",
     )
 
 
 def _find_likely_reason(inputs: InputRange | None, recorded: bool) -> str:
     if inputs is not None and inputs.highest > RAW_PIXELS:
         return (
-            f"its inputs reach {inputs.highest:.3g}, and networks for images are trained on 0 to 1 or so;"
+            f"its inputs reach {inputs.highest:.3g}, and networks for images are trained on 0 to "
+            "1 or so;"
             " give the preprocessing of the training (scale=255.0)"
         )
     if not recorded:
@@ -170,7 +178,8 @@ def _find_likely_reason(inputs: InputRange | None, recorded: bool) -> str:
 
 
 def _find_permutation(confusion: Confusion) -> tuple[tuple[int, int], float] | None:
-    """((label, the model's number for it), accuracy with the model's numbers), where labels are clearly numbered otherwise."""
+    """((label, the model's number for it), accuracy with the model's numbers), where labels are
+    clearly numbered otherwise."""
     counts = confusion.counts
     used = np.flatnonzero(counts.sum(1))
     answers = counts[used].argmax(1)

@@ -48,7 +48,8 @@ def run_reference_exactly(
 ) -> tuple[np.ndarray, ...] | None:
     """Run PyTorch's model in float64.
 
-    The parameters are replaced by float64 ones for this call only. Whatever the code still makes in a
+    The parameters are replaced by float64 ones for this call only. Whatever the code still makes in
+    a
     lower precision (`torch.zeros(..., dtype=torch.float32)`, `x.float()`, constants of an exported
     program) a dispatch mode raises.
 
@@ -78,7 +79,10 @@ def run_reference_exactly(
 
 @contextmanager
 def _hold_evaluation_mode(reference: torch.nn.Module) -> Iterator[None]:
-    """Dropout and BatchNorm in evaluation mode, each module's own flag given back after. (Exported ones have no `.eval()`.)"""
+    """Dropout and BatchNorm in evaluation mode, each module's own flag given back after.
+
+    (Exported ones have no `.eval()`.)
+    """
     training = [module for module in reference.modules() if module.training]
     for module in training:
         module.training = False

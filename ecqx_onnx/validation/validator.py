@@ -87,7 +87,8 @@ def validate(
         split: Data with classes; without it, synthetic inputs are compared.
         notes: Sentences for the report.
         preprocessing: By default what the file records.
-        float_bounds: How far a file that was quantized without training may lie from its float model.
+        float_bounds: How far a file that was quantized without training may lie from its float
+            model.
         class_names: Whether the reference has names for its classes, so that its first output, if
             [N, C], holds class scores.
         batch_size: Samples that run at once.
@@ -228,7 +229,8 @@ def _choose_preprocessing(
     own = split.preprocessing
     return (
         own,
-        f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records none)",
+        f"preprocessing: {own.describe()} (as the data's type asks for; {file.path.name} records "
+        "none)",
     )
 
 
@@ -319,7 +321,8 @@ def float_check(
 
 
 def _measure_weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError]:
-    """Of the file's quantised weights that the float model has under their names and in their shapes."""
+    """Of the file's quantised weights that the float model has under their names and in their
+    shapes."""
     try:
         stored = read_weights(file.with_data())
     except FileError:  # which the check of the weights tells
@@ -340,7 +343,10 @@ def _measure_weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[L
 
 
 def _find_calibrated_input_range(file: OnnxFile) -> tuple[float, float] | None:
-    """Lowest and highest value of the first input that 8 bit activations can tell; None where it is not quantised."""
+    """Lowest and highest value of the first input that 8 bit activations can tell.
+
+    None where it is not quantised.
+    """
     graph = file.proto.graph
     if not graph.input:
         return None

@@ -39,7 +39,8 @@ def compare_weights(
     """Compare a file's weights with its checksums, the runtime's decoding and PyTorch's values.
 
     Args:
-        stored: As our reader decodes them; empty for a foreign file, whose float weights are compared
+        stored: As our reader decodes them; empty for a foreign file, whose float weights are
+            compared
             as they are.
         decoded: By name in the file's graph, what the runtime computed from the stored integers:
             floats, and the integers of tables of which it dequantizes only the rows asked for.
@@ -74,7 +75,8 @@ def compare_weights(
     for missing in matching.missing:
         if missing.name in values and missing.name not in named:
             faults[missing.name] = (
-                f"weight '{missing.name}' {_describe_other_values(values[missing.name], missing.name, tensors)}"
+                f"weight '{missing.name}' "
+                f"{_describe_other_values(values[missing.name], missing.name, tensors)}"
             )
     absent = tuple(missing.name for missing in matching.missing if missing.name not in values)
     total = len(stored) or len(tensors) - len(absent)
@@ -86,12 +88,18 @@ def _find_stored_fault(item: StoredWeight) -> str | None:
     return (
         None
         if item.crc_ok
-        else "has other integers than the file's own checksum says: it was changed after it was written"
+        else (
+            "has other integers than the file's own checksum says: it was changed after it was "
+            "written"
+        )
     )
 
 
 def _find_decoding_fault(item: StoredWeight, decoded: Mapping[str, np.ndarray]) -> str | None:
-    """What the runtime computed lies under the weight's name in the graph, maybe transposed; else under that of its integers."""
+    """What the runtime computed lies under the weight's name in the graph, maybe transposed.
+
+    Else under that of its integers.
+    """
     if item.weight.integers is None and item.value in decoded:
         wanted, found = np.ascontiguousarray(item.weight.dequantize()), decoded[item.value]
     elif item.weight.integers is None and item.levels_name in decoded:
@@ -104,7 +112,10 @@ def _find_decoding_fault(item: StoredWeight, decoded: Mapping[str, np.ndarray]) 
 
 
 def _find_rescaling_fault(weight: GraphWeight, found: GraphWeight) -> str | None:
-    """A weight with a BatchNorm in it was found up to one factor per channel; its integers must be PyTorch's."""
+    """A weight with a BatchNorm in it was found up to one factor per channel.
+
+    Its integers must be PyTorch's.
+    """
     if not found.rescaled or np.array_equal(weight.tensor.levels, found.tensor.levels):
         return None
     changed = int(np.count_nonzero(weight.tensor.levels != found.tensor.levels))
@@ -114,8 +125,14 @@ def _find_rescaling_fault(weight: GraphWeight, found: GraphWeight) -> str | None
 def _describe_other_values(values: np.ndarray, name: str, tensors: Sequence[QuantTensor]) -> str:
     for tensor in tensors:
         if tensor.name == name and tensor.shape == values.shape:
-            return f"differs from PyTorch's in {int(np.count_nonzero(tensor.dequantize() != values))} of {tensor.size} values"
-    return "is none of PyTorch's quantised weights, not even transposed, reordered or scaled per channel"
+            return (
+                "differs from PyTorch's in "
+                f"{int(np.count_nonzero(tensor.dequantize() != values))} of {tensor.size} values"
+            )
+    return (
+        "is none of PyTorch's quantised weights, not even transposed, reordered or scaled per "
+        "channel"
+    )
 
 
 def _are_same(first: np.ndarray, second: np.ndarray) -> bool:

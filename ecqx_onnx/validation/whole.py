@@ -23,10 +23,12 @@ def check_file(path: Path | str) -> ValidationReport:
     """Asks a file all that can be asked of it alone.
 
     Args:
-        path: Of the .onnx file, whoever wrote it; one of someone else's has no checksums, and the report says so.
+        path: Of the .onnx file, whoever wrote it; one of someone else's has no checksums, and the
+            report says so.
 
     Returns:
-        A report with the checks "format", "load", "contents" and "weights"; its `ok` says whether the file is whole.
+        A report with the checks "format", "load", "contents" and "weights"; its `ok` says whether
+        the file is whole.
 
     Raises:
         InputError: The file is missing, no ONNX model, or so damaged that it can't be read.
@@ -48,9 +50,15 @@ def check_file(path: Path | str) -> ValidationReport:
 def _check_whole_contents(file: OnnxFile) -> list[Check]:
     if not file.metadata:
         if any(function.domain == DOMAIN for function in file.proto.functions):
-            sentence = "the graph decodes weights as ecqx-onnx's files do, but has lost its metadata, and all checksums with it"
+            sentence = (
+                "the graph decodes weights as ecqx-onnx's files do, but has lost its metadata, "
+                "and all checksums with it"
+            )
             return [Check("contents", False, None, None, sentence)]
-        sentence = "the file was not written by ecqx-onnx and has no checksums: damage that still loads is not seen"
+        sentence = (
+            "the file was not written by ecqx-onnx and has no checksums: damage that still loads "
+            "is not seen"
+        )
         return [Check("contents", None, None, None, sentence)]
     found: list[Check] = []
     model = file.with_data()

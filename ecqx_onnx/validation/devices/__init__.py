@@ -1,4 +1,4 @@
-"""Does the file say the same over there? Runners in Python and JavaScript, and the devices that they run on."""
+"""Does the file say the same over there? Devices, and the runners that work on them."""
 
 from ecqx_onnx.validation.devices.devices import (
     KNOWN,

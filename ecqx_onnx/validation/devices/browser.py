@@ -65,7 +65,8 @@ class Browser:
             _Server(job.folder, self.runtime, progress) as server,
             tempfile.TemporaryDirectory(prefix="ecqx-onnx-", ignore_cleanup_errors=True) as profile,
         ):
-            # Chromium's own sandbox cannot be had by root; what runs here is our page and the user's model.
+            # Chromium's own sandbox cannot be had by root; what runs here is our page and the
+            # user's model.
             flags = [
                 *FLAGS,
                 f"--user-data-dir={profile}",
@@ -90,18 +91,21 @@ class Browser:
         while not server.ended.wait(0.1):
             if process.poll() is not None:
                 raise InputError(
-                    f"{self.name}: {self.program} died (exit status {process.returncode}) before the job was done"
+                    f"{self.name}: {self.program} died (exit status {process.returncode}) before "
+                    "the job was done"
                 )
             if time.monotonic() > end:
                 raise InputError(
-                    f"{self.name}: the page was closed, as it had not finished after {time_limit:g} s"
+                    f"{self.name}: the page was closed, as it had not finished after "
+                    f"{time_limit:g} s"
                 )
         if server.died:
             raise InputError(f"{self.name}: the page died: {server.died[:300]}")
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Serves page, runner, runtime and job, and takes outputs, for whoever knows the token in the path. Loopback only."""
+    """Serves page, runner, runtime and job, and takes outputs, for whoever knows the token in the
+    path. Loopback only."""
 
     daemon_threads = True
 

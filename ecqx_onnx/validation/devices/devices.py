@@ -26,7 +26,8 @@ from ecqx_onnx.validation.devices.job import Job
 from ecqx_onnx.validation.devices.supervision import Progress, supervise
 
 KNOWN = "local, node, web, arm64, ssh://user@host[:port], folder:PATH"
-# //user@host:port/path/of/its/python, all but the host optional; IPv6 in brackets; no host that ssh would take for an option
+# //user@host:port/path/of/its/python, all but the host optional; IPv6 in brackets; no host that ssh
+# would take for an option
 ADDRESS = re.compile(
     r"//(?P<host>(?:[^-@:/\[\]][^@:/\[\]]*@)?(?:[^-@:/\[\]][^@:/\[\]]*|\[[0-9a-fA-F:]+\]))(?::(?P<port>\d{1,5}))?(?P<python>/.*)?"
 )
@@ -36,7 +37,10 @@ RESULT_FILE = re.compile(r"(\./)?(result\.json|outputs/\w[\w.-]*)")
 
 
 class Device(Protocol):
-    """Whatever can do a job: it leaves result.json and the output files in the job's folder, and nothing anywhere else."""
+    """Whatever can do a job.
+
+    It leaves result.json and the output files in the job's folder, and nothing anywhere else.
+    """
 
     @property
     def name(self) -> str:
@@ -113,7 +117,8 @@ class Ssh:
         return f"ssh://{self.host}"
 
     def run(self, job: Job, *, time_limit: float, progress: Progress | None = None) -> None:
-        # The folder goes whatever happens: the trap runs when the runner dies, and `timeout` ends one that outlives us.
+        # The folder goes whatever happens: the trap runs when the runner dies, and `timeout` ends
+        # one that outlives us.
         """Do a job; see `Device.run`.
 
         Args:
@@ -126,8 +131,10 @@ class Ssh:
         """
         script = (
             "set -e; d=$(mktemp -d); trap 'rm -rf \"$d\"' EXIT; trap 'exit 1' HUP INT TERM PIPE; tar xf - -C \"$d\"; "
-            f'timeout {time_limit:.0f} {shlex.quote(self.python)} "$d/run.py" "$d" 1>&2 || late=$?; '
-            f'if [ "${{late:-0}}" = 124 ]; then echo "it had not finished after {time_limit:.0f} s" >&2; fi; '
+            f'timeout {time_limit:.0f} {shlex.quote(self.python)} "$d/run.py" "$d" 1>&2'
+            " || late=$?; "
+            f'if [ "${{late:-0}}" = 124 ]; then '
+            f'echo "it had not finished after {time_limit:.0f} s" >&2; fi; '
             'if [ -n "$late" ]; then exit "$late"; fi; tar cf - -C "$d" result.json outputs'
         )
         options = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", *self.options)
@@ -212,8 +219,10 @@ class Folder:
             _copy_job(job.folder, self.path)
             shutil.copyfile(RUNNERS / "run.py", self.path / "run.py")
         raise InputError(
-            f"{self.name}: holds no result.json yet, so the job was written there; do it on the device "
-            f"(`python3 run.py .` in that folder, or a runner of your own), bring the folder back, and repeat this command"
+            f"{self.name}: holds no result.json yet, so the job was written there; do it on the "
+            "device "
+            "(`python3 run.py .` in that folder, or a runner of your own), bring the folder "
+            "back, and repeat this command"
         )
 
 

@@ -189,7 +189,8 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
         The result.
 
     Raises:
-        FileError: if it is missing, damaged, larger than a runner writes, or of another model or job.
+        FileError: if it is missing, damaged, larger than a runner writes, or of another model or
+            job.
         ModelError: if the runtime refused the model.
     """
     folder = job.folder if folder is None else folder
@@ -198,7 +199,8 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
         status = os.lstat(path)
     except FileNotFoundError:
         raise FileError(
-            f"{device}: the runner left no result.json; it was stopped or could not write to its folder"
+            f"{device}: the runner left no result.json; it was stopped or could not write to its "
+            "folder"
         ) from None
     except OSError as error:
         raise FileError(
@@ -218,13 +220,15 @@ def read_result(job: Job, device: str, *, folder: Path | None = None) -> Result:
         raise FileError(f"{path}: is no result of a runner ({error}); run the job again") from None
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
         raise FileError(
-            f"{path}: is no result of format version {VERSION}; use the runner that came with the job"
+            f"{path}: is no result of format version {VERSION}; use the runner that came with the "
+            "job"
         )
     # The model first: this sentence is the one that tells what went wrong.
     found = raw.get("model_sha256")
     if found is not None and found != job.model_sha256:
         raise FileError(
-            f"{path}: is the result of another model (sha256 {str(found)[:12]}…, this file has {job.model_sha256[:12]}…); "
+            f"{path}: is the result of another model (sha256 {str(found)[:12]}…, this file has "
+            f"{job.model_sha256[:12]}…); "
             "run the job again with this one"
         )
     if raw.get("job") != job.id:
@@ -354,7 +358,10 @@ def _store_feed(folder: Path, feed: Feed, stem: str) -> list[dict[str, Any]]:
 
 
 def _read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray:
-    """An output as result.json describes it; its size and checksum are compared before it is read into memory."""
+    """An output as result.json describes it.
+
+    Its size and checksum are compared before it is read into memory.
+    """
     result = folder / "result.json"
     try:
         text, shape = _read_text(entry["file"], "file"), tuple(_list(entry["shape"], "shape"))
@@ -368,12 +375,14 @@ def _read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray
     counts = list(shape)
     if min(counts, default=0) < 0 or max(counts, default=0) > LARGEST_COUNT:
         raise FileError(
-            f"{result}: {what} claims the shape {str(counts)[:100]}, which is not one; run the job again"
+            f"{result}: {what} claims the shape {str(counts)[:100]}, which is not one; run the "
+            "job again"
         )
     if kind not in OUTPUT_TYPES or len(counts) > MOST_DIMENSIONS:
         found = f"'{kind[:20]}' in {len(counts)} dimensions"
         raise FileError(
-            f"{result}: {what} is {found}, which is not described in docs/devices.md; run the job again"
+            f"{result}: {what} is {found}, which is not described in docs/devices.md; run the job "
+            "again"
         )
     name, dtype = PurePosixPath(text), np.dtype(kind)
     if name.is_absolute() or ".." in name.parts or "\0" in text:
@@ -383,14 +392,16 @@ def _read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray
     claimed = math.prod(counts) * dtype.itemsize
     if claimed >= LARGEST_OUTPUT:
         raise FileError(
-            f"{result}: {what} claims {claimed} bytes, which is not below {LARGEST_OUTPUT}: use a smaller batch size"
+            f"{result}: {what} claims {claimed} bytes, which is not below {LARGEST_OUTPUT}: use a "
+            "smaller batch size"
         )
     path = folder / name
     try:
         inside = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # Python 3.11 says so of links that lead in a circle
         raise FileError(
-            f"{path}: {what} cannot be found behind its links; bring the file back from the device too"
+            f"{path}: {what} cannot be found behind its links; bring the file back from the "
+            "device too"
         ) from None
     if not inside:
         raise FileError(
@@ -412,7 +423,8 @@ def _read_array(folder: Path, entry: Mapping[str, Any], what: str) -> np.ndarray
         )
     if not fits or hashlib.sha256(data).hexdigest() != entry.get("sha256"):
         raise FileError(
-            f"{path}: {what} was changed or cut short after the runner wrote it (sha256); run the job again"
+            f"{path}: {what} was changed or cut short after the runner wrote it (sha256); run the "
+            "job again"
         )
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(counts).astype(dtype, copy=False)
 

@@ -26,9 +26,11 @@ ARM64_ONNXRUNTIME = "1.32.0"
 ARM64_NUMPY = "2.4.6"
 # What Python and onnxruntime need of Debian; the rest of Python's dependencies apt finds itself.
 ARM64_PACKAGES = ("python3", "libstdc++6")
-# onnxruntime reads these before it is imported and crashes without them; the text is a Cortex-A72's.
+# onnxruntime reads these before it is imported and crashes without them; the text is a
+# Cortex-A72's.
 CPUINFO = "".join(
-    f"processor\t: {core}\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm crc32 cpuid\nCPU implementer\t: 0x41\n"
+    f"processor\t: {core}\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm crc32 cpuid\nCPU "
+    "implementer\t: 0x41\n"
     "CPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd08\nCPU revision\t: 3\n\n"
     for core in range(4)
 )
@@ -63,12 +65,14 @@ def set_up(device: str, *, progress: Progress | None = None) -> Path:
     }
     if device not in makers:
         raise OptionError(
-            f"the device '{device}' needs no setup, or is none; `device setup` knows {', '.join(makers)}"
+            f"the device '{device}' needs no setup, or is none; `device setup` knows "
+            f"{', '.join(makers)}"
         )
     folder, fetch = makers[device]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Under its final name only when complete: an interrupted setup leaves nothing that looks like one.
+        # Under its final name only when complete: an interrupted setup leaves nothing that looks
+        # like one.
         with tempfile.TemporaryDirectory(prefix="setup-", dir=folder.parent) as temporary:
             fetch(Path(temporary) / "new", progress or _show_nothing)
             (Path(temporary) / "new").rename(folder)
@@ -140,7 +144,8 @@ def _fetch_web(folder: Path, progress: Progress) -> None:
     found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != WEB_INTEGRITY:
         raise InputError(
-            f"web: npm gave an onnxruntime-web {WEB_VERSION} with another checksum ({found[:20]}…): refused"
+            f"web: npm gave an onnxruntime-web {WEB_VERSION} with another checksum "
+            f"({found[:20]}…): refused"
         )
     folder.mkdir()
     with tarfile.open(archive) as tar:
@@ -152,7 +157,8 @@ def _fetch_web(folder: Path, progress: Progress) -> None:
 
 
 def _fetch_arm64(folder: Path, progress: Progress) -> None:
-    """An arm64 Debian's Python unpacked under root/, the wheels under site/, and a static qemu beside them."""
+    """An arm64 Debian's Python unpacked under root/, the wheels under site/, and a static qemu
+    beside them."""
     if sys.platform != "linux" or shutil.which("apt-get") is None:
         raise InputError(
             "arm64: is set up from Debian's packages, so it needs Debian or Ubuntu on Linux"
@@ -242,11 +248,13 @@ def _run_program(device: str, command: Sequence[str], folder: Path) -> None:
         )
     except FileNotFoundError:
         raise InputError(
-            f"{device}: setup needs '{command[0]}', which this machine does not have; install it first"
+            f"{device}: setup needs '{command[0]}', which this machine does not have; install it "
+            "first"
         ) from None
     except subprocess.TimeoutExpired:
         raise InputError(
-            f"{device}: '{command[0]}' did not finish within {PROGRAM_LIMIT} s; is the network there?"
+            f"{device}: '{command[0]}' did not finish within {PROGRAM_LIMIT} s; is the network "
+            "there?"
         ) from None
     if done.returncode:
         words = ["no reason given", *(done.stderr or done.stdout).strip().splitlines()]

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 
 
 ROWS = (
-    "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference", "load", "latency", "x float", "memory",
+    "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference",
+    "load", "latency", "x float", "memory",
 )  # fmt: skip
 TIME_LIMIT = ValidateOptions.time_limit  # seconds for everything that the runner does
 
@@ -311,7 +312,10 @@ def _convert_latency(result: Result) -> Latency | None:
 
 
 class _Replay:
-    """A session that ran elsewhere: each `run` gives the next batch of outputs, once they fit what the graph declares."""
+    """A session that ran elsewhere.
+
+    Each `run` gives the next batch of outputs, once they fit what the graph declares.
+    """
 
     def __init__(self, session: Session, outputs: Iterator[tuple[np.ndarray, ...]]) -> None:
         self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
@@ -332,7 +336,8 @@ class _Replay:
             )
         if len(arrays) != len(self.get_outputs()):
             raise FileError(
-                f"the device returned {len(arrays)} outputs of {len(self.get_outputs())}; its runner is at fault"
+                f"the device returned {len(arrays)} outputs of {len(self.get_outputs())};"
+                " its runner is at fault"
             )
         for node, array in zip(self.get_outputs(), arrays, strict=True):
             wanted = [lengths.get(d) if isinstance(d, str) else d for d in node.shape]
@@ -341,7 +346,8 @@ class _Replay:
             )
             if not fits or array.dtype != NUMPY_TYPES.get(node.type):
                 raise FileError(
-                    f"the device returned output '{node.name}' as {array.dtype} {list(array.shape)}, but the graph declares "
+                    f"the device returned output '{node.name}' as {array.dtype} {list(array.shape)}, "
+                    "but the graph declares "
                     f"{node.type} {node.shape}; its runner is at fault"
                 )
         return list(arrays)
