@@ -11,7 +11,14 @@ from torch import Tensor
 
 
 def list_spellings(*names: str) -> frozenset[Callable]:
-    """Every spelling of these operators: torch.x, torch.nn.functional.x and Tensor.x."""
+    """Find every spelling of operators: torch.x, torch.nn.functional.x and Tensor.x.
+
+    Args:
+        *names: of the operators; one that torch lacks is left out.
+
+    Returns:
+        The functions.
+    """
     homes = (torch, F, Tensor)
     return frozenset(getattr(home, name) for home in homes for name in names if hasattr(home, name))
 
@@ -24,6 +31,14 @@ AUGMENTED = {
 
 
 def find_tensors(value: Any) -> list[Tensor]:
+    """Find the tensors in arguments.
+
+    Args:
+        value: anything; lists, tuples and dicts are looked into.
+
+    Returns:
+        The tensors, in order.
+    """
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -34,6 +49,15 @@ def find_tensors(value: Any) -> list[Tensor]:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Replace the tensors in arguments.
+
+    Args:
+        value: anything; lists, tuples and dicts are looked into.
+        function: gives each tensor's replacement.
+
+    Returns:
+        The same structure.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""The only room that runs ONNX models: sessions, calibration, the decoded float model, latency."""
+"""Running ONNX models in onnxruntime: sessions, calibration, decoded float model, latency."""

@@ -1,7 +1,8 @@
-"""A model whose graph decodes its weights -> its float twin: the same graph, every constant computed by the runtime itself.
+"""The decoded float model: a model's graph with every constant computed by the runtime itself.
 
-The twin is what a session holds after folding, as a plain float model. It serves twice: its initializers are what the
-runtime really decoded, to be compared with PyTorch's weights, and its latency is the yardstick for the file's.
+It is what a session holds after folding, as a plain float model. It serves twice: its initializers
+are what the runtime really decoded, to be compared with PyTorch's weights, and its latency is the
+baseline for the file's.
 """
 
 from __future__ import annotations
@@ -35,14 +36,22 @@ PIECE = 2**28  # bytes of constants that are decoded in one session
 
 @dataclass(frozen=True, eq=False)
 class DecodedModel:
-    """proto: no node in it computes on constants alone. weights: its float32 initializers by name; integers: those of int8."""
+    """A model whose constants are decoded.
+
+    proto: no node in it computes on constants alone. weights: its float32 initializers by name;
+    integers: those of int8.
+    """
 
     proto: ModelProto
     weights: Mapping[str, np.ndarray]
     integers: Mapping[str, np.ndarray]
 
     def serialize(self) -> bytes | None:
-        """With its activations on floats, too. None if it is above protobuf's 2 GB."""
+        """Write the model with its activations on floats, too.
+
+        Returns:
+            The bytes of an ONNX file; None above protobuf's 2 GB.
+        """
         tensors = (
             tensor for graph in list_graphs(self.proto.graph) for tensor in graph.initializer
         )
@@ -52,7 +61,17 @@ class DecodedModel:
 
 
 def decode_model(model: ModelProto) -> DecodedModel:
-    """model: with its data loaded; not changed. CheckFailed if the runtime cannot decode its constants."""
+    """Let the runtime decode a model's constants.
+
+    Args:
+        model: with its data loaded; not changed.
+
+    Returns:
+        The decoded model.
+
+    Raises:
+        CheckFailed: the runtime cannot decode them.
+    """
     proto = ModelProto()
     proto.CopyFrom(model)
     _fold_constants(proto.graph, proto, {})
@@ -72,7 +91,10 @@ def decode_model(model: ModelProto) -> DecodedModel:
 
 
 def _fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, TensorProto]) -> None:
-    """Replace the nodes of `graph` that depend on constants only by initializers with their results; then its inner graphs."""
+    """Replace the nodes that depend on constants only by initializers with their results.
+
+    Then those of the inner graphs, which see the outer constants.
+    """
     inputs = {
         value.name for value in graph.input
     }  # an initializer that is an input too may be overridden: not constant
@@ -130,7 +152,10 @@ def _evaluate(
     constants: Mapping[str, TensorProto],
     model: ModelProto,
 ) -> dict[str, TensorProto]:
-    """What the runtime computes for `names`, without optimisations: each operator exactly as written. A piece at a time."""
+    """What the runtime computes for `names`, a piece at a time.
+
+    It runs without optimizations, each operator exactly as written.
+    """
     makers = {output: node for node in nodes for output in node.output}
     results: dict[str, TensorProto] = {}
     piece: list[str] = []

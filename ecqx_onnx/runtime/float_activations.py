@@ -1,7 +1,8 @@
-"""(graph with quantised activations) -> the same graph on floats, to hold the latency of the integer kernels against.
+"""A graph with quantized activations, put back on floats to measure its integer kernels against.
 
-QuantizeLinear and DequantizeLinear go; what was bytes between them becomes floats. A Relu that the quantisation absorbed does not
-come back: onnxruntime fuses it into the operator before it, so that it would cost nothing.
+QuantizeLinear and DequantizeLinear go; what was bytes between them becomes floats. A Relu that the
+quantization absorbed does not come back: onnxruntime fuses it into the operator before it, so that
+it would cost nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 
 def remove_quantization(model: ModelProto) -> ModelProto:
-    """A copy; `model` itself where nothing in it is quantised. Weights must be floats already, as in a FloatTwin."""
+    """Put a model's activations on floats.
+
+    Args:
+        model: its weights are floats already, as in a DecodedModel; not changed.
+
+    Returns:
+        A copy; `model` itself where nothing in it is quantized.
+    """
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return model
     proto = ModelProto()
@@ -35,7 +43,10 @@ def remove_quantization(model: ModelProto) -> ModelProto:
 
 
 def _convert_constants_to_floats(proto: ModelProto, nodes: list[NodeProto]) -> None:
-    """The bytes that remain are padding values and bounds of Clip; the time that they take does not depend on their values."""
+    """Make floats of the bytes that remain, which are padding values and bounds of Clip.
+
+    The time that these take does not depend on their values.
+    """
     read = {name for node in nodes for name in node.input}
     tensors = list(proto.graph.initializer)
     del proto.graph.initializer[:]

@@ -1,4 +1,4 @@
-"""(model, another one, one input) -> latency of both and their ratio, from interleaved runs in one process on one thread."""
+"""The latency of a model beside another one, from interleaved runs in one process on one thread."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ FLOAT = "the float model"
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians over interleaved runs of one sample on one thread, in seconds; ratio: median of the pairs' file / other model.
+    """Medians over interleaved runs of one sample on one thread, in seconds.
 
-    against: what the other model is.
+    ratio: median over the pairs of seconds / other_seconds. runs: pairs measured. against: what
+    the other model is, in words.
     """
 
     seconds: float
@@ -30,7 +31,8 @@ class Latency:
 
 
 WARM_UPS = 3
-SHORTEST = 1e-3  # seconds: faster models are run several times per measurement, so that the clock does not matter
+# Seconds: faster models run several times per measurement, so that the clock does not matter.
+SHORTEST = 1e-3
 LONGEST = 10.0  # seconds for the whole measurement, after which it stops early
 
 
@@ -42,9 +44,20 @@ def measure_latency(
     runs: int,
     against: str = FLOAT,
 ) -> Latency:
-    """runs: pairs of measurements, each of the two first in turn. against: what `other` is, in words.
+    """Measure the latency of two models side by side.
 
-    CheckFailed if the runtime does not take it.
+    Args:
+        model: path or bytes of the one.
+        other: path or bytes of the one that it is held against.
+        inputs: one sample's arrays, in the types and order of both graphs' inputs.
+        runs: pairs of measurements, each of the two first in turn; fewer after 10 seconds.
+        against: what `other` is, in words.
+
+    Returns:
+        Medians in seconds, and of the ratio.
+
+    Raises:
+        CheckFailed: the runtime does not load or run one of them.
     """
     sessions = (open_session(model, threads=1), open_session(other, threads=1))
     for session in sessions:

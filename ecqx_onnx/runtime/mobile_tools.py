@@ -17,6 +17,15 @@ from ecqx_onnx.runtime.sessions import RUNTIME_ERRORS, shorten_reason
 
 
 def convert_to_ort(source: Path, folder: Path) -> None:
+    """Write a model in onnxruntime's own format.
+
+    Args:
+        source: the .onnx file.
+        folder: where the .ort file and the list of its operators go.
+
+    Raises:
+        ModelError: the converter does not take it.
+    """
     from onnxruntime.tools.convert_onnx_models_to_ort import (
         OptimizationStyle,
         convert_onnx_models_to_ort,
@@ -48,7 +57,17 @@ def convert_to_ort(source: Path, folder: Path) -> None:
 
 
 def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...]:
-    """The verdict of onnxruntime's usability checker on the graph as accelerators meet it: weights folded, and in float."""
+    """Ask onnxruntime's usability checker about a graph, as accelerators meet it.
+
+    They see it with its weights folded, and in float.
+
+    Args:
+        path: the .onnx file.
+        accelerators: of "NNAPI", "CoreML NeuralNetwork" and "CoreML MLProgram".
+
+    Returns:
+        One sentence for each.
+    """
     from onnxruntime.tools.mobile_helpers import usability_checker
     from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo, optimize_model
 
@@ -82,7 +101,10 @@ def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
 
 @contextlib.contextmanager
 def _silence_tools() -> Iterator[None]:
-    """These tools tell their progress to print and to the root logger, and one leaves a file to the garbage collector."""
+    """Keep the tools' progress, which they print and log, off the terminal.
+
+    One of them also leaves a file to the garbage collector, of which Python would warn.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,12 +1,14 @@
-"""(model, background weights, a batch) -> how much each weight mattered to the output. The one file that knows zennit.
+"""Relevances: how much each weight mattered to the output, by LRP with zennit's rules.
 
-Layer-wise relevance propagation (LRP) starts with a relevance at the output and hands it down layer by layer; which share goes
-where is the composite's business (zennit). What a weight carried on the way is its relevance, in epsilon form for every layer:
+Layer-wise relevance propagation (LRP) starts with a relevance at the output and hands it down layer
+by layer; which share goes where is the composite's business (zennit). What a weight carried on the
+way is its relevance, in epsilon form for every layer:
 
-    r_w = Σ w·x·R_z / (z + ε sign z) = w ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂w                                          [ECQx, sec. 4]
+    r_w = Σ w·x·R_z / (z + ε sign z) = w ⊙ ∂⟨z, R_z / stabilize(z)⟩/∂w            [ECQx, sec. 4]
 
-It is taken on a shadow of the model that holds the background weights: r_w is proportional to w, so a weight that is quantised to
-zero would have no relevance and could never regrow. The user's modules are never touched.
+It is taken on a shadow of the model that holds the background weights: r_w is proportional to w, so
+a weight that is quantized to zero would have no relevance and could never regrow. The user's
+modules are never touched.
 """
 
 from __future__ import annotations
@@ -439,7 +441,20 @@ class _Propagate(torch.autograd.Function):
 
 
 def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Tensor]:
-    """(output tensor, relevance of the same shape). DataError if the targets do not fit the output."""
+    """Start the relevance at the output.
+
+    Args:
+        output: what the model returned: float [N, classes, ...], or what `start` takes.
+        target: int64 [N, ...], the classes, or what `start` takes.
+        start: "logit", "probability", "ones", or a function (output, target).
+
+    Returns:
+        The output tensor, and its relevance of the same shape.
+
+    Raises:
+        DataError: the targets do not fit the output.
+        ModelError: the output is no tensor, and `start` no function.
+    """
     if callable(start):
         answer = start(output, target)
         output, R = answer if isinstance(answer, tuple) else (output, answer)
@@ -479,7 +494,14 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
 
 
 def take_first_line(error: Exception) -> str:
-    """What failed, in one line of at most some 300 characters; a sentence of ours as it is."""
+    """Tell what failed in one line of at most some 300 characters.
+
+    Args:
+        error: a sentence of ours is told as it is, else its type comes first.
+
+    Returns:
+        The line.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = (lines or [""])[0][:300]
     if isinstance(error, InputError):

@@ -1,8 +1,9 @@
-"""Importing zennit beside a CPU-only torch: nothing enters, the zennit package leaves.
+"""Importing zennit beside a CPU-only torch.
 
-zennit imports torchvision. PyPI's torchvision is built for CUDA and, beside a CPU-only torch, its compiled operators do not
-load: its Python part then dies with "operator torchvision::nms does not exist" while it registers shapes for them. Declaring the
-two schemas lets the import pass; nobody here calls the operators. Where torchvision imports by itself nothing is changed.
+zennit imports torchvision. PyPI's torchvision is built for CUDA and, beside a CPU-only torch, its
+compiled operators do not load: its Python part then dies with "operator torchvision::nms does not
+exist" while it registers shapes for them. Declaring the two schemas lets the import pass; nobody
+here calls the operators. Where torchvision imports by itself nothing is changed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ _declared: list[torch.library.Library] = []  # the declarations last as long as 
 
 
 def import_zennit() -> ModuleType:
+    """Import zennit, also beside a torchvision whose compiled operators do not load.
+
+    Returns:
+        The package.
+    """
     try:
         return importlib.import_module("zennit")
     except RuntimeError as error:

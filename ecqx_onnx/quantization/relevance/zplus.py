@@ -1,9 +1,11 @@
-"""LRP's z+ rule at half of zennit's price: (layer, x, R_z) -> R_x.
+"""LRP's z+ rule at half of zennit's price.
 
-    R_x = Σ_z (x·w)+ R_z / Σ (x·w)+        with (·)+ the positive part; a positive bias counts in the denominator
+    R_x = Σ_z (x·w)+ R_z / Σ (x·w)+
 
-zennit runs the layer on x+ with w+ and on x- with w-, each forward and backward. After a ReLU x- is zero, so here the second half
-is left out then: the same numbers. `relevance` puts this rule wherever a composite says zennit.rules.ZPlus.
+with (·)+ the positive part; a positive bias counts in the denominator. zennit runs the layer on x+
+with w+ and on x- with w-, each forward and backward. After a ReLU x- is zero, so here the second
+half is left out then: the same numbers. `relevance` puts this rule wherever a composite says
+zennit.rules.ZPlus.
 """
 
 from __future__ import annotations
@@ -49,7 +51,17 @@ class PositiveContributions:
 
 
 def run_with(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """The layer's own forward with other parameters, past its hooks."""
+    """Run a layer's own forward with other parameters, past its hooks.
+
+    Args:
+        module: a linear or convolutional layer; as before afterwards.
+        weight: in place of its own, the same shape.
+        bias: in place of its own; None for none.
+        x: its input.
+
+    Returns:
+        The layer's output.
+    """
     kept = dict(module._parameters)
     try:
         module._parameters.update({"weight": weight, "bias": bias})  # type: ignore[dict-item]
