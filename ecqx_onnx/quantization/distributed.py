@@ -18,16 +18,30 @@ from ecqx_onnx.errors import ModelError
 
 
 def count_processes() -> int:
+    """Count the processes that train together.
+
+    Returns:
+        1 without a process group.
+    """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def find_rank() -> int:
+    """Find which of the processes this one is.
+
+    Returns:
+        From 0; 0 without a process group.
+    """
     return dist.get_rank() if count_processes() > 1 else 0
 
 
 @contextmanager
 def open_process_group() -> Iterator[int]:
-    """Join the processes that torchrun started, if nobody has done so yet; gives this process's number on its machine."""
+    """Join the processes that torchrun started, if nobody has done so yet.
+
+    Yields:
+        This process's number on its machine, from 0.
+    """
     joins = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if joins:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -39,14 +53,26 @@ def open_process_group() -> Iterator[int]:
 
 
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Every process gets the first one's values."""
+    """Give every process the first one's values.
+
+    Args:
+        tensors: written in place; the same shapes in the same order in all processes.
+    """
     if count_processes() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 def sum_numbers(values: Sequence[float], device: torch.device) -> list[float]:
-    """Each number summed over the processes."""
+    """Sum each number over the processes.
+
+    Args:
+        values: as many in every process.
+        device: where the processes exchange them.
+
+    Returns:
+        The sums.
+    """
     if count_processes() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -57,7 +83,16 @@ def sum_numbers(values: Sequence[float], device: torch.device) -> list[float]:
 def sum_over_processes(
     found: Mapping[str, Tensor], shapes: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Add up each tensor over the processes. shapes: every name that some process may have, in one order for all."""
+    """Add up each tensor over the processes.
+
+    Args:
+        found: name -> tensor; a process may lack some.
+        shapes: name -> a tensor of its shape, for every name that some process may have, in one
+            order for all.
+
+    Returns:
+        Name -> sum, for every name that some process has.
+    """
     if count_processes() == 1:
         return dict(found)
     reached = torch.tensor(
@@ -73,7 +108,14 @@ def sum_over_processes(
 
 
 def assert_same_levels(levels: Sequence[Tensor]) -> None:
-    """ModelError if the processes have drifted apart."""
+    """Check that the processes have not drifted apart.
+
+    Args:
+        levels: int8, in one order for all processes.
+
+    Raises:
+        ModelError: this process holds other levels than another one.
+    """
     if count_processes() == 1:
         return
     digest = hashlib.sha256()
@@ -85,6 +127,6 @@ def assert_same_levels(levels: Sequence[Tensor]) -> None:
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     if not torch.equal(lowest, highest):
         raise ModelError(
-            f"process {find_rank()} holds other levels than another one: every process must start from the same weights and "
-            "average its gradients (DistributedDataParallel does both)"
+            f"process {find_rank()} holds other levels than another one: every process must start "
+            "from the same weights and average its gradients (DistributedDataParallel does both)"
         )

@@ -1,4 +1,4 @@
-"""The state of a training <-> OUT.training, from which an interrupted run is resumed.
+"""The state file of a training, OUT.training, from which an interrupted run is resumed.
 
 The file lies under a name that anybody can guess, so it is opened without following links, and
 read, replaced or removed only if it is a state that this program wrote. Nothing in it is unpickled
@@ -26,7 +26,14 @@ KEYS = {"setup", "model", "optimizer", "quantizer", "history", "best"}
 
 
 def state_path(out: Path) -> Path:
-    """Where the state of the training that writes `out` lies."""
+    """Tell where the state of a training lies.
+
+    Args:
+        out: the checkpoint that the training writes.
+
+    Returns:
+        The state file's path, beside it.
+    """
     return derive_path(out, ".training")
 
 
@@ -40,7 +47,10 @@ class StateFile:
         )
 
     def load(self) -> dict[str, Any] | None:
-        """The state in the file; None if there is none.
+        """Read the state.
+
+        Returns:
+            The state in the file; None if there is none.
 
         Raises:
             FileError: if something else is there: a link, a folder, a file damaged or not ours.
@@ -64,12 +74,20 @@ class StateFile:
         )
         if found != (FORMAT, VERSION) or not set(state) >= KEYS:
             raise FileError(
-                f"'{self.path}' is no training state of this ecqx-onnx: move it away, or delete it to start anew"
+                f"'{self.path}' is no training state of this ecqx-onnx: "
+                "move it away, or delete it to start anew"
             )
         return state
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replaces the state, whole or not at all. FileError if it cannot, or may not."""
+        """Replace the state, whole or not at all.
+
+        Args:
+            state: tensors, numbers, strings, lists and dicts, with KEYS.
+
+        Raises:
+            FileError: it cannot be written, or something else is there.
+        """
         self._refuse_others()
         try:
             with replace_on_success(self.path, force=True) as temporary:
@@ -77,11 +95,16 @@ class StateFile:
             self._known = _identify_file(os.lstat(self.path))
         except (OSError, RuntimeError, FileError) as error:
             raise FileError(
-                f"cannot write the training state '{self.path}' ({error}): free some space or choose another place"
+                f"cannot write the training state '{self.path}' ({error}): "
+                "free some space or choose another place"
             ) from error
 
     def remove(self) -> None:
-        """Removes the state, if there is one. FileError if something else is there."""
+        """Remove the state, if there is one.
+
+        Raises:
+            FileError: something else is there.
+        """
         self._refuse_others()
         self.path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""(model, data set, recipe) -> the model quantised by training, best epoch by a validation split, never by the test set.
+"""Quantization by training; a validation split chooses the best epoch, never the test set.
 
 Adam on all parameters, levels assigned anew after each step. An epoch's order and dropout follow from (seed, epoch) alone, so a
 run that is resumed from its state file continues bit for bit as if it had not been interrupted.
@@ -106,7 +106,7 @@ def train(
     resume: bool = False,
     **options: Any,
 ) -> Training:
-    """Quantise `model` in place by training on dataset.train. Its test split is not looked at.
+    """Quantize a model in place by training on dataset.train; its test split is not looked at.
 
     options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the training samples that chooses
     the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. entropy_ramp:

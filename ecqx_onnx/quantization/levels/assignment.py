@@ -190,7 +190,10 @@ def _find_neutral_exponent(R: Tensor, rho: float) -> float:
 def _choose_exponent(
     exponent: Tensor, neutral: float, ecq_zeros: int, band: Band
 ) -> tuple[float, bool, int]:
-    """(β, whether the band is met, how many zeros): the neutral β_0, moved no further than the band asks."""
+    """(β, whether the band is met, how many zeros).
+
+    β is the neutral β_0, moved no further than the band asks.
+    """
     beta, size = neutral, exponent.numel()
     fewest = math.ceil(ecq_zeros - band.keep * size)
     most = math.floor(ecq_zeros + band.prune * size)

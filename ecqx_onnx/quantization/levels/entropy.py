@@ -1,7 +1,7 @@
 """What choosing a level costs, λ I_k, from how often each level is the nearest.
 
-P_k is the share of weights whose nearest level is k, I_k = -log2 P_k its information content in bits, and
-λ = γ · δ · λ_max the weight of a bit against a squared error.  [ECQx; Thesis 4.12-4.15]
+P_k is the share of weights whose nearest level is k, I_k = -log2 P_k its information content in
+bits, and λ = γ · δ · λ_max the weight of a bit against a squared error.  [ECQx; Thesis 4.12-4.15]
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def find_largest_lambda(rows: Tensor, step: Tensor, grid: Grid, information: Ten
     limits = []
     for extreme in (rows.amin(1, keepdim=True).double(), rows.amax(1, keepdim=True).double()):
         k = (extreme / step).round().clamp(grid.lowest, grid.highest)
-        # λ = (e^2 - (e - w_e)^2) / (I_e - I_0)  [Thesis 4.14], w_e = kΔ the outermost centroid that is occupied
+        # λ = (e^2 - (e - w_e)^2) / (I_e - I_0)  [Thesis 4.14], with w_e = kΔ the outermost
+        # centroid that is occupied
         gain = extreme.square() - (extreme - k * step).square()
         bits = information[(k - grid.lowest).long()] - information[-grid.lowest]
         ratio = torch.where((k != 0) & (bits > 0), gain / bits, -torch.inf)

@@ -44,7 +44,8 @@ def split_into_blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
 class Envelope:
     """The lower envelope of the levels' costs, one for each channel.
 
-    step: float64 [channels, 1]; levels, cost: float64 [levels], levels ascending; dtype: the weights'.
+    step: float64 [channels, 1]; levels, cost: float64 [levels], levels ascending; dtype: of the
+    weights.
     winners: int64 [channels · places], the index into levels that wins at each of the places that
     `places` gives.
     """
@@ -57,7 +58,8 @@ class Envelope:
         self.scale = torch.where(highest > self.lowest, per_unit, torch.zeros_like(per_unit)).clamp(
             max=torch.finfo(dtype).max
         )
-        # A level that never wins makes two boundaries coincide: the first of them goes, and its level with it.
+        # A level that never wins makes two boundaries coincide: the first of them goes, and its
+        # level with it.
         hidden = F.pad(every[:, 1:] == every[:, :-1], (0, 1))
         bounds = every.masked_fill(hidden, torch.inf).sort(-1).values
         winners = F.pad(
@@ -161,7 +163,8 @@ def find_boundaries(step: Tensor, levels: Tensor, cost: Tensor, dtype: torch.dty
     crossing = crossing.masked_fill(j <= i, torch.inf)
     beats_all_above = crossing.flip(-1).cummin(-1).values.flip(-1)[:, :-1, 1:]
     exact = beats_all_above.masked_fill((j <= i)[:-1, 1:], -torch.inf).amax(-2)
-    # Rounded down to the weights' own precision: w <= boundary then says the same in float32 as in float64.
+    # Rounded down to the weights' own precision: w <= boundary then says the same in float32 as
+    # in float64.
     rounded = exact.to(dtype)
     return torch.where(
         rounded.double() > exact,

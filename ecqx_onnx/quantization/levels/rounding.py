@@ -39,7 +39,7 @@ def round_to_cancel(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
 
 
 def _balance_rows(levels: Tensor, position: Tensor, grid: Grid) -> Tensor:
-    """levels, position [..., n]: the levels with each row's Σ (level - position) brought to within half a step."""
+    """The levels with each row's Σ (level - position) brought to within half a step."""
     error = levels - position
     total = error.sum(-1, keepdim=True)
     direction = total.sign()
