@@ -31,6 +31,13 @@ def test_a_notebook_gets_html(report):
     assert report._repr_html_().startswith("<pre")
 
 
+def test_what_was_written_is_printed_weight_by_weight(tmp_path):
+    written = ecqx_onnx.unpack(GOLDEN, tmp_path / "dense.onnx")
+    assert str(written).count(" zeros, ") == len(written.tensors) > 0
+    assert f"{written.nbytes:,} bytes; opset" in str(written).splitlines()[-1]
+    assert written._repr_html_().startswith("<pre>")
+
+
 def test_the_targets_print_as_a_table():
     assert "onnxruntime" in str(TargetTable())
 

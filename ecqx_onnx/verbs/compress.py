@@ -416,8 +416,8 @@ def _check_bounds(bounds: Bounds, classes: tuple[int, int] | None, has_labels: b
         )
     if classes is None and (bounds.max_drop is not None or bounds.min_agreement is not None):
         raise OptionError(
-            "nothing says which output holds class scores: name it with --output NAME --class-axis K,"
-            " or bound the output's error with --max-error"
+            "nothing says which output holds class scores: name it with --output NAME --class-axis"
+            " K, or bound the output's error with --max-error"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,3 +72,21 @@ class WriteReport:
     notes: tuple[str, ...] = ()
     kernels: Mapping[str, int] = field(default_factory=dict)
     stays: tuple[FloatNode, ...] = ()
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.tensors:
+            shape = "x".join(map(str, row.shape))
+            lines.append(
+                f"{row.name}  {shape}  {row.bits} bits, {row.zeros:.1%} zeros,"
+                f" {row.storage}, {row.nbytes:,} bytes"
+            )
+        for kept in self.kept:
+            lines.append(f"stays float: {kept.name} {list(kept.shape)}: {kept.reason}")
+        lines += self.notes
+        lines.append(f"{self.path}: {self.nbytes:,} bytes; opset {self.opset}, for {self.target}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
