@@ -14,9 +14,10 @@ from onnx import ModelProto
 
 from ecqx_onnx.compression.search.quality import Quality, QualitySum
 from ecqx_onnx.compression.search.samples import Samples
-from ecqx_onnx.runtime.runner import IN_ONE_FILE, Feeds, batch_size, run_session
+from ecqx_onnx.runtime.runner import IN_ONE_FILE, Feeds, batch_size, run_session, trim_heap
 from ecqx_onnx.runtime.sessions import Session, open_session
 
+KEPT = 64 << 20  # bytes of the float model's outputs that are kept while the file is judged
 ROUNDS = 5  # of one input, for the latency; the least counts
 
 
@@ -59,23 +60,28 @@ def judge_file(
         sizes: bytes of either one.
     """
     before, load_before = _open(reference)
-    after, load_after = _open(file)
     names = [node.name for node in before.get_outputs()]
+    first = next(samples.batches(batch))[0]
+    size = batch_size(first)
+    outputs = run_session(before, names, first)
+    latency_before = _latency(before, names, first)
+    kept: list[list[np.ndarray]] | None = None
+    if sum(array.nbytes for array in outputs) * len(samples) <= KEPT * size:
+        # The float model's outputs are small: it makes room before the other one is loaded.
+        kept = [run_session(before, names, feeds) for feeds, _ in samples.batches(batch)]
+        before = None
+        trim_heap()
+    after, load_after = _open(file)
     total = QualitySum(names, classes=classes)
-    first: Feeds | None = None
-    for feeds, labels in samples.batches(batch):
-        first = feeds if first is None else first
-        expected = run_session(before, names, feeds)
+    for number, (feeds, labels) in enumerate(samples.batches(batch)):
+        expected = kept[number] if kept is not None else run_session(before, names, feeds)
         found = run_session(after, names, feeds)
         total.add(expected, found, labels, batch_size(feeds))
-    assert first is not None
-    size = batch_size(first)
-    costs = []
-    for session, load, nbytes in zip(
-        (before, after), (load_before, load_after), sizes, strict=True
-    ):
-        costs.append(Cost(nbytes, load, _latency(session, names, first), size))
-    return Verdict(total.finish(), costs[0], costs[1])
+    costs = (
+        Cost(sizes[0], load_before, latency_before, size),
+        Cost(sizes[1], load_after, _latency(after, names, first), size),
+    )
+    return Verdict(total.finish(), *costs)
 
 
 def _open(path: Path) -> tuple[Session, float]:

@@ -6,6 +6,8 @@ of a search: rounded weights are just other arrays. Any value of the main graph 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -164,3 +166,9 @@ def load_session(
             raise ModelError(
                 f"onnxruntime does not load the float model: {shorten_reason(error)}"
             ) from None
+
+
+def trim_heap() -> None:
+    """Gives memory that was freed back to the system; glibc keeps it for later otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -65,9 +65,9 @@ class Segments:
 
     def peek(
         self, position: int, names: Sequence[str], weights: Mapping[str, np.ndarray]
-    ) -> list[dict[str, np.ndarray]]:
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Values that the nodes up to `position` make, for each batch, without going there."""
-        return list(self._run(self.position, position, names, weights))
+        yield from self._run(self.position, position, names, weights)
 
     def _outputs(self, index: int) -> list[str]:
         return [name for name in self._graph.proto.graph.node[index].output if name]

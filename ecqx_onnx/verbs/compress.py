@@ -195,6 +195,8 @@ def compress(
             maker.measure()
             found = search(maker.make, prepared.bounds, entries=maker.entries, say=say)
         candidate = _made(maker, found.chosen)
+        del make
+        maker.release()
         return _finish(
             prepared,
             maker,
@@ -444,7 +446,7 @@ def _remembering(maker: PointMaker, folder: SearchFolder) -> Callable[[float], C
 
     def make(bits: float) -> Candidate:
         if bits in known:
-            return Candidate(known[bits], None, None)  # type: ignore[arg-type]
+            return Candidate(known[bits], (), None)  # type: ignore[arg-type]
         candidate = maker.make(bits)
         folder.keep_point(candidate.point)
         return candidate
@@ -454,7 +456,7 @@ def _remembering(maker: PointMaker, folder: SearchFolder) -> Callable[[float], C
 
 def _made(maker: PointMaker, candidate: Candidate) -> Candidate:
     """The candidate with its model, which a point of an earlier run lacks."""
-    return candidate if candidate.model is not None else maker.make(candidate.point.bits)
+    return candidate if candidate.encoded is not None else maker.make(candidate.point.bits)
 
 
 def _finish(
@@ -508,7 +510,7 @@ def _finish(
         report=replace(report, path=out, kept=_kept(prepared, report.kept)),
         entries=maker.entries,
         slopes=dict(maker.slopes),
-        notes=(*prepared.notes, *maker.notes, *candidate.encoded.notes, *candidate.model.notes),
+        notes=(*prepared.notes, *maker.notes, *candidate.encoded.notes, *candidate.notes),
         seconds=time.monotonic() - started,
     )
 

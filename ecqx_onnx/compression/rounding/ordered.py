@@ -34,6 +34,7 @@ from ecqx_onnx.compression.rounding.rounding import (
 from ecqx_onnx.runtime.runner import Feeds, batch_size
 from ecqx_onnx.runtime.segments import Segments
 
+LIVE_BUDGET = 96 << 20  # bytes of values between two layers, in each of the two networks
 CORRECTION = 0.1  # dampening of the target's correction: it learns from few samples
 
 
@@ -156,6 +157,7 @@ def round_in_order(
     batches: Sequence[Feeds],
     *,
     threads: int = 1,
+    live_bytes: Mapping[int, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RoundedModel:
     """Every weight on the inputs that the rounded layers before it give.
@@ -164,6 +166,8 @@ def round_in_order(
         layers, steps: as for `round_at_once`.
         batches: the samples; what is alive between two layers is kept for all of them.
         threads: of onnxruntime.
+        live_bytes: position of a node -> bytes that would be kept there for all batches. Where these
+            are more than LIVE_BUDGET, the nodes since the last place with fewer run again.
         progress: called with (stages done, stages).
     """
     rounded: dict[str, Rounded] = {}
@@ -179,9 +183,10 @@ def round_in_order(
         pairs: dict[MomentKey, _Pair] = {}
         if keys:
             position = min(readers[weight.name] for weight in stage)
-            own.advance(position, {})
-            new.advance(position, changed)
-            pairs = _pair_moments(keys, own, new, position, batches)
+            if live_bytes is None or live_bytes.get(position, 0) <= LIVE_BUDGET:
+                own.advance(position, {})
+                new.advance(position, changed)
+            pairs = _pair_moments(keys, own, new, position, batches, changed)
         for weight in stage:
             key = MomentKey.of(weight)
             pair = None if key is None else pairs.get(key)
@@ -250,20 +255,26 @@ class _Pair:
 
 
 def _pair_moments(
-    keys: Sequence[MomentKey], own: Segments, new: Segments, position: int, batches: Sequence[Feeds]
+    keys: Sequence[MomentKey],
+    own: Segments,
+    new: Segments,
+    position: int,
+    batches: Sequence[Feeds],
+    changed: Mapping[str, np.ndarray],
 ) -> dict[MomentKey, _Pair]:
     """Moments of what the node at `position` reads, in both networks."""
     names = list(dict.fromkeys(str(key.product.value) for key in keys))
     # An LSTM's own state is no value before it: its node runs once more, with float weights.
     inside = [name for name in names if name not in own.live[0]]
     extra_own = own.peek(position + 1, inside, {})
-    extra_new = new.peek(position + 1, inside, {})
+    extra_new = new.peek(position + 1, inside, changed)
     sums = {key: (MomentSum(), MomentSum(), MomentSum()) for key in keys}
     samples = sum(batch_size(feeds) for feeds in batches)
-    for number, feeds in enumerate(batches):
+    extras = zip(extra_own, extra_new, strict=True)
+    for number, (feeds, (more_own, more_new)) in enumerate(zip(batches, extras, strict=True)):
         mask, share = padding_mask(feeds), max(1, batch_size(feeds)) / samples
-        before = {**own.live[number], **extra_own[number]}
-        after = {**new.live[number], **extra_new[number]}
+        before = {**own.live[number], **more_own}
+        after = {**new.live[number], **more_new}
         for key, (first, second, mixed) in sums.items():
             name = str(key.product.value)
             x = vectors_of(key, before[name], number, share, mask)
@@ -278,11 +289,13 @@ def _pair_moments(
     return pairs
 
 
-def largest_live_bytes(layers: Layers, batches: Sequence[Feeds], *, threads: int = 1) -> int:
-    """Most bytes alive between two layers for these batches; the float network runs once."""
+def measure_live_bytes(
+    layers: Layers, batches: Sequence[Feeds], *, threads: int = 1
+) -> dict[int, int]:
+    """Position of each layer's node -> bytes alive before it, for these batches."""
     segments = Segments(layers.graph, batches, threads=threads)
-    largest = segments.live_bytes
+    found = {}
     for position in sorted(set(_find_readers(layers).values())):
         segments.advance(position, {})
-        largest = max(largest, segments.live_bytes)
-    return largest
+        found[position] = segments.live_bytes
+    return found

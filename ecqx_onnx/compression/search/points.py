@@ -11,9 +11,10 @@ import numpy as np
 from ecqx_onnx.compression.encoding import Encoded, FileOptions, encode
 from ecqx_onnx.compression.rounding.moments import collect_moments, unique_keys
 from ecqx_onnx.compression.rounding.ordered import (
+    LIVE_BUDGET,
     Layers,
     RoundedModel,
-    largest_live_bytes,
+    measure_live_bytes,
     round_at_once,
     round_in_order,
 )
@@ -29,9 +30,8 @@ from ecqx_onnx.compression.search.quality import Quality, QualitySum
 from ecqx_onnx.compression.search.samples import Samples
 from ecqx_onnx.compression.search.sensitivity import LEAST, fill_unmoved, measure_sensitivity
 from ecqx_onnx.errors import DataError, ModelError
-from ecqx_onnx.runtime.runner import Feeds, Runner, batch_size
+from ecqx_onnx.runtime.runner import Feeds, Runner, batch_size, trim_heap
 
-LIVE_BUDGET = 400 << 20  # bytes of values between two layers, in each of the two networks
 PROBED = 128  # samples for the sensitivities
 Say = Callable[[str], None]
 
@@ -65,10 +65,10 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A point, and the model that it stands for."""
+    """A point, the file that it stands for, and what rounding had to do to weights."""
 
     point: Point
-    model: RoundedModel
+    notes: tuple[str, ...]
     encoded: Encoded
 
 
@@ -116,11 +116,13 @@ class PointMaker:
         """All batches, or as many as leave room for the values between two layers."""
         first = statistics.take(batch).feeds(batch)[:1]
         try:
-            each = largest_live_bytes(self.layers, first, threads=self._threads) / batch
+            live = measure_live_bytes(self.layers, first, threads=self._threads)
         except (ModelError, DataError) as error:
             self._in_order = False
             self.notes.append(f"weights are rounded without regard to each other: {error}")
-            each = 0.0
+            live = {}
+        # A few places may have more alive than the budget; most must do with it.
+        each = float(np.median(list(live.values()))) / batch if live else 0.0
         most = int(LIVE_BUDGET / each) if each else len(statistics)
         most = max(batch, most // batch * batch)
         if most < len(statistics):
@@ -128,6 +130,8 @@ class PointMaker:
                 f"{most} of {len(statistics)} samples are used for statistics, to bound memory"
             )
             statistics = statistics.take(most)
+        rounds = len(statistics) / batch
+        self._live_bytes = {position: nbytes * rounds for position, nbytes in live.items()}
         return statistics.feeds(batch)
 
     def _learn(self) -> None:
@@ -198,13 +202,25 @@ class PointMaker:
             name: self._units[name] * np.float32(multiple) for name, multiple in multiples.items()
         }
         if self._in_order:
-            model = round_in_order(self.layers, steps, self._batches, threads=self._threads)
+            model = round_in_order(
+                self.layers,
+                steps,
+                self._batches,
+                threads=self._threads,
+                live_bytes=self._live_bytes,
+            )
         else:
             model = round_at_once(self.layers, steps, self._moments)
         encoded = encode(self.layers, model, self._options, metadata=self._metadata)
         quality = self.judge(model)
         point = Point(bits, encoded.nbytes, encoded.bits_per_weight, quality, multiples)
-        return Candidate(point, model, encoded)
+        trim_heap()
+        return Candidate(point, model.notes, encoded)
+
+    def release(self) -> None:
+        """Lets go of what making points needs, so that the file is judged in its place."""
+        del self._runner, self._moments, self._batches, self._search, self._expected
+        trim_heap()
 
     def judge(self, model: RoundedModel) -> Quality:
         """On the samples of the search."""
