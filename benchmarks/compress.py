@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ecqx_onnx.compression import CompressResult, compress
+from ecqx_onnx.compression.result import CompressResult
+from ecqx_onnx.verbs.compress import compress
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = ("78k", "66k", "50k")
