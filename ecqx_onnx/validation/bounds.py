@@ -27,9 +27,8 @@ from ecqx_onnx.validation.metrics import find_largest_difference
 
 ORDER_FACTOR = 8.0  # other order of summation (4) and spread of maxima (2), see above
 FINAL_ULPS = 4.0
-FALLBACK_ULPS = (
-    1024.0  # without float64: 2^10 roundings of the largest output or of 1, 1.2e-4 of it
-)
+# Without float64: 2^10 roundings of the largest output or of 1, 1.2e-4 of it.
+FALLBACK_ULPS = 1024.0
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,9 @@ def compare(
     confusion: Confusion | None = None
     reach: InputRange | None = None
     distances: tuple[OutputDistance, ...] = ()
-    agreed, right, reference_right = (
-        Agreement(Proportion(0, 0), 0.0),
-        Proportion(0, 0),
-        Proportion(0, 0),
-    )
+    agreed = Agreement(Proportion(0, 0), 0.0)
+    right = Proportion(0, 0)
+    reference_right = Proportion(0, 0)
     for raw, labels in batches:
         count = len(raw[0]) if raw and raw[0].ndim else 1
         inputs = fit_inputs(session, [pad_batch(array, size) for array in raw])
@@ -156,7 +154,7 @@ def compare(
                 )
             parts = zip(session.get_outputs(), got, wanted, strict=True)
             apart = [
-                measure_output(node.name, _first(mine, count), _first(exact, count))
+                measure_output(node.name, _cut_padding(mine, count), _cut_padding(exact, count))
                 for node, mine, exact in parts
             ]
             distances = add_distances(distances, apart)
@@ -186,7 +184,7 @@ def compare(
     )
 
 
-def _first(array: np.ndarray, count: int) -> np.ndarray:
+def _cut_padding(array: np.ndarray, count: int) -> np.ndarray:
     """Without what a fixed batch was filled up with."""
     return array[:count] if array.ndim else array
 
@@ -232,7 +230,7 @@ class _Differences:
             got = [output - change for output, change in zip(got, shifts, strict=True)]
         between = [find_largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
         exact = None
-        if self.has_exact and (samples_before < EXACT_SAMPLES or self._undecided(between)):
+        if self.has_exact and (samples_before < EXACT_SAMPLES or self._is_undecided(between)):
             from ecqx_onnx.validation.pytorch_outputs import run_reference_exactly
 
             assert self.reference is not None
@@ -255,7 +253,7 @@ class _Differences:
                 name, max(before.measured, measured), furthest, limit, max(before.moved, moved[i])
             )
 
-    def _undecided(self, between: Sequence[float]) -> bool:
+    def _is_undecided(self, between: Sequence[float]) -> bool:
         """Some output lies too far from PyTorch's, and none had failed before.
 
         Only then is the float64 result worth its time.

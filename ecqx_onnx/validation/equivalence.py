@@ -41,13 +41,8 @@ from ecqx_onnx.validation.metrics import (
 )
 from ecqx_onnx.validation.report import Check
 
-FREE_LENGTHS = (
-    1,
-    2,
-    16,
-    64,
-    512,
-)  # tried for an input's free dimensions until the original takes them
+# Tried for an input's free dimensions until the original takes them.
+FREE_LENGTHS = (1, 2, 16, 64, 512)
 SEEDS = 2
 
 
@@ -151,12 +146,10 @@ def compare_models(
     exact, worst = True, [(0.0, 0.0), (0.0, 0.0)]
     count, samples, outputs = 0, 0, 0
     shown: tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] = ((), ())
-    same, tie, right, original_right = (
-        Agreement(Proportion(0, 0), 0.0),
-        0.0,
-        Proportion(0, 0),
-        Proportion(0, 0),
-    )
+    same = Agreement(Proportion(0, 0), 0.0)
+    tie = 0.0
+    right = Proportion(0, 0)
+    original_right = Proportion(0, 0)
     for given, labels in sets:
         values = tuple(pad_batch(array, find_fixed_batch(written)) for array in given)
         kept = tuple(values[names.index(name)] for name in there)
@@ -180,15 +173,11 @@ def compare_models(
         worst[1] = max(_find_worst(nearest, results[1]), worst[1], key=_compute_excess)
         if outputs and is_classification(nearest[0]):
             mine, original = results[1][0][:size], nearest[0][:size]
-            same, tie = (
-                same + measure_agreement(original, mine),
-                max(tie, 2 * derive_bound(original, None).limit),
-            )
+            same += measure_agreement(original, mine)
+            tie = max(tie, 2 * derive_bound(original, None).limit)
             if labels is not None:
-                right, original_right = (
-                    right + measure_accuracy(mine, labels),
-                    original_right + measure_accuracy(original, labels),
-                )
+                right += measure_accuracy(mine, labels)
+                original_right += measure_accuracy(original, labels)
         if progress is not None:
             progress(samples)
     if not count and (inputs is not None or batches is not None):
@@ -226,13 +215,12 @@ def _judge_outputs(
     exact: bool, worst: Sequence[tuple[float, float]], outputs: int, what: str
 ) -> Iterator[Check]:
     (plain, limit), (fast, fast_limit) = worst
-    says = (
-        "are equal bit for bit"
-        if exact
-        else "differ within rounding"
-        if plain <= limit
-        else "DIFFER"
-    )
+    if exact:
+        says = "are equal bit for bit"
+    elif plain <= limit:
+        says = "differ within rounding"
+    else:
+        says = "DIFFER"
     yield Check(
         "as written",
         plain <= limit,
@@ -339,7 +327,9 @@ def _find_worst(
 
 def _compute_excess(pair: tuple[float, float]) -> float:
     measured, limit = pair
-    return measured / limit if limit else (float("inf") if measured else 0.0)
+    if limit:
+        return measured / limit
+    return float("inf") if measured else 0.0
 
 
 def _are_equal(a: np.ndarray, b: np.ndarray) -> bool:

@@ -84,10 +84,8 @@ class OutputDistance:
         return math.sqrt(self.squares / self.float_squares) if self.float_squares > 0 else math.inf
 
     def __add__(self, other: OutputDistance) -> OutputDistance:
-        squares, float_squares = (
-            self.squares + other.squares,
-            self.float_squares + other.float_squares,
-        )
+        squares = self.squares + other.squares
+        float_squares = self.float_squares + other.float_squares
         return OutputDistance(self.name, squares, float_squares, self.same + other.same)
 
 

@@ -80,7 +80,7 @@ class FloatProbe:
         if not leaves:
             return
         try:
-            self._sets = list(self._inputs(leaves, preprocessing))
+            self._sets = list(self._make_inputs(leaves, preprocessing))
             self._float = [run_reference(model, inputs) for inputs, _ in self._sets]
         except InputError as error:
             self.trouble = str(error)
@@ -140,13 +140,13 @@ class FloatProbe:
             accuracies=(right, float_right) if right else None,
         )
 
-    def _inputs(
+    def _make_inputs(
         self, leaves: Sequence[torch.Tensor], preprocessing: Preprocessing | None
     ) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray | None]]:
         if self._split is None:
             for seed in range(RANDOM_SETS):
                 generator = np.random.default_rng(seed)
-                yield tuple(_random(leaf, generator) for leaf in leaves), None
+                yield tuple(_draw_random(leaf, generator) for leaf in leaves), None
             return
         split = (
             self._split if preprocessing is None else self._split.with_preprocessing(preprocessing)
@@ -184,7 +184,7 @@ def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...
     )
 
 
-def _random(leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
+def _draw_random(leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
     """Normal floats, or integers of 0 and 1, as a validation without data takes them."""
 
     import torch

@@ -39,9 +39,9 @@ class Proportion:
         half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
         scale = 1 + Z95**2 / n
         # At none and at all of n the formula gives 0 and 1, which rounding must not miss.
-        return (centre - half) / scale if self.hits else 0.0, (
-            centre + half
-        ) / scale if self.hits < n else 1.0
+        low = (centre - half) / scale if self.hits else 0.0
+        high = (centre + half) / scale if self.hits < n else 1.0
+        return low, high
 
     def __add__(self, other: Proportion) -> Proportion:
         return Proportion(self.hits + other.hits, self.total + other.total)

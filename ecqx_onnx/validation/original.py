@@ -102,8 +102,9 @@ def validate_against_original(
     decoded = decode_or_report(model, found)
     if decoded is not None:
         found += check_stored_weights(model, decoded, ())
-        check = _check_original_parameters(source, model, decoded)
-        found += [] if check is None else [check]
+        parameters = _check_original_parameters(source, model, decoded)
+        if parameters is not None:
+            found.append(parameters)
     if same.agreement is not None:
         found.append(checks.check_classes(same.agreement, same.tie, reference="the original"))
     if same.accuracy is not None and same.original_accuracy is not None:

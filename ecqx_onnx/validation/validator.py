@@ -173,7 +173,7 @@ def validate(
         found.append(checks.check_difference(comparison, inexact=inexact))
     if untrained and reference is not None and comparison.distances:
         found.append(
-            float_check(
+            judge_float_distance(
                 file,
                 comparison,
                 reference,
@@ -284,7 +284,7 @@ def list_doubts(
     return (*range_doubts, *found)
 
 
-def float_check(
+def judge_float_distance(
     file: OnnxFile,
     comparison: Comparison,
     reference: torch.nn.Module,

@@ -277,9 +277,8 @@ def find_device(name: str) -> Device:
             return Command("arm64", (*command, str(RUNNERS / "run.py")), environment)
         case "ssh" if address := ADDRESS.fullmatch(rest):
             _find_program("ssh", ("ssh",), "install an OpenSSH client")
-            host = (
-                address["host"].replace("[", "").replace("]", "")
-            )  # ssh takes IPv6 without the brackets of URLs
+            # ssh takes IPv6 without the brackets of URLs.
+            host = address["host"].replace("[", "").replace("]", "")
             python = address["python"] if (address["python"] or "/") != "/" else "python3"
             return Ssh(host, ("-p", address["port"]) if address["port"] else (), python=python)
         case "folder" if rest:

@@ -45,7 +45,7 @@ from ecqx_onnx.validation.judgement import (
     preprocess_batches,
 )
 from ecqx_onnx.validation.report import Check, ValidationReport, show
-from ecqx_onnx.validation.validator import float_check, list_doubts, prepare_samples
+from ecqx_onnx.validation.validator import judge_float_distance, list_doubts, prepare_samples
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,7 @@ def validate_on(
             scores = class_names or split is not None or bool(file.metadata.get("labels"))
             data = None if split is None else split.source.name
             found.append(
-                float_check(
+                judge_float_distance(
                     file,
                     comparison,
                     reference,
@@ -327,13 +327,9 @@ class _Replay:
         arrays = next(self.outputs)
         lengths: dict[str, int] = {}
         for node in self.get_inputs():
-            lengths.update(
-                {
-                    d: n
-                    for d, n in zip(node.shape, feed[node.name].shape, strict=True)
-                    if isinstance(d, str)
-                }
-            )
+            for symbol, length in zip(node.shape, feed[node.name].shape, strict=True):
+                if isinstance(symbol, str):
+                    lengths[symbol] = length
         if len(arrays) != len(self.get_outputs()):
             raise FileError(
                 f"the device returned {len(arrays)} outputs of {len(self.get_outputs())};"
