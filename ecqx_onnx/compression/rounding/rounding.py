@@ -25,6 +25,7 @@ from ecqx_onnx.compression.rounding.moments import Moments
 HIGHEST = 122  # of the packed storage's levels
 DAMPENING = 0.01  # of the mean of H's diagonal
 BLOCK = 64  # columns between two updates of all the rest
+ROWS_AT_ONCE = 4096
 ATTEMPTS = 24  # a matrix that is not positive gets ten times the dampening each time
 WIDER = 1.25  # a row's step, each time that a level would leave the grid
 
@@ -56,9 +57,16 @@ def round_nearest(matrices: np.ndarray, steps: np.ndarray) -> Rounded:
         steps: float32, positive, broadcasts against [groups, rows, 1].
     """
     steps, notes = widen_steps(matrices, steps)
-    levels = np.rint(matrices / steps)
-    loss = float(((matrices - levels * steps).astype(np.float64) ** 2).sum())
-    return Rounded(levels.astype(np.int8), steps, loss, notes)
+    levels = np.empty(matrices.shape, np.int8)
+    loss = 0.0
+    for group in range(len(matrices)):  # in parts: a table of words has millions of rows
+        for start in range(0, matrices.shape[1], ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            rows, step = matrices[group][part], steps[group][part]
+            nearest = np.rint(rows / step)
+            levels[group][part] = nearest
+            loss += float(np.square(rows - nearest * step, dtype=np.float64).sum())
+    return Rounded(levels, steps, loss, notes)
 
 
 def round_with_feedback(
