@@ -211,6 +211,7 @@ class PointMaker:
             )
         else:
             model = round_at_once(self.layers, steps, self._moments)
+        trim_heap()
         encoded = encode(self.layers, model, self._options, metadata=self._metadata)
         quality = self.judge(model)
         point = Point(bits, encoded.nbytes, encoded.bits_per_weight, quality, multiples)
