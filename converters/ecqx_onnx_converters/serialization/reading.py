@@ -213,7 +213,8 @@ class Record:
         try:
             # 1. Zeros at the end of a row are left out.
             name, crc, value, *rest = record
-            levels, layout, storage, sources = (*rest, *[0] * (4 - len(rest)))
+            columns: list[Any] = [*rest, *[0] * (4 - len(rest))]
+            levels, layout, storage, sources = columns
             levels = "" if levels == 0 else levels
             storage = storage or usual
             # 2. Types and lengths.
