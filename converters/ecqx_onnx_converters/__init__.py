@@ -1,7 +1,8 @@
-"""A float ONNX graph and the levels of its weights in; a small ONNX file that stock onnxruntime runs out.
+"""A float ONNX graph and the levels of its weights in; a small ONNX file that stock onnxruntime
+runs out.
 
-    graph = FloatGraph.from_model(model)             # structure and data apart, exporter metadata gone
-    matching = match(graph.weights, tensors)         # where each QuantTensor sits
+    graph = FloatGraph.from_model(model)             # structure and data apart, exporter metadata
+    gone matching = match(graph.weights, tensors)         # where each QuantTensor sits
     plan = make_plan(graph, matching, target="onnxruntime")
     report = write(plan, "out.onnx")
     stored = read_weights("out.onnx")                # and back

@@ -34,12 +34,15 @@ class Target:
     max_opset: highest opset the runtime has kernels for.
     dense_types: integer TensorProto types a weight may have.
     sparse: sparse_initializer of INT8 values can be loaded.
-    decoders: weights may come out of nodes that decode them (digits, packed): the runtime folds these while loading.
+    decoders: weights may come out of nodes that decode them (digits, packed): the runtime folds
+    these while loading.
     dequantize: the form used when the user leaves the choice, "folded" or "standard".
-    only: why it cannot have the other form (a weight that DequantizeLinear can't express is folded all the same); "" if it can.
+    only: why it cannot have the other form (a weight that DequantizeLinear can't express is folded
+    all the same); "" if it can.
     suffix: of the files that it loads, which are onnxruntime's own format where it is ".ort".
     one_sample: batches have the fixed size 1, as accelerators want no free lengths.
-    accelerators: execution providers that should take the graph, by the names of onnxruntime's usability checker.
+    accelerators: execution providers that should take the graph, by the names of onnxruntime's
+    usability checker.
     no_integers: why it cannot run a file with quantised activations; empty if it can.
     """
 
@@ -61,8 +64,14 @@ class Target:
 
 
 ALL_TYPES = INT8_TYPES | INT4_TYPES | INT2_TYPES
-NO_DEQUANTIZE = "its accelerators take float graphs, and the weights are floats once the runtime has folded them"
-NO_INTEGERS = "its accelerators take float graphs, and would leave integer kernels to the CPU; use --target onnxruntime"
+NO_DEQUANTIZE = (
+    "its accelerators take float graphs, and the weights are floats once the runtime has folded "
+    "them"
+)
+NO_INTEGERS = (
+    "its accelerators take float graphs, and would leave integer kernels to the CPU; use --target "
+    "onnxruntime"
+)
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
@@ -81,8 +90,8 @@ TARGETS: Mapping[str, Target] = {
             True,
             "folded",
         ),
-        # Converters to .ort fold what folds, so that folded weights lie there as floats; INT4 and INT2 give files that
-        # onnxruntime 1.28 to 1.32 cannot load.
+        # Converters to .ort fold what folds, so that folded weights lie there as floats; INT4 and
+        # INT2 give files that onnxruntime 1.28 to 1.32 cannot load.
         Target(
             "onnxruntime-mobile",
             "minimal builds of onnxruntime, not older than the one that converts",
@@ -94,7 +103,8 @@ TARGETS: Mapping[str, Target] = {
             only="folded weights would lie in an .ort file as floats",
             suffix=".ort",
         ),
-        # The checker of the accelerators does not look at opsets; 18 is the lowest that torch exports.
+        # The checker of the accelerators does not look at opsets; 18 is the lowest that torch
+        # exports.
         Target(
             "coreml",
             "onnxruntime >= 1.17 for iOS and macOS, CoreML",
@@ -135,7 +145,8 @@ TARGETS: Mapping[str, Target] = {
 
 
 def check_name(path: Path | str, target: str) -> None:
-    """OptionError if the name does not end as the target's files do: runtimes and our own commands go by that."""
+    """OptionError if the name does not end as the target's files do: runtimes and our own commands
+    go by that."""
     path, suffix = Path(path), find_target(target).suffix
     if path.suffix.lower() != suffix:
         raise OptionError(

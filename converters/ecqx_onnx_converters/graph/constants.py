@@ -1,4 +1,5 @@
-"""The constant values of a graph, wherever they are written down: initializers or Constant nodes."""
+"""The constant values of a graph, wherever they are written down: initializers or Constant
+nodes."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Constants:
         return name in self.names
 
     def get(self, name: str) -> np.ndarray | None:
-        """The values, where they are stored and not computed; None for a quantised weight, which is stored as levels."""
+        """The values, where they are stored and not computed; None for a quantised weight, which is
+        stored as levels."""
         if name in self.weights:
             return self.weights[name]
         tensor = self.tensors.get(name)

@@ -1,6 +1,8 @@
-"""ModelProto <-> files: one .onnx, with external data beside it where one protobuf can't hold it; whole or not at all.
+"""ModelProto <-> files: one .onnx, with external data beside it where one protobuf can't hold it;
+whole or not at all.
 
-Nothing is allocated on a file's word: sizes that a file declares are compared with its real length first.
+Nothing is allocated on a file's word: sizes that a file declares are compared with its real length
+first.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def read_proto(path: Path | str) -> ModelProto:
         size = path.stat().st_size
         if size > PROTOBUF_LIMIT:
             raise FileError(
-                f"'{path}' has {size} bytes, more than the 2 GB that an ONNX file can have; is it an ONNX model?"
+                f"'{path}' has {size} bytes, more than the 2 GB that an ONNX file can have; is it "
+                "an ONNX model?"
             )
         data = path.read_bytes()
     except OSError as error:
@@ -40,7 +43,8 @@ def read_proto(path: Path | str) -> ModelProto:
         ) from error
     if data[4:8] == b"ORTM":  # the identifier of a flatbuffer
         raise FileError(
-            f"'{path}' is in onnxruntime's own format (.ort), not ONNX; give the .onnx of the same model"
+            f"'{path}' is in onnxruntime's own format (.ort), not ONNX; give the .onnx of the same "
+            "model"
         )
     if data[:4] == b"PK\x03\x04":
         raise FileError(
@@ -51,18 +55,21 @@ def read_proto(path: Path | str) -> ModelProto:
         model = onnx.load_model_from_string(data)
     except (DecodeError, UnicodeDecodeError, ValueError) as error:
         raise FileError(
-            f"'{path}' is not an ONNX model ({error or 'cannot be parsed'}); it may be damaged or truncated"
+            f"'{path}' is not an ONNX model ({error or 'cannot be parsed'}); it may be damaged or "
+            "truncated"
         ) from error
     if not model.HasField("graph") or not model.opset_import:
         raise FileError(
-            f"'{path}' is not an ONNX model (it has no graph or imports no operators); it may be damaged or empty"
+            f"'{path}' is not an ONNX model (it has no graph or imports no operators); it may be "
+            "damaged or empty"
         )
     check_model(path, model)
     return model
 
 
 def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
-    """The raw data of a tensor that lies in a file beside the model. FileError for files elsewhere and for wrong lengths."""
+    """The raw data of a tensor that lies in a file beside the model. FileError for files elsewhere
+    and for wrong lengths."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     path = folder / location
@@ -72,7 +79,8 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
         or not path.resolve().is_relative_to(folder.resolve())
     ):
         raise FileError(
-            f"the data of tensor '{tensor.name}' lies in '{location}', outside the model's folder; it is not opened"
+            f"the data of tensor '{tensor.name}' lies in '{location}', outside the model's folder; "
+            "it is not opened"
         )
     try:
         needed = (math.prod(tensor.dims) * count_bits(tensor.data_type) + 7) // 8
@@ -80,7 +88,8 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
         available = path.stat().st_size
         if length != needed or min(offset, *tensor.dims, 0) < 0 or offset + length > available:
             raise FileError(
-                f"tensor '{tensor.name}' needs {needed} bytes at {offset} of '{path}' ({available} bytes) and declares {length};"
+                f"tensor '{tensor.name}' needs {needed} bytes at {offset} of '{path}' ({available} "
+                f"bytes) and declares {length};"
                 " the two files don't belong together or are damaged"
             )
         with open(path, "rb") as data:
@@ -88,12 +97,14 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
             return data.read(length)
     except (KeyError, ValueError) as error:
         raise FileError(
-            f"tensor '{tensor.name}' describes its external data wrongly ({error}); the model is damaged"
+            f"tensor '{tensor.name}' describes its external data wrongly ({error}); the model is "
+            "damaged"
         ) from error
     except OSError as error:
         why = error.strerror or error
         raise FileError(
-            f"cannot read '{path}', the data of tensor '{tensor.name}': {why}; keep both files together"
+            f"cannot read '{path}', the data of tensor '{tensor.name}': {why}; keep both files "
+            "together"
         ) from error
 
 
@@ -122,7 +133,8 @@ def find_data_path(path: Path) -> Path:
 
 @contextmanager
 def replace_model(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """As `outputs.replace_on_success`, for an .onnx file and the external data beside it, which go and come together."""
+    """As `outputs.replace_on_success`, for an .onnx file and the external data beside it, which go
+    and come together."""
     data = find_data_path(path)
     superseded = [data] if force and _refers_to(path, data.name) else []
     with replace_on_success(
@@ -145,8 +157,9 @@ def _refers_to(path: Path, location: str) -> bool:
 def write_proto(
     model: ModelProto, payloads: Mapping[str, np.ndarray], path: Path, *, external: bool
 ) -> None:
-    """Writes the model; `payloads` are the values of initializers that `model` declares without data. With `external`, tensors of
-    more than INLINE bytes go to `<path>.data`, one at a time. The model is used up: data is moved into or out of it."""
+    """Writes the model; `payloads` are the values of initializers that `model` declares without
+    data. With `external`, tensors of more than INLINE bytes go to `<path>.data`, one at a time. The
+    model is used up: data is moved into or out of it."""
     if not external:
         for tensor in model.graph.initializer:
             if tensor.name in payloads:

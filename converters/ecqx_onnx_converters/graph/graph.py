@@ -1,7 +1,7 @@
 """ModelProto <-> FloatGraph: structure and weight data apart, the exporter's metadata gone.
 
-The data of large models never meets a serializer: `FloatGraph.proto` declares each weight (name, dims, type) and
-`FloatGraph.weights` holds its values.
+The data of large models never meets a serializer: `FloatGraph.proto` declares each weight (name,
+dims, type) and `FloatGraph.weights` holds its values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ecqx_onnx_converters.graph.files import (
 
 LARGE = (
     1 << 16
-)  # bytes; tensors of any number of dimensions and type from this size on are kept outside the proto
+    # bytes; tensors of any number of dimensions and type from this size on are kept outside the proto
+)
 NATIVE = {  # types that numpy holds without help
     TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BOOL,
     TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
@@ -40,8 +41,10 @@ NARROW = {  # types of weights that some quantiser has already turned into integ
 class FloatGraph:
     """A float ONNX model with its weights taken out.
 
-    proto: initializers named in `weights` carry dims and type but no data. They all belong to the main graph.
-    weights: initializer name -> values; every float32 tensor of two or more dimensions, and whatever else is large.
+    proto: initializers named in `weights` carry dims and type but no data. They all belong to the
+    main graph.
+    weights: initializer name -> values; every float32 tensor of two or more dimensions, and
+    whatever else is large.
     """
 
     proto: ModelProto
@@ -49,8 +52,8 @@ class FloatGraph:
 
     @classmethod
     def from_model(cls, model: ModelProto) -> FloatGraph:
-        """Takes a copy. Weights in Constant nodes and in subgraphs become initializers of the main graph. FileError for data that
-        doesn't fit its declared dims and type."""
+        """Takes a copy. Weights in Constant nodes and in subgraphs become initializers of the main
+        graph. FileError for data that doesn't fit its declared dims and type."""
         proto = ModelProto()
         proto.CopyFrom(model)
         return cls._take_apart(proto, None)
@@ -99,7 +102,8 @@ def find_opset(model: ModelProto) -> int:
         if entry.domain in ("", "ai.onnx"):
             return int(entry.version)
     raise FileError(
-        "the ONNX model imports no standard operator set; it is not a model that onnxruntime could run"
+        "the ONNX model imports no standard operator set; it is not a model that onnxruntime could "
+        "run"
     )
 
 
@@ -132,21 +136,24 @@ def list_value_names(graph: GraphProto) -> set[str]:
 
 
 def read_values(tensor: TensorProto) -> np.ndarray:
-    """The values of an initializer or Constant; FileError when data and declaration disagree; nothing is allocated
-    on the declaration's word."""
+    """The values of an initializer or Constant; FileError when data and declaration disagree;
+    nothing is allocated on the declaration's word."""
     if any(length < 0 for length in tensor.dims):
         raise FileError(
-            f"tensor '{tensor.name}' declares dims {list(tensor.dims)}; the ONNX file is damaged, export it again"
+            f"tensor '{tensor.name}' declares dims {list(tensor.dims)}; the ONNX file is damaged, "
+            "export it again"
         )
     if tensor.data_location == TensorProto.EXTERNAL:
         raise FileError(
-            f"the data of tensor '{tensor.name}' lies in another file; load the model by its path, not as a single message"
+            f"the data of tensor '{tensor.name}' lies in another file; load the model by its path, "
+            "not as a single message"
         )
     try:
         return np.ascontiguousarray(numpy_helper.to_array(tensor)).reshape(tuple(tensor.dims))
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise FileError(
-            f"tensor '{tensor.name}' declares dims {list(tensor.dims)}, which its data doesn't fill ({error});"
+            f"tensor '{tensor.name}' declares dims {list(tensor.dims)}, which its data doesn't "
+            f"fill ({error});"
             " the ONNX file is damaged, export it again"
         ) from error
 
@@ -166,7 +173,8 @@ def clear_data(tensor: TensorProto) -> None:
 
 
 def strip_metadata(model: ModelProto) -> None:
-    """Removes documentation, stack traces, paths and node names, in place; metadata that a user put on the model itself stays."""
+    """Removes documentation, stack traces, paths and node names, in place; metadata that a user put
+    on the model itself stays."""
     kept = [
         (entry.key, entry.value)
         for entry in model.metadata_props
@@ -178,7 +186,8 @@ def strip_metadata(model: ModelProto) -> None:
 
 
 def _strip(message: Message) -> None:
-    """Clears doc_string, metadata_props and node names here and in every message below, tensors' data excepted."""
+    """Clears doc_string, metadata_props and node names here and in every message below, tensors'
+    data excepted."""
     if isinstance(message, TensorProto):
         message.ClearField("doc_string")
         message.ClearField("metadata_props")
@@ -205,9 +214,11 @@ def _is_hoisted(tensor: TensorProto) -> bool:
 
 
 def _hoist(main: GraphProto) -> None:
-    """Moves weights out of Constant nodes and subgraphs into the main graph's initializers, in place.
+    """Moves weights out of Constant nodes and subgraphs into the main graph's initializers, in
+    place.
 
-    A subgraph sees the values of the graph around it, so its consumers need no change except where a name is already taken.
+    A subgraph sees the values of the graph around it, so its consumers need no change except where
+    a name is already taken.
     """
     taken = list_value_names(main)
     for scope in list(list_graphs(main)):

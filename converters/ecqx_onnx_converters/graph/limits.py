@@ -1,9 +1,11 @@
-"""What an .onnx file may claim, looked at once, before anything else: sizes of names, numbers of nodes, kinds of attributes.
+"""What an .onnx file may claim, looked at once, before anything else: sizes of names, numbers of
+nodes, kinds of attributes.
 
-A file of a few kilobytes can ask for years and terabytes: functions that call each other twice, names of megabytes, tensors
-whose dims have no data behind them. Everything after this module may rely on: text is text; no name is longer than
-LONGEST_NAME; functions call no function that calls them, and make no more than MOST_NODES nodes of the graph; a node of a
-standard operator has as many inputs and outputs as its specification says, and attributes of the types that it says.
+A file of a few kilobytes can ask for years and terabytes: functions that call each other twice,
+names of megabytes, tensors whose dims have no data behind them. Everything after this module may
+rely on: text is text; no name is longer than LONGEST_NAME; functions call no function that calls
+them, and make no more than MOST_NODES nodes of the graph; a node of a standard operator has as many
+inputs and outputs as its specification says, and attributes of the types that it says.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def check_model(path: Path | str, model: ModelProto) -> None:
     for entry in imports:
         if not 0 <= entry.version <= HIGHEST_OPSET:
             raise FileError(
-                f"{path}: imports opset {entry.version} of '{entry.domain}', and there is none; the file is damaged"
+                f"{path}: imports opset {entry.version} of '{entry.domain}', and there is none; "
+                "the file is damaged"
             )
     versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     for node in _nodes(model.graph.node):
@@ -115,7 +118,8 @@ def _check_name(path: Path | str, text: Any, *, free: bool) -> None:
         )
     if not free and len(text) > LONGEST_NAME:
         raise FileError(
-            f"{path}: holds a name of {len(text)} characters ({text[:40]!r}...), more than {LONGEST_NAME}; rename it"
+            f"{path}: holds a name of {len(text)} characters ({text[:40]!r}...), more than "
+            f"{LONGEST_NAME}; rename it"
         )
 
 
@@ -135,7 +139,8 @@ def _check_calls(path: Path | str, model: ModelProto) -> None:
                     else f"is called by more than {DEEPEST_CALL} others"
                 )
                 raise FileError(
-                    f"{path}: function '{key[1]}' {why}; the file can't be run, export the model again"
+                    f"{path}: function '{key[1]}' {why}; the file can't be run, export the model "
+                    "again"
                 )
             open_calls.append(key)
             sizes[key] = total(functions[key].node)
@@ -156,13 +161,15 @@ def _check_calls(path: Path | str, model: ModelProto) -> None:
         most = MOST_NODES if depth <= USUAL_CALL else MOST_NESTED_NODES
         if count > most:
             raise FileError(
-                f"{path}: its graph has {count} nodes once functions are put in place of their calls, {depth} deep, and more"
+                f"{path}: its graph has {count} nodes once functions are put in place of their "
+                f"calls, {depth} deep, and more"
                 f" than {most} are not loaded in reasonable time; export the model with fewer"
             )
 
 
 def _nodes(nodes: Any) -> Iterator[NodeProto]:
-    """These, and the nodes of the graphs inside them. (Messages lie in no more than 100 others: protobuf's own limit.)"""
+    """These, and the nodes of the graphs inside them. (Messages lie in no more than 100 others:
+    protobuf's own limit.)"""
     for node in nodes:
         yield node
         for attribute in node.attribute:
@@ -188,7 +195,8 @@ def _check_node(path: Path | str, node: NodeProto, versions: dict[str, int]) -> 
     ):
         if not least <= count <= most:
             raise FileError(
-                f"{name} has {count} {what}, where {least} to {most} are possible; the file is damaged"
+                f"{name} has {count} {what}, where {least} to {most} are possible; the file is "
+                "damaged"
             )
     found = {attribute.name: attribute for attribute in node.attribute}
     for wanted in schema.attributes.values():
@@ -201,7 +209,8 @@ def _check_node(path: Path | str, node: NodeProto, versions: dict[str, int]) -> 
             and attribute.type != wanted.type.value
         ):
             raise FileError(
-                f"{name} has an attribute '{wanted.name}' of another type than its operator's; the file is damaged"
+                f"{name} has an attribute '{wanted.name}' of another type than its operator's; the "
+                "file is damaged"
             )
 
 

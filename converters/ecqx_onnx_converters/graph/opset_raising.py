@@ -1,6 +1,8 @@
-"""(graph, newer opset) -> the same graph written for that opset by onnx's version converter, or why it can't be.
+"""(graph, newer opset) -> the same graph written for that opset by onnx's version converter, or why
+it can't be.
 
-Where `refuse_opset` has nothing against it, declaring the newer opset is enough and this isn't needed.
+Where `refuse_opset` has nothing against it, declaring the newer opset is enough and this isn't
+needed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ UNTRUSTED = ("GroupNormalization", "GridSample", "Hardmax")
 
 
 def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
-    """The graph given isn't changed. Its model-local functions have to mean the same in the newer opset."""
+    """The graph given isn't changed. Its model-local functions have to mean the same in the newer
+    opset."""
     present = find_opset(graph.proto)
     if opset <= present:
         return graph
@@ -28,7 +31,8 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
     for name in UNTRUSTED:
         if name in operators and present < CHANGED[name] <= opset:
             return Refusal(
-                f"{name} changes between opset {present} and {opset}, which onnx's version converter overlooks"
+                f"{name} changes between opset {present} and {opset}, which onnx's version "
+                "converter overlooks"
             )
     functions = ModelProto(opset_import=graph.proto.opset_import, functions=graph.proto.functions)
     refusal = refuse_opset(functions, opset)
@@ -38,11 +42,13 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
         converted = version_converter.convert_version(strip_weights(graph), opset)
     except REFUSALS as error:
         return Refusal(
-            f"onnx's version converter doesn't take it to opset {opset}: {' '.join(str(error).split())[:200]}"
+            f"onnx's version converter doesn't take it to opset {opset}: "
+            f"{' '.join(str(error).split())[:200]}"
         )
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
-    # The converter gets neither the data of weights nor the functions, and gives back more value_info than it got.
+    # The converter gets neither the data of weights nor the functions, and gives back more
+    # value_info than it got.
     del proto.graph.node[:]
     proto.graph.node.extend(converted.graph.node)
     there = {tensor.name for tensor in proto.graph.initializer}

@@ -1,4 +1,5 @@
-"""(model, opset) -> the same model declared for a newer opset, or the reason why its meaning would change."""
+"""(model, opset) -> the same model declared for a newer opset, or the reason why its meaning would
+change."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def refuse_opset(model: ModelProto, opset: int) -> Refusal | None:
     for node in (node for nodes in scopes for node in nodes if node.domain in ("", "ai.onnx")):
         if not has_same_meaning(node, present, opset):
             return Refusal(
-                f"{node.op_type} changes between opset {present}, the graph's, and {opset}; export the graph with opset {opset}"
+                f"{node.op_type} changes between opset {present}, the graph's, and {opset}; export "
+                f"the graph with opset {opset}"
             )
     return None
 
@@ -75,7 +77,8 @@ def set_opset(model: ModelProto, opset: int) -> None:
 
 
 def lower_opset(model: ModelProto, opset: int) -> None:
-    """Declares a lower opset, in place, where every node means in it what it means now; otherwise leaves the model as it is."""
+    """Declares a lower opset, in place, where every node means in it what it means now; otherwise
+    leaves the model as it is."""
     present = find_opset(model)
     if opset >= present:
         return

@@ -108,7 +108,8 @@ def check_output(path: Path | str, *, force: bool, source: object = None) -> Non
             raise FileError(f"{path}: is what is read: choose another name, so that it is not lost")
         if path.is_symlink() and not path.exists() and not force:
             raise FileError(
-                f"{path}: is a link to {os.readlink(path)}, which does not exist; use --force to replace the link"
+                f"{path}: is a link to {os.readlink(path)}, which does not exist; use --force to "
+                "replace the link"
             )
         if path.exists() and not force:
             raise FileError(f"{path}: exists already; use --force to replace it")
@@ -127,11 +128,13 @@ def check_name_and_folder(path: Path) -> None:
     """
     if "\0" in str(path):
         raise FileError(
-            f"{str(path)!r}: has a zero character in it, which no file name can have; choose another name"
+            f"{str(path)!r}: has a zero character in it, which no file name can have; choose "
+            "another name"
         )
     if (length := len(os.fsencode(path.name))) > NAME_LIMIT:
         raise FileError(
-            f"{path}: a name can have {NAME_LIMIT} bytes, and this one has {length}; choose a shorter one"
+            f"{path}: a name can have {NAME_LIMIT} bytes, and this one has {length}; choose a "
+            "shorter one"
         )
     try:
         found = os.stat(path.parent)
@@ -152,7 +155,8 @@ def replace_on_success(
     superseded: Sequence[Path] = (),
     sources: Sequence[Path] = (),
 ) -> Iterator[Path]:
-    """Gives a path to write to; what is there takes its place if the block ends well, else vanishes.
+    """Gives a path to write to; what is there takes its place if the block ends well, else
+    vanishes.
 
     A block that writes nothing at that path changes nothing.
 

@@ -12,7 +12,8 @@ from ecqx_onnx_converters.graph.graph import list_graphs
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One place where a value is read: input `position` of `node`, which lies in `scope` (the graph or a subgraph)."""
+    """One place where a value is read: input `position` of `node`, which lies in `scope` (the graph
+    or a subgraph)."""
 
     scope: GraphProto
     node: NodeProto
