@@ -1,4 +1,4 @@
-"""Why something cannot be had: a value with a reason in words, which reaches the report."""
+"""A reason, in words, why something cannot be had; it reaches the report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something can't be had, in words for the report."""
+    """Why something can't be had.
+
+    Attributes:
+        reason: A sentence for the report.
+    """
 
     reason: str

@@ -1,4 +1,4 @@
-"""What each runtime can hold: a frozen table. A written file never needs more than its target has.
+"""What each runtime can load: a frozen table, which no written file goes beyond.
 
 The facts were measured with onnxruntime 1.17 ... 1.32; the tests pin those that this table states.
 """
@@ -29,21 +29,24 @@ IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 @dataclass(frozen=True)
 class Target:
-    """One row of the table.
+    """One row of the table: a runtime, and what its files may hold.
 
-    max_opset: highest opset the runtime has kernels for.
-    dense_types: integer TensorProto types a weight may have.
-    sparse: sparse_initializer of INT8 values can be loaded.
-    decoders: weights may come out of nodes that decode them (digits, packed): the runtime folds
-    these while loading.
-    dequantize: the form used when the user leaves the choice, "folded" or "standard".
-    only: why it cannot have the other form (a weight that DequantizeLinear can't express is folded
-    all the same); "" if it can.
-    suffix: of the files that it loads, which are onnxruntime's own format where it is ".ort".
-    one_sample: batches have the fixed size 1, as accelerators want no free lengths.
-    accelerators: execution providers that should take the graph, by the names of onnxruntime's
-    usability checker.
-    no_integers: why it cannot run a file with quantised activations; empty if it can.
+    Attributes:
+        name: What the user calls it.
+        runs_on: The runtime and its versions, in words.
+        max_opset: Highest opset the runtime has kernels for.
+        dense_types: Integer TensorProto types a weight may have.
+        sparse: Whether a sparse_initializer of INT8 values can be loaded.
+        decoders: Whether weights may come out of nodes that decode them (digits, packed); the
+            runtime folds these while loading.
+        dequantize: The form used when the user leaves the choice, "folded" or "standard".
+        only: Why it cannot have the other form (a weight that DequantizeLinear can't express is
+            folded all the same); "" if it can.
+        suffix: Of the files that it loads, which are onnxruntime's own format where it is ".ort".
+        one_sample: Whether batches have the fixed size 1, as accelerators want no free lengths.
+        accelerators: Execution providers that should take the graph, by the names of
+            onnxruntime's usability checker.
+        no_integers: Why it cannot run a file with quantized activations; "" if it can.
     """
 
     name: str
@@ -60,7 +63,17 @@ class Target:
     no_integers: str = ""
 
     def ir_version(self, opset: int) -> int:
-        return IR_OF_OPSET.get(opset, 8 if opset <= 18 else 9)
+        """Finds the IR version that files of an opset declare.
+
+        Args:
+            opset: Of the standard domain.
+
+        Returns:
+            8, the first with local functions, up to opset 18; else the one of IR_OF_OPSET, or 9.
+        """
+        if opset <= 18:
+            return 8
+        return IR_OF_OPSET.get(opset, 9)
 
 
 ALL_TYPES = INT8_TYPES | INT4_TYPES | INT2_TYPES
@@ -145,9 +158,17 @@ TARGETS: Mapping[str, Target] = {
 
 
 def check_name(path: Path | str, target: str) -> None:
-    """OptionError if the name does not end as the target's files do: runtimes and our own commands
-    go by that."""
-    path, suffix = Path(path), find_target(target).suffix
+    """Refuses a name that does not end as the target's files do; runtimes and commands go by it.
+
+    Args:
+        path: The file to write.
+        target: A key of TARGETS.
+
+    Raises:
+        OptionError: For another suffix, and for an unknown target.
+    """
+    path = Path(path)
+    suffix = find_target(target).suffix
     if path.suffix.lower() != suffix:
         raise OptionError(
             f"{path}: target '{target}' loads {suffix} files; name it {path.with_suffix(suffix)}"
@@ -155,6 +176,17 @@ def check_name(path: Path | str, target: str) -> None:
 
 
 def find_target(name: str) -> Target:
+    """Finds a target by its name.
+
+    Args:
+        name: A key of TARGETS.
+
+    Returns:
+        Its row of the table.
+
+    Raises:
+        OptionError: If there is none; lists those that there are.
+    """
     if name not in TARGETS:
         raise OptionError(f"there is no target '{name}'; choose one of {', '.join(TARGETS)}")
     return TARGETS[name]

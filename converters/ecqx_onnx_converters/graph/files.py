@@ -1,8 +1,7 @@
-"""ModelProto <-> files: one .onnx, with external data beside it where one protobuf can't hold it;
-whole or not at all.
+"""Reading and writing .onnx files, with external data beside them where it must be.
 
-Nothing is allocated on a file's word: sizes that a file declares are compared with its real length
-first.
+A file that is written is there whole or not at all. Nothing is allocated on a file's word: sizes
+that a file declares are compared with its real length first.
 """
 
 from __future__ import annotations
@@ -27,7 +26,17 @@ ALIGNMENT = 4096  # of external data: pages, so that runtimes can map it
 
 
 def read_proto(path: Path | str) -> ModelProto:
-    """The model, external data left where it is. FileError for anything that is no ONNX model."""
+    """Reads a model and checks what it claims; external data is left where it is.
+
+    Args:
+        path: An .onnx file of at most 2 GB.
+
+    Returns:
+        The parsed model, within the limits of `limits.check_model`.
+
+    Raises:
+        FileError: If the file cannot be read or is no ONNX model, and says what it is instead.
+    """
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -68,8 +77,18 @@ def read_proto(path: Path | str) -> ModelProto:
 
 
 def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
-    """The raw data of a tensor that lies in a file beside the model. FileError for files elsewhere
-    and for wrong lengths."""
+    """Reads the raw data of a tensor that lies in a file beside the model.
+
+    Args:
+        tensor: Its declaration, whose external_data says where the data lies.
+        folder: The model's folder; data outside it is not opened.
+
+    Returns:
+        The bytes, little-endian, exactly as many as dims and type need.
+
+    Raises:
+        FileError: For a file elsewhere, a wrong length, and a file that cannot be read.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     path = folder / location
@@ -84,7 +103,8 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
         )
     try:
         needed = (math.prod(tensor.dims) * count_bits(tensor.data_type) + 7) // 8
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
+        offset = int(entries.get("offset", 0))
+        length = int(entries.get("length", needed))
         available = path.stat().st_size
         if length != needed or min(offset, *tensor.dims, 0) < 0 or offset + length > available:
             raise FileError(
@@ -109,34 +129,73 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
 
 
 def read_external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """The same as an array; for types that numpy has."""
+    """Reads the values of a tensor that lies in a file beside the model.
+
+    Args:
+        tensor: Its declaration, of a type that numpy has.
+        folder: The model's folder.
+
+    Returns:
+        An array of the declared shape and type.
+
+    Raises:
+        FileError: As `read_external_bytes`.
+    """
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return (
-        np.frombuffer(read_external_bytes(tensor, folder), dtype.newbyteorder("<"))
-        .astype(dtype, copy=False)
-        .reshape(tensor.dims)
-    )
+    stored = np.frombuffer(read_external_bytes(tensor, folder), dtype.newbyteorder("<"))
+    return stored.astype(dtype, copy=False).reshape(tensor.dims)
 
 
 def count_bits(kind: int) -> int:
-    """Bits of one element; KeyError for an unknown type."""
-    name = TensorProto.DataType.Name(kind) if kind in TensorProto.DataType.values() else ""
+    """Counts the bits of one element.
+
+    Args:
+        kind: A TensorProto.DataType.
+
+    Returns:
+        2 or 4 for the packed integer types, else 8 times the size in numpy.
+
+    Raises:
+        KeyError: For a type that ONNX does not know.
+    """
+    known = kind in TensorProto.DataType.values()
+    name = TensorProto.DataType.Name(kind) if known else ""
     if name.endswith(("INT4", "INT2")):
         return int(name[-1])
     return int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize * 8)
 
 
 def find_data_path(path: Path) -> Path:
-    """Where the external data of the model at `path` lies."""
+    """Derives where the external data of a model lies.
+
+    Args:
+        path: The .onnx file.
+
+    Returns:
+        The path of the companion, in the same folder.
+    """
     return derive_path(path, ".data")
 
 
 @contextmanager
 def replace_model(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """As `outputs.replace_on_success`, for an .onnx file and the external data beside it, which go
-    and come together."""
+    """Replaces an .onnx file and the external data beside it, which go and come together.
+
+    Args:
+        path: The .onnx file to write.
+        force: Whether files that are in the way may be replaced.
+        sources: Files that are read; none of them is replaced.
+
+    Returns:
+        A context that gives the path to write to, as `outputs.replace_on_success`.
+
+    Raises:
+        FileError: If something is in the way, or the disk refuses.
+    """
     data = find_data_path(path)
-    superseded = [data] if force and _refers_to(path, data.name) else []
+    superseded = []
+    if force and _refers_to(path, data.name):
+        superseded.append(data)
     with replace_on_success(
         path, force=force, beside=[data], superseded=superseded, sources=sources
     ) as temporary:
@@ -157,9 +216,14 @@ def _refers_to(path: Path, location: str) -> bool:
 def write_proto(
     model: ModelProto, payloads: Mapping[str, np.ndarray], path: Path, *, external: bool
 ) -> None:
-    """Writes the model; `payloads` are the values of initializers that `model` declares without
-    data. With `external`, tensors of more than INLINE bytes go to `<path>.data`, one at a time. The
-    model is used up: data is moved into or out of it."""
+    """Writes a model, and uses it up: data is moved into or out of it.
+
+    Args:
+        model: The structure; initializers may lack their data.
+        payloads: Values of the initializers that `model` declares without data, by name.
+        path: The .onnx file; nothing guards what is there, so give a temporary one.
+        external: Whether tensors of more than INLINE bytes go to `<path>.data`, one at a time.
+    """
     if not external:
         for tensor in model.graph.initializer:
             if tensor.name in payloads:
@@ -168,11 +232,9 @@ def write_proto(
         return
     with open(find_data_path(path), "wb") as data:
         for tensor in model.graph.initializer:
-            content = (
-                to_little_endian(payloads[tensor.name])
-                if tensor.name in payloads
-                else tensor.raw_data
-            )
+            content = tensor.raw_data
+            if tensor.name in payloads:
+                content = to_little_endian(payloads[tensor.name])
             if len(content) <= INLINE:
                 if tensor.name in payloads:
                     tensor.raw_data = content
@@ -192,5 +254,13 @@ def write_proto(
 
 
 def to_little_endian(values: np.ndarray) -> bytes:
-    """What TensorProto.raw_data holds: row-major, little-endian."""
-    return np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False)).tobytes()
+    """Serializes values as TensorProto.raw_data holds them.
+
+    Args:
+        values: An array of any shape and type.
+
+    Returns:
+        Its bytes, row-major and little-endian.
+    """
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).tobytes()

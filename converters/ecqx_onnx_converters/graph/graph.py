@@ -1,4 +1,4 @@
-"""ModelProto <-> FloatGraph: structure and weight data apart, the exporter's metadata gone.
+"""A float ONNX graph whose structure and weights are kept apart, without the exporter's metadata.
 
 The data of large models never meets a serializer: `FloatGraph.proto` declares each weight (name,
 dims, type) and `FloatGraph.weights` holds its values.
@@ -23,17 +23,17 @@ from ecqx_onnx_converters.graph.files import (
     to_little_endian,
 )
 
-LARGE = (
-    1 << 16
-    # bytes; tensors of any number of dimensions and type from this size on are kept outside the proto
-)
+# Bytes; tensors of any number of dimensions and any type of this size or more are kept outside the
+# proto.
+LARGE = 1 << 16
 NATIVE = {  # types that numpy holds without help
     TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BOOL,
     TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64,
     TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64,
 }  # fmt: skip
 NARROW = {  # types of weights that some quantiser has already turned into integers
-    TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2,
+    TensorProto.INT8, TensorProto.INT4, TensorProto.INT2,
+    TensorProto.UINT8, TensorProto.UINT4, TensorProto.UINT2,
 }  # fmt: skip
 
 
@@ -41,10 +41,11 @@ NARROW = {  # types of weights that some quantiser has already turned into integ
 class FloatGraph:
     """A float ONNX model with its weights taken out.
 
-    proto: initializers named in `weights` carry dims and type but no data. They all belong to the
-    main graph.
-    weights: initializer name -> values; every float32 tensor of two or more dimensions, and
-    whatever else is large.
+    Attributes:
+        proto: The structure; initializers named in `weights` carry dims and type but no data. They
+            all belong to the main graph.
+        weights: Values by initializer name: every float32 tensor of two or more dimensions, and
+            whatever else is large.
     """
 
     proto: ModelProto
@@ -52,15 +53,36 @@ class FloatGraph:
 
     @classmethod
     def from_model(cls, model: ModelProto) -> FloatGraph:
-        """Takes a copy. Weights in Constant nodes and in subgraphs become initializers of the main
-        graph. FileError for data that doesn't fit its declared dims and type."""
+        """Takes the weights out of a copy of a model.
+
+        Weights in Constant nodes and in subgraphs become initializers of the main graph.
+
+        Args:
+            model: With its data inside; it is not changed.
+
+        Returns:
+            The same model, structure and weights apart.
+
+        Raises:
+            FileError: For data that does not fit its declared dims and type.
+        """
         proto = ModelProto()
         proto.CopyFrom(model)
         return cls._take_apart(proto, None)
 
     @classmethod
     def load(cls, path: Path | str) -> FloatGraph:
-        """The same, from a file and the external data beside it, if any; models of any size."""
+        """Reads a model of any size, from a file and the external data beside it, if any.
+
+        Args:
+            path: The .onnx file.
+
+        Returns:
+            The model, structure and weights apart.
+
+        Raises:
+            FileError: If it cannot be read or is damaged.
+        """
         return cls._take_apart(read_proto(path), Path(path).parent)
 
     @classmethod
@@ -83,7 +105,11 @@ class FloatGraph:
         return cls(proto, weights)
 
     def to_model(self) -> ModelProto:
-        """The model with its data back in place; for models that fit one protobuf (2 GB)."""
+        """Puts the data back in place, for models that fit one protobuf (2 GB).
+
+        Returns:
+            A complete model; this one is not changed.
+        """
         model = ModelProto()
         model.CopyFrom(self.proto)
         for tensor in model.graph.initializer:
@@ -93,11 +119,22 @@ class FloatGraph:
 
     @property
     def opset(self) -> int:
+        """The version of the standard operator set that the model imports."""
         return find_opset(self.proto)
 
 
 def find_opset(model: ModelProto) -> int:
-    """Version of the standard operator set that the model imports; FileError without one."""
+    """Finds the version of the standard operator set that a model imports.
+
+    Args:
+        model: Any ONNX model.
+
+    Returns:
+        The opset, such as 17.
+
+    Raises:
+        FileError: If it imports none.
+    """
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
             return int(entry.version)
@@ -108,7 +145,14 @@ def find_opset(model: ModelProto) -> int:
 
 
 def list_subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs that the node's attributes hold (branches of an If, bodies of a Loop or Scan)."""
+    """Lists the graphs that a node's attributes hold.
+
+    Args:
+        node: Such as an If (its branches), a Loop or a Scan (its body).
+
+    Returns:
+        The graphs, without those nested in them.
+    """
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             yield attribute.g
@@ -116,7 +160,14 @@ def list_subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def list_graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and every graph nested in it, outermost first."""
+    """Lists a graph and every graph nested in it.
+
+    Args:
+        graph: The outermost.
+
+    Returns:
+        All of them, outermost first.
+    """
     yield graph
     for node in graph.node:
         for inner in list_subgraphs(node):
@@ -124,7 +175,14 @@ def list_graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def list_value_names(graph: GraphProto) -> set[str]:
-    """Every name that a value has anywhere in the graph and its subgraphs."""
+    """Collects every name that a value has anywhere in a graph and its subgraphs.
+
+    Args:
+        graph: The outermost.
+
+    Returns:
+        The names, of values that are read and of values that are made.
+    """
     names: set[str] = set()
     for scope in list_graphs(graph):
         names.update(value.name for value in (*scope.input, *scope.output, *scope.initializer))
@@ -136,8 +194,19 @@ def list_value_names(graph: GraphProto) -> set[str]:
 
 
 def read_values(tensor: TensorProto) -> np.ndarray:
-    """The values of an initializer or Constant; FileError when data and declaration disagree;
-    nothing is allocated on the declaration's word."""
+    """Reads the values of an initializer or Constant.
+
+    Nothing is allocated on the declaration's word.
+
+    Args:
+        tensor: With its data inside.
+
+    Returns:
+        A contiguous array of the declared shape and type.
+
+    Raises:
+        FileError: If the data is external or does not fill the declared dims.
+    """
     if any(length < 0 for length in tensor.dims):
         raise FileError(
             f"tensor '{tensor.name}' declares dims {list(tensor.dims)}; the ONNX file is damaged, "
@@ -159,6 +228,11 @@ def read_values(tensor: TensorProto) -> np.ndarray:
 
 
 def clear_data(tensor: TensorProto) -> None:
+    """Removes a tensor's data, in place; name, dims and type stay.
+
+    Args:
+        tensor: Whose data is inside or external.
+    """
     for field in (
         "raw_data",
         "float_data",
@@ -173,8 +247,11 @@ def clear_data(tensor: TensorProto) -> None:
 
 
 def strip_metadata(model: ModelProto) -> None:
-    """Removes documentation, stack traces, paths and node names, in place; metadata that a user put
-    on the model itself stays."""
+    """Removes documentation, stack traces, paths and node names, in place.
+
+    Args:
+        model: Metadata that a user put on the model itself stays.
+    """
     kept = [
         (entry.key, entry.value)
         for entry in model.metadata_props
@@ -197,9 +274,12 @@ def _strip(message: Message) -> None:
     for field, value in list(message.ListFields()):
         if field.name in ("doc_string", "metadata_props"):
             message.ClearField(field.name)
-        elif field.message_type is not None:
-            for child in value if hasattr(value, "__len__") else [value]:
-                _strip(child)
+            continue
+        if field.message_type is None:
+            continue
+        children = value if hasattr(value, "__len__") else [value]  # a repeated field, or one
+        for child in children:
+            _strip(child)
 
 
 def _is_weight(tensor: TensorProto) -> bool:
@@ -222,25 +302,33 @@ def _hoist(main: GraphProto) -> None:
     """
     taken = list_value_names(main)
     for scope in list(list_graphs(main)):
-        outputs = {
-            value.name for value in scope.output
-        }  # a graph's own output must be made inside it
+        # A graph's own output must be made inside it.
+        outputs = {value.name for value in scope.output}
         moved = []
-        for position in reversed(range(len(scope.initializer) if scope is not main else 0)):
-            if (
-                _is_hoisted(scope.initializer[position])
-                and scope.initializer[position].name not in outputs
-            ):
-                moved.append(_copy(scope.initializer[position], scope.initializer[position].name))
+
+        # 1. Take the initializers of a subgraph, from the last on, so that positions stay right.
+        places = range(0 if scope is main else len(scope.initializer))
+        for position in reversed(places):
+            tensor = scope.initializer[position]
+            if _is_hoisted(tensor) and tensor.name not in outputs:
+                moved.append(_copy(tensor, tensor.name))
                 del scope.initializer[position]
+
+        # 2. Take what Constant nodes hold.
         for position in reversed(range(len(scope.node))):
-            value, name = find_constant(scope.node[position]), scope.node[position].output[:1]
-            if value is not None and _is_hoisted(value) and name[0] not in outputs:
-                moved.append(_copy(value, name[0]))
+            value = find_constant(scope.node[position])
+            if value is None or not _is_hoisted(value):
+                continue
+            name = scope.node[position].output[0]
+            if name not in outputs:
+                moved.append(_copy(value, name))
                 del scope.node[position]
+
+        # 3. Put them into the main graph, under another name where the name means something else.
         for tensor in reversed(moved):
-            if any(defines_function(graph, tensor.name) for graph in list_graphs(main)):
-                old, tensor.name = tensor.name, make_fresh_name(tensor.name, taken)
+            if any(defines_value(graph, tensor.name) for graph in list_graphs(main)):
+                old = tensor.name
+                tensor.name = make_fresh_name(old, taken)
                 rename_values(scope, old, tensor.name)
             main.initializer.append(tensor)
 
@@ -253,20 +341,45 @@ def _copy(tensor: TensorProto, name: str) -> TensorProto:
 
 
 def find_constant(node: NodeProto) -> TensorProto | None:
-    """The tensor that a Constant node holds; None for every other node."""
+    """Finds the tensor that a Constant node holds.
+
+    Args:
+        node: Of any operator.
+
+    Returns:
+        The tensor; None for every other node, and for Constants that hold plain numbers.
+    """
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
     return next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
 
 
-def defines_function(graph: GraphProto, name: str) -> bool:
+def defines_value(graph: GraphProto, name: str) -> bool:
+    """Tells whether a graph itself defines a value, as input, initializer or output of a node.
+
+    Args:
+        graph: Looked at without the graphs inside it.
+        name: Of the value.
+
+    Returns:
+        True if the name has a meaning of its own there.
+    """
     made = (output for node in graph.node for output in node.output)
     return name in made or any(value.name == name for value in (*graph.input, *graph.initializer))
 
 
 def make_fresh_name(wish: str, taken: set[str]) -> str:
-    """`wish`, or `wish_1`, `wish_2` … when it is taken; the result counts as taken from then on."""
-    name, number = wish, 0
+    """Makes a name that no value has.
+
+    Args:
+        wish: Taken as it is where it is free.
+        taken: Names in use; the result is added.
+
+    Returns:
+        `wish`, or `wish_1`, `wish_2` and so on.
+    """
+    name = wish
+    number = 0
     while name in taken:
         number += 1
         name = f"{wish}_{number}"
@@ -275,11 +388,17 @@ def make_fresh_name(wish: str, taken: set[str]) -> str:
 
 
 def rename_values(graph: GraphProto, old: str, new: str) -> None:
-    """Renames what nodes read, here and in subgraphs that don't define `old` anew."""
+    """Renames what nodes read, in place, here and in subgraphs that don't define `old` anew.
+
+    Args:
+        graph: Whose nodes read the value.
+        old: The name that they read.
+        new: The name that they read from then on.
+    """
     for node in graph.node:
         for position, name in enumerate(node.input):
             if name == old:
                 node.input[position] = new
         for inner in list_subgraphs(node):
-            if not defines_function(inner, old):
+            if not defines_value(inner, old):
                 rename_values(inner, old, new)

@@ -1,5 +1,4 @@
-"""What an .onnx file may claim, looked at once, before anything else: sizes of names, numbers of
-nodes, kinds of attributes.
+"""Limits on what an .onnx file may claim, checked once, before anything else looks at the model.
 
 A file of a few kilobytes can ask for years and terabytes: functions that call each other twice,
 names of megabytes, tensors whose dims have no data behind them. Everything after this module may
@@ -23,19 +22,15 @@ from ecqx_onnx.errors import FileError
 HIGHEST_OPSET = 1 << 20  # of any domain
 LONGEST_NAME = 4096  # bytes; exporters' names have some hundreds at most
 MOST_NODES = 200_000  # of the graph with every function call replaced by the function
-USUAL_CALL = (
-    5  # depth of calls up to which a runtime's time grows with the nodes; beyond, with their square
-)
+# Depth of calls up to which a runtime's time grows with the nodes; beyond, with their square.
+USUAL_CALL = 5
 MOST_NESTED_NODES = 10_000
 DEEPEST_CALL = 100  # functions that call each other
-LARGEST_RATIO = (
-    4096  # weights for each number that says where they lie, in a tensor of mostly zeros
-)
+# Weights for each number that says where they lie, in a tensor of mostly zeros.
+LARGEST_RATIO = 4096
 SMALL = 1 << 26  # weights that any tensor may have, even of nothing but zeros
-FREE_TEXT = {
-    "doc_string",
-    "value",
-}  # fields that hold no names: documentation; of metadata and external data
+# Fields that hold no names: documentation, and the values of metadata and external data.
+FREE_TEXT = {"doc_string", "value"}
 
 Calls = dict[tuple[str, str], FunctionProto]
 
@@ -52,38 +47,23 @@ def check_model(path: Path | str, model: ModelProto) -> None:
     """
     _check_text(path, model)
     _check_calls(path, model)
-    imports = [
-        *model.opset_import,
-        *(entry for function in model.functions for entry in function.opset_import),
-    ]
+    imports = list(model.opset_import)
+    for function in model.functions:
+        imports.extend(function.opset_import)
     for entry in imports:
         if not 0 <= entry.version <= HIGHEST_OPSET:
             raise FileError(
                 f"{path}: imports opset {entry.version} of '{entry.domain}', and there is none; "
                 "the file is damaged"
             )
-    versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-    for node in _nodes(model.graph.node):
-        _check_node(path, node, versions)
-    for graph in [
-        model.graph,
-        *(
-            graph
-            for node in _nodes(model.graph.node)
-            for a in node.attribute
-            for graph in _graphs(a)
-        ),
-    ]:
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            if value.type.tensor_type.elem_type not in TensorProto.DataType.values():
-                kind = value.type.tensor_type.elem_type
-                raise FileError(
-                    f"{path}: value '{value.name}' has data type {kind}, which ONNX does not know"
-                )
+    _check_nodes(path, model.graph.node, model.opset_import)
+    _check_values(path, model.graph)
+    for node in _walk_nodes(model.graph.node):
+        for attribute in node.attribute:
+            for graph in _list_graphs(attribute):
+                _check_values(path, graph)
     for function in model.functions:
-        own = {entry.domain or "ai.onnx": entry.version for entry in function.opset_import}
-        for node in _nodes(function.node):
-            _check_node(path, node, own)
+        _check_nodes(path, function.node, function.opset_import)
 
 
 def may_have_size(size: int, told: int) -> bool:
@@ -97,6 +77,16 @@ def may_have_size(size: int, told: int) -> bool:
         False where a few bytes claim gigabytes.
     """
     return 0 <= size <= max(SMALL, LARGEST_RATIO * told)
+
+
+def _check_values(path: Path | str, graph: GraphProto) -> None:
+    """Runtimes stumble over types that ONNX does not have."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        data_type = value.type.tensor_type.elem_type
+        if data_type not in TensorProto.DataType.values():
+            raise FileError(
+                f"{path}: value '{value.name}' has data type {data_type}, which ONNX does not know"
+            )
 
 
 def _check_text(path: Path | str, message: Message) -> None:
@@ -129,35 +119,40 @@ def _check_calls(path: Path | str, model: ModelProto) -> None:
     sizes: dict[tuple[str, str], tuple[int, int]] = {}
     open_calls: list[tuple[str, str]] = []
 
-    def size_of(key: tuple[str, str]) -> tuple[int, int]:
+    def measure_function(key: tuple[str, str]) -> tuple[int, int]:
         """(nodes, depth of calls) of a function."""
         if key not in sizes:
-            if key in open_calls or len(open_calls) >= DEEPEST_CALL:
-                why = (
-                    "calls itself"
-                    if key in open_calls
-                    else f"is called by more than {DEEPEST_CALL} others"
-                )
+            why = ""
+            if key in open_calls:
+                why = "calls itself"
+            elif len(open_calls) >= DEEPEST_CALL:
+                why = f"is called by more than {DEEPEST_CALL} others"
+            if why:
                 raise FileError(
                     f"{path}: function '{key[1]}' {why}; the file can't be run, export the model "
                     "again"
                 )
             open_calls.append(key)
-            sizes[key] = total(functions[key].node)
+            sizes[key] = add_up(functions[key].node)
             open_calls.pop()
         return sizes[key]
 
-    def total(nodes: Any) -> tuple[int, int]:
-        count, depth = 0, 0
-        for node in _nodes(nodes):
+    def add_up(nodes: Any) -> tuple[int, int]:
+        """The same of a list of nodes; one without calls has depth 0."""
+        count = 0
+        depth = 0
+        for node in _walk_nodes(nodes):
+            count += 1
             key = (node.domain, node.op_type)
-            inner = size_of(key) if key in functions else (0, -1)
-            count += 1 + inner[0]
-            depth = max(depth, inner[1] + 1)
+            if key in functions:
+                inner_count, inner_depth = measure_function(key)
+                count += inner_count
+                depth = max(depth, inner_depth + 1)
         return count, depth
 
-    found = [total(model.graph.node), *map(size_of, functions)]
+    found = [add_up(model.graph.node), *map(measure_function, functions)]
     for count, depth in found:
+        # Nested calls cost a runtime more than the same nodes side by side.
         most = MOST_NODES if depth <= USUAL_CALL else MOST_NESTED_NODES
         if count > most:
             raise FileError(
@@ -167,25 +162,32 @@ def _check_calls(path: Path | str, model: ModelProto) -> None:
             )
 
 
-def _nodes(nodes: Any) -> Iterator[NodeProto]:
+def _walk_nodes(nodes: Any) -> Iterator[NodeProto]:
     """These, and the nodes of the graphs inside them. (Messages lie in no more than 100 others:
     protobuf's own limit.)"""
     for node in nodes:
         yield node
         for attribute in node.attribute:
-            for graph in _graphs(attribute):
-                yield from _nodes(graph.node)
+            for graph in _list_graphs(attribute):
+                yield from _walk_nodes(graph.node)
 
 
-def _graphs(attribute: AttributeProto) -> Iterator[GraphProto]:
+def _list_graphs(attribute: AttributeProto) -> Iterator[GraphProto]:
     if attribute.HasField("g"):
         yield attribute.g
     yield from attribute.graphs
 
 
+def _check_nodes(path: Path | str, nodes: Any, imports: Any) -> None:
+    """Checks each node against its operator in the opset that is imported for it."""
+    versions = {entry.domain or "ai.onnx": entry.version for entry in imports}
+    for node in _walk_nodes(nodes):
+        _check_node(path, node, versions)
+
+
 def _check_node(path: Path | str, node: NodeProto, versions: dict[str, int]) -> None:
     domain = node.domain or "ai.onnx"
-    schema = _schema(node.op_type, versions.get(domain, 0), domain)
+    schema = _find_schema(node.op_type, versions.get(domain, 0), domain)
     if schema is None:
         return
     name = f"{path}: node '{node.name or ', '.join(node.output)}' ({node.op_type})"
@@ -201,13 +203,14 @@ def _check_node(path: Path | str, node: NodeProto, versions: dict[str, int]) -> 
     found = {attribute.name: attribute for attribute in node.attribute}
     for wanted in schema.attributes.values():
         attribute = found.get(wanted.name)
-        if attribute is None and wanted.required:
-            raise FileError(f"{name} lacks the attribute '{wanted.name}'; the file is damaged")
-        if (
-            attribute is not None
-            and not attribute.ref_attr_name
-            and attribute.type != wanted.type.value
-        ):
+        if attribute is None:
+            if wanted.required:
+                raise FileError(f"{name} lacks the attribute '{wanted.name}'; the file is damaged")
+            continue
+        if attribute.ref_attr_name:  # its value is an attribute of the function's call
+            continue
+        wanted_type: Any = wanted.type  # an enum, of which onnx's stubs don't tell
+        if attribute.type != wanted_type.value:
             raise FileError(
                 f"{name} has an attribute '{wanted.name}' of another type than its operator's; the "
                 "file is damaged"
@@ -215,7 +218,7 @@ def _check_node(path: Path | str, node: NodeProto, versions: dict[str, int]) -> 
 
 
 @cache
-def _schema(operator: str, version: int, domain: str) -> defs.OpSchema | None:
+def _find_schema(operator: str, version: int, domain: str) -> defs.OpSchema | None:
     """None for operators that onnx does not define."""
     try:
         return defs.get_schema(operator, version, "" if domain == "ai.onnx" else domain)

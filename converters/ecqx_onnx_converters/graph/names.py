@@ -1,4 +1,4 @@
-"""(names in use) -> short names that no value has yet."""
+"""Short names for new values, which no value of the graph has yet."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""(graph, newer opset) -> the same graph written for that opset by onnx's version converter, or why
-it can't be.
+"""Rewriting a graph for a newer opset with onnx's version converter, or saying why it can't be.
 
 Where `refuse_opset` has nothing against it, declaring the newer opset is enough and this isn't
 needed.
@@ -19,15 +18,26 @@ UNTRUSTED = ("GroupNormalization", "GridSample", "Hardmax")
 
 
 def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
-    """The graph given isn't changed. Its model-local functions have to mean the same in the newer
-    opset."""
+    """Rewrites a graph for a newer opset.
+
+    Args:
+        graph: It isn't changed. Its model-local functions have to mean the same in the newer opset.
+        opset: The one to reach.
+
+    Returns:
+        A new graph with the same weights; `graph` itself if it has that opset or a newer one; a
+        Refusal if the converter doesn't take it there, or can't be trusted with an operator.
+
+    Raises:
+        FileError: If the model imports no standard operator set.
+    """
     present = find_opset(graph.proto)
     if opset <= present:
         return graph
-    scopes = list_graphs(graph.proto.graph)
-    operators = {
-        node.op_type for scope in scopes for node in scope.node if node.domain in ("", "ai.onnx")
-    }
+    operators: set[str] = set()
+    for scope in list_graphs(graph.proto.graph):
+        standard = [node for node in scope.node if node.domain in ("", "ai.onnx")]
+        operators.update(node.op_type for node in standard)
     for name in UNTRUSTED:
         if name in operators and present < CHANGED[name] <= opset:
             return Refusal(
@@ -71,7 +81,14 @@ REFUSALS = (
 
 
 def strip_weights(graph: FloatGraph) -> ModelProto:
-    """The model with its weights, whose data lie elsewhere, as inputs."""
+    """Makes a model whose weights, as their data lies elsewhere, are inputs.
+
+    Args:
+        graph: It isn't changed.
+
+    Returns:
+        A model that onnx's tools take without the data.
+    """
     model = ModelProto()
     model.CopyFrom(graph.proto)
     listed = {value.name for value in model.graph.input}

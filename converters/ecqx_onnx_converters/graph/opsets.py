@@ -1,9 +1,10 @@
-"""(model, opset) -> the same model declared for a newer opset, or the reason why its meaning would
-change."""
+"""Declaring another opset for a model, or saying why its meaning would change."""
 
 from __future__ import annotations
 
-from onnx import ModelProto, NodeProto, defs
+from collections.abc import Iterable, Iterator
+
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, defs
 
 from ecqx_onnx_converters.graph.graph import find_opset, list_graphs
 from ecqx_onnx_converters.refusal import Refusal
@@ -22,15 +23,22 @@ CHANGED = {
 
 
 def refuse_opset(model: ModelProto, opset: int) -> Refusal | None:
-    """None when every node means the same in `opset`, so that the model only has to declare it."""
+    """Tells why a model can't merely declare a newer opset.
+
+    Args:
+        model: It isn't changed; its functions are looked at, too.
+        opset: The one to declare.
+
+    Returns:
+        None when every node means the same in `opset`; else the first one that doesn't.
+
+    Raises:
+        FileError: If the model imports no standard operator set.
+    """
     present = find_opset(model)
     if opset <= present:
         return None
-    scopes = [
-        *(nodes.node for nodes in list_graphs(model.graph)),
-        *(function.node for function in model.functions),
-    ]
-    for node in (node for nodes in scopes for node in nodes if node.domain in ("", "ai.onnx")):
+    for node in _list_standard_nodes([*list_graphs(model.graph), *model.functions]):
         if not has_same_meaning(node, present, opset):
             return Refusal(
                 f"{node.op_type} changes between opset {present}, the graph's, and {opset}; export "
@@ -40,36 +48,52 @@ def refuse_opset(model: ModelProto, opset: int) -> Refusal | None:
 
 
 def has_same_meaning(node: NodeProto, old: int, new: int) -> bool:
+    """Tells whether a node means the same in two opsets, by onnx's operator schemas and CHANGED.
+
+    Args:
+        node: Of the standard domain.
+        old: The opset that it was written for.
+        new: A newer one.
+
+    Returns:
+        False, too, for operators that onnx doesn't know.
+    """
     try:
-        before, after = defs.get_schema(node.op_type, old), defs.get_schema(node.op_type, new)
+        before = defs.get_schema(node.op_type, old)
+        after = defs.get_schema(node.op_type, new)
     except defs.SchemaError:
         return False
     if before.since_version == after.since_version:
         return True
     if after.deprecated or old < CHANGED.get(node.op_type, 0) <= new:
         return False
+    if len(before.inputs) > len(after.inputs):
+        return False
+    # The node lacks the inputs that are new, so each of them must be one that may be left out.
     single = defs.OpSchema.FormalParameterOption.Single
-    if len(before.inputs) > len(after.inputs) or any(
-        port.option == single for port in after.inputs[len(before.inputs) :]
-    ):
+    added = after.inputs[len(before.inputs) :]
+    if any(port.option == single for port in added):
         return False
     stated = {attribute.name for attribute in node.attribute}
     for name, attribute in before.attributes.items():
         if name in after.attributes:
-            if (
-                after.attributes[name].default_value.SerializeToString()
-                != attribute.default_value.SerializeToString()
-            ):
+            old_default = attribute.default_value.SerializeToString()
+            new_default = after.attributes[name].default_value.SerializeToString()
+            if old_default != new_default:
                 return False
-        elif (
-            name in stated
-        ):  # gone, or an input now; what it is when nobody states it has not changed
+        # Gone, or an input now; what it is when nobody states it has not changed.
+        elif name in stated:
             return False
     return True
 
 
 def set_opset(model: ModelProto, opset: int) -> None:
-    """Declares the opset, for the model and its functions; `refuse_opset` must have agreed."""
+    """Declares an opset, in place, for a model and its functions; `refuse_opset` must have agreed.
+
+    Args:
+        model: Whose imports of the standard domain change.
+        opset: The version to declare.
+    """
     for owner in (model, *model.functions):
         for entry in owner.opset_import:
             if entry.domain in ("", "ai.onnx"):
@@ -77,8 +101,15 @@ def set_opset(model: ModelProto, opset: int) -> None:
 
 
 def lower_opset(model: ModelProto, opset: int) -> None:
-    """Declares a lower opset, in place, where every node means in it what it means now; otherwise
-    leaves the model as it is."""
+    """Declares a lower opset, in place, where every node means in it what it means now.
+
+    Args:
+        model: Otherwise it stays as it is.
+        opset: The version to declare.
+
+    Raises:
+        FileError: If the model imports no standard operator set.
+    """
     present = find_opset(model)
     if opset >= present:
         return
@@ -88,16 +119,27 @@ def lower_opset(model: ModelProto, opset: int) -> None:
 
 
 def has_newer_form(model: ModelProto, opset: int) -> bool:
-    """Some node has an attribute or an input that its operator lacks in `opset`."""
-    for node in (
-        node
-        for scope in list_graphs(model.graph)
-        for node in scope.node
-        if node.domain in ("", "ai.onnx")
-    ):
+    """Tells whether some node has an attribute or an input that its operator lacks in an opset.
+
+    Args:
+        model: Whose operators all exist in `opset`.
+        opset: The older version.
+
+    Returns:
+        True if a node of the graph can't be written like that in `opset`.
+    """
+    for node in _list_standard_nodes(list_graphs(model.graph)):
         schema = defs.get_schema(node.op_type, opset)
-        if len(node.input) > schema.max_input or any(
-            part.name not in schema.attributes for part in node.attribute
-        ):
+        if len(node.input) > schema.max_input:
+            return True
+        if any(part.name not in schema.attributes for part in node.attribute):
             return True
     return False
+
+
+def _list_standard_nodes(scopes: Iterable[GraphProto | FunctionProto]) -> Iterator[NodeProto]:
+    """The nodes of these graphs and functions that are of the standard operator set."""
+    for scope in scopes:
+        for node in scope.node:
+            if node.domain in ("", "ai.onnx"):
+                yield node

@@ -44,18 +44,18 @@ except ImportError:  # Windows: nothing tells whether a writer lives, so nothing
 NAME_LIMIT = 255  # bytes of one name, on every file system in use
 SUFFIX = ".ecqx-onnx"
 RANDOM_BYTES = 6
-RANDOM_NAME = re.compile(
-    rb"\.[0-9a-f]{12}\.ecqx-onnx"
-)  # what follows the output's name in a temporary one
+# What follows the output's name in a temporary one.
+RANDOM_NAME = re.compile(rb"\.[0-9a-f]{12}\.ecqx-onnx")
 TEMPORARY_NAME = "ecqx-onnx"  # of folders in the system's place for temporaries
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 # How file systems without hard links refuse one.
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 NOT_EXCHANGED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
-ALIVE: set[Path] = (
-    set()
-)  # temporary folders of this process; on some network file systems a lock does not tell itself
-AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+# Temporary folders of this process; on some network file systems a lock does not tell itself.
+ALIVE: set[Path] = set()
+AT_FDCWD = -100  # linux/fcntl.h
+RENAME_NOREPLACE = 1  # linux/fs.h
+RENAME_EXCHANGE = 2
 
 
 def derive_path(path: Path, suffix: str) -> Path:
@@ -69,7 +69,8 @@ def derive_path(path: Path, suffix: str) -> Path:
         A path in the same folder. A name that would get longer than NAME_LIMIT is cut, and a
         checksum of it put in.
     """
-    return path.with_name(os.fsdecode(_cut(os.fsencode(path.name), len(suffix)) + suffix.encode()))
+    beginning = _cut(os.fsencode(path.name), len(suffix))
+    return path.with_name(os.fsdecode(beginning + suffix.encode()))
 
 
 def _cut(name: bytes, room: int) -> bytes:
@@ -122,16 +123,20 @@ def check_output(path: Path | str, *, force: bool, source: object = None) -> Non
 def check_name_and_folder(path: Path) -> None:
     """Refuses a name that no file can have, and a place in no folder.
 
+    Args:
+        path: Of a file or folder to be written.
+
     Raises:
-        FileError: for both of them.
-        OSError: if it cannot be told.
+        FileError: For both of them.
+        OSError: If it cannot be told.
     """
     if "\0" in str(path):
         raise FileError(
             f"{str(path)!r}: has a zero character in it, which no file name can have; choose "
             "another name"
         )
-    if (length := len(os.fsencode(path.name))) > NAME_LIMIT:
+    length = len(os.fsencode(path.name))
+    if length > NAME_LIMIT:
         raise FileError(
             f"{path}: a name can have {NAME_LIMIT} bytes, and this one has {length}; choose a "
             "shorter one"
@@ -169,6 +174,9 @@ def replace_on_success(
             in place.
         sources: files that are read; none of them is replaced, whatever `force` says.
 
+    Returns:
+        A context that gives the path to write to.
+
     Raises:
         FileError: if something is in the way (see check_output), or the disk refuses. Then all is
             as it was.
@@ -199,6 +207,9 @@ def replace_folder_on_success(
             right before the move.
         force: whether `folder` may exist.
 
+    Returns:
+        A context that gives the empty folder to fill.
+
     Raises:
         FileError: as `check` does, or if the disk refuses. Then all is as it was.
     """
@@ -223,7 +234,11 @@ def replace_folder_on_success(
 
 @contextmanager
 def open_temporary_folder() -> Iterator[Path]:
-    """A folder in the system's place for temporaries; those of killed processes go first."""
+    """Opens a folder in the system's place for temporaries; those of killed processes go first.
+
+    Returns:
+        A context that gives an empty folder, and removes it at the end.
+    """
     path = Path(tempfile.gettempdir()) / TEMPORARY_NAME
     remove_leftovers(path)
     with open_temporary(path, []) as place:
@@ -231,7 +246,11 @@ def open_temporary_folder() -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Ends the moves that killed processes had begun for `path`, and removes their temporaries."""
+    """Ends the moves that killed processes had begun for an output, and removes their temporaries.
+
+    Args:
+        path: The output.
+    """
     if fcntl is None:
         return
     prefix = make_prefix(path)
@@ -245,7 +264,14 @@ def remove_leftovers(path: Path) -> None:
 
 
 def make_prefix(path: Path) -> bytes:
-    """How names of temporaries for `path` begin."""
+    """Makes the beginning that names of temporaries for an output share.
+
+    Args:
+        path: The output.
+
+    Returns:
+        Bytes of a name, short enough for what follows them.
+    """
     room = 2 * RANDOM_BYTES + 1 + len(SUFFIX)
     return b"." + _cut(os.fsencode(path.name), room + 1)
 
@@ -261,9 +287,8 @@ def _remove_leftover(path: Path, folder: Path) -> None:
         try:
             lock = os.open(folder / "lock", os.O_RDWR | NO_FOLLOW)
         except FileNotFoundError:
-            os.rmdir(
-                folder
-            )  # killed before it was locked; if it is just being made, its process makes another
+            # Killed before it was locked; if it is just being made, its process makes another.
+            os.rmdir(folder)
             return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -317,13 +342,13 @@ class _Place:
     def _mark_superseded(
         self, names: Sequence[str], superseded: Sequence[Path], sources: Sequence[Path]
     ) -> list[Path]:
-        """Gives files that are to go a second name in gone/. -> those that can have none."""
+        """Gives files that are to go a second name in gone/; returns those that can have none."""
         without_links = []
         for other in superseded:
-            kept = other.name in names or any(
-                is_same_file(other, source, follow=True) for source in sources
-            )
-            if kept or other.is_symlink() or not other.is_file():
+            is_read = any(is_same_file(other, source, follow=True) for source in sources)
+            if is_read or other.name in names:
+                continue
+            if other.is_symlink() or not other.is_file():
                 continue
             try:
                 os.link(other, self.folder / "gone" / other.name)
@@ -334,7 +359,10 @@ class _Place:
         return without_links
 
     def _place(self, name: str, force: bool, *, alone: bool) -> None:
-        new, old, final = self.new / name, self.folder / "old" / name, self.path.with_name(name)
+        """Moves one file of new/ into place; what it replaces is kept in old/ until all have."""
+        new = self.new / name
+        old = self.folder / "old" / name
+        final = self.path.with_name(name)
         if not force:
             _link_to_free(new, final)
         elif alone:
@@ -353,7 +381,8 @@ class _Place:
                     self.path.with_name(part.name).unlink()
         else:
             for part in list_entries(self.new):
-                final, old = self.path.with_name(part.name), self.folder / "old" / part.name
+                final = self.path.with_name(part.name)
+                old = self.folder / "old" / part.name
                 if part.name == self.path.name or not is_same_file(part, final):
                     continue
                 if os.path.lexists(old):
@@ -361,31 +390,51 @@ class _Place:
                 else:
                     final.unlink()
         for old in list_entries(self.folder / "old"):
-            if not os.path.lexists(final := self.path.with_name(old.name)):
+            final = self.path.with_name(old.name)
+            if not os.path.lexists(final):
                 _rename_to_free(old, final)
 
 
 @contextmanager
 def put_errors_in_words(path: Path) -> Iterator[list[Path]]:
-    """OSErrors become a FileError; gives a list to which what could not be removed is added."""
+    """Turns OSErrors into a FileError.
+
+    Args:
+        path: The output, for the sentence.
+
+    Returns:
+        A context that gives a list, to which what could not be removed is to be added.
+
+    Raises:
+        FileError: For an OSError in the block; names what was left behind.
+    """
     left: list[Path] = []
     try:
         yield left
     except OSError as error:
-        what = f"'{left[0]}' is left and can be deleted" if left else "nothing was left behind"
+        what = "nothing was left behind"
+        if left:
+            what = f"'{left[0]}' is left and can be deleted"
         raise FileError(f"cannot write '{path}': {error.strerror or error}; {what}") from error
 
 
 @contextmanager
 def open_temporary(path: Path, left: list[Path]) -> Iterator[_Place]:
-    """A locked temporary folder for `path`, removed at the end, or added to `left` if it stays."""
+    """Opens a locked temporary folder for an output.
+
+    Args:
+        path: The output, in whose folder it lies.
+        left: The folder is added if it could not be removed.
+
+    Returns:
+        A context that gives the folder, and removes it at the end.
+    """
     folder: Path | None = None
     lock: int | None = None
     try:
         while lock is None:
-            folder = path.with_name(
-                os.fsdecode(make_prefix(path)) + f".{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}"
-            )
+            ending = f".{secrets.token_hex(RANDOM_BYTES)}{SUFFIX}"
+            folder = path.with_name(os.fsdecode(make_prefix(path)) + ending)
             ALIVE.add(folder)
             lock = _make(folder)
         assert folder is not None
@@ -447,7 +496,14 @@ def _remove(folder: Path) -> None:
 
 
 def list_entries(folder: Path) -> list[Path]:
-    """What lies in a part of a temporary folder, which may not have been made yet."""
+    """Lists what lies in a part of a temporary folder.
+
+    Args:
+        folder: It may not have been made yet.
+
+    Returns:
+        Paths in no order; none if there is no such folder.
+    """
     try:
         return [folder / name for name in os.listdir(folder)]
     except FileNotFoundError:
@@ -455,7 +511,16 @@ def list_entries(folder: Path) -> list[Path]:
 
 
 def is_same_file(one: Path, other: Path, *, follow: bool = False) -> bool:
-    """Whether both names are of one file; False where one is missing or no name."""
+    """Tells whether two names are of one file.
+
+    Args:
+        one: A path.
+        other: Another.
+        follow: Whether a link counts as what it leads to.
+
+    Returns:
+        False, too, where one is missing or no name.
+    """
     look = os.stat if follow else os.lstat
     try:
         return os.path.samestat(look(one), look(other))
@@ -464,6 +529,14 @@ def is_same_file(one: Path, other: Path, *, follow: bool = False) -> bool:
 
 
 def make_taken_error(path: Path) -> FileError:
+    """Makes the error for a name that another process has taken meanwhile.
+
+    Args:
+        path: The output.
+
+    Returns:
+        The error, to be raised.
+    """
     return FileError(
         f"{path}: exists already, another process has just written it; use --force to replace it"
     )
@@ -516,13 +589,25 @@ def _renameat2(one: Path, other: Path, flags: int) -> bool:
         return False
     if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), flags) == 0:
         return True
-    if (code := ctypes.get_errno()) in NOT_EXCHANGED:
+    code = ctypes.get_errno()
+    if code in NOT_EXCHANGED:
         return False
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
 def exchange_names(one: Path, other: Path) -> bool:
-    """Both change places at one instant; False where the system cannot do that."""
+    """Lets two files or folders change places at one instant.
+
+    Args:
+        one: A path.
+        other: Another, on the same file system.
+
+    Returns:
+        False where the system cannot do that; nothing has changed then.
+
+    Raises:
+        OSError: As of a rename.
+    """
     return _renameat2(one, other, RENAME_EXCHANGE)
 
 
@@ -541,7 +626,11 @@ def _rename_to_free(one: Path, other: Path) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Brings to the disk what gets its name next: no empty files after a loss of power."""
+    """Brings to the disk what gets its name next: no empty files after a loss of power.
+
+    Args:
+        path: A file, or a folder with all that is in it; links are passed over.
+    """
     if path.is_symlink():
         return
     if path.is_dir():
@@ -557,7 +646,11 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Names, too; where the system can do that."""
+    """Brings the names in a folder to the disk, where the system can do that.
+
+    Args:
+        folder: The folder.
+    """
     with contextlib.suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:

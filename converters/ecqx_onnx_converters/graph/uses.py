@@ -12,8 +12,13 @@ from ecqx_onnx_converters.graph.graph import list_graphs
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One place where a value is read: input `position` of `node`, which lies in `scope` (the graph
-    or a subgraph)."""
+    """One place where a value is read.
+
+    Attributes:
+        scope: The graph or subgraph in which the node lies.
+        node: It reads the value.
+        position: The input at which it does, from 0.
+    """
 
     scope: GraphProto
     node: NodeProto
@@ -21,6 +26,7 @@ class Use:
 
     @property
     def attributes(self) -> dict:
+        """The node's attributes as Python values, by name."""
         return {
             attribute.name: helper.get_attribute_value(attribute)
             for attribute in self.node.attribute
@@ -28,7 +34,14 @@ class Use:
 
 
 def find_uses(graph: GraphProto) -> Mapping[str, Sequence[Use]]:
-    """Value name -> every use, in subgraphs too."""
+    """Finds where each value is read.
+
+    Args:
+        graph: Looked at with its subgraphs.
+
+    Returns:
+        Value name -> every use; values that nobody reads are missing.
+    """
     uses: dict[str, list[Use]] = {}
     for scope in list_graphs(graph):
         for node in scope.node:
@@ -38,6 +51,14 @@ def find_uses(graph: GraphProto) -> Mapping[str, Sequence[Use]]:
 
 
 def set_attribute(node: NodeProto, name: str, value: int) -> None:
-    for attribute in [attribute for attribute in node.attribute if attribute.name == name]:
+    """Sets an attribute of a node, in place, whether it was there or not.
+
+    Args:
+        node: The node.
+        name: Of the attribute.
+        value: Its new value.
+    """
+    present = [attribute for attribute in node.attribute if attribute.name == name]
+    for attribute in present:
         node.attribute.remove(attribute)
     node.attribute.append(helper.make_attribute(name, value))
