@@ -1,11 +1,10 @@
-"""A float ONNX graph and the levels of its weights in; a small ONNX file that stock onnxruntime
-runs out.
+"""Writes small ONNX files, which stock onnxruntime runs, from float graphs and weight levels.
 
-    graph = FloatGraph.from_model(model)             # structure and data apart, exporter metadata
-    gone matching = match(graph.weights, tensors)         # where each QuantTensor sits
+    graph = FloatGraph.from_model(model)  # structure and data apart, exporter metadata gone
+    matching = match(graph.weights, tensors)  # where each QuantTensor sits
     plan = make_plan(graph, matching, target="onnxruntime")
     report = write(plan, "out.onnx")
-    stored = read_weights("out.onnx")                # and back
+    stored = read_weights("out.onnx")  # and back
 
 Numpy and ONNX only: no torch, no onnxruntime.
 """

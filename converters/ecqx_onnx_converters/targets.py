@@ -90,18 +90,32 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         # Opset 28 DequantizeLinear has no kernel in 1.32, so never above 25.
-        Target("onnxruntime", "onnxruntime >= 1.24 on CPU", 25, ALL_TYPES, True, True, "folded"),
         Target(
-            "onnxruntime-1.17", "onnxruntime >= 1.17 on CPU", 18, INT8_TYPES, True, True, "folded"
+            "onnxruntime",
+            "onnxruntime >= 1.24 on CPU",
+            25,
+            ALL_TYPES,
+            sparse=True,
+            decoders=True,
+            dequantize="folded",
+        ),
+        Target(
+            "onnxruntime-1.17",
+            "onnxruntime >= 1.17 on CPU",
+            18,
+            INT8_TYPES,
+            sparse=True,
+            decoders=True,
+            dequantize="folded",
         ),
         Target(
             "onnxruntime-web",
             "onnxruntime-web >= 1.30, WebAssembly",
             25,
             ALL_TYPES,
-            True,
-            True,
-            "folded",
+            sparse=True,
+            decoders=True,
+            dequantize="folded",
         ),
         # Converters to .ort fold what folds, so that folded weights lie there as floats; INT4 and
         # INT2 give files that onnxruntime 1.28 to 1.32 cannot load.
@@ -149,9 +163,9 @@ TARGETS: Mapping[str, Target] = {
             "tools that want standard DequantizeLinear",
             21,
             INT8_TYPES | INT4_TYPES,
-            False,
-            False,
-            "standard",
+            sparse=False,
+            decoders=False,
+            dequantize="standard",
         ),
     )
 }

@@ -210,7 +210,10 @@ def _refers_to(path: Path, location: str) -> bool:
         tensors = read_proto(path).graph.initializer
     except FileError:
         return False
-    return any(entry.value == location for tensor in tensors for entry in tensor.external_data)
+    for tensor in tensors:
+        if any(entry.value == location for entry in tensor.external_data):
+            return True
+    return False
 
 
 def write_proto(

@@ -364,8 +364,9 @@ def defines_value(graph: GraphProto, name: str) -> bool:
     Returns:
         True if the name has a meaning of its own there.
     """
-    made = (output for node in graph.node for output in node.output)
-    return name in made or any(value.name == name for value in (*graph.input, *graph.initializer))
+    if any(value.name == name for value in (*graph.input, *graph.initializer)):
+        return True
+    return any(name in node.output for node in graph.node)
 
 
 def make_fresh_name(wish: str, taken: set[str]) -> str:
