@@ -6,6 +6,7 @@ that a file declares are compared with its real length first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -210,10 +211,8 @@ def _refers_to(path: Path, location: str) -> bool:
         tensors = read_proto(path).graph.initializer
     except FileError:
         return False
-    for tensor in tensors:
-        if any(entry.value == location for entry in tensor.external_data):
-            return True
-    return False
+    entries = itertools.chain.from_iterable(tensor.external_data for tensor in tensors)
+    return any(entry.value == location for entry in entries)
 
 
 def write_proto(
