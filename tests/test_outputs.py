@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from ecqx_onnx_converters.graph import outputs
+from ecqx_onnx_converters.graph import moves, outputs
 from ecqx_onnx_converters.graph.outputs import (
     check_output,
     derive_path,
@@ -52,7 +52,7 @@ def in_another_process(tmp_path, line):
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {sys.path!r}
-from ecqx_onnx_converters.graph import outputs
+from ecqx_onnx_converters.graph import moves, outputs
 from tests.test_outputs import *
 path = Path({str(tmp_path)!r}) / "out"
 def die(*_, **__):
@@ -305,7 +305,7 @@ def test_of_two_folders_at_once_one_wins(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(outputs, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(moves, "_renameat2", lambda *_: False)
     for content in ("old", "new"):
         with replace_folder_on_success(tmp_path / "out", check=lambda: None, force=True) as folder:
             (folder / content).write_text(content)
@@ -326,7 +326,7 @@ def test_a_folder_that_was_moved_away_when_its_process_was_killed_comes_back(tmp
     (tmp_path / "out" / "old").write_text("old")
     line = """
 outputs.exchange_names = lambda *_: False
-outputs._rename_to_free = die
+outputs.rename_to_free = die
 with replace_folder_on_success(path, check=lambda: None, force=True) as folder:
     (folder / "new").write_text("new")
 """

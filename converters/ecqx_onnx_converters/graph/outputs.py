@@ -18,23 +18,32 @@ file is told to be ours by its inode, so nothing else is ever taken back.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.graph.moves import (
+    NO_FOLLOW,
+    NO_LINKS,
+    exchange_names,
+    flush_file,
+    flush_folder,
+    is_same_file,
+    keep_second_name,
+    link_over,
+    link_to_free,
+    list_entries,
+    rename_to_free,
+)
 
 try:
     import fcntl
@@ -47,15 +56,8 @@ RANDOM_BYTES = 6
 # What follows the output's name in a temporary one.
 RANDOM_NAME = re.compile(rb"\.[0-9a-f]{12}\.ecqx-onnx")
 TEMPORARY_NAME = "ecqx-onnx"  # of folders in the system's place for temporaries
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-# How file systems without hard links refuse one.
-NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
-NOT_EXCHANGED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 # Temporary folders of this process; on some network file systems a lock does not tell itself.
 ALIVE: set[Path] = set()
-AT_FDCWD = -100  # linux/fcntl.h
-RENAME_NOREPLACE = 1  # linux/fs.h
-RENAME_EXCHANGE = 2
 
 
 def derive_path(path: Path, suffix: str) -> Path:
@@ -222,10 +224,10 @@ def replace_folder_on_success(
         check()
         try:
             if not force or not os.path.lexists(folder):
-                _rename_to_free(new, folder)
+                rename_to_free(new, folder)
             elif not exchange_names(new, folder):
                 os.rename(folder, place.folder / "old" / folder.name)
-                _rename_to_free(new, folder)
+                rename_to_free(new, folder)
         except FileExistsError:
             raise make_taken_error(folder) from None
         finally:
@@ -364,13 +366,13 @@ class _Place:
         old = self.folder / "old" / name
         final = self.path.with_name(name)
         if not force:
-            _link_to_free(new, final)
+            link_to_free(new, final)
         elif alone:
             os.replace(new, final)
         else:
             if os.path.lexists(final):
-                _keep(final, old)
-            _link_over(new, final, self.folder / "placed")
+                keep_second_name(final, old)
+            link_over(new, final, self.folder / "placed")
 
     def settle(self) -> None:
         """Ends a move: forward if the output has its name (or nothing was moved), else back."""
@@ -392,7 +394,7 @@ class _Place:
         for old in list_entries(self.folder / "old"):
             final = self.path.with_name(old.name)
             if not os.path.lexists(final):
-                _rename_to_free(old, final)
+                rename_to_free(old, final)
 
 
 @contextmanager
@@ -495,39 +497,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def list_entries(folder: Path) -> list[Path]:
-    """Lists what lies in a part of a temporary folder.
-
-    Args:
-        folder: It may not have been made yet.
-
-    Returns:
-        Paths in no order; none if there is no such folder.
-    """
-    try:
-        return [folder / name for name in os.listdir(folder)]
-    except FileNotFoundError:
-        return []
-
-
-def is_same_file(one: Path, other: Path, *, follow: bool = False) -> bool:
-    """Tells whether two names are of one file.
-
-    Args:
-        one: A path.
-        other: Another.
-        follow: Whether a link counts as what it leads to.
-
-    Returns:
-        False, too, where one is missing or no name.
-    """
-    look = os.stat if follow else os.lstat
-    try:
-        return os.path.samestat(look(one), look(other))
-    except (OSError, ValueError):
-        return False
-
-
 def make_taken_error(path: Path) -> FileError:
     """Makes the error for a name that another process has taken meanwhile.
 
@@ -540,120 +509,3 @@ def make_taken_error(path: Path) -> FileError:
     return FileError(
         f"{path}: exists already, another process has just written it; use --force to replace it"
     )
-
-
-def _link_to_free(new: Path, final: Path) -> None:
-    """FileExistsError if there is something; of several processes one wins."""
-    try:
-        os.link(new, final)
-        return
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-    os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW))
-    try:
-        os.replace(new, final)
-    except BaseException:
-        os.unlink(final)
-        raise
-
-
-def _link_over(new: Path, final: Path, between: Path) -> None:
-    """Replaces `final` and leaves `new`, by which it can be told; without hard links it moves."""
-    try:
-        os.link(new, between)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        os.replace(new, final)
-    else:
-        os.replace(between, final)
-
-
-def _keep(final: Path, old: Path) -> None:
-    """A second name for what is to be replaced; links are kept as links."""
-    try:
-        os.link(final, old, follow_symlinks=False)
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LINKS:
-            raise
-        os.rename(final, old)
-
-
-def _renameat2(one: Path, other: Path, flags: int) -> bool:
-    """Linux's rename with flags. False where it cannot be had; OSError as of a rename."""
-    if not sys.platform.startswith("linux"):
-        return False
-    call: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return False
-    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), flags) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in NOT_EXCHANGED:
-        return False
-    raise OSError(code, os.strerror(code), str(one), None, str(other))
-
-
-def exchange_names(one: Path, other: Path) -> bool:
-    """Lets two files or folders change places at one instant.
-
-    Args:
-        one: A path.
-        other: Another, on the same file system.
-
-    Returns:
-        False where the system cannot do that; nothing has changed then.
-
-    Raises:
-        OSError: As of a rename.
-    """
-    return _renameat2(one, other, RENAME_EXCHANGE)
-
-
-def _rename_to_free(one: Path, other: Path) -> None:
-    """FileExistsError if there is something; of several processes one wins."""
-    if _renameat2(one, other, RENAME_NOREPLACE):
-        return
-    if os.path.lexists(other):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(other))
-    try:
-        os.rename(one, other)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR, errno.EEXIST):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(other)) from error
-        raise
-
-
-def flush_file(path: Path) -> None:
-    """Brings to the disk what gets its name next: no empty files after a loss of power.
-
-    Args:
-        path: A file, or a folder with all that is in it; links are passed over.
-    """
-    if path.is_symlink():
-        return
-    if path.is_dir():
-        for part in path.iterdir():
-            flush_file(part)
-        flush_folder(path)
-        return
-    file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def flush_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the system can do that.
-
-    Args:
-        folder: The folder.
-    """
-    with contextlib.suppress(OSError):
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
