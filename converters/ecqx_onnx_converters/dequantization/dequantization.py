@@ -1,11 +1,11 @@
 """(integer tensor, what its levels stand for) -> nodes and constants that compute the float weight.
 
-`make_folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for a codebook; runtimes
-inline it and fold it while loading, so inference runs at float speed. `make_standard`: DequantizeLinear, which every tool
-knows and
-which onnxruntime recomputes at every inference. `make_integer`: the same in front of an integer kernel.
-`make_integers`: where the graph reads integers (QLinearConv, a foreign DequantizeLinear), these, by Cast or, with an offset, by
-one more function; both fold while loading.
+`make_folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for
+a codebook; runtimes inline it and fold it while loading, so inference runs at float speed.
+`make_standard`: DequantizeLinear, which every tool knows and
+which onnxruntime recomputes at every inference. `make_integer`: the same in front of an integer
+kernel. `make_integers`: where the graph reads integers (QLinearConv, a foreign DequantizeLinear),
+these, by Cast or, with an offset, by one more function; both fold while loading.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ecqx_onnx_converters.matching.matching import Integers
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import DOMAIN
 
-# Function name -> (inputs: levels, then constants; body). One letter a value: each is in every file. Codebook levels may be
-# negative: Gather counts negative indices from the end, as Codebook does.
+# Function name -> (inputs: levels, then constants; body). One letter a value: each is in every
+# file. Codebook levels may be negative: Gather counts negative indices from the end, as Codebook
+# does.
 BODIES = {
     "Dequantize": ("ls", (("Cast", "l", "a"), ("Mul", "as", "w"))),
     "DequantizeHalf": (
@@ -38,10 +39,11 @@ BODIES = {
 
 @dataclass(frozen=True, eq=False)
 class Dequantization:
-    """Constants and the one node that turns the integer tensor into the weight; `make_function` is the model-local function it
-    calls.
+    """Constants and the one node that turns the integer tensor into the weight; `make_function` is
+    the model-local function it calls.
 
-    form: "folded", "standard", "integer" (DequantizeLinear in front of an integer kernel) or "none" (the graph reads integers).
+    form: "folded", "standard", "integer" (DequantizeLinear in front of an integer kernel) or "none"
+    (the graph reads integers).
     before: nodes in front of that node.
     """
 
@@ -91,7 +93,8 @@ def make_folded(
 
 
 def is_half(steps: np.ndarray) -> bool:
-    """Whether they are several, and all of them float16 numbers: float16.py has rounded them, for a file of fewer bytes."""
+    """Whether they are several, and all of them float16 numbers: float16.py has rounded them, for a
+    file of fewer bytes."""
     with np.errstate(over="ignore"):
         return steps.size > 1 and bool((steps.astype(np.float16) == steps).all())
 
@@ -117,9 +120,10 @@ def make_standard(
 def make_integer(
     tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str
 ) -> Dequantization | Refusal:
-    """DequantizeLinear in front of an integer kernel: of INT8, since onnxruntime fuses no narrower type (a Cast in front folds at
-    load), and with a zero point, without which QGemm fails at run time up to 1.27. Zero points of one shape have one name, so
-    that a file needs them once. `type`: of the levels."""
+    """DequantizeLinear in front of an integer kernel: of INT8, since onnxruntime fuses no narrower
+    type (a Cast in front folds at load), and with a zero point, without which QGemm fails at run
+    time up to 1.27. Zero points of one shape have one name, so that a file needs them once. `type`:
+    of the levels."""
     made = make_standard(tensor, levels=levels, output=output, constant=constant)
     if isinstance(made, Refusal):
         return made
@@ -163,7 +167,8 @@ def read_integers(node: NodeProto, offset: np.ndarray | None) -> Integers:
         wanted or (node.op_type == "Cast" and node.domain in ("", "ai.onnx"))
     ):
         raise FileError(
-            f"the integers '{node.output[0]}' are made by {node.op_type} to type {to}; the ONNX file is damaged"
+            f"the integers '{node.output[0]}' are made by {node.op_type} to type {to}; the ONNX "
+            "file is damaged"
         )
     return Integers(to, int(offset.reshape(())) if wanted and offset is not None else 0)
 
@@ -173,7 +178,8 @@ def refuse_standard(tensor: QuantTensor) -> Refusal | None:
         return Refusal("a codebook isn't a uniform grid, which DequantizeLinear needs")
     if sum(length > 1 for length in tensor.meaning.step.shape) > 1:
         return Refusal(
-            f"the step, of shape {list(tensor.meaning.step.shape)}, varies along more than the one axis of DequantizeLinear"
+            f"the step, of shape {list(tensor.meaning.step.shape)}, varies along more than the one "
+            "axis of DequantizeLinear"
         )
     return None
 
@@ -207,8 +213,8 @@ def make_function(name: str, opset: int) -> FunctionProto:
 def read_meaning(
     node: NodeProto, constants: dict[str, np.ndarray], rank: int
 ) -> tuple[Scale | Codebook, np.ndarray | None]:
-    """The inverse of `make_folded` and `make_standard`: (what the node's levels stand for, factor). rank: of the integer
-    tensor."""
+    """The inverse of `make_folded` and `make_standard`: (what the node's levels stand for, factor).
+    rank: of the integer tensor."""
     missing = [
         name
         for name in node.input[1 : 2 if node.op_type == "DequantizeLinear" else None]
@@ -216,7 +222,8 @@ def read_meaning(
     ]
     if missing or len(node.input) < 2:
         raise FileError(
-            f"the dequantisation of '{node.input[0]}' reads '{missing[:1] or node.op_type}', not a constant; the file is damaged"
+            f"the dequantisation of '{node.input[0]}' reads '{missing[:1] or node.op_type}', not a "
+            "constant; the file is damaged"
         )
     first = constants[node.input[1]]
     if node.op_type == "DequantizeLinear":
@@ -225,7 +232,8 @@ def read_meaning(
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
         if first.ndim != 1 or not -rank <= axis < rank:
             raise FileError(
-                f"the step of '{node.input[0]}' has shape {list(first.shape)} and axis {axis}; the file is damaged"
+                f"the step of '{node.input[0]}' has shape {list(first.shape)} and axis {axis}; the "
+                "file is damaged"
             )
         return Scale(
             first.reshape([-1 if dimension == axis % rank else 1 for dimension in range(rank)])

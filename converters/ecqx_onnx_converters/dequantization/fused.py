@@ -1,8 +1,10 @@
-"""The decoder of a packed tensor and its dequantisation as one call: 33 bytes a weight less than two.
+"""The decoder of a packed tensor and its dequantisation as one call: 33 bytes a weight less than
+two.
 
-Where every packed weight of a file can have it. One that is coded in another order of its axes has its Transpose behind the call,
-unless all that read it are Gemm, which can turn it themselves.
-Files that are decoded in two stages have their integers and floats apart, since that is what the stages are for.
+Where every packed weight of a file can have it. One that is coded in another order of its axes has
+its Transpose behind the call, unless all that read it are Gemm, which can turn it themselves.
+Files that are decoded in two stages have their integers and floats apart, since that is what the
+stages are for.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
 if TYPE_CHECKING:
     pass
 
-# Function -> the dequantisation that it ends with. V is for one step a tensor, by which it multiplies the table of values.
+# Function -> the dequantisation that it ends with. V is for one step a tensor, by which it
+# multiplies the table of values.
 FUSED = {"V": "Dequantize", "W": "DequantizeHalf", "B": "LookUp", "F": "LookUpScaled"}
 
 
@@ -37,7 +40,8 @@ def find_permutation(stored: Stored) -> tuple[int, ...] | None:
 
 
 def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
-    """The nodes that make the weight of what is stored. dequantise: of the levels in the order in which they are coded."""
+    """The nodes that make the weight of what is stored. dequantise: of the levels in the order in
+    which they are coded."""
     nodes = list(stored.nodes)
     turn = nodes.pop() if nodes[-1].op_type == "Transpose" else None
     decode = nodes.pop()
@@ -52,8 +56,8 @@ def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
 
 
 def fold_transpose_into_gemm(graph: GraphProto) -> set[str]:
-    """Removes, in place, the Transpose behind a fused call where Gemm alone reads it, whose transB says the same. -> The names of
-    these weights."""
+    """Removes, in place, the Transpose behind a fused call where Gemm alone reads it, whose transB
+    says the same. -> The names of these weights."""
     calls = {
         node.output[0]: node
         for node in graph.node
@@ -80,7 +84,8 @@ def fold_transpose_into_gemm(graph: GraphProto) -> set[str]:
 
 
 def expand_call(node: NodeProto) -> list[NodeProto]:
-    """The inverse, for a node of any file: the two calls that a fused one stands for, itself otherwise."""
+    """The inverse, for a node of any file: the two calls that a fused one stands for, itself
+    otherwise."""
     if node.domain != DOMAIN or node.op_type not in FUSED or not node.output:
         return [node]
     last = FUSED[node.op_type]
@@ -92,8 +97,8 @@ def expand_call(node: NodeProto) -> list[NodeProto]:
 
 
 def make_scaled(levels: FunctionProto) -> FunctionProto:
-    """V, from the function Levels (entries, advances, values, shape): it adds floats instead, each to a zero, which is exact
-    for a positive step."""
+    """V, from the function Levels (entries, advances, values, shape): it adds floats instead, each
+    to a zero, which is exact for a positive step."""
     values = levels.input[2]
     step, floats, products = islice(list_free_letters(levels), 3)
     nodes = [

@@ -1,8 +1,10 @@
-"""(a weight's consumers) -> how a standard DequantizeLinear may feed them, and the edits of the graph that this takes.
+"""(a weight's consumers) -> how a standard DequantizeLinear may feed them, and the edits of the
+graph that this takes.
 
-onnxruntime >= 1.25 turns DequantizeLinear + MatMul, and + Gemm with transB=0, into MatMulNBits with int8 activations: silently,
-with errors of percents. Conv and Gemm with transB=1 are left alone. A table that is dequantised before a Gather is dequantised
-whole at every inference, so the integers are gathered and then their rows dequantised.
+onnxruntime >= 1.25 turns DequantizeLinear + MatMul, and + Gemm with transB=0, into MatMulNBits with
+int8 activations: silently, with errors of percents. Conv and Gemm with transB=1 are left alone. A
+table that is dequantised before a Gather is dequantised whole at every inference, so the integers
+are gathered and then their rows dequantised.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ PLAIN = {"Conv": (1,), "ConvTranspose": (1,), "LSTM": (1, 2), "GRU": (1, 2), "RN
 class StandardForm:
     """How DequantizeLinear feeds a weight's consumers.
 
-    transposed: the float value has the transpose of the weight's layout, [out, in], for Gemm with transB=1.
+    transposed: the float value has the transpose of the weight's layout, [out, in], for Gemm with
+    transB=1.
     dense: some consumer reads the whole float value (false when only rows are gathered).
-    integer: the consumers are integer kernels, which the runtime fuses with DequantizeLinear of INT8 with a zero point.
+    integer: the consumers are integer kernels, which the runtime fuses with DequantizeLinear of
+    INT8 with a zero point.
     """
 
     transposed: bool
@@ -49,7 +53,8 @@ def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm
         )
     if "gemm" in kinds and axis == 1 - (find_output_axis(uses)):
         return Refusal(
-            "the step varies along the inputs of a matrix product; onnxruntime is exact with a step along its outputs"
+            "the step varies along the inputs of a matrix product; onnxruntime is exact with a "
+            "step along its outputs"
         )
     dense = {kind for kind in kinds if kind != "gather"}
     layouts = {
@@ -99,8 +104,9 @@ def apply_standard(
     step: str,
     names: NameMaker,
 ) -> None:
-    """Edits the consumers in place. tensor: in the graph's layout. weight: the value that DequantizeLinear makes, [out, in] for
-    products; levels: the integers, of TensorProto type `type`; step: what dequantises them."""
+    """Edits the consumers in place. tensor: in the graph's layout. weight: the value that
+    DequantizeLinear makes, [out, in] for products; levels: the integers, of TensorProto type
+    `type`; step: what dequantises them."""
     for use in uses:
         if use.node.op_type == "Gather":
             gather_integers(use, levels, type, step, names)
@@ -111,8 +117,9 @@ def apply_standard(
 
 
 def gather_integers(use: Use, levels: str, type: int, step: str, names: NameMaker) -> None:
-    """Gather integers, then Cast and Mul on the rows. No DequantizeLinear: onnxruntime 1.24 to 1.26 carry it past a Reshape
-    with a QuantizeLinear in between, to uint8, and negative levels become zero. step: (), or [columns]."""
+    """Gather integers, then Cast and Mul on the rows. No DequantizeLinear: onnxruntime 1.24 to 1.26
+    carry it past a Reshape with a QuantizeLinear in between, to uint8, and negative levels become
+    zero. step: (), or [columns]."""
     output, attributes = use.node.output[0], use.attributes
     before = []
     if type not in (
@@ -128,7 +135,8 @@ def gather_integers(use: Use, levels: str, type: int, step: str, names: NameMake
 
 
 def put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameMaker) -> None:
-    """MatMul(x, W) -> Reshape(Gemm(Reshape(x, [-1, in]), weight, transB=1), [x.shape[:-1], out]); weight: [out, in]."""
+    """MatMul(x, W) -> Reshape(Gemm(Reshape(x, [-1, in]), weight, transB=1), [x.shape[:-1], out]);
+    weight: [out, in]."""
     inputs, outputs = shape
     x, y = use.node.input[0], use.node.output[0]
     flat, product, whole, leading, full = (names("m") for _ in range(5))
@@ -150,7 +158,8 @@ def put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: Na
 
 
 def replace_nodes(use: Use, nodes: Sequence[NodeProto]) -> None:
-    """Puts the nodes where the consumer was; its own message becomes the last of them, so that other Uses of it stay valid."""
+    """Puts the nodes where the consumer was; its own message becomes the last of them, so that
+    other Uses of it stay valid."""
     position = next(
         index for index, node in enumerate(use.scope.node) if node is use.node or node == use.node
     )

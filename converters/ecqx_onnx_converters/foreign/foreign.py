@@ -1,14 +1,19 @@
-"""Someone else's graph -> the quantised weights that it holds, bit for bit, and the graph that reads them as plain values.
+"""Someone else's graph -> the quantised weights that it holds, bit for bit, and the graph that
+reads them as plain values.
 
 Looked for in the main graph and in every subgraph:
 
-    DequantizeLinear(integers)                           a float weight: level = integer - zero point, step = scale
-    DequantizeLinear([Clip](QuantizeLinear(floats)))     the same, after computing the integers (QCDQ)
+    DequantizeLinear(integers)                           a float weight: level = integer - zero
+    point, step = scale
+    DequantizeLinear([Clip](QuantizeLinear(floats)))     the same, after computing the integers
+    (QCDQ)
     Quant(floats), BipolarQuant(floats)                  the same (QONNX, see qonnx.py)
-    integers that anything else reads                    QLinearConv, MatMulInteger, …: they stay integers
+    integers that anything else reads                    QLinearConv, MatMulInteger, …: they stay
+    integers
 
-A DequantizeLinear stays, and only its integers are stored anew, where runtimes make an integer kernel of it (another input of
-its consumer is dequantised as well), where its result is no float32, where a level fits no int8, and where a step is a block's.
+A DequantizeLinear stays, and only its integers are stored anew, where runtimes make an integer
+kernel of it (another input of its consumer is dequantised as well), where its result is no float32,
+where a level fits no int8, and where a step is a block's.
 """
 
 from __future__ import annotations
@@ -51,9 +56,11 @@ ZERO_POINTS = {
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """graph: the nodes that made the weights are gone. weights: what it reads now and nothing in it makes.
+    """graph: the nodes that made the weights are gone. weights: what it reads now and nothing in it
+    makes.
 
-    replaced: weight name -> bytes of the tensors that it makes superfluous. refused: name of a value -> why it stays.
+    replaced: weight name -> bytes of the tensors that it makes superfluous. refused: name of a
+    value -> why it stays.
     """
 
     graph: FloatGraph
@@ -63,7 +70,8 @@ class Foreign:
 
 
 def find_quantized(graph: FloatGraph, *, leave: Collection[str] = ()) -> Foreign:
-    """leave: weights (names as in an earlier result) that are to stay as they are. The graph given isn't changed."""
+    """leave: weights (names as in an earlier result) that are to stay as they are. The graph given
+    isn't changed."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     search = _Search(FloatGraph(proto, graph.weights), frozenset(leave))
@@ -115,7 +123,8 @@ class _Search:
         self.taken = list_value_names(main)
 
     def visit(self, scope: GraphProto, outer: Known) -> None:
-        """Nodes in their order, each after those that it reads, and the graphs inside them. outer: constants around the scope."""
+        """Nodes in their order, each after those that it reads, and the graphs inside them. outer:
+        constants around the scope."""
         known = {**outer, **{tensor.name: tensor for tensor in scope.initializer}}
         outputs = {value.name for value in scope.output}
         for node in list(scope.node):
@@ -135,7 +144,8 @@ class _Search:
                 self.visit(inner, known)
 
     def made(self, node: NodeProto, known: Known) -> Constant | Grid | Refusal | None:
-        """What the node makes of constants; None for a node of no interest, or one that reads something else."""
+        """What the node makes of constants; None for a node of no interest, or one that reads
+        something else."""
         rule = find_rule(node)
         inputs = [self.constant(name, known) if name else None for name in node.input]
         if rule is None or any(
@@ -199,7 +209,8 @@ class _Search:
         self.found[name] = GraphWeight(name, replace(tensor, name=name), (made.source,))
 
     def only_transpose(self, scope: GraphProto, node: NodeProto) -> NodeProto | None:
-        """The node's one consumer, if it is a Transpose in the same graph whose result is no output."""
+        """The node's one consumer, if it is a Transpose in the same graph whose result is no
+        output."""
         uses = self.uses.get(node.output[0], [])
         if len(uses) != 1 or uses[0].node.op_type != "Transpose" or uses[0].scope is not scope:
             return None
@@ -207,7 +218,8 @@ class _Search:
         return None if uses[0].node.output[0] in outputs else uses[0].node
 
     def take_integers(self, scope: GraphProto, node: NodeProto, known: Known) -> bool:
-        """Of a DequantizeLinear that stays: the integers that QuantizeLinear makes for it of floats. Whether it was so."""
+        """Of a DequantizeLinear that stays: the integers that QuantizeLinear makes for it of
+        floats. Whether it was so."""
         value = known.get(node.input[0])
         if (
             node.op_type != "DequantizeLinear"
@@ -233,7 +245,8 @@ class _Search:
         return True
 
     def name(self, scope: GraphProto, node: NodeProto) -> str:
-        """Under which the node's output can be a value of the main graph; the same in each pass over a graph."""
+        """Under which the node's output can be a value of the main graph; the same in each pass
+        over a graph."""
         if scope is self.graph.proto.graph:
             return node.output[0]
         return make_fresh_name(node.output[0], self.taken)  # another branch may use the same name
@@ -283,7 +296,8 @@ def find_rule(node: NodeProto) -> Rule | None:
 
 
 def make_integer_weight(name: str, integers: Constant, zero: Constant | None) -> GraphWeight:
-    """Levels count from the integer that most often stands for zero, where that leaves them in int8."""
+    """Levels count from the integer that most often stands for zero, where that leaves them in
+    int8."""
     offset = 0
     if zero is not None and zero.values.size:
         values, counts = np.unique(zero.values, return_counts=True)
@@ -298,7 +312,8 @@ def make_integer_weight(name: str, integers: Constant, zero: Constant | None) ->
 
 
 def _drop_unread(proto: ModelProto, read_before: set[str]) -> set[str]:
-    """Removes, in place, constants and quantising nodes that were read before and no longer are. Names of what went."""
+    """Removes, in place, constants and quantising nodes that were read before and no longer are.
+    Names of what went."""
     gone: set[str] = set()
     while True:
         read = set(find_uses(proto.graph)) | {

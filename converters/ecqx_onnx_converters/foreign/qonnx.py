@@ -1,12 +1,16 @@
-"""QONNX's fake quantisation: a constant weight's levels; and, for activations, Quant itself in standard operators.
+"""QONNX's fake quantisation: a constant weight's levels; and, for activations, Quant itself in
+standard operators.
 
-    Quant(x, scale, zero point, bits)    y = (round(clip(x / scale + zero point, lowest, highest)) - zero point) · scale
+    Quant(x, scale, zero point, bits)    y = (round(clip(x / scale + zero point, lowest, highest)) -
+    zero point) · scale
     BipolarQuant(x, scale)               y = scale where x >= 0, else -scale
 
-with lowest, highest of a `bits`-bit integer, signed or not; narrow leaves out the lowest signed, the highest unsigned one.
-[Pappalardo et al. 2022, QONNX: Representing arbitrary-precision quantized neural networks, sec. 4.]
+with lowest, highest of a `bits`-bit integer, signed or not; narrow leaves out the lowest signed,
+the highest unsigned one. [Pappalardo et al. 2022, QONNX: Representing arbitrary-precision quantized
+neural networks, sec. 4.]
 
-A runtime that lacks these operators runs the graph all the same once they are defined in it, as model-local functions.
+A runtime that lacks these operators runs the graph all the same once they are defined in it, as
+model-local functions.
 """
 
 from __future__ import annotations
@@ -43,14 +47,16 @@ def read_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Ref
     rounding = ROUNDINGS.get(read_rounding_mode(node))
     if rounding is None:
         return Refusal(
-            f"it is rounded by {read_rounding_mode(node)}, which QONNX calls none of {', '.join(ROUNDINGS)}"
+            f"it is rounded by {read_rounding_mode(node)}, which QONNX calls none of "
+            f"{', '.join(ROUNDINGS)}"
         )
     signed, narrow = read_attribute(node, "signed", 1), read_attribute(node, "narrow", 0)
     if bits.size != 1 or not (
         1 + signed <= float(bits.reshape(())) <= 8 and (bits == np.rint(bits)).all()
     ):
         return Refusal(
-            f"its bit width {bits.reshape(-1)[:4].tolist()} isn't one whole number from {1 + signed} to 8"
+            f"its bit width {bits.reshape(-1)[:4].tolist()} isn't one whole number from "
+            f"{1 + signed} to 8"
         )
     if not (zero == np.rint(zero)).all() or not (np.isfinite(scale) & (scale > 0)).all():
         return Refusal("its zero point isn't whole or its scale isn't positive and finite")
@@ -98,7 +104,8 @@ def read_rounding_mode(node: NodeProto) -> str:
 
 
 def define_operators(model: ModelProto) -> str | None:
-    """Adds, in place, a definition of each QONNX operator that nodes still use. A sentence for the report, or None."""
+    """Adds, in place, a definition of each QONNX operator that nodes still use. A sentence for the
+    report, or None."""
     present = {(function.domain, function.name) for function in model.functions}
     imported = {entry.domain for entry in model.opset_import}
     nodes = [
@@ -132,7 +139,10 @@ def define_operators(model: ModelProto) -> str | None:
     if not defined:
         return None
     set_opset(model, max(OPSET, find_opset(model)))
-    return f"{', '.join(defined)} of activations: defined in the file by standard operators, so that stock runtimes run it"
+    return (
+        f"{', '.join(defined)} of activations: defined in the file by standard operators, so that "
+        "stock runtimes run it"
+    )
 
 
 Steps = tuple[tuple[str, str, str, dict[str, Any]], ...]
@@ -141,7 +151,8 @@ Steps = tuple[tuple[str, str, str, dict[str, Any]], ...]
 def make_quant_function(domain: str, rounding: str) -> FunctionProto:
     """signed, narrow: attributes of 0 or 1.
 
-    highest = 2^(bits - signed) - 1 - narrow·(1 - signed)        lowest = signed·(narrow - 2^(bits - signed))
+    highest = 2^(bits - signed) - 1 - narrow·(1 - signed)        lowest = signed·(narrow - 2^(bits -
+    signed))
     """
     nodes = []
     for name in ("signed", "narrow"):
@@ -201,7 +212,8 @@ def make_nodes(steps: Steps) -> list[NodeProto]:
 
 
 def broadcast_part(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The part in as many dimensions as `shape`, or none for a single value; None when it doesn't broadcast against it."""
+    """The part in as many dimensions as `shape`, or none for a single value; None when it doesn't
+    broadcast against it."""
     if part.size == 1:
         return part.reshape(())
     part = (

@@ -1,8 +1,10 @@
-"""A quantising node and the constants that it reads -> the integers that it makes, or the levels and step of the float weight.
+"""A quantising node and the constants that it reads -> the integers that it makes, or the levels
+and step of the float weight.
 
-    QuantizeLinear      integer = saturate(round(x / scale) + zero point), halves to even   [ONNX, operators 10 to 25]
-    Clip                integer = min(max(integer, lowest), highest)                        [on integers: QCDQ's narrow ranges]
-    DequantizeLinear    weight = (integer - zero point) · scale
+    QuantizeLinear      integer = saturate(round(x / scale) + zero point), halves to even   [ONNX,
+    operators 10 to 25] Clip                integer = min(max(integer, lowest), highest)
+               [on integers: QCDQ's narrow ranges] DequantizeLinear    weight = (integer - zero
+               point) · scale
 
 All in float32, as runtimes do it: the weight is theirs bit for bit.
 """
@@ -27,7 +29,8 @@ RANGES = {
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """values: float32, or integers as int32. type: their TensorProto type. source: the initializer that they come from.
+    """values: float32, or integers as int32. type: their TensorProto type. source: the initializer
+    that they come from.
 
     maker: the node that computes them; None for the initializer itself.
     """
@@ -40,7 +43,8 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A float weight: level · step. levels: int8; step: float32, positive, broadcasts against them. source: as in Constant."""
+    """A float weight: level · step. levels: int8; step: float32, positive, broadcasts against them.
+    source: as in Constant."""
 
     levels: np.ndarray
     step: np.ndarray
@@ -65,7 +69,8 @@ def read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> 
     )
     if kind not in RANGES:
         return Refusal(
-            f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can be packed"
+            f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can "
+            "be packed"
         )
     along = place_along_axis(node, x.values, scale.values)
     if isinstance(along, Refusal):
@@ -119,7 +124,8 @@ def make_grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refus
         return Refusal("it is empty")
     if levels.min() < -128 or levels.max() > 127:
         return Refusal(
-            f"its levels go from {int(levels.min())} to {int(levels.max())}, less the zero point, past int8"
+            f"its levels go from {int(levels.min())} to {int(levels.max())}, less the zero point, "
+            "past int8"
         )
     if not ((step > 0) & np.isfinite(step)).all():
         return Refusal("its scale isn't positive and finite")
@@ -136,7 +142,8 @@ def take_three(
 def place_along_axis(
     node: NodeProto, values: np.ndarray, scale: np.ndarray
 ) -> np.ndarray | Refusal:
-    """The scale in a shape that broadcasts against the values: one, or one per index of the node's axis."""
+    """The scale in a shape that broadcasts against the values: one, or one per index of the node's
+    axis."""
     if scale.size == 1 and scale.ndim <= 1:
         return scale.reshape(())
     axis = read_attribute(node, "axis", 1)

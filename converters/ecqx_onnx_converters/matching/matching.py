@@ -1,15 +1,18 @@
-"""(weights of the float graph, QuantTensors) -> where each QuantTensor sits, with its levels as the graph lays them out.
+"""(weights of the float graph, QuantTensors) -> where each QuantTensor sits, with its levels as the
+graph lays them out.
 
-The exporter keeps a parameter's name, or loses it; transposes Linear weights for MatMul; multiplies BatchNorm into conv weights
-under the old name; permutes the gate rows of LSTM and GRU and stacks their directions; splits and transposes attention
-projections. So a weight is looked for, in this order:
+The exporter keeps a parameter's name, or loses it; transposes Linear weights for MatMul; multiplies
+BatchNorm into conv weights under the old name; permutes the gate rows of LSTM and GRU and stacks
+their directions; splits and transposes attention projections. So a weight is looked for, in this
+order:
 
     1. by name, bit for bit, as it is or transposed;
     2. by name, up to one float32 factor per channel (BatchNorm);
     3. by value, bit for bit, as it is or transposed;
     4. by rows: each row, or each column, is a row or column of some QuantTensor, bit for bit.
 
-Whatever is found reproduces the graph's float values: exactly, except in 2, where the exporter itself had rounded.
+Whatever is found reproduces the graph's float values: exactly, except in 2, where the exporter
+itself had rounded.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ import numpy as np
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
 from ecqx_onnx_converters.matching.rows import RowIndex
 
-# A BatchNorm factor f arrives as fl(fl(kΔ)·f), two roundings, and is restored as fl(k·fl(s)), two more, each of at most 2^-24.
+# A BatchNorm factor f arrives as fl(fl(kΔ)·f), two roundings, and is restored as fl(k·fl(s)), two
+# more, each of at most 2^-24.
 BATCHNORM_ROUNDING = 4 * 2.0**-24
 
 
 @dataclass(frozen=True)
 class Integers:
-    """The graph reads level + offset as an integer of TensorProto type `type` (QLinearConv, DequantizeLinear, …), no float."""
+    """The graph reads level + offset as an integer of TensorProto type `type` (QLinearConv,
+    DequantizeLinear, …), no float."""
 
     type: int
     offset: int = 0
@@ -39,11 +44,14 @@ class GraphWeight:
     """One initializer of the float graph and the levels that it consists of.
 
     name: the initializer.
-    tensor: levels in the graph's layout (a numpy view of the parameter's levels where the layouts differ by a permutation only);
+    tensor: levels in the graph's layout (a numpy view of the parameter's levels where the layouts
+    differ by a permutation only);
         a step has the levels' number of dimensions, or none.
     sources: names of the parameters that the levels come from.
-    factor: float32, broadcasts against the levels, multiplied onto a Codebook's values; None for 1. (A Scale has it in its step.)
-    rescaled: the graph's values are the parameter's times a BatchNorm factor, restored to a relative 2^-22, not bit for bit.
+    factor: float32, broadcasts against the levels, multiplied onto a Codebook's values; None for 1.
+    (A Scale has it in its step.)
+    rescaled: the graph's values are the parameter's times a BatchNorm factor, restored to a
+    relative 2^-22, not bit for bit.
     integers: the graph reads integers here; the tensor's step is 1 then. None for a float weight.
     """
 
@@ -75,7 +83,8 @@ class Matching:
 
 
 def match(weights: Mapping[str, np.ndarray], tensors: Sequence[QuantTensor]) -> Matching:
-    """weights: initializer name -> float32 values (other types are passed over). Order of `found`: that of `weights`."""
+    """weights: initializer name -> float32 values (other types are passed over). Order of `found`:
+    that of `weights`."""
     floats = {
         name: values
         for name, values in weights.items()
@@ -125,7 +134,8 @@ def list_layouts(tensor: QuantTensor) -> list[QuantTensor]:
 
 
 def match_rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | None:
-    """values = what layout's levels stand for, times one factor per channel, to BATCHNORM_ROUNDING; None when that's not so."""
+    """values = what layout's levels stand for, times one factor per channel, to BATCHNORM_ROUNDING;
+    None when that's not so."""
     scaled = isinstance(layout.meaning, Scale) and layout.meaning.step.ndim == 0
     base = layout.levels.astype(np.float32) if scaled else layout.dequantize()
     for split, others in list_channel_shapes(values.shape):
@@ -149,8 +159,9 @@ def match_rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | Non
 def list_channel_shapes(
     shape: tuple[int, ...],
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(shape to see the weight in, dimensions that share a factor): output channels first, then inputs, then a ConvTranspose's
-    outputs in each of its groups, [groups, in / groups, out / groups, …]."""
+    """(shape to see the weight in, dimensions that share a factor): output channels first, then
+    inputs, then a ConvTranspose's outputs in each of its groups, [groups, in / groups, out /
+    groups, …]."""
     for axis in range(min(2, len(shape))):
         yield shape, tuple(other for other in range(len(shape)) if other != axis)
     if len(shape) > 2:
@@ -161,7 +172,8 @@ def list_channel_shapes(
 def find_factor(
     base: np.ndarray, values: np.ndarray, shared: tuple[int, ...]
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """(float32 factor with base · factor = values to BATCHNORM_ROUNDING, or None; where all values are zero), keepdims."""
+    """(float32 factor with base · factor = values to BATCHNORM_ROUNDING, or None; where all values
+    are zero), keepdims."""
     dead = ~(values != 0).any(
         axis=shared, keepdims=True
     )  # a BatchNorm weight of 0, say: any factor will do
@@ -182,8 +194,9 @@ def find_factor(
 def with_factor(
     layout: QuantTensor, factor: np.ndarray, dead: np.ndarray, *, scaled: bool
 ) -> GraphWeight | None:
-    """The levels with what they stand for times `factor` per channel. dead: where that is zero, so that levels become 0.
-    `scaled`: the factor multiplies the levels themselves. None where a level's sign would leave int8."""
+    """The levels with what they stand for times `factor` per channel. dead: where that is zero, so
+    that levels become 0. `scaled`: the factor multiplies the levels themselves. None where a
+    level's sign would leave int8."""
     if isinstance(layout.meaning, Codebook):
         alive = replace(layout, levels=layout.levels * ~dead) if dead.any() else layout
         return GraphWeight(layout.name, alive, (layout.name,), factor, rescaled=True)
@@ -200,7 +213,8 @@ def with_factor(
 
 
 def flatten_step(tensor: QuantTensor) -> QuantTensor:
-    """The same with the smallest step: dimensions along which it doesn't vary have length 1; one value means shape ()."""
+    """The same with the smallest step: dimensions along which it doesn't vary have length 1; one
+    value means shape ()."""
     if not isinstance(tensor.meaning, Scale):
         return tensor
     step = tensor.meaning.step
@@ -262,9 +276,15 @@ def match_by_rows(rows: RowIndex, name: str, values: np.ndarray) -> GraphWeight 
 
 def explain_missing(tensor: QuantTensor, floats: Mapping[str, np.ndarray]) -> str:
     if tensor.name not in floats:
-        return "no weight of the graph has its name or its values; the exporter may have merged it with another operation"
+        return (
+            "no weight of the graph has its name or its values; the exporter may have merged it "
+            "with another operation"
+        )
     if floats[tensor.name].size != tensor.size:
-        return f"the graph's weight of this name has shape {floats[tensor.name].shape}, not {tensor.shape}"
+        return (
+            f"the graph's weight of this name has shape {floats[tensor.name].shape}, not "
+            f"{tensor.shape}"
+        )
     return (
         "the graph's weight of this name has other values, and no factor per channel relates them"
     )

@@ -1,7 +1,8 @@
-"""(QuantTensors) -> an index of all their rows and columns; (float matrix) -> the levels of its rows, found bit for bit.
+"""(QuantTensors) -> an index of all their rows and columns; (float matrix) -> the levels of its
+rows, found bit for bit.
 
-Recurrent layers and attention reach the graph with their rows permuted, stacked, split or transposed; the rows themselves
-stay whole.
+Recurrent layers and attention reach the graph with their rows permuted, stacked, split or
+transposed; the rows themselves stay whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Gathered:
 
 
 class RowIndex:
-    """Rows of every tensor (seen as a matrix [-1, last]) and columns of every matrix, by their length."""
+    """Rows of every tensor (seen as a matrix [-1, last]) and columns of every matrix, by their
+    length."""
 
     def __init__(self, tensors: Sequence[QuantTensor]) -> None:
         self.tensors: dict[int, list[QuantTensor]] = {}
@@ -34,7 +36,8 @@ class RowIndex:
         self.tables: dict[int, _Table] = {}
 
     def find(self, name: str, values: np.ndarray) -> Gathered | None:
-        """values: float32, two or more dimensions. None unless every row is found, with one codebook or one kind of step."""
+        """values: float32, two or more dimensions. None unless every row is found, with one
+        codebook or one kind of step."""
         length = values.shape[-1]
         if values.ndim < 2 or length not in self.tensors:
             return None
@@ -46,7 +49,8 @@ class RowIndex:
 class _Table:
     """All rows of one length.
 
-    levels: int8 [R, length]. rows: float32 [R, length], what the levels stand for. owner: int [R], index of the row's tensor.
+    levels: int8 [R, length]. rows: float32 [R, length], what the levels stand for. owner: int [R],
+    index of the row's tensor.
     step: float32 [R], NaN where a row has a codebook or several steps.
     """
 
@@ -67,7 +71,8 @@ class _Table:
         self.hashes = hashes[self.order]
 
     def _hash(self, rows: np.ndarray) -> np.ndarray:
-        """uint64 [R]; equal rows have equal hashes. Whether unequal ones differ is checked afterwards."""
+        """uint64 [R]; equal rows have equal hashes. Whether unequal ones differ is checked
+        afterwards."""
         blocks = [
             (rows[i : i + BLOCK].view(np.uint32) * self.multipliers).sum(axis=1)
             for i in range(0, len(rows), BLOCK)
@@ -80,7 +85,8 @@ class _Table:
         place = self.order[np.minimum(slots, len(self.order) - 1)]
         if not np.array_equal(self.rows[place], rows):
             return None
-        # A row of zeros could be anyone's: it takes its step from the row before it, at the start from the first other one.
+        # A row of zeros could be anyone's: it takes its step from the row before it, at the start
+        # from the first other one.
         occupied = rows.any(axis=1)
         last = np.maximum.accumulate(np.where(occupied, np.arange(len(rows)), -1))
         like = place[np.where(last >= 0, last, np.argmax(occupied))]
@@ -96,7 +102,8 @@ class _Table:
     def _meaning(
         self, owners: Sequence[QuantTensor], like: np.ndarray, shape: tuple[int, ...]
     ) -> Scale | Codebook | None:
-        """What the gathered levels stand for: one step per row, or what all owners share. None when they share nothing."""
+        """What the gathered levels stand for: one step per row, or what all owners share. None when
+        they share nothing."""
         if not np.isnan(self.step[like]).any():
             return Scale(self.step[like].reshape((*shape[:-1], 1)))
         first = owners[0].meaning

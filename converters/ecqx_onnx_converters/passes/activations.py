@@ -1,11 +1,14 @@
-"""(float graph, its quantised weights, ranges of activations) -> the graph with QuantizeLinear and DequantizeLinear in place.
+"""(float graph, its quantised weights, ranges of activations) -> the graph with QuantizeLinear and
+DequantizeLinear in place.
 
 Activations become uint8, asymmetric [Jacob et al. 2018, arXiv 1712.05877, sec. 2.1]:
 
-    x = s (q - z),   s = (high - low) / 255,   z = round(-low / s),   with low <= 0 <= high so that zero is exact
+    x = s (q - z),   s = (high - low) / 255,   z = round(-low / s),   with low <= 0 <= high so that
+    zero is exact
 
-Weights keep their integers and get their DequantizeLinear from the writer; biases become int32 with scale s_x s_w. Written like
-this, onnxruntime fuses DequantizeLinear -> operator -> QuantizeLinear into one integer kernel.
+Weights keep their integers and get their DequantizeLinear from the writer; biases become int32 with
+scale s_x s_w. Written like this, onnxruntime fuses DequantizeLinear -> operator -> QuantizeLinear
+into one integer kernel.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ class UInt8:
 
     @classmethod
     def of(cls, low: float, high: float) -> UInt8:
-        """For values in [low, high], widened to hold zero. A value that is always zero gets the scale 1."""
+        """For values in [low, high], widened to hold zero. A value that is always zero gets the
+        scale 1."""
         low, high = min(0.0, low), max(0.0, high)
         if low == high:
             return cls(np.float32(1), 0)
@@ -68,10 +72,12 @@ class UInt8:
 
 @dataclass(frozen=True, eq=False)
 class IntegerGraph:
-    """graph: its weights are still float initializers; `weights` names those that an integer kernel reads.
+    """graph: its weights are still float initializers; `weights` names those that an integer kernel
+    reads.
 
     found: the quantised weights; a step may have been raised to hold a bias.
-    kernels: operator -> how many of its nodes run on integers. stays: nodes that don't, with the reason.
+    kernels: operator -> how many of its nodes run on integers. stays: nodes that don't, with the
+    reason.
     """
 
     graph: FloatGraph
@@ -82,7 +88,8 @@ class IntegerGraph:
 
 
 def replace_pooling(graph: FloatGraph) -> FloatGraph:
-    """A mean over all pixels becomes a GlobalAveragePool, for which there is an integer kernel; a new graph."""
+    """A mean over all pixels becomes a GlobalAveragePool, for which there is an integer kernel; a
+    new graph."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     inferred = onnx.shape_inference.infer_shapes(proto).graph
@@ -102,7 +109,8 @@ def replace_pooling(graph: FloatGraph) -> FloatGraph:
 def put_nodes(
     proto: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[str, np.ndarray]
 ) -> FloatGraph:
-    """`proto`, which is changed, with these nodes and no initializer that nothing reads any more."""
+    """`proto`, which is changed, with these nodes and no initializer that nothing reads any
+    more."""
     copies = [
         NodeProto.FromString(node.SerializeToString()) for node in nodes
     ]  # some are still owned by the graph
@@ -146,7 +154,8 @@ def make_pooling(
 
 
 def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ranges:
-    """The range of each of these values: its own, or that of a value with the same entries in another shape."""
+    """The range of each of these values: its own, or that of a value with the same entries in
+    another shape."""
     ranges = dict(known)
     for node in (*graph.proto.graph.node, *reversed(graph.proto.graph.node)):
         if node.op_type in RESHAPES:
@@ -156,8 +165,10 @@ def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ran
     missing = [name for name in values if name not in ranges]
     if missing:
         raise OptionError(
-            f"the checkpoint has no range for {len(missing)} of the {len(values)} activations, '{missing[0]}' the first: "
-            "training did not see it as the exported graph has it; add --calibration DATA, which gives all of them new ones"
+            f"the checkpoint has no range for {len(missing)} of the {len(values)} activations, "
+            f"'{missing[0]}' the first: "
+            "training did not see it as the exported graph has it; add --calibration DATA, which "
+            "gives all of them new ones"
         )
     return {name: ranges[name] for name in values}
 
@@ -165,7 +176,8 @@ def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ran
 def quantize_activations(
     graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges
 ) -> IntegerGraph:
-    """ranges: of every value in `find_integer_nodes(graph, found).ranges`. ModelError if there is nothing to run on integers."""
+    """ranges: of every value in `find_integer_nodes(graph, found).ranges`. ModelError if there is
+    nothing to run on integers."""
     refused: dict[str, str] = {}
     while True:
         plan = find_integer_nodes(graph, found, refused=refused)
@@ -176,7 +188,8 @@ def quantize_activations(
                 else ""
             )
             raise ModelError(
-                f"no node of the model can run on integers{first}; convert without --activations int8"
+                f"no node of the model can run on integers{first}; convert without --activations "
+                "int8"
             )
         rewriter = _Rewriter(graph, found, plan, ranges)
         too_large = rewriter.run()
@@ -186,7 +199,8 @@ def quantize_activations(
 
 
 class _Rewriter:
-    """Emits the new nodes in order. bytes: value -> its uint8 twin; floats: value -> where operators read it as a float."""
+    """Emits the new nodes in order. bytes: value -> its uint8 twin; floats: value -> where
+    operators read it as a float."""
 
     def __init__(
         self, graph: FloatGraph, found: Sequence[GraphWeight], plan: IntegerNodes, ranges: Ranges
@@ -235,8 +249,9 @@ class _Rewriter:
         )
 
     def _kept_float(self, node: NodeProto) -> NodeProto:
-        """onnxruntime rounds float weights to 8 bits, unasked and with one step for all, where their operator stands between
-        DequantizeLinear and QuantizeLinear. It does not look through the largest of one value.
+        """onnxruntime rounds float weights to 8 bits, unasked and with one step for all, where
+        their operator stands between DequantizeLinear and QuantizeLinear. It does not look through
+        the largest of one value.
         """
         if node.op_type not in ROUNDED_BY_RUNTIME or node.input[0] not in self.made:
             return node
@@ -296,7 +311,8 @@ class _Rewriter:
         low, high = self.ranges[name]
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ModelError(
-                f"activation '{name}' ranges from {low} to {high}: only finite values can be quantised"
+                f"activation '{name}' ranges from {low} to {high}: only finite values can be "
+                "quantised"
             )
         return low, high
 
@@ -317,7 +333,8 @@ class _Rewriter:
         )
 
     def _float(self, name: str) -> str:
-        """What reads as the dequantised value: it has the value's own name where no float operator makes that."""
+        """What reads as the dequantised value: it has the value's own name where no float operator
+        makes that."""
         if name not in self.floats:
             self.floats[name] = name if name in self.made else self.names("d")
             source = self._bytes(name)
@@ -342,7 +359,8 @@ class _Rewriter:
         return output
 
     def _bias(self, name: str, weight: GraphWeight, source: str) -> str:
-        """int32 with the scale of the sums, s_x s_w, so that the kernel adds it to them as it is [Jacob et al., sec. 2.4].
+        """int32 with the scale of the sums, s_x s_w, so that the kernel adds it to them as it is
+        [Jacob et al., sec. 2.4].
 
         source: the activation that meets the weight.
         """
@@ -360,7 +378,10 @@ class _Rewriter:
             levels = np.rint(bias.reshape(-1).astype(np.float64) / scale)
         if not (np.abs(levels) <= LARGEST_BIAS).all():
             worst = int(np.argmax(np.abs(levels)))
-            reason = f"the bias of output {worst} is {np.abs(levels[worst]):.1e} steps of its sums, more than int32 holds"
+            reason = (
+                f"the bias of output {worst} is {np.abs(levels[worst]):.1e} steps of its sums, "
+                "more than int32 holds"
+            )
             self.too_large[weight.name] = reason
         inputs = [
             self._store(np.clip(levels, -LARGEST_BIAS, LARGEST_BIAS).astype(np.int32)),
@@ -375,8 +396,9 @@ class _Rewriter:
     def _with_room_for(
         self, bias: np.ndarray, weight: GraphWeight, scale: np.float32
     ) -> GraphWeight:
-        """BatchNorm leaves channels that died in training a factor of almost nothing, so that their bias would be too many steps.
-        Such a channel's step is raised: its n weights then move the output by less than n·2^-18 of the bias, and before by less.
+        """BatchNorm leaves channels that died in training a factor of almost nothing, so that their
+        bias would be too many steps. Such a channel's step is raised: its n weights then move the
+        output by less than n·2^-18 of the bias, and before by less.
         """
         meaning = weight.tensor.meaning
         uses = sum(weight.name in node.input for node in self.source.proto.graph.node)

@@ -1,11 +1,12 @@
-"""(graph, matching) -> the same with each BatchNormalization behind a quantised product multiplied into its scales and bias.
+"""(graph, matching) -> the same with each BatchNormalization behind a quantised product multiplied
+into its scales and bias.
 
     gamma · (W x + b - mean) / sqrt(variance + epsilon) + beta  =  (f W) x + (f b + beta - f mean)
     f = gamma / sqrt(variance + epsilon)
 
-W's integers stay: f goes into their step per output channel (its sign, where it is negative, into the channel's levels). For
-Conv, ConvTranspose, Gemm, and MatMul of a matrix, whose bias is then an Add. Products with a float weight are left to the
-runtime, which fuses these by itself.
+W's integers stay: f goes into their step per output channel (its sign, where it is negative, into
+the channel's levels). For Conv, ConvTranspose, Gemm, and MatMul of a matrix, whose bias is then an
+Add. Products with a float weight are left to the runtime, which fuses these by itself.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ ROUNDING = (
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """One BatchNormalization: the name of its output, and the weight that it went into; or why it stays."""
+    """One BatchNormalization: the name of its output, and the weight that it went into; or why it
+    stays."""
 
     name: str
     weight: str | None
@@ -54,7 +56,8 @@ class BatchNorm:
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """A quantised product and the BatchNormalization behind it. bias: float32 [C], zeros if there is none. C: output channels."""
+    """A quantised product and the BatchNormalization behind it. bias: float32 [C], zeros if there
+    is none. C: output channels."""
 
     node: gs.Node
     weight: GraphWeight
@@ -153,7 +156,8 @@ def find_product(
         return Refusal("something else reads what it normalises, too")
     if any(user.op in ROUNDING for user in node.outputs[0].outputs):
         return Refusal(
-            "what follows it rounds to integers, where the last bit of a float can become a whole level"
+            "what follows it rounds to integers, where the last bit of a float can become a whole "
+            "level"
         )
     if uses[weight.name] > 1:
         return Refusal(f"'{weight.name}' feeds other nodes, too")
@@ -277,8 +281,9 @@ def rescale_weight(product: _Product, factor: np.ndarray) -> GraphWeight | None:
 
 
 def export_graph(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
-    """Nodes and initializers come from graphsurgeon, everything else from the graph: graphsurgeon keeps no metadata of a model,
-    and it moves initializers that only a subgraph reads into that subgraph, so these nodes come from the graph, too."""
+    """Nodes and initializers come from graphsurgeon, everything else from the graph: graphsurgeon
+    keeps no metadata of a model, and it moves initializers that only a subgraph reads into that
+    subgraph, so these nodes come from the graph, too."""
     exported = gs.export_onnx(surgeon).graph
     branching = {
         node.output[0]: node for node in graph.proto.graph.node if any(list_subgraphs(node))

@@ -1,11 +1,15 @@
-"""(graph, matching, largest magnitude of each channel) -> the same network, its channels equally large where that costs nothing.
+"""(graph, matching, largest magnitude of each channel) -> the same network, its channels equally
+large where that costs nothing.
 
-Bytes have one step for all channels of an activation. A channel that is small beside the others gets few of the 256 values, and a
-depthwise convolution behind it may blow it up again: BatchNorm gives it a large factor there. Between a product and a depthwise
-convolution each channel c can have a factor f of its own, since both have a step per channel anyway and a Relu between them lets
-positive factors through                                           [cross-layer equalisation, Nagel et al. 2019, arXiv 1906.04721]
+Bytes have one step for all channels of an activation. A channel that is small beside the others
+gets few of the 256 values, and a depthwise convolution behind it may blow it up again: BatchNorm
+gives it a large factor there. Between a product and a depthwise convolution each channel c can have
+a factor f of its own, since both have a step per channel anyway and a Relu between them lets
+positive factors through                                           [cross-layer equalisation, Nagel
+et al. 2019, arXiv 1906.04721]
 
-    f_c = 2^floor(log2(largest of all channels / largest of channel c)),   step of the product · f_c,  step behind it / f_c
+    f_c = 2^floor(log2(largest of all channels / largest of channel c)),   step of the product ·
+    f_c,  step behind it / f_c
 
 Powers of two, so that no rounding changes and the integers stay what they are.
 """
@@ -30,7 +34,8 @@ LARGEST_FACTOR = 2**12  # a channel that is smaller still says nothing
 
 @dataclass(frozen=True)
 class Place:
-    """Where channels can be equalised. value: between the two; before, behind: indices of the convolutions in the graph."""
+    """Where channels can be equalised. value: between the two; before, behind: indices of the
+    convolutions in the graph."""
 
     value: str
     before: int
@@ -38,7 +43,8 @@ class Place:
 
 
 def find_places(graph: FloatGraph, matching: Matching) -> tuple[Place, ...]:
-    """Conv -> (Relu ->) depthwise Conv, both with quantised weights; nobody else reads these, or what is between."""
+    """Conv -> (Relu ->) depthwise Conv, both with quantised weights; nobody else reads these, or
+    what is between."""
     nodes, constants = graph.proto.graph.node, Constants(graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     outputs = {value.name for value in graph.proto.graph.output}
@@ -84,7 +90,8 @@ def _is_depthwise(node: NodeProto, weight: GraphWeight) -> bool:
 def equalize(
     graph: FloatGraph, matching: Matching, places: Sequence[Place], peaks: Mapping[str, np.ndarray]
 ) -> tuple[FloatGraph, Matching]:
-    """peaks: of each place's value, the largest magnitude of each channel. Neither argument is changed."""
+    """peaks: of each place's value, the largest magnitude of each channel. Neither argument is
+    changed."""
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     nodes, constants, names = (

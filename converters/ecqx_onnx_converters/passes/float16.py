@@ -1,13 +1,19 @@
-"""(graph, weights that are quantised) -> the graph with its other float parameters as float16, cast to float32 for their readers.
+"""(graph, weights that are quantised) -> the graph with its other float parameters as float16, cast
+to float32 for their readers.
 
-Runtimes fold the Cast while loading: inference is as it was, with rounded parameters. Vectors are one tensor, cast once and
-split. A parameter is stored so where it takes fewer bytes, Cast included, and where rounding is harmless:
+Runtimes fold the Cast while loading: inference is as it was, with rounded parameters. Vectors are
+one tensor, cast once and split. A parameter is stored so where it takes fewer bytes, Cast included,
+and where rounding is harmless:
 
-    |float16(p) - p|  <=  2^-11 |p|           always: float16 has 11 significant bits, but below 2^-14 fewer; or
-                      <=  2^-11 max |p|       where p is only added or multiplied into sums (biases, weights), since there
-                                              the rounding of the tensor's largest entry outweighs it.
+    |float16(p) - p|  <=  2^-11 |p|           always: float16 has 11 significant bits, but below
+    2^-14 fewer; or
+                      <=  2^-11 max |p|       where p is only added or multiplied into sums (biases,
+                      weights), since there
+                                              the rounding of the tensor's largest entry outweighs
+                                              it.
 
-Steps of quantised weights, where a weight has several, are rounded by the first rule and dequantised from float16.
+Steps of quantised weights, where a weight has several, are rounded by the first rule and
+dequantised from float16.
 """
 
 from __future__ import annotations
@@ -33,7 +39,8 @@ from ecqx_onnx_converters.matching.matching import Matching
 
 FEWEST = 16  # entries; a Cast node with short names has up to 30 bytes, and an entry saves two
 RELATIVE = 2.0**-11
-# Operators that are linear in their constants. (In a variance, say, a small entry counts as much as a large one.)
+# Operators that are linear in their constants. (In a variance, say, a small entry counts as much as
+# a large one.)
 LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "LSTM", "GRU", "RNN", "Gather"}
 SCALED = {
     "QuantizeLinear",
@@ -43,7 +50,8 @@ SCALED = {
 
 @dataclass(frozen=True)
 class Halved:
-    """names: of the parameters. entries: how many numbers. rounding: the largest |float16(p) - p| / max |p| of one tensor.
+    """names: of the parameters. entries: how many numbers. rounding: the largest |float16(p) - p| /
+    max |p| of one tensor.
 
     steps: how many steps of quantised weights are rounded as well.
     """
@@ -59,14 +67,16 @@ class Halved:
             return "no float parameter takes fewer bytes as float16"
         steps = f" and {self.steps:,} steps of quantised weights" if self.steps else ""
         return (
-            f"{len(self.names)} float parameters ({self.entries:,} numbers){steps} are float16: parameters moved by at most"
+            f"{len(self.names)} float parameters ({self.entries:,} numbers){steps} are float16: "
+            "parameters moved by at most"
             f" {self.rounding:.1e} of their tensor's largest"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """tensor: as declared in a graph. half: its values as float16; moved: how far, as in Halved.rounding."""
+    """tensor: as declared in a graph. half: its values as float16; moved: how far, as in
+    Halved.rounding."""
 
     tensor: TensorProto
     half: np.ndarray
@@ -74,7 +84,8 @@ class Parameter:
 
 
 def round_to_float16(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
-    """values: float32. As float16, or None where that saves nothing or rounds too much. linear: its readers are all in LINEAR."""
+    """values: float32. As float16, or None where that saves nothing or rounds too much. linear: its
+    readers are all in LINEAR."""
     if values.dtype != np.float32 or values.size < FEWEST or not np.isfinite(values).all():
         return None
     with np.errstate(over="ignore"):
@@ -85,7 +96,8 @@ def round_to_float16(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
 
 
 def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatGraph, Halved]:
-    """quantised: names of initializers that will be stored as integers. The graph given isn't changed."""
+    """quantised: names of initializers that will be stored as integers. The graph given isn't
+    changed."""
     proto, weights = _copy(graph)
     main, taken = proto.graph, list_value_names(proto.graph)
     parameters = list_parameters(proto, weights, quantized)
@@ -117,7 +129,8 @@ def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatG
 def join_vectors(
     main: GraphProto, weights: dict[str, np.ndarray], vectors: list[Parameter], taken: set[str]
 ) -> list[NodeProto]:
-    """Takes the vectors out of the graph's initializers; nodes that make them again under their names, from one tensor."""
+    """Takes the vectors out of the graph's initializers; nodes that make them again under their
+    names, from one tensor."""
     halves, wide, lengths = (
         make_fresh_name(name, taken) for name in ("float16", "float32", "lengths")
     )
@@ -139,7 +152,8 @@ def join_vectors(
 
 
 def store_half_steps(matching: Matching) -> tuple[Matching, int]:
-    """The weights with several steps each rounded to float16, where that is harmless, as float32; how many numbers these are."""
+    """The weights with several steps each rounded to float16, where that is harmless, as float32;
+    how many numbers these are."""
     found, entries = [], 0
     for weight in matching.found:
         meaning = weight.tensor.meaning

@@ -1,8 +1,10 @@
-"""(float graph, its quantised weights) -> which nodes run on integer kernels, and why each of the others stays float.
+"""(float graph, its quantised weights) -> which nodes run on integer kernels, and why each of the
+others stays float.
 
-onnxruntime has kernels on 8-bit integers for products (QLinearConv, QGemm, QLinearMatMul), elementwise sums and products,
-averages and concatenation. Operators that only move values (MaxPool, Reshape, Slice, Pad ...) work on the bytes as they are.
-Relu and Clip right after a kernel cost nothing: the kernel's output saturates at the ends of its range.
+onnxruntime has kernels on 8-bit integers for products (QLinearConv, QGemm, QLinearMatMul),
+elementwise sums and products, averages and concatenation. Operators that only move values (MaxPool,
+Reshape, Slice, Pad ...) work on the bytes as they are. Relu and Clip right after a kernel cost
+nothing: the kernel's output saturates at the ends of its range.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ CLIPS = ("Relu", "Clip")
 class IntegerNode:
     """How one node works on integers.
 
-    kind: "kernel" (its inputs and output pass through QuantizeLinear and DequantizeLinear, which the runtime fuses with it),
+    kind: "kernel" (its inputs and output pass through QuantizeLinear and DequantizeLinear, which
+    the runtime fuses with it),
         "move" (it gets the bytes) or "clip" (the same, with its bounds quantised).
     activations: positions of the inputs that are activations.
     constants: positions of the inputs that are float constants, to be quantised to 8 bit.
@@ -74,7 +77,8 @@ class FloatNode:
 class IntegerNodes:
     """nodes: by their index in the graph. stays: every other node that computes on activations.
 
-    ranges: values whose range decides how they are quantised. weights: those that feed integer kernels.
+    ranges: values whose range decides how they are quantised. weights: those that feed integer
+    kernels.
     """
 
     nodes: Mapping[int, IntegerNode]
@@ -180,7 +184,10 @@ class _Search:
         ):
             return f"onnxruntime has no integer kernel for {node.op_type} of several activations"
         if len([name for name in node.output if name]) > 1:
-            return f"onnxruntime has no integer kernel for {node.op_type} with {len(node.output)} outputs"
+            return (
+                f"onnxruntime has no integer kernel for {node.op_type} with {len(node.output)} "
+                "outputs"
+            )
         if (
             node.op_type == "Pad"
             and len(node.input) > 2
@@ -224,7 +231,10 @@ class _Search:
         for position in set(range(len(node.input))) - set(activations):
             values = self.constants.get(node.input[position])
             if node.op_type == "Concat" or values is None or values.dtype != np.float32:
-                return f"its operand '{node.input[position]}' is a constant that {node.op_type} has no integer kernel for"
+                return (
+                    f"its operand '{node.input[position]}' is a constant that {node.op_type} has "
+                    "no integer kernel for"
+                )
         return activations
 
     def _product(self, node: NodeProto) -> tuple[int, ...] | str:
@@ -256,11 +266,15 @@ class _Search:
             if bias is None or bias.dtype != np.float32:
                 return "its bias is computed"
             if bias.size != tensor.shape[find_output_axis(node)]:
-                return f"its bias has {bias.size} values for {tensor.shape[find_output_axis(node)]} outputs"
+                return (
+                    f"its bias has {bias.size} values for {tensor.shape[find_output_axis(node)]} "
+                    "outputs"
+                )
         return self.refused.get(weight, (0,))
 
     def _refuse_shared_weights(self) -> None:
-        """A weight that some consumer reads as a float must come without DequantizeLinear for all of them."""
+        """A weight that some consumer reads as a float must come without DequantizeLinear for all
+        of them."""
         for name in self.weights:
             for use in self.uses.get(name, []):
                 integer = (
@@ -271,7 +285,10 @@ class _Search:
                 if not integer or isinstance(self._product(use.node), str):
                     self.refused.setdefault(
                         name,
-                        f"its weight '{name}' is read by {use.node.op_type}, too, which stays float",
+                        (
+                            f"its weight '{name}' is read by {use.node.op_type}, too, which stays "
+                            "float"
+                        ),
                     )
 
     def _weight_of(self, node: NodeProto) -> str | None:
@@ -286,7 +303,8 @@ class _Search:
         return find_clip_bounds(node, self.constants)
 
     def _leave_tails_float(self) -> None:
-        """Sums of a last Gemm or MatMul keep full precision, also through operators that only carry them to float ones."""
+        """Sums of a last Gemm or MatMul keep full precision, also through operators that only carry
+        them to float ones."""
         for index in reversed(list(self.integer)):
             node, done = self.nodes[index], self.integer[index]
             if done.absorbed is not None or self._has_integer_readers(done.output):
@@ -304,7 +322,8 @@ class _Search:
         )
 
     def _begins_with_product(self, index: int) -> bool:
-        """The node, and each before it that has no other reader, only carries values on from a Gemm or MatMul."""
+        """The node, and each before it that has no other reader, only carries values on from a Gemm
+        or MatMul."""
         node, done = self.nodes[index], self.integer[index]
         source = node.input[done.activations[0]]
         maker = self.makers.get(source)
@@ -352,7 +371,10 @@ def explain_float(weight: GraphWeight, axis: int) -> str | None:
     if weight.tensor.meaning.axis not in (None, axis) or (
         axis == 1 and len(weight.tensor.shape) != 2
     ):
-        return f"the step of its weight '{weight.name}' varies along its inputs; integer kernels want one per output"
+        return (
+            f"the step of its weight '{weight.name}' varies along its inputs; integer kernels want "
+            "one per output"
+        )
     return None
 
 

@@ -6,7 +6,8 @@ from onnx import GraphProto
 
 
 def fix_batch(graph: GraphProto) -> None:
-    """The free length that leads the inputs becomes 1, wherever inputs and outputs declare it. Other free lengths stay."""
+    """The free length that leads the inputs becomes 1, wherever inputs and outputs declare it.
+    Other free lengths stay."""
     stored = {tensor.name for tensor in graph.initializer}
     leading = {
         value.type.tensor_type.shape.dim[0].dim_param

@@ -56,10 +56,11 @@ def classify_entry(entry: Entry) -> str | None:
 
 
 def pack_entries(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
-    """The entries with those weights packed that make the file smallest; or, always, all that can be.
+    """The entries with those weights packed that make the file smallest; or, always, all that can
+    be.
 
-    Packed weights share streams, and their decoder is written once. Tried are all weights, those of them that are smaller packed,
-    those of these that still are ... and none.
+    Packed weights share streams, and their decoder is written once. Tried are all weights, those of
+    them that are smaller packed, those of these that still are ... and none.
     """
     first = dict[str, Entry]()  # tied weights are stored once
     for entry in entries:

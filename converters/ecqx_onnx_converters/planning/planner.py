@@ -1,4 +1,5 @@
-"""(float graph, matching, target) -> Plan: which storage and which dequantisation each weight gets, with the reason in words."""
+"""(float graph, matching, target) -> Plan: which storage and which dequantisation each weight gets,
+with the reason in words."""
 
 from __future__ import annotations
 
@@ -49,16 +50,18 @@ def make_plan(
     opset: int | None = None,
     integer: Collection[str] = (),
 ) -> Plan:
-    """storage: "auto" (fewest bytes in the file) or a name from STORAGES. dequantize: "auto" (the target's own), "standard" or
-    "folded". opset: highest to write; by default whatever the target has. integer: weights whose consumers all are integer
-    kernels, which need DequantizeLinear in any case. OptionError for what can't be had at all; what a single
-    weight can't have is replaced, and its entry says why."""
+    """storage: "auto" (fewest bytes in the file) or a name from STORAGES. dequantize: "auto" (the
+    target's own), "standard" or "folded". opset: highest to write; by default whatever the target
+    has. integer: weights whose consumers all are integer kernels, which need DequantizeLinear in
+    any case. OptionError for what can't be had at all; what a single weight can't have is replaced,
+    and its entry says why."""
     check_forms(storage, dequantize)
     able = limit_target(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
     if form != able.dequantize and able.only:
         raise OptionError(
-            f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at {able.dequantize}"
+            f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at "
+            f"{able.dequantize}"
         )
     uses, names = find_uses(graph.proto.graph), NameMaker(list_value_names(graph.proto.graph))
     entries: list[Entry] = []
@@ -79,7 +82,8 @@ def make_plan(
         entries = pack_entries(entries, able, always=storage == "packed")
     if storage != "auto" and entries and all(entry.stored.storage != storage for entry in entries):
         raise OptionError(
-            f"storage '{storage}' can't be had for any weight (leave --storage at auto): layer '{entries[0].weight.name}':"
+            f"storage '{storage}' can't be had for any weight (leave --storage at auto): layer "
+            f"'{entries[0].weight.name}':"
             f" {entries[0].reason}"
         )
     quantized = {entry.weight.name for entry in entries} | {left.name for left in kept}
@@ -100,15 +104,18 @@ def explain_float(name: str, uses: Sequence[Use]) -> str:
 
 
 def limit_target(graph: FloatGraph, target: Target, opset: int | None) -> Target:
-    """The target, less what this graph can't use: opsets, and their types, that would change the graph's meaning."""
+    """The target, less what this graph can't use: opsets, and their types, that would change the
+    graph's meaning."""
     ceiling = target.max_opset if opset is None else opset
     if ceiling > target.max_opset:
         raise OptionError(
-            f"target '{target.name}' has opsets up to {target.max_opset}, not {opset}: use --opset {target.max_opset}"
+            f"target '{target.name}' has opsets up to {target.max_opset}, not {opset}: use --opset "
+            f"{target.max_opset}"
         )
     if graph.opset > ceiling:
         raise OptionError(
-            f"the graph has opset {graph.opset}, and {ceiling} is asked for: export it with opset {ceiling}, or raise --opset"
+            f"the graph has opset {graph.opset}, and {ceiling} is asked for: export it with opset "
+            f"{ceiling}, or raise --opset"
         )
     reach = graph.opset
     for step in (step for step in STEPS_UP if graph.opset < step <= ceiling):
@@ -120,7 +127,8 @@ def limit_target(graph: FloatGraph, target: Target, opset: int | None) -> Target
 
 
 def group_tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
-    """Weights grouped by their levels: those of one parameter that are equal, as they are or transposed, are stored once."""
+    """Weights grouped by their levels: those of one parameter that are equal, as they are or
+    transposed, are stored once."""
     groups: list[list[GraphWeight]] = []
     for weight in found:
         twins = (group for group in groups if group[0].sources == weight.sources)
@@ -202,7 +210,8 @@ def choose_form(
         return refusal
     if target.max_opset < find_standard_opset(weight):
         return Refusal(
-            f"DequantizeLinear needs opset {find_standard_opset(weight)}, which the graph can't be raised to"
+            f"DequantizeLinear needs opset {find_standard_opset(weight)}, which the graph can't be "
+            "raised to"
         )
     return find_standard_form(weight.tensor, uses)
 
@@ -219,7 +228,8 @@ def find_standard_opset(weight: GraphWeight) -> int:
 def choose_cheapest(
     levels: np.ndarray, name: str, target: Target, storage: str
 ) -> tuple[Stored | None, str]:
-    """The storage of fewest bytes among those allowed that store each weight alone, dense where none of them can; and why."""
+    """The storage of fewest bytes among those allowed that store each weight alone, dense where
+    none of them can; and why."""
     allowed = {"auto": ["dense", "sparse"], "packed": ["dense"]}.get(storage, [storage])
     results = {label: STORAGES[label].encode(levels, name, target) for label in allowed}
     stored = [result for result in results.values() if isinstance(result, Stored)]
