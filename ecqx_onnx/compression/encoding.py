@@ -138,7 +138,7 @@ def as_tensor(weight: Weight, rounded: Rounded) -> QuantTensor:
     return QuantTensor(weight.name, levels, Scale(steps.reshape(weight.step_shape())))
 
 
-def write_report_bits(report: WriteReport) -> float:
+def _write_report_bits(report: WriteReport) -> float:
     """Bits of the whole file per quantized weight."""
     entries = sum(int(np.prod(row.shape)) for row in report.tensors)
     return 8 * report.nbytes / max(1, entries)

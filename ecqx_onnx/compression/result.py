@@ -201,6 +201,6 @@ def _point_json(point: Point) -> dict[str, Any]:
     }
 
 
-def rows_of(points: Sequence[Point]) -> list[tuple[int, float]]:
+def _rows_of(points: Sequence[Point]) -> list[tuple[int, float]]:
     """(bytes, error) of each point, for a chart."""
     return [(point.nbytes, point.quality.error) for point in points]

@@ -30,7 +30,7 @@ class Segments:
         self._graph = graph
         self._threads = threads
         self._initializers = {tensor.name: tensor for tensor in graph.proto.graph.initializer}
-        self._reads = [set(read_names(node)) for node in graph.proto.graph.node]
+        self._reads = [set(_read_names(node)) for node in graph.proto.graph.node]
         self._last_read = self._find_last_reads()
         self.position = 0
         self.live: list[dict[str, np.ndarray]] = [dict(feeds) for feeds in batches]
@@ -113,7 +113,7 @@ class Segments:
         return model, arrays
 
 
-def read_names(node: NodeProto) -> Iterator[str]:
+def _read_names(node: NodeProto) -> Iterator[str]:
     """Names that a node reads, those that its subgraphs read from outside among them."""
     yield from (name for name in node.input if name)
     for inner in list_subgraphs(node):

@@ -100,7 +100,7 @@ def make_scaled(levels: FunctionProto) -> FunctionProto:
     """V, from the function Levels (entries, advances, values, shape): it adds floats instead, each
     to a zero, which is exact for a positive step."""
     values = levels.input[2]
-    step, floats, products = islice(list_free_letters(levels), 3)
+    step, floats, products = islice(_list_free_letters(levels), 3)
     nodes = [
         helper.make_node("CastLike", [values, step], [floats]),
         helper.make_node("Mul", [floats, step], [products]),
@@ -118,7 +118,7 @@ def make_scaled(levels: FunctionProto) -> FunctionProto:
 
 def compose(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
     """One function that does what the first does, and to its output what the second does."""
-    letters = list_free_letters(first)
+    letters = _list_free_letters(first)
     new = {second.input[0]: first.output[0]}
     new |= {
         value: next(letters)
@@ -139,6 +139,6 @@ def compose(name: str, first: FunctionProto, second: FunctionProto) -> FunctionP
     return helper.make_function(DOMAIN, name, inputs, outputs, nodes, list(first.opset_import))
 
 
-def list_free_letters(function: FunctionProto) -> Iterator[str]:
+def _list_free_letters(function: FunctionProto) -> Iterator[str]:
     taken = {*function.input, *(value for node in function.node for value in node.output)}
     return (letter for letter in string.ascii_letters if letter not in taken)

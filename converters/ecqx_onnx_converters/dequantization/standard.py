@@ -42,7 +42,7 @@ class StandardForm:
 
 def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm | Refusal:
     """tensor: the weight in the graph's layout, with one step or a step along one axis."""
-    kinds = [classify_use(use) for use in uses]
+    kinds = [_classify_use(use) for use in uses]
     for kind in kinds:
         if isinstance(kind, Refusal):
             return kind
@@ -79,7 +79,7 @@ def find_output_axis(uses: Sequence[Use]) -> int:
     )
 
 
-def classify_use(use: Use) -> str | Refusal:
+def _classify_use(use: Use) -> str | Refusal:
     """ "plain", "gemm" or "gather"."""
     operator, position = use.node.op_type, use.position
     if use.node.domain in ("", "ai.onnx"):
@@ -109,14 +109,14 @@ def apply_standard(
     `type`; step: what dequantises them."""
     for use in uses:
         if use.node.op_type == "Gather":
-            gather_integers(use, levels, type, step, names)
+            _gather_integers(use, levels, type, step, names)
         elif use.node.op_type == "Gemm":
             set_attribute(use.node, "transB", 1)
         elif use.node.op_type == "MatMul":
-            put_gemm_for_matmul(use, weight, tensor.shape, names)
+            _put_gemm_for_matmul(use, weight, tensor.shape, names)
 
 
-def gather_integers(use: Use, levels: str, type: int, step: str, names: NameMaker) -> None:
+def _gather_integers(use: Use, levels: str, type: int, step: str, names: NameMaker) -> None:
     """Gather integers, then Cast and Mul on the rows. No DequantizeLinear: onnxruntime 1.24 to 1.26
     carry it past a Reshape with a QuantizeLinear in between, to uint8, and negative levels become
     zero. step: (), or [columns]."""
@@ -131,10 +131,10 @@ def gather_integers(use: Use, levels: str, type: int, step: str, names: NameMake
     rows, floats = names("g"), names("g")
     gather = helper.make_node("Gather", [levels, use.node.input[1]], [rows], **attributes)
     cast = helper.make_node("Cast", [rows], [floats], to=TensorProto.FLOAT)
-    replace_nodes(use, [*before, gather, cast, helper.make_node("Mul", [floats, step], [output])])
+    _replace_nodes(use, [*before, gather, cast, helper.make_node("Mul", [floats, step], [output])])
 
 
-def put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameMaker) -> None:
+def _put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: NameMaker) -> None:
     """MatMul(x, W) -> Reshape(Gemm(Reshape(x, [-1, in]), weight, transB=1), [x.shape[:-1], out]);
     weight: [out, in]."""
     inputs, outputs = shape
@@ -154,10 +154,10 @@ def put_gemm_for_matmul(use: Use, weight: str, shape: tuple[int, ...], names: Na
         helper.make_node("Concat", [leading, constants["out"]], [full], axis=0),
         helper.make_node("Reshape", [product, full], [y]),
     ]
-    replace_nodes(use, nodes)
+    _replace_nodes(use, nodes)
 
 
-def replace_nodes(use: Use, nodes: Sequence[NodeProto]) -> None:
+def _replace_nodes(use: Use, nodes: Sequence[NodeProto]) -> None:
     """Puts the nodes where the consumer was; its own message becomes the last of them, so that
     other Uses of it stay valid."""
     position = next(

@@ -146,7 +146,7 @@ class _Search:
     def made(self, node: NodeProto, known: Known) -> Constant | Grid | Refusal | None:
         """What the node makes of constants; None for a node of no interest, or one that reads
         something else."""
-        rule = find_rule(node)
+        rule = _find_rule(node)
         inputs = [self.constant(name, known) if name else None for name in node.input]
         if rule is None or any(
             value is None and name for value, name in zip(inputs, node.input, strict=True)
@@ -241,7 +241,7 @@ class _Search:
                 if len(node.input) > 2 and node.input[2]
                 else None
             )
-            self.found[name] = make_integer_weight(name, value, zero)
+            self.found[name] = _make_integer_weight(name, value, zero)
         return True
 
     def name(self, scope: GraphProto, node: NodeProto) -> str:
@@ -286,16 +286,16 @@ class _Search:
                 )
                 constant = self.constant(tensor.name, known)
                 if constant is not None and constant.values.size:
-                    self.found[tensor.name] = make_integer_weight(tensor.name, constant, zero)
+                    self.found[tensor.name] = _make_integer_weight(tensor.name, constant, zero)
 
 
-def find_rule(node: NodeProto) -> Rule | None:
+def _find_rule(node: NodeProto) -> Rule | None:
     if node.domain in ("", "ai.onnx"):
         return quantization_nodes.RULES.get(node.op_type)
     return qonnx.RULES.get(node.op_type) if node.domain in qonnx.DOMAINS else None
 
 
-def make_integer_weight(name: str, integers: Constant, zero: Constant | None) -> GraphWeight:
+def _make_integer_weight(name: str, integers: Constant, zero: Constant | None) -> GraphWeight:
     """Levels count from the integer that most often stands for zero, where that leaves them in
     int8."""
     offset = 0

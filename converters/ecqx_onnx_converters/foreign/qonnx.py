@@ -38,16 +38,16 @@ ROUNDING_OPERATORS = {"ROUND": "Round", "FLOOR": "Floor", "CEIL": "Ceil"}
 OPSET = 12  # of the functions: the first with Round and with Constants of a plain number
 
 
-def read_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+def _read_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
     if len(inputs) != 4 or any(
         constant is None or constant.type != TensorProto.FLOAT for constant in inputs
     ):
         return Refusal("its Quant has inputs that aren't four float32 tensors")
     x, scale, zero, bits = (constant.values for constant in inputs if constant is not None)
-    rounding = ROUNDINGS.get(read_rounding_mode(node))
+    rounding = ROUNDINGS.get(_read_rounding_mode(node))
     if rounding is None:
         return Refusal(
-            f"it is rounded by {read_rounding_mode(node)}, which QONNX calls none of "
+            f"it is rounded by {_read_rounding_mode(node)}, which QONNX calls none of "
             f"{', '.join(ROUNDINGS)}"
         )
     signed, narrow = read_attribute(node, "signed", 1), read_attribute(node, "narrow", 0)
@@ -60,39 +60,39 @@ def read_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Ref
         )
     if not (zero == np.rint(zero)).all() or not (np.isfinite(scale) & (scale > 0)).all():
         return Refusal("its zero point isn't whole or its scale isn't positive and finite")
-    step, shift = broadcast_part(scale, x.shape), broadcast_part(zero, x.shape)
+    step, shift = _broadcast_part(scale, x.shape), _broadcast_part(zero, x.shape)
     if step is None or shift is None:
         return Refusal("its scale or zero point doesn't broadcast against it")
-    lowest, highest = compute_bounds(
+    lowest, highest = _compute_bounds(
         int(bits.reshape(())), signed=bool(signed), narrow=bool(narrow)
     )
     levels = rounding(np.clip(x / step + shift, np.float32(lowest), np.float32(highest))) - shift
-    return make_grid(levels.astype(np.int32), step, name_source(inputs))
+    return make_grid(levels.astype(np.int32), step, _name_source(inputs))
 
 
-def read_bipolar_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+def _read_bipolar_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
     if len(inputs) != 2 or any(
         constant is None or constant.type != TensorProto.FLOAT for constant in inputs
     ):
         return Refusal("its BipolarQuant has inputs that aren't two float32 tensors")
     x, scale = (constant.values for constant in inputs if constant is not None)
-    step = broadcast_part(scale, x.shape)
+    step = _broadcast_part(scale, x.shape)
     if step is None:
         return Refusal("its scale doesn't broadcast against it")
-    return make_grid(np.where(x >= 0, 1, -1), step, name_source(inputs))
+    return make_grid(np.where(x >= 0, 1, -1), step, _name_source(inputs))
 
 
-RULES: Mapping[str, Rule] = {"Quant": read_quant, "BipolarQuant": read_bipolar_quant}
+RULES: Mapping[str, Rule] = {"Quant": _read_quant, "BipolarQuant": _read_bipolar_quant}
 
 
-def compute_bounds(bits: int, *, signed: bool, narrow: bool) -> tuple[int, int]:
+def _compute_bounds(bits: int, *, signed: bool, narrow: bool) -> tuple[int, int]:
     """(lowest, highest) integer."""
     if signed:
         return -(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1
     return 0, 2**bits - 1 - narrow
 
 
-def read_rounding_mode(node: NodeProto) -> str:
+def _read_rounding_mode(node: NodeProto) -> str:
     return next(
         (
             entry.s.decode(errors="replace")
@@ -119,7 +119,7 @@ def define_operators(model: ModelProto) -> str | None:
     defined = []
     for domain, operator in wanted:
         users = [node for node in nodes if (node.domain, node.op_type) == (domain, operator)]
-        modes = {read_rounding_mode(node) for node in users}
+        modes = {_read_rounding_mode(node) for node in users}
         if operator == "Quant" and (len(modes) > 1 or not modes <= ROUNDING_OPERATORS.keys()):
             continue
         if operator == "Quant":
@@ -129,9 +129,9 @@ def define_operators(model: ModelProto) -> str | None:
                 node.attribute.extend(
                     helper.make_attribute(*pair) for pair in missing if pair[0] not in present_names
                 )
-            model.functions.append(make_quant_function(domain, ROUNDING_OPERATORS[modes.pop()]))
+            model.functions.append(_make_quant_function(domain, ROUNDING_OPERATORS[modes.pop()]))
         else:
-            model.functions.append(make_bipolar_function(domain))
+            model.functions.append(_make_bipolar_function(domain))
         defined.append(operator)
         if domain not in imported:
             model.opset_import.append(helper.make_opsetid(domain, 1))
@@ -148,7 +148,7 @@ def define_operators(model: ModelProto) -> str | None:
 Steps = tuple[tuple[str, str, str, dict[str, Any]], ...]
 
 
-def make_quant_function(domain: str, rounding: str) -> FunctionProto:
+def _make_quant_function(domain: str, rounding: str) -> FunctionProto:
     """signed, narrow: attributes of 0 or 1.
 
     highest = 2^(bits - signed) - 1 - narrow·(1 - signed)        lowest = signed·(narrow - 2^(bits -
@@ -180,14 +180,14 @@ def make_quant_function(domain: str, rounding: str) -> FunctionProto:
         ("Sub", "rounded zero", "level", {}),
         ("Mul", "level scale", "y", {}),
     )
-    nodes += make_nodes(steps)
+    nodes += _make_nodes(steps)
     imports = [helper.make_opsetid("", OPSET)]
     return helper.make_function(
         domain, "Quant", ["x", "scale", "zero", "bits"], ["y"], nodes, imports, ["signed", "narrow"]
     )
 
 
-def make_bipolar_function(domain: str) -> FunctionProto:
+def _make_bipolar_function(domain: str) -> FunctionProto:
     steps: Steps = (
         ("Constant", "", "nothing", {"value_float": 0.0}),
         ("Less", "x nothing", "negative", {}),
@@ -199,19 +199,19 @@ def make_bipolar_function(domain: str) -> FunctionProto:
         "BipolarQuant",
         ["x", "scale"],
         ["y"],
-        make_nodes(steps),
+        _make_nodes(steps),
         [helper.make_opsetid("", OPSET)],
     )
 
 
-def make_nodes(steps: Steps) -> list[NodeProto]:
+def _make_nodes(steps: Steps) -> list[NodeProto]:
     return [
         helper.make_node(operator, inputs.split(), [output], **values)
         for operator, inputs, output, values in steps
     ]
 
 
-def broadcast_part(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+def _broadcast_part(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """The part in as many dimensions as `shape`, or none for a single value; None when it doesn't
     broadcast against it."""
     if part.size == 1:
@@ -227,5 +227,5 @@ def broadcast_part(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | Non
     return part if fits else None
 
 
-def name_source(inputs: Sequence[Constant | None]) -> str:
+def _name_source(inputs: Sequence[Constant | None]) -> str:
     return inputs[0].source if inputs[0] is not None else ""

@@ -58,8 +58,8 @@ def read_attribute(node: NodeProto, name: str, default: int) -> int:
     return next((int(entry.i) for entry in node.attribute if entry.name == name), default)
 
 
-def read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | Refusal:
-    x, scale, zero = take_three(inputs)
+def _read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | Refusal:
+    x, scale, zero = _take_three(inputs)
     if x is None or scale is None or x.type != TensorProto.FLOAT or scale.type != TensorProto.FLOAT:
         return Refusal("it isn't quantised from float32 by a float32 scale")
     kind = (
@@ -72,10 +72,10 @@ def read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> 
             f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can "
             "be packed"
         )
-    along = place_along_axis(node, x.values, scale.values)
+    along = _place_along_axis(node, x.values, scale.values)
     if isinstance(along, Refusal):
         return along
-    origin = spread_zero(zero, along)
+    origin = _spread_zero(zero, along)
     if isinstance(origin, Refusal):
         return origin
     with np.errstate(all="ignore"):
@@ -85,9 +85,9 @@ def read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> 
     return Constant(np.clip(rounded, *RANGES[kind]).astype(np.int32), kind, x.source, node)
 
 
-def read_clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
+def _read_clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
     """None for floats, and where the integers come from no quantising node."""
-    x, lowest, highest = take_three(inputs)
+    x, lowest, highest = _take_three(inputs)
     if x is None or x.maker is None:
         return None
     if any(bound is not None and bound.values.size != 1 for bound in (lowest, highest)):
@@ -99,8 +99,8 @@ def read_clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | 
     return Constant(values.astype(np.int32), x.type, x.source, node)
 
 
-def read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
-    integers, scale, zero = take_three(inputs)
+def _read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+    integers, scale, zero = _take_three(inputs)
     if integers is None or integers.type not in RANGES:
         return Refusal("it has more than 8 bits")
     if (
@@ -109,10 +109,10 @@ def read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -
         or read_attribute(node, "output_dtype", 1) != TensorProto.FLOAT
     ):
         return Refusal("it isn't dequantised to float32")
-    along = place_along_axis(node, integers.values, scale.values)
+    along = _place_along_axis(node, integers.values, scale.values)
     if isinstance(along, Refusal):
         return along
-    origin = spread_zero(zero, along)
+    origin = _spread_zero(zero, along)
     if isinstance(origin, Refusal):
         return origin
     return make_grid(integers.values - origin, along, integers.source)
@@ -132,14 +132,14 @@ def make_grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refus
     return Grid(levels.astype(np.int8), step.reshape(()) if step.size == 1 else step, source)
 
 
-def take_three(
+def _take_three(
     inputs: Sequence[Constant | None],
 ) -> tuple[Constant | None, Constant | None, Constant | None]:
     first, second, third = (*inputs, None, None, None)[:3]
     return first, second, third
 
 
-def place_along_axis(
+def _place_along_axis(
     node: NodeProto, values: np.ndarray, scale: np.ndarray
 ) -> np.ndarray | Refusal:
     """The scale in a shape that broadcasts against the values: one, or one per index of the node's
@@ -156,7 +156,7 @@ def place_along_axis(
     )
 
 
-def spread_zero(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:
+def _spread_zero(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusal:
     """The zero point in the shape of the scale."""
     if zero is None:
         return np.zeros((), np.int32)
@@ -168,7 +168,7 @@ def spread_zero(zero: Constant | None, along: np.ndarray) -> np.ndarray | Refusa
 
 
 RULES: Mapping[str, Rule] = {
-    "QuantizeLinear": read_quantize_linear,
-    "Clip": read_clip,
-    "DequantizeLinear": read_dequantize_linear,
+    "QuantizeLinear": _read_quantize_linear,
+    "Clip": _read_clip,
+    "DequantizeLinear": _read_dequantize_linear,
 }

@@ -94,52 +94,52 @@ def match(weights: Mapping[str, np.ndarray], tensors: Sequence[QuantTensor]) -> 
     found: dict[str, GraphWeight] = {}
     for tensor in tensors:
         if tensor.name in floats:
-            weight = match_by_name(tensor, floats[tensor.name])
+            weight = _match_by_name(tensor, floats[tensor.name])
             if weight is not None:
                 found[tensor.name] = weight
     by_value = _ByValue(tensors)
     rows = RowIndex(tensors)
     for name, values in floats.items():
         if name not in found:
-            weight = by_value.find(name, values) or match_by_rows(rows, name, values)
+            weight = by_value.find(name, values) or _match_by_rows(rows, name, values)
             if weight is not None:
                 found[name] = weight
     sources = {source for weight in found.values() for source in weight.sources}
     copies = {
-        sample_values(tensor.shape, tensor) for tensor in tensors if tensor.name in sources
+        _sample_values(tensor.shape, tensor) for tensor in tensors if tensor.name in sources
     }  # of tied weights one name survives
     missing = tuple(
-        Missing(tensor.name, explain_missing(tensor, floats))
+        Missing(tensor.name, _explain_missing(tensor, floats))
         for tensor in tensors
-        if tensor.name not in sources and sample_values(tensor.shape, tensor) not in copies
+        if tensor.name not in sources and _sample_values(tensor.shape, tensor) not in copies
     )
     return Matching(tuple(found[name] for name in floats if name in found), missing)
 
 
-def match_by_name(tensor: QuantTensor, values: np.ndarray) -> GraphWeight | None:
-    layouts = [layout for layout in list_layouts(tensor) if layout.shape == values.shape]
+def _match_by_name(tensor: QuantTensor, values: np.ndarray) -> GraphWeight | None:
+    layouts = [layout for layout in _list_layouts(tensor) if layout.shape == values.shape]
     for layout in layouts:
         if np.array_equal(layout.dequantize(), values):
-            return GraphWeight(tensor.name, flatten_step(layout), (tensor.name,))
+            return GraphWeight(tensor.name, _flatten_step(layout), (tensor.name,))
     for layout in layouts:
-        weight = match_rescaled(layout, values)
+        weight = _match_rescaled(layout, values)
         if weight is not None:
             return weight
     return None
 
 
-def list_layouts(tensor: QuantTensor) -> list[QuantTensor]:
+def _list_layouts(tensor: QuantTensor) -> list[QuantTensor]:
     """As it is and, for a matrix, transposed."""
     return [tensor, tensor.transpose((1, 0))] if len(tensor.shape) == 2 else [tensor]
 
 
-def match_rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | None:
+def _match_rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | None:
     """values = what layout's levels stand for, times one factor per channel, to BATCHNORM_ROUNDING;
     None when that's not so."""
     scaled = isinstance(layout.meaning, Scale) and layout.meaning.step.ndim == 0
     base = layout.levels.astype(np.float32) if scaled else layout.dequantize()
-    for split, others in list_channel_shapes(values.shape):
-        factor, dead = find_factor(base.reshape(split), values.reshape(split), others)
+    for split, others in _list_channel_shapes(values.shape):
+        factor, dead = _find_factor(base.reshape(split), values.reshape(split), others)
         if factor is not None:
             per_channel = tuple(
                 1 if length == 1 else full for length, full in zip(factor.shape, split, strict=True)
@@ -156,7 +156,7 @@ def match_rescaled(layout: QuantTensor, values: np.ndarray) -> GraphWeight | Non
     return None
 
 
-def list_channel_shapes(
+def _list_channel_shapes(
     shape: tuple[int, ...],
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(shape to see the weight in, dimensions that share a factor): output channels first, then
@@ -169,7 +169,7 @@ def list_channel_shapes(
             yield (groups, shape[0] // groups, *shape[1:]), (1, *range(3, len(shape) + 1))
 
 
-def find_factor(
+def _find_factor(
     base: np.ndarray, values: np.ndarray, shared: tuple[int, ...]
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """(float32 factor with base · factor = values to BATCHNORM_ROUNDING, or None; where all values
@@ -208,11 +208,11 @@ def with_factor(
         levels = flipped.astype(np.int8)
     step = np.abs(factor) if scaled else np.abs(factor) * layout.meaning.step
     step = np.where(dead, layout.meaning.step.reshape(-1)[0], step).astype(np.float32)
-    tensor = flatten_step(replace(layout, levels=levels, meaning=Scale(step)))
+    tensor = _flatten_step(replace(layout, levels=levels, meaning=Scale(step)))
     return GraphWeight(layout.name, tensor, (layout.name,), rescaled=True)
 
 
-def flatten_step(tensor: QuantTensor) -> QuantTensor:
+def _flatten_step(tensor: QuantTensor) -> QuantTensor:
     """The same with the smallest step: dimensions along which it doesn't vary have length 1; one
     value means shape ()."""
     if not isinstance(tensor.meaning, Scale):
@@ -231,20 +231,20 @@ class _ByValue:
     def __init__(self, tensors: Sequence[QuantTensor]) -> None:
         self.layouts: dict[tuple, list[QuantTensor]] = {}
         for tensor in tensors:
-            for layout in list_layouts(tensor):
-                self.layouts.setdefault(sample_values(layout.shape, layout), []).append(layout)
+            for layout in _list_layouts(tensor):
+                self.layouts.setdefault(_sample_values(layout.shape, layout), []).append(layout)
 
     def find(self, name: str, values: np.ndarray) -> GraphWeight | None:
-        for layout in self.layouts.get(sample_values(values.shape, values), []):
+        for layout in self.layouts.get(_sample_values(values.shape, values), []):
             if np.array_equal(layout.dequantize(), values):
-                return GraphWeight(name, flatten_step(layout), (layout.name,))
+                return GraphWeight(name, _flatten_step(layout), (layout.name,))
         return None
 
 
 SAMPLED = 64  # values that are compared before whole tensors are
 
 
-def sample_values(shape: tuple[int, ...], source: np.ndarray | QuantTensor) -> tuple:
+def _sample_values(shape: tuple[int, ...], source: np.ndarray | QuantTensor) -> tuple:
     """(shape, some values as bytes), the same for equal tensors."""
     where = np.unravel_index(
         np.linspace(0, np.prod(shape, dtype=np.int64) - 1, SAMPLED).astype(np.int64), shape
@@ -261,20 +261,20 @@ def sample_values(shape: tuple[int, ...], source: np.ndarray | QuantTensor) -> t
     return shape, (values + np.float32(0)).tobytes()  # + 0: a negative zero equals a positive one
 
 
-def match_by_rows(rows: RowIndex, name: str, values: np.ndarray) -> GraphWeight | None:
+def _match_by_rows(rows: RowIndex, name: str, values: np.ndarray) -> GraphWeight | None:
     """The weight put together from rows of QuantTensors; a matrix also from its columns."""
     gathered = rows.find(name, values)
     if gathered is not None:
-        return GraphWeight(name, flatten_step(gathered.tensor), gathered.sources)
+        return GraphWeight(name, _flatten_step(gathered.tensor), gathered.sources)
     gathered = rows.find(name, values.T) if values.ndim == 2 else None
     return (
         None
         if gathered is None
-        else GraphWeight(name, flatten_step(gathered.tensor.transpose((1, 0))), gathered.sources)
+        else GraphWeight(name, _flatten_step(gathered.tensor.transpose((1, 0))), gathered.sources)
     )
 
 
-def explain_missing(tensor: QuantTensor, floats: Mapping[str, np.ndarray]) -> str:
+def _explain_missing(tensor: QuantTensor, floats: Mapping[str, np.ndarray]) -> str:
     if tensor.name not in floats:
         return (
             "no weight of the graph has its name or its values; the exporter may have merged it "

@@ -58,11 +58,11 @@ class _Table:
         self.tensors = tensors
         length = tensors[0].shape[-1]
         self.levels = np.concatenate([tensor.levels.reshape(-1, length) for tensor in tensors])
-        self.rows = np.concatenate([normalize_rows(tensor.dequantize()) for tensor in tensors])
+        self.rows = np.concatenate([_normalize_rows(tensor.dequantize()) for tensor in tensors])
         self.owner = np.concatenate(
             [np.full(tensor.size // length, index) for index, tensor in enumerate(tensors)]
         )
-        self.step = np.concatenate([list_row_steps(tensor) for tensor in tensors])
+        self.step = np.concatenate([_list_row_steps(tensor) for tensor in tensors])
         self.multipliers = np.random.default_rng(0).integers(
             0, 1 << 63, length, dtype=np.uint64
         ) * np.uint64(2) + np.uint64(1)
@@ -80,7 +80,7 @@ class _Table:
         return np.concatenate(blocks)
 
     def find(self, name: str, values: np.ndarray) -> Gathered | None:
-        rows = normalize_rows(values)
+        rows = _normalize_rows(values)
         slots = np.searchsorted(self.hashes, self._hash(rows))
         place = self.order[np.minimum(slots, len(self.order) - 1)]
         if not np.array_equal(self.rows[place], rows):
@@ -132,12 +132,12 @@ class _Table:
 BLOCK = 4096  # rows hashed at a time
 
 
-def normalize_rows(values: np.ndarray) -> np.ndarray:
+def _normalize_rows(values: np.ndarray) -> np.ndarray:
     """float32 [rows, last], contiguous, every zero positive."""
     return np.ascontiguousarray(values.reshape(-1, values.shape[-1]) + np.float32(0))
 
 
-def list_row_steps(tensor: QuantTensor) -> np.ndarray:
+def _list_row_steps(tensor: QuantTensor) -> np.ndarray:
     """float32 [R]: the step of each row; NaN where a row has no single one."""
     rows = tensor.size // tensor.shape[-1]
     if isinstance(tensor.meaning, Codebook) or (

@@ -100,13 +100,13 @@ def replace_pooling(graph: FloatGraph) -> FloatGraph:
     constants, names = Constants(graph), NameMaker(list_value_names(proto.graph))
     nodes: list[NodeProto] = []
     for node in proto.graph.node:
-        nodes += make_pooling(
+        nodes += _make_pooling(
             node, ranks.get(node.input[0], 0) if node.input else 0, constants, names
         ) or [node]
-    return put_nodes(proto, nodes, graph.weights)
+    return _put_nodes(proto, nodes, graph.weights)
 
 
-def put_nodes(
+def _put_nodes(
     proto: ModelProto, nodes: Sequence[NodeProto], weights: Mapping[str, np.ndarray]
 ) -> FloatGraph:
     """`proto`, which is changed, with these nodes and no initializer that nothing reads any
@@ -133,7 +133,7 @@ def put_nodes(
     )
 
 
-def make_pooling(
+def _make_pooling(
     node: NodeProto, rank: int, constants: Constants, names: NameMaker
 ) -> list[NodeProto] | None:
     if node.op_type != "ReduceMean" or node.domain not in ("", "ai.onnx") or rank < 3:
@@ -243,7 +243,7 @@ class _Rewriter:
         for index in self.plan.nodes:
             operator = self.source.proto.graph.node[index].op_type
             kernels[operator] = kernels.get(operator, 0) + 1
-        graph = put_nodes(self.proto, self.nodes, self.source.weights)
+        graph = _put_nodes(self.proto, self.nodes, self.source.weights)
         return IntegerGraph(
             graph, self.plan.weights, tuple(self.weights.values()), kernels, self.plan.stays
         )

@@ -92,15 +92,15 @@ def fold_batchnorms(
     taken = list_value_names(graph.proto.graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     matmul = any(node.op_type == "MatMul" for node in graph.proto.graph.node)
-    ranks = infer_ranks(graph, matching.found) if matmul else {}
+    ranks = _infer_ranks(graph, matching.found) if matmul else {}
     results = []
     for node in [node for node in surgeon.nodes if node.op == "BatchNormalization"]:
         name = node.outputs[0].name
-        product = find_product(node, surgeon, weights, constants, uses, ranks)
+        product = _find_product(node, surgeon, weights, constants, uses, ranks)
         folded = (
             product
             if isinstance(product, Refusal)
-            else fold_one(node, product, surgeon, constants, taken)
+            else _fold_one(node, product, surgeon, constants, taken)
         )
         if isinstance(folded, Refusal):
             results.append(BatchNorm(name, None, folded.reason))
@@ -110,7 +110,7 @@ def fold_batchnorms(
     if not any(result.weight for result in results):
         return graph, matching, tuple(results)
     found = tuple(weights[weight.name] for weight in matching.found)
-    return export_graph(surgeon, graph), replace(matching, found=found), tuple(results)
+    return _export_graph(surgeon, graph), replace(matching, found=found), tuple(results)
 
 
 class _Constants:
@@ -131,7 +131,7 @@ class _Constants:
         return self.weights[name] if name in self.weights else read_values(tensor)
 
 
-def find_product(
+def _find_product(
     node: gs.Node,
     surgeon: gs.Graph,
     weights: Mapping[str, GraphWeight],
@@ -184,7 +184,7 @@ def find_product(
 GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
-def infer_ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[str, int]:
+def _infer_ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[str, int]:
     """Value name -> its number of dimensions, as far as shape inference tells."""
     model = ModelProto()
     model.CopyFrom(graph.proto)
@@ -217,7 +217,7 @@ def count_channels(product: gs.Node, shape: Sequence[int]) -> int:
     return int(shape[1])
 
 
-def place_along_channels(product: gs.Node, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
+def _place_along_channels(product: gs.Node, shape: Sequence[int], values: np.ndarray) -> np.ndarray:
     """values [C], one per output channel, in a shape that broadcasts against the weight."""
     rest = (1,) * (len(shape) - 2)
     if (
@@ -234,7 +234,7 @@ def place_along_channels(product: gs.Node, shape: Sequence[int], values: np.ndar
     return values.reshape(1, -1)
 
 
-def fold_one(
+def _fold_one(
     node: gs.Node, product: _Product, surgeon: gs.Graph, constants: _Constants, taken: set[str]
 ) -> GraphWeight | Refusal:
     """Takes the node out; the weight with the factor in it."""
@@ -252,7 +252,7 @@ def fold_one(
         bias = (factor * product.bias + beta - factor * mean).astype(np.float32)
     if not (np.isfinite(factor).all() and np.isfinite(bias).all()):
         return Refusal("its factor isn't finite")
-    weight = rescale_weight(product, factor.astype(np.float32))
+    weight = _rescale_weight(product, factor.astype(np.float32))
     if weight is None:
         return Refusal("a level of -128 would have to change its sign")
     constant = gs.Constant(make_fresh_name(f"{weight.name}.bias", taken), bias)
@@ -267,9 +267,9 @@ def fold_one(
     return weight
 
 
-def rescale_weight(product: _Product, factor: np.ndarray) -> GraphWeight | None:
+def _rescale_weight(product: _Product, factor: np.ndarray) -> GraphWeight | None:
     weight, tensor = product.weight, product.weight.tensor
-    spread = place_along_channels(product.node, tensor.shape, factor)
+    spread = _place_along_channels(product.node, tensor.shape, factor)
     dead = np.abs(spread) < np.finfo(np.float32).tiny  # a step of 0 would be none
     made = with_factor(tensor, np.where(dead, np.float32(0), spread), dead, scaled=False)
     if made is None:
@@ -280,7 +280,7 @@ def rescale_weight(product: _Product, factor: np.ndarray) -> GraphWeight | None:
     return replace(made, name=weight.name, sources=weight.sources, factor=together)
 
 
-def export_graph(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
+def _export_graph(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
     """Nodes and initializers come from graphsurgeon, everything else from the graph: graphsurgeon
     keeps no metadata of a model, and it moves initializers that only a subgraph reads into that
     subgraph, so these nodes come from the graph, too."""
@@ -309,12 +309,12 @@ def export_graph(surgeon: gs.Graph, graph: FloatGraph) -> FloatGraph:
     inputs = [
         value
         for value in proto.graph.input
-        if value.name in kept or value.name not in list_initialized(graph)
+        if value.name in kept or value.name not in _list_initialized(graph)
     ]
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
     return FloatGraph(proto, left)
 
 
-def list_initialized(graph: FloatGraph) -> set[str]:
+def _list_initialized(graph: FloatGraph) -> set[str]:
     return {tensor.name for tensor in graph.proto.graph.initializer}

@@ -101,13 +101,13 @@ def equalize(
     )
     weights = {weight.name: weight for weight in matching.found}
     for place in places:
-        factor = choose_factors(peaks[place.value])
+        factor = _choose_factors(peaks[place.value])
         if (factor == 1).all():
             continue
         before, behind = nodes[place.before], nodes[place.behind]
-        weights[before.input[1]] = scale_weight(weights[before.input[1]], factor)
+        weights[before.input[1]] = _scale_weight(weights[before.input[1]], factor)
         each = len(weights[behind.input[1]].tensor.levels) // len(factor)
-        weights[behind.input[1]] = scale_weight(
+        weights[behind.input[1]] = _scale_weight(
             weights[behind.input[1]], np.repeat(1 / factor, each)
         )
         if len(before.input) > 2 and before.input[2]:
@@ -126,7 +126,7 @@ def equalize(
     return FloatGraph(proto, graph.weights), replace(matching, found=found)
 
 
-def choose_factors(peaks: np.ndarray) -> np.ndarray:
+def _choose_factors(peaks: np.ndarray) -> np.ndarray:
     """float32 [C], powers of two from 1 up; 1 for a channel that is always zero."""
     largest = float(peaks.max(initial=0.0))
     room = largest / np.maximum(
@@ -136,7 +136,7 @@ def choose_factors(peaks: np.ndarray) -> np.ndarray:
     return np.exp2(np.floor(np.log2(np.maximum(room, 1.0)))).astype(np.float32)
 
 
-def scale_weight(weight: GraphWeight, factor: np.ndarray) -> GraphWeight:
+def _scale_weight(weight: GraphWeight, factor: np.ndarray) -> GraphWeight:
     tensor = weight.tensor
     assert isinstance(tensor.meaning, Scale)  # find_places takes no other
     step = tensor.meaning.step * factor.reshape(-1, *(1,) * (tensor.levels.ndim - 1))

@@ -100,12 +100,12 @@ def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatG
     changed."""
     proto, weights = _copy(graph)
     main, taken = proto.graph, list_value_names(proto.graph)
-    parameters = list_parameters(proto, weights, quantized)
+    parameters = _list_parameters(proto, weights, quantized)
     vectors = [
         parameter for parameter in parameters if parameter.half.ndim == 1 and graph.opset >= 13
     ]
     names = tuple(parameter.tensor.name for parameter in parameters)
-    nodes = join_vectors(main, weights, vectors, taken) if len(vectors) > 1 else []
+    nodes = _join_vectors(main, weights, vectors, taken) if len(vectors) > 1 else []
     for parameter in parameters:
         if len(vectors) > 1 and parameter in vectors:
             continue
@@ -126,7 +126,7 @@ def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatG
     )
 
 
-def join_vectors(
+def _join_vectors(
     main: GraphProto, weights: dict[str, np.ndarray], vectors: list[Parameter], taken: set[str]
 ) -> list[NodeProto]:
     """Takes the vectors out of the graph's initializers; nodes that make them again under their
@@ -174,7 +174,7 @@ def store_half_steps(matching: Matching) -> tuple[Matching, int]:
 def round_parameters(graph: FloatGraph, quantized: Collection[str]) -> FloatGraph:
     """What `store_float16` makes the graph compute, with plain float32 parameters."""
     proto, weights = _copy(graph)
-    for parameter in list_parameters(proto, weights, quantized):
+    for parameter in _list_parameters(proto, weights, quantized):
         _put(parameter.tensor, parameter.half.astype(np.float32), weights)
     return FloatGraph(proto, weights)
 
@@ -185,7 +185,7 @@ def _copy(graph: FloatGraph) -> tuple[ModelProto, dict[str, np.ndarray]]:
     return proto, dict(graph.weights)
 
 
-def list_parameters(
+def _list_parameters(
     proto: ModelProto, weights: Mapping[str, np.ndarray], quantized: Collection[str]
 ) -> list[Parameter]:
     left, uses = {*quantized, *(value.name for value in proto.graph.output)}, find_uses(proto.graph)

@@ -106,7 +106,7 @@ class _Search:
         self.refused = dict(refused)
         self.uses = find_uses(graph.proto.graph)
         self.outputs = {value.name for value in graph.proto.graph.output}
-        self.types = infer_element_types(graph)
+        self.types = _infer_element_types(graph)
         self.makers = {name: index for index, node in enumerate(self.nodes) for name in node.output}
         self.readers = self._readers()
         self.quantized: set[str] = set()  # values that exist as bytes
@@ -394,7 +394,7 @@ def find_clip_bounds(node: NodeProto, constants: Constants) -> tuple[float, floa
     return bounds[0], bounds[1]
 
 
-def infer_element_types(graph: FloatGraph) -> Mapping[str, int]:
+def _infer_element_types(graph: FloatGraph) -> Mapping[str, int]:
     """Value name -> TensorProto type, as far as onnx can infer it."""
     proto = onnx.shape_inference.infer_shapes(graph.proto)
     values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)

@@ -25,14 +25,14 @@ CALL_BYTES, FUNCTION_BYTES = (
 def choose_fused(entries: Sequence[Entry]) -> str | None:
     """Which of FUSED all packed weights among these can have; None if there is none."""
     packed = [entry for entry in entries if entry.stored.storage == "packed"]
-    kinds = {classify_entry(entry) for entry in packed}
+    kinds = {_classify_entry(entry) for entry in packed}
     if kinds == {"V", "W"}:
         kinds = {"W"}
     alone = len({entry.stored.levels for entry in packed}) == len(packed)
     return kinds.pop() if len(kinds) == 1 and alone else None
 
 
-def compute_saving(entries: Sequence[Entry]) -> int:
+def _compute_saving(entries: Sequence[Entry]) -> int:
     """Bytes that fused calls save in a file of these entries, some of them packed."""
     if choose_fused(entries) is None:
         return 0
@@ -40,7 +40,7 @@ def compute_saving(entries: Sequence[Entry]) -> int:
     return CALL_BYTES * packed - (FUNCTION_BYTES if packed < len(entries) else 0)
 
 
-def classify_entry(entry: Entry) -> str | None:
+def _classify_entry(entry: Entry) -> str | None:
     weight, calls = entry.weight, [node for node in entry.stored.nodes if node.op_type == TENSOR]
     if (
         entry.form is not None
@@ -75,13 +75,13 @@ def pack_entries(entries: Sequence[Entry], target: Target, *, always: bool) -> l
     def made(together: dict[str, Stored]) -> list[Entry]:
         levels = ((entry, entry.stored.levels) for entry in entries)
         return [
-            pack_entry(entry, together.get(name), tried[name], always=always)
+            _pack_entry(entry, together.get(name), tried[name], always=always)
             for entry, name in levels
         ]
 
     def size(together: dict[str, Stored]) -> int:
         return count_bytes([*(plain | together).values()]) - (
-            compute_saving(made(together)) if together else 0
+            _compute_saving(made(together)) if together else 0
         )
 
     while chosen:
@@ -94,7 +94,7 @@ def pack_entries(entries: Sequence[Entry], target: Target, *, always: bool) -> l
     return made(min(ways, key=size)) if ways else list(entries)
 
 
-def pack_entry(
+def _pack_entry(
     entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool
 ) -> Entry:
     if stored is not None:

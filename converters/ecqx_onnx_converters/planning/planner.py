@@ -56,7 +56,7 @@ def make_plan(
     any case. OptionError for what can't be had at all; what a single weight can't have is replaced,
     and its entry says why."""
     check_forms(storage, dequantize)
-    able = limit_target(graph, find_target(target), opset)
+    able = _limit_target(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
     if form != able.dequantize and able.only:
         raise OptionError(
@@ -66,8 +66,8 @@ def make_plan(
     uses, names = find_uses(graph.proto.graph), NameMaker(list_value_names(graph.proto.graph))
     entries: list[Entry] = []
     kept: list[Kept] = []
-    for members in group_tied(matching.found):
-        planned = plan_tied(members, able, storage, form, uses, names, integer)
+    for members in _group_tied(matching.found):
+        planned = _plan_tied(members, able, storage, form, uses, names, integer)
         if isinstance(planned, Refusal):
             kept.extend(
                 Kept(member.name, member.tensor.shape, planned.reason) for member in members
@@ -103,7 +103,7 @@ def explain_float(name: str, uses: Sequence[Use]) -> str:
     return "no quantised tensor has its name or values"
 
 
-def limit_target(graph: FloatGraph, target: Target, opset: int | None) -> Target:
+def _limit_target(graph: FloatGraph, target: Target, opset: int | None) -> Target:
     """The target, less what this graph can't use: opsets, and their types, that would change the
     graph's meaning."""
     ceiling = target.max_opset if opset is None else opset
@@ -126,13 +126,13 @@ def limit_target(graph: FloatGraph, target: Target, opset: int | None) -> Target
     return replace(target, max_opset=reach, dense_types=types)
 
 
-def group_tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
+def _group_tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
     """Weights grouped by their levels: those of one parameter that are equal, as they are or
     transposed, are stored once."""
     groups: list[list[GraphWeight]] = []
     for weight in found:
         twins = (group for group in groups if group[0].sources == weight.sources)
-        group = next((group for group in twins if are_tied(group[0], weight)), None)
+        group = next((group for group in twins if _are_tied(group[0], weight)), None)
         if group is None:
             groups.append([weight])
         else:
@@ -140,12 +140,12 @@ def group_tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
     return groups
 
 
-def are_tied(one: GraphWeight, other: GraphWeight) -> bool:
+def _are_tied(one: GraphWeight, other: GraphWeight) -> bool:
     levels, twin = one.tensor.levels, other.tensor.levels
     return np.array_equal(levels, twin) or (twin.ndim == 2 and np.array_equal(levels, twin.T))
 
 
-def plan_tied(
+def _plan_tied(
     members: Sequence[GraphWeight],
     target: Target,
     storage: str,
@@ -158,7 +158,7 @@ def plan_tied(
     forms = [
         StandardForm(transposed=False, dense=True, integer=True)
         if member.name in integer
-        else choose_form(member, dequantize, uses.get(member.name, []), target)
+        else _choose_form(member, dequantize, uses.get(member.name, []), target)
         for member in members
     ]
     pairs = ((form, uses.get(member.name, [])) for form, member in zip(forms, members, strict=True))
@@ -199,7 +199,7 @@ def permute_levels(weight: GraphWeight, form: StandardForm | Refusal | None) -> 
     )
 
 
-def choose_form(
+def _choose_form(
     weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target
 ) -> StandardForm | Refusal | None:
     """None where the folded function is wanted anyway, or integers."""
@@ -208,15 +208,15 @@ def choose_form(
     refusal = refuse_standard(weight.tensor)
     if refusal is not None:
         return refusal
-    if target.max_opset < find_standard_opset(weight):
+    if target.max_opset < _find_standard_opset(weight):
         return Refusal(
-            f"DequantizeLinear needs opset {find_standard_opset(weight)}, which the graph can't be "
+            f"DequantizeLinear needs opset {_find_standard_opset(weight)}, which the graph can't be "
             "raised to"
         )
     return find_standard_form(weight.tensor, uses)
 
 
-def find_standard_opset(weight: GraphWeight) -> int:
+def _find_standard_opset(weight: GraphWeight) -> int:
     """10 for one step, 13 for one per index of an axis."""
     return (
         13
@@ -258,5 +258,5 @@ def find_needed_opset(entry: Entry) -> int:
     if isinstance(entry.weight.tensor.meaning, Codebook):
         needed.append(11)  # Gather with negative indices
     if entry.form is not None:
-        needed.append(find_standard_opset(entry.weight))
+        needed.append(_find_standard_opset(entry.weight))
     return max(needed)

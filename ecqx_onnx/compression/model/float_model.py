@@ -76,7 +76,7 @@ def load_float_model(
         FileError: the file is missing or damaged.
     """
     if is_onnx_path(model):
-        return load_onnx(Path(model))
+        return _load_onnx(Path(model))
     return _from_pytorch(model, factory, example, input_shape, trust_pickle)
 
 
@@ -85,7 +85,7 @@ def is_onnx_path(model: Any) -> bool:
     return isinstance(model, str | Path) and Path(model).suffix.lower() == ".onnx"
 
 
-def load_onnx(path: Path) -> FloatModel:
+def _load_onnx(path: Path) -> FloatModel:
     """A float .onnx file. ModelError or FileError with the reason where it is none."""
     file = read_onnx(path)
     _refuse_integers(path, file)
@@ -99,7 +99,7 @@ def load_onnx(path: Path) -> FloatModel:
         notes.append("its float16 weights are compressed as float32 ones; inputs and outputs stay")
     graph, raised = _raise(graph)
     notes.extend(raised)
-    graph, folded = fold_into_weights(apply_moves(graph))
+    graph, folded = _fold_into_weights(apply_moves(graph))
     if folded:
         notes.append(f"{folded} BatchNormalization went into the weights before, up to rounding")
     return FloatModel(graph, str(path), file.size, notes=tuple(notes))
@@ -131,7 +131,7 @@ def _raise(graph: FloatGraph) -> tuple[FloatGraph, list[str]]:
     return graph, []
 
 
-def fold_into_weights(graph: FloatGraph) -> tuple[FloatGraph, int]:
+def _fold_into_weights(graph: FloatGraph) -> tuple[FloatGraph, int]:
     """(graph with BatchNormalization multiplied into the float weights before it, how many).
 
     The factor of each output channel is read off a weight of ones that goes through the same
@@ -187,7 +187,7 @@ def _from_pytorch(
             f"{source}: {len(checkpoint.tensors)} of its weights are on few values already; write it"
             " with ecqx-onnx convert, or give the float model"
         )
-    graph, folded = fold_into_weights(apply_moves(checkpoint.graph))
+    graph, folded = _fold_into_weights(apply_moves(checkpoint.graph))
     notes = list(checkpoint.notes)
     if folded:
         notes.append(f"{folded} BatchNormalization went into the weights before, up to rounding")

@@ -175,7 +175,7 @@ def round_in_order(
     own = Segments(layers.graph, batches, threads=threads)
     new = Segments(layers.graph, batches, threads=threads)
     readers = _find_readers(layers)
-    stages = find_stages(layers.weights, readers)
+    stages = _find_stages(layers.weights, readers)
     for number, stage in enumerate(stages):
         if progress is not None:
             progress(number, len(stages))
@@ -219,7 +219,7 @@ def _find_readers(layers: Layers) -> dict[str, int]:
     return found
 
 
-def find_stages(weights: Sequence[Weight], readers: Mapping[str, int]) -> list[list[Weight]]:
+def _find_stages(weights: Sequence[Weight], readers: Mapping[str, int]) -> list[list[Weight]]:
     """Neighbors that read the same value, together; in the order of the nodes that read them."""
     ordered = sorted(weights, key=lambda weight: readers.get(weight.name, -1))
     stages: list[list[Weight]] = []

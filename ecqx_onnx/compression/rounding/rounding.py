@@ -56,7 +56,7 @@ def round_nearest(matrices: np.ndarray, steps: np.ndarray) -> Rounded:
         matrices: float32 [groups, rows, columns].
         steps: float32, positive, broadcasts against [groups, rows, 1].
     """
-    steps, notes = widen_steps(matrices, steps)
+    steps, notes = _widen_steps(matrices, steps)
     levels = np.empty(matrices.shape, np.int8)
     loss = 0.0
     for group in range(len(matrices)):  # in parts: a table of words has millions of rows
@@ -88,7 +88,7 @@ def round_with_feedback(
     Returns:
         Levels within +-HIGHEST, and the steps, wider for rows that would not fit.
     """
-    steps, notes = widen_steps(matrices, steps)
+    steps, notes = _widen_steps(matrices, steps)
     levels = np.empty(matrices.shape, np.int8)
     loss = 0.0
     wanted = matrices if target is None else target
@@ -112,7 +112,7 @@ def round_with_feedback(
     return Rounded(levels, steps, loss, tuple(dict.fromkeys(notes)))
 
 
-def widen_steps(matrices: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+def _widen_steps(matrices: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """float32 [groups, rows, 1]: the steps, at least so wide that no weight lies beyond the grid."""
     steps = np.broadcast_to(steps, (*matrices.shape[:2], 1)).astype(np.float32)
     peaks = np.abs(matrices).max(axis=-1, keepdims=True, initial=0.0)

@@ -88,13 +88,13 @@ def allocate(
     return chosen
 
 
-def allocate_evenly(curves: Sequence[RateCurve], dial: float) -> dict[str, float]:
+def _allocate_evenly(curves: Sequence[RateCurve], dial: float) -> dict[str, float]:
     """Every weight the same multiple of its own deviation, 2^dial: what a sensitivity must beat."""
     multiple = float(np.clip(2.0**dial, FINEST, COARSEST))
     return {curve.name: multiple for curve in curves}
 
 
-def dial_range(curves: Sequence[RateCurve], slopes: Mapping[str, float]) -> tuple[float, float]:
+def _dial_range(curves: Sequence[RateCurve], slopes: Mapping[str, float]) -> tuple[float, float]:
     """(finest, coarsest) dial between which the steps move at all."""
     largest = max((slopes.get(curve.name, 0.0) / curve.size for curve in curves), default=1.0)
     smallest = min(
@@ -106,7 +106,7 @@ def dial_range(curves: Sequence[RateCurve], slopes: Mapping[str, float]) -> tupl
     return float(low), float(high)
 
 
-def expected_bits(curves: Sequence[RateCurve], multiples: Mapping[str, float]) -> float:
+def _expected_bits(curves: Sequence[RateCurve], multiples: Mapping[str, float]) -> float:
     """Entropy of all weights together, in bits, by the curves."""
     return sum(curve.bits_at(multiples[curve.name]) * curve.size for curve in curves)
 
@@ -115,10 +115,10 @@ def dial_for_bits(
     curves: Sequence[RateCurve], slopes: Mapping[str, float], bits: float, *, rounds: int = 40
 ) -> float:
     """The dial at which the curves expect `bits` in all; an end of the range where none does."""
-    low, high = dial_range(curves, slopes)
+    low, high = _dial_range(curves, slopes)
     for _ in range(rounds):
         middle = (low + high) / 2
-        if expected_bits(curves, allocate(curves, slopes, middle)) > bits:
+        if _expected_bits(curves, allocate(curves, slopes, middle)) > bits:
             low = middle
         else:
             high = middle

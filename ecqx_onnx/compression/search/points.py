@@ -145,7 +145,7 @@ class PointMaker:
             curves.append(measure_rate(weight.name, matrices, self._units[weight.name]))
         self._curves: tuple[RateCurve, ...] = tuple(curves)
         self._say(f"statistics of {len(layers.weights)} weights")
-        samples = total_samples(self._batches)
+        samples = _total_samples(self._batches)
         self._moments = collect_moments(
             self._runner, layers.weights, self._batches, samples=samples
         )
@@ -233,6 +233,6 @@ class PointMaker:
         return total.finish()
 
 
-def total_samples(batches: Sequence[Feeds]) -> int:
+def _total_samples(batches: Sequence[Feeds]) -> int:
     """Samples in all batches."""
     return sum(batch_size(feeds) for feeds in batches)

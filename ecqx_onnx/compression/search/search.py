@@ -132,13 +132,13 @@ def _smallest(dial: _Dial, bounds: Bounds) -> Found:
     closest: Candidate | None = None
     while True:
         candidate = dial.at(bits)
-        ratio = quality_ratio(candidate.point.quality, bounds)
+        ratio = _quality_ratio(candidate.point.quality, bounds)
         same = any(point.nbytes == candidate.point.nbytes for point in dial.points[:-1])
         if ratio <= 1.0:
             best, high = candidate, bits
         else:
             low = bits
-        better = closest is None or ratio < quality_ratio(closest.point.quality, bounds)
+        better = closest is None or ratio < _quality_ratio(closest.point.quality, bounds)
         if better:
             closest = candidate
         if dial.spent or same or _closed(low, high):
@@ -170,7 +170,7 @@ def _next_bits(bits: float, ratio: float, low: float, high: float) -> float:
     return min(max(wish, low + edge), high - edge)
 
 
-def quality_ratio(quality: Quality, bounds: Bounds) -> float:
+def _quality_ratio(quality: Quality, bounds: Bounds) -> float:
     """How much of what is allowed is used up, with a margin for samples that were not seen: above
     1.0 a bound is missed."""
     used = [0.0]
