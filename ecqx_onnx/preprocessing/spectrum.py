@@ -10,6 +10,7 @@ natural logarithm, orthonormal DCT-II.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ from ecqx_onnx.errors import OptionError
 MOST_VALUES = 2**24  # in all frames of one waveform, before the filters
 
 
+LARGEST_FLOAT = sys.float_info.max  # JSON has whole numbers beyond it
 COUNTS = (  # (name, lowest, highest)
     ("sample_rate", 1, 1_000_000),
     ("frame_length", 2, 65_536),
@@ -69,7 +71,7 @@ class Spectrum:
                 )
         for name in ("low_hz", "high_hz", "floor"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
+            if type(value) not in (int, float) or not 0 <= value <= LARGEST_FLOAT:
                 raise OptionError(
                     f"a spectrum's {name} must be a finite number of at least 0, not {value!r}"
                 )
