@@ -1,4 +1,4 @@
-"""Rounded weights -> the file that holds them, by the same planner and writer that `convert` uses."""
+"""Makes the file that holds rounded weights, by the planner and writer that `convert` uses."""
 
 from __future__ import annotations
 
@@ -71,6 +71,10 @@ def encode(
         model: its weights.
         options: how to write it.
         metadata: what the file says of itself.
+
+    Returns:
+        The plan of the file and its sizes in bytes; nothing is written.
+
     Raises:
         OptionError: the options don't go together.
     """
@@ -129,7 +133,15 @@ def _matching(layers: Layers, model: RoundedModel) -> Matching:
 
 
 def as_tensor(weight: Weight, rounded: Rounded) -> QuantTensor:
-    """Levels in the initializer's layout, with one step or one per row."""
+    """Bring rounded levels to the initializer's layout, with one step or one per row.
+
+    Args:
+        weight: whose layout it is.
+        rounded: its levels [groups, rows, columns] and steps [groups, rows, 1].
+
+    Returns:
+        int8 levels of the weight's shape; one float32 step where all rows have the same.
+    """
     levels = weight.from_matrices(rounded.levels)
     steps = rounded.steps
     first = steps.reshape(-1)[0]

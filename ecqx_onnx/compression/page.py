@@ -1,4 +1,4 @@
-"""A result -> one HTML page that needs nothing else: the table, and the curve as a drawing."""
+"""Writes a result as one HTML page that needs nothing else, with a table and the curve drawn."""
 
 from __future__ import annotations
 
@@ -28,25 +28,47 @@ class Shown(Protocol):
     """What the page shows of a result."""
 
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """Name of the float model."""
+
     @property
-    def bounds(self) -> Bounds: ...
+    def bounds(self) -> Bounds:
+        """What the file must keep to."""
+
     @property
-    def points(self) -> Sequence[Point]: ...
+    def points(self) -> Sequence[Point]:
+        """Every point that was tried."""
+
     @property
-    def chosen(self) -> Point: ...
+    def chosen(self) -> Point:
+        """The point that the file is."""
+
     @property
-    def misses(self) -> Sequence[str]: ...
+    def misses(self) -> Sequence[str]:
+        """The bounds that it misses, a clause each."""
+
     @property
-    def notes(self) -> Sequence[str]: ...
+    def notes(self) -> Sequence[str]:
+        """What had to be done besides, a sentence each."""
+
     @property
-    def advice(self) -> str: ...
+    def advice(self) -> str:
+        """What the user can do next."""
+
     def _rows(self) -> list[tuple[str, str, str]]: ...
     def _headline(self) -> str: ...
 
 
 def as_html(result: Shown, *, whole: bool = True) -> str:
-    """The page; without `whole` only its body, for a notebook."""
+    """Make the page of a result.
+
+    Args:
+        result: what is shown.
+        whole: False gives only the page's body, for a notebook.
+
+    Returns:
+        HTML with styles and drawing inside, without links to anything.
+    """
     rows = "".join(_row(row) for row in result._rows())
     head = "<tr><th></th><th>float</th><th>compressed</th></tr>"
     misses = "".join(f'<p class="missed">missed: {escape(miss)}</p>' for miss in result.misses)
@@ -68,7 +90,15 @@ def as_html(result: Shown, *, whole: bool = True) -> str:
 
 
 def write_page(result: Shown, path: Path) -> None:
-    """FileError where it can't be written."""
+    """Write the page of a result.
+
+    Args:
+        result: what is shown.
+        path: of the page; a file there is replaced.
+
+    Raises:
+        FileError: it can't be written.
+    """
     try:
         path.write_text(as_html(result), encoding="utf-8")
     except OSError as error:

@@ -68,7 +68,11 @@ class CompressResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: sizes in bytes, shares in [0, 1], seconds."""
+        """Give the result as plain values for JSON.
+
+        Returns:
+            A document with sizes in bytes, shares in [0, 1] and times in seconds.
+        """
         return {
             "file": None if self.path is None else str(self.path),
             "source": self.source,
@@ -94,7 +98,11 @@ class CompressResult:
         }
 
     def render(self) -> RenderableType:
-        """For a terminal."""
+        """Give the result as tables and lines for a terminal.
+
+        Returns:
+            What rich can print.
+        """
         lines: list[RenderableType] = [self._verdict_table(), self._curve_table()]
         for kept in self.report.kept[:12]:
             lines.append(Text(f"stays float: {kept.name} {list(kept.shape)}: {kept.reason}"))

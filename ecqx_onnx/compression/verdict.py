@@ -58,6 +58,9 @@ def judge_file(
         batch: samples in one run.
         classes: (output, axis) of class scores.
         sizes: bytes of either one.
+
+    Returns:
+        Quality of the file against the float model, and what either one costs.
     """
     before, load_before = _open(reference)
     names = [node.name for node in before.get_outputs()]
@@ -101,7 +104,15 @@ def _latency(session: Session, names: Sequence[str], feeds: Feeds) -> float:
 
 
 def write_reference(graph: FloatGraph, path: Path) -> Path:
-    """The float graph of a PyTorch model as a file, to be judged against."""
+    """Write the float graph of a PyTorch model as a file, to be judged against.
+
+    Args:
+        graph: a float graph with its weights.
+        path: of the file.
+
+    Returns:
+        The same path.
+    """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     large = sum(array.nbytes for array in graph.weights.values()) > IN_ONE_FILE

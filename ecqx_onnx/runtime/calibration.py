@@ -1,7 +1,8 @@
-"""(float ONNX graph, values, batches of inputs) -> the range of each value, by onnxruntime's own calibrators.
+"""Measures the range of activations over calibration data, by onnxruntime's own calibrators.
 
-onnxruntime's calibrators keep every activation of the data that they are fed in one go; here they get one batch at a time and
-merge the ranges or histograms, so that memory does not grow with the data.
+onnxruntime's calibrators keep every activation of the data that they are fed in one go; here they
+get one batch at a time and merge the ranges or histograms, so that memory does not grow with the
+data.
 """
 
 from __future__ import annotations
@@ -41,11 +42,23 @@ def calibrate_ranges(
     *,
     method: str = "minmax",
 ) -> Mapping[str, tuple[float, float]]:
-    """value -> (lowest, highest) over the batches: their extremes ("minmax"), without the outermost 0.001 % ("percentile"), or
-    the range that loses least information ("entropy").
+    """Measure the range of each value over the calibration data.
 
-    graph: with all its weights, of one input. batches: float32 [N, ...]. DataError for no data, or data that the graph does not
-    take; ModelError where an activation is not finite.
+    Args:
+        graph: a float graph of one input, with all its weights.
+        values: names of the activations whose ranges are wanted; none gives an empty result.
+        batches: float32 [N, ...], read once, one batch at a time.
+        method: "minmax" (the extremes), "percentile" (without the outermost 0.001 %) or "entropy"
+            (the range that loses least information).
+
+    Returns:
+        Value -> (lowest, highest), both finite.
+
+    Raises:
+        OptionError: there is no such method.
+        DataError: the data hold no sample, or the graph does not take them.
+        ModelError: an activation is not finite, or onnxruntime does not load or calibrate the
+            model.
     """
     if method not in METHODS:
         raise OptionError(
@@ -66,7 +79,8 @@ def calibrate_ranges(
             found = calibrator.compute_data()
         except (ValueError, MemoryError, OverflowError, IndexError) as error:
             raise ModelError(
-                f"calibration by '{method}' fails on this model ({error}); use --calibration-method minmax"
+                f"calibration by '{method}' fails on this model ({error}); use "
+                "--calibration-method minmax"
             ) from error
         return {name: _read_bounds(name, found[name]) for name in values}
 
@@ -74,7 +88,16 @@ def calibrate_ranges(
 def measure_channel_peaks(
     graph: FloatGraph, values: Sequence[str], batches: Iterable[np.ndarray]
 ) -> Mapping[str, np.ndarray]:
-    """value [N, C, ...] -> float32 [C]: the largest magnitude of each of its channels over the batches. {} without data."""
+    """Measure the largest magnitude of each channel of some values over the batches.
+
+    Args:
+        graph: a float graph of one input, with all its weights.
+        values: names of activations of shape [N, C, ...].
+        batches: float32 [N, ...]; not read if no values are asked for.
+
+    Returns:
+        Value -> float32 [C]; empty without data.
+    """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     known = {value.name for value in proto.graph.output}
@@ -124,10 +147,19 @@ def find_ranges_by_value(
     seen: Mapping[str, np.ndarray],
     ranges: Mapping[str, tuple[float, float]],
 ) -> Mapping[str, tuple[float, float]]:
-    """Where a training's places are in its exported graph, told by what is there for these inputs.
+    """Find where a training's places are in its exported graph, by what is there for these inputs.
 
-    seen: place -> its value in PyTorch; ranges: place -> its range. Gives the range of each value's name in the graph. Several
-    names may have one place's value: a Reshape changes nothing of it, a Relu nothing of what is positive. A place may have none.
+    Several names may have one place's value: a Reshape changes nothing of it, a Relu nothing of
+    what is positive. A place may have none.
+
+    Args:
+        graph: the exported float graph.
+        inputs: the arrays that both were run on, in the order of the graph's inputs.
+        seen: place -> its value in PyTorch for these inputs.
+        ranges: place -> its (lowest, highest).
+
+    Returns:
+        Name of a value in the graph -> the range of its place.
     """
     known = {place: _compute_signature(value) for place, value in seen.items()}
     found: dict[str, tuple[float, float]] = {}
@@ -143,7 +175,8 @@ def find_ranges_by_value(
 
 
 def _compute_signature(value: np.ndarray) -> tuple[float, ...]:
-    """(entries, largest magnitude, lowest, highest, mean, root mean square): what a Reshape or Transpose leaves as it is."""
+    """(entries, largest magnitude, lowest, highest, mean, root mean square): what a Reshape or
+    Transpose leaves as it is."""
     x = value.astype(np.float64).reshape(-1)
     if not x.size:
         return (0.0,) * 6
@@ -190,13 +223,15 @@ def _read_bounds(name: str, data: calibrate.TensorData) -> tuple[float, float]:
     low, high = (float(np.min(bound)) for bound in data.range_value)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ModelError(
-            f"activation '{name}' ranges from {low} to {high} on the calibration data: mend the model or the data"
+            f"activation '{name}' ranges from {low} to {high} on the calibration data: mend the "
+            "model or the data"
         )
     return low, high
 
 
 def _make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, folder: Path) -> Any:
-    """One that looks at `values` only; a sum of each is an output besides, since sums of NaN are NaN while extremes skip it."""
+    """One that looks at `values` only; a sum of each is an output besides, since sums of NaN are
+    NaN while extremes skip it."""
     kinds = {
         "minmax": (calibrate.MinMaxCalibrater, {}),
         "percentile": (calibrate.PercentileCalibrater, {"symmetric": False}),
@@ -243,7 +278,8 @@ def _make_calibrator(graph: FloatGraph, values: Sequence[str], method: str, fold
         calibrator.create_inference_session()
     except RUNTIME_ERRORS as error:
         raise ModelError(
-            f"onnxruntime does not load the float model, so that nothing can be calibrated: {_find_reason(error)}"
+            "onnxruntime does not load the float model, so that nothing can be calibrated: "
+            f"{_find_reason(error)}"
         ) from error
     return calibrator
 
@@ -290,7 +326,8 @@ class _Watched:
         if not fits:
             wanted = ["any" if not isinstance(length, int) else length for length in shape]
             raise DataError(
-                f"the model takes inputs of shape {wanted}, and the calibration data give {list(batch.shape)};"
+                f"the model takes inputs of shape {wanted}, and the calibration data give "
+                f"{list(batch.shape)};"
                 " calibrate on data as the model was trained on"
             )
         return {inputs[0].name: batch}
@@ -308,7 +345,8 @@ class _Watched:
             if node.name.endswith(SUM) and not np.isfinite(value).all():
                 name = node.name.removesuffix(SUM)
                 raise ModelError(
-                    f"activation '{name}' holds NaN or infinity on the calibration data: mend the model or the data"
+                    f"activation '{name}' holds NaN or infinity on the calibration data: mend the "
+                    "model or the data"
                 )
         self.batches += 1
         return outputs

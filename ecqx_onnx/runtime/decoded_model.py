@@ -193,7 +193,8 @@ def _run_piece(
 ) -> dict[str, TensorProto]:
     if sum(map(count_stored_bytes, constants)) > SERIALIZED_LIMIT:
         raise CheckFailed(
-            f"the constants behind '{names[-1]}' take more than 2 GB, more than a session can be given at once"
+            f"the constants behind '{names[-1]}' take more than 2 GB, more than a session can be "
+            "given at once"
         )
     outputs = [onnx.ValueInfoProto(name=name) for name in names]
     graph = onnx.helper.make_graph(nodes, "constants", [], outputs, constants)

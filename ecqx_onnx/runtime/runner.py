@@ -36,7 +36,14 @@ class Batch(dict[str, np.ndarray]):
 
 
 def batch_size(feeds: Feeds) -> int:
-    """Samples in a batch: as it says, else the first axis of its inputs."""
+    """Samples in a batch: as it says, else the first axis of its inputs.
+
+    Args:
+        feeds: the inputs of one run by name, or a `Batch`.
+
+    Returns:
+        The number of samples, 1 where no input has an axis.
+    """
     if isinstance(feeds, Batch):
         return feeds.count
     return max((len(array) for array in feeds.values() if array.ndim), default=1)
@@ -96,6 +103,10 @@ class Runner:
             feeds: the model's inputs by name.
             fetch: names of outputs, of activations named at construction, or of inputs.
             weights: float32 values of variable initializers, for those that are not as they were.
+
+        Returns:
+            One array for each name, in the order of `fetch`.
+
         Raises:
             DataError: the batch does not fit the model.
         """
@@ -130,7 +141,21 @@ def run_session(
     *,
     only_needed: bool = False,
 ) -> list[np.ndarray]:
-    """Values of these names. DataError, in the runtime's words, where the inputs don't fit."""
+    """Run a session of the float model on inputs that come from the user's data.
+
+    Args:
+        session: of onnxruntime.
+        names: of the values wanted, in this order.
+        feeds: the inputs by name.
+        only_needed: leave out nodes that none of these values needs.
+
+    Returns:
+        One value for each name.
+
+    Raises:
+        DataError: the inputs don't fit, told in the runtime's words.
+        ModelError: the run takes longer than any real model needs.
+    """
     try:
         return run_within_time(session, list(names), feeds, only_needed=only_needed)
     except (*RUNTIME_ERRORS, ValueError, RuntimeError) as error:
@@ -148,6 +173,10 @@ def load_session(
         proto: a model whose initializers named in `weights` hold no data.
         weights: their values.
         threads: within one operator.
+
+    Returns:
+        A session on the CPU, ready to run.
+
     Raises:
         ModelError: onnxruntime does not load it.
     """

@@ -48,7 +48,13 @@ class Segments:
         return sum(value.nbytes for alive in self.live for value in alive.values())
 
     def advance(self, position: int, weights: Mapping[str, np.ndarray]) -> None:
-        """Runs the nodes up to `position` with these values of changed weights."""
+        """Runs the nodes up to `position` with these values of changed weights.
+
+        Args:
+            position: index of a node of the main graph, the first that is not run; nothing happens
+                where it was reached already.
+            weights: initializer -> its values, for those that differ from the graph's own.
+        """
         if position <= self.position:
             return
         made = [name for index in range(self.position, position) for name in self._outputs(index)]
@@ -66,7 +72,16 @@ class Segments:
     def peek(
         self, position: int, names: Sequence[str], weights: Mapping[str, np.ndarray]
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Values that the nodes up to `position` make, for each batch, without going there."""
+        """Values that the nodes up to `position` make, for each batch, without going there.
+
+        Args:
+            position: index of the first node that is not run.
+            names: of the values wanted.
+            weights: initializer -> its values, for those that differ from the graph's own.
+
+        Yields:
+            For each batch, the values by name.
+        """
         yield from self._run(self.position, position, names, weights)
 
     def _outputs(self, index: int) -> list[str]:

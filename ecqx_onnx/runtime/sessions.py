@@ -1,4 +1,4 @@
-"""A model (path or bytes) -> sessions of onnxruntime: their outputs, their load time, and which operators really ran."""
+"""Sessions of onnxruntime: loading a model, running it, its load time, and which operators ran."""
 
 from __future__ import annotations
 
@@ -61,13 +61,32 @@ NUMPY_TYPES = {
 
 
 def describe_runtime() -> str:
+    """Say which runtime runs here, for reports.
+
+    Returns:
+        Its name, version and execution provider.
+    """
     return f"onnxruntime {onnxruntime.__version__}, {PROVIDER}"
 
 
 def open_session(
     model: Path | bytes, *, level: Level = "all", threads: int = 0, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """CheckFailed, with the runtime's own reason, if it does not take the model. threads: 0 leaves the choice to the runtime."""
+    """Load a model into onnxruntime, on the CPU.
+
+    Args:
+        model: path of an .onnx file, or its bytes.
+        level: of the graph optimizations, a key of `LEVELS`.
+        threads: within one operator; 0 leaves the choice to the runtime.
+        profile: prefix of the file that the runtime writes its profile to; None for no profile.
+
+    Returns:
+        The session.
+
+    Raises:
+        CheckFailed: onnxruntime does not take the model, with its own reason.
+        ModelError: loading takes longer than any real model needs.
+    """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.intra_op_num_threads = threads
@@ -94,7 +113,19 @@ def open_session(
 def run(
     session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """Outputs in the graph's order. CheckFailed if the runtime fails on inputs that fit; ModelError if it takes too long."""
+    """Run a session on inputs that fit it.
+
+    Args:
+        session: a loaded session of onnxruntime.
+        inputs: arrays in the order of the graph's inputs.
+
+    Returns:
+        All outputs, in the graph's order.
+
+    Raises:
+        CheckFailed: the runtime fails on inputs that fit.
+        ModelError: it takes too long, or an output is no tensor.
+    """
     names = [node.name for node in session.get_inputs()]
     try:
         outputs = run_within_time(session, None, dict(zip(names, inputs, strict=True)))
@@ -142,7 +173,14 @@ def run_within_time(
 
 
 def shorten_reason(error: Exception) -> str:
-    """The runtime's message without its prefixes and line breaks, at most 300 characters."""
+    """The runtime's message without its prefixes and line breaks, at most 300 characters.
+
+    Args:
+        error: raised by onnxruntime.
+
+    Returns:
+        One line.
+    """
     text = " ".join(str(error).split())
     text = text.rsplit("[ONNXRuntimeError] : ", 1)[-1].split(" : ", 2)[-1]
     text = SOURCE_LOCATION.sub("", text)
@@ -152,7 +190,19 @@ def shorten_reason(error: Exception) -> str:
 def fit_inputs(
     session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """The inputs in the types that the graph declares. DataError where count, shape or kind of number do not fit."""
+    """Bring inputs to the types that the graph declares.
+
+    Args:
+        session: a loaded session of onnxruntime.
+        inputs: arrays in the order of the graph's inputs.
+
+    Returns:
+        The same arrays, contiguous, each in its input's type.
+
+    Raises:
+        DataError: their count, a shape or the kind of number does not fit.
+        ModelError: an input has a type that no array can feed.
+    """
     nodes = session.get_inputs()
     if len(nodes) != len(inputs):
         names = ", ".join(node.name for node in nodes)
@@ -172,7 +222,8 @@ def _fit_one(node: onnxruntime.NodeArg, array: np.ndarray) -> np.ndarray:
     )
     if not fits:
         raise DataError(
-            f"input '{node.name}' has shape {node.shape}, but the data set gives {list(array.shape)}; give data of that shape"
+            f"input '{node.name}' has shape {node.shape}, but the data set gives "
+            f"{list(array.shape)}; give data of that shape"
         )
     if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(dtype, np.floating):
         raise DataError(
@@ -182,7 +233,14 @@ def _fit_one(node: onnxruntime.NodeArg, array: np.ndarray) -> np.ndarray:
 
 
 def find_fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
-    """The batch size that the graph insists on; None if it takes any."""
+    """Find the batch size that the graph insists on.
+
+    Args:
+        session: a loaded session of onnxruntime.
+
+    Returns:
+        The first length of its inputs; None if that is free, or differs between inputs.
+    """
     lengths = {
         node.shape[0]
         for node in session.get_inputs()
@@ -194,7 +252,20 @@ def find_fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
 def make_synthetic_inputs(
     session: onnxruntime.InferenceSession, *, batch: int = 1, free: int = 1, seed: int = 0
 ) -> tuple[np.ndarray, ...]:
-    """Normal floats, integers of 0 and 1, in the declared shapes; a free length is `batch` if it is the first, else `free`."""
+    """Make random inputs for a model: normal floats, and integers of 0 and 1.
+
+    Args:
+        session: a loaded session of onnxruntime.
+        batch: length of a first axis that the graph leaves free.
+        free: length of any other axis that it leaves free.
+        seed: of the generator.
+
+    Returns:
+        One array for each input, in the declared type.
+
+    Raises:
+        ModelError: an input has a type that no array can feed, or more than MOST_VALUES values.
+    """
     generator = np.random.default_rng(seed)
     arrays: list[np.ndarray] = []
     for node in session.get_inputs():
@@ -209,7 +280,8 @@ def make_synthetic_inputs(
         ]
         if math.prod(shape) > MOST_VALUES:
             raise ModelError(
-                f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: give real ones"
+                f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: "
+                "give real ones"
             )
         floats = np.issubdtype(dtype, np.floating)
         values = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
@@ -218,7 +290,15 @@ def make_synthetic_inputs(
 
 
 def measure_load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:
-    """Median time from file to ready session, one thread, all optimisations."""
+    """Measure the time from file to ready session, with one thread and all optimizations.
+
+    Args:
+        model: path of an .onnx file, or its bytes.
+        repeats: how often it is loaded, at least 1.
+
+    Returns:
+        The median, in seconds.
+    """
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -228,7 +308,19 @@ def measure_load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:
 
 
 def count_executed_operators(model: Path | bytes, inputs: Sequence[np.ndarray]) -> Counter[str]:
-    """How often each operator type ran in one inference with all optimisations, from the runtime's own profile."""
+    """Count how often each operator ran in one inference, by the runtime's own profile.
+
+    Args:
+        model: path of an .onnx file, or its bytes.
+        inputs: arrays that fit, in the order of the graph's inputs.
+
+    Returns:
+        Operator type -> how often it ran, after all optimizations.
+
+    Raises:
+        FileError: the profile cannot be read, where the runtime had no room to write it.
+        CheckFailed: onnxruntime does not load or run the model.
+    """
     with open_temporary_folder() as folder:
         session = open_session(model, threads=1, profile=folder / "profile")
         run(session, inputs)
@@ -240,7 +332,8 @@ def count_executed_operators(model: Path | bytes, inputs: Sequence[np.ndarray]) 
             ValueError,
         ) as error:  # onnxruntime does not tell that it could not write all of it
             raise FileError(
-                f"cannot read the profile that onnxruntime wrote to '{profile}' ({error}); free some space there"
+                f"cannot read the profile that onnxruntime wrote to '{profile}' ({error}); free "
+                "some space there"
             ) from error
     return Counter(
         event["args"]["op_name"]

@@ -74,6 +74,9 @@ def limit_time(what: str, seconds: float, stop: Callable[[], None]) -> Iterator[
         seconds: how long it may take.
         stop: makes it raise an error soon; called from another thread, at most once.
 
+    Yields:
+        Nothing; what runs inside the block is watched.
+
     Raises:
         ModelError: if it was stopped, in place of whatever error it raised then.
     """

@@ -33,8 +33,8 @@ def list_float_tensors(model: ModelProto) -> dict[str, np.ndarray]:
     """The float initializers of all graphs in a model.
 
     Args:
-        model: With its data in it; of a decoded float model, so that nothing is left to be computed of
-            constants.
+        model: With its data in it; of a decoded float model, so that nothing is left to be computed
+            of constants.
 
     Returns:
         Values by name; two of one name in two subgraphs count as one.

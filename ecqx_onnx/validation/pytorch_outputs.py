@@ -94,7 +94,8 @@ def _hold_evaluation_mode(reference: torch.nn.Module) -> Iterator[None]:
 
 
 class _Float64(TorchDispatchMode):
-    """Every operation gets float64 where it would have got, or was told to make, a lower precision."""
+    """Every operation gets float64 where it would have got, or was told to make, a lower
+    precision."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

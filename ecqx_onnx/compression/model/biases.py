@@ -26,10 +26,17 @@ from ecqx_onnx.compression.model.weights import Weight
 def with_biases(
     graph: FloatGraph, weights: Sequence[Weight]
 ) -> tuple[FloatGraph, Mapping[str, str]]:
-    """(graph, weight -> initializer [rows] that is its bias).
+    """Give each weight a bias where its product can have one.
 
     Conv and Gemm without a bias get one of zeros; a MatMul has one where an Add of a constant
     follows. The biases lie in the new graph's `weights`; the graph given is not changed.
+
+    Args:
+        graph: a float graph.
+        weights: of that graph.
+
+    Returns:
+        The graph, and weight -> initializer [rows] that is its bias, for weights that have one.
     """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
@@ -125,12 +132,15 @@ def corrected_bias(
     mean_before: np.ndarray,
     mean_after: np.ndarray,
 ) -> np.ndarray:
-    """b + W m - W' m': the layer's mean output is again what the float network's is.
+    """Compute the bias that gives the layer the float network's mean output: b + W m - W' m'.
 
     Args:
         bias: float32 [groups · rows].
-        before, after: float32 [groups, rows, columns], the weight as it was and as it is rounded.
-        mean_before, mean_after: float64 [groups or 1, columns], of the input in either network.
+        before: float32 [groups, rows, columns], the weight as it was.
+        after: the same shape, the weight as it is rounded.
+        mean_before: float64 [groups or 1, columns], mean input in the float network.
+        mean_after: the same shape, mean input in the rounded network.
+
     Returns:
         float32, the bias's shape.
     """

@@ -24,7 +24,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 MOVES = (
-    "Reshape", "Transpose", "Identity", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Concat", "Split",
+    "Reshape", "Transpose", "Identity", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Concat",
+    "Split",
 )  # fmt: skip
 SMALL = 4096  # entries of shapes, axes and biases that are looked at
 
@@ -33,6 +34,12 @@ def apply_moves(graph: FloatGraph) -> FloatGraph:
     """The graph with such nodes on float constants gone; constants lie as they are read.
 
     Only nodes of the main graph are applied. The graph given is not changed.
+
+    Args:
+        graph: a float graph.
+
+    Returns:
+        A new graph, or the same one if there is no such node.
     """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)

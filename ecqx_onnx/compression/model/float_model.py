@@ -1,4 +1,4 @@
-"""MODEL as users name it -> a float graph that is ready to be compressed.
+"""Reads a model as users name it, and makes it a float graph ready to be compressed.
 
 An .onnx file is read without torch: float16 becomes float32, old opsets are raised to one that the
 storages need, model-local functions are inlined, and BatchNormalization goes into the weights
@@ -66,11 +66,18 @@ def load_float_model(
     input_shape: Sequence[int] | None = None,
     trust_pickle: bool = False,
 ) -> FloatModel:
-    """Reads an .onnx file, or exports a PyTorch model.
+    """Read an .onnx file, or export a PyTorch model.
 
     Args:
         model: path of an .onnx file; or whatever `convert` takes (module, state dict, program).
-        factory, example, input_shape, trust_pickle: as for `convert`; for PyTorch models only.
+        factory: as for `convert`; for PyTorch models only, as the three that follow.
+        example: as for `convert`.
+        input_shape: as for `convert`.
+        trust_pickle: as for `convert`.
+
+    Returns:
+        The float graph that is compressed, and what was done to it.
+
     Raises:
         ModelError: its weights are integers already, or it can't be read as a float network.
         FileError: the file is missing or damaged.
@@ -81,7 +88,14 @@ def load_float_model(
 
 
 def is_onnx_path(model: Any) -> bool:
-    """Whether `model` names an .onnx file."""
+    """Whether `model` names an .onnx file.
+
+    Args:
+        model: anything that a user gives.
+
+    Returns:
+        True for a path (string or Path) that ends in .onnx, in any case.
+    """
     return isinstance(model, str | Path) and Path(model).suffix.lower() == ".onnx"
 
 
@@ -184,7 +198,8 @@ def _from_pytorch(
     source = str(model) if isinstance(model, str | Path) else type(model).__name__
     if checkpoint.tensors:
         raise ModelError(
-            f"{source}: {len(checkpoint.tensors)} of its weights are on few values already; write it"
+            f"{source}: {len(checkpoint.tensors)} of its weights are on few values already; write "
+            "it"
             " with ecqx-onnx convert, or give the float model"
         )
     graph, folded = _fold_into_weights(apply_moves(checkpoint.graph))

@@ -1,4 +1,4 @@
-"""A float16 graph -> the same in float32, with float16 kept at its inputs and outputs.
+"""Makes a float16 graph one of float32, with float16 kept at its inputs and outputs.
 
 Weights are compressed as float32: the file holds integers anyway, and a CPU computes in float32.
 """
@@ -21,13 +21,27 @@ HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
 
 
 def is_half(graph: FloatGraph) -> bool:
-    """Whether some initializer of two or more dimensions is float16."""
+    """Whether some initializer of two or more dimensions is float16.
+
+    Args:
+        graph: a graph with its initializers.
+
+    Returns:
+        True if it has one.
+    """
     tensors = graph.proto.graph.initializer
     return any(tensor.data_type == HALF and len(tensor.dims) >= 2 for tensor in tensors)
 
 
 def to_float32(graph: FloatGraph) -> FloatGraph:
-    """The graph with every float16 tensor, Cast and value as float32; its interface stays."""
+    """The graph with every float16 tensor, Cast and value as float32; its interface stays.
+
+    Args:
+        graph: with float16 tensors; it is not changed.
+
+    Returns:
+        A new graph whose inputs and outputs keep their types.
+    """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     weights = dict(graph.weights)

@@ -73,18 +73,29 @@ class Weight:
 
     @property
     def size(self) -> int:
+        """How many entries it has."""
         return int(np.prod(self.shape))
 
     @property
     def watched(self) -> Product | None:
-        """The product whose input says how much an error of this weight matters; None for tables."""
+        """The first product whose input can be watched.
+
+        It says how much an error of this weight matters; None for tables.
+        """
         for product in self.products:
             if product.main and product.value is not None:
                 return product
         return None
 
     def to_matrices(self, values: np.ndarray) -> np.ndarray:
-        """The initializer's layout -> [groups, rows, columns]; a copy or a view."""
+        """Bring values from the initializer's layout to matrices.
+
+        Args:
+            values: an array of the initializer's shape.
+
+        Returns:
+            [groups, rows, columns]; a copy or a view.
+        """
         if self.kind == "conv":
             return values.reshape(self.groups, self.shape[0] // self.groups, -1)
         if self.kind == "conv_transpose":
@@ -97,13 +108,24 @@ class Weight:
         return values.reshape(self.groups, *self.shape[-2:])
 
     def from_matrices(self, matrices: np.ndarray) -> np.ndarray:
-        """[groups, rows, columns] -> the initializer's layout."""
+        """Bring matrices back to the initializer's layout.
+
+        Args:
+            matrices: [groups, rows, columns].
+
+        Returns:
+            A contiguous array of the initializer's shape.
+        """
         if self.kind in ("conv_transpose", "matrix_transposed", "stack"):
             matrices = matrices.transpose(0, 2, 1)
         return np.ascontiguousarray(matrices).reshape(self.shape)
 
     def step_shape(self) -> tuple[int, ...]:
-        """Shape of one step per row, which broadcasts against the initializer; () if it can't."""
+        """Give the shape of one step per row, which broadcasts against the initializer.
+
+        Returns:
+            The shape; () where the layout has no place for a step per row.
+        """
         ones = (1,) * (len(self.shape) - 1)
         if self.kind == "conv":
             return (self.shape[0], *ones)

@@ -36,7 +36,14 @@ class MomentKey:
 
     @classmethod
     def of(cls, weight: Weight) -> MomentKey | None:
-        """The key of a weight's moments; None where nothing can be watched."""
+        """Find the key of a weight's moments.
+
+        Args:
+            weight: of the graph.
+
+        Returns:
+            The key; None where no input can be watched.
+        """
         product = weight.watched
         if product is None or product.layout in ("unwatched", "rows"):
             return None
@@ -55,7 +62,8 @@ def _shared(product: Product) -> Product:
 class Moments:
     """Second moments of one input.
 
-    blocks: float64 arrays [groups, k, k] on the diagonal, for inputs `starts[i]` to `starts[i] + k`.
+    blocks: float64 arrays [groups, k, k] on the diagonal, for inputs `starts[i]` to `starts[i] +
+    k`.
     mean: float64 [groups, n].
     count: vectors that were seen.
     tails: float64 [groups], E|x|⁴ as a multiple of what it were for a normal distribution; tells
@@ -74,7 +82,11 @@ class Moments:
         return int(self.mean.shape[-1])
 
     def centered(self) -> Moments:
-        """The same about the mean: E[x xᵀ] - m mᵀ."""
+        """Center the moments about the mean: E[x xᵀ] - m mᵀ.
+
+        Returns:
+            New moments with the same mean and count.
+        """
         blocks = []
         for start, block in zip(self.starts, self.blocks, strict=True):
             part = self.mean[:, start : start + block.shape[-1]]
@@ -89,6 +101,9 @@ class Moments:
 
         [Ledoit and Wolf 2004, J. Multivariate Analysis 88, with diag S as the target]. With fewer
         vectors than inputs, error feedback would push every error to where these few do not see it.
+
+        Returns:
+            New moments; these ones themselves where nothing tells how sure they are.
         """
         if self.tails is None or self.count < 1:
             return self
@@ -121,7 +136,12 @@ class MomentSum:
         self.count = 0
 
     def add(self, vectors: np.ndarray, others: np.ndarray | None = None) -> None:
-        """vectors, others: float32 [groups, count, n]. Rows of a block belong to `others`."""
+        """Add one batch of vectors to all sums.
+
+        Args:
+            vectors: x, float32 [groups, count, n].
+            others: x' of the same shape, to which the rows of a block belong; None for x itself.
+        """
         groups, count, length = vectors.shape
         if self.total is None:
             self.total = np.zeros((groups, length))
@@ -140,13 +160,21 @@ class MomentSum:
                 block[group] += other[group].T @ part[group]
 
     def add_mean(self, vectors: np.ndarray) -> None:
-        """Their mean only, no second moments."""
+        """Add one batch to the mean only, not to second moments.
+
+        Args:
+            vectors: float32 [groups, count, n].
+        """
         total = vectors.sum(axis=1, dtype=np.float64)
         self.total = total if self.total is None else self.total + total
         self.count += vectors.shape[1]
 
     def finish(self) -> Moments:
-        """The averages. ModelError where the activation was not finite."""
+        """Divide the sums by the number of vectors.
+
+        Returns:
+            The averages; their blocks are empty if only means were added.
+        """
         assert self.total is not None
         count = max(1, self.count)
         blocks = tuple(block / count for block in self.blocks)
@@ -198,7 +226,14 @@ def collect_moments(
 
 
 def unique_keys(weights: Sequence[Weight]) -> list[MomentKey]:
-    """The keys of the weights that have one, each once, in their order."""
+    """The keys of the weights that have one, each once, in their order.
+
+    Args:
+        weights: in any order.
+
+    Returns:
+        Keys without repetitions; weights without an input to watch have none.
+    """
     keys = [MomentKey.of(weight) for weight in weights]
     return list(dict.fromkeys(key for key in keys if key is not None))
 
@@ -206,7 +241,18 @@ def unique_keys(weights: Sequence[Weight]) -> list[MomentKey]:
 def vectors_of(
     key: MomentKey, activation: np.ndarray, number: int, share: float, mask: np.ndarray | None
 ) -> np.ndarray:
-    """This batch's vectors for one key: `share` of as many as all samples should give."""
+    """Take this batch's vectors for one key from an activation.
+
+    Args:
+        key: says how the activation is read.
+        activation: of this batch, any float type.
+        number: of the batch, so that batches see other places.
+        share: of this batch's samples in all samples: it gives that share of the vectors wanted.
+        mask: bool [N, T], False for tokens that are padding; None without one.
+
+    Returns:
+        float32 [groups, count, length].
+    """
     window = key.product.window
     taps = int(np.prod(window.kernel)) if window is not None else 1
     channels = activation.shape[1] if activation.ndim > 1 else 1
@@ -219,7 +265,15 @@ def vectors_of(
 
 
 def check_finite(name: str, total: MomentSum) -> None:
-    """ModelError where sums hold NaN or infinity."""
+    """Refuse sums that hold NaN or infinity.
+
+    Args:
+        name: of the activation, for the message.
+        total: its sums.
+
+    Raises:
+        ModelError: they do.
+    """
     if total.total is not None and not np.isfinite(total.total).all():
         raise ModelError(
             f"activation '{name}' holds NaN or infinity on these data: mend the model or the data"
@@ -227,7 +281,14 @@ def check_finite(name: str, total: MomentSum) -> None:
 
 
 def padding_mask(feeds: Feeds) -> np.ndarray | None:
-    """bool [N, T] from an integer or bool input called like "attention_mask"; None without one."""
+    """Find the padding mask of a batch: a 2-D integer or bool input with "mask" in its name.
+
+    Args:
+        feeds: the model's inputs by name.
+
+    Returns:
+        bool [N, T], False for padding; None without such an input, or where it is 0 everywhere.
+    """
     for name, array in feeds.items():
         if "mask" in name.lower() and array.ndim == 2 and array.dtype.kind in "iub":
             mask = array != 0

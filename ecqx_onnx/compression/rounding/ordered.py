@@ -64,11 +64,25 @@ class Layers:
     biases: Mapping[str, str]
 
     def matrices(self, weight: Weight) -> np.ndarray:
-        """float32 [groups, rows, columns]."""
+        """Give a weight's float values as matrices.
+
+        Args:
+            weight: one of `weights`.
+
+        Returns:
+            float32 [groups, rows, columns].
+        """
         return weight.to_matrices(self.graph.weights[weight.name])
 
     def bias(self, weight: Weight) -> np.ndarray | None:
-        """float32 [rows], None where the weight has none."""
+        """Give the float values of a weight's bias.
+
+        Args:
+            weight: one of `weights`.
+
+        Returns:
+            float32 [rows]; None where the weight has none.
+        """
         name = self.biases.get(weight.name)
         return None if name is None else self.graph.weights[name]
 
@@ -87,6 +101,9 @@ def round_at_once(
         layers: the network.
         steps: weight -> float32 [groups, rows, 1] or a shape that broadcasts to that.
         moments: of the float network, not centered.
+
+    Returns:
+        Levels of every weight, and the values that change in the graph.
     """
     rounded: dict[str, Rounded] = {}
     changed: dict[str, np.ndarray] = {}
@@ -115,12 +132,19 @@ def round_weight(
     after: Moments | None,
     cross: Moments | None,
 ) -> RoundedWeight:
-    """One weight.
+    """Round one weight, and correct its bias.
 
     Args:
-        before, after: moments of its input in the float network and in the rounded one; None for a
-            weight without an input to watch, which is rounded to the nearest levels.
+        layers: the network.
+        weight: one of its weights.
+        step: float32, positive, broadcasts against [groups, rows, 1].
+        before: moments of its input in the float network; None for a weight without an input to
+            watch, which is rounded to the nearest levels.
+        after: moments of its input in the rounded network; None as for `before`.
         cross: centered as `after` is used here; None where both networks have the same input.
+
+    Returns:
+        Its levels, and the values of it and its bias in the graph.
     """
     matrices, bias = layers.matrices(weight), layers.bias(weight)
     if after is None or before is None or after.count == 0:
@@ -163,12 +187,16 @@ def round_in_order(
     """Every weight on the inputs that the rounded layers before it give.
 
     Args:
-        layers, steps: as for `round_at_once`.
+        layers: the network.
+        steps: weight -> step, as for `round_at_once`.
         batches: the samples; what is alive between two layers is kept for all of them.
         threads: of onnxruntime.
-        live_bytes: position of a node -> bytes that would be kept there for all batches. Where these
-            are more than LIVE_BUDGET, the nodes since the last place with fewer run again.
+        live_bytes: position of a node -> bytes that would be kept there for all batches. Where
+            these are more than LIVE_BUDGET, the nodes since the last place with fewer run again.
         progress: called with (stages done, stages).
+
+    Returns:
+        Levels of every weight, and the values that change in the graph.
     """
     rounded: dict[str, Rounded] = {}
     changed: dict[str, np.ndarray] = {}
@@ -292,7 +320,16 @@ def _pair_moments(
 def measure_live_bytes(
     layers: Layers, batches: Sequence[Feeds], *, threads: int = 1
 ) -> dict[int, int]:
-    """Position of each layer's node -> bytes alive before it, for these batches."""
+    """Measure how many bytes are alive before each layer, for these batches.
+
+    Args:
+        layers: the network.
+        batches: inputs by name.
+        threads: of onnxruntime.
+
+    Returns:
+        Position of each layer's node -> bytes.
+    """
     segments = Segments(layers.graph, batches, threads=threads)
     found = {}
     for position in sorted(set(_find_readers(layers).values())):

@@ -55,6 +55,9 @@ def round_nearest(matrices: np.ndarray, steps: np.ndarray) -> Rounded:
     Args:
         matrices: float32 [groups, rows, columns].
         steps: float32, positive, broadcasts against [groups, rows, 1].
+
+    Returns:
+        Levels, and the steps, wider for rows that would not fit.
     """
     steps, notes = _widen_steps(matrices, steps)
     levels = np.empty(matrices.shape, np.int8)
@@ -113,7 +116,8 @@ def round_with_feedback(
 
 
 def _widen_steps(matrices: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """float32 [groups, rows, 1]: the steps, at least so wide that no weight lies beyond the grid."""
+    """float32 [groups, rows, 1]: the steps, at least so wide that no weight lies beyond the
+    grid."""
     steps = np.broadcast_to(steps, (*matrices.shape[:2], 1)).astype(np.float32)
     peaks = np.abs(matrices).max(axis=-1, keepdims=True, initial=0.0)
     needed = (peaks / np.float32(HIGHEST - 2)).astype(np.float32)
@@ -125,10 +129,19 @@ def _widen_steps(matrices: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, t
 
 
 def factorize(hessian: np.ndarray, dampening: float) -> tuple[np.ndarray, np.ndarray, str]:
-    """(U, order, note): H⁻¹ = Uᵀ U with columns in `order`, those of most energy first.
+    """Factorize the inverse of a second-moment matrix: H⁻¹ = Uᵀ U.
 
     A column without energy (a dead input) costs nothing however it is rounded; its diagonal is
     filled with the dampening, so that the matrix can be inverted.
+
+    Args:
+        hessian: H, float64 [n, n], symmetric.
+        dampening: added to its diagonal, as a share of the diagonal's mean; more where it needs
+            more.
+
+    Returns:
+        (U, order, note): the factor for columns sorted by `order`, those of most energy first, and
+        what had to be done, empty if nothing.
     """
     diagonal = np.diag(hessian)
     mean = float(diagonal.mean()) if diagonal.size else 0.0
@@ -209,8 +222,17 @@ def corrected_target(
 
         argmin_V E|W x - V x'|²  =  W C H'⁻¹,   C = E[x x'ᵀ],  H' = E[x' x'ᵀ]
 
-    x is the float network's input and x' the rounded one's [GPTAQ, Li et al. 2025, arXiv 2504.02692,
-    in closed form]. Dampening shrinks the correction W (C - H') H'⁻¹, not the weights.
+    x is the float network's input and x' the rounded one's [GPTAQ, Li et al. 2025, arXiv
+    2504.02692, in closed form]. Dampening shrinks the correction W (C - H') H'⁻¹, not the weights.
+
+    Args:
+        matrices: W, float32 [groups, rows, columns].
+        quantized: H', moments of the rounded network's input.
+        cross: C, in the same blocks.
+        dampening: added to the diagonal of H', as a share of its mean.
+
+    Returns:
+        float64 [groups, rows, columns], what is rounded in place of the weights.
     """
     target = matrices.astype(np.float64)
     blocks = zip(quantized.blocks, quantized.shrunk().blocks, cross.blocks, strict=True)

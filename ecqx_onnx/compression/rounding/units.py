@@ -20,6 +20,9 @@ def choose_unit(weight: Weight, matrices: np.ndarray) -> np.ndarray:
     Args:
         weight: its layout says whether rows can have steps of their own.
         matrices: float32 [groups, rows, columns].
+
+    Returns:
+        The root mean square of all entries, or that of each row.
     """
     whole = np.float32(np.sqrt(np.mean(np.square(matrices, dtype=np.float64))))
     whole = max(whole, np.finfo(np.float32).tiny)

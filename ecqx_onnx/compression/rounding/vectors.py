@@ -1,4 +1,4 @@
-"""An activation -> the vectors that a weight's rows are multiplied with.
+"""Takes from an activation the vectors that a weight's rows are multiplied with.
 
 For a convolution these are its windows (im2col), for a matrix product the last axis, for an LSTM
 the steps of its sequence. Padding of a convolution is part of its windows, as the weight sees it;
@@ -27,11 +27,13 @@ def input_vectors(
     """Vectors [groups, count, length] that the product multiplies its weight with.
 
     Args:
+        product: says how the activation is read: its layout and, for a convolution, its window.
         activation: the product's input (of an LSTM's recurrent weight: its output), any float type.
         groups: of the convolution; each has channels of its own. Directions of a recurrent state.
         limit: take about this many vectors, evenly spaced, where there are more.
         offset: where the spacing begins, so that batches see other places.
         mask: bool [N, T], False for tokens that are padding.
+
     Returns:
         float32 [groups, count, length]; groups is 1 where all share one input.
     """

@@ -34,7 +34,14 @@ class RateCurve:
     bits: np.ndarray
 
     def bits_at(self, multiple: float) -> float:
-        """Bits per entry at a step of `multiple` units."""
+        """Interpolate the rate at a step between two rungs, in the logarithm of the step.
+
+        Args:
+            multiple: the step in units, positive.
+
+        Returns:
+            Bits per entry; those of the nearest rung beyond the ladder.
+        """
         return float(np.interp(np.log2(multiple), np.log2(LADDER), self.bits))
 
 
@@ -45,6 +52,9 @@ def measure_rate(name: str, matrices: np.ndarray, unit: np.ndarray) -> RateCurve
         name: of the weight.
         matrices: float32 [groups, rows, columns].
         unit: float32, positive; broadcasts against the matrices.
+
+    Returns:
+        The curve of this weight.
     """
     scaled = (matrices / unit).reshape(-1)
     if scaled.size > 1 << 18:  # a share of a large weight says as much
@@ -54,7 +64,14 @@ def measure_rate(name: str, matrices: np.ndarray, unit: np.ndarray) -> RateCurve
 
 
 def entropy(levels: np.ndarray) -> float:
-    """Zero-order entropy of integers, in bits per entry."""
+    """Compute the zero-order entropy of integers.
+
+    Args:
+        levels: of any shape.
+
+    Returns:
+        Bits per entry, 0 for no entries.
+    """
     if not levels.size:
         return 0.0
     _, counts = np.unique(levels, return_counts=True)
@@ -114,7 +131,17 @@ def _expected_bits(curves: Sequence[RateCurve], multiples: Mapping[str, float]) 
 def dial_for_bits(
     curves: Sequence[RateCurve], slopes: Mapping[str, float], bits: float, *, rounds: int = 40
 ) -> float:
-    """The dial at which the curves expect `bits` in all; an end of the range where none does."""
+    """Find the dial at which the curves expect a number of bits, by bisection.
+
+    Args:
+        curves: rate of each weight.
+        slopes: weight -> a_l, as for `allocate`.
+        bits: of all weights together.
+        rounds: how often the range is halved.
+
+    Returns:
+        The position; an end of the range where none expects so many.
+    """
     low, high = _dial_range(curves, slopes)
     for _ in range(rounds):
         middle = (low + high) / 2

@@ -47,7 +47,14 @@ class Bounds:
         )
 
     def with_defaults(self, *, has_classes: bool) -> Bounds:
-        """These bounds, or the defaults where there are none."""
+        """Fill in the default bound where the user gave none.
+
+        Args:
+            has_classes: whether an output holds class scores, so that agreement can be bounded.
+
+        Returns:
+            These bounds, or new ones with the default.
+        """
         if self.limits_size or self.limits_quality:
             return self
         if has_classes:
@@ -55,7 +62,16 @@ class Bounds:
         return replace(self, max_error=DEFAULT_ERROR, chosen=True)
 
     def misses(self, quality: Quality, nbytes: int, bits: float) -> tuple[str, ...]:
-        """The bounds that don't hold, a clause each."""
+        """List the bounds that don't hold.
+
+        Args:
+            quality: against the float model, measured.
+            nbytes: of the file.
+            bits: coded bits per weight.
+
+        Returns:
+            A clause for each, none if all hold.
+        """
         found = []
         if self.max_bytes is not None and nbytes > self.max_bytes:
             found.append(f"{nbytes:,} bytes, and {self.max_bytes:,} are allowed")
@@ -64,7 +80,14 @@ class Bounds:
         return (*found, *self.quality_misses(quality))
 
     def quality_misses(self, quality: Quality) -> tuple[str, ...]:
-        """The quality bounds that don't hold."""
+        """List the quality bounds that don't hold.
+
+        Args:
+            quality: against the float model, measured.
+
+        Returns:
+            A clause for each, none if all hold.
+        """
         found = []
         drop = quality.drop
         if self.max_drop is not None and drop is not None and drop > self.max_drop + 1e-9:
@@ -101,7 +124,22 @@ def make_bounds(
     min_agreement: float | None = None,
     max_error: float | None = None,
 ) -> Bounds:
-    """Checked bounds. OptionError says which one makes no sense, and what to write."""
+    """Check the bounds that a user gives.
+
+    Args:
+        max_bytes: of the file, at least 1; a number or text such as "70k".
+        bits_per_weight: coded bits, 0.05 to 16.
+        max_drop: percentage points of accuracy that may be lost, 0 to 100.
+        min_agreement: percent of samples with the same class, 1 to 100 (1 itself is taken for a
+            share).
+        max_error: relative error of the outputs, 1e-6 to 1.
+
+    Returns:
+        The bounds; None where nothing was given.
+
+    Raises:
+        OptionError: one makes no sense; the message says what to write.
+    """
     _check_range("--bits-per-weight", bits_per_weight, 0.05, 16.0, "such as 2.5")
     _check_range("--max-drop", max_drop, 0.0, 100.0, "percentage points, such as 0.5")
     _check_range("--max-error", max_error, 1e-6, 1.0, "a share, such as 0.05")
@@ -122,7 +160,17 @@ def _check_range(option: str, value: float | None, least: float, most: float, ex
 
 
 def parse_bytes(text: str) -> int:
-    """ "70k" -> 70,000; "1.5M", "64KiB", "1MiB". OptionError for anything else."""
+    """Read a number of bytes with or without its unit.
+
+    Args:
+        text: such as "70k" (70,000), "1.5M", "64KiB" or "1MiB".
+
+    Returns:
+        Bytes, rounded down.
+
+    Raises:
+        OptionError: it is anything else.
+    """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if match is None or match.group(2).lower() not in UNITS:
         raise OptionError(f"--max-bytes '{text}' is no number of bytes: write 70k, 1.5M or 64KiB")

@@ -1,4 +1,4 @@
-"""OUT.compress/: what a search has found out so far, so that the same command goes on from there.
+"""Keeps what a search has found so far in OUT.compress/, so that the same command goes on there.
 
 key.json      hash of model, data and options; another command's folder is emptied
 slopes.json   the sensitivities
@@ -35,8 +35,16 @@ class SearchFolder:
     @classmethod
     @contextlib.contextmanager
     def at(cls, out: Path, key: str) -> Iterator[SearchFolder]:
-        """Locks the folder; what another key left in it goes. It is removed when the block ends
-        well, and stays when it is interrupted.
+        """Lock the folder beside an output; what another key left in it goes.
+
+        It is removed when the block ends well or fails, and stays when it is interrupted.
+
+        Args:
+            out: path of the output; the folder has its name and .compress.
+            key: stands for everything that the search's points depend on.
+
+        Yields:
+            The folder.
 
         Raises:
             FileError: another process works there, or the folder can't be written.
@@ -61,7 +69,8 @@ class SearchFolder:
             owner = _owner(lock)
             if owner is not None:
                 raise FileError(
-                    f"{self.path}: process {owner} compresses to the same file; wait for it, or give another name"
+                    f"{self.path}: process {owner} compresses to the same file; wait for it, or "
+                    "give another name"
                 )
             lock.unlink(missing_ok=True)
             handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -80,7 +89,11 @@ class SearchFolder:
             file.write_text(key, encoding="utf-8")
 
     def slopes(self) -> dict[str, float] | None:
-        """The sensitivities of an earlier run; None without, or where they can't be read."""
+        """Read the sensitivities of an earlier run.
+
+        Returns:
+            Weight -> a_l; None without, or where they can't be read.
+        """
         try:
             found = json.loads((self.path / "slopes.json").read_text(encoding="utf-8"))
             return {str(name): float(value) for name, value in found.items()}
@@ -88,11 +101,19 @@ class SearchFolder:
             return None
 
     def keep_slopes(self, slopes: Mapping[str, float]) -> None:
-        """For the next run."""
+        """Store the sensitivities for the next run.
+
+        Args:
+            slopes: weight -> a_l.
+        """
         _replace(self.path / "slopes.json", json.dumps(dict(slopes)))
 
     def points(self) -> dict[float, Point]:
-        """Points of an earlier run by their coordinate; a line cut short is passed over."""
+        """Read the points of an earlier run; a line cut short is passed over.
+
+        Returns:
+            Point by its coordinate, the bits that were asked for.
+        """
         found = {}
         try:
             lines = (self.path / "points.jsonl").read_text(encoding="utf-8").splitlines()
@@ -105,7 +126,11 @@ class SearchFolder:
         return found
 
     def keep_point(self, point: Point) -> None:
-        """For the next run."""
+        """Store one point for the next run.
+
+        Args:
+            point: that was measured.
+        """
         with open(self.path / "points.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(point)) + "\n")
 
@@ -151,7 +176,14 @@ def _proportion(document: Any) -> Proportion | None:
 
 
 def hash_parts(*parts: Any) -> str:
-    """A hash of arrays and bytes by their contents, and of anything else by its text."""
+    """Hash arrays and bytes by their contents, and anything else by its text.
+
+    Args:
+        parts: whatever the result depends on, in a fixed order.
+
+    Returns:
+        SHA-256, as hexadecimal digits.
+    """
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):

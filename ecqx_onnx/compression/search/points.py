@@ -152,7 +152,11 @@ class PointMaker:
         self.slopes: dict[str, float] = {}
 
     def measure(self, known: Mapping[str, float] | None = None) -> None:
-        """The sensitivities: measured, or as `known` from an earlier run."""
+        """Measure the sensitivities, or take those of an earlier run.
+
+        Args:
+            known: weight -> a_l of an earlier run; used if it names exactly these weights.
+        """
         if known is not None and set(known) == {weight.name for weight in self.layers.weights}:
             self.slopes = dict(known)
             return
@@ -176,8 +180,13 @@ class PointMaker:
             )
 
     def errors_at_finest(self) -> dict[str, float]:
-        """Relative error of the outputs that each weight alone makes at the finest step: what no
-        dial can better, as int8 has no finer levels for a weight with entries far outside."""
+        """Measure the relative output error that each weight alone makes at the finest step.
+
+        No dial can better it, as int8 has no finer levels for a weight with entries far outside.
+
+        Returns:
+            Weight -> error of the outputs.
+        """
         size = batch_size(self._batches[0])
         some = self._batches[: max(1, PROBED // max(1, size))]
         slopes = measure_sensitivity(
@@ -191,12 +200,26 @@ class PointMaker:
         return sum(curve.size for curve in self._curves)
 
     def steps_for(self, bits: float) -> dict[str, float]:
-        """Multiples of the units at which the curves expect so many bits for a weight."""
+        """Find the steps at which the curves expect so many bits for a weight.
+
+        Args:
+            bits: expected bits per weight.
+
+        Returns:
+            Weight -> step as a multiple of its unit.
+        """
         dial = dial_for_bits(self._curves, self.slopes, bits * self.entries)
         return allocate(self._curves, self.slopes, dial)
 
     def make(self, bits: float) -> Candidate:
-        """The point at `bits` expected bits for a weight."""
+        """Make one point: allocate, round, encode and measure.
+
+        Args:
+            bits: expected bits per weight.
+
+        Returns:
+            The point and the file in memory.
+        """
         multiples = self.steps_for(bits)
         steps = {
             name: self._units[name] * np.float32(multiple) for name, multiple in multiples.items()
@@ -224,7 +247,14 @@ class PointMaker:
         trim_heap()
 
     def judge(self, model: RoundedModel) -> Quality:
-        """On the samples of the search."""
+        """Measure a rounded model on the samples of the search.
+
+        Args:
+            model: the values that change in the graph.
+
+        Returns:
+            Quality against the float model.
+        """
         total = QualitySum(self._runner.outputs, classes=self._classes)
         for (feeds, labels), expected in zip(self._search, self._expected, strict=True):
             found = self._runner.run(feeds, weights=model.changed)

@@ -94,7 +94,14 @@ class QualitySum:
         labels: np.ndarray | None,
         size: int,
     ) -> None:
-        """Outputs of the float model and of the other one for the same batch of `size` samples."""
+        """Add the outputs of the float model and of the other one for the same batch.
+
+        Args:
+            expected: outputs of the float model, in the order of the names.
+            found: outputs of the other model.
+            labels: integers [size]; None without.
+            size: samples in the batch.
+        """
         for index, (y, z) in enumerate(zip(expected, found, strict=True)):
             self._add_output(index, y, z, size)
         self._samples += size
@@ -136,7 +143,11 @@ class QualitySum:
             self._worst[index] = (self._samples + place, float(relative[place]))
 
     def finish(self) -> Quality:
-        """The quality over everything that was added."""
+        """Give the quality over everything that was added.
+
+        Returns:
+            Errors for each output, and shares where there are classes or labels.
+        """
         outputs = []
         for index, name in enumerate(self._names):
             square = max(float(self._square[index]), np.finfo(np.float64).tiny)

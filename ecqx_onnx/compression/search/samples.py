@@ -1,4 +1,4 @@
-"""DATA as users have it, with or without labels -> samples by the names of a model's inputs.
+"""Reads data as users have it, labeled or not, as samples by the names of a model's inputs.
 
 inputs.npz       arrays called as the model's inputs are, and `labels` if there are any
 images.npz       x_train, x_test or x, with or without y_train, y_test, y; for one input
@@ -40,7 +40,14 @@ class InputSpec:
 
     @classmethod
     def of(cls, node: Any) -> InputSpec:
-        """From onnxruntime's description."""
+        """Read the description of an input from a session.
+
+        Args:
+            node: onnxruntime's description, with name, type and shape.
+
+        Returns:
+            The input; lengths that are no integers are free.
+        """
         lengths = tuple(n if isinstance(n, int) else None for n in node.shape)
         return cls(node.name, node.type, lengths)
 
@@ -73,24 +80,52 @@ class Samples:
         return len(self.rows)
 
     def pick(self, chosen: np.ndarray) -> Samples:
-        """Those samples, by their place in `rows`."""
+        """Choose samples by their place in `rows`.
+
+        Args:
+            chosen: integers, or a mask.
+
+        Returns:
+            New samples of the same source.
+        """
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, rows=self.rows[chosen], labels=labels)
 
     def take(self, count: int) -> Samples:
-        """`count` samples evenly spaced, all if there are fewer."""
+        """Take samples evenly spaced.
+
+        Args:
+            count: how many; all if there are fewer.
+
+        Returns:
+            New samples of the same source.
+        """
         count = min(count, len(self))
         return self.pick(np.arange(count) * len(self) // max(1, count))
 
     def batches(self, size: int) -> Iterator[tuple[Feeds, np.ndarray | None]]:
-        """(inputs by name, labels) for `size` samples at a time."""
+        """Read the samples batch by batch.
+
+        Args:
+            size: samples at a time; the last batch may have fewer.
+
+        Yields:
+            (inputs by name, labels or None).
+        """
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             labels = None if self.labels is None else self.labels[part]
             yield self._read(self.rows[part]), labels
 
     def feeds(self, size: int) -> list[Feeds]:
-        """All batches without labels."""
+        """Read all batches at once, without labels.
+
+        Args:
+            size: samples at a time.
+
+        Returns:
+            Inputs by name, for each batch.
+        """
         return [inputs for inputs, _ in self.batches(size)]
 
     def _read(self, rows: np.ndarray) -> Feeds:
@@ -125,7 +160,8 @@ def _fit(x: np.ndarray, spec: InputSpec) -> np.ndarray:
     if not fits:
         wanted = "any shape" if not spec.shape else ["any" if n is None else n for n in spec.shape]
         raise DataError(
-            f"input '{spec.name}' takes {wanted}, and the data give {list(x.shape)}: give samples of that shape, the batch first"
+            f"input '{spec.name}' takes {wanted}, and the data give {list(x.shape)}: give samples "
+            "of that shape, the batch first"
         )
     return np.ascontiguousarray(x, dtype=dtype)
 
@@ -178,6 +214,10 @@ def load_splits(
         preprocessing: by default what types and shapes ask for.
         samples: at most so many are used; of a test set of its own as many again.
         seed: of the draw.
+
+    Returns:
+        Samples for statistics, for the search and for the verdict, which share none.
+
     Raises:
         DataError: fewer than 32 samples, or they don't fit the model.
         FileError: a file is missing or damaged.
@@ -402,7 +442,8 @@ def _from_arrays(
 def _checked_labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) != count:
         raise DataError(
-            f"the labels of {name} are {labels.dtype} {labels.shape}, and must be integers, one for each of the {count} samples"
+            f"the labels of {name} are {labels.dtype} {labels.shape}, and must be integers, one "
+            f"for each of the {count} samples"
         )
     return labels.astype(np.int64)
 

@@ -41,7 +41,7 @@ def search(
     say: Callable[[str], None] = lambda text: None,
     most_points: int = MOST_POINTS,
 ) -> Found:
-    """The dial's position.
+    """Find the dial's position that keeps to the bounds.
 
     Args:
         make: bits per weight -> candidate.
@@ -49,6 +49,9 @@ def search(
         entries: quantized weights.
         say: told of each point.
         most_points: at most so many are made.
+
+    Returns:
+        The candidate chosen, every point, and whether the bounds hold on the search samples.
     """
     dial = _Dial(make, say, most_points)
     if bounds.limits_quality:
@@ -205,5 +208,12 @@ def _share_used(lost: Proportion, allowed: float) -> float:
 
 
 def finest_first(points: Sequence[Point]) -> tuple[Point, ...]:
-    """For a table: by bytes, falling."""
+    """Sort points for a table.
+
+    Args:
+        points: in any order.
+
+    Returns:
+        By bytes, falling.
+    """
     return tuple(sorted(points, key=lambda point: -point.nbytes))

@@ -63,6 +63,9 @@ def fill_unmoved(slopes: Mapping[str, float], sizes: Mapping[str, int]) -> dict[
     Args:
         slopes: weight -> a_l.
         sizes: weight -> entries.
+
+    Returns:
+        Weight -> a_l, all of them positive.
     """
     moving = [slopes[name] / sizes[name] for name in slopes if slopes[name] > LEAST]
     typical = float(np.median(moving)) if moving else 1.0

@@ -127,7 +127,8 @@ class _Server(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks off is the browser's business, and its end is watched elsewhere."""
+        """A connection that breaks off is the browser's business, and its end is watched
+        elsewhere."""
 
     def locate(self, path: str) -> tuple[str, Path] | None:
         """(which folder, file) of a path; None if it is nothing of ours."""

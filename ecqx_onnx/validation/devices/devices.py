@@ -130,7 +130,8 @@ class Ssh:
             InputError: The machine does not answer, or what came back is no archive of results.
         """
         script = (
-            "set -e; d=$(mktemp -d); trap 'rm -rf \"$d\"' EXIT; trap 'exit 1' HUP INT TERM PIPE; tar xf - -C \"$d\"; "
+            "set -e; d=$(mktemp -d); trap 'rm -rf \"$d\"' EXIT; trap 'exit 1' HUP INT TERM PIPE; "
+            'tar xf - -C "$d"; '
             f'timeout {time_limit:.0f} {shlex.quote(self.python)} "$d/run.py" "$d" 1>&2'
             " || late=$?; "
             f'if [ "${{late:-0}}" = 124 ]; then '

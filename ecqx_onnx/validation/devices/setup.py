@@ -20,7 +20,10 @@ from pathlib import Path
 from ecqx_onnx.errors import InputError, OptionError
 
 WEB_VERSION = "1.30.0"
-WEB_INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+WEB_INTEGRITY = (
+    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rK"
+    "Y3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+)
 WEB_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 ARM64_ONNXRUNTIME = "1.32.0"
 ARM64_NUMPY = "2.4.6"

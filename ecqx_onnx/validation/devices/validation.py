@@ -342,7 +342,8 @@ class _Replay:
             )
             if not fits or array.dtype != NUMPY_TYPES.get(node.type):
                 raise FileError(
-                    f"the device returned output '{node.name}' as {array.dtype} {list(array.shape)}, "
+                    f"the device returned output '{node.name}' as {array.dtype} "
+                    f"{list(array.shape)}, "
                     "but the graph declares "
                     f"{node.type} {node.shape}; its runner is at fault"
                 )

@@ -1,9 +1,12 @@
-"""A job folder (docs/devices.md) -> result.json and output files in it. Runs on the device: needs numpy and onnxruntime only.
+"""Runs the job in a folder (docs/devices.md) on the device, and writes result.json there.
+
+Needs numpy and onnxruntime only.
 
     python3 run.py FOLDER
 
-It is self-contained and written for any Python from 3.8 and onnxruntime from 1.15, because it travels to machines that have
-nothing of this project. Exit status 0 if result.json was written, even if that says that the runtime refused the model.
+It is self-contained and written for any Python from 3.8 and onnxruntime from 1.15, because it
+travels to machines that have nothing of this project. Exit status 0 if result.json was written,
+even if that says that the runtime refused the model.
 """
 
 import collections
@@ -17,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# onnxruntime 1.32 leaves a device id and a database in the home folder and reports its use. It reads this at import.
+# onnxruntime 1.32 leaves a device id and a database in the home folder and reports its use. It
+# reads this at import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
@@ -25,7 +29,8 @@ import onnxruntime
 
 VERSION = 1
 WARM_UPS = 2
-SHORTEST = 1e-3  # seconds: faster models run several times per measurement, so that the clock does not matter
+# seconds: faster models run several times per measurement, so that the clock does not matter
+SHORTEST = 1e-3
 LOADS = 3
 
 
@@ -73,7 +78,10 @@ def main(folder):
 
 def runtime():
     machine = platform.machine() + (", emulated" if emulated() else "")
-    return f"onnxruntime {onnxruntime.__version__}, CPUExecutionProvider, {platform.system()} {machine}"
+    return (
+        f"onnxruntime {onnxruntime.__version__}, CPUExecutionProvider, {platform.system()} "
+        f"{machine}"
+    )
 
 
 def emulated():
@@ -173,7 +181,8 @@ def sha256(path):
 
 
 def reset_peak():
-    """Resident bytes now, the kernel's high-water mark set back to it. None where that cannot be had (not Linux, emulated)."""
+    """Resident bytes now, the kernel's high-water mark set back to it. None where that cannot be
+    had (not Linux, emulated)."""
     if emulated():
         return None
     try:
