@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FILES = [*sorted((ROOT / "ecqx_onnx").rglob("*.py")), *sorted((ROOT / "converters").rglob("*.py"))]
 FILES = [path for path in FILES if not {"templates", "runners"} & set(path.parts)]
-MOST_MISSING = 251  # a ratchet: lower it with each room that is done; 0 in the end
+MOST_MISSING = 86  # a ratchet: lower it with each room that is done; 0 in the end
 SPECIAL = {
     "__init__",
     "__post_init__",
