@@ -5,9 +5,9 @@ rounding and rates are the same for all. Printed is what the logits of the test 
 
     none          the same step in standard deviations for all weights
     perturbation  squared error of the logits when that weight alone is rounded
-    Fisher        sum of E[g²] over the weight's entries, g of the log-likelihood of the model's class
-    LRP |r|       sum of |relevance| over the weight's entries (epsilon-plus-flat, the model's class)
-    LRP r²        sum of relevance²
+    Fisher        sum of E[g²] over the weight's entries, g of the log-likelihood of the model's
+    class LRP |r|       sum of |relevance| over the weight's entries (epsilon-plus-flat, the model's
+    class) LRP r²        sum of relevance²
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def relevance_slopes(network: torch.nn.Module, x: torch.Tensor, names: list[str]
 
 
 def fisher_slopes(network: torch.nn.Module, x: torch.Tensor, names: list[str]) -> dict[str, float]:
-    """Sum over entries of E[g²]·w², which is free of BatchNorm's factor as a step in deviations is."""
+    """Sum over entries of E[g²]·w², which is free of BatchNorm's factor as a step in deviations
+    is."""
     parameters = {name: p for name, p in network.named_parameters() if name in names}
     total = dict.fromkeys(names, 0.0)
     for image in x:

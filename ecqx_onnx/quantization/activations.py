@@ -1,14 +1,19 @@
-"""(module, its quantised weights) -> the same module, whose forward rounds activations to 8 bits where the int8 file will do so.
+"""(module, its quantised weights) -> the same module, whose forward rounds activations to 8 bits
+where the int8 file will do so.
 
-The forward runs inside a torch function mode, which sees each operator as it is executed, and follows the rules of `convert
---activations int8` (ecqx_onnx_converters/integer_nodes.py): what a convolution, a product, a sum of activations ... reads is
-rounded first. Convolution, BatchNorm and Relu are one kernel with one output, so nothing is rounded between them; the last
-product's sums stay float. Inside recurrent layers and attention, whose kernels are one operator here, nothing is rounded.
+The forward runs inside a torch function mode, which sees each operator as it is executed, and
+follows the rules of `convert --activations int8` (ecqx_onnx_converters/integer_nodes.py): what a
+convolution, a product, a sum of activations ... reads is rounded first. Convolution, BatchNorm and
+Relu are one kernel with one output, so nothing is rounded between them; the last product's sums
+stay float. Inside recurrent layers and attention, whose kernels are one operator here, nothing is
+rounded.
 
-    x̂ = s (clip(round(x / s) + z, 0, 255) - z),   s = (high - low) / 255,   z = round(-low / s)      [Jacob et al. 2018, sec.
+    x̂ = s (clip(round(x / s) + z, 0, 255) - z),   s = (high - low) / 255,   z = round(-low / s)
+     [Jacob et al. 2018, sec.
     3.1]
 
-The gradient passes straight through inside [low, high] and is zero outside. Ranges are moving averages of each batch's extremes.
+The gradient passes straight through inside [low, high] and is zero outside. Ranges are moving
+averages of each batch's extremes.
 """
 
 from __future__ import annotations
@@ -93,8 +98,9 @@ LOOKS = list_spellings(
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A tensor that an integer kernel makes. source: the one whose range it shares. sums: a product's, which stay float where no
-    kernel reads them. product: nothing has happened to it since the product. rounded: it lies on its 256 values already.
+    """A tensor that an integer kernel makes. source: the one whose range it shares. sums: a
+    product's, which stay float where no kernel reads them. product: nothing has happened to it
+    since the product. rounded: it lies on its 256 values already.
     kernel: sums with a constant added, as a kernel reads them, the product rounded before."""
 
     tensor: Tensor
@@ -149,7 +155,8 @@ class ActivationRounding:
 
     @torch.no_grad()
     def values(self, *inputs: Any) -> dict[str, Tensor]:
-        """place -> its float value for these inputs, in evaluation mode, nothing rounded. Only places that have a range."""
+        """place -> its float value for these inputs, in evaluation mode, nothing rounded. Only
+        places that have a range."""
         modes = [(module, module.training) for module in self.module.modules()]
         seen: dict[str, Tensor] = {}
         self.seen = seen
@@ -202,7 +209,8 @@ class ActivationRounding:
 
 
 def _choose_uint8_grid(range: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale float32, zero point int32) for values in the range [2], widened to hold zero; as the converter computes them."""
+    """(scale float32, zero point int32) for values in the range [2], widened to hold zero; as the
+    converter computes them."""
     low, high = range[0].double().clamp(max=0), range[1].double().clamp(min=0)
     scale = ((high - low) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny).float()
     scale = torch.where(high > low, scale, torch.ones_like(scale))
@@ -314,7 +322,8 @@ class _Mode(TorchFunctionMode):
         return self.done[id(value)][1]
 
     def floats(self, value: Any) -> Any:
-        """What a float operator reads, or the caller gets: x̂ of what a kernel makes, but a product's sums as they are."""
+        """What a float operator reads, or the caller gets: x̂ of what a kernel makes, but a
+        product's sums as they are."""
         made = self.made.get(id(value))
         return value if made is None or made.sums else self.read(value, self._counted("output"))
 
@@ -370,7 +379,8 @@ class _Mode(TorchFunctionMode):
         )
 
     def _pair(self, func: Callable, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Addition or multiplication: of activations one of which a kernel makes, or of one such and a constant."""
+        """Addition or multiplication: of activations one of which a kernel makes, or of one such
+        and a constant."""
         both = args if len(args) > 1 else (*args, kwargs.get("other"))
         made = [self.made[id(x)] for x in both if id(x) in self.made]
         if not made or "alpha" in kwargs:
@@ -407,7 +417,8 @@ def _round_constant(value: Any) -> Any:
 
 
 def _keeps_zero(bounds: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a clip leaves zero as it is. bounds: a clamp's or hardtanh's positional ones; True where they are tensors."""
+    """Whether a clip leaves zero as it is. bounds: a clamp's or hardtanh's positional ones; True
+    where they are tensors."""
     named = dict(zip(("min", "max"), bounds, strict=False)) | {
         key[:3]: value for key, value in kwargs.items()
     }

@@ -1,4 +1,5 @@
-"""Several processes that train one model (torch.distributed): relevances summed over them, levels the same in all.
+"""Several processes that train one model (torch.distributed): relevances summed over them, levels
+the same in all.
 
 Without an initialised process group every function here does nothing.
 """

@@ -1,8 +1,10 @@
-"""Copies of a module, and weights that a module computes from other parameters in every forward pass (weight_norm, say).
+"""Copies of a module, and weights that a module computes from other parameters in every forward
+pass (weight_norm, say).
 
-Such a weight W = f(g, v) is no parameter itself: what a graph multiplies, and what is to be quantised, is W. Both kinds that
-torch has are known here: torch.nn.utils.parametrize (the new weight_norm and spectral_norm, any own parametrization), and
-forward pre-hooks (the old weight_norm and spectral_norm, torch.nn.utils.prune).
+Such a weight W = f(g, v) is no parameter itself: what a graph multiplies, and what is to be
+quantised, is W. Both kinds that torch has are known here: torch.nn.utils.parametrize (the new
+weight_norm and spectral_norm, any own parametrization), and forward pre-hooks (the old weight_norm
+and spectral_norm, torch.nn.utils.prune).
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from ecqx_onnx.errors import ModelError
 class Parametrized:
     """One weight that is computed in every forward pass.
 
-    layer: the module's name in the model; tensor: the weight's name in the module ("weight"); kind: who computes it, as its
-    class is called; hook: the forward pre-hook of the old kind, None for the new one; sources: full names of the parameters
-    that it is computed from.
+    layer: the module's name in the model; tensor: the weight's name in the module ("weight"); kind:
+    who computes it, as its class is called; hook: the forward pre-hook of the old kind, None for
+    the new one; sources: full names of the parameters that it is computed from.
     """
 
     layer: str
@@ -55,7 +57,10 @@ class Parametrized:
         if isinstance(self.hook, BasePruningMethod):
             call = f"torch.nn.utils.prune.remove({layer}, '{self.tensor}')"
         old = "" if self.hook is None else ", which is remove_parametrizations for this kind"
-        return f"{self.kind} computes '{self.name}' in every forward pass, so it stays float: call {call} first{old}"
+        return (
+            f"{self.kind} computes '{self.name}' in every forward pass, so it stays float: call "
+            f"{call} first{old}"
+        )
 
 
 def find_parametrized(model: nn.Module) -> tuple[Parametrized, ...]:
@@ -153,7 +158,8 @@ def merge_parametrizations(model: nn.Module) -> tuple[Parametrized, ...]:
         ) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(
-                f"the weight '{entry.name}' is computed by {entry.kind} in every forward pass, and this cannot be merged into "
+                f"the weight '{entry.name}' is computed by {entry.kind} in every forward pass, and "
+                "this cannot be merged into "
                 f"it ({reason}): call remove_parametrizations on your model first"
             ) from error
     return found
@@ -167,7 +173,8 @@ def _merge(module: nn.Module, entry: Parametrized) -> None:
     elif isinstance(entry.hook, BasePruningMethod):
         nn.utils.prune.remove(module, entry.tensor)
     else:
-        # A copy shares the class that torch made for its original, and removing takes the weight's property off the class.
+        # A copy shares the class that torch made for its original, and removing takes the weight's
+        # property off the class.
         kind = type(module)
         members = {
             name: value
@@ -182,7 +189,8 @@ def _merge(module: nn.Module, entry: Parametrized) -> None:
 
 
 def copy_module(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that a module only keeps from its last forward pass are copied without their graph.
+    """A deep copy; tensors that a module only keeps from its last forward pass are copied without
+    their graph.
 
     Args:
         model: any module.
@@ -202,7 +210,8 @@ def copy_module(model: nn.Module) -> nn.Module:
 
 
 def _find_computed_tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors with a graph behind them, which copy.deepcopy refuses, in an attribute or its lists and dicts."""
+    """The tensors with a graph behind them, which copy.deepcopy refuses, in an attribute or its
+    lists and dicts."""
     if isinstance(value, Tensor):
         if not value.is_leaf:
             yield value

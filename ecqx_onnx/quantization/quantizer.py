@@ -60,7 +60,8 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(eq=False)
 class _Weight:
-    """One quantised parameter and its background; everything has the parameter's shape except step."""
+    """One quantised parameter and its background; everything has the parameter's shape except
+    step."""
 
     name: str
     parameter: nn.Parameter
@@ -215,7 +216,8 @@ class Quantizer:
 
     @torch.no_grad()
     def step(self, inputs: Any = None, target: Any = None) -> None:
-        """After optimizer.step(): carry its update over to the background weights and assign the levels anew.
+        """After optimizer.step(): carry its update over to the background weights and assign the
+        levels anew.
 
         Args:
             inputs: the model's input, or a tuple or mapping of its arguments; for the relevances,
@@ -320,7 +322,8 @@ class Quantizer:
 
     @torch.no_grad()
     def assign(self) -> None:
-        """Assign every weight's level from background and relevances, and write kΔ to the parameters."""
+        """Assign every weight's level from background and relevances, and write kΔ to the
+        parameters."""
         self._check_attached()
         gamma, exponent = (
             self.entropy_scale * self.options.entropy_weight,
@@ -646,7 +649,8 @@ def _choose_weights(
 def _find_reason_to_leave(
     name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe, computed: str | None
 ) -> str | None:
-    """computed: what to do about a parameter that a weight is computed from in each forward pass."""
+    """computed: what to do about a parameter that a weight is computed from in each forward
+    pass."""
     pattern = recipe.excluded_by(name)
     if pattern:
         return f"excluded by '{pattern}'"

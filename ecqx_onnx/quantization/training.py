@@ -1,10 +1,12 @@
 """Quantization by training; a validation split chooses the best epoch, never the test set.
 
-Adam on all parameters, levels assigned anew after each step. An epoch's order and dropout follow from (seed, epoch) alone, so a
-run that is resumed from its state file continues bit for bit as if it had not been interrupted.
+Adam on all parameters, levels assigned anew after each step. An epoch's order and dropout follow
+from (seed, epoch) alone, so a run that is resumed from its state file continues bit for bit as if
+it had not been interrupted.
 
-Under torchrun (`torchrun --nproc-per-node=N -m ecqx_onnx quantize ...`) each process takes every N-th sample of each batch;
-gradients and relevances are averaged and summed over the processes, so the global batch is what one process would see.
+Under torchrun (`torchrun --nproc-per-node=N -m ecqx_onnx quantize ...`) each process takes every
+N-th sample of each batch; gradients and relevances are averaged and summed over the processes, so
+the global batch is what one process would see.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class TrainingSplit(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: epoch from 1, step of steps in it, running loss and accuracy, zeros, entropy of the levels."""
+    """Where a training stands: epoch from 1, step of steps in it, running loss and accuracy, zeros,
+    entropy of the levels."""
 
     epoch: int
     epochs: int
@@ -64,7 +67,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One finished epoch; accuracies in [0, 1]; validation_accuracy is None without a validation split."""
+    """One finished epoch; accuracies in [0, 1]; validation_accuracy is None without a validation
+    split."""
 
     epoch: int
     loss: float
@@ -76,7 +80,8 @@ class EpochRecord:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """The outcome. best_epoch: the one whose weights the model holds now; 0 if only assigned. setup: the options of `train`."""
+    """The outcome. best_epoch: the one whose weights the model holds now; 0 if only assigned.
+    setup: the options of `train`."""
 
     quantizer: Quantizer
     history: tuple[EpochRecord, ...]
@@ -108,12 +113,14 @@ def train(
 ) -> Training:
     """Quantize a model in place by training on dataset.train; its test split is not looked at.
 
-    options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the training samples that chooses
-    the best epoch, 0 to take the last. distillation: share of the loss that follows the float model's outputs. entropy_ramp:
-    share of the training over which γ rises from 0 to its value; an epoch before that is never the best. relevance_until: share
-    of the training after which no new relevances are taken, so that the weights settle on their levels. epochs=0 assigns levels
-    without training, with relevances of up to 8 batches. precision: "bfloat16" runs the forward passes under torch.autocast, in
-    about half the time for convolutions where the processor has it (`emulates_bfloat16`); weights and levels stay exact.
+    options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the
+    training samples that chooses the best epoch, 0 to take the last. distillation: share of the
+    loss that follows the float model's outputs. entropy_ramp: share of the training over which γ
+    rises from 0 to its value; an epoch before that is never the best. relevance_until: share of the
+    training after which no new relevances are taken, so that the weights settle on their levels.
+    epochs=0 assigns levels without training, with relevances of up to 8 batches. precision:
+    "bfloat16" runs the forward passes under torch.autocast, in about half the time for convolutions
+    where the processor has it (`emulates_bfloat16`); weights and levels stay exact.
     state_file: written after each epoch; resume: go on from it.
     """
     setup = _Setup(
@@ -144,7 +151,8 @@ def train(
         if epochs == 0:
             if run.quantizer.activations is not None:
                 raise OptionError(
-                    "activations 'int8' are trained for, and 0 epochs train nothing: calibrate when you convert"
+                    "activations 'int8' are trained for, and 0 epochs train nothing: calibrate "
+                    "when you convert"
                 )
             run.assign_only(split)
             return Training(run.quantizer, (), 0, asdict(setup))
@@ -224,7 +232,8 @@ class _Run:
                 done = (epoch - 1 + step / steps) / setup.epochs
                 for group in self.optimizer.param_groups:
                     group["lr"] = setup.learning_rate * setup.rate_scale(done)
-                # Steps come to rest with the weights: a Δ that still moves when they cannot follow ruins the last epochs.
+                # Steps come to rest with the weights: a Δ that still moves when they cannot follow
+                # ruins the last epochs.
                 self.quantizer.step_rate_scale = setup.rate_scale(done)
                 self.quantizer.entropy_scale = setup.entropy_scale(done)
                 self.quantizer.relevances_rest = done >= setup.relevance_until
@@ -232,7 +241,8 @@ class _Run:
                 seen, correct, total = seen + count, correct + hits, total + loss * count
                 if not math.isfinite(total):
                     raise ModelError(
-                        f"the loss is {total} in epoch {epoch}, step {step + 1}: lower the learning rate"
+                        f"the loss is {total} in epoch {epoch}, step {step + 1}: lower the "
+                        "learning rate"
                     )
                 if self.progress is not None and find_rank() == 0:
                     bits = self.quantizer.bits_per_weight if step % ENTROPY_EVERY == 0 else bits
@@ -290,7 +300,8 @@ class _Run:
             if self.teacher is not None:
                 wanted = _compute_divergence(output, self.teacher, x, self.setup.temperature)
                 loss = (1 - self.setup.distillation) * loss + self.setup.distillation * wanted
-        # Shares may differ by one sample: weighted so that the mean over processes is the mean over the batch.
+        # Shares may differ by one sample: weighted so that the mean over processes is the mean over
+        # the batch.
         (loss * (len(y) * share)).backward() if count_processes() > 1 else loss.backward()
         self.optimizer.step()
         self.quantizer.step(x, y)
@@ -344,7 +355,8 @@ class _Run:
                 then = {**Recipe().to_json(), **then}
             if then != value:
                 raise OptionError(
-                    f"the run to resume had {key} {then}, this one has {value}: give the same, or start anew"
+                    f"the run to resume had {key} {then}, this one has {value}: give the same, or "
+                    "start anew"
                 )
         try:
             self.model.load_state_dict(state["model"])
@@ -377,7 +389,8 @@ def _choose_device(wanted: str | torch.device | None, local: int) -> torch.devic
 
 
 def emulates_bfloat16(device: str | torch.device | None) -> bool:
-    """Whether products in bfloat16 take longer than in float32 there, for want of instructions: ten times with AVX2 alone."""
+    """Whether products in bfloat16 take longer than in float32 there, for want of instructions: ten
+    times with AVX2 alone."""
     if _choose_device(device, 0).type != "cpu":
         return False
     return not (
@@ -392,8 +405,10 @@ def _compute_loss(output: Any, target: Tensor) -> Tensor:
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise DataError(
-            f"targets of {target.dtype} {tuple(target.shape)} do not fit the model's output {shape} "
-            f"({str(error).splitlines()[0]}): training needs one class index per sample, and one output per class"
+            f"targets of {target.dtype} {tuple(target.shape)} do not fit the model's output "
+            f"{shape} "
+            f"({str(error).splitlines()[0]}): training needs one class index per sample, and one "
+            "output per class"
         ) from error
 
 

@@ -1,11 +1,13 @@
-"""What a weight is: a parameter that an operator multiplies with what flows through the network, found in its traced graph.
+"""What a weight is: a parameter that an operator multiplies with what flows through the network,
+found in its traced graph.
 
-Enters a torch.export program, leaves name -> Weight. The operators are convolutions, matrix products, einsum, recurrent kernels
-and table look-ups whose indices depend on the values of an input (token embeddings). With constant or shape-derived indices
-(positions) a table stays float, as do buffers, masks, anchors, gains, norms and whatever is only added or scaled with.
+Enters a torch.export program, leaves name -> Weight. The operators are convolutions, matrix
+products, einsum, recurrent kernels and table look-ups whose indices depend on the values of an
+input (token embeddings). With constant or shape-derived indices (positions) a table stays float, as
+do buffers, masks, anchors, gains, norms and whatever is only added or scaled with.
 
-A weight may be computed on its way, ŵ = f(w): through views, and through arithmetic entry by entry, where the parameter of
-ŵ's shape is the weight and what scales or centers it is not.
+A weight may be computed on its way, ŵ = f(w): through views, and through arithmetic entry by entry,
+where the parameter of ŵ's shape is the weight and what scales or centers it is not.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-# operator -> positions of its operands that are multiplied, and the axis of the output channels there (None: see `_axis`)
+# operator -> positions of its operands that are multiplied, and the axis of the output channels
+# there (None: see `_axis`)
 MULTIPLIED: Mapping[str, Mapping[int, int | None]] = {
     **{f"conv{n}d": {1: 0} for n in (1, 2, 3)},
     "convolution": {1: None},
@@ -166,8 +169,9 @@ SHAPES_ONLY = frozenset(  # give no value of what they read
 class Weight:
     """One parameter that is a weight.
 
-    name: its name in the program's state dict; operator: who multiplies it ("linear"); axis: of its output channels, where steps
-    per channel make sense; computed: whether arithmetic lies between the parameter and the operator.
+    name: its name in the program's state dict; operator: who multiplies it ("linear"); axis: of its
+    output channels, where steps per channel make sense; computed: whether arithmetic lies between
+    the parameter and the operator.
     """
 
     name: str
@@ -183,7 +187,8 @@ def find_weights(program: torch.export.ExportedProgram) -> dict[str, Weight]:
         program: as torch.export gives it, decomposed or not; it is only looked at.
 
     Returns:
-        Parameter name -> Weight, for parameters of two or more dimensions. Of tied parameters those that the program reads.
+        Parameter name -> Weight, for parameters of two or more dimensions. Of tied parameters those
+        that the program reads.
     """
     signature = program.graph_signature
     finder = _Finder(
@@ -282,7 +287,8 @@ class _Finder:
 
 
 def _axis_in_parameter(operand: Node, parameter: Node, axis: int) -> int:
-    """The operand's axis in the parameter's layout: the same one, or for a transposed matrix the other."""
+    """The operand's axis in the parameter's layout: the same one, or for a transposed matrix the
+    other."""
     dims, own = len(_shape(operand) or ()), len(_shape(parameter) or ())
     axis = axis % max(dims, 1)
     if (
@@ -319,7 +325,8 @@ def _turns(node: Node, end: Node) -> int:
 
 
 def _inner_graphs(module: GraphModule, node: Node) -> Iterator[tuple[GraphModule, list[Node]]]:
-    """The graphs that a branch, loop or context calls, and what it hands them, last argument last."""
+    """The graphs that a branch, loop or context calls, and what it hands them, last argument
+    last."""
     operands = list(_nodes_in((node.args, node.kwargs)))
     graphs = [
         place

@@ -1,11 +1,12 @@
 """The cheapest level for each weight, found exactly and hardly slower for more levels.
 
-The grid is uniform, so (w - kΔ)^2 + c_k = w^2 + [k^2 Δ^2 + c_k - 2kΔ·w]: the bracket is a line in w,
-and the winner changes only where two lines cross. Those at most 2^b - 1 boundaries are found once.
-To look a weight up, the range between the outermost boundaries is cut into equal cells: a weight's
-cell says how many boundaries lie in the cells before, and those in its own cell, nearly always one,
-are compared with it. Cell numbers come from rounded arithmetic, but the same for weights and
-boundaries and monotone in both: what lies in a lower cell is smaller, whatever the rounding.
+The grid is uniform, so (w - kΔ)^2 + c_k = w^2 + [k^2 Δ^2 + c_k - 2kΔ·w]: the bracket is a line in
+w, and the winner changes only where two lines cross. Those at most 2^b - 1 boundaries are found
+once. To look a weight up, the range between the outermost boundaries is cut into equal cells: a
+weight's cell says how many boundaries lie in the cells before, and those in its own cell, nearly
+always one, are compared with it. Cell numbers come from rounded arithmetic, but the same for
+weights and boundaries and monotone in both: what lies in a lower cell is smaller, whatever the
+rounding.
 """
 
 from __future__ import annotations

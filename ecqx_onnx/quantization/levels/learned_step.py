@@ -1,8 +1,10 @@
 """Step sizes Δ that are learned together with the weights.
 
-LSQ (Esser et al., "Learned step size quantization", arXiv 1902.08153): through the straight-through estimator
+LSQ (Esser et al., "Learned step size quantization", arXiv 1902.08153): through the straight-through
+estimator
     ∂(kΔ)/∂Δ = k - W/Δ  inside the grid,  k where W is beyond it,
-here followed by Adam on log Δ, so that a step stays positive and its rate does not depend on its size.
+here followed by Adam on log Δ, so that a step stays positive and its rate does not depend on its
+size.
 """
 
 from __future__ import annotations

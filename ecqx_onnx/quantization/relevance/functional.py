@@ -1,20 +1,26 @@
-"""Operators that no module wraps (`a + b`, `F.relu`, `x.mean(-1)`, an LSTM's kernel) -> how relevance passes through them.
+"""Operators that no module wraps (`a + b`, `F.relu`, `x.mean(-1)`, an LSTM's kernel) -> how
+relevance passes through them.
 
-The shadow's forward runs inside `FunctionalRules`, which sees each operator as it is executed; so control flow, nested functions
-and code that no tracer understands are all covered. There are four ways through an operator:
+The shadow's forward runs inside `FunctionalRules`, which sees each operator as it is executed; so
+control flow, nested functions and code that no tracer understands are all covered. There are four
+ways through an operator:
 
-    addition   two tensors that both carry relevance: zennit.layer.Sum, under the composite's rule for it (Norm)
-    pass       activations and normalisations, output shaped as the input: R_x = R_z
-    routing    each output entry is a copy of an input entry (reshape, cat, max pooling): plain gradient
-    epsilon    everything else: R_x = x ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂x. For an operator linear in x that is LRP-epsilon; a product
-               shares R_z among its factors, and softmax comes out as in AttnLRP (arXiv 2402.05602). For a kernel that is
-               neither (lstm, gru, attention) it is gradient times input, which need not conserve relevance: see `approximated`.
+    addition   two tensors that both carry relevance: zennit.layer.Sum, under the composite's rule
+    for it (Norm) pass       activations and normalisations, output shaped as the input: R_x = R_z
+    routing    each output entry is a copy of an input entry (reshape, cat, max pooling): plain
+    gradient epsilon    everything else: R_x = x ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂x. For an operator
+    linear in x that is LRP-epsilon; a product
+               shares R_z among its factors, and softmax comes out as in AttnLRP (arXiv 2402.05602).
+               For a kernel that is neither (lstm, gru, attention) it is gradient times input, which
+               need not conserve relevance: see `approximated`.
 
-A constant takes no relevance where it is added or subtracted: x + c, x - c and c - x pass R_z on to x.
+A constant takes no relevance where it is added or subtracted: x + c, x - c and c - x pass R_z on to
+x.
 
-A weight that is computed from parameters, ŵ = f(w), is no input of the layer that multiplies it, so it takes no share from
-the layer's inputs. Its relevance goes on to the parameter of its shape, entry by entry; what scales or centers it (a mean, a
-norm, a gain) takes none, since gradient times input through a standardised weight would sum to zero.
+A weight that is computed from parameters, ŵ = f(w), is no input of the layer that multiplies it, so
+it takes no share from the layer's inputs. Its relevance goes on to the parameter of its shape,
+entry by entry; what scales or centers it (a mean, a norm, a gain) takes none, since gradient times
+input through a standardised weight would sum to zero.
 """
 
 from __future__ import annotations
@@ -274,7 +280,8 @@ class PassRelevance(torch.autograd.Function):
 
 
 class Source(torch.autograd.Function):
-    """A parameter w forward; backward R / stabilise(w), so that its gradient times w is its relevance."""
+    """A parameter w forward; backward R / stabilise(w), so that its gradient times w is its
+    relevance."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
@@ -289,7 +296,8 @@ class Source(torch.autograd.Function):
 
 
 class ShareByContribution(torch.autograd.Function):
-    """a + b forward; R_a = a R / stabilise(a + b), and so for b, backward: zennit's rule Norm for its layer Sum."""
+    """a + b forward; R_a = a R / stabilise(a + b), and so for b, backward: zennit's rule Norm for
+    its layer Sum."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -306,8 +314,8 @@ class ShareByContribution(torch.autograd.Function):
 class FunctionalRules(TorchFunctionMode):
     """Within it, the backward pass of every operator propagates relevance instead of gradient.
 
-    add: called for an addition of two tensors that both carry relevance. approximated: names of the operators met that have no
-    LRP rule of their own and were passed by gradient times input.
+    add: called for an addition of two tensors that both carry relevance. approximated: names of the
+    operators met that have no LRP rule of their own and were passed by gradient times input.
     """
 
     def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -406,7 +414,8 @@ class FunctionalRules(TorchFunctionMode):
         return self._propagated(func, name, args, kwargs, carriers, weights)
 
     def _subtraction(self, func: Callable, args: Any, kwargs: Any) -> Any:
-        """Of a constant, or from one: x - c gets the gradient 1, which is R; of c - x only the sign is in the way."""
+        """Of a constant, or from one: x - c gets the gradient 1, which is R; of c - x only the sign
+        is in the way."""
         a, b = args[0], args[1] if len(args) > 1 else kwargs["other"]
         if func in REVERSED_SUBTRACTIONS:
             a, b = b, a

@@ -1,7 +1,9 @@
-"""Relevances that cannot end a training: whatever fails while they are taken is recorded, and plain ECQ goes on.
+"""Relevances that cannot end a training: whatever fails while they are taken is recorded, and plain
+ECQ goes on.
 
-What enters and leaves is as in `relevance.Relevances`; this is the only way in which the Quantizer calls it. Options and targets
-that do not fit what was asked for are still refused, since the user can mend them at once.
+What enters and leaves is as in `relevance.Relevances`; this is the only way in which the Quantizer
+calls it. Options and targets that do not fit what was asked for are still refused, since the user
+can mend them at once.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from ecqx_onnx.quantization.relevance.relevance import Relevances, Start, take_f
 class GuardedRelevances:
     """Takes relevances until that fails; from then on gives none.
 
-    failure: one sentence on what ended them, or None. failures: (weight, reason) of single weights that have no relevance, or
-    ("all weights", reason). left_out: why the last batch gave none, or None.
+    failure: one sentence on what ended them, or None. failures: (weight, reason) of single weights
+    that have no relevance, or ("all weights", reason). left_out: why the last batch gave none, or
+    None.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class GuardedRelevances:
 
         Raises:
             OptionError: the composite fits no layer.
-            DataError: the targets of the first batch do not fit the model's output; of a later one, it is left out.
+            DataError: the targets of the first batch do not fit the model's output; of a later one,
+                it is left out.
         """
         self.left_out = None
         if self._inner is None:

@@ -58,13 +58,15 @@ UNRULED = (
 
 
 def _find_composite(name: str, low: Tensor, high: Tensor) -> Any:
-    """The zennit composite of this name; low and high bound the inputs, for those with a box rule."""
+    """The zennit composite of this name; low and high bound the inputs, for those with a box
+    rule."""
     import_zennit()
     from zennit.composites import COMPOSITES
 
     if name not in COMPOSITES:
         raise OptionError(
-            f"relevance '{name}' names no zennit composite: use one of {', '.join(sorted(COMPOSITES))}, or none"
+            f"relevance '{name}' names no zennit composite: use one of "
+            f"{', '.join(sorted(COMPOSITES))}, or none"
         )
     try:
         return COMPOSITES[name]()
@@ -73,13 +75,15 @@ def _find_composite(name: str, low: Tensor, high: Tensor) -> Any:
 
 
 class Relevances:
-    """LRP on a shadow of the model. `self(inputs, target)` gives r_w for each background weight, summed over the batch.
+    """LRP on a shadow of the model. `self(inputs, target)` gives r_w for each background weight,
+    summed over the batch.
 
-    composite: a name, or a zennit Composite without canonizers. start: the relevance at the output: "logit", "probability" or
-    "ones" of the true class, or a function (output, target) -> relevance, shaped as the output (or -> (tensor, its relevance) for
-    models that return several). After a call, `rules` says for each weight which rule its layer used, `approximated` names the
-    operators that were passed by gradient times input, and `failures` says for each weight whose layer's rule failed why it has
-    no relevance.
+    composite: a name, or a zennit Composite without canonizers. start: the relevance at the output:
+    "logit", "probability" or "ones" of the true class, or a function (output, target) -> relevance,
+    shaped as the output (or -> (tensor, its relevance) for models that return several). After a
+    call, `rules` says for each weight which rule its layer used, `approximated` names the operators
+    that were passed by gradient times input, and `failures` says for each weight whose layer's rule
+    failed why it has no relevance.
     """
 
     def __init__(
@@ -87,7 +91,8 @@ class Relevances:
     ) -> None:
         if isinstance(start, str) and start not in STARTS:
             raise OptionError(
-                f"start '{start}' is unknown: use one of {', '.join(STARTS)}, or a function of (output, target)"
+                f"start '{start}' is unknown: use one of {', '.join(STARTS)}, or a function of "
+                "(output, target)"
             )
         import_zennit()
         from zennit.layer import Sum
@@ -110,7 +115,8 @@ class Relevances:
             composite = _find_composite(composite, self._low, self._high)
         if composite.canonizers:
             raise OptionError(
-                f"composite {type(composite).__name__} has canonizers, which rewrite the very weights whose relevance is wanted: "
+                f"composite {type(composite).__name__} has canonizers, which rewrite the very "
+                "weights whose relevance is wanted: "
                 "construct it without; residual additions and BatchNorm are taken care of"
             )
         self._composite: Any = composite
@@ -122,9 +128,11 @@ class Relevances:
     def __call__(
         self, inputs: Any, target: Any, background: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """r_w per name: the weight's shape and dtype; None-free: a weight that no relevance reached is left out.
+        """r_w per name: the weight's shape and dtype; None-free: a weight that no relevance reached
+        is left out.
 
-        inputs: the model's input, or a tuple / mapping of its arguments. background: name -> weights W.
+        inputs: the model's input, or a tuple / mapping of its arguments. background: name ->
+        weights W.
         """
         while True:
             self._share_values(background)
@@ -169,7 +177,8 @@ class Relevances:
         return found
 
     def _drop(self, rule: _Rule, reason: str) -> None:
-        """Without this layer's rule: its weights get no relevance, and what crosses it goes by its operators' own."""
+        """Without this layer's rule: its weights get no relevance, and what crosses it goes by its
+        operators' own."""
         rule.detach()
         names = {id(parameter): name for name, parameter in self.shadow.named_parameters()}
         if not rule.weights:
@@ -186,7 +195,8 @@ class Relevances:
         )  # cuDNN's backward wants train mode
 
     def _share_values(self, background: Mapping[str, Tensor]) -> None:
-        """The shadow's parameters and buffers become views of the background's and the model's: nothing is copied."""
+        """The shadow's parameters and buffers become views of the background's and the model's:
+        nothing is copied."""
         values: dict[str, Tensor] = {
             **dict(self.model.named_parameters()),
             **dict(self.model.named_buffers()),
@@ -213,10 +223,11 @@ class Relevances:
         return self._sum(torch.stack(torch.broadcast_tensors(a, b), dim=-1))
 
     def _attach_rules(self, args: tuple, kwargs: dict) -> Any:
-        """Ask the composite for each module's rule, in the order in which they run; returns the model's plain output.
+        """Ask the composite for each module's rule, in the order in which they run; returns the
+        model's plain output.
 
-        The order matters to composites with a special first layer: it is the first that runs, and there is none behind an
-        embedding or a recurrent layer.
+        The order matters to composites with a special first layer: it is the first that runs, and
+        there is none behind an embedding or a recurrent layer.
         """
         from zennit.composites import SpecialFirstLayerMapComposite
         from zennit.rules import Norm, ZPlus
@@ -252,7 +263,8 @@ class Relevances:
             _Rule(self, name, module, template, weights)
         if not matched and any(isinstance(module, RULED) for _, module in order):
             raise OptionError(
-                f"composite {type(composite).__name__} has no rule for any of the {len(self.names)} quantised layers: "
+                f"composite {type(composite).__name__} has no rule for any of the "
+                f"{len(self.names)} quantised layers: "
                 "use epsilon_plus_flat, or relevance none"
             )
         return plain
@@ -261,7 +273,8 @@ class Relevances:
 def _record_running_order(
     shadow: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[list[tuple[str, nn.Module]], set[nn.Module], Any]:
-    """(modules by name, those that ran first in the order they ran; those that are no layer a rule can be for; the output)."""
+    """(modules by name, those that ran first in the order they ran; those that are no layer a rule
+    can be for; the output)."""
     ran: dict[nn.Module, None] = {}
     unlike: set[nn.Module] = set()
 
@@ -298,7 +311,8 @@ def _has_stock_forward(module: nn.Module) -> bool:
 
 
 def _is_additive(module: nn.Module, inputs: tuple, output: Any) -> bool:
-    """Whether a forward of the user's own is that of its layer in its weight, z(w+) + z(w-) = z(w): what every rule builds on.
+    """Whether a forward of the user's own is that of its layer in its weight, z(w+) + z(w-) = z(w):
+    what every rule builds on.
 
     A standardised weight is not: gradient times input would then sum to zero.
     """
@@ -317,19 +331,22 @@ def _is_additive(module: nn.Module, inputs: tuple, output: Any) -> bool:
 
 
 def _check_same(plain: Tensor, output: Any) -> None:
-    """Out-of-place rules must not change what the model computes; looked at once, on the first batch."""
+    """Out-of-place rules must not change what the model computes; looked at once, on the first
+    batch."""
     if not isinstance(output, Tensor) or not torch.allclose(
         plain, output, rtol=1e-3, atol=1e-4, equal_nan=True
     ):
         raise ModelError(
             f"the model computes something else under relevance propagation (outputs differ by "
-            f"{float((plain - output).abs().max()):.3g}): it probably relies on an in-place operation whose result it does "
+            f"{float((plain - output).abs().max()):.3g}): it probably relies on an in-place "
+            "operation whose result it does "
             "not assign; write `x = op(x)`, or use relevance=None"
         )
 
 
 class _Rule:
-    """Runs one module of the shadow under one zennit rule, with a fresh copy of the rule for each call of the module."""
+    """Runs one module of the shadow under one zennit rule, with a fresh copy of the rule for each
+    call of the module."""
 
     def __init__(
         self,
@@ -376,7 +393,8 @@ class _Rule:
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
         self.calls.append(x)
         self.owner._functional.paused += 1
-        # Cut off from the graph: only the weights' part of it is recorded, the input's is the rule's business.
+        # Cut off from the graph: only the weights' part of it is recorded, the input's is the
+        # rule's business.
         return (
             x.detach().clone() if getattr(module, "inplace", False) else x.detach(),
             *args[1:],
@@ -403,13 +421,15 @@ class _Rule:
     ) -> Tensor | None:
         weights = [weight for weight in self.weights if weight.requires_grad]
         if z.requires_grad and weights:
-            # r_w = w ⊙ ∂⟨z, R / stabilise(z)⟩/∂w: the gradient gathers in w.grad over calls and ties, w comes last
+            # r_w = w ⊙ ∂⟨z, R / stabilise(z)⟩/∂w: the gradient gathers in w.grad over calls and
+            # ties, w comes last
             torch.autograd.backward(z, R / stabilize(z.detach()), inputs=weights)
         return rule.backward(module, (x,), (R,))[0] if goes_on else None
 
 
 def _has_weights_before(x: Tensor) -> bool:
-    """Whether relevance at x has a weight, or a module under a rule, to go to; else it would only end at the model's inputs."""
+    """Whether relevance at x has a weight, or a module under a rule, to go to; else it would only
+    end at the model's inputs."""
     seen, ahead = set(), [x.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -425,7 +445,8 @@ def _has_weights_before(x: Tensor) -> bool:
 
 
 class _Propagate(torch.autograd.Function):
-    """(x, [z], rule) -> z forward; R_x = rule(R_z) backward. In its list, z is no input of this function, and may be returned."""
+    """(x, [z], rule) -> z forward; R_x = rule(R_z) backward. In its list, z is no input of this
+    function, and may be returned."""
 
     @staticmethod
     def forward(
@@ -460,7 +481,8 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
         output, R = answer if isinstance(answer, tuple) else (output, answer)
         if not isinstance(R, Tensor) or not isinstance(output, Tensor) or R.shape != output.shape:
             raise DataError(
-                f"the start function gave a relevance of shape {tuple(getattr(R, 'shape', ()))} for an output of shape "
+                f"the start function gave a relevance of shape {tuple(getattr(R, 'shape', ()))} "
+                "for an output of shape "
                 f"{tuple(getattr(output, 'shape', ()))}: they must be equal"
             )
         return output, R.detach().to(output.dtype)
@@ -470,7 +492,8 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
         output = output["logits"]
     if not isinstance(output, Tensor):
         raise ModelError(
-            f"the model returns a {type(output).__name__}: give start=function(output, target) -> (tensor, its relevance)"
+            f"the model returns a {type(output).__name__}: give start=function(output, target) -> "
+            "(tensor, its relevance)"
         )
     if (
         not isinstance(target, Tensor)
@@ -478,12 +501,14 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
         or target.shape != (output.shape[0], *output.shape[2:])
     ):
         raise DataError(
-            f"start '{start}' needs one class index per sample, shape {(output.shape[0], *output.shape[2:])}, and got "
+            f"start '{start}' needs one class index per sample, shape "
+            f"{(output.shape[0], *output.shape[2:])}, and got "
             f"{_describe_target(target)}: for other tasks give start=function(output, target)"
         )
     if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
         raise DataError(
-            f"targets run from {int(target.min())} to {int(target.max())}, the output has {output.shape[1]} classes"
+            f"targets run from {int(target.min())} to {int(target.max())}, the output has "
+            f"{output.shape[1]} classes"
         )
     true_class = torch.zeros_like(output).scatter_(1, target.long().unsqueeze(1), 1.0)
     if start == "logit":
@@ -523,7 +548,8 @@ def _make_shadow(model: nn.Module) -> nn.Module:
     ]
     if scripted:
         raise ModelError(
-            f"'{scripted[0] or type(model).__name__}' is TorchScript, which relevances cannot look into: give the module that it"
+            f"'{scripted[0] or type(model).__name__}' is TorchScript, which relevances cannot look "
+            "into: give the module that it"
             " was made from, or use relevance=None"
         )
     try:
