@@ -126,6 +126,7 @@ class ActivationRounding:
         self.attach()
 
     def attach(self) -> None:
+        """Round the module's activations from now on."""
         self._hooks = [
             self.module.register_forward_pre_hook(self._before),
             self.module.register_forward_hook(self._after, always_call=True),
@@ -139,7 +140,14 @@ class ActivationRounding:
 
     @contextmanager
     def on(self, *, attached: bool = True) -> Iterator[None]:
-        """Attached inside, or detached; afterwards as before."""
+        """Round inside the `with`, or do not; afterwards as before.
+
+        Args:
+            attached: whether activations are rounded inside.
+
+        Returns:
+            A context manager.
+        """
         before = bool(self._hooks)
         self._set(attached)
         try:
@@ -155,8 +163,14 @@ class ActivationRounding:
 
     @torch.no_grad()
     def values(self, *inputs: Any) -> dict[str, Tensor]:
-        """place -> its float value for these inputs, in evaluation mode, nothing rounded. Only
-        places that have a range."""
+        """Run the module in evaluation mode and keep what is at each place, not rounded.
+
+        Args:
+            inputs: of the module's forward.
+
+        Returns:
+            Place -> its float value, for the places that have a range.
+        """
         modes = [(module, module.training) for module in self.module.modules()]
         seen: dict[str, Tensor] = {}
         self.seen = seen
@@ -170,13 +184,28 @@ class ActivationRounding:
         return {place: value for place, value in seen.items() if place in self.ranges}
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """place -> (lowest, highest)."""
+        """List the ranges.
+
+        Returns:
+            Place -> (lowest, highest) value, floats.
+        """
         return {place: (float(range[0]), float(range[1])) for place, range in self.ranges.items()}
 
     def state(self) -> dict[str, Tensor]:
+        """Copy the ranges, for a file to resume from.
+
+        Returns:
+            Place -> float32 [2], lowest and highest value.
+        """
         return {place: range.clone() for place, range in self.ranges.items()}
 
     def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take the ranges of an earlier run.
+
+        Args:
+            state: what `state` returned there.
+            device: where the module is.
+        """
         self.ranges = {place: range.to(device).clone() for place, range in state.items()}
 
     def _before(self, module: nn.Module, inputs: Any) -> None:
@@ -190,7 +219,12 @@ class ActivationRounding:
         return map_tensors(output, mode.floats) if output is not None else None
 
     def observe(self, place: str, value: Tensor) -> None:
-        """Take the value's extremes into the place's range, in training mode."""
+        """Take the value's extremes into the place's range, in training mode.
+
+        Args:
+            place: named by what reads it first.
+            value: any shape, float.
+        """
         if self.seen is not None:
             self.seen[place] = value.detach().clone()  # the model may overwrite its own
         elif self.module.training and value.numel():
@@ -199,7 +233,15 @@ class ActivationRounding:
             self.ranges[place] = now if old is None else torch.lerp(now, old.to(now.device), MEMORY)
 
     def rounded(self, place: str, value: Tensor) -> Tensor:
-        """x̂; the value itself where the place has no range yet."""
+        """Round a value to the 256 levels of its place, x̂ = s (clamp(round(x / s) + z, 0, 255) - z).
+
+        Args:
+            place: named by what reads it first.
+            value: any shape, float.
+
+        Returns:
+            The rounded value, of the same dtype; the value itself where the place has no range yet.
+        """
         if place not in self.ranges or self.seen is not None:
             return value
         scale, zero_point = _choose_uint8_grid(self.ranges[place].to(value.device))

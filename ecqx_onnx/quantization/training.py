@@ -44,10 +44,29 @@ class TrainingSplit(Protocol):
     """What `train` needs of a split: see ecqx_onnx.data."""
 
     def __len__(self) -> int: ...
-    def batches(
-        self, batch_size: int, **options: Any
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
-    def divide(self, fraction: float, *, seed: int = 0) -> tuple[Any, Any]: ...
+    def batches(self, batch_size: int, **options: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the samples batch by batch.
+
+        Args:
+            batch_size: samples a batch, the last may have fewer.
+            options: of shuffling and augmentation.
+
+        Returns:
+            An iterator of (inputs [N, ...], labels [N]).
+        """
+        ...
+
+    def divide(self, fraction: float, *, seed: int = 0) -> tuple[Any, Any]:
+        """Divide the samples at random.
+
+        Args:
+            fraction: the second part's share, in (0, 1).
+            seed: of the draw.
+
+        Returns:
+            Two splits that share no sample.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,15 +132,38 @@ def train(
 ) -> Training:
     """Quantize a model in place by training on dataset.train; its test split is not looked at.
 
-    options: those of the Quantizer (bits, entropy_weight, relevance ...). validation: share of the
-    training samples that chooses the best epoch, 0 to take the last. distillation: share of the
-    loss that follows the float model's outputs. entropy_ramp: share of the training over which γ
-    rises from 0 to its value; an epoch before that is never the best. relevance_until: share of the
-    training after which no new relevances are taken, so that the weights settle on their levels.
-    epochs=0 assigns levels without training, with relevances of up to 8 batches. precision:
-    "bfloat16" runs the forward passes under torch.autocast, in about half the time for convolutions
-    where the processor has it (`emulates_bfloat16`); weights and levels stay exact.
-    state_file: written after each epoch; resume: go on from it.
+    Args:
+        model: its weights are left on their levels.
+        dataset: its `train` is a TrainingSplit.
+        epochs: 0 assigns levels without training, with relevances of up to 8 batches.
+        batch_size: samples a step.
+        learning_rate: Adam's, for weights and all else.
+        schedule: of the learning rate.
+        validation: share of the training samples that chooses the best epoch; 0 takes the last.
+        distillation: share of the loss that follows the float model's outputs, in [0, 1].
+        temperature: of the distillation's softmax.
+        entropy_ramp: share of the training over which γ rises from 0 to its value; an epoch before
+            that is never the best.
+        relevance_until: share of the training after which no new relevances are taken, so that the
+            weights settle on their levels.
+        precision: "bfloat16" runs the forward passes under torch.autocast, in about half the time
+            for convolutions where the processor has it (`emulates_bfloat16`); weights and levels
+            stay exact.
+        augment: called with a batch of inputs and a random generator, while training only.
+        device: where to train; by default CUDA where there is one.
+        seed: of shuffling, splits and augmentation.
+        progress: called with where the training stands.
+        state_file: written after each epoch.
+        resume: go on from state_file.
+        options: those of the Quantizer (bits, entropy_weight, relevance ...).
+
+    Returns:
+        The outcome, with the Quantizer attached to the model.
+
+    Raises:
+        OptionError: an option is unknown, or out of its range.
+        DataError: the data do not fit the model.
+        FileError: state_file is of another training, or cannot be read or written.
     """
     setup = _Setup(
         *(
@@ -389,8 +431,14 @@ def _choose_device(wanted: str | torch.device | None, local: int) -> torch.devic
 
 
 def emulates_bfloat16(device: str | torch.device | None) -> bool:
-    """Whether products in bfloat16 take longer than in float32 there, for want of instructions: ten
-    times with AVX2 alone."""
+    """Tell whether products in bfloat16 take longer than in float32, for want of instructions.
+
+    Args:
+        device: as `train` takes it.
+
+    Returns:
+        True for processors that emulate them: ten times slower with AVX2 alone.
+    """
     if _choose_device(device, 0).type != "cpu":
         return False
     return not (

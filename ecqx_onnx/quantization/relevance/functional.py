@@ -44,7 +44,15 @@ STABILIZER = 1e-6  # zennit's default epsilon
 
 
 def stabilize(z: Tensor, epsilon: float = STABILIZER) -> Tensor:
-    """z + ε sign z, with sign 0 = +1 and sign -0 = -1: safe to divide by."""
+    """Compute z + ε sign z, with sign 0 = +1 and sign -0 = -1: safe to divide by.
+
+    Args:
+        z: any shape.
+        epsilon: ε, above 0.
+
+    Returns:
+        As z.
+    """
     return torch.copysign(z.new_tensor(epsilon), z).add_(z)
 
 
@@ -271,11 +279,30 @@ class PassRelevance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Compute function(x).
+
+        Args:
+            ctx: what backward is given again.
+            x: any shape.
+            function: one operator, with its other arguments bound.
+
+        Returns:
+            The operator's output.
+        """
         z = function(x)
         return z.clone() if z.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else z
 
     @staticmethod
     def backward(ctx: Any, *R: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Hand the relevance of the output to x as it is.
+
+        Args:
+            ctx: what backward is given again.
+            R: the relevance of the output.
+
+        Returns:
+            The relevance of x, and None for the function.
+        """
         return R[0], None
 
 
@@ -285,12 +312,30 @@ class Source(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
+        """Copy w.
+
+        Args:
+            ctx: what backward is given again.
+            w: a parameter, or what stands for one.
+
+        Returns:
+            The copy.
+        """
         ctx.is_parameter = isinstance(w, torch.nn.Parameter)
         ctx.save_for_backward(w)
         return w.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, *R: Tensor) -> Tensor:  # type: ignore[override]
+        """Divide the relevance by the parameter.
+
+        Args:
+            ctx: what backward is given again.
+            R: the relevance of w.
+
+        Returns:
+            R / stabilize(w) for a parameter, R for all else.
+        """
         (w,) = ctx.saved_tensors
         return R[0] / stabilize(w) if ctx.is_parameter else R[0]
 
@@ -301,11 +346,30 @@ class ShareByContribution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """Compute a + b.
+
+        Args:
+            ctx: what backward is given again.
+            a: any shape.
+            b: as a.
+
+        Returns:
+            The sum.
+        """
         ctx.shares = a.clone(), b.clone()  # the model may overwrite its own
         return a + b
 
     @staticmethod
     def backward(ctx: Any, *R: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Share the relevance of the sum by what each summand contributed.
+
+        Args:
+            ctx: what backward is given again.
+            R: the relevance of the sum.
+
+        Returns:
+            The relevances of a and of b.
+        """
         a, b = ctx.shares
         ratio = R[0] / stabilize(a + b)
         return a * ratio, b * ratio

@@ -77,7 +77,11 @@ class GuardedRelevances:
             return {}
 
     def give_up(self, reason: str) -> None:
-        """No relevances from now on, for this reason; the memory of the model's copy is freed."""
+        """Take no relevances from now on; the memory of the model's copy is freed.
+
+        Args:
+            reason: one line, for the report.
+        """
         self.failure, self._inner = reason, None
 
     @property

@@ -123,6 +123,7 @@ class Relevances:
 
     @property
     def approximated(self) -> tuple[str, ...]:
+        """Names of the operators met that have no LRP rule of their own, sorted."""
         return tuple(sorted(self._functional.approximated))
 
     def __call__(

@@ -23,14 +23,35 @@ class PositiveContributions:
     """A rule with the interface of a zennit Hook, as far as `relevance` uses it."""
 
     def copy(self) -> PositiveContributions:
+        """Copy the rule, as zennit does for each layer.
+
+        Returns:
+            The rule itself, since it has no state.
+        """
         return self
 
     def forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Nothing to remember: backward is given the input again."""
+        """Remember nothing: backward is given the input again.
+
+        Args:
+            module: a convolution or linear layer.
+            inputs: its input, alone.
+            output: its output.
+        """
 
     def backward(
         self, module: Any, grad_input: tuple[Tensor, ...], grad_output: tuple[Tensor, ...]
     ) -> tuple[Tensor]:
+        """Share the relevance of the output by positive contributions alone: the z+ rule.
+
+        Args:
+            module: a convolution or linear layer.
+            grad_input: the layer's input x, alone.
+            grad_output: the relevance R of its output, alone.
+
+        Returns:
+            The relevance of x, alone.
+        """
         (x,), (R,) = grad_input, grad_output
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
         with torch.enable_grad():
