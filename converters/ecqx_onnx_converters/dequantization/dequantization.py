@@ -1,4 +1,4 @@
-"""(integer tensor, what its levels stand for) -> nodes and constants that compute the float weight.
+"""Write the nodes and constants that turn stored integers into the float weight.
 
 `make_folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for
 a codebook; runtimes inline it and fold it while loading, so inference runs at float speed.
@@ -55,6 +55,7 @@ class Dequantization:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the nodes and constants take in the file."""
         parts: list[Message] = [self.node, *self.before, *self.initializers]
         return sum(part.ByteSize() for part in parts)
 
@@ -67,7 +68,18 @@ def make_folded(
     constant: str,
     factor: np.ndarray | None = None,
 ) -> Dequantization:
-    """`constant` names the step or the codebook; a factor's name is that with an f appended."""
+    """Call the model-local function that computes the weight, which runtimes fold while loading.
+
+    Args:
+        tensor: says what the levels stand for.
+        levels: name of the integer value.
+        output: name of the float value.
+        constant: name of the step or the codebook; a factor's name is that with an f appended.
+        factor: float32, multiplied onto a codebook's values.
+
+    Returns:
+        The call and its constants.
+    """
     if isinstance(tensor.meaning, Scale):
         half = is_half(tensor.meaning.step)
         inputs, step = [constant], tensor.meaning.step.astype(np.float16 if half else np.float32)
@@ -93,8 +105,14 @@ def make_folded(
 
 
 def is_half(steps: np.ndarray) -> bool:
-    """Whether they are several, and all of them float16 numbers: float16.py has rounded them, for a
-    file of fewer bytes."""
+    """Tell whether steps are stored as float16, since `passes/float16.py` has rounded them.
+
+    Args:
+        steps: float32, any shape.
+
+    Returns:
+        True if they are several, and all of them float16 numbers.
+    """
     with np.errstate(over="ignore"):
         return steps.size > 1 and bool((steps.astype(np.float16) == steps).all())
 
@@ -102,7 +120,17 @@ def is_half(steps: np.ndarray) -> bool:
 def make_standard(
     tensor: QuantTensor, *, levels: str, output: str, constant: str
 ) -> Dequantization | Refusal:
-    """DequantizeLinear: one step, or one per index along one axis."""
+    """Write a DequantizeLinear.
+
+    Args:
+        tensor: has one step, or one per index along one axis.
+        levels: name of the integer value.
+        output: name of the float value.
+        constant: name of the step.
+
+    Returns:
+        The node and its step, or why there can be none.
+    """
     refusal = refuse_standard(tensor)
     if refusal is not None:
         return refusal
@@ -120,10 +148,22 @@ def make_standard(
 def make_integer(
     tensor: QuantTensor, *, levels: str, type: int, output: str, constant: str
 ) -> Dequantization | Refusal:
-    """DequantizeLinear in front of an integer kernel: of INT8, since onnxruntime fuses no narrower
-    type (a Cast in front folds at load), and with a zero point, without which QGemm fails at run
-    time up to 1.27. Zero points of one shape have one name, so that a file needs them once. `type`:
-    of the levels."""
+    """Write a DequantizeLinear for an integer kernel.
+
+    It reads INT8, since onnxruntime fuses no narrower type (a Cast in front folds at load), and has
+    a zero point, without which QGemm fails at run time up to 1.27. Zero points of one shape have
+    one name, so that a file needs them once.
+
+    Args:
+        tensor: has one step, or one per index along one axis.
+        levels: name of the integer value.
+        type: TensorProto type of the levels.
+        output: name of the float value.
+        constant: name of the step.
+
+    Returns:
+        The nodes and constants, or why there can be none.
+    """
     made = make_standard(tensor, levels=levels, output=output, constant=constant)
     if isinstance(made, Refusal):
         return made
@@ -140,7 +180,17 @@ def make_integer(
 
 
 def make_integers(form: Integers, *, levels: str, output: str, constant: str) -> Dequantization:
-    """level + form.offset as form.type. `constant` names the offset."""
+    """Write the nodes for level + form.offset as form.type, where the graph reads integers.
+
+    Args:
+        form: the type and the offset.
+        levels: name of the stored value.
+        output: name of the value that the graph reads.
+        constant: name of the offset.
+
+    Returns:
+        The node, and the offset if there is one.
+    """
     if not form.offset:
         return Dequantization(
             "none", helper.make_node("Cast", [levels], [output], to=form.type), ()
@@ -155,7 +205,18 @@ def make_integers(form: Integers, *, levels: str, output: str, constant: str) ->
 
 
 def read_integers(node: NodeProto, offset: np.ndarray | None) -> Integers:
-    """The inverse of `make_integers`. offset: what the node's second input holds."""
+    """Read what `make_integers` wrote.
+
+    Args:
+        node: of a file.
+        offset: what its second input holds; None without one.
+
+    Returns:
+        The type and the offset.
+
+    Raises:
+        FileError: if no such node is written by us.
+    """
     to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
     wanted = (
         node.op_type == "Offset"
@@ -174,6 +235,14 @@ def read_integers(node: NodeProto, offset: np.ndarray | None) -> Integers:
 
 
 def refuse_standard(tensor: QuantTensor) -> Refusal | None:
+    """Say why DequantizeLinear cannot compute a weight.
+
+    Args:
+        tensor: the weight.
+
+    Returns:
+        The reason; None if it can.
+    """
     if isinstance(tensor.meaning, Codebook):
         return Refusal("a codebook isn't a uniform grid, which DequantizeLinear needs")
     if sum(length > 1 for length in tensor.meaning.step.shape) > 1:
@@ -185,7 +254,15 @@ def refuse_standard(tensor: QuantTensor) -> Refusal | None:
 
 
 def make_function(name: str, opset: int) -> FunctionProto:
-    """One of BODIES, or Offset, as a model-local function."""
+    """Write a model-local function.
+
+    Args:
+        name: one of BODIES, or "Offset".
+        opset: of the operators in it.
+
+    Returns:
+        The function.
+    """
     if name == "Offset":
         cast = helper.make_node("Cast", ["sum"], ["integers"])
         cast.attribute.append(
@@ -213,8 +290,19 @@ def make_function(name: str, opset: int) -> FunctionProto:
 def read_meaning(
     node: NodeProto, constants: dict[str, np.ndarray], rank: int
 ) -> tuple[Scale | Codebook, np.ndarray | None]:
-    """The inverse of `make_folded` and `make_standard`: (what the node's levels stand for, factor).
-    rank: of the integer tensor."""
+    """Read what `make_folded` or `make_standard` wrote.
+
+    Args:
+        node: of a file.
+        constants: its values by name.
+        rank: number of dimensions of the integer tensor.
+
+    Returns:
+        What the node's levels stand for, and the factor, or None.
+
+    Raises:
+        FileError: if the node reads no constants, or constants that do not fit.
+    """
     missing = [
         name
         for name in node.input[1 : 2 if node.op_type == "DequantizeLinear" else None]

@@ -1,8 +1,7 @@
-"""The decoder of a packed tensor and its dequantisation as one call: 33 bytes a weight less than
-two.
+"""Join the decoder of a packed tensor and its dequantization in one call, 33 bytes a weight less.
 
 Where every packed weight of a file can have it. One that is coded in another order of its axes has
-its Transpose behind the call, unless all that read it are Gemm, which can turn it themselves.
+its Transpose behind the call, unless all that read it are Gemm, which can transpose it themselves.
 Files that are decoded in two stages have their integers and floats apart, since that is what the
 stages are for.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import FunctionProto, GraphProto, NodeProto, helper
@@ -23,16 +21,20 @@ from ecqx_onnx_converters.graph.uses import find_uses, set_attribute
 from ecqx_onnx_converters.storage import DOMAIN, Stored
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
 
-if TYPE_CHECKING:
-    pass
-
 # Function -> the dequantisation that it ends with. V is for one step a tensor, by which it
 # multiplies the table of values.
 FUSED = {"V": "Dequantize", "W": "DequantizeHalf", "B": "LookUp", "F": "LookUpScaled"}
 
 
 def find_permutation(stored: Stored) -> tuple[int, ...] | None:
-    """The weight's axes in the order in which it is coded, where that isn't their own."""
+    """Find the order of a weight's axes in which it is coded.
+
+    Args:
+        stored: a packed weight.
+
+    Returns:
+        The permutation; None where it is coded in its own order.
+    """
     turn = stored.nodes[-1]
     return (
         tuple(np.argsort(turn.attribute[0].ints).tolist()) if turn.op_type == "Transpose" else None
@@ -40,8 +42,16 @@ def find_permutation(stored: Stored) -> tuple[int, ...] | None:
 
 
 def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
-    """The nodes that make the weight of what is stored. dequantise: of the levels in the order in
-    which they are coded."""
+    """Put one call in place of a weight's decoder and its dequantization.
+
+    Args:
+        stored: the packed weight.
+        name: of the fused function.
+        dequantize: the call that it takes in, of the levels in the order in which they are coded.
+
+    Returns:
+        The nodes that make the weight.
+    """
     nodes = list(stored.nodes)
     turn = nodes.pop() if nodes[-1].op_type == "Transpose" else None
     decode = nodes.pop()
@@ -56,8 +66,14 @@ def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:
 
 
 def fold_transpose_into_gemm(graph: GraphProto) -> set[str]:
-    """Removes, in place, the Transpose behind a fused call where Gemm alone reads it, whose transB
-    says the same. -> The names of these weights."""
+    """Replace Gemm(x, Transpose(W)) by Gemm with transB flipped.
+
+    Args:
+        graph: is changed in place, where Gemm alone reads the Transpose behind a fused call.
+
+    Returns:
+        The names of these weights.
+    """
     calls = {
         node.output[0]: node
         for node in graph.node
@@ -84,8 +100,14 @@ def fold_transpose_into_gemm(graph: GraphProto) -> set[str]:
 
 
 def expand_call(node: NodeProto) -> list[NodeProto]:
-    """The inverse, for a node of any file: the two calls that a fused one stands for, itself
-    otherwise."""
+    """Write out the two calls that a fused one stands for.
+
+    Args:
+        node: of any file.
+
+    Returns:
+        The two nodes; the node itself if it is no fused call.
+    """
     if node.domain != DOMAIN or node.op_type not in FUSED or not node.output:
         return [node]
     last = FUSED[node.op_type]
@@ -97,8 +119,16 @@ def expand_call(node: NodeProto) -> list[NodeProto]:
 
 
 def make_scaled(levels: FunctionProto) -> FunctionProto:
-    """V, from the function Levels (entries, advances, values, shape): it adds floats instead, each
-    to a zero, which is exact for a positive step."""
+    """Make V, which multiplies the table of values by the step and so adds floats, not levels.
+
+    Each is added to a zero, which is exact for a positive step.
+
+    Args:
+        levels: the function (entries, advances, values, shape) that V is made from.
+
+    Returns:
+        The function V, with the step as one more input.
+    """
     values = levels.input[2]
     step, floats, products = islice(_list_free_letters(levels), 3)
     nodes = [
@@ -117,7 +147,16 @@ def make_scaled(levels: FunctionProto) -> FunctionProto:
 
 
 def compose(name: str, first: FunctionProto, second: FunctionProto) -> FunctionProto:
-    """One function that does what the first does, and to its output what the second does."""
+    """Join two functions: the second is applied to the output of the first.
+
+    Args:
+        name: of the new function.
+        first: its inputs come first.
+        second: its first input is the output of the first.
+
+    Returns:
+        One function for both.
+    """
     letters = _list_free_letters(first)
     new = {second.input[0]: first.output[0]}
     new |= {

@@ -1,5 +1,4 @@
-"""(a weight's consumers) -> how a standard DequantizeLinear may feed them, and the edits of the
-graph that this takes.
+"""Decide how a standard DequantizeLinear may feed a weight's consumers, and edit the graph so.
 
 onnxruntime >= 1.25 turns DequantizeLinear + MatMul, and + Gemm with transB=0, into MatMulNBits with
 int8 activations: silently, with errors of percents. Conv and Gemm with transB=1 are left alone. A
@@ -41,7 +40,15 @@ class StandardForm:
 
 
 def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm | Refusal:
-    """tensor: the weight in the graph's layout, with one step or a step along one axis."""
+    """Find how DequantizeLinear may feed all consumers of a weight with exact float arithmetic.
+
+    Args:
+        tensor: the weight in the graph's layout, with one step or a step along one axis.
+        uses: its consumers.
+
+    Returns:
+        The form, or why there is none.
+    """
     kinds = [_classify_use(use) for use in uses]
     for kind in kinds:
         if isinstance(kind, Refusal):
@@ -68,10 +75,27 @@ def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm
 
 
 def read_attribute(use: Use, name: str) -> int:
+    """Read a whole number among a consumer's attributes.
+
+    Args:
+        use: the consumer.
+        name: of the attribute.
+
+    Returns:
+        Its value; 0 where it is absent.
+    """
     return next((attribute.i for attribute in use.node.attribute if attribute.name == name), 0)
 
 
 def find_output_axis(uses: Sequence[Use]) -> int:
+    """Find the axis of a matrix along which its products' outputs lie.
+
+    Args:
+        uses: Gemm and MatMul nodes that read it.
+
+    Returns:
+        0 or 1.
+    """
     return (
         0
         if any(use.node.op_type == "Gemm" and read_attribute(use, "transB") for use in uses)
@@ -104,9 +128,17 @@ def apply_standard(
     step: str,
     names: NameMaker,
 ) -> None:
-    """Edits the consumers in place. tensor: in the graph's layout. weight: the value that
-    DequantizeLinear makes, [out, in] for products; levels: the integers, of TensorProto type
-    `type`; step: what dequantises them."""
+    """Edit a weight's consumers in place, so that they read what DequantizeLinear makes.
+
+    Args:
+        tensor: the weight in the graph's layout.
+        uses: its consumers.
+        weight: name of the value that DequantizeLinear makes, [out, in] for products.
+        levels: name of the integers.
+        type: their TensorProto type.
+        step: name of what dequantizes them.
+        names: makes names that are free.
+    """
     for use in uses:
         if use.node.op_type == "Gather":
             _gather_integers(use, levels, type, step, names)

@@ -57,8 +57,15 @@ class UInt8:
 
     @classmethod
     def of(cls, low: float, high: float) -> UInt8:
-        """For values in [low, high], widened to hold zero. A value that is always zero gets the
-        scale 1."""
+        """Choose the grid for values in [low, high], widened to hold zero.
+
+        Args:
+            low: the lowest value.
+            high: the highest value.
+
+        Returns:
+            The grid; a value that is always zero gets the scale 1.
+        """
         low, high = min(0.0, low), max(0.0, high)
         if low == high:
             return cls(np.float32(1), 0)
@@ -66,7 +73,14 @@ class UInt8:
         return cls(scale, int(np.clip(np.rint(-low / float(scale)), 0, LEVELS)))
 
     def quantize(self, values: np.ndarray) -> np.ndarray:
-        """uint8, as QuantizeLinear does it."""
+        """Round values to the grid, as QuantizeLinear does it.
+
+        Args:
+            values: float, any shape.
+
+        Returns:
+            uint8, of the same shape.
+        """
         return np.clip(np.rint(values / self.scale) + self.zero_point, 0, LEVELS).astype(np.uint8)
 
 
@@ -88,8 +102,14 @@ class IntegerGraph:
 
 
 def replace_pooling(graph: FloatGraph) -> FloatGraph:
-    """A mean over all pixels becomes a GlobalAveragePool, for which there is an integer kernel; a
-    new graph."""
+    """Replace each mean over all pixels by a GlobalAveragePool, which has an integer kernel.
+
+    Args:
+        graph: is not changed.
+
+    Returns:
+        A new graph.
+    """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     inferred = onnx.shape_inference.infer_shapes(proto).graph
@@ -154,8 +174,19 @@ def _make_pooling(
 
 
 def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ranges:
-    """The range of each of these values: its own, or that of a value with the same entries in
-    another shape."""
+    """Find the range of each value: its own, or that of one with the same entries reshaped.
+
+    Args:
+        graph: where the values are.
+        values: their names.
+        known: the ranges that a training ended with.
+
+    Returns:
+        Value name -> (lowest, highest), for all of `values`.
+
+    Raises:
+        OptionError: if a value has none.
+    """
     ranges = dict(known)
     for node in (*graph.proto.graph.node, *reversed(graph.proto.graph.node)):
         if node.op_type in RESHAPES:
@@ -176,8 +207,19 @@ def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ran
 def quantize_activations(
     graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges
 ) -> IntegerGraph:
-    """ranges: of every value in `find_integer_nodes(graph, found).ranges`. ModelError if there is
-    nothing to run on integers."""
+    """Put QuantizeLinear and DequantizeLinear where integer kernels take the nodes between them.
+
+    Args:
+        graph: float; is not changed.
+        found: its quantized weights.
+        ranges: of every value in `find_integer_nodes(graph, found).ranges`.
+
+    Returns:
+        The new graph, and which of its nodes run on integers.
+
+    Raises:
+        ModelError: if there is nothing to run on integers.
+    """
     refused: dict[str, str] = {}
     while True:
         plan = find_integer_nodes(graph, found, refused=refused)

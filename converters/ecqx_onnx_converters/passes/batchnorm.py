@@ -67,7 +67,19 @@ class _Product:
 def fold_batchnorms(
     graph: FloatGraph, matching: Matching
 ) -> tuple[FloatGraph, Matching, tuple[BatchNorm, ...]]:
-    """Neither argument is changed. One BatchNorm for each such node of the main graph."""
+    """Fold each BatchNormalization into the quantized weight before it, where that is exact.
+
+    Args:
+        graph: is not changed.
+        matching: is not changed.
+
+    Returns:
+        The new graph, the new matching, and one BatchNorm for each such node of the main graph,
+        which says whether it was folded or why not.
+
+    Raises:
+        ModelError: if the new graph cannot be written.
+    """
     if not any(node.op_type == "BatchNormalization" for node in graph.proto.graph.node):
         return graph, matching, ()
     constants = _Constants(graph)
@@ -210,6 +222,15 @@ def _infer_ranks(graph: FloatGraph, weights: Iterable[GraphWeight]) -> Mapping[s
 
 
 def count_channels(product: gs.Node, shape: Sequence[int]) -> int:
+    """Count the output channels of a product.
+
+    Args:
+        product: a Conv, ConvTranspose, Gemm or MatMul.
+        shape: of its weight.
+
+    Returns:
+        How many channels the product's output has.
+    """
     if product.op == "ConvTranspose":
         return int(shape[1]) * int(product.attrs.get("group", 1))
     if product.op == "Conv" or product.attrs.get("transB", 0):

@@ -43,8 +43,15 @@ class Place:
 
 
 def find_places(graph: FloatGraph, matching: Matching) -> tuple[Place, ...]:
-    """Conv -> (Relu ->) depthwise Conv, both with quantised weights; nobody else reads these, or
-    what is between."""
+    """Find each Conv that a depthwise Conv follows, with or without a Relu between.
+
+    Args:
+        graph: where to look.
+        matching: both weights must be quantized.
+
+    Returns:
+        The places; nobody else reads the two weights, or what is between.
+    """
     nodes, constants = graph.proto.graph.node, Constants(graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     outputs = {value.name for value in graph.proto.graph.output}
@@ -90,8 +97,17 @@ def _is_depthwise(node: NodeProto, weight: GraphWeight) -> bool:
 def equalize(
     graph: FloatGraph, matching: Matching, places: Sequence[Place], peaks: Mapping[str, np.ndarray]
 ) -> tuple[FloatGraph, Matching]:
-    """peaks: of each place's value, the largest magnitude of each channel. Neither argument is
-    changed."""
+    """Make channels equally large at each place, by scaling both weights against each other.
+
+    Args:
+        graph: is not changed.
+        matching: is not changed.
+        places: from `find_places`.
+        peaks: of each place's value, the largest magnitude of each channel, float [C].
+
+    Returns:
+        The new graph and matching, which compute the same function.
+    """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     nodes, constants, names = (

@@ -63,6 +63,7 @@ class Halved:
 
     @property
     def sentence(self) -> str:
+        """What was rounded and by how much, for the report."""
         if not self.names and not self.steps:
             return "no float parameter takes fewer bytes as float16"
         steps = f" and {self.steps:,} steps of quantised weights" if self.steps else ""
@@ -84,8 +85,16 @@ class Parameter:
 
 
 def round_to_float16(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
-    """values: float32. As float16, or None where that saves nothing or rounds too much. linear: its
-    readers are all in LINEAR."""
+    """Round values to float16, where that saves bytes and costs little.
+
+    Args:
+        values: float32, any shape.
+        linear: whether all that read them are in LINEAR, so that an error counts against the
+            largest entry instead of its own.
+
+    Returns:
+        float16 of the same shape, or None where it saves nothing or rounds too much.
+    """
     if values.dtype != np.float32 or values.size < FEWEST or not np.isfinite(values).all():
         return None
     with np.errstate(over="ignore"):
@@ -96,8 +105,15 @@ def round_to_float16(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
 
 
 def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatGraph, Halved]:
-    """quantised: names of initializers that will be stored as integers. The graph given isn't
-    changed."""
+    """Store float parameters as float16, with a Cast behind each.
+
+    Args:
+        graph: is not changed.
+        quantized: names of initializers that will be stored as integers.
+
+    Returns:
+        The new graph, and what was rounded in it.
+    """
     proto, weights = _copy(graph)
     main, taken = proto.graph, list_value_names(proto.graph)
     parameters = _list_parameters(proto, weights, quantized)
@@ -152,8 +168,14 @@ def _join_vectors(
 
 
 def store_half_steps(matching: Matching) -> tuple[Matching, int]:
-    """The weights with several steps each rounded to float16, where that is harmless, as float32;
-    how many numbers these are."""
+    """Round the steps of weights that have several to float16, where that is harmless.
+
+    Args:
+        matching: is not changed.
+
+    Returns:
+        The matching with rounded steps, still float32, and how many numbers these are.
+    """
     found, entries = [], 0
     for weight in matching.found:
         meaning = weight.tensor.meaning
@@ -172,7 +194,15 @@ def store_half_steps(matching: Matching) -> tuple[Matching, int]:
 
 
 def round_parameters(graph: FloatGraph, quantized: Collection[str]) -> FloatGraph:
-    """What `store_float16` makes the graph compute, with plain float32 parameters."""
+    """Round the parameters that `store_float16` rounds, and keep them float32.
+
+    Args:
+        graph: is not changed.
+        quantized: names of initializers that will be stored as integers.
+
+    Returns:
+        A new graph that computes what the one of `store_float16` does.
+    """
     proto, weights = _copy(graph)
     for parameter in _list_parameters(proto, weights, quantized):
         _put(parameter.tensor, parameter.half.astype(np.float32), weights)

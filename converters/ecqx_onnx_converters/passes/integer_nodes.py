@@ -90,7 +90,16 @@ class IntegerNodes:
 def find_integer_nodes(
     graph: FloatGraph, found: Sequence[GraphWeight], *, refused: Mapping[str, str] | None = None
 ) -> IntegerNodes:
-    """found: the quantised weights. refused: weights that must stay float, with the reason."""
+    """Find the nodes that onnxruntime's integer kernels can run.
+
+    Args:
+        graph: float.
+        found: its quantized weights.
+        refused: weights that must stay float, with the reason.
+
+    Returns:
+        The nodes, those that stay float with the reason, and the values whose ranges are needed.
+    """
     return _Search(graph, found, refused or {}).result()
 
 
@@ -353,7 +362,14 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProt
 
 
 def find_output_axis(node: NodeProto) -> int:
-    """Of the weight: the axis along which the outputs of a Conv, Gemm or MatMul lie."""
+    """Find the axis of the weight along which the outputs lie.
+
+    Args:
+        node: a Conv, Gemm or MatMul.
+
+    Returns:
+        0 or 1.
+    """
     if node.op_type == "Gemm":
         return (
             0
@@ -364,6 +380,15 @@ def find_output_axis(node: NodeProto) -> int:
 
 
 def explain_float(weight: GraphWeight, axis: int) -> str | None:
+    """Say why no integer kernel can read a weight.
+
+    Args:
+        weight: a quantized weight.
+        axis: along which the outputs lie.
+
+    Returns:
+        The reason in words; None if one can.
+    """
     refusal = refuse_standard(weight.tensor)
     if refusal is not None:
         return f"its weight '{weight.name}' has no integers for a kernel: {refusal.reason}"
@@ -379,7 +404,15 @@ def explain_float(weight: GraphWeight, axis: int) -> str | None:
 
 
 def find_clip_bounds(node: NodeProto, constants: Constants) -> tuple[float, float] | None:
-    """(lowest, highest) of a Relu or Clip; None where they are computed."""
+    """Find the bounds of a Relu or Clip.
+
+    Args:
+        node: the Relu or Clip.
+        constants: of the graph.
+
+    Returns:
+        (lowest, highest); None where they are computed.
+    """
     if node.op_type == "Relu":
         return 0.0, math.inf
     bounds = [-math.inf, math.inf]

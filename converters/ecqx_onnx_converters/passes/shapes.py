@@ -1,4 +1,4 @@
-"""A graph whose batch has a free size -> the same graph for one sample at a time."""
+"""Fix the free size of the batch, so that a graph takes one sample at a time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from onnx import GraphProto
 
 
 def fix_batch(graph: GraphProto) -> None:
-    """The free length that leads the inputs becomes 1, wherever inputs and outputs declare it.
-    Other free lengths stay."""
+    """Set the free length that leads the inputs to 1; other free lengths stay.
+
+    Args:
+        graph: its inputs and outputs are changed in place.
+    """
     stored = {tensor.name for tensor in graph.initializer}
     leading = {
         value.type.tensor_type.shape.dim[0].dim_param
