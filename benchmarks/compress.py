@@ -1,7 +1,7 @@
 """`compress` on ResNet-20 and MiniLM-L6: bytes, quality, CPU seconds and peak memory, one table.
 
-    compress.py resnet20 --shared ../shared/data
-    compress.py file minilm.onnx sentences.npz --bits 2.4 2.8 3.6
+compress.py resnet20 --shared ../shared/data
+compress.py file minilm.onnx sentences.npz --bits 2.4 2.8 3.6
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ rounding and rates are the same for all. Printed is what the logits of the test 
 
     none          the same step in standard deviations for all weights
     perturbation  squared error of the logits when that weight alone is rounded
-    Fisher        sum of E[g²] over the weight's entries, g of the log-likelihood of the model's
-    class LRP |r|       sum of |relevance| over the weight's entries (epsilon-plus-flat, the model's
-    class) LRP r²        sum of relevance²
+    Fisher        sum of E[g²] over the entries, g of the log-likelihood of the model's class
+    LRP |r|       sum of |relevance| over the entries (epsilon-plus-flat, the model's class)
+    LRP r²        sum of relevance²
 """
 
 from __future__ import annotations

@@ -233,7 +233,9 @@ class ActivationRounding:
             self.ranges[place] = now if old is None else torch.lerp(now, old.to(now.device), MEMORY)
 
     def rounded(self, place: str, value: Tensor) -> Tensor:
-        """Round a value to the 256 levels of its place, x̂ = s (clamp(round(x / s) + z, 0, 255) - z).
+        """Round a value to the 256 levels of its place.
+
+        x̂ = s (clamp(round(x / s) + z, 0, 255) - z)
 
         Args:
             place: named by what reads it first.

@@ -1,15 +1,17 @@
-"""Someone else's graph -> the quantised weights that it holds, bit for bit, and the graph that
-reads them as plain values.
+"""Find the quantized weights of someone else's graph, bit for bit.
+
+What is left is the graph that reads them as plain values.
 
 Looked for in the main graph and in every subgraph:
 
-    DequantizeLinear(integers)                           a float weight: level = integer - zero
-    point, step = scale
-    DequantizeLinear([Clip](QuantizeLinear(floats)))     the same, after computing the integers
-    (QCDQ)
-    Quant(floats), BipolarQuant(floats)                  the same (QONNX, see qonnx.py)
-    integers that anything else reads                    QLinearConv, MatMulInteger, …: they stay
-    integers
+    DequantizeLinear(integers)
+        a float weight: level = integer - zero point, step = scale
+    DequantizeLinear([Clip](QuantizeLinear(floats)))
+        the same, after computing the integers (QCDQ)
+    Quant(floats), BipolarQuant(floats)
+        the same (QONNX, see qonnx.py)
+    integers that anything else reads (QLinearConv, MatMulInteger, …)
+        they stay integers
 
 A DequantizeLinear stays, and only its integers are stored anew, where runtimes make an integer
 kernel of it (another input of its consumer is dequantised as well), where its result is no float32,
@@ -70,8 +72,15 @@ class Foreign:
 
 
 def find_quantized(graph: FloatGraph, *, leave: Collection[str] = ()) -> Foreign:
-    """leave: weights (names as in an earlier result) that are to stay as they are. The graph given
-    isn't changed."""
+    """Find the quantized weights of a graph, wherever they are written down.
+
+    Args:
+        graph: is not changed.
+        leave: weights (names as in an earlier result) that are to stay as they are.
+
+    Returns:
+        The weights, the graph that reads them as plain values, and what was refused, with reasons.
+    """
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     search = _Search(FloatGraph(proto, graph.weights), frozenset(leave))
@@ -343,4 +352,13 @@ def _remove(scope: GraphProto, names: set[str]) -> Iterator[str]:
 
 
 def count_bytes(tensor: TensorProto, graph: FloatGraph) -> int:
+    """Count the bytes that a tensor takes in the file.
+
+    Args:
+        tensor: an initializer or the value of a Constant.
+        graph: holds the values that are taken out of their tensors.
+
+    Returns:
+        Bytes.
+    """
     return graph.weights[tensor.name].nbytes if tensor.name in graph.weights else tensor.ByteSize()

@@ -1,9 +1,9 @@
-"""QONNX's fake quantisation: a constant weight's levels; and, for activations, Quant itself in
-standard operators.
+"""Read QONNX's fake quantization, and define its operators by standard ones.
 
-    Quant(x, scale, zero point, bits)    y = (round(clip(x / scale + zero point, lowest, highest)) -
-    zero point) · scale
-    BipolarQuant(x, scale)               y = scale where x >= 0, else -scale
+    Quant(x, scale, zero point, bits)
+        y = (round(clip(x / scale + zero point, lowest, highest)) - zero point) · scale
+    BipolarQuant(x, scale)
+        y = scale where x >= 0, else -scale
 
 with lowest, highest of a `bits`-bit integer, signed or not; narrow leaves out the lowest signed,
 the highest unsigned one. [Pappalardo et al. 2022, QONNX: Representing arbitrary-precision quantized
@@ -104,8 +104,14 @@ def _read_rounding_mode(node: NodeProto) -> str:
 
 
 def define_operators(model: ModelProto) -> str | None:
-    """Adds, in place, a definition of each QONNX operator that nodes still use. A sentence for the
-    report, or None."""
+    """Add a definition of each QONNX operator that nodes still use.
+
+    Args:
+        model: is changed in place.
+
+    Returns:
+        A sentence for the report; None if nothing was added.
+    """
     present = {(function.domain, function.name) for function in model.functions}
     imported = {entry.domain for entry in model.opset_import}
     nodes = [
@@ -151,8 +157,8 @@ Steps = tuple[tuple[str, str, str, dict[str, Any]], ...]
 def _make_quant_function(domain: str, rounding: str) -> FunctionProto:
     """signed, narrow: attributes of 0 or 1.
 
-    highest = 2^(bits - signed) - 1 - narrow·(1 - signed)        lowest = signed·(narrow - 2^(bits -
-    signed))
+    highest = 2^(bits - signed) - 1 - narrow·(1 - signed)
+    lowest = signed·(narrow - 2^(bits - signed))
     """
     nodes = []
     for name in ("signed", "narrow"):

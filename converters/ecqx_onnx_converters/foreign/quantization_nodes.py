@@ -1,10 +1,10 @@
-"""A quantising node and the constants that it reads -> the integers that it makes, or the levels
-and step of the float weight.
+"""Compute what a quantizing node makes of constants: integers, or levels and a step.
 
-    QuantizeLinear      integer = saturate(round(x / scale) + zero point), halves to even   [ONNX,
-    operators 10 to 25] Clip                integer = min(max(integer, lowest), highest)
-               [on integers: QCDQ's narrow ranges] DequantizeLinear    weight = (integer - zero
-               point) · scale
+    QuantizeLinear      integer = saturate(round(x / scale) + zero point), halves to even
+    Clip                integer = min(max(integer, lowest), highest)
+    DequantizeLinear    weight = (integer - zero point) · scale
+
+[ONNX, operators of opsets 10 to 25; Clip on integers is for QCDQ's narrow ranges.]
 
 All in float32, as runtimes do it: the weight is theirs bit for bit.
 """
@@ -55,6 +55,16 @@ Rule = Callable[[NodeProto, Sequence[Constant | None]], "Constant | Grid | Refus
 
 
 def read_attribute(node: NodeProto, name: str, default: int) -> int:
+    """Read a whole number among a node's attributes.
+
+    Args:
+        node: of the graph.
+        name: of the attribute.
+        default: for a node without it.
+
+    Returns:
+        Its value.
+    """
     return next((int(entry.i) for entry in node.attribute if entry.name == name), default)
 
 
@@ -119,7 +129,16 @@ def _read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) 
 
 
 def make_grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refusal:
-    """levels: any integers, not empty; step: float32."""
+    """Put levels and step together, if int8 holds the levels.
+
+    Args:
+        levels: any integers.
+        step: float32, one or one per index of an axis.
+        source: name of the constant that the levels come from.
+
+    Returns:
+        The grid, or why there is none.
+    """
     if not levels.size:
         return Refusal("it is empty")
     if levels.min() < -128 or levels.max() > 127:

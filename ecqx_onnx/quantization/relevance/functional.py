@@ -1,18 +1,18 @@
-"""Operators that no module wraps (`a + b`, `F.relu`, `x.mean(-1)`, an LSTM's kernel) -> how
-relevance passes through them.
+"""Pass relevance through operators that no module wraps: `a + b`, `F.relu`, an LSTM's kernel.
 
 The shadow's forward runs inside `FunctionalRules`, which sees each operator as it is executed; so
 control flow, nested functions and code that no tracer understands are all covered. There are four
 ways through an operator:
 
     addition   two tensors that both carry relevance: zennit.layer.Sum, under the composite's rule
-    for it (Norm) pass       activations and normalisations, output shaped as the input: R_x = R_z
+               for it (Norm)
+    pass       activations and normalizations, output shaped as the input: R_x = R_z
     routing    each output entry is a copy of an input entry (reshape, cat, max pooling): plain
-    gradient epsilon    everything else: R_x = x ⊙ ∂⟨z, R_z / stabilise(z)⟩/∂x. For an operator
-    linear in x that is LRP-epsilon; a product
-               shares R_z among its factors, and softmax comes out as in AttnLRP (arXiv 2402.05602).
-               For a kernel that is neither (lstm, gru, attention) it is gradient times input, which
-               need not conserve relevance: see `approximated`.
+               gradient
+    epsilon    everything else: R_x = x ⊙ ∂⟨z, R_z / stabilize(z)⟩/∂x. For an operator linear in x
+               that is LRP-epsilon; a product shares R_z among its factors, and softmax comes out as
+               in AttnLRP (arXiv 2402.05602). For a kernel that is neither (lstm, gru, attention) it
+               is gradient times input, which need not conserve relevance: see `approximated`.
 
 A constant takes no relevance where it is added or subtracted: x + c, x - c and c - x pass R_z on to
 x.
