@@ -16,20 +16,28 @@ from ecqx_onnx_converters.storage.packed.encoder import encode_all
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
 from ecqx_onnx_converters.targets import Target
 
-CALL_BYTES, FUNCTION_BYTES = (
-    30,
-    70,
-)  # of a second call, and of a second function, for weights that are not packed
+CALL_BYTES = 30  # of a second call, which a packed weight needs unless its call is fused
+FUNCTION_BYTES = 70  # of a second function, for the weights of the file that are not packed
 
 
 def choose_fused(entries: Sequence[Entry]) -> str | None:
-    """Which of FUSED all packed weights among these can have; None if there is none."""
+    """The function that can decode and dequantize all packed weights at once.
+
+    Args:
+        entries: weights of one file, packed or not.
+
+    Returns:
+        A key of FUSED (dequantization/fused.py); None if there is none that all packed weights can
+        have, if tied weights share packed levels, or if no weight is packed.
+    """
     packed = [entry for entry in entries if entry.stored.storage == "packed"]
-    kinds = {_classify_entry(entry) for entry in packed}
-    if kinds == {"V", "W"}:
-        kinds = {"W"}
-    alone = len({entry.stored.levels for entry in packed}) == len(packed)
-    return kinds.pop() if len(kinds) == 1 and alone else None
+    functions = {_classify_entry(entry) for entry in packed}
+    if functions == {"V", "W"}:
+        functions = {"W"}  # it takes single steps as well
+    distinct_levels = {entry.stored.levels for entry in packed}
+    if len(functions) != 1 or len(distinct_levels) != len(packed):
+        return None
+    return functions.pop()
 
 
 def _compute_saving(entries: Sequence[Entry]) -> int:
@@ -37,17 +45,19 @@ def _compute_saving(entries: Sequence[Entry]) -> int:
     if choose_fused(entries) is None:
         return 0
     packed = sum(entry.stored.storage == "packed" for entry in entries)
-    return CALL_BYTES * packed - (FUNCTION_BYTES if packed < len(entries) else 0)
+    saving = CALL_BYTES * packed
+    if packed < len(entries):
+        saving -= FUNCTION_BYTES
+    return saving
 
 
 def _classify_entry(entry: Entry) -> str | None:
-    weight, calls = entry.weight, [node for node in entry.stored.nodes if node.op_type == TENSOR]
-    if (
-        entry.form is not None
-        or entry.permutation is not None
-        or weight.integers is not None
-        or len(calls[0].input) != 4
-    ):
+    """The key of FUSED of the function that a packed weight can have; None if there is none."""
+    weight = entry.weight
+    if entry.form is not None or entry.permutation is not None or weight.integers is not None:
+        return None
+    calls = [node for node in entry.stored.nodes if node.op_type == TENSOR]
+    if len(calls[0].input) != 4:
         return None
     if isinstance(weight.tensor.meaning, Scale):
         step = weight.tensor.meaning.step
@@ -56,65 +66,99 @@ def _classify_entry(entry: Entry) -> str | None:
 
 
 def pack_entries(entries: Sequence[Entry], target: Target, *, always: bool) -> list[Entry]:
-    """The entries with those weights packed that make the file smallest; or, always, all that can
-    be.
+    """Packs those weights that make the file smallest.
 
-    Packed weights share streams, and their decoder is written once. Tried are all weights, those of
-    them that are smaller packed, those of these that still are ... and none.
+    Packed weights share streams, and their decoder is written once: whether one weight gains
+    depends on the others. Candidates are all weights, those of them that are smaller packed, those
+    of these that still are ... and none.
+
+    Args:
+        entries: weights of one file, each stored alone.
+        target: the runtime that is to read the file.
+        always: pack every weight that can be packed, whatever it costs.
+
+    Returns:
+        The entries in their order, the packed ones with their new storage; the reason of each says
+        what was compared.
     """
-    first = dict[str, Entry]()  # tied weights are stored once
+    # 1. Tied weights share one set of integers, which is encoded once.
+    first = dict[str, Entry]()
     for entry in entries:
         first.setdefault(entry.stored.levels, entry)
-    chosen = {name: permute_levels(entry) for name, entry in first.items()}
-    plain, tried = (
-        {name: entry.stored for name, entry in first.items()},
-        dict[str, Stored | Refusal](),
-    )
-    ways: list[dict[str, Stored]] = [] if always else [{}]
+    plain = {name: entry.stored for name, entry in first.items()}
+    remaining = {name: _permute_levels(entry) for name, entry in first.items()}
 
-    def made(together: dict[str, Stored]) -> list[Entry]:
-        levels = ((entry, entry.stored.levels) for entry in entries)
-        return [
-            _pack_entry(entry, together.get(name), tried[name], always=always)
-            for entry, name in levels
-        ]
-
-    def size(together: dict[str, Stored]) -> int:
-        return count_bytes([*(plain | together).values()]) - (
-            _compute_saving(made(together)) if together else 0
-        )
-
-    while chosen:
-        tried.update(zip(chosen, encode_all(list(chosen.items()), target), strict=True))
-        ways.append({name: stored for name in chosen if isinstance(stored := tried[name], Stored)})
-        better = {name for name, stored in ways[-1].items() if stored.nbytes < plain[name].nbytes}
-        if always or len(better) == len(ways[-1]):
+    # 2. Encode together what still gains, until every weight of a candidate does.
+    encoded = dict[str, Stored | Refusal]()
+    candidates: list[dict[str, Stored]] = []
+    if not always:
+        candidates.append({})
+    while remaining:
+        results = encode_all(list(remaining.items()), target)
+        encoded.update(zip(remaining, results, strict=True))
+        packed: dict[str, Stored] = {}
+        for name in remaining:
+            result = encoded[name]
+            if isinstance(result, Stored):
+                packed[name] = result
+        candidates.append(packed)
+        smaller_packed = {
+            name for name, stored in packed.items() if stored.nbytes < plain[name].nbytes
+        }
+        if always or len(smaller_packed) == len(packed):
             break
-        chosen = {name: levels for name, levels in chosen.items() if name in better}
-    return made(min(ways, key=size)) if ways else list(entries)
+        remaining = {name: levels for name, levels in remaining.items() if name in smaller_packed}
+    if not candidates:
+        return list(entries)
+
+    # 3. The candidate of fewest bytes; the earlier one where two have as many.
+    def entries_with(packed: dict[str, Stored]) -> list[Entry]:
+        chosen = []
+        for entry in entries:
+            name = entry.stored.levels
+            chosen.append(_pack_entry(entry, packed.get(name), encoded[name], always=always))
+        return chosen
+
+    def count_file_bytes(packed: dict[str, Stored]) -> int:
+        total = _count_bytes([*(plain | packed).values()])
+        if packed:
+            total -= _compute_saving(entries_with(packed))
+        return total
+
+    return entries_with(min(candidates, key=count_file_bytes))
 
 
 def _pack_entry(
-    entry: Entry, stored: Stored | None, tried: Stored | Refusal, *, always: bool
+    entry: Entry, stored: Stored | None, encoded: Stored | Refusal, *, always: bool
 ) -> Entry:
+    """The entry with `stored`, or as it is where that is None; the reason tells of the attempt."""
     if stored is not None:
         return replace(
             entry, stored=stored, reason=f"packed {stored.nbytes} bytes, less than {entry.reason}"
         )
-    if isinstance(tried, Refusal):
-        return replace(entry, reason=f"packed: {tried.reason}; {entry.reason}") if always else entry
-    return replace(entry, reason=f"{entry.reason}; packed {tried.nbytes} and its decoder")
+    if isinstance(encoded, Stored):
+        return replace(entry, reason=f"{entry.reason}; packed {encoded.nbytes} and its decoder")
+    if not always:
+        return entry
+    return replace(entry, reason=f"packed: {encoded.reason}; {entry.reason}")
 
 
-def permute_levels(entry: Entry) -> np.ndarray:
-    turned = entry.permutation is not None or (entry.form is not None and entry.form.transposed)
-    return entry.weight.tensor.levels.T if turned else entry.weight.tensor.levels
+def _permute_levels(entry: Entry) -> np.ndarray:
+    """int8: the entry's levels in the layout in which they are stored."""
+    levels = entry.weight.tensor.levels
+    permuted = entry.permutation is not None
+    if entry.form is not None and entry.form.transposed:
+        permuted = True
+    return levels.T if permuted else levels
 
 
-def count_bytes(stored: Sequence[Stored]) -> int:
-    """Of weights in a file, functions counted once."""
+def _count_bytes(stored: Sequence[Stored]) -> int:
+    """Bytes of weights in a file, functions counted once."""
     parts: list[Message] = []
+    functions: dict[tuple[str, str], Message] = {}
     for one in stored:
         parts += [*one.initializers, *one.sparse_initializers, *one.nodes]
-    functions = {(part.domain, part.name): part for one in stored for part in one.functions}
-    return sum(part.ByteSize() for part in (*parts, *functions.values()))
+        for function in one.functions:
+            functions[function.domain, function.name] = function
+    parts += functions.values()
+    return sum(part.ByteSize() for part in parts)

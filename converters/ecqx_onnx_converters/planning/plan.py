@@ -15,9 +15,13 @@ from ecqx_onnx_converters.targets import Target
 class Entry:
     """What one weight of the graph becomes.
 
-    stored: its integers; tied weights share one.
-    permutation: of the stored levels, to get the graph's layout; None where they have it already.
-    form: how DequantizeLinear feeds the consumers; None for the folded function.
+    Attributes:
+        weight: the weight, its levels in the graph's layout.
+        stored: its integers; tied weights share one.
+        permutation: of the stored levels, to get the graph's layout; None where they have it
+            already.
+        form: how DequantizeLinear feeds the consumers; None for the folded function.
+        reason: why it is stored and dequantized like this, in words.
     """
 
     weight: GraphWeight
@@ -28,6 +32,11 @@ class Entry:
 
     @property
     def dequantization(self) -> str:
+        """The kind of dequantization: "folded", "standard", "integer" or "none".
+
+        It is "integer" where integer kernels read the DequantizeLinear, "none" where the graph
+        reads integers.
+        """
         if self.form is None:
             return "folded" if self.weight.integers is None else "none"
         return "integer" if self.form.integer else "standard"
@@ -44,6 +53,17 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
+    """What becomes of all weights of a graph, for the writer.
+
+    Attributes:
+        graph: the float graph.
+        target: what the runtime can read, less what this graph can't use.
+        opset: of the file to write.
+        entries: the quantized weights, in the order of the matching.
+        kept: weights that stay float.
+        missing: QuantTensors that are nowhere in the graph.
+    """
+
     graph: FloatGraph
     target: Target
     opset: int

@@ -1,5 +1,7 @@
-"""(float graph, matching, target) -> Plan: which storage and which dequantisation each weight gets,
-with the reason in words."""
+"""Decide which storage and which dequantization each weight of a float graph gets, and say why.
+
+A float graph, the levels found for its weights and a target enter; a Plan leaves.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,20 @@ from ecqx_onnx_converters.targets import INT8_TYPES, OPSET_OF_TYPE, Target, find
 
 DEQUANTIZATIONS = ("auto", "standard", "folded")
 STEPS_UP = (10, 11, 12, 13, 18, 21, 25)  # opsets that bring something a written file may need
+# Operator -> position of its bias.
+BIAS_POSITIONS = {"LSTM": 3, "GRU": 3, "RNN": 3, "Gemm": 2, "Conv": 2, "ConvTranspose": 2}
 
 
 def check_forms(storage: str, dequantize: str) -> None:
-    """OptionError for names that there are none of."""
+    """Refuses names of a storage or a dequantization that do not exist.
+
+    Args:
+        storage: "auto" or a name from STORAGES.
+        dequantize: a name from DEQUANTIZATIONS.
+
+    Raises:
+        OptionError: there is no such storage or dequantization.
+    """
     if storage not in ("auto", *STORAGES):
         raise OptionError(
             f"there is no storage '{storage}'; choose auto or one of {', '.join(STORAGES)}"
@@ -50,11 +62,28 @@ def make_plan(
     opset: int | None = None,
     integer: Collection[str] = (),
 ) -> Plan:
-    """storage: "auto" (fewest bytes in the file) or a name from STORAGES. dequantize: "auto" (the
-    target's own), "standard" or "folded". opset: highest to write; by default whatever the target
-    has. integer: weights whose consumers all are integer kernels, which need DequantizeLinear in
-    any case. OptionError for what can't be had at all; what a single weight can't have is replaced,
-    and its entry says why."""
+    """Plans how each weight of a graph is stored and dequantized.
+
+    What a single weight can't have is replaced, and its entry says why.
+
+    Args:
+        graph: the float graph.
+        matching: the levels found for its weights.
+        target: name of the runtime that is to read the file.
+        storage: "auto" (fewest bytes in the file) or a name from STORAGES.
+        dequantize: "auto" (the target's own), "standard" or "folded".
+        opset: highest to write; None for the highest of the target.
+        integer: names of weights whose consumers all are integer kernels, which need
+            DequantizeLinear in any case.
+
+    Returns:
+        The plan; its entries are in the order of `matching.found`.
+
+    Raises:
+        OptionError: a name is unknown, the target has no such opset or dequantization, or no weight
+            at all can have the storage.
+    """
+    # 1. What the target can do for this graph.
     check_forms(storage, dequantize)
     able = _limit_target(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
@@ -63,42 +92,47 @@ def make_plan(
             f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at "
             f"{able.dequantize}"
         )
-    uses, names = find_uses(graph.proto.graph), NameMaker(list_value_names(graph.proto.graph))
+
+    # 2. Each weight alone; tied weights together.
+    uses = find_uses(graph.proto.graph)
+    names = NameMaker(list_value_names(graph.proto.graph))
     entries: list[Entry] = []
     kept: list[Kept] = []
     for members in _group_tied(matching.found):
         planned = _plan_tied(members, able, storage, form, uses, names, integer)
-        if isinstance(planned, Refusal):
-            kept.extend(
-                Kept(member.name, member.tensor.shape, planned.reason) for member in members
-            )
-        else:
+        if not isinstance(planned, Refusal):
             entries.extend(planned)
-    order = {
-        weight.name: index for index, weight in enumerate(matching.found)
-    }  # a checkpoint's graph has them taken out
-    entries.sort(key=lambda entry: order[entry.weight.name])
+            continue
+        for member in members:
+            kept.append(Kept(member.name, member.tensor.shape, planned.reason))
+    # In the order of the matching: a checkpoint's graph has the weights taken out.
+    position = {weight.name: index for index, weight in enumerate(matching.found)}
+    entries.sort(key=lambda entry: position[entry.weight.name])
+
+    # 3. Packed weights share streams: they are chosen together.
     if storage in ("auto", "packed"):
         entries = pack_entries(entries, able, always=storage == "packed")
     if storage != "auto" and entries and all(entry.stored.storage != storage for entry in entries):
         raise OptionError(
             f"storage '{storage}' can't be had for any weight (leave --storage at auto): layer "
-            f"'{entries[0].weight.name}':"
-            f" {entries[0].reason}"
+            f"'{entries[0].weight.name}': {entries[0].reason}"
         )
-    quantized = {entry.weight.name for entry in entries} | {left.name for left in kept}
+
+    # 4. The other float weights stay float.
+    planned_names = {entry.weight.name for entry in entries} | {left.name for left in kept}
     for name, values in graph.weights.items():
-        if name not in quantized and values.dtype in (np.float32, np.float16) and values.ndim >= 2:
-            kept.append(Kept(name, values.shape, explain_float(name, uses.get(name, []))))
+        is_weight = values.dtype in (np.float32, np.float16) and values.ndim >= 2
+        if is_weight and name not in planned_names:
+            kept.append(Kept(name, values.shape, _explain_float(uses.get(name, []))))
     needed = max((find_needed_opset(entry) for entry in entries), default=0)
     return Plan(
         graph, able, max(graph.opset, needed), tuple(entries), tuple(kept), matching.missing
     )
 
 
-def explain_float(name: str, uses: Sequence[Use]) -> str:
-    biases = {"LSTM": 3, "GRU": 3, "RNN": 3, "Gemm": 2, "Conv": 2, "ConvTranspose": 2}
-    if uses and all(biases.get(use.node.op_type) == use.position for use in uses):
+def _explain_float(uses: Sequence[Use]) -> str:
+    """Why a weight that no QuantTensor was found for stays float."""
+    if uses and all(BIAS_POSITIONS.get(use.node.op_type) == use.position for use in uses):
         return "biases stay float"
     return "no quantised tensor has its name or values"
 
@@ -118,10 +152,12 @@ def _limit_target(graph: FloatGraph, target: Target, opset: int | None) -> Targe
             f"{ceiling}, or raise --opset"
         )
     reach = graph.opset
-    for step in (step for step in STEPS_UP if graph.opset < step <= ceiling):
-        if refuse_opset(graph.proto, step) is not None:
+    for opset_step in STEPS_UP:
+        if not graph.opset < opset_step <= ceiling:
+            continue
+        if refuse_opset(graph.proto, opset_step) is not None:
             break
-        reach = step
+        reach = opset_step
     types = frozenset(kind for kind in target.dense_types if OPSET_OF_TYPE[kind] <= reach)
     return replace(target, max_opset=reach, dense_types=types)
 
@@ -131,18 +167,22 @@ def _group_tied(found: Sequence[GraphWeight]) -> list[list[GraphWeight]]:
     transposed, are stored once."""
     groups: list[list[GraphWeight]] = []
     for weight in found:
-        twins = (group for group in groups if group[0].sources == weight.sources)
-        group = next((group for group in twins if _are_tied(group[0], weight)), None)
-        if group is None:
-            groups.append([weight])
+        for group in groups:
+            if group[0].sources == weight.sources and _are_tied(group[0], weight):
+                group.append(weight)
+                break
         else:
-            group.append(weight)
+            groups.append([weight])
     return groups
 
 
 def _are_tied(one: GraphWeight, other: GraphWeight) -> bool:
-    levels, twin = one.tensor.levels, other.tensor.levels
-    return np.array_equal(levels, twin) or (twin.ndim == 2 and np.array_equal(levels, twin.T))
+    """Whether the levels are equal, as they are or transposed."""
+    levels = one.tensor.levels
+    others = other.tensor.levels
+    if np.array_equal(levels, others):
+        return True
+    return others.ndim == 2 and np.array_equal(levels, others.T)
 
 
 def _plan_tied(
@@ -155,48 +195,51 @@ def _plan_tied(
     integer: Collection[str],
 ) -> list[Entry] | Refusal:
     """One set of integers, in the layout that the first member wants, for all."""
-    forms = [
-        StandardForm(transposed=False, dense=True, integer=True)
-        if member.name in integer
-        else _choose_form(member, dequantize, uses.get(member.name, []), target)
-        for member in members
-    ]
-    pairs = ((form, uses.get(member.name, [])) for form, member in zip(forms, members, strict=True))
-    standard = [(form, consumers) for form, consumers in pairs if isinstance(form, StandardForm)]
-    cast = any(
-        form.integer or any(use.node.op_type == "Gather" for use in consumers)
-        for form, consumers in standard
-    )
-    if (
-        not target.decoders and cast
-    ):  # narrow types would need a Cast, which is a decoder (and in onnxruntime as of 1.23)
+    # 1. How each member is dequantized, and whether narrow integers would need a Cast for it.
+    forms: list[StandardForm | Refusal | None] = []
+    needs_cast = False
+    for member in members:
+        consumers = uses.get(member.name, [])
+        form: StandardForm | Refusal | None
+        if member.name in integer:
+            form = StandardForm(transposed=False, dense=True, integer=True)
+        else:
+            form = _choose_form(member, dequantize, consumers, target)
+        forms.append(form)
+        if isinstance(form, StandardForm):
+            gathered = any(use.node.op_type == "Gather" for use in consumers)
+            needs_cast = needs_cast or form.integer or gathered
+    # A Cast is a decoder (and in onnxruntime as of 1.23).
+    if needs_cast and not target.decoders:
         target = replace(target, dense_types=target.dense_types & INT8_TYPES)
-    levels = permute_levels(members[0], forms[0])
+
+    # 2. One storage for all.
+    levels = _permute_levels(members[0], forms[0])
     stored, reason = choose_cheapest(levels, names("q"), target, storage)
     if stored is None:
         return Refusal(reason)
+
+    # 3. DequantizeLinear where that layout is the one it reads, else the folded function.
     entries = []
     for member, form in zip(members, forms, strict=True):
-        if isinstance(form, StandardForm) and not np.array_equal(
-            permute_levels(member, form), levels
-        ):
-            form = Refusal("it is stored once with its tied twin, in the other layout")
-        why = f"{reason}; folded, since {form.reason}" if isinstance(form, Refusal) else reason
         if isinstance(form, StandardForm):
-            entries.append(Entry(member, stored, None, form, why))
-        else:
-            permutation = None if np.array_equal(member.tensor.levels, levels) else (1, 0)
-            entries.append(Entry(member, stored, permutation, None, why))
+            if np.array_equal(_permute_levels(member, form), levels):
+                entries.append(Entry(member, stored, None, form, reason))
+                continue
+            form = Refusal("it is stored once with its tied twin, in the other layout")
+        why = reason
+        if form is not None:
+            why = f"{reason}; folded, since {form.reason}"
+        permutation = None if np.array_equal(member.tensor.levels, levels) else (1, 0)
+        entries.append(Entry(member, stored, permutation, None, why))
     return entries
 
 
-def permute_levels(weight: GraphWeight, form: StandardForm | Refusal | None) -> np.ndarray:
-    """The levels in the layout that the weight's dequantisation reads."""
-    return (
-        weight.tensor.levels.T
-        if isinstance(form, StandardForm) and form.transposed
-        else weight.tensor.levels
-    )
+def _permute_levels(weight: GraphWeight, form: StandardForm | Refusal | None) -> np.ndarray:
+    """int8: the levels in the layout that the weight's dequantization reads."""
+    if isinstance(form, StandardForm) and form.transposed:
+        return weight.tensor.levels.T
+    return weight.tensor.levels
 
 
 def _choose_form(
@@ -208,36 +251,45 @@ def _choose_form(
     refusal = refuse_standard(weight.tensor)
     if refusal is not None:
         return refusal
-    if target.max_opset < _find_standard_opset(weight):
-        return Refusal(
-            f"DequantizeLinear needs opset {_find_standard_opset(weight)}, which the graph can't be "
-            "raised to"
-        )
+    opset = _find_standard_opset(weight)
+    if target.max_opset < opset:
+        return Refusal(f"DequantizeLinear needs opset {opset}, which the graph can't be raised to")
     return find_standard_form(weight.tensor, uses)
 
 
 def _find_standard_opset(weight: GraphWeight) -> int:
     """10 for one step, 13 for one per index of an axis."""
-    return (
-        13
-        if isinstance(weight.tensor.meaning, Scale) and weight.tensor.meaning.axis is not None
-        else 10
-    )
+    meaning = weight.tensor.meaning
+    if isinstance(meaning, Scale) and meaning.axis is not None:
+        return 13
+    return 10
 
 
 def choose_cheapest(
     levels: np.ndarray, name: str, target: Target, storage: str
 ) -> tuple[Stored | None, str]:
-    """The storage of fewest bytes among those allowed that store each weight alone, dense where
-    none of them can; and why."""
+    """The storage of fewest bytes for one weight alone, and why.
+
+    Args:
+        levels: int8, in the layout in which they are stored.
+        name: for the initializers and nodes of the storage.
+        target: the runtime that is to read the file.
+        storage: "auto" (dense or sparse), "packed" (dense, until all weights are chosen together)
+            or another name from STORAGES.
+
+    Returns:
+        The storage, dense where none of those allowed can hold the levels, or None where dense
+        can't either; and the reason in words.
+    """
     allowed = {"auto": ["dense", "sparse"], "packed": ["dense"]}.get(storage, [storage])
-    results = {label: STORAGES[label].encode(levels, name, target) for label in allowed}
-    stored = [result for result in results.values() if isinstance(result, Stored)]
-    refused = [
-        f"{label}: {result.reason}"
-        for label, result in results.items()
-        if isinstance(result, Refusal)
-    ]
+    stored: list[Stored] = []
+    refused: list[str] = []
+    for label in allowed:
+        result = STORAGES[label].encode(levels, name, target)
+        if isinstance(result, Stored):
+            stored.append(result)
+        else:
+            refused.append(f"{label}: {result.reason}")
     if not stored and storage != "dense":
         fallback, why = choose_cheapest(levels, name, target, "dense")
         return fallback, "; ".join([*refused, why])
@@ -245,13 +297,21 @@ def choose_cheapest(
         return None, "; ".join(refused)
     best = min(stored, key=lambda result: result.nbytes)
     others = [f"{result.label} {result.nbytes}" for result in stored if result is not best]
-    return best, f"{best.label} {best.nbytes} bytes" + (
-        f", less than {', '.join(others)}" if others else ""
-    )
+    reason = f"{best.label} {best.nbytes} bytes"
+    if others:
+        reason += f", less than {', '.join(others)}"
+    return best, reason
 
 
 def find_needed_opset(entry: Entry) -> int:
-    """The first opset that has all that the entry uses."""
+    """The first opset that has all that an entry uses.
+
+    Args:
+        entry: a weight's storage and dequantization.
+
+    Returns:
+        The version of the standard operators.
+    """
     needed = [entry.stored.opset]
     if entry.weight.integers is not None:
         needed.append(OPSET_OF_TYPE[entry.weight.integers.type])
