@@ -126,8 +126,9 @@ def _open_image(file: Path | bytes, where: str) -> Iterator[Image.Image]:
     except FileError as error:
         raise DataError(f"{where} cannot be read as an image: {error}") from error
     except _DAMAGED as error:
+        reason = str(error).partition(" <")[0]  # Pillow appends the open file's repr
         raise DataError(
-            f"{where} cannot be read as an image ({error}): repair or remove it"
+            f"{where} cannot be read as an image ({reason}): repair or remove it"
         ) from error
 
 

@@ -40,8 +40,10 @@ def test_only_named_formats_are_opened_whatever_a_file_is_called(tmp_path, conte
     monkeypatch.setattr(subprocess, "Popen", start)
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"1\.png cannot be read as an image"):
+    with pytest.raises(DataError, match=r"1\.png cannot be read as an image") as refusal:
         read_all(str(tmp_path))
+    assert "object at" not in str(refusal.value)
+    assert "BufferedReader" not in str(refusal.value)
 
 
 @needs_pipes
