@@ -39,43 +39,43 @@ OPSET = 12  # of the functions: the first with Round and with Constants of a pla
 
 
 def _read_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
-    if len(inputs) != 4 or any(
-        constant is None or constant.type != TensorProto.FLOAT for constant in inputs
-    ):
+    """Levels and step of a weight that Quant makes."""
+    floats = _list_floats(inputs)
+    if len(inputs) != 4 or len(floats) != 4:
         return Refusal("its Quant has inputs that aren't four float32 tensors")
-    x, scale, zero, bits = (constant.values for constant in inputs if constant is not None)
+    x, scale, zero, bits = floats
     rounding = ROUNDINGS.get(_read_rounding_mode(node))
     if rounding is None:
         return Refusal(
             f"it is rounded by {_read_rounding_mode(node)}, which QONNX calls none of "
             f"{', '.join(ROUNDINGS)}"
         )
-    signed, narrow = read_attribute(node, "signed", 1), read_attribute(node, "narrow", 0)
-    if bits.size != 1 or not (
-        1 + signed <= float(bits.reshape(())) <= 8 and (bits == np.rint(bits)).all()
-    ):
+    signed = read_attribute(node, "signed", 1)
+    narrow = read_attribute(node, "narrow", 0)
+    width = float(bits.reshape(())) if bits.size == 1 else np.nan
+    if not (1 + signed <= width <= 8 and width == np.rint(width)):
         return Refusal(
             f"its bit width {bits.reshape(-1)[:4].tolist()} isn't one whole number from "
             f"{1 + signed} to 8"
         )
     if not (zero == np.rint(zero)).all() or not (np.isfinite(scale) & (scale > 0)).all():
         return Refusal("its zero point isn't whole or its scale isn't positive and finite")
-    step, shift = _broadcast_part(scale, x.shape), _broadcast_part(zero, x.shape)
+    step = _broadcast_part(scale, x.shape)
+    shift = _broadcast_part(zero, x.shape)
     if step is None or shift is None:
         return Refusal("its scale or zero point doesn't broadcast against it")
-    lowest, highest = _compute_bounds(
-        int(bits.reshape(())), signed=bool(signed), narrow=bool(narrow)
-    )
-    levels = rounding(np.clip(x / step + shift, np.float32(lowest), np.float32(highest))) - shift
+    lowest, highest = _compute_bounds(int(width), signed=bool(signed), narrow=bool(narrow))
+    clipped = np.clip(x / step + shift, np.float32(lowest), np.float32(highest))
+    levels = rounding(clipped) - shift
     return make_grid(levels.astype(np.int32), step, _name_source(inputs))
 
 
 def _read_bipolar_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
-    if len(inputs) != 2 or any(
-        constant is None or constant.type != TensorProto.FLOAT for constant in inputs
-    ):
+    """Levels of -1 and 1, and the step, of a weight that BipolarQuant makes."""
+    floats = _list_floats(inputs)
+    if len(inputs) != 2 or len(floats) != 2:
         return Refusal("its BipolarQuant has inputs that aren't two float32 tensors")
-    x, scale = (constant.values for constant in inputs if constant is not None)
+    x, scale = floats
     step = _broadcast_part(scale, x.shape)
     if step is None:
         return Refusal("its scale doesn't broadcast against it")
@@ -83,6 +83,15 @@ def _read_bipolar_quant(node: NodeProto, inputs: Sequence[Constant | None]) -> G
 
 
 RULES: Mapping[str, Rule] = {"Quant": _read_quant, "BipolarQuant": _read_bipolar_quant}
+
+
+def _list_floats(inputs: Sequence[Constant | None]) -> list[np.ndarray]:
+    """The values of those inputs that are there and float32."""
+    values = []
+    for constant in inputs:
+        if constant is not None and constant.type == TensorProto.FLOAT:
+            values.append(constant.values)
+    return values
 
 
 def _compute_bounds(bits: int, *, signed: bool, narrow: bool) -> tuple[int, int]:
@@ -93,48 +102,50 @@ def _compute_bounds(bits: int, *, signed: bool, narrow: bool) -> tuple[int, int]
 
 
 def _read_rounding_mode(node: NodeProto) -> str:
-    return next(
-        (
-            entry.s.decode(errors="replace")
-            for entry in node.attribute
-            if entry.name == "rounding_mode"
-        ),
-        "ROUND",
-    ).upper()
+    """In upper case, as in ROUNDINGS; whatever else the node states."""
+    for entry in node.attribute:
+        if entry.name == "rounding_mode":
+            return entry.s.decode(errors="replace").upper()
+    return "ROUND"
 
 
 def define_operators(model: ModelProto) -> str | None:
     """Add a definition of each QONNX operator that nodes still use.
 
+    An operator stays undefined where its nodes round in several ways, or in one that no standard
+    operator has; all stay so where the graph can't be raised to opset 12.
+
     Args:
-        model: is changed in place.
+        model: changed in place: functions, opset imports and, on Quant, attributes left to their
+            defaults.
 
     Returns:
-        A sentence for the report; None if nothing was added.
+        A sentence for the report; None where nothing was defined.
     """
+    # 1. The operators that lack a definition.
     present = {(function.domain, function.name) for function in model.functions}
     imported = {entry.domain for entry in model.opset_import}
-    nodes = [
-        node for scope in list_graphs(model.graph) for node in scope.node if node.domain in DOMAINS
-    ]
-    wanted = sorted(
-        {(node.domain, node.op_type) for node in nodes if node.op_type in RULES} - present
-    )
+    users: dict[tuple[str, str], list[NodeProto]] = {}
+    for scope in list_graphs(model.graph):
+        for node in scope.node:
+            operator_key = (node.domain, node.op_type)
+            known = node.domain in DOMAINS and node.op_type in RULES
+            if known and operator_key not in present:
+                users.setdefault(operator_key, []).append(node)
+    wanted = sorted(users)
     if not wanted or refuse_opset(model, OPSET) is not None:
         return None
+
+    # 2. A function for each of them that standard operators can express.
     defined = []
     for domain, operator in wanted:
-        users = [node for node in nodes if (node.domain, node.op_type) == (domain, operator)]
-        modes = {_read_rounding_mode(node) for node in users}
-        if operator == "Quant" and (len(modes) > 1 or not modes <= ROUNDING_OPERATORS.keys()):
-            continue
+        nodes = users[domain, operator]
         if operator == "Quant":
-            for node in users:  # a function has no default attributes: each node states its own
-                present_names = {entry.name for entry in node.attribute}
-                missing = {"signed": 1, "narrow": 0}.items()
-                node.attribute.extend(
-                    helper.make_attribute(*pair) for pair in missing if pair[0] not in present_names
-                )
+            modes = {_read_rounding_mode(node) for node in nodes}
+            if len(modes) > 1 or not modes <= ROUNDING_OPERATORS.keys():
+                continue
+            for node in nodes:
+                _state_defaults(node)
             model.functions.append(_make_quant_function(domain, ROUNDING_OPERATORS[modes.pop()]))
         else:
             model.functions.append(_make_bipolar_function(domain))
@@ -151,11 +162,19 @@ def define_operators(model: ModelProto) -> str | None:
     )
 
 
+def _state_defaults(node: NodeProto) -> None:
+    """Gives a Quant node the attributes it leaves out: a function has no defaults for them."""
+    stated = {entry.name for entry in node.attribute}
+    for name, default in (("signed", 1), ("narrow", 0)):
+        if name not in stated:
+            node.attribute.append(helper.make_attribute(name, default))
+
+
 Steps = tuple[tuple[str, str, str, dict[str, Any]], ...]
 
 
 def _make_quant_function(domain: str, rounding: str) -> FunctionProto:
-    """signed, narrow: attributes of 0 or 1.
+    """Quant in standard operators; signed, narrow: attributes of 0 or 1.
 
     highest = 2^(bits - signed) - 1 - narrow·(1 - signed)
     lowest = signed·(narrow - 2^(bits - signed))
@@ -194,6 +213,7 @@ def _make_quant_function(domain: str, rounding: str) -> FunctionProto:
 
 
 def _make_bipolar_function(domain: str) -> FunctionProto:
+    """BipolarQuant in standard operators."""
     steps: Steps = (
         ("Constant", "", "nothing", {"value_float": 0.0}),
         ("Less", "x nothing", "negative", {}),
@@ -211,6 +231,7 @@ def _make_bipolar_function(domain: str) -> FunctionProto:
 
 
 def _make_nodes(steps: Steps) -> list[NodeProto]:
+    """A node for each (operator, inputs, output, attributes)."""
     return [
         helper.make_node(operator, inputs.split(), [output], **values)
         for operator, inputs, output, values in steps
@@ -222,16 +243,13 @@ def _broadcast_part(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | No
     broadcast against it."""
     if part.size == 1:
         return part.reshape(())
-    part = (
-        part.reshape((1,) * (len(shape) - part.ndim) + part.shape)
-        if part.ndim <= len(shape)
-        else part
-    )
-    fits = part.ndim == len(shape) and all(
-        length in (1, full) for length, full in zip(part.shape, shape, strict=True)
-    )
+    if part.ndim > len(shape):
+        return None
+    part = part.reshape((1,) * (len(shape) - part.ndim) + part.shape)
+    fits = all(length in (1, full) for length, full in zip(part.shape, shape, strict=True))
     return part if fits else None
 
 
 def _name_source(inputs: Sequence[Constant | None]) -> str:
+    """The initializer of a node's first input."""
     return inputs[0].source if inputs[0] is not None else ""

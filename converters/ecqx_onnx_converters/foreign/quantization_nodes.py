@@ -29,10 +29,13 @@ RANGES = {
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """values: float32, or integers as int32. type: their TensorProto type. source: the initializer
-    that they come from.
+    """Values that no input of the graph changes.
 
-    maker: the node that computes them; None for the initializer itself.
+    Attributes:
+        values: float32, or integers as int32.
+        type: their TensorProto type.
+        source: the initializer that they come from.
+        maker: the node that computes them; None for the initializer itself.
     """
 
     values: np.ndarray
@@ -43,8 +46,13 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A float weight: level · step. levels: int8; step: float32, positive, broadcasts against them.
-    source: as in Constant."""
+    """A float weight: level · step.
+
+    Attributes:
+        levels: int8.
+        step: float32, positive and finite; broadcasts against the levels.
+        source: the initializer that they come from.
+    """
 
     levels: np.ndarray
     step: np.ndarray
@@ -58,30 +66,30 @@ def read_attribute(node: NodeProto, name: str, default: int) -> int:
     """Read a whole number among a node's attributes.
 
     Args:
-        node: of the graph.
+        node: any node.
         name: of the attribute.
-        default: for a node without it.
+        default: what the operator takes where the node has none.
 
     Returns:
-        Its value.
+        The attribute's value, or the default.
     """
-    return next((int(entry.i) for entry in node.attribute if entry.name == name), default)
+    for entry in node.attribute:
+        if entry.name == name:
+            return int(entry.i)
+    return default
 
 
 def _read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | Refusal:
+    """The integers, as int32, that QuantizeLinear makes of float32 values."""
     x, scale, zero = _take_three(inputs)
     if x is None or scale is None or x.type != TensorProto.FLOAT or scale.type != TensorProto.FLOAT:
         return Refusal("it isn't quantised from float32 by a float32 scale")
-    kind = (
-        zero.type
-        if zero is not None
-        else read_attribute(node, "output_dtype", 0) or TensorProto.UINT8
-    )
-    if kind not in RANGES:
-        return Refusal(
-            f"it is quantised to {TensorProto.DataType.Name(kind)}; weights of at most 8 bits can "
-            "be packed"
-        )
+    integer_type = read_attribute(node, "output_dtype", 0) or TensorProto.UINT8
+    if zero is not None:
+        integer_type = zero.type
+    if integer_type not in RANGES:
+        type_name = TensorProto.DataType.Name(integer_type)
+        return Refusal(f"it is quantised to {type_name}; weights of at most 8 bits can be packed")
     along = _place_along_axis(node, x.values, scale.values)
     if isinstance(along, Refusal):
         return along
@@ -92,32 +100,33 @@ def _read_quantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) ->
         rounded = np.rint(x.values / along) + origin
     if not np.isfinite(rounded).all():
         return Refusal("it has values, or scales, that aren't finite or are zero")
-    return Constant(np.clip(rounded, *RANGES[kind]).astype(np.int32), kind, x.source, node)
+    integers = np.clip(rounded, *RANGES[integer_type]).astype(np.int32)
+    return Constant(integers, integer_type, x.source, node)
 
 
 def _read_clip(node: NodeProto, inputs: Sequence[Constant | None]) -> Constant | None:
-    """None for floats, and where the integers come from no quantising node."""
+    """The integers within Clip's bounds; None for floats, and where the integers come from no
+    quantizing node."""
     x, lowest, highest = _take_three(inputs)
     if x is None or x.maker is None:
         return None
     if any(bound is not None and bound.values.size != 1 for bound in (lowest, highest)):
         return None
-    least, most = (
-        bound.values.reshape(-1)[0] if bound is not None else None for bound in (lowest, highest)
-    )
-    values = x.values if least is None and most is None else np.clip(x.values, least, most)
+    values = x.values
+    if lowest is not None:
+        values = np.maximum(values, lowest.values.reshape(-1)[0])
+    if highest is not None:
+        values = np.minimum(values, highest.values.reshape(-1)[0])
     return Constant(values.astype(np.int32), x.type, x.source, node)
 
 
 def _read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) -> Grid | Refusal:
+    """Levels and step of the float weight that DequantizeLinear makes of integers."""
     integers, scale, zero = _take_three(inputs)
     if integers is None or integers.type not in RANGES:
         return Refusal("it has more than 8 bits")
-    if (
-        scale is None
-        or scale.type != TensorProto.FLOAT
-        or read_attribute(node, "output_dtype", 1) != TensorProto.FLOAT
-    ):
+    output_type = read_attribute(node, "output_dtype", TensorProto.FLOAT)
+    if scale is None or scale.type != TensorProto.FLOAT or output_type != TensorProto.FLOAT:
         return Refusal("it isn't dequantised to float32")
     along = _place_along_axis(node, integers.values, scale.values)
     if isinstance(along, Refusal):
@@ -129,15 +138,16 @@ def _read_dequantize_linear(node: NodeProto, inputs: Sequence[Constant | None]) 
 
 
 def make_grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refusal:
-    """Put levels and step together, if int8 holds the levels.
+    """Put levels and step together, if int8 holds the levels and the step is proper.
 
     Args:
-        levels: any integers.
-        step: float32, one or one per index of an axis.
-        source: name of the constant that the levels come from.
+        levels: integers of any type, the zero point subtracted.
+        step: float32, broadcasts against the levels.
+        source: the initializer that they come from.
 
     Returns:
-        The grid, or why there is none.
+        The weight; a Refusal where it is empty, a level lies outside -128 to 127, or a step isn't
+        positive and finite.
     """
     if not levels.size:
         return Refusal("it is empty")
@@ -148,12 +158,15 @@ def make_grid(levels: np.ndarray, step: np.ndarray, source: str) -> Grid | Refus
         )
     if not ((step > 0) & np.isfinite(step)).all():
         return Refusal("its scale isn't positive and finite")
-    return Grid(levels.astype(np.int8), step.reshape(()) if step.size == 1 else step, source)
+    if step.size == 1:
+        step = step.reshape(())
+    return Grid(levels.astype(np.int8), step, source)
 
 
 def _take_three(
     inputs: Sequence[Constant | None],
 ) -> tuple[Constant | None, Constant | None, Constant | None]:
+    """The inputs of a node that has up to three; None for one that it leaves out."""
     first, second, third = (*inputs, None, None, None)[:3]
     return first, second, third
 
@@ -167,9 +180,9 @@ def _place_along_axis(
         return scale.reshape(())
     axis = read_attribute(node, "axis", 1)
     if scale.ndim == 1 and -values.ndim <= axis < values.ndim and values.shape[axis] == scale.size:
-        return scale.reshape(
-            [-1 if dimension == axis % values.ndim else 1 for dimension in range(values.ndim)]
-        )
+        shape = [1] * values.ndim
+        shape[axis] = scale.size
+        return scale.reshape(shape)
     return Refusal(
         f"it has a scale of shape {list(scale.shape)}, neither one nor one per index of an axis"
     )
