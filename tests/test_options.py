@@ -11,6 +11,7 @@ import ecqx_onnx
 from ecqx_onnx import api
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import OptionError, UnknownOptionError
+from ecqx_onnx.options.compress import CompressOptions
 from ecqx_onnx.options.convert import ConvertOptions
 from ecqx_onnx.options.deploy import DeployOptions
 from ecqx_onnx.options.option import check_limits, get_defaults, get_help, get_limits
@@ -25,7 +26,7 @@ VERBS = {
     "deploy": (api.deploy, DeployOptions),
     "pack": (ecqx_onnx.pack, PackOptions),
     "unpack": (ecqx_onnx.unpack, UnpackOptions),
-    "compress": (ecqx_onnx.compress, None),
+    "compress": (ecqx_onnx.compress, CompressOptions),
 }
 # Of the command alone: how its result is shown, and a file of options.
 OF_THE_COMMAND = {"as_json", "quiet", "debug", "help", "recipe", "report"}
@@ -88,7 +89,7 @@ def test_every_option_of_a_command_is_a_keyword_with_the_same_default(verb):
     assert not left, f"{verb} has keywords that cannot be typed: {left}"
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if VERBS[verb][1]])
+@pytest.mark.parametrize("verb", VERBS)
 def test_the_keywords_of_a_verb_are_its_options_with_their_defaults(verb):
     function, options = VERBS[verb]
     keywords = inspect.signature(function).parameters
@@ -102,7 +103,7 @@ def test_the_keywords_of_a_verb_are_its_options_with_their_defaults(verb):
     assert keywords.keys() - names <= OF_PYTHON | GATHERED.get(verb, {}).keys()
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if VERBS[verb][1]])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_command_takes_help_and_limits_from_the_options(verb):
     options = VERBS[verb][1]
     names = {entry.name for entry in fields(options)}
@@ -156,8 +157,8 @@ def test_every_verb_names_the_nearest_keyword(verb):
         verb("model.pt", "out.onnx", forse=True)
 
 
-@pytest.mark.parametrize("verb", [ecqx_onnx.pack, ecqx_onnx.unpack])
-def test_pack_and_unpack_name_the_nearest_keyword(verb):
+@pytest.mark.parametrize("verb", [ecqx_onnx.pack, ecqx_onnx.unpack, ecqx_onnx.compress])
+def test_pack_unpack_and_compress_name_the_nearest_keyword(verb):
     with pytest.raises(UnknownOptionError, match="did you mean force"):
         verb("model.onnx", "out.onnx", forse=True)
 

@@ -11,115 +11,60 @@ from typing import Annotated, Any
 import typer
 
 from ecqx_onnx.cli.arguments import (
+    Factory,
     Force,
+    InputShape,
     Json,
     Quiet,
     TrustPickle,
+    make_argument,
+    make_option,
     parse_numbers,
     parse_shape,
 )
 from ecqx_onnx.cli.frame import _json_file, register_command
 from ecqx_onnx.cli.terminal import escape, escape_report, make_strict_json, stderr, stdout
 from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.options.compress import CompressOptions
 
 SIZE, QUALITY, FILE = "Bounds of size", "Bounds of quality", "The file"
 
 
+def _option(name: str, *flags: str, panel: str | None = None, metavar: str | None = None) -> Any:
+    return make_option(CompressOptions, name, *flags, panel=panel, metavar=metavar)
+
+
 @register_command
 def compress(
-    model: Annotated[
-        Path, typer.Argument(help="A float .onnx file, or a PyTorch model as convert takes it.")
-    ],
-    out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="DATA",
-            help="Some hundred samples, with or without labels: .npz, a folder, FILE.py:FUNCTION.",
-        ),
-    ],
-    factory: Annotated[
-        str | None,
-        typer.Option("--model", metavar="FILE.py:FACTORY", help="The network of a state dict."),
-    ] = None,
-    max_bytes: Annotated[
-        str | None,
-        typer.Option(help="Most bytes of the whole file: 70k, 1.5M, 64KiB.", rich_help_panel=SIZE),
-    ] = None,
-    bits_per_weight: Annotated[
-        float | None,
-        typer.Option(help="Most coded bits for each quantized weight.", rich_help_panel=SIZE),
-    ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Most percentage points of accuracy lost; needs labels.", rich_help_panel=QUALITY
-        ),
-    ] = None,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(
-            help="Least percent of samples in the float model's class.", rich_help_panel=QUALITY
-        ),
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            help="Largest relative error of an output, a share: 0.05.", rich_help_panel=QUALITY
-        ),
-    ] = None,
-    output: Annotated[str | None, typer.Option(help="The output that holds class scores.")] = None,
-    class_axis: Annotated[
-        int | None, typer.Option(help="The axis of --output that the classes lie along.")
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Pattern of weights to compress; by default all.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Pattern of weights that stay float.")
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Mean that is subtracted: one value, or one per channel.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(help="Deviation that is divided by, as --mean.")
-    ] = None,
-    input_shape: Annotated[
-        str | None, typer.Option(help="Shape of one input of a PyTorch model: 3,32,32.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Use at most so many samples.")] = 1024,
-    floats: Annotated[
-        str,
-        typer.Option(help="Type of what stays float: float32 or float16.", rich_help_panel=FILE),
-    ] = "float32",
-    storage: Annotated[
-        str,
-        typer.Option(
-            help="How integers lie in the file: auto, dense, sparse or packed.",
-            rich_help_panel=FILE,
-        ),
-    ] = "auto",
-    dequantize: Annotated[
-        str,
-        typer.Option(
-            help="How levels become floats: auto, folded or standard.", rich_help_panel=FILE
-        ),
-    ] = "auto",
-    target: Annotated[
-        str, typer.Option(help="The runtime that must load the file.", rich_help_panel=FILE)
-    ] = "onnxruntime",
-    opset: Annotated[
-        int | None, typer.Option(help="Highest ONNX opset to write.", rich_help_panel=FILE)
-    ] = None,
-    keep_best: Annotated[
-        bool, typer.Option("--keep-best", help="Write the best even if a bound is missed.")
-    ] = False,
+    model: Annotated[Path, make_argument(CompressOptions, "model")],
+    out: Annotated[Path, make_argument(CompressOptions, "out")],
+    data: Annotated[str, _option("data", metavar="DATA")],
+    factory: Factory = None,
+    max_bytes: Annotated[str | None, _option("max_bytes", panel=SIZE)] = None,
+    bits_per_weight: Annotated[float | None, _option("bits_per_weight", panel=SIZE)] = None,
+    max_drop: Annotated[float | None, _option("max_drop", panel=QUALITY)] = None,
+    min_agreement: Annotated[float | None, _option("min_agreement", panel=QUALITY)] = None,
+    max_error: Annotated[float | None, _option("max_error", panel=QUALITY)] = None,
+    output: Annotated[str | None, _option("output")] = None,
+    class_axis: Annotated[int | None, _option("class_axis")] = None,
+    include: Annotated[list[str] | None, _option("include")] = None,
+    exclude: Annotated[list[str] | None, _option("exclude")] = None,
+    mean: Annotated[str | None, _option("mean")] = None,
+    std: Annotated[str | None, _option("std")] = None,
+    input_shape: InputShape = None,
+    samples: Annotated[int, _option("samples")] = 1024,
+    floats: Annotated[str, _option("floats", panel=FILE)] = "float32",
+    storage: Annotated[str, _option("storage", panel=FILE)] = "auto",
+    dequantize: Annotated[str, _option("dequantize", panel=FILE)] = "auto",
+    target: Annotated[str, _option("target", panel=FILE)] = "onnxruntime",
+    opset: Annotated[int | None, _option("opset", panel=FILE)] = None,
+    keep_best: Annotated[bool, _option("keep_best", "--keep-best")] = False,
     report: Annotated[
         Path | None,
         typer.Option(help="Write an HTML page of the result as well.", rich_help_panel=FILE),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of samples.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Number of threads of onnxruntime.")] = 1,
+    seed: Annotated[int, _option("seed")] = 0,
+    threads: Annotated[int, _option("threads")] = 1,
     trust_pickle: TrustPickle = False,
     force: Force = False,
     as_json: Json = False,

@@ -38,6 +38,8 @@ from ecqx_onnx.compression.search.search import Found, search
 from ecqx_onnx.compression.verdict import judge_file, write_reference
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, ModelError, OptionError
+from ecqx_onnx.options.compress import CompressOptions
+from ecqx_onnx.options.option import check_limits, refuse_unknown_options
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.runner import Runner, batch_size
 
@@ -61,6 +63,7 @@ class _Prepared:
     notes: tuple[str, ...]
 
 
+@refuse_unknown_options
 def compress(
     model: Any,
     out: str | Path,
@@ -133,6 +136,7 @@ def compress(
         InputError: something given can't be used; one sentence says what to do.
     """
     started = time.monotonic()
+    check_limits(CompressOptions, samples=samples, threads=threads)
     say = say or _silent
     out = Path(out)
     bounds = make_bounds(max_bytes, bits_per_weight, max_drop, min_agreement, max_error)
