@@ -21,7 +21,7 @@ Names are imported when first used, so that `import ecqx_onnx` alone loads neith
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Quantizer": "ecqx_onnx.quantization",
@@ -51,7 +51,12 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ecqx_onnx' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ImportError as error:
+        from ecqx_onnx.errors import explain_missing_package
+
+        raise explain_missing_package(error, f"ecqx_onnx.{name}") or error from error
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@
     │   │                     or not to be written
     │   ├── ModelError        a model, checkpoint or graph that cannot be used as asked
     │   ├── DataError         a data set that cannot be used as asked
+    │   ├── MissingPackageError    a package of an extra is not installed; an ImportError as well
     │   └── OptionError       options that do not go together, or that a target cannot satisfy
     │       └── UnknownOptionError    there is no option of this name; a TypeError as well
     └── CheckFailed           exit 1: everything could be read, and it is not as it should be
@@ -45,6 +46,45 @@ class UnknownOptionError(OptionError, TypeError):
 
     A TypeError too, as Python raises for an unexpected keyword argument.
     """
+
+
+class MissingPackageError(InputError, ImportError):
+    """A package that an extra brings is not installed; the message has the command.
+
+    An ImportError too, as Python raises for an import that fails.
+    """
+
+
+# Package -> the extra of pyproject.toml that brings it.
+EXTRAS = {
+    "torch": "torch",
+    "torchvision": "torch",
+    "zennit": "torch",
+    "onnxscript": "torch",
+    "sklearn": "demo",
+    "matplotlib": "demo",
+}
+
+
+def explain_missing_package(error: ImportError, doing: str) -> MissingPackageError | None:
+    """Say which command brings a package that could not be imported.
+
+    Args:
+        error: as Python raised it.
+        doing: what was to be done, the beginning of the sentence.
+
+    Returns:
+        An error with one sentence; None if the package is of no extra, so that its absence is a
+        defect and no choice.
+    """
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package not in EXTRAS:
+        return None
+    name = {"sklearn": "scikit-learn"}.get(package, package)
+    return MissingPackageError(
+        f"{doing} needs {name}, which is not installed here; this brings it:"
+        f" python -m pip install 'ecqx-onnx[{EXTRAS[package]}]'"
+    )
 
 
 class CheckFailed(EcqxError):  # noqa: N818 - a failed check is a result, not a fault

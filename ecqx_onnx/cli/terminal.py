@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ecqx_onnx.errors import EcqxError, FileError, InputError
+from ecqx_onnx.errors import EcqxError, FileError, InputError, explain_missing_package
 from ecqx_onnx.inputs.reading import check_name, check_regular, make_file_error
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -196,6 +196,12 @@ def turn_errors_into_exit(doing: str, *, debug: bool = False) -> Iterator[None]:
     except OSError as error:
         print_error(str(make_file_error(error)))
         status = FileError.exit_status
+    except ImportError as error:
+        missing = explain_missing_package(error, doing)
+        if debug:
+            traceback.print_exc(file=_EscapedFile())
+        print_error(str(missing or _describe_unforeseen(doing, error, debug=debug)))
+        status = UNFORESEEN if missing is None else missing.exit_status
     except Exception as error:  # the net: what arrives here is a defect of ours
         if debug:
             traceback.print_exc(file=_EscapedFile())

@@ -22,7 +22,7 @@ from ecqx_onnx.data.dataset import Dataset
 from ecqx_onnx.data.folders import load_folder
 from ecqx_onnx.data.npz import Jpegs, read_npz
 from ecqx_onnx.data.split import Augmentation, Source, Split
-from ecqx_onnx.errors import DataError, FileError, InputError
+from ecqx_onnx.errors import DataError, FileError, InputError, explain_missing_package
 from ecqx_onnx.inputs.user_code import is_function_spec, load_function
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
@@ -94,10 +94,8 @@ def _load_sklearn(spec: str, preprocessing: Preprocessing | None) -> Dataset:
         raise DataError(f"'{spec}' is not known: sklearn:digits is")
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError(
-            "sklearn:digits needs scikit-learn: install it with pip install 'ecqx-onnx[demo]'"
-        ) from None
+    except ImportError as error:
+        raise explain_missing_package(error, spec) or error from None
     digits = load_digits()
     # Pixels are whole numbers from 0 to 16.
     arrays = {"x": digits.images.astype(np.uint8), "y": digits.target.astype(np.int64)}

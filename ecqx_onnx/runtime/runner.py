@@ -198,6 +198,9 @@ def load_session(
 
 
 def trim_heap() -> None:
-    """Gives memory that was freed back to the system; glibc keeps it for later otherwise."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Gives memory that was freed back to the system; glibc keeps it for later otherwise.
+
+    Other systems have no such call (macOS, musl), or no library of this process (Windows).
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -442,6 +442,9 @@ def open_temporary(path: Path, left: list[Path]) -> Iterator[_Place]:
         assert folder is not None
         yield _Place(path, folder, lock)
     finally:
+        if lock is not None and fcntl is None:  # Windows removes no file that is open
+            os.close(lock)
+            lock = None
         if folder is not None:
             try:
                 _remove(folder)

@@ -70,7 +70,7 @@ class Browser:
             flags = [
                 *FLAGS,
                 f"--user-data-dir={profile}",
-                *(["--no-sandbox"] if os.geteuid() == 0 else []),
+                *(["--no-sandbox"] if _is_root() else []),
             ]
             log = Path(profile) / "log"
             with log.open("wb") as said:
@@ -101,6 +101,11 @@ class Browser:
                 )
         if server.died:
             raise InputError(f"{self.name}: the page died: {server.died[:300]}")
+
+
+def _is_root() -> bool:
+    """Windows has no such user."""
+    return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 class _Server(http.server.ThreadingHTTPServer):

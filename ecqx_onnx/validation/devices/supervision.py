@@ -88,7 +88,10 @@ def stop(process: subprocess.Popen[Any]) -> None:
         process: Started in a session of its own.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:  # Windows, where its children cannot be reached by a session
+            process.kill()
     process.wait()
 
 
