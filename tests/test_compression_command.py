@@ -117,6 +117,19 @@ def test_the_command_ends_with_the_status_of_its_bounds(tmp_path, model, data):
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_a_page_that_exists_is_kept_and_told_before_the_work(tmp_path, model, data):
+    page, runner = tmp_path / "page.html", CliRunner()
+    page.write_text("mine")
+    arguments = ["compress", str(model), str(tmp_path / "o.onnx"), "--data", str(data)]
+    refused = runner.invoke(app, [*arguments, "--report", str(page)])
+    assert refused.exit_code == 2
+    assert "--force" in refused.stderr
+    assert page.read_text() == "mine"
+    assert not (tmp_path / "o.onnx").exists()
+    same = runner.invoke(app, [*arguments, "--report", str(tmp_path / "o.onnx")])
+    assert same.exit_code == 2
+
+
 def test_an_interrupted_search_goes_on_from_its_points(tmp_path, model, data, monkeypatch):
     from ecqx_onnx.compression.search.points import PointMaker
 

@@ -24,7 +24,7 @@ from ecqx_onnx.cli.arguments import (
 )
 from ecqx_onnx.cli.frame import _json_file, register_command
 from ecqx_onnx.cli.terminal import escape, escape_report, make_strict_json, stderr, stdout
-from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.errors import CheckFailed, OptionError
 from ecqx_onnx.options.compress import CompressOptions
 
 SIZE, QUALITY, FILE = "Bounds of size", "Bounds of quality", "The file"
@@ -63,6 +63,7 @@ def compress(
         Path | None,
         typer.Option(help="Write an HTML page of the result as well.", rich_help_panel=FILE),
     ] = None,
+    checkpoint: Annotated[Path | None, _option("checkpoint", panel=FILE)] = None,
     seed: Annotated[int, _option("seed")] = 0,
     threads: Annotated[int, _option("threads")] = 1,
     trust_pickle: TrustPickle = False,
@@ -80,6 +81,8 @@ def compress(
     from ecqx_onnx.compression.page import write_page
     from ecqx_onnx.verbs.compress import compress as run
 
+    if report is not None:
+        _check_report(report, out, model, force)
     result = run(
         model,
         out,
@@ -106,12 +109,13 @@ def compress(
         seed=seed,
         threads=threads,
         keep_best=keep_best,
+        checkpoint=checkpoint,
         trust_pickle=trust_pickle,
         force=force,
         say=None if quiet or as_json else _speaker(),
     )
     if report is not None:
-        write_page(result, report)
+        write_page(result, report, force=force)
     if as_json:
         document = make_strict_json(result.to_json())
         print(json.dumps(document, indent=2, allow_nan=False), file=_json_file.get(), flush=True)
@@ -120,6 +124,15 @@ def compress(
     if not result.ok:
         written = "the file was kept all the same" if result.path else "nothing was written"
         raise CheckFailed(f"{'; '.join(result.misses)}: {written}; {result.advice}")
+
+
+def _check_report(report: Path, out: Path, model: Path, force: bool) -> None:
+    """Refuse a page that can't be written before hours of work have gone by."""
+    from ecqx_onnx_converters.graph.outputs import check_output
+
+    if report.resolve() == out.resolve():
+        raise OptionError(f"--report {report} is the file to write itself: name another one")
+    check_output(report, force=force, source=model)
 
 
 def _speaker() -> Callable[[str], None]:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ecqx_onnx.errors import FileError
+from ecqx_onnx_converters.graph.outputs import replace_on_success
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,20 +89,19 @@ def as_html(result: Shown, *, whole: bool = True) -> str:
     )
 
 
-def write_page(result: Shown, path: Path) -> None:
-    """Write the page of a result.
+def write_page(result: Shown, path: Path, *, force: bool = False) -> None:
+    """Write the page of a result; it takes its place once it is whole.
 
     Args:
         result: what is shown.
-        path: of the page; a file there is replaced.
+        path: of the page.
+        force: replace a file that is there.
 
     Raises:
-        FileError: it can't be written.
+        FileError: something is in the way, or it can't be written.
     """
-    try:
-        path.write_text(as_html(result), encoding="utf-8")
-    except OSError as error:
-        raise FileError(f"cannot write '{path}': {error.strerror or error}") from error
+    with replace_on_success(path, force=force) as draft:
+        draft.write_text(as_html(result), encoding="utf-8")
 
 
 def _row(row: tuple[str, str, str]) -> str:

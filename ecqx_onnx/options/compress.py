@@ -56,5 +56,8 @@ class CompressOptions:
     target: str = option("onnxruntime", shared.TARGET)
     opset: int | None = option(None, shared.OPSET)
     keep_best: bool = option(False, "Write the best file even if a bound is missed.")
+    checkpoint: str | Path | None = option(
+        None, "Write a model.pt as well (of PyTorch models): training goes on from it."
+    )
     trust_pickle: bool = option(False, shared.TRUST_PICKLE)
     force: bool = option(False, shared.FORCE)

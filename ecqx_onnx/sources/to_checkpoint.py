@@ -243,6 +243,35 @@ def _build_quantized(
         program.state_dict.update(before)
 
 
+def rebuild(
+    program: torch.export.ExportedProgram,
+    tensors: tuple[QuantTensor, ...],
+    notes: tuple[str, ...],
+    *,
+    recipe: Mapping[str, Any],
+    preprocessing: Preprocessing | None,
+    labels: Sequence[str] = (),
+) -> Checkpoint:
+    """Build the checkpoint of a program whose weights were quantized elsewhere.
+
+    Args:
+        program: the float network, with its values; as before afterwards.
+        tensors: the quantized weights by their names in its state dict.
+        notes: sentences for the report.
+        recipe: how the weights were made; plain JSON values.
+        preprocessing: of raw samples; None if nobody said.
+        labels: names of the classes.
+
+    Returns:
+        The checkpoint; its weights are exactly those that the tensors stand for.
+
+    Raises:
+        ModelError: a tensor is no parameter of the program, or ONNX lacks an operator.
+    """
+    details = _Details(dict(recipe), preprocessing, tuple(labels))
+    return _build_quantized(program, tensors, notes, details)
+
+
 def _as_float32(example: Any) -> Any:
     """The example for a model that was converted to float32."""
     if isinstance(example, torch.Tensor):

@@ -92,6 +92,7 @@ def compress(
     seed: int = 0,
     threads: int = 1,
     keep_best: bool = False,
+    checkpoint: str | Path | None = None,
     trust_pickle: bool = False,
     force: bool = False,
     say: Say | None = None,
@@ -125,6 +126,7 @@ def compress(
         seed: of the draw of samples.
         threads: of onnxruntime.
         keep_best: write the best file even if a bound is missed.
+        checkpoint: of a PyTorch model, a model.pt to write as well: training goes on from it.
         trust_pickle: unpickle a module, which runs its author's code.
         force: replace the file if it exists.
         say: told, line by line, what is done.
@@ -142,6 +144,7 @@ def compress(
     bounds = make_bounds(max_bytes, bits_per_weight, max_drop, min_agreement, max_error)
     options = FileOptions(storage, dequantize, target, opset, floats)
     _check_options(options, out, model, force)
+    _check_checkpoint(checkpoint, out, model, force)
     loaded = load_float_model(
         model,
         factory=factory,
@@ -184,6 +187,7 @@ def compress(
                 metadata=metadata,
                 threads=threads,
                 say=say,
+                keep_levels=checkpoint is not None,
             )
 
         maker = make_maker(prepared.layers)
@@ -208,6 +212,7 @@ def compress(
             found.points,
             out=out,
             model=model,
+            checkpoint=checkpoint,
             keep_best=keep_best,
             force=force,
             started=started,
@@ -471,6 +476,7 @@ def _finish(
     *,
     out: Path,
     model: Any,
+    checkpoint: str | Path | None,
     keep_best: bool,
     force: bool,
     started: float,
@@ -503,6 +509,9 @@ def _finish(
         if not written:
             for part in list(draft.parent.iterdir()):
                 part.unlink()
+        trained_on: tuple[str, ...] = ()
+        if written and checkpoint is not None:
+            trained_on = _write_checkpoint(prepared, candidate, Path(checkpoint), force=force)
     return CompressResult(
         path=out if written else None,
         source=prepared.model.source,
@@ -514,9 +523,50 @@ def _finish(
         report=replace(report, path=out, kept=_kept(prepared, report.kept)),
         entries=maker.entries,
         slopes=dict(maker.slopes),
-        notes=(*prepared.notes, *maker.notes, *candidate.encoded.notes, *candidate.notes),
+        notes=(
+            *prepared.notes,
+            *maker.notes,
+            *candidate.encoded.notes,
+            *candidate.notes,
+            *trained_on,
+        ),
         seconds=time.monotonic() - started,
     )
+
+
+def _check_checkpoint(path: str | Path | None, out: Path, model: Any, force: bool) -> None:
+    if path is None:
+        return
+    if is_onnx_path(model):
+        raise OptionError(
+            f"--checkpoint is for PyTorch models, which training goes on with, and {model} is an"
+            " .onnx file: leave it out"
+        )
+    if Path(path).resolve() == out.resolve():
+        raise OptionError(f"--checkpoint {path} is the file to write itself: name another one")
+    check_output(path, force=force, source=model)
+
+
+def _write_checkpoint(
+    prepared: _Prepared, candidate: Candidate, path: Path, *, force: bool
+) -> tuple[str, ...]:
+    """Writes model.pt with the levels of the file. A sentence for the report."""
+    from ecqx_onnx.checkpoint.checkpoint import save
+    from ecqx_onnx.compression.trainable import make_checkpoint
+
+    assert candidate.rounded is not None
+    recipe = {"trained": False, "bits_per_weight": round(candidate.point.bits_per_weight, 4)}
+    made = make_checkpoint(
+        prepared.model.checkpoint,
+        prepared.layers,
+        candidate.rounded,
+        recipe=recipe,
+        preprocessing=prepared.splits.statistics.preprocessing,
+        labels=prepared.splits.labels or prepared.model.labels,
+    )
+    save(made, path, force=force)
+    new = [note for note in made.notes if note not in prepared.model.notes]
+    return (*new, f"{path}: the checkpoint that training goes on from (ecqx-onnx quantize)")
 
 
 def _kept(prepared: _Prepared, kept: Any) -> Any:

@@ -113,7 +113,7 @@ def _load_onnx(path: Path) -> FloatModel:
         notes.append("its float16 weights are compressed as float32 ones; inputs and outputs stay")
     graph, raised = _raise(graph)
     notes.extend(raised)
-    graph, folded = _fold_into_weights(apply_moves(graph))
+    graph, folded = fold_into_weights(apply_moves(graph))
     if folded:
         notes.append(f"{folded} BatchNormalization went into the weights before, up to rounding")
     return FloatModel(graph, str(path), file.size, notes=tuple(notes))
@@ -145,11 +145,17 @@ def _raise(graph: FloatGraph) -> tuple[FloatGraph, list[str]]:
     return graph, []
 
 
-def _fold_into_weights(graph: FloatGraph) -> tuple[FloatGraph, int]:
-    """(graph with BatchNormalization multiplied into the float weights before it, how many).
+def fold_into_weights(graph: FloatGraph) -> tuple[FloatGraph, int]:
+    """Multiply BatchNormalization into the float weights before it.
 
     The factor of each output channel is read off a weight of ones that goes through the same
     folding as quantised weights do.
+
+    Args:
+        graph: with all its weights; it is not changed.
+
+    Returns:
+        (the new graph, how many weights were multiplied).
     """
     weights, _ = find_weights(graph)
     ones = []
@@ -202,7 +208,7 @@ def _from_pytorch(
             "it"
             " with ecqx-onnx convert, or give the float model"
         )
-    graph, folded = _fold_into_weights(apply_moves(checkpoint.graph))
+    graph, folded = fold_into_weights(apply_moves(checkpoint.graph))
     notes = list(checkpoint.notes)
     if folded:
         notes.append(f"{folded} BatchNormalization went into the weights before, up to rounding")

@@ -54,6 +54,15 @@ class RoundedModel:
             found.extend(f"{name}: {note}" for note in entry.notes)
         return tuple(found)
 
+    def without_weights(self) -> RoundedModel:
+        """Drop the float values of weights, which their levels say as well.
+
+        Returns:
+            The same levels, and the values of biases only.
+        """
+        biases = {name: v for name, v in self.changed.items() if name not in self.rounded}
+        return RoundedModel(self.rounded, biases)
+
 
 @dataclass(frozen=True, eq=False)
 class Layers:

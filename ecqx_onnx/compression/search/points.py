@@ -65,11 +65,15 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A point, the file that it stands for, and what rounding had to do to weights."""
+    """A point, the file that it stands for, and what rounding had to do to weights.
+
+    rounded: levels and biases; None where nobody keeps them.
+    """
 
     point: Point
     notes: tuple[str, ...]
     encoded: Encoded
+    rounded: RoundedModel | None = None
 
 
 class PointMaker:
@@ -87,6 +91,7 @@ class PointMaker:
         metadata: Mapping[str, Any],
         threads: int,
         say: Say,
+        keep_levels: bool = False,
     ) -> None:
         """
         Args:
@@ -97,8 +102,10 @@ class PointMaker:
             options, metadata: of the file.
             threads: of onnxruntime.
             say: told what is done.
+            keep_levels: candidates hold their levels, for a checkpoint.
         """
         self.layers = layers
+        self._keep_levels = keep_levels
         self._options, self._metadata = options, metadata
         self._threads, self._say = threads, say
         self._classes = classes
@@ -239,7 +246,8 @@ class PointMaker:
         quality = self.judge(model)
         point = Point(bits, encoded.nbytes, encoded.bits_per_weight, quality, multiples)
         trim_heap()
-        return Candidate(point, model.notes, encoded)
+        kept = model.without_weights() if self._keep_levels else None
+        return Candidate(point, model.notes, encoded, kept)
 
     def release(self) -> None:
         """Lets go of what making points needs, so that the file is judged in its place."""
