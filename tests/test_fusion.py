@@ -85,6 +85,22 @@ def test_one_call_a_weight_says_what_two_said(options, name, turned, tmp_path):
     assert functions(dense.path) <= set(FUSED.values()) | {"Dequantize"}
 
 
+def test_levels_that_are_sums_are_multiplied_whole(tmp_path):
+    """One step a tensor, and all of int8: 122 steps and 5 more are not 127 steps in float32."""
+    model = torch.nn.Sequential(torch.nn.Linear(60, 80))
+    (tensor,) = quantize_model(model, bits=8)
+    levels = np.random.default_rng(0).integers(-128, 128, tensor.levels.shape).astype(np.int8)
+    tensor = QuantTensor(tensor.name, levels, Scale(np.float32(0.1)))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.from_numpy(tensor.dequantize()))
+    images = (torch.randn(3, 60),)
+    conversion = convert(float_graph(model, images), [tensor], tmp_path, storage="packed")
+    assert calls(conversion.path) == {"W"}
+    assert_says_the_same(conversion, model, images)
+    (stored,) = read_weights(conversion.path)
+    np.testing.assert_array_equal(stored.weight.tensor.levels, levels)
+
+
 def by_columns(tensor):
     """Each column has one level, most are zero: so the matrix is coded with its axes swapped."""
     tensor.levels[:] = tensor.levels[:1]

@@ -15,7 +15,6 @@ from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import DOMAIN, Contents
 from ecqx_onnx_converters.storage import packed as packed_module
 from ecqx_onnx_converters.storage.packed import (
-    alphabet,
     bitstream,
     choices,
     huffman,
@@ -23,6 +22,7 @@ from ecqx_onnx_converters.storage.packed import (
     symbols,
 )
 from ecqx_onnx_converters.storage.packed import stream as stream_module
+from ecqx_onnx_converters.storage.packed.alphabets import alphabet, corrections
 from ecqx_onnx_converters.targets import find_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,7 +135,7 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 @given(
     shapes=st.lists(shapes, min_size=1, max_size=4),
     zeros=st.floats(0, 1),
-    top=st.integers(1, 122),
+    top=st.integers(1, 127),
     seed=st.integers(0, 99),
     signed=st.booleans(),
     turned=st.booleans(),
@@ -155,7 +155,7 @@ def test_any_tensors_come_back_from_numpy(shapes, zeros, top, seed, signed, turn
 @given(
     size=st.integers(1, 2000),
     zeros=st.floats(0, 1),
-    top=st.integers(1, 122),
+    top=st.integers(1, 127),
     seed=st.integers(0, 99),
 )
 def test_pairs_and_their_contexts_are_those_of_a_slow_walk(size, zeros, top, seed):
@@ -222,7 +222,7 @@ def test_a_stream_is_the_same_written_in_blocks(form, monkeypatch):
 @settings(deadline=None, max_examples=15)
 @given(
     zeros=st.floats(0, 1),
-    top=st.integers(1, 122),
+    top=st.integers(1, 127),
     seed=st.integers(0, 99),
     shape=st.lists(st.integers(1, 20), max_size=3),
     compact=st.booleans(),
@@ -252,6 +252,18 @@ def smooth(shape, seed=0):
     return np.abs(levels(shape, zeros=0.5, top=5, seed=seed)) * signs.reshape(shape).astype(np.int8)
 
 
+def uniform(shape, seed=1):
+    """All of int8."""
+    return np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
+
+
+def gaussian(shape, seed=0):
+    """Each row rounded so that its largest is 127 or -127, as most quantizers do."""
+    rows = np.random.default_rng(seed).normal(size=shape)
+    axes = tuple(range(1, len(shape)))
+    return np.rint(rows / np.abs(rows).max(axis=axes, keepdims=True) * 127).astype(np.int8)
+
+
 CASES = {
     "a net": small_net(),
     "one weight": [np.array([3], np.int8)],
@@ -276,6 +288,10 @@ CASES = {
         np.zeros((3, 4), np.int8),
     ],
     "many kinds": [np.random.default_rng(1).integers(-122, 123, (300, 100)).astype(np.int8)],
+    "all of int8": [uniform((300, 100)), np.arange(-128, 128).astype(np.int8).reshape(16, 16)],
+    "int8's ends": [np.array([[127, 0, -128, -127], [0, 0, 127, 0]], np.int8)],
+    "maximum absolute": [gaussian((300, 100)), gaussian((64, 3, 3, 3), 1)],
+    "all of int8, beside signs": [uniform((300, 100)), smooth((200, 150))],
 }
 
 
@@ -479,6 +495,19 @@ def test_golden_bytes_stand(name, count, slots, form):
     assert written == (Path(__file__).parent / "golden" / f"packed_{name}.hex").read_text().strip()
 
 
+def test_golden_bytes_of_corrections_stand():
+    """All of int8, the highest and the lowest once, the others up to four times."""
+    values = np.arange(-128, 128)
+    tensor = np.repeat(values, 1 + (128 - np.abs(values)) // 40).astype(np.int8)[None]
+    made = pack([tensor])
+    assert made.has_corrections
+    assert_same(reference_decoder.unpack_stream(made), [tensor])
+    arrays = (made.payload, made.bits, made.advances, made.values)
+    written = " ".join(array.tobytes().hex() for array in arrays) + f" {made.parts[0].entries}"
+    golden = Path(__file__).parent / "golden" / "packed_corrections.hex"
+    assert written == golden.read_text().strip()
+
+
 def test_a_stream_written_by_hand_is_read():
     """Words 0: one down, value 1; 10: two down, value -1; 11: four zeros. From the last level on: 1
     0 -1 0 0 0 0 1 0."""
@@ -631,9 +660,6 @@ def test_a_target_without_decoders_is_refused(target):
 
 def test_what_cannot_be_packed_is_refused_with_the_reason():
     assert "0 weights" in packed_module.encode(np.zeros((0, 3), np.int8), "w", TARGET).reason
-    assert (
-        "levels up to 128" in packed_module.encode(np.array([5, -128], np.int8), "w", TARGET).reason
-    )
 
 
 def initializer(model, place):
@@ -718,3 +744,49 @@ def test_a_part_may_be_asked_for_alone():
         strict=False,
     ):
         assert np.array_equal(part, tensor)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 999), missing=st.integers(0, 12), alike=st.booleans())
+def test_corrected_values_are_few_rare_and_next_to_a_value_that_has_a_symbol(seed, missing, alike):
+    counts = np.random.default_rng(seed).integers(1, 2 if alike else 1000, 257)
+    counts[256] = 0  # int8 ends at 127
+    values = 255
+    chosen = corrections.choose_corrected(counts, values - missing).tolist()
+    signs = len({value > 0 for value in chosen})
+    assert len(chosen) == (missing + signs if missing else 0)
+    for value in chosen:
+        assert corrections.find_neighbor(value) == value - np.sign(value)
+        assert corrections.find_neighbor(value) != 0
+        assert corrections.find_neighbor(value) not in chosen
+    merged = corrections.merge_corrected(counts, np.array(chosen, int))
+    assert merged.sum() == counts.sum()
+    assert not merged[[value + 128 for value in chosen]].any()
+    assert np.count_nonzero(merged) == 256 - len(chosen)
+
+
+def test_levels_of_244_values_need_no_correction_and_one_more_does():
+    values = np.delete(np.arange(-128, 128), 128).astype(np.int8)
+    few = np.repeat(values[6:-5], 3).reshape(-1, 6)
+    assert not pack([few]).has_corrections
+    assert pack([np.append(few, values[:1])]).has_corrections
+    assert not corrections.needs_corrections([few, few], alphabet.MOST_VALUES)
+    assert corrections.needs_corrections([few, values[:1]], alphabet.MOST_VALUES)
+
+
+def test_a_correction_written_by_hand_is_read_and_one_that_leads_nowhere_is_refused():
+    advances = np.array([0, -1, 0, 0], np.int8)
+    values = np.array([0, 126, 1, -1], np.int8)
+
+    def place(entries):
+        return reference_decoder.place_levels(np.array(entries, np.uint8), advances, values, 3)
+
+    assert place([1, 2, 1, 0, 3, 3, 1]).tolist() == [126, 124, 127]
+    for entries in ([2, 1], [1, 2, 2], [3]):
+        with pytest.raises(FileError, match="correction"):
+            place(entries)
+
+
+def test_levels_near_a_gaussian_up_to_127_take_no_more_than_their_entropy_and_2_percent():
+    tensor = gaussian((300, 300))
+    assert pack([tensor]).nbytes < 1.02 * entropy(tensor)

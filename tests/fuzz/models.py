@@ -83,30 +83,31 @@ def our_models() -> list[bytes]:
 
 
 def packed_models() -> list[bytes]:
-    """With streams of one and of several tensors, small and long."""
-    return [_written(shape=shape, storage="packed") for shape in ((24, 16), (300, 200))]
+    """With streams of one and of several tensors, small and long; with corrections."""
+    made = [_written(shape=shape, storage="packed") for shape in ((24, 16), (300, 200))]
+    return [*made, _written(shape=(60, 40), most=128, storage="packed")]
 
 
 def _serialized(model: ModelProto) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def _levels(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def _levels(shape: tuple[int, ...], seed: int, most: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     kept = generator.random(shape) < 0.4
-    return (generator.integers(-3, 4, shape) * kept).astype(np.int8)
+    return (generator.integers(-most, min(most, 127) + 1, shape) * kept).astype(np.int8)
 
 
-def _tensors(shape: tuple[int, int]) -> list[QuantTensor]:
+def _tensors(shape: tuple[int, int], most: int) -> list[QuantTensor]:
     shapes = [shape, (5, shape[0])]
     return [
-        QuantTensor(f"w{i}", _levels(of, i), Scale(np.float32(0.05 + i)))
+        QuantTensor(f"w{i}", _levels(of, i, most), Scale(np.float32(0.05 + i)))
         for i, of in enumerate(shapes)
     ]
 
 
-def _float_model(shape: tuple[int, int]) -> tuple[ModelProto, list[QuantTensor]]:
-    tensors = _tensors(shape)
+def _float_model(shape: tuple[int, int], most: int = 3) -> tuple[ModelProto, list[QuantTensor]]:
+    tensors = _tensors(shape, most)
     biases = [np.arange(len(tensor.levels), dtype=np.float32) for tensor in tensors]
     values = [numpy_helper.from_array(tensor.dequantize(), tensor.name) for tensor in tensors]
     values += [numpy_helper.from_array(bias, f"b{i}") for i, bias in enumerate(biases)]
@@ -125,8 +126,8 @@ def _model(nodes: list[NodeProto], values: list[TensorProto], inputs: int) -> Mo
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def _written(*, shape: tuple[int, int], **options: Any) -> bytes:
-    model, tensors = _float_model(shape)
+def _written(*, shape: tuple[int, int], most: int = 3, **options: Any) -> bytes:
+    model, tensors = _float_model(shape, most)
     graph = FloatGraph.from_model(model)
     plan = make_plan(graph, match(graph.weights, tensors), **options)
     return _serialized(build(plan, metadata=METADATA).to_model())

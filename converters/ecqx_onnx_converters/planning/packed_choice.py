@@ -12,6 +12,8 @@ from ecqx_onnx.tensors import Scale
 from ecqx_onnx_converters.planning.plan import Entry
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import Stored
+from ecqx_onnx_converters.storage.packed.alphabets.alphabet import MOST_VALUES
+from ecqx_onnx_converters.storage.packed.alphabets.corrections import needs_corrections
 from ecqx_onnx_converters.storage.packed.encoder import encode_all
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
 from ecqx_onnx_converters.targets import Target
@@ -32,8 +34,8 @@ def choose_fused(entries: Sequence[Entry]) -> str | None:
     """
     packed = [entry for entry in entries if entry.stored.storage == "packed"]
     functions = {_classify_entry(entry) for entry in packed}
-    if functions == {"V", "W"}:
-        functions = {"W"}  # it takes single steps as well
+    if functions == {"V", "W"} or (functions == {"V"} and _may_have_corrections(packed)):
+        functions = {"W"}  # it takes single steps as well, and multiplies whole levels
     distinct_levels = {entry.stored.levels for entry in packed}
     if len(functions) != 1 or len(distinct_levels) != len(packed):
         return None
@@ -49,6 +51,12 @@ def _compute_saving(entries: Sequence[Entry]) -> int:
     if packed < len(entries):
         saving -= FUNCTION_BYTES
     return saving
+
+
+def _may_have_corrections(packed: Sequence[Entry]) -> bool:
+    """Whether a level may be a sum of two values, which V's products of values and step are not."""
+    levels = [entry.weight.tensor.levels for entry in packed]
+    return needs_corrections(levels, MOST_VALUES)
 
 
 def _classify_entry(entry: Entry) -> str | None:

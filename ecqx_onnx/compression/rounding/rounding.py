@@ -22,7 +22,7 @@ import numpy as np
 
 from ecqx_onnx.compression.rounding.moments import Moments
 
-HIGHEST = 122  # of the packed storage's levels
+HIGHEST = 127  # of int8, on both sides of zero
 DAMPENING = 0.01  # of the mean of H's diagonal
 BLOCK = 64  # columns between two updates of all the rest
 ROWS_AT_ONCE = 4096

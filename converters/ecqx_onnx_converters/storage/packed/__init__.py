@@ -1,7 +1,7 @@
 """The packed codec: entropy-coded integers that the graph itself decodes at load.
 
 docs/packed-format.md specifies it. The way of a weight, file by file: symbols (levels to pairs),
-alphabet (pairs to symbols), huffman (codewords), stream (the values in between), choices and
+alphabets (pairs to symbols), huffman (codewords), stream (the values in between), choices and
 grouping (parameters and streams of a file), bitstream (payload), onnx_decoder (nodes and
 functions), encoder (all of it); back: reader (arrays out of a file) and reference_decoder (levels).
 """

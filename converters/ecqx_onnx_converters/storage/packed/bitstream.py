@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ecqx_onnx_converters.storage.packed import huffman
-from ecqx_onnx_converters.storage.packed.alphabet import Alphabet, list_spellings, spell_pairs
+from ecqx_onnx_converters.storage.packed.alphabets.alphabet import Alphabet
+from ecqx_onnx_converters.storage.packed.alphabets.spelling import list_spellings, spell_pairs
 from ecqx_onnx_converters.storage.packed.stream import (
     Coding,
     ContextModel,

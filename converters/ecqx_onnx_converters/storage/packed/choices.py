@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ecqx_onnx_converters.storage.packed import huffman
-from ecqx_onnx_converters.storage.packed.alphabet import MAX_SYMBOLS
+from ecqx_onnx_converters.storage.packed.alphabets.alphabet import MAX_SYMBOLS
 from ecqx_onnx_converters.storage.packed.stream import Coding, SymbolSequence
 
 # Calls of the function that reads 8 bytes of every lane; more would save little of a large file,

@@ -21,7 +21,6 @@ from ecqx_onnx_converters.storage.packed.huffman import DIGIT
 from ecqx_onnx_converters.storage.packed.reader import count_own_bytes
 from ecqx_onnx_converters.storage.packed.stream import SymbolSequence
 from ecqx_onnx_converters.storage.packed.symbols import (
-    HIGHEST,
     add_contexts,
     count_pairs,
     find_whole_run,
@@ -77,11 +76,6 @@ def _refuse_packing(levels: np.ndarray, target: Target) -> Refusal | None:
         )
     if not 0 < levels.size < MAX_WEIGHTS:
         return Refusal(f"a tensor of {levels.size} weights can't be packed")
-    extreme = max(int(levels.max()), -int(levels.min()))
-    if extreme > HIGHEST:
-        return Refusal(
-            f"levels up to {extreme} need more symbols than a byte can name; it can up to {HIGHEST}"
-        )
     return None
 
 
@@ -89,7 +83,7 @@ def pack_all(tensors: Sequence[np.ndarray]) -> tuple[Streams, int]:
     """Pack the tensors of a file into streams.
 
     Args:
-        tensors: int8 in [-122, 122], none of them empty.
+        tensors: int8, none of them empty.
 
     Returns:
         The streams, each with the ascending indices of its tensors; and how often their decoder

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ecqx_onnx_converters.storage.packed.alphabet import NEAR, Alphabet, choose_alphabets
+from ecqx_onnx_converters.storage.packed.alphabets.alphabet import NEAR, Alphabet, choose_alphabets
 from ecqx_onnx_converters.storage.packed.choices import (
     choose_calls,
     choose_min_codeword_length,

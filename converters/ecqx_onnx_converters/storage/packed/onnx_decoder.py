@@ -86,11 +86,15 @@ def make_stream_nodes(
         inputs.append(known[key])
     advances = make_tensor(next(names), packed.advances)
     values_table = make_tensor(next(names), packed.values)
+    initializers += [advances, values_table]
     if packed.context_model is ContextModel.SIGNS:
         inputs.append(values_table.name)
+    elif packed.context_model is ContextModel.STEADY and packed.has_corrections:
+        assert packed.context_signs is not None  # as it is for all streams with contexts
+        initializers.append(make_tensor(next(names), packed.context_signs))
+        inputs.append(initializers[-1].name)
     elif packed.context_model is ContextModel.STEADY:
         inputs.append(advances.name)
-    initializers += [advances, values_table]
     # 2. The outputs: of each tensor, and what is left over at the end.
     lengths = [part.entries for part in packed.parts]
     outputs = list(entries)

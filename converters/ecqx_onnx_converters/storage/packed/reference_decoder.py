@@ -150,8 +150,24 @@ def place_levels(
         raise FileError(
             f"the packed weights move past a tensor of {size}; the ONNX file is damaged"
         )
+    # A symbol that moves it names a weight that none before has named; one that does not, a
+    # correction, adds to what the one before has led to.
     levels = np.zeros(size, np.int8)
     found = values[entries]
-    named = np.flatnonzero(found)
-    np.add.at(levels, cursor[named], found[named])  # each index once, unless damaged
+    moves = advances[entries] != 0
+    placed = np.flatnonzero(moves & (found != 0))
+    levels[cursor[placed]] = found[placed]
+    corrections = np.flatnonzero(~moves & (found != 0))
+    if len(corrections):
+        _add_corrections(levels, cursor[corrections], found[corrections])
     return levels
+
+
+def _add_corrections(levels: np.ndarray, places: np.ndarray, corrections: np.ndarray) -> None:
+    """Adds them, in place; FileError where one comes before all weights, or leads out of int8."""
+    named, which = np.unique(places, return_inverse=True)
+    sums = levels[named].astype(np.int64)
+    np.add.at(sums, which, corrections)
+    if named.max() >= 0 or sums.min() < -128 or sums.max() > 127:
+        raise FileError("a correction of packed weights leads nowhere; the ONNX file is damaged")
+    levels[named] = sums

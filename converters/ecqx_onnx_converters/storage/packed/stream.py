@@ -9,7 +9,7 @@ from enum import Enum
 import numpy as np
 
 from ecqx_onnx_converters.storage.packed import huffman
-from ecqx_onnx_converters.storage.packed.alphabet import Alphabet
+from ecqx_onnx_converters.storage.packed.alphabets.alphabet import Alphabet
 
 
 class ContextModel(Enum):
@@ -17,8 +17,8 @@ class ContextModel(Enum):
 
     Behind a codeword, reading goes on at the root (PLAIN); or by the sign of a number of each leaf,
     at inner node 2 where it is negative, 3 where it is 0, 4 where it is positive: of its value
-    (SIGNS) or, so that there is just one context, of its negated advance (STEADY). A file has
-    either PLAIN streams or the other two.
+    (SIGNS) or, so that there is just one context, of its negated advance (STEADY; of -1 where some
+    advances are 0). A file has either PLAIN streams or the other two.
     """
 
     PLAIN = ((0, ""),)
@@ -56,7 +56,7 @@ class Packed:
             next.
         advances: int8 [leaves + 1], negated, in the order of the leaves; begins with 0 for no
             symbol, and where there are contexts ends with 0 for each one that fills up the tree.
-        values: int8 [leaves + 1], likewise.
+        values: int8 [leaves + 1], likewise; those of advance 0 are corrections.
         slots: Entries of a byte: 2, 4 or 8.
         context_model: Where reading goes on behind a leaf.
         parts: The tensors in the order of the stream.
@@ -78,9 +78,16 @@ class Packed:
         """The numbers of the leaves by whose signs reading goes on; None where it does not."""
         if self.context_model is ContextModel.PLAIN:
             return None
-        if self.context_model is ContextModel.STEADY:
-            return self.advances
-        return self.values
+        if self.context_model is ContextModel.SIGNS:
+            return self.values
+        if self.has_corrections:
+            return np.full(len(self.advances), -1, np.int8)
+        return self.advances
+
+    @property
+    def has_corrections(self) -> bool:
+        """Whether a symbol adds to the weight where the one before it has led."""
+        return bool(((self.advances == 0) & (self.values != 0)).any())
 
     @property
     def rest(self) -> int:

@@ -7,7 +7,7 @@ index as it is: it starts behind the last weight, each symbol (advance, value) m
     pair = (advance - 1) * (2 top + 1) + value + top        top: the largest |level| of the file
 
 and a pair of a context is that plus context * `count_pairs(top)`. Which pairs are symbols of their
-own, and how the others are spelled with these, is alphabet.py.
+own, and how the others are spelled with these, is alphabets/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 
 FURTHEST = 128  # weights that one symbol can pass; advances are kept as int8, negated
 CONTEXTS = 3  # behind a negative level, a positive one, a run of zeros
-HIGHEST = 122  # |value|: the nearest pair of each value, and the runs, must all find a symbol id
 
 
 def walk_levels(levels: np.ndarray, top: int) -> np.ndarray:

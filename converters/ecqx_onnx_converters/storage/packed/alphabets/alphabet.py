@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecqx_onnx_converters.storage.packed.symbols import CONTEXTS, FURTHEST, count_pairs
+from ecqx_onnx_converters.storage.packed.alphabets.corrections import (
+    choose_corrected,
+    find_neighbor,
+    merge_corrected,
+)
+from ecqx_onnx_converters.storage.packed.symbols import CONTEXTS, FURTHEST
 
 RUNS = (1, 2, 4, 8, 16, 32, 64, 96, 128)  # advances that a symbol of value 0 may have
 # Pairs that advance no further are symbols of their own to begin with: of a large file the first.
@@ -32,14 +37,15 @@ class Alphabet:
     Where there are several contexts, the symbols of the first precede those of the second.
 
     Attributes:
-        advances: int [symbols] in [1, 128].
+        advances: int [symbols] in [0, 128]; 0 for corrections.
         values: int [symbols] in [-128, 127].
         sizes: Number of symbols of each context.
         counts: int [symbols], how often each is used.
         places: int [n], pairs of all contexts: those that can be spelled.
-        symbol_id: int [n], the first symbol of each.
-        rest: int [n], the index in `places` of the pair that remains once that symbol is emitted;
-            -1 if none does.
+        symbol_id: int [n or more], the first symbol of each; last, of corrections, which are no
+            pairs.
+        rest: int [n or more], the index in `symbol_id` of what remains once that symbol is emitted;
+            -1 if nothing does.
     """
 
     advances: np.ndarray
@@ -63,12 +69,12 @@ def choose_alphabets(tallies: Sequence[np.ndarray], near: int = NEAR[0]) -> list
         id.
     """
     counts = np.sum(tallies, axis=0)
-    alphabets = [_choose_alphabet(counts.sum(axis=0, keepdims=True), near)]
+    alphabets = [_choose_single_context(counts.sum(axis=0, keepdims=True), near)]
     occurring = counts.any(axis=(0, 1))
     zero = counts.shape[2] // 2
     values = np.count_nonzero(np.delete(occurring, zero))
     if CONTEXTS * values <= _count_room(CONTEXTS):
-        alphabets.append(_choose_alphabet(counts, near))
+        alphabets.append(_choose_alphabet(counts, near, _count_room(CONTEXTS)))
     return alphabets
 
 
@@ -77,8 +83,67 @@ def _count_room(contexts: int) -> int:
     return MAX_SYMBOLS - 2 * contexts - contexts * len(RUNS)
 
 
-def _choose_alphabet(counts: np.ndarray, near: int) -> Alphabet:
+MOST_VALUES = _count_room(1)  # of a stream without corrections
+
+
+def _choose_single_context(counts: np.ndarray, near: int) -> Alphabet:
+    """The alphabet of one context, int [1, 128, values], with corrections where they are needed."""
+    by_value = counts.sum(axis=(0, 1))
+    by_value[len(by_value) // 2] = 0
+    corrected = choose_corrected(by_value, MOST_VALUES)
+    if not len(corrected):
+        return _choose_alphabet(counts, near, MOST_VALUES)
+    room = MOST_VALUES - len(np.unique(np.sign(corrected)))
+    merged = _choose_alphabet(merge_corrected(counts, corrected), near, room)
+    return _add_corrections(merged, corrected, by_value)
+
+
+def _add_corrections(alphabet: Alphabet, corrected: np.ndarray, by_value: np.ndarray) -> Alphabet:
+    """The alphabet of one context, with spellings for all pairs of corrected values.
+
+    corrected: see `choose_corrected`; by_value: int [2 top + 1], how often each value occurs.
+    """
+    columns = len(by_value)
+    top = columns // 2
+    advances = alphabet.places // columns
+    values = alphabet.places % columns - top
+    # 1. A symbol for each sign, behind all others.
+    signs, sign_of = np.unique(np.sign(corrected), return_inverse=True)
+    counts = np.bincount(sign_of, by_value[corrected + top]).astype(np.int64)
+    # 2. Each pair of a corrected value is spelled as its neighbor's, and ends with that symbol.
+    pairs = len(alphabet.places)
+    likes = [np.flatnonzero(values == find_neighbor(value)) for value in corrected.tolist()]
+    end = pairs + sum(len(like) for like in likes)
+    places = [alphabet.places]
+    symbol_ids = [alphabet.symbol_id]
+    rests = [alphabet.rest]
+    begin = pairs
+    for value, sign, like in zip(corrected, sign_of, likes, strict=True):
+        copy_of = np.full(pairs, -1)
+        copy_of[like] = begin + np.arange(len(like))
+        rest = alphabet.rest[like]
+        places.append(advances[like] * columns + value + top)
+        symbol_ids.append(alphabet.symbol_id[like])
+        rests.append(np.where(rest < 0, end + sign, copy_of[rest]))
+        begin += len(like)
+    symbols = len(alphabet.counts)
+    symbol_ids.append(symbols + np.arange(len(signs)))
+    rests.append(np.full(len(signs), -1))
+    return Alphabet(
+        advances=np.append(alphabet.advances, np.zeros(len(signs), np.int64)),
+        values=np.append(alphabet.values, signs),
+        sizes=(symbols + len(signs),),
+        counts=np.append(alphabet.counts, counts),
+        places=np.concatenate(places),
+        symbol_id=np.concatenate(symbol_ids),
+        rest=np.concatenate(rests),
+    )
+
+
+def _choose_alphabet(counts: np.ndarray, near: int, room: int) -> Alphabet:
     """One alphabet, from how often each pair occurs: int [contexts, 128, values].
+
+    room: for how many pairs there are symbols.
 
     A pair gets a symbol of its own if that saves more than SYMBOL_BITS; the others are spelled as
     runs of zeros and a nearer pair. Behind a run it is the last context. To begin with, far pairs
@@ -119,7 +184,6 @@ def _choose_alphabet(counts: np.ndarray, near: int) -> Alphabet:
         apart, step = _find_spelling(own_bits, run_bits, context, behind_run, begin)
         gain = np.where(nearest, np.inf, often * (apart - bits) - SYMBOL_BITS)
         member = gain > 0
-        room = _count_room(contexts)
         if np.count_nonzero(member) > room:
             least = np.argsort(-gain, kind="stable")[room:]
             member[least] = False
@@ -223,55 +287,3 @@ def _make_alphabet(
         symbol_id=np.concatenate([begun, run_symbol_id[whole, -1]]),
         rest=np.concatenate([left, np.full(len(whole), -1)]),
     )
-
-
-def list_spellings(alphabet: Alphabet, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """List the symbols that spell each pair, as a table for `spell_pairs`.
-
-    Args:
-        alphabet: Of one context, which spells the pairs of all alike, or of all contexts.
-        top: The largest |level| of the file.
-
-    Returns:
-        Symbol ids in their order, int [longest, pairs of all contexts]; and how many these are, int
-        [pairs of all contexts], 0 for what cannot occur.
-    """
-    pairs = len(alphabet.sizes) * count_pairs(top)
-    rows = list[np.ndarray]()
-    lengths = np.zeros(pairs, np.int64)
-    # Each turn notes one symbol of every pair, and goes on with those of which something remains.
-    at = np.arange(len(alphabet.places))
-    places = alphabet.places
-    while len(at):
-        rows.append(np.zeros(pairs, np.int64))
-        rows[-1][places] = alphabet.symbol_id[at]
-        lengths[places] += 1
-        unfinished = np.flatnonzero(alphabet.rest[at] >= 0)
-        at = alphabet.rest[at[unfinished]]
-        places = places[unfinished]
-    alike = CONTEXTS // len(alphabet.sizes)
-    return np.tile(rows or [lengths], alike), np.tile(lengths, alike)
-
-
-def spell_pairs(encoded: np.ndarray, spelling: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Spell pairs with symbols.
-
-    Args:
-        encoded: int [n], pairs of all contexts.
-        spelling: [longest, pairs], any integers that stand for the symbols of `list_spellings`.
-        lengths: int [pairs], see `list_spellings`.
-
-    Returns:
-        spelling's dtype [sum of the lengths of all pairs].
-    """
-    count = lengths[encoded]
-    ends = np.cumsum(count)
-    begins = ends - count
-    symbols = np.empty(int(ends[-1]) if len(ends) else 0, spelling.dtype)
-    symbols[begins] = spelling[0][encoded]
-    # The few pairs of several symbols, one symbol a turn.
-    longer = np.flatnonzero(count > 1)
-    for place in range(1, len(spelling)):
-        symbols[begins[longer] + place] = spelling[place][encoded[longer]]
-        longer = longer[count[longer] > place + 1]
-    return symbols
