@@ -23,6 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ecqx_onnx.errors import ModelError
+from ecqx_onnx.quantization.on_levels import OnLevels, OnLevelsHook
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,8 @@ def _find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
     if parametrize.is_parametrized(module):
         parametrizations: Any = module.parametrizations
         for tensor, chain in parametrizations.items():
-            kinds = [type(step).__name__.lstrip("_") for step in chain]
+            steps = [step for step in chain if not isinstance(step, OnLevels)]
+            kinds = [type(step).__name__.lstrip("_") for step in steps]
             sources = [
                 f"{prefix}parametrizations.{tensor}.{name}" for name, _ in chain.named_parameters()
             ]
@@ -186,6 +188,16 @@ def _merge(module: nn.Module, entry: Parametrized) -> None:
         module.eval()  # spectral_norm moves its buffers in training
         parametrize.remove_parametrizations(module, entry.tensor, leave_parametrized=True)
         module.train(was_training)
+    _merge_levels(module, entry.tensor)
+
+
+@torch.no_grad()
+def _merge_levels(module: nn.Module, tensor: str) -> None:
+    """Where a quantizer's hook held the weight on its levels, the parameter gets them."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, OnLevelsHook) and hook.tensor == tensor:
+            del module._forward_pre_hooks[key]
+            getattr(module, tensor).copy_(hook.on_levels.quantized)
 
 
 def copy_module(model: nn.Module) -> nn.Module:

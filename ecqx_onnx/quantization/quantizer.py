@@ -31,40 +31,31 @@ from ecqx_onnx.options.quantizer import (
     make_recipe,
 )
 from ecqx_onnx.quantization.activations import ActivationRounding
+from ecqx_onnx.quantization.computed_weights import ComputedWeight
 from ecqx_onnx.quantization.distributed import assert_same_levels, sum_numbers, sum_over_processes
 from ecqx_onnx.quantization.levels.assignment import Assignment, assign
 from ecqx_onnx.quantization.levels.entropy import compute_size_factor
 from ecqx_onnx.quantization.levels.grid import Grid, choose_grid, fit_step
 from ecqx_onnx.quantization.levels.learned_step import StepOptimizer
-from ecqx_onnx.quantization.parametrizations import find_parametrized
+from ecqx_onnx.quantization.parametrizations import Parametrized, find_parametrized
 from ecqx_onnx.quantization.report import Report, TensorReport
+from ecqx_onnx.quantization.selection import Candidate, find_candidates
 from ecqx_onnx.tensors import QuantTensor, Scale
 
-QUANTIZED: tuple[type[nn.Module], ...] = (
-    *(
-        nn.Linear,
-        nn.Bilinear,
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-    ),
-    *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
-)
 RECIPE_NAMES = frozenset(entry.name for entry in fields(Recipe))
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(eq=False)
 class _Weight:
     """One quantised parameter and its background; everything has the parameter's shape except
-    step."""
+    step.
+
+    computed: for a weight that its module computes in every forward pass; `parameter` is then the
+    tensor that takes its place there.
+    """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     grid: Grid
     axis: int | None
     background: Tensor
@@ -73,11 +64,19 @@ class _Weight:
     relevance: Tensor | None = None  # moving average of |r_w| / max |r_w|
     learner: StepOptimizer | None = None
     last: Assignment | None = None
+    computed: ComputedWeight | None = None
     warnings: set[str] = field(default_factory=set)
 
     def quantized(self) -> Tensor:
         """kΔ in float32, exactly as QuantTensor.dequantize computes it."""
         return self.levels.float() * self.step
+
+    def absorb(self) -> None:
+        """W takes over what the optimizer did: W += (parameter - kΔ), or W = f(g, v) anew."""
+        if self.computed is not None:
+            self.background = self.computed.compute_background()
+        else:
+            self.background += self.parameter - self.quantized()
 
     def gradient_factor(self) -> Tensor:
         """|kΔ|, and 1 for k = 0: what gradient="absolute" multiplies the gradient with."""
@@ -105,6 +104,7 @@ class Quantizer:
     def __init__(
         self,
         model: nn.Module,
+        example: Any = None,
         *,
         bits: int | Mapping[str, int] = 4,
         entropy_weight: float = 0.1,
@@ -131,6 +131,10 @@ class Quantizer:
 
         Args:
             model: its weights are float32 or float64 and finite; changed in place.
+            example: one batch as the model takes it, or a tuple or mapping of its arguments: what
+                the model multiplies is then found by tracing it, as `convert(bits=...)` does.
+                Without it torch's layers are taken, and what the code of a module's own forward
+                multiplies.
             bits: 2 to 8, for all weights or as {pattern of parameter names: bits}, where the last
                 matching pattern wins and what none matches stays float.
             entropy_weight: γ in [0, 1], how dear a bit is against a squared error; 0 is the
@@ -165,7 +169,7 @@ class Quantizer:
         self.options = make_recipe({**options, **unknown})
         self.model = model
         module = _unwrap_model(model)
-        self._weights, self._left_float = _choose_weights(module, self.options)
+        self._weights, self._left_float = _choose_weights(module, self.options, example)
         # A schedule may change these between steps: γ and step_rate are multiplied by them.
         self.entropy_scale, self.step_rate_scale = 1.0, 1.0
         self.relevances_rest = False  # True: step() takes no new ones, those it has decide on
@@ -203,6 +207,7 @@ class Quantizer:
                     )
                 )
                 for weight in self._weights
+                if weight.computed is None
             ]
         self.assign()
 
@@ -358,7 +363,7 @@ class Quantizer:
                 weight.relevance = None if weight.relevance is None else weight.relevance.to(device)
                 if weight.learner is not None:
                     weight.learner.to(device)
-            weight.background += weight.parameter - weight.quantized()
+            weight.absorb()
         sums = torch.stack([weight.background.sum() for weight in self._weights])
         if not bool(sums.isfinite().all()):
             broken = next(
@@ -473,16 +478,13 @@ class Quantizer:
             )
         approximated = self._relevances.approximated if self._relevances is not None else ()
         names = [name for name, _ in _unwrap_model(self.model).named_parameters()]
+        names += [weight.name for weight in self._weights if weight.computed is not None]
         failures = self._relevances.failures if self._relevances is not None else ()
-        sources = {
-            source
-            for entry in find_parametrized(_unwrap_model(self.model))
-            for source in entry.sources
-        }
+        computed = {entry.name for entry in find_parametrized(_unwrap_model(self.model))}
         parametrized = tuple(
             name
             for name, reason in self._left_float
-            if name in sources and "excluded" not in reason
+            if name in computed and "excluded" not in reason
         )
         return Report(
             tuple(entries),
@@ -506,7 +508,10 @@ class Quantizer:
             The model.
         """
         for weight in self._weights if restore else ():
-            weight.parameter.copy_(weight.background)
+            if weight.computed is not None:
+                weight.computed.let_go()
+            else:
+                weight.parameter.copy_(weight.background)
         for hook in self._hooks:
             hook.remove()
         if self.activations is not None:
@@ -615,29 +620,20 @@ def _unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def _choose_weights(
-    model: nn.Module, recipe: Recipe
+    model: nn.Module, recipe: Recipe, example: Any
 ) -> tuple[list[_Weight], tuple[tuple[str, str], ...]]:
-    """The parameters to quantize, and (name, reason) of those that stay float.
+    """The weights to quantize, and (name, reason) of the parameters that stay float.
 
     A tied parameter is met once, first name first.
     """
     chosen: list[_Weight] = []
     left: list[tuple[str, str]] = []
-    seen: set[int] = set()
-    computed = {
-        source: entry.advice for entry in find_parametrized(model) for source in entry.sources
-    }
-    for prefix, module in model.named_modules():
-        for short, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            name = f"{prefix}.{short}" if prefix else short
-            reason = _find_reason_to_leave(name, module, parameter, recipe, computed.get(name))
-            if reason:
-                left.append((name, reason))
-            else:
-                chosen.append(_make_weight(name, module, parameter, recipe))
+    for candidate in find_candidates(model, example):
+        reason = _find_reason_to_leave(candidate, recipe)
+        if reason:
+            left.append((candidate.name, reason))
+        else:
+            chosen.append(_make_weight(model, candidate, recipe))
     if not chosen:
         why = "; ".join(f"{name}: {reason}" for name, reason in left[:3])
         raise ModelError(
@@ -646,30 +642,21 @@ def _choose_weights(
     return chosen, tuple(left)
 
 
-def _find_reason_to_leave(
-    name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe, computed: str | None
-) -> str | None:
-    """computed: what to do about a parameter that a weight is computed from in each forward
-    pass."""
-    pattern = recipe.excluded_by(name)
+def _find_reason_to_leave(candidate: Candidate, recipe: Recipe) -> str | None:
+    pattern = recipe.excluded_by(candidate.name)
     if pattern:
         return f"excluded by '{pattern}'"
-    if computed is not None:
-        return computed
-    if parameter.ndim < 2:
-        return "bias, norm or scalar"
-    if not isinstance(module, QUANTIZED):
-        return f"parameter of {type(module).__name__}, which is no layer with a known weight"
-    if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
-        return "an embedding with max_norm rescales its weight in every forward pass"
-    if recipe.bits_of(name) is None:
+    if candidate.reason is not None:
+        return candidate.reason
+    if candidate.computed is not None and recipe.activations == "int8":
+        return candidate.computed.advice
+    if recipe.bits_of(candidate.name) is None:
         return "no pattern in bits matches it"
-    if parameter.numel() == 0:
-        return "empty"
     return None
 
 
-def _make_weight(name: str, module: nn.Module, parameter: nn.Parameter, recipe: Recipe) -> _Weight:
+def _make_weight(model: nn.Module, candidate: Candidate, recipe: Recipe) -> _Weight:
+    name, parameter = candidate.name, candidate.value
     if parameter.dtype not in (torch.float32, torch.float64):
         raise ModelError(
             f"the weight '{name}' is {parameter.dtype}, which cannot hold kΔ exactly: "
@@ -684,15 +671,23 @@ def _make_weight(name: str, module: nn.Module, parameter: nn.Parameter, recipe: 
     assert bits is not None  # looked at before
     background = parameter.detach().clone()
     grid = choose_grid(background, bits, levels=recipe.levels)
-    axis = None
-    if recipe.granularity == "channel":
-        # Transposed convolutions have their output channels second; an embedding's rows are looked
-        # up, its columns are scaled.
-        axis = 1 if isinstance(module, TRANSPOSED + EMBEDDINGS) else 0
+    axis = candidate.axis if recipe.granularity == "channel" else None
     learned = recipe.step == "learned"
     step = fit_step(
         background, grid, axis=axis, rule="auto" if recipe.step == "learned" else recipe.step
     )
     levels = torch.zeros(background.shape, dtype=torch.int8, device=background.device)
     learner = StepOptimizer(step, recipe.step_rate) if learned else None
-    return _Weight(name, parameter, grid, axis, background, step, levels, learner=learner)
+    weight = _Weight(name, parameter, grid, axis, background, step, levels, learner=learner)
+    if candidate.computed is not None:
+        _hold_computed(weight, model, candidate.computed, recipe)
+    return weight
+
+
+def _hold_computed(weight: _Weight, model: nn.Module, entry: Parametrized, recipe: Recipe) -> None:
+    """The module goes on with kΔ in place of the weight that it computes."""
+    computed = ComputedWeight(model, entry, absolute=recipe.gradient == "absolute")
+    weight.computed, weight.parameter = computed, computed.on_levels.quantized
+    if weight.learner is not None:
+        weight.learner = None
+        weight.warnings.add(f"{entry.kind} computes it, so its step is not learned: fitted once")

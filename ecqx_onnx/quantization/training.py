@@ -189,7 +189,8 @@ def train(
     )  # without `resume`, too: it is going to be replaced
     with open_process_group() as local:
         where = _choose_device(device, local)
-        run = _Run(model.to(where), setup, options, where, augment, progress)
+        example = torch.from_numpy(next(iter(split.batches(2)))[0]).to(where)
+        run = _Run(model.to(where), setup, options, where, augment, progress, example)
         if epochs == 0:
             if run.quantizer.activations is not None:
                 raise OptionError(
@@ -219,6 +220,7 @@ class _Run:
         device: torch.device,
         augment: Any,
         progress: Callable[[Progress], None] | None,
+        example: Tensor,
     ) -> None:
         copy_from_first((*model.parameters(), *model.buffers()))
         self.model, self.setup, self.device, self.augment, self.progress = (
@@ -231,7 +233,7 @@ class _Run:
         self.teacher = (
             copy.deepcopy(model).eval().requires_grad_(False) if setup.distillation else None
         )
-        self.quantizer = Quantizer(model, **options)
+        self.quantizer = Quantizer(model, example, **options)
         if setup.entropy_ramp:
             self.quantizer.entropy_scale = 0.0
             self.quantizer.assign()

@@ -32,7 +32,11 @@ from ecqx_onnx.inputs.torch_file import is_program, load_plain
 from ecqx_onnx.inputs.user_code import is_function_spec
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.quantization.activations import ActivationRounding
-from ecqx_onnx.quantization.parametrizations import copy_module
+from ecqx_onnx.quantization.parametrizations import (
+    copy_module,
+    find_parametrized,
+    merge_parametrizations,
+)
 from ecqx_onnx.quantization.weights import find_weights
 from ecqx_onnx.sources.loading import Loaded, load_model
 from ecqx_onnx.sources.post_training import WeightSelection, find_quantized_tensors
@@ -144,7 +148,7 @@ def _convert_quantizer(
     ranges: Mapping[str, tuple[float, float]] = {}
     # The graph is exported without the rounding of activations: the converter places its own.
     with contextlib.nullcontext() if rounding is None else rounding.on(attached=False):
-        exported = export(quantizer.model, example)
+        exported = export(_merge_computed(quantizer.model), example)
     if rounding is not None:
         ranges = _find_ranges_in_graph(rounding, exported, example)
     return build(
@@ -156,6 +160,15 @@ def _convert_quantizer(
         insight=seen,
         ranges=ranges,
     )
+
+
+def _merge_computed(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with each weight a parameter: a copy where it computes some (weight_norm)."""
+    if not find_parametrized(model):
+        return model
+    copy = copy_module(model).eval()
+    merge_parametrizations(copy)
+    return copy
 
 
 def _convert_float(
