@@ -10,21 +10,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
+from ecqx_onnx_converters import make_plan, match, read_weights, write
 from ecqx_onnx_converters.passes.activations import (
-    IntegerGraph,
+    IntegerKernels,
     UInt8,
     quantize_activations,
     replace_pooling,
 )
 from ecqx_onnx_converters.passes.integer_nodes import find_integer_nodes
+from ecqx_onnx_converters.passes.work import Work
 
+from ecqx_onnx.checkpoint.float_model import restore_float_weights
 from ecqx_onnx.runtime.calibration import calibrate_ranges
 from ecqx_onnx.runtime.sessions import count_executed_operators
 from ecqx_onnx.tensors import QuantTensor
@@ -34,7 +36,7 @@ from tests.conversions import float_graph, quantize_model, run
 @dataclass(frozen=True, eq=False)
 class IntegerConversion:
     path: Path
-    integer: IntegerGraph
+    integer: IntegerKernels
     ranges: dict[str, tuple[float, float]]
     executed: Counter[str]
 
@@ -69,17 +71,16 @@ def convert_to_integers(
     """x: one batch, both example and calibration data. tensors: by default every weight on 4
     bits."""
     tensors = quantize_model(model) if tensors is None else tensors
-    graph = replace_pooling(float_graph(model, [x]))
-    matching = match(graph.weights, tensors)
-    placed = {weight.name: weight.dequantize() for weight in matching.found}
-    whole = FloatGraph(graph.proto, {**graph.weights, **placed})
-    ranges = calibrate_ranges(
-        whole, find_integer_nodes(graph, matching.found).ranges, [x.numpy()], method=method
-    )
-    integer = quantize_activations(graph, matching.found, ranges)
+    graph = float_graph(model, [x])
+    work = replace_pooling(Work(graph, match(graph.weights, tensors)))
+    values = find_integer_nodes(work.graph, work.matching.found).ranges
+    whole = restore_float_weights(work)
+    ranges = calibrate_ranges(whole, values, [x.numpy()], method=method)
+    work = quantize_activations(work, ranges)
+    integer = work.find_notes(IntegerKernels)[0]
     path = folder / "out.onnx"
-    matching = replace(matching, found=integer.found)
-    write(make_plan(integer.graph, matching, integer=integer.weights, **options), path, force=True)
+    plan = make_plan(work.graph, work.matching, integer=integer.weights, **options)
+    write(plan, path, force=True)
     assert all(stored.crc_ok for stored in read_weights(path))
     return IntegerConversion(
         path, integer, dict(ranges), count_executed_operators(path, (x.numpy(),))

@@ -11,7 +11,8 @@ import onnx
 import pytest
 import torch
 from ecqx_onnx_converters import FloatGraph, make_plan, match, read_weights, write
-from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
+from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
+from ecqx_onnx_converters.passes.work import Work
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx import api
@@ -117,12 +118,12 @@ def test_the_factor_goes_into_the_scales_and_the_integers_stay(name, bias, codeb
     product = PRODUCTS[name]
     model, tensor = network(product, bias=bias, codebook=codebook)
     graph = FloatGraph.from_model(model)
-    folded, matching, results = fold_batchnorms(graph, match(graph.weights, [tensor]))
-    assert [result.weight for result in results] == ["w"]
-    assert "BatchNormalization" not in operators(folded.proto)
-    np.testing.assert_array_equal(matching.found[0].tensor.levels, tensor.levels)
-    assert matching.found[0].sources == ("w",)
-    write(make_plan(folded, matching), tmp_path / "out.onnx")
+    work = fold_batchnorms(Work(graph, match(graph.weights, [tensor])))
+    assert [note.weight for note in work.find_notes(BatchNorm)] == ["w"]
+    assert "BatchNormalization" not in operators(work.graph.proto)
+    np.testing.assert_array_equal(work.matching.found[0].tensor.levels, tensor.levels)
+    assert work.matching.found[0].sources == ("w",)
+    write(make_plan(work.graph, work.matching), tmp_path / "out.onnx")
     (stored,) = read_weights(tmp_path / "out.onnx")
     np.testing.assert_array_equal(stored.weight.tensor.levels, tensor.levels)
     assert_same(model, tmp_path / "out.onnx", product.x)
@@ -133,11 +134,12 @@ def test_a_negative_factor_turns_the_signs_of_its_channel_and_a_zero_clears_it(t
     gamma = np.array([1, -1, 0, 2, 1, -0.5, 1, 1], np.float32)
     model, tensor = network(product, bias=True, gamma=gamma)
     graph = FloatGraph.from_model(model)
-    folded, matching, _ = fold_batchnorms(graph, match(graph.weights, [tensor]))
+    work = fold_batchnorms(Work(graph, match(graph.weights, [tensor])))
+    (folded,) = work.matching.found
     signs = np.sign(gamma).astype(np.int8).reshape(-1, 1, 1, 1)
-    np.testing.assert_array_equal(matching.found[0].tensor.levels, tensor.levels * signs)
-    assert (matching.found[0].tensor.meaning.step > 0).all()
-    write(make_plan(folded, matching), tmp_path / "out.onnx")
+    np.testing.assert_array_equal(folded.tensor.levels, tensor.levels * signs)
+    assert (folded.tensor.meaning.step > 0).all()
+    write(make_plan(work.graph, work.matching), tmp_path / "out.onnx")
     assert_same(model, tmp_path / "out.onnx", product.x)
 
 
@@ -180,11 +182,13 @@ def test_what_cannot_be_folded_stays_and_says_why(what, reason):
     change(model, what)
     graph = FloatGraph.from_model(model)
     matching = match(graph.weights, [tensor])
-    folded, after, results = fold_batchnorms(graph, matching)
-    assert [result.weight for result in results] == [None]
-    assert reason in results[0].reason
-    assert folded is graph
-    assert after is matching
+    work = fold_batchnorms(Work(graph, matching))
+    (note,) = work.find_notes(BatchNorm)
+    assert note.weight is None
+    assert reason in note.reason
+    assert note.sentence == f"BatchNormalization '{note.name}' stays: {note.reason}"
+    assert work.graph is graph
+    assert work.matching is matching
 
 
 def test_a_level_of_minus_128_under_a_negative_factor_stays():
@@ -194,7 +198,8 @@ def test_a_level_of_minus_128_under_a_negative_factor_stays():
     tensor = replace(tensor, levels=lowest)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(tensor.dequantize(), "w"))
     graph = FloatGraph.from_model(model)
-    assert "-128" in fold_batchnorms(graph, match(graph.weights, [tensor]))[2][0].reason
+    work = fold_batchnorms(Work(graph, match(graph.weights, [tensor])))
+    assert "-128" in work.notes[0].reason
 
 
 def test_a_product_of_three_dimensions_keeps_its_batchnorm():
@@ -202,7 +207,8 @@ def test_a_product_of_three_dimensions_keeps_its_batchnorm():
     product = Product("MatMul", (12, 8), ("n", 8, 12), 8, {})
     model, tensor = network(product, bias=False)
     graph = FloatGraph.from_model(model)
-    assert "another axis" in fold_batchnorms(graph, match(graph.weights, [tensor]))[2][0].reason
+    work = fold_batchnorms(Work(graph, match(graph.weights, [tensor])))
+    assert "another axis" in work.notes[0].reason
 
 
 def test_the_rest_of_a_model_survives_the_edit():
@@ -238,9 +244,9 @@ def test_the_rest_of_a_model_survives_the_edit():
     model.opset_import.append(helper.make_opsetid("mine", 1))
     model.ir_version = 10
     graph = FloatGraph.from_model(model)
-    folded, _, results = fold_batchnorms(graph, match(graph.weights, [tensor]))
-    assert results[0].weight == "w"
-    after = folded.proto
+    work = fold_batchnorms(Work(graph, match(graph.weights, [tensor])))
+    assert work.notes[0].weight == "w"
+    after = work.graph.proto
     assert [entry.value for entry in after.metadata_props] == ["somebody"]
     assert [function.name for function in after.functions] == ["F"]
     assert list(after.opset_import) == list(model.opset_import)
@@ -248,7 +254,7 @@ def test_the_rest_of_a_model_survives_the_edit():
     inner = next(node for node in after.graph.node if node.op_type == "If").attribute[0].g
     assert [node.op_type for node in inner.node] == ["Cast"]
     assert [value.name for value in after.graph.output] == ["y", "z"]
-    onnx.checker.check_model(folded.to_model())
+    onnx.checker.check_model(work.graph.to_model())
 
 
 class Net(torch.nn.Module):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
 from ecqx_onnx_converters.passes.equalization import equalize, find_places
+from ecqx_onnx_converters.passes.work import Work
 from torch import nn
 
 from ecqx_onnx import api
@@ -68,30 +70,23 @@ def test_a_small_channel_keeps_its_precision(multiplier, tmp_path):
 
 
 def test_the_network_is_the_same_bit_for_bit():
-    from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
-
     checkpoint, x, _ = prepared()
-    graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
-    places = find_places(graph, matching)
+    work = fold_batchnorms(Work(checkpoint.graph, checkpoint.matching))
+    places = find_places(work)
     peaks = measure_channel_peaks(
-        float_model.restore_float_weights(graph, matching),
-        [place.value for place in places],
-        [x.numpy()],
+        float_model.restore_float_weights(work), [place.value for place in places], [x.numpy()]
     )
-    changed, rescaled = equalize(graph, matching, places, peaks)
+    changed = equalize(work, places, peaks)
     assert len(places) == 1
-    for before, after in zip(matching.found, rescaled.found, strict=True):
+    for before, after in zip(work.matching.found, changed.matching.found, strict=True):
         np.testing.assert_array_equal(before.tensor.levels, after.tensor.levels)
         ratio = after.tensor.meaning.step / before.tensor.meaning.step
         assert ratio.max() >= 64 or ratio.min() <= 1 / 64
         np.testing.assert_array_equal(np.frexp(ratio)[0], 0.5)  # powers of two
-    outputs = [
-        run(
-            open_session(float_model.restore_float_weights(*pair).to_model().SerializeToString()),
-            (x.numpy(),),
-        )[0]
-        for pair in ((graph, matching), (changed, rescaled))
-    ]
+    outputs = []
+    for each in (work, changed):
+        model = float_model.restore_float_weights(each).to_model()
+        outputs += run(open_session(model.SerializeToString()), (x.numpy(),))[:1]
     np.testing.assert_array_equal(*outputs)
 
 
@@ -106,8 +101,6 @@ def test_validation_finds_pytorchs_integers(tmp_path):
     "between", [F.relu6, lambda x: F.relu(x) + x, lambda x: F.max_pool2d(F.relu(x), 2)]
 )
 def test_nothing_is_equalised_across_other_operators(between):
-    from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
-
     checkpoint, _, _ = prepared(between=between)
-    graph, matching, _ = fold_batchnorms(checkpoint.graph, checkpoint.matching)
-    assert find_places(graph, matching) == ()
+    work = fold_batchnorms(Work(checkpoint.graph, checkpoint.matching))
+    assert find_places(work) == ()

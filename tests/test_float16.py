@@ -7,14 +7,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from ecqx_onnx_converters import FloatGraph
+from ecqx_onnx_converters import FloatGraph, Matching
 from ecqx_onnx_converters.graph.graph import NARROW
 from ecqx_onnx_converters.passes.float16 import (
     FEWEST,
+    Halved,
     round_parameters,
     round_to_float16,
     store_float16,
 )
+from ecqx_onnx_converters.passes.work import Work
 from onnx import TensorProto, numpy_helper
 from typer.testing import CliRunner
 
@@ -203,9 +205,12 @@ def test_a_parameter_that_float16_would_spoil_stays_float32():
 def test_rounding_is_no_further_than_it_says():
     values = np.random.default_rng(0).standard_normal(10000).astype(np.float32)
     graph = FloatGraph.from_model(_one(values))
-    halved, report = store_float16(graph, ())
+    work = Work(graph, Matching((), ()))
+    stored = store_float16(work)
+    halved = stored.graph
+    (report,) = stored.find_notes(Halved)
     back = numpy_helper.to_array(halved.to_model().graph.initializer[0]).astype(np.float32)
-    np.testing.assert_array_equal(back, _values(round_parameters(graph, ())))
+    np.testing.assert_array_equal(back, _values(round_parameters(work).graph))
     assert np.abs(back - values).max() / np.abs(values).max() == pytest.approx(report.rounding)
     assert report.rounding <= 2.0**-11
     assert np.array_equal(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, build, make_plan
 from ecqx_onnx_converters.matching.matching import GraphWeight
-from ecqx_onnx_converters.passes.float16 import store_float16, store_half_steps
+from ecqx_onnx_converters.passes.float16 import Halved, round_steps, store_float16
+from ecqx_onnx_converters.passes.work import Work, apply_passes
 from ecqx_onnx_converters.planning.plan import Plan
 from ecqx_onnx_converters.serialization.writer import Built
 
@@ -78,18 +79,14 @@ def encode(
     Raises:
         OptionError: the options don't go together.
     """
-    graph = _changed_graph(layers, model)
-    matching = _matching(layers, model)
-    notes: tuple[str, ...] = ()
-    half = False
+    work = Work(_changed_graph(layers, model), _matching(layers, model))
     if options.floats == "float16":
-        matching, steps = store_half_steps(matching)
-        graph, halved = store_float16(graph, {weight.name for weight in matching.found})
-        half = bool(halved.names or steps)
-        notes = (replace(halved, steps=steps).sentence,)
+        work = apply_passes((round_steps, store_float16), work)
+    half = any(halved.names or halved.steps for halved in work.find_notes(Halved))
+    notes = tuple(work.sentences)
     plan = make_plan(
-        graph,
-        matching,
+        work.graph,
+        work.matching,
         target=options.target,
         storage=options.storage,
         dequantize=options.dequantize,

@@ -13,6 +13,7 @@ from ecqx_onnx_converters.graph.opset_raising import raise_opset
 from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight
 from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
+from ecqx_onnx_converters.passes.work import Work
 from ecqx_onnx_converters.planning.plan import Kept, Plan
 from ecqx_onnx_converters.targets import Target, find_target
 from onnx import ModelProto
@@ -106,11 +107,11 @@ def plan_packing(
             for name in foreign.graph.weights
             if name in recognized and name not in leave
         ]
-        folded = foreign.graph
-        matching = Matching((*foreign.weights, *there), ())
+        work = Work(foreign.graph, Matching((*foreign.weights, *there), ()))
         if fold_batchnorm:
-            folded, matching, batchnorms = fold_batchnorms(folded, matching)
-        plan = make_plan(folded, matching, **options)
+            work = fold_batchnorms(work)
+            batchnorms = work.find_notes(BatchNorm)
+        plan = make_plan(work.graph, work.matching, **options)
         useless = _list_useless(plan, foreign)
         if not useless:
             break

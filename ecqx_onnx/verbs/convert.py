@@ -13,14 +13,16 @@ import onnx
 from ecqx_onnx_converters import WriteReport, make_plan
 from ecqx_onnx_converters.graph.outputs import check_output
 from ecqx_onnx_converters.passes.activations import (
+    IntegerKernels,
     carry_ranges,
     quantize_activations,
     replace_pooling,
 )
-from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.passes.equalization import equalize, find_places
-from ecqx_onnx_converters.passes.float16 import store_float16, store_half_steps
+from ecqx_onnx_converters.passes.float16 import Halved
 from ecqx_onnx_converters.passes.integer_nodes import find_integer_nodes
+from ecqx_onnx_converters.passes.sequence import list_passes
+from ecqx_onnx_converters.passes.work import Work, apply_passes
 from ecqx_onnx_converters.targets import check_name, find_target
 
 from ecqx_onnx import __version__
@@ -130,6 +132,10 @@ def convert(
         raise OptionError(
             "--data and bounds on the distance from the float model go with --bits; leave them out"
         )
+    if activations == "float32" and calibration is not None:
+        raise OptionError(
+            "calibration data are for --activations int8; add it, or leave the data out"
+        )
     check_limits(
         ConvertOptions,
         bits=bits or None,
@@ -157,40 +163,32 @@ def convert(
     checkpoint, probe_notes = _judge_rounding(checkpoint, probe)
 
     # 3. Rewrite the graph: BatchNorm into weights, scales to float16, activations to integers.
-    graph, matching, batchnorms = fold_batchnorms(checkpoint.graph, checkpoint.matching)
-    half_steps = 0
-    if floats == "float16":
-        matching, half_steps = store_half_steps(matching)
-    checkpoint = replace(checkpoint, graph=graph, matching=matching)
-    quantized = None
-    if activations != "float32":
-        checkpoint = replace(checkpoint, graph=replace_pooling(graph))
-        checkpoint, ranges = find_ranges(
-            checkpoint, activations, target, calibration, calibration_method, calibration_samples
+    def make_integers(work: Work) -> Work:
+        work, ranges = find_ranges(
+            replace_pooling(work),
+            checkpoint,
+            activations,
+            target=target,
+            calibration=calibration,
+            method=calibration_method,
+            samples=calibration_samples,
         )
-        quantized = quantize_activations(checkpoint.graph, checkpoint.matching.found, ranges)
-        graph = quantized.graph
-        matching = replace(matching, found=quantized.found)
-    elif calibration is not None:
-        raise OptionError(
-            "calibration data are for --activations int8; add it, or leave the data out"
-        )
-    notes = [*checkpoint.notes, *probe_notes, *_list_unfolded(batchnorms)]
-    if floats == "float16":
-        graph, halved = store_float16(graph, {weight.name for weight in matching.found})
-        notes.append(replace(halved, steps=half_steps).sentence)
-        if not (halved.names or half_steps):
-            floats = "float32"  # nothing was there to halve
+        return quantize_activations(work, ranges)
+
+    passes = list_passes(floats, activations=None if activations == "float32" else make_integers)
+    work = apply_passes(passes, Work(checkpoint.graph, checkpoint.matching))
+    notes = [*checkpoint.notes, *probe_notes, *work.sentences]
+    integers = next(iter(work.find_notes(IntegerKernels)), None)
 
     # 4. Plan how each weight is stored.
     plan = make_plan(
-        graph,
-        matching,
+        work.graph,
+        work.matching,
         target=target,
         storage=storage,
         dequantize=dequantize,
         opset=opset,
-        integer=() if quantized is None else quantized.weights,
+        integer=() if integers is None else integers.weights,
     )
 
     # 5. Write the file, with what a user of it should know.
@@ -200,17 +198,17 @@ def convert(
         notes.append(f"preprocessing that the file records: {described}")
     else:
         notes.append(NO_PREPROCESSING)
-    if floats != "float32":
+    if any(halved.names or halved.steps for halved in work.find_notes(Halved)):
         metadata["floats"] = floats
-    if quantized is not None:
+    if integers is not None:
         source = "trained" if calibration is None else calibration_method
         metadata["activations"] = {"type": "uint8", "calibration": source}
         notes.append(RANGES_TRAINED if source == "trained" else RANGES_CALIBRATED)
     report = deliver(plan, out, metadata=metadata, force=force)
     report = replace(report, notes=(*report.notes, *notes))
-    if quantized is None:
+    if integers is None:
         return report
-    return replace(report, kernels=quantized.kernels, stays=quantized.stays)
+    return replace(report, kernels=integers.kernels, stays=integers.stays)
 
 
 NO_PREPROCESSING = (
@@ -252,29 +250,23 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return metadata
 
 
-def _list_unfolded(batchnorms: Sequence[BatchNorm]) -> list[str]:
-    """A sentence for each BatchNormalization that stays in the graph."""
-    found = []
-    for entry in batchnorms:
-        if entry.weight is None:
-            found.append(f"BatchNormalization '{entry.name}' stays: {entry.reason}")
-    return found
-
-
 def find_ranges(
+    work: Work,
     checkpoint: Checkpoint,
     activations: str,
+    *,
     target: str,
     calibration: Any,
     method: str,
     samples: int,
-) -> tuple[Checkpoint, Mapping[str, tuple[float, float]]]:
+) -> tuple[Work, Mapping[str, tuple[float, float]]]:
     """Find between which numbers the activations lie that are to be 8 bits.
 
     On calibration data, channels are made equally large first, where that costs nothing.
 
     Args:
-        checkpoint: the model.
+        work: the model's graph and weights, rewritten so far.
+        checkpoint: the model, which may know ranges from its training.
         activations: their type; "int8" is the only one there is.
         target: the runtime that must load the file.
         calibration: a data set, its name, or a Split; None for the ranges of the training.
@@ -282,7 +274,7 @@ def find_ranges(
         samples: use at most so many.
 
     Returns:
-        The checkpoint, its channels equalized, and (lowest, highest) by the value's name.
+        The work, its channels equalized, and (lowest, highest) by the value's name.
 
     Raises:
         OptionError: for a type or method that there is none, a target without integers, or if
@@ -303,32 +295,27 @@ def find_ranges(
         raise OptionError(
             f"target '{target}' cannot have int8 activations: {find_target(target).no_integers}"
         )
-    graph = checkpoint.graph
-    matching = checkpoint.matching
-    values = find_integer_nodes(graph, matching.found).ranges
+    values = find_integer_nodes(work.graph, work.matching.found).ranges
     if calibration is None:
         if not checkpoint.ranges:
             raise OptionError(
                 "--activations int8 needs data that activations take their ranges from; add"
                 " --calibration DATA"
             )
-        return checkpoint, carry_ranges(graph, values, checkpoint.ranges)
+        return work, carry_ranges(work.graph, values, checkpoint.ranges)
     split = _load_calibration(checkpoint, calibration, samples)
 
     # Equalize channels: W and the activations before it change by factors that cancel.
-    places = [place for place in find_places(graph, matching) if place.value in values]
+    places = [place for place in find_places(work) if place.value in values]
     peaks = measure_channel_peaks(
-        restore_float_weights(graph, matching),
+        restore_float_weights(work),
         [place.value for place in places],
         (x for x, _ in split.batches(CALIBRATION_BATCH)),
     )
     if peaks:
-        graph, matching = equalize(graph, matching, places, peaks)
+        work = equalize(work, places, peaks)
     batches = (x for x, _ in split.batches(CALIBRATION_BATCH))
-    ranges = calibrate_ranges(
-        restore_float_weights(graph, matching), values, batches, method=method
-    )
-    return replace(checkpoint, graph=graph, matching=matching), ranges
+    return work, calibrate_ranges(restore_float_weights(work), values, batches, method=method)
 
 
 def _load_calibration(checkpoint: Checkpoint, calibration: Any, samples: int) -> Split:

@@ -1,2 +1,1 @@
-"""Rewrites of the whole graph, each from (graph, matching) to the same: BatchNorm, float16, int8
-activations."""
+"""Rewrites of the whole graph before its weights are planned: BatchNorm, float16, int8."""

@@ -1,5 +1,4 @@
-"""(float graph, its quantised weights, ranges of activations) -> the graph with QuantizeLinear and
-DequantizeLinear in place.
+"""Put QuantizeLinear and DequantizeLinear around the nodes that can run on integers.
 
 Activations become uint8, asymmetric [Jacob et al. 2018, arXiv 1712.05877, sec. 2.1]:
 
@@ -33,6 +32,7 @@ from ecqx_onnx_converters.passes.integer_nodes import (
     find_clip_bounds,
     find_integer_nodes,
 )
+from ecqx_onnx_converters.passes.work import Work
 
 LEVELS = 255  # uint8 has so many steps
 SMALLEST = float(np.finfo(np.float32).tiny)
@@ -85,31 +85,36 @@ class UInt8:
 
 
 @dataclass(frozen=True, eq=False)
-class IntegerGraph:
-    """graph: its weights are still float initializers; `weights` names those that an integer kernel
-    reads.
+class IntegerKernels:
+    """Which nodes of a graph run on integers.
 
-    found: the quantised weights; a step may have been raised to hold a bias.
-    kernels: operator -> how many of its nodes run on integers. stays: nodes that don't, with the
-    reason.
+    Attributes:
+        weights: names of the weights that an integer kernel reads; in the graph they are still
+            float initializers.
+        kernels: operator -> how many of its nodes run on integers.
+        stays: nodes that don't, with the reason.
     """
 
-    graph: FloatGraph
     weights: frozenset[str]
-    found: tuple[GraphWeight, ...]
     kernels: Mapping[str, int]
     stays: tuple[FloatNode, ...]
 
+    @property
+    def sentence(self) -> str:
+        """Empty: reports list the kernels and what stays."""
+        return ""
 
-def replace_pooling(graph: FloatGraph) -> FloatGraph:
+
+def replace_pooling(work: Work) -> Work:
     """Replace each mean over all pixels by a GlobalAveragePool, which has an integer kernel.
 
     Args:
-        graph: is not changed.
+        work: is not changed.
 
     Returns:
-        A new graph.
+        The same with a new graph.
     """
+    graph = work.graph
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     inferred = onnx.shape_inference.infer_shapes(proto).graph
@@ -123,7 +128,7 @@ def replace_pooling(graph: FloatGraph) -> FloatGraph:
         nodes += _make_pooling(
             node, ranks.get(node.input[0], 0) if node.input else 0, constants, names
         ) or [node]
-    return _put_nodes(proto, nodes, graph.weights)
+    return replace(work, graph=_put_nodes(proto, nodes, graph.weights))
 
 
 def _put_nodes(
@@ -204,25 +209,23 @@ def carry_ranges(graph: FloatGraph, values: Sequence[str], known: Ranges) -> Ran
     return {name: ranges[name] for name in values}
 
 
-def quantize_activations(
-    graph: FloatGraph, found: Sequence[GraphWeight], ranges: Ranges
-) -> IntegerGraph:
+def quantize_activations(work: Work, ranges: Ranges) -> Work:
     """Put QuantizeLinear and DequantizeLinear where integer kernels take the nodes between them.
 
     Args:
-        graph: float; is not changed.
-        found: its quantized weights.
+        work: its graph is float; is not changed.
         ranges: of every value in `find_integer_nodes(graph, found).ranges`.
 
     Returns:
-        The new graph, and which of its nodes run on integers.
+        The new graph; its weights, of which a step may have been raised to hold a bias; and as the
+        last note an IntegerKernels.
 
     Raises:
         ModelError: if there is nothing to run on integers.
     """
     refused: dict[str, str] = {}
     while True:
-        plan = find_integer_nodes(graph, found, refused=refused)
+        plan = find_integer_nodes(work.graph, work.matching.found, refused=refused)
         if not plan.weights:
             first = (
                 f" ({plan.stays[0].operator} '{plan.stays[0].name}': {plan.stays[0].reason})"
@@ -233,10 +236,10 @@ def quantize_activations(
                 f"no node of the model can run on integers{first}; convert without --activations "
                 "int8"
             )
-        rewriter = _Rewriter(graph, found, plan, ranges)
+        rewriter = _Rewriter(work.graph, work.matching.found, plan, ranges)
         too_large = rewriter.run()
         if not too_large:
-            return rewriter.result()
+            return rewriter.finish(work)
         refused |= too_large
 
 
@@ -280,15 +283,15 @@ class _Rewriter:
                 self._float(value.name)
         return self.too_large
 
-    def result(self) -> IntegerGraph:
+    def finish(self, work: Work) -> Work:
         kernels: dict[str, int] = {}
         for index in self.plan.nodes:
             operator = self.source.proto.graph.node[index].op_type
             kernels[operator] = kernels.get(operator, 0) + 1
         graph = _put_nodes(self.proto, self.nodes, self.source.weights)
-        return IntegerGraph(
-            graph, self.plan.weights, tuple(self.weights.values()), kernels, self.plan.stays
-        )
+        matching = replace(work.matching, found=tuple(self.weights.values()))
+        note = IntegerKernels(self.plan.weights, kernels, self.plan.stays)
+        return Work(graph, matching, (*work.notes, note))
 
     def _kept_float(self, node: NodeProto) -> NodeProto:
         """onnxruntime rounds float weights to 8 bits, unasked and with one step for all, where

@@ -1,5 +1,4 @@
-"""(graph, matching) -> the same with each BatchNormalization behind a quantised product multiplied
-into its scales and bias.
+"""Fold BatchNormalization into the quantised product before it: into its scales and its bias.
 
     gamma · (W x + b - mean) / sqrt(variance + epsilon) + beta  =  (f W) x + (f b + beta - f mean)
     f = gamma / sqrt(variance + epsilon)
@@ -28,7 +27,8 @@ from ecqx_onnx_converters.graph.graph import (
     read_values,
 )
 from ecqx_onnx_converters.graph.uses import find_uses
-from ecqx_onnx_converters.matching.matching import GraphWeight, Matching, with_factor
+from ecqx_onnx_converters.matching.matching import GraphWeight, with_factor
+from ecqx_onnx_converters.passes.work import Work
 from ecqx_onnx_converters.refusal import Refusal
 
 BIASED = ("Conv", "ConvTranspose", "Gemm")
@@ -46,12 +46,24 @@ ROUNDING = (
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """One BatchNormalization: the name of its output, and the weight that it went into; or why it
-    stays."""
+    """What became of one BatchNormalization.
+
+    Attributes:
+        name: of its output.
+        weight: the weight that it went into; None if it stays.
+        reason: why it stays, or where it is now.
+    """
 
     name: str
     weight: str | None
     reason: str
+
+    @property
+    def sentence(self) -> str:
+        """Why it stays, for the report; empty if it doesn't."""
+        if self.weight is not None:
+            return ""
+        return f"BatchNormalization '{self.name}' stays: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,24 +76,23 @@ class _Product:
     bias: np.ndarray
 
 
-def fold_batchnorms(
-    graph: FloatGraph, matching: Matching
-) -> tuple[FloatGraph, Matching, tuple[BatchNorm, ...]]:
+def fold_batchnorms(work: Work) -> Work:
     """Fold each BatchNormalization into the quantized weight before it, where that is exact.
 
     Args:
-        graph: is not changed.
-        matching: is not changed.
+        work: is not changed.
 
     Returns:
-        The new graph, the new matching, and one BatchNorm for each such node of the main graph,
-        which says whether it was folded or why not.
+        The new graph and matching, and as a note one BatchNorm for each such node of the main
+        graph, which says whether it was folded or why not.
 
     Raises:
         ModelError: if the new graph cannot be written.
     """
-    if not any(node.op_type == "BatchNormalization" for node in graph.proto.graph.node):
-        return graph, matching, ()
+    graph, matching = work.graph, work.matching
+    nodes = [node for node in graph.proto.graph.node if node.op_type == "BatchNormalization"]
+    if not nodes:
+        return work
     constants = _Constants(graph)
     weights = {weight.name: weight for weight in matching.found}
     try:
@@ -89,18 +100,11 @@ def fold_batchnorms(
         if untyped := [value.name for value in ends if not value.type.tensor_type.elem_type]:
             raise ValueError(f"'{untyped[0]}' has no type")
         surgeon = gs.import_onnx(graph.proto)
-    except (
-        KeyError,
-        ValueError,
-        TypeError,
-    ) as error:  # an attribute of bytes that are no text, say
+    except (KeyError, ValueError, TypeError) as error:
+        # An attribute of bytes that are no text, say.
         reason = f"the graph can't be edited ({error})"
-        nodes = [
-            node
-            for node in graph.proto.graph.node
-            if node.op_type == "BatchNormalization" and node.output
-        ]
-        return graph, matching, tuple(BatchNorm(node.output[0], None, reason) for node in nodes)
+        left = [BatchNorm(node.output[0], None, reason) for node in nodes if node.output]
+        return replace(work, notes=(*work.notes, *left))
     taken = list_value_names(graph.proto.graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     matmul = any(node.op_type == "MatMul" for node in graph.proto.graph.node)
@@ -119,10 +123,11 @@ def fold_batchnorms(
         else:
             weights[folded.name] = folded
             results.append(BatchNorm(name, folded.name, "its factor is in the weight's scales"))
+    notes = (*work.notes, *results)
     if not any(result.weight for result in results):
-        return graph, matching, tuple(results)
+        return replace(work, notes=notes)
     found = tuple(weights[weight.name] for weight in matching.found)
-    return _export_graph(surgeon, graph), replace(matching, found=found), tuple(results)
+    return Work(_export_graph(surgeon, graph), replace(matching, found=found), notes)
 
 
 class _Constants:

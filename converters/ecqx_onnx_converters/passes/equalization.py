@@ -1,5 +1,4 @@
-"""(graph, matching, largest magnitude of each channel) -> the same network, its channels equally
-large where that costs nothing.
+"""Make channels of activations equally large, where that costs nothing.
 
 Bytes have one step for all channels of an activation. A channel that is small beside the others
 gets few of the 256 values, and a depthwise convolution behind it may blow it up again: BatchNorm
@@ -27,7 +26,8 @@ from ecqx_onnx_converters.graph.constants import Constants
 from ecqx_onnx_converters.graph.graph import FloatGraph, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.graph.uses import find_uses
-from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
+from ecqx_onnx_converters.matching.matching import GraphWeight
+from ecqx_onnx_converters.passes.work import Work
 
 LARGEST_FACTOR = 2**12  # a channel that is smaller still says nothing
 
@@ -42,16 +42,16 @@ class Place:
     behind: int
 
 
-def find_places(graph: FloatGraph, matching: Matching) -> tuple[Place, ...]:
+def find_places(work: Work) -> tuple[Place, ...]:
     """Find each Conv that a depthwise Conv follows, with or without a Relu between.
 
     Args:
-        graph: where to look.
-        matching: both weights must be quantized.
+        work: where to look; both weights must be quantized.
 
     Returns:
         The places; nobody else reads the two weights, or what is between.
     """
+    graph, matching = work.graph, work.matching
     nodes, constants = graph.proto.graph.node, Constants(graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     outputs = {value.name for value in graph.proto.graph.output}
@@ -94,27 +94,23 @@ def _is_depthwise(node: NodeProto, weight: GraphWeight) -> bool:
     return groups > 1 and weight.tensor.shape[1] == 1 and weight.tensor.shape[0] % groups == 0
 
 
-def equalize(
-    graph: FloatGraph, matching: Matching, places: Sequence[Place], peaks: Mapping[str, np.ndarray]
-) -> tuple[FloatGraph, Matching]:
+def equalize(work: Work, places: Sequence[Place], peaks: Mapping[str, np.ndarray]) -> Work:
     """Make channels equally large at each place, by scaling both weights against each other.
 
     Args:
-        graph: is not changed.
-        matching: is not changed.
+        work: is not changed.
         places: from `find_places`.
         peaks: of each place's value, the largest magnitude of each channel, float [C].
 
     Returns:
         The new graph and matching, which compute the same function.
     """
+    graph, matching = work.graph, work.matching
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
-    nodes, constants, names = (
-        proto.graph.node,
-        Constants(graph),
-        NameMaker(list_value_names(proto.graph)),
-    )
+    nodes = proto.graph.node
+    constants = Constants(graph)
+    names = NameMaker(list_value_names(proto.graph))
     weights = {weight.name: weight for weight in matching.found}
     for place in places:
         factor = _choose_factors(peaks[place.value])
@@ -139,7 +135,9 @@ def equalize(
                 numpy_helper.from_array((values * factor).astype(np.float32), before.input[2])
             )
     found = tuple(weights[weight.name] for weight in matching.found)
-    return FloatGraph(proto, graph.weights), replace(matching, found=found)
+    return replace(
+        work, graph=FloatGraph(proto, graph.weights), matching=replace(matching, found=found)
+    )
 
 
 def _choose_factors(peaks: np.ndarray) -> np.ndarray:

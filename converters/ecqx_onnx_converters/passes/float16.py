@@ -1,5 +1,4 @@
-"""(graph, weights that are quantised) -> the graph with its other float parameters as float16, cast
-to float32 for their readers.
+"""Store float parameters that are not quantised as float16, with a Cast to float32 behind them.
 
 Runtimes fold the Cast while loading: inference is as it was, with rounded parameters. Vectors are
 one tensor, cast once and split. A parameter is stored so where it takes fewer bytes, Cast included,
@@ -35,7 +34,8 @@ from ecqx_onnx_converters.graph.graph import (
     rename_values,
 )
 from ecqx_onnx_converters.graph.uses import find_uses
-from ecqx_onnx_converters.matching.matching import Matching
+from ecqx_onnx_converters.matching.matching import GraphWeight
+from ecqx_onnx_converters.passes.work import Work
 
 FEWEST = 16  # entries; a Cast node with short names has up to 30 bytes, and an entry saves two
 RELATIVE = 2.0**-11
@@ -50,15 +50,18 @@ SCALED = {
 
 @dataclass(frozen=True)
 class Halved:
-    """names: of the parameters. entries: how many numbers. rounding: the largest |float16(p) - p| /
-    max |p| of one tensor.
+    """What was rounded to float16.
 
-    steps: how many steps of quantised weights are rounded as well.
+    Attributes:
+        names: of the parameters.
+        entries: how many numbers these are.
+        rounding: the largest |float16(p) - p| / max |p| of one tensor.
+        steps: how many steps of quantised weights are rounded as well.
     """
 
-    names: tuple[str, ...]
-    entries: int
-    rounding: float
+    names: tuple[str, ...] = ()
+    entries: int = 0
+    rounding: float = 0.0
     steps: int = 0
 
     @property
@@ -104,19 +107,19 @@ def round_to_float16(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
     return half if (error <= RELATIVE * (magnitude.max() if linear else magnitude)).all() else None
 
 
-def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatGraph, Halved]:
+def store_float16(work: Work) -> Work:
     """Store float parameters as float16, with a Cast behind each.
 
     Args:
-        graph: is not changed.
-        quantized: names of initializers that will be stored as integers.
+        work: its quantized weights are left alone. Is not changed.
 
     Returns:
-        The new graph, and what was rounded in it.
+        The new graph; a Halved as the last note says what was rounded, `round_steps` included.
     """
+    graph = work.graph
     proto, weights = _copy(graph)
     main, taken = proto.graph, list_value_names(proto.graph)
-    parameters = _list_parameters(proto, weights, quantized)
+    parameters = _list_parameters(proto, weights, _list_quantized(work))
     vectors = [
         parameter for parameter in parameters if parameter.half.ndim == 1 and graph.opset >= 13
     ]
@@ -136,10 +139,14 @@ def store_float16(graph: FloatGraph, quantized: Collection[str]) -> tuple[FloatG
     main.node.extend(nodes)
     for index in reversed([index for index, value in enumerate(main.input) if value.name in names]):
         del main.input[index]
-    entries = sum(parameter.half.size for parameter in parameters)
-    return FloatGraph(proto, weights), Halved(
-        names, entries, max((parameter.moved for parameter in parameters), default=0.0)
+    halved = Halved(
+        names,
+        entries=sum(parameter.half.size for parameter in parameters),
+        rounding=max((parameter.moved for parameter in parameters), default=0.0),
+        steps=sum(note.steps for note in work.find_notes(Halved)),
     )
+    others = [note for note in work.notes if not isinstance(note, Halved)]
+    return replace(work, graph=FloatGraph(proto, weights), notes=(*others, halved))
 
 
 def _join_vectors(
@@ -167,46 +174,54 @@ def _join_vectors(
     return [cast, helper.make_node("Split", [wide, lengths], names)]
 
 
-def store_half_steps(matching: Matching) -> tuple[Matching, int]:
+def round_steps(work: Work) -> Work:
     """Round the steps of weights that have several to float16, where that is harmless.
 
     Args:
-        matching: is not changed.
+        work: is not changed.
 
     Returns:
-        The matching with rounded steps, still float32, and how many numbers these are.
+        The matching with rounded steps, still float32; a Halved as the last note counts them.
     """
-    found, entries = [], 0
-    for weight in matching.found:
-        meaning = weight.tensor.meaning
-        half = (
-            round_to_float16(meaning.step, linear=False)
-            if isinstance(meaning, Scale) and weight.integers is None
-            else None
-        )
+    found: list[GraphWeight] = []
+    entries = 0
+    for weight in work.matching.found:
+        half = _round_step(weight)
         if half is not None:
             entries += half.size
-            weight = replace(
-                weight, tensor=replace(weight.tensor, meaning=Scale(half.astype(np.float32)))
-            )
+            tensor = replace(weight.tensor, meaning=Scale(half.astype(np.float32)))
+            weight = replace(weight, tensor=tensor)
         found.append(weight)
-    return replace(matching, found=tuple(found)), entries
+    matching = replace(work.matching, found=tuple(found))
+    return replace(work, matching=matching, notes=(*work.notes, Halved(steps=entries)))
 
 
-def round_parameters(graph: FloatGraph, quantized: Collection[str]) -> FloatGraph:
+def _round_step(weight: GraphWeight) -> np.ndarray | None:
+    """The weight's steps as float16; None where it has none, or they stay float32."""
+    meaning = weight.tensor.meaning
+    if weight.integers is not None or not isinstance(meaning, Scale):
+        return None
+    return round_to_float16(meaning.step, linear=False)
+
+
+def round_parameters(work: Work) -> Work:
     """Round the parameters that `store_float16` rounds, and keep them float32.
 
     Args:
-        graph: is not changed.
-        quantized: names of initializers that will be stored as integers.
+        work: its quantized weights are left alone. Is not changed.
 
     Returns:
         A new graph that computes what the one of `store_float16` does.
     """
-    proto, weights = _copy(graph)
-    for parameter in _list_parameters(proto, weights, quantized):
+    proto, weights = _copy(work.graph)
+    for parameter in _list_parameters(proto, weights, _list_quantized(work)):
         _put(parameter.tensor, parameter.half.astype(np.float32), weights)
-    return FloatGraph(proto, weights)
+    return replace(work, graph=FloatGraph(proto, weights))
+
+
+def _list_quantized(work: Work) -> set[str]:
+    """Names of the initializers that will be stored as integers."""
+    return {weight.name for weight in work.matching.found}
 
 
 def _copy(graph: FloatGraph) -> tuple[ModelProto, dict[str, np.ndarray]]:

@@ -17,7 +17,8 @@ from ecqx_onnx_converters.graph.graph import FloatGraph, list_graphs
 from ecqx_onnx_converters.graph.opset_raising import raise_opset
 from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
-from ecqx_onnx_converters.passes.batchnorm import fold_batchnorms
+from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
+from ecqx_onnx_converters.passes.work import Work
 from onnx import TensorProto
 from onnx.inliner import inline_local_functions
 
@@ -163,12 +164,13 @@ def fold_into_weights(graph: FloatGraph) -> tuple[FloatGraph, int]:
         levels = np.ones(weight.shape, np.int8)
         tensor = QuantTensor(weight.name, levels, Scale(np.array(1.0, np.float32)))
         ones.append(GraphWeight(weight.name, tensor, (weight.name,)))
-    folded, matching, batchnorms = fold_batchnorms(graph, Matching(tuple(ones), ()))
-    inside = {entry.weight for entry in batchnorms if entry.weight is not None}
+    work = fold_batchnorms(Work(graph, Matching(tuple(ones), ())))
+    folded = work.graph
+    inside = {entry.weight for entry in work.find_notes(BatchNorm) if entry.weight is not None}
     if not inside:
         return graph, 0
     values = dict(folded.weights)
-    for entry in matching.found:
+    for entry in work.matching.found:
         if entry.name in inside:
             values[entry.name] = graph.weights[entry.name] * entry.dequantize()
         elif entry.name in graph.weights:
