@@ -8,6 +8,8 @@ import torch.nn as nn
 from ecqx_onnx.errors import DataError, FileError, ModelError, OptionError
 from ecqx_onnx.quantization import quantizer as quantizer_module
 from ecqx_onnx.quantization import train, training
+from ecqx_onnx.quantization.objectives.objective import Score
+from ecqx_onnx.quantization.training import run
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
@@ -166,7 +168,7 @@ def test_learned_steps_come_to_rest_with_the_weights(monkeypatch):
             super().step(*batch)
             seen.append([tensor.meaning.step.copy() for tensor in self.tensors()])
 
-    monkeypatch.setattr(training, "Quantizer", Watched)
+    monkeypatch.setattr(run, "Quantizer", Watched)
     train(net(), Blobs(), **options(), step="learned", step_rate=1e-2)
 
     def moved(before, after):
@@ -215,7 +217,7 @@ def test_an_interrupt_while_the_state_is_written_leaves_nothing(tmp_path, monkey
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.torch, "save", interrupted)
+    monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(net(), Blobs(), **options(epochs=1, state_file=tmp_path / "s"))
     assert list(tmp_path.iterdir()) == []
@@ -223,7 +225,9 @@ def test_an_interrupt_while_the_state_is_written_leaves_nothing(tmp_path, monkey
 
 def test_the_best_epoch_by_validation_is_kept(monkeypatch):
     scores = iter([0.1, 0.9, 0.9, 0.3])
-    monkeypatch.setattr(training._Run, "accuracy", lambda self, split: next(scores))
+    monkeypatch.setattr(
+        run.TrainingRun, "evaluate", lambda self, split: Score("accuracy", next(scores), 0.0, 1)
+    )
     model = net()
     result = train(model, Blobs(), **options())
     assert result.best_epoch == 3
@@ -391,7 +395,7 @@ def test_relevances_are_taken_up_to_a_share_of_the_training(monkeypatch):
             taken.append(self._steps)
             super().observe(*batch)
 
-    monkeypatch.setattr(training, "Quantizer", Watched)
+    monkeypatch.setattr(run, "Quantizer", Watched)
     result = train(
         net(), Blobs(), **options(relevance_until=0.5, progress=seen.append), refresh_every=2
     )

@@ -88,11 +88,14 @@ def quantize(
     keep: Annotated[float, _option("keep", RELEVANCE)] = 0.1,
     prune: Annotated[float, _option("prune", RELEVANCE)] = 0.1,
     rho: Annotated[float, _option("rho", RELEVANCE)] = 2.0,
+    loss: Annotated[str, _option("loss", TRAINING)] = "cross_entropy",
+    metric: Annotated[str | None, _option("metric", TRAINING)] = None,
     epochs: Annotated[int, _option("epochs", TRAINING)] = 10,
     learning_rate: Annotated[float, _option("learning_rate", TRAINING, "--lr")] = 1e-3,
     schedule: Annotated[str, _option("schedule", TRAINING)] = "cosine",
     batch_size: Annotated[int, _option("batch_size", TRAINING)] = 64,
     distillation: Annotated[float, _option("distillation", TRAINING)] = 0.0,
+    distill_by: Annotated[str, _option("distill_by", TRAINING)] = "auto",
     temperature: Annotated[float, _option("temperature", TRAINING)] = 2.0,
     entropy_ramp: Annotated[float, _option("entropy_ramp", TRAINING)] = 0.0,
     precision: Annotated[str, _option("precision", TRAINING)] = "float32",
@@ -107,6 +110,8 @@ def quantize(
     """Train and quantise with ECQx: near and cheap levels; relevance decides what may become zero.
 
     Example:  ecqx-onnx quantize net.py:net --weights fp32.pt --data mnist.npz --out net.pt
+
+    Other tasks:  ecqx-onnx quantize net.py:net --data pairs.npz --loss mse --out net.pt ...
 
     For integer kernels:  ecqx-onnx quantize ... --activations int8 --out net.pt
 

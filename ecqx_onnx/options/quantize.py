@@ -10,7 +10,7 @@ from typing import Any
 from ecqx_onnx.options import shared
 from ecqx_onnx.options.option import option, required
 from ecqx_onnx.options.quantizer import Recipe
-from ecqx_onnx.options.training import Precision, Schedule
+from ecqx_onnx.options.training import DistillBy, Precision, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class QuantizeOptions(Recipe):
 
     factory: str = required("A function (or class) that returns the network.")
     data: str = required(
-        "Training data: .npz, a folder per class, sklearn:digits, or FILE.py:FUNCTION."
+        "Training data: .npz, a folder per class, sklearn:digits, or FILE.py:FUNCTION. Without"
+        " targets, training follows the float network's outputs."
     )
     out: str | Path = required("The checkpoint to write.")
     weights: str | Path | None = option(
@@ -49,6 +50,16 @@ class QuantizeOptions(Recipe):
         0.4,
         "Share of the training after which no new relevances are taken, so that weights settle.",
     )
+    loss: Any = option(
+        "cross_entropy",
+        "What training makes small: cross-entropy, bce (several yes or no), mse, l1, dice,"
+        " distillation (the float network's outputs), or FILE.py:FUNCTION of (output, targets).",
+    )
+    metric: Any = option(
+        None,
+        "What chooses the best epoch: accuracy, label-accuracy, mse, l1, dice, iou, agreement,"
+        " cosine, error, or FILE.py:FUNCTION of (output, targets); default: the loss's own.",
+    )
     epochs: int = option(
         10,
         "Number of passes over the training samples; 0 assigns levels without training.",
@@ -58,6 +69,11 @@ class QuantizeOptions(Recipe):
     schedule: Schedule = option("cosine", "How the learning rate falls: cosine or constant.")
     batch_size: int = option(64, "Number of samples in a training step.", minimum=1)
     distillation: float = option(0.0, "Share of the loss that follows the float network's outputs.")
+    distill_by: DistillBy = option(
+        "auto",
+        "How the float network's outputs are followed: logits, mse, cosine or auto (logits beside"
+        " cross-entropy, else mse).",
+    )
     temperature: float = option(2.0, "Softmax temperature of the distillation loss.")
     entropy_ramp: float = option(
         0.0, "Share of the training over which the entropy weight rises from 0."

@@ -66,8 +66,8 @@ class Recipe:
     )
     start: Any = option(
         "logit",
-        "Relevance at the output: logit, probability or ones of the true class, or FILE.py:FUNCTION"
-        " of (output, target).",
+        "Relevance at the output: logit, probability or ones of the true class, output for each"
+        " value of it, or FILE.py:FUNCTION of (output, target).",
     )
     refresh_every: int = option(8, "Take relevances anew every so many steps.", minimum=1)
     relevance_memory: float = option(

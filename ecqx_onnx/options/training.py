@@ -10,6 +10,7 @@ from ecqx_onnx.errors import OptionError
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["float32", "bfloat16"]
+DistillBy = Literal["auto", "logits", "mse", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class _Setup:
     precision: Precision
     seed: int
     relevance_until: float = 1.0  # a state written before there was this option has none
+    loss: str = "cross_entropy"
+    metric: str | None = None
+    distill_by: str = "auto"
 
     def __post_init__(self) -> None:
         counts_fit = self.epochs >= 0 and self.batch_size >= 1
@@ -53,7 +57,11 @@ class _Setup:
                 f"relevance_until is {self.relevance_until}: choose a share of the training above"
                 " 0, up to 1"
             )
-        choices_of = {"schedule": get_args(Schedule), "precision": get_args(Precision)}
+        choices_of = {
+            "schedule": get_args(Schedule),
+            "precision": get_args(Precision),
+            "distill_by": get_args(DistillBy),
+        }
         for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in choices:

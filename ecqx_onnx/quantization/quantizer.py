@@ -140,8 +140,8 @@ class Quantizer:
             entropy_weight: γ in [0, 1], how dear a bit is against a squared error; 0 is the
                 nearest level.  [ECQx, sec. 4]
             relevance: name of a zennit composite, a Composite, or None for plain ECQ.
-            start: relevance at the output: "logit", "probability" or "ones" of the true class, or
-                a function (output, target) -> relevance.
+            start: relevance at the output: "logit", "probability" or "ones" of the true class,
+                "output" for each value of it, or a function (output, target) -> relevance.
             refresh_every: steps between two relevances, 1 or more.
             relevance_memory: share of the old in the moving average, in [0, 1).
             relevance_samples: take relevances on so many samples of a batch; None for all.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ecqx_onnx_converters.graph.outputs import check_output
 
 from ecqx_onnx.data import Dataset
+from ecqx_onnx.data.task import TaskData
 from ecqx_onnx.errors import DataError, FileError, OptionError
 from ecqx_onnx.inputs.user_code import is_function_spec, load_function
 from ecqx_onnx.options.option import refuse_unknown_options
@@ -22,21 +23,29 @@ from ecqx_onnx.options.quantizer import (
     Recipe,
     StepRule,
 )
-from ecqx_onnx.options.training import Precision, Schedule
+from ecqx_onnx.options.training import DistillBy, Precision, Schedule
 from ecqx_onnx.validation.metrics import Proportion
 from ecqx_onnx.validation.plausibility import doubt_accuracy
 from ecqx_onnx.verbs.accuracy import accuracy, confuse
 from ecqx_onnx.verbs.reports import Quantized
-from ecqx_onnx.verbs.training_data import fit_channels, preprocess_data
+from ecqx_onnx.verbs.training_data import (
+    fit_channels,
+    list_arguments,
+    make_example,
+    preprocess_data,
+    preprocess_task,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from ecqx_onnx.checkpoint.checkpoint import Checkpoint
-    from ecqx_onnx.quantization.training import Progress, Training
+    from ecqx_onnx.quantization.objectives.objective import Objective, Score
+    from ecqx_onnx.quantization.training import EpochRecord, Progress, Training
     from ecqx_onnx.sources.loading import Loaded
 
 OF_TRAIN = (
+    "distill_by",
     "epochs",
     "batch_size",
     "learning_rate",
@@ -51,7 +60,7 @@ OF_TRAIN = (
     "seed",
     "resume",
 )  # options of `quantization.train` beside those of the levels and the augmentation
-BY_NAME = ("augment", "relevance", "start")  # options that may name a function
+BY_NAME = ("augment", "relevance", "start", "loss", "metric")  # options that may name a function
 Told = Callable[[int, int, str], None]
 
 
@@ -60,9 +69,9 @@ class _Prepared:
     """A network and its data, ready for the training."""
 
     loaded: Loaded
-    dataset: Dataset
-    example: torch.Tensor
-    before: Proportion | None
+    dataset: Dataset | TaskData
+    example: Any
+    before: Proportion | Score | None
     notes: tuple[str, ...]
 
 
@@ -97,11 +106,14 @@ def quantize(
     keep: float = 0.1,
     prune: float = 0.1,
     rho: float = 2.0,
+    loss: str | Callable[..., Any] = "cross_entropy",
+    metric: str | Callable[..., Any] | None = None,
     epochs: int = 10,
     learning_rate: float = 1e-3,
     schedule: Schedule = "cosine",
     batch_size: int = 64,
     distillation: float = 0.0,
+    distill_by: DistillBy = "auto",
     temperature: float = 2.0,
     entropy_ramp: float = 0.0,
     precision: Precision = "float32",
@@ -119,7 +131,8 @@ def quantize(
 
     Args:
         factory: 'FILE.py:FACTORY', a function or class that returns the network.
-        data: training data: an .npz, a folder per class, sklearn:digits, or FILE.py:FUNCTION.
+        data: training data: an .npz, a folder per class, sklearn:digits, or FILE.py:FUNCTION; for
+            tasks without classes see `ecqx_onnx.data.task`.
         out: the checkpoint to write.
         weights: its trained float state dict; without it, the network starts as the factory made
             it, under `seed`.
@@ -142,8 +155,8 @@ def quantize(
         size_exponent: how far small tensors are spared the entropy weight: 1 most, 0 not.
         relevance: name of an LRP composite, a Composite, FILE.py:FUNCTION that returns one, or None
             for plain ECQ.
-        start: relevance at the output: logit, probability or ones of the true class, or a function
-            of (output, target), as FILE.py:FUNCTION or itself.
+        start: relevance at the output: logit, probability or ones of the true class, output for
+            each value of it, or a function of (output, target), as FILE.py:FUNCTION or itself.
         refresh_every: relevances are taken anew every so many steps.
         relevance_samples: they are taken on so many samples of the batch; None for all.
         relevance_memory: share of the old ones in their moving average, in [0, 1).
@@ -151,11 +164,18 @@ def quantize(
         keep: largest share of zeros that relevances may take away, in [0, 1].
         prune: largest share of extra zeros that they may add, in [0, 1].
         rho: ρ of f(R) = ρ R^β, above 1.
+        loss: cross_entropy, bce, mse, l1, dice, distillation, FILE.py:FUNCTION, or a function
+            (what the network returns, targets) -> tensor.
+        metric: what chooses the best epoch, accuracy, label_accuracy, mse, l1, dice, iou,
+            agreement, cosine, error, FILE.py:FUNCTION, or a function (output, targets) -> one
+            number a sample, where more is better; by default the one of the loss.
         epochs: passes over the training samples; 0 assigns levels without training.
         learning_rate: Adam's.
         schedule: of the learning rate: "cosine" or "constant".
         batch_size: samples in a training step.
-        distillation: share of the loss that follows the float network's outputs, in [0, 1].
+        distillation: share of the loss that follows the float network's outputs, in [0, 1]; 1
+            where the data have no targets.
+        distill_by: how they are followed: "logits", "mse", "cosine", or "auto".
         temperature: of the softmax of the distillation loss, above 0.
         entropy_ramp: share of the training over which γ rises from 0, in [0, 1).
         precision: of the forward passes: "float32" or "bfloat16".
@@ -208,11 +228,14 @@ def quantize(
         keep=keep,
         prune=prune,
         rho=rho,
+        loss=loss,
+        metric=metric,
         epochs=epochs,
         learning_rate=learning_rate,
         schedule=schedule,
         batch_size=batch_size,
         distillation=distillation,
+        distill_by=distill_by,
         temperature=temperature,
         entropy_ramp=entropy_ramp,
         precision=precision,
@@ -245,7 +268,7 @@ def _quantize(options: QuantizeOptions, progress: Told | None) -> Quantized:
 
     # 2. Load the network and the data, and look what the float network can do.
     torch.manual_seed(options.seed)
-    prepared = _prepare(options)
+    prepared = _prepare(options, functions)
     dataset = prepared.dataset
 
     # 3. Train.
@@ -253,11 +276,18 @@ def _quantize(options: QuantizeOptions, progress: Told | None) -> Quantized:
     with open_process_group():
         trained = _train(options, functions, prepared, state_file, progress)
         is_first = find_rank() == 0
-    after = accuracy(trained.quantizer.model, dataset.test)
+    after: Proportion | Score
+    if _is_classifier(options, dataset):
+        after = accuracy(trained.quantizer.model, dataset.test)
+    else:
+        assert trained.evaluate is not None  # `train` gives it
+        after = trained.evaluate(dataset.test)
 
     # 4. Save what came out, with how it came about.
     trained.quantizer.model.to("cpu")
     recipe = {**trained.setup, "data": dataset.name, "best_epoch": trained.best_epoch}
+    if not isinstance(after, Proportion):
+        recipe["score"] = after.to_json()
     for name in BY_NAME:
         recipe[name] = _show_option(getattr(options, name))
     checkpoint = as_checkpoint(
@@ -282,30 +312,45 @@ def _quantize(options: QuantizeOptions, progress: Told | None) -> Quantized:
         report=trained.quantizer.report(),
         tensors=checkpoint.tensors,
         data=dataset.name,
-        notes=(*prepared.notes, *checkpoint.notes),
+        notes=(*prepared.notes, *trained.notes, *checkpoint.notes),
         activations=trained.quantizer.options.activations,
     )
 
 
-def _prepare(options: QuantizeOptions) -> _Prepared:
-    import torch
-
-    from ecqx_onnx.data import load_dataset
+def _prepare(options: QuantizeOptions, functions: Mapping[str, Any]) -> _Prepared:
+    from ecqx_onnx.data.task import load_training_data
+    from ecqx_onnx.quantization.objectives.objective import name_of
     from ecqx_onnx.sources.loading import apply_state, load_factory, load_state
 
     loaded = load_factory(options.factory)
-    dataset = fit_channels(load_dataset(options.data), loaded)
-    dataset, decided = preprocess_data(
-        dataset, loaded, options.mean, options.std, factory=options.factory
-    )
+    has_classes = name_of(options.loss) == "cross_entropy"
+    arguments = list_arguments(loaded.model)
+    dataset = load_training_data(options.data, arguments, classes=has_classes)
+    decided = ""
+    if isinstance(dataset, Dataset):
+        dataset, decided = preprocess_data(
+            fit_channels(dataset, loaded),
+            loaded,
+            options.mean,
+            options.std,
+            factory=options.factory,
+        )
+    else:
+        dataset, decided = preprocess_task(dataset, loaded, options.mean, options.std)
     notes: tuple[str, ...] = ()
     if options.weights is not None:
         state = load_state(options.weights)
         notes = apply_state(loaded.model, state, options.weights, strict=options.strict)
+    elif name_of(options.loss) == "distillation" or not _has_targets(dataset):
+        raise OptionError(
+            "training without targets follows the float network, which random weights are none of:"
+            " give its --weights"
+        )
     _check_patterns(options, [name for name, _ in loaded.model.named_parameters()])
-    x, _ = next(dataset.test.batches(2))
-    example = torch.from_numpy(x)
-    dataset.check_outputs(_count_outputs(loaded.model, example, options))
+    example = make_example(next(iter(dataset.test.batches(2)))[0], arguments)
+    output = _run_example(loaded.model, example, options)
+    if isinstance(dataset, Dataset) and has_classes:
+        dataset.check_outputs(int(output.shape[-1]))
     notes = (*notes, *dataset.notes, decided)
     if options.weights is None:
         scratch = (
@@ -313,20 +358,72 @@ def _prepare(options: QuantizeOptions) -> _Prepared:
             " scratch"
         )
         return _Prepared(loaded, dataset, example, None, (*notes, scratch))
+    if not _is_classifier(options, dataset):
+        score = _measure_float(options, functions, loaded.model, dataset)
+        return _Prepared(loaded, dataset, example, score, notes)
     confusion = confuse(loaded.model, dataset.test)
     before = accuracy(loaded.model, dataset.test) if confusion is None else confusion.right
     doubts = doubt_accuracy(confusion, who="the float model")
     return _Prepared(loaded, dataset, example, before, (*notes, *doubts))
 
 
-def _count_outputs(model: torch.nn.Module, example: torch.Tensor, options: QuantizeOptions) -> int:
-    """Number of class scores; DataError if the samples do not go through the network."""
+def _has_targets(dataset: Dataset | TaskData) -> bool:
+    return bool(getattr(dataset.train, "has_targets", True))
+
+
+def _is_classifier(options: QuantizeOptions, dataset: Dataset | TaskData) -> bool:
+    """Whether it is judged by how many of the samples get their right class."""
+    from ecqx_onnx.quantization.objectives.objective import name_of
+
+    metric = "accuracy" if options.metric is None else name_of(options.metric)
+    is_plain = name_of(options.loss) == "cross_entropy" and metric == "accuracy"
+    return is_plain and isinstance(dataset, Dataset)
+
+
+def _choose_objective(
+    options: QuantizeOptions, functions: Mapping[str, Any], dataset: Dataset | TaskData
+) -> Objective:
+    from ecqx_onnx.quantization.objectives.objective import choose_objective
+
+    return choose_objective(
+        functions.get("loss", options.loss),
+        functions.get("metric", options.metric),
+        distillation=options.distillation,
+        distill_by=options.distill_by,
+        temperature=options.temperature,
+        has_targets=_has_targets(dataset),
+    )
+
+
+def _measure_float(
+    options: QuantizeOptions,
+    functions: Mapping[str, Any],
+    model: torch.nn.Module,
+    dataset: Dataset | TaskData,
+) -> Score | None:
+    """The float network's score; None for a metric that compares with the float network."""
+    from ecqx_onnx.quantization.objectives.evaluation import evaluate
+
+    objective = _choose_objective(options, functions, dataset)
+    if objective.metric.against_float:
+        return None
+    return evaluate(model, dataset.test, objective)
+
+
+def _run_example(model: torch.nn.Module, example: Any, options: QuantizeOptions) -> torch.Tensor:
+    """The scores of two samples; DataError if they do not go through the network."""
+    import torch
+
+    from ecqx_onnx.quantization.objectives.values import call_model, find_scores
+
     try:
-        return int(model.eval()(example).shape[-1])
+        with torch.no_grad():
+            return find_scores(call_model(model.eval(), example))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        shown = tuple(example.shape) if hasattr(example, "shape") else "these inputs"
         raise DataError(
-            f"{options.data}: a batch of shape {tuple(example.shape)} does not go through"
+            f"{options.data}: a batch of shape {shown} does not go through"
             f" {options.factory} ({reason}); give data of the shape that it takes"
         ) from error
 
@@ -340,7 +437,7 @@ def _train(
 ) -> Training:
     from ecqx_onnx.quantization import train
 
-    given = {name: getattr(options, name) for name in (*OF_TRAIN, "augment")}
+    given = {name: getattr(options, name) for name in (*OF_TRAIN, "augment", "loss", "metric")}
     for entry in fields(Recipe):
         given[entry.name] = getattr(options, entry.name)
     return train(
@@ -356,8 +453,8 @@ def with_history(
     checkpoint: Checkpoint,
     trained: Training,
     *,
-    before: Proportion | None,
-    after: Proportion | None,
+    before: Proportion | Score | None,
+    after: Proportion | Score | None,
     data: str,
 ) -> Checkpoint:
     """Add to a checkpoint what a report shows of its training.
@@ -375,7 +472,7 @@ def with_history(
     assert checkpoint.insight is not None  # it was made from a Quantizer
     insight = replace(
         checkpoint.insight,
-        history=tuple(asdict(record) for record in trained.history),
+        history=tuple(_write_record(record) for record in trained.history),
         best_epoch=trained.best_epoch,
         before=_write_counts(before),
         after=_write_counts(after),
@@ -384,8 +481,17 @@ def with_history(
     return replace(checkpoint, insight=insight)
 
 
-def _write_counts(found: Proportion | None) -> dict[str, int] | None:
-    return {"hits": found.hits, "total": found.total} if found else None
+def _write_counts(found: Proportion | Score | None) -> dict[str, int] | None:
+    if isinstance(found, Proportion) and found:
+        return {"hits": found.hits, "total": found.total}
+    return None
+
+
+def _write_record(record: EpochRecord) -> dict[str, Any]:
+    """Numbers alone, as checkpoints hold them; the metric's name stands in the recipe."""
+    values = asdict(record)
+    del values["metric"]
+    return values
 
 
 def _load_named_functions(options: QuantizeOptions) -> dict[str, Any]:
@@ -442,9 +548,15 @@ def training_progress(progress: Told) -> Callable[[Progress], None]:
 
     def show(at: Progress) -> None:
         text = (
-            f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}  accuracy {at.accuracy:.2%}  "
+            f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}  {_show_metric(at)}  "
             f"zeros {at.zeros:.1%}  {at.bits_per_weight:.2f} bit/weight"
         )
         progress((at.epoch - 1) * at.steps + at.step, at.epochs * at.steps, text)
 
     return show
+
+
+def _show_metric(at: Progress) -> str:
+    if at.metric == "accuracy":
+        return f"accuracy {at.accuracy:.2%}"
+    return f"{at.metric} {at.accuracy:.4g}"

@@ -19,6 +19,7 @@ from ecqx_onnx.validation.equivalence import Equivalence
 from ecqx_onnx.validation.metrics import Proportion
 
 if TYPE_CHECKING:
+    from ecqx_onnx.quantization.objectives.objective import Score
     from ecqx_onnx.quantization.report import Report
     from ecqx_onnx.quantization.training import EpochRecord
 
@@ -32,7 +33,8 @@ class Quantized(Shown):
 
     Attributes:
         path: of the checkpoint.
-        before: the float network's accuracy on the test split; None without weights.
+        before: the float network's accuracy on the test split, or its score by another metric;
+            None without weights, and for metrics that compare with the float network.
         after: the quantized network's, with activations rounded as they were while training. No
             choice was made on the test split.
         best_epoch: whose weights were kept; 0 if levels were only assigned.
@@ -45,8 +47,8 @@ class Quantized(Shown):
     """
 
     path: Path
-    before: Proportion | None
-    after: Proportion
+    before: Proportion | Score | None
+    after: Proportion | Score
     best_epoch: int
     history: tuple[EpochRecord, ...]
     report: Report
@@ -71,9 +73,12 @@ class Quantized(Shown):
 
     def __repr__(self) -> str:
         return (
-            f"<Quantized {self.path}: accuracy {self.after}, zeros {self.zeros:.1%}, "
+            f"<Quantized {self.path}: {self._show_after()}, zeros {self.zeros:.1%}, "
             f"{self.bits_per_weight:.2f} bit per weight>"
         )
+
+    def _show_after(self) -> str:
+        return f"accuracy {self.after}" if isinstance(self.after, Proportion) else str(self.after)
 
     def to_json(self) -> dict[str, Any]:
         """Write the report as plain values.
@@ -87,8 +92,7 @@ class Quantized(Shown):
         return {
             "file": str(self.path),
             "data": self.data,
-            "accuracy_before": self.before.to_json() if self.before else None,
-            "accuracy": self.after.to_json(),
+            **self._write_scores(),
             "activations": self.activations,
             "zeros": self.zeros,
             "bits_per_weight": self.bits_per_weight,
@@ -99,6 +103,13 @@ class Quantized(Shown):
             "warnings": list(self.report.warnings),
             "notes": list(self.notes),
         }
+
+    def _write_scores(self) -> dict[str, Any]:
+        before = self.before.to_json() if self.before else None
+        after = self.after.to_json()
+        if isinstance(self.after, Proportion):
+            return {"accuracy_before": before, "accuracy": after}
+        return {"accuracy_before": None, "accuracy": None, "score_before": before, "score": after}
 
     def render(self) -> RenderableType:
         """Draw the report.
@@ -130,9 +141,10 @@ class Quantized(Shown):
 
     def _summarize(self) -> str:
         before = f"{self.before} before, " if self.before else ""
+        before = f"accuracy {before}" if isinstance(self.after, Proportion) else before
         rounded = " with 8-bit activations" if self.activations == "int8" else ""
         return (
-            f"{self.path}: test accuracy {before}{self.after} after{rounded};"
+            f"{self.path}: test {before}{self.after} after{rounded};"
             f" zeros {self.zeros:.1%}, {self.bits_per_weight:.2f} bit per weight;"
             f" best epoch {self.best_epoch}, chosen on the validation split"
         )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ecqx_onnx.data import Dataset
-from ecqx_onnx.errors import OptionError
+from ecqx_onnx.data.task import TaskData
+from ecqx_onnx.errors import DataError, OptionError
+from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
+    import torch
+
     from ecqx_onnx.sources.loading import Loaded
 
 DOES_NOT_FIT = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -83,3 +88,84 @@ def preprocess_data(
         dataset = dataset.normalized()
         where = f"mean and std estimated from the training samples of {dataset.name}; " + where
     return dataset, f"preprocessing: {dataset.preprocessing.describe()} ({where})"
+
+
+def preprocess_task(
+    dataset: TaskData,
+    loaded: Loaded,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> tuple[TaskData, str]:
+    """Choose how raw samples of a task without classes become inputs of the network.
+
+    Args:
+        dataset: the data.
+        loaded: the network, with the PREPROCESSING of its file where it has one.
+        mean: what is subtracted, one value or one per channel; None for no wish.
+        std: what is divided by, likewise.
+
+    Returns:
+        The data as the training takes them, and a sentence that says how, and who decided it.
+
+    Raises:
+        OptionError: if only one of mean and std is given, or the data have several inputs.
+    """
+    if bool(mean) != bool(std):
+        raise OptionError("--mean and --std go together: give both")
+    where = "the data's type decided"
+    if loaded.preprocessing is not None and dataset.preprocessing is not None:
+        dataset = dataset.with_preprocessing(loaded.preprocessing)
+        where = "PREPROCESSING of the network's file"
+    if mean and std:
+        base = dataset.preprocessing or Preprocessing("array")
+        dataset = dataset.with_preprocessing(base.normalized(mean, std))
+        where = "mean and std as given"
+    if dataset.preprocessing is None:
+        return dataset, "preprocessing: none, inputs are taken as they are"
+    return dataset, f"preprocessing: {dataset.preprocessing.describe()} ({where})"
+
+
+def list_arguments(model: torch.nn.Module) -> tuple[str, ...]:
+    """List the inputs of a network.
+
+    Args:
+        model: a module.
+
+    Returns:
+        Names of the parameters of its forward, in order; none where it takes any.
+    """
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return tuple(entry.name for entry in parameters if entry.kind in kinds)
+
+
+def make_example(x: Any, arguments: Sequence[str]) -> Any:
+    """Make an example of a batch: what a network can be traced with.
+
+    Args:
+        x: an array, or {argument: array}.
+        arguments: of the network's forward, in order.
+
+    Returns:
+        A tensor; or a tuple of them in the order of the arguments.
+
+    Raises:
+        DataError: if an argument before one that is given is missing.
+    """
+    import numpy as np
+    import torch
+
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(x)
+    if not isinstance(x, Mapping):
+        return tuple(torch.as_tensor(value) for value in x)
+    wanted = tuple(arguments[: len(x)])
+    if set(wanted) != set(x):
+        raise DataError(
+            f"the data give {', '.join(x)}, and the network's first inputs are"
+            f" {', '.join(wanted)}: give these, or wrap the network in one that takes yours"
+        )
+    return tuple(torch.from_numpy(x[name]) for name in wanted)

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ecqx_onnx.errors import DataError, InputError, ModelError, OptionError
+from ecqx_onnx.quantization.objectives.losses import IGNORED
+from ecqx_onnx.quantization.objectives.values import find_scores, list_tensors
 from ecqx_onnx.quantization.parametrizations import (
     compute_effective_weight,
     copy_module,
@@ -37,7 +39,7 @@ from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
 from ecqx_onnx.quantization.relevance.zplus import PositiveContributions, run_with
 
 Start = str | Callable[[Any, Any], Any]
-STARTS = ("logit", "probability", "ones")
+STARTS = ("logit", "probability", "ones", "output")
 RULED = (
     nn.Linear,
     nn.Conv1d,
@@ -79,11 +81,12 @@ class Relevances:
     summed over the batch.
 
     composite: a name, or a zennit Composite without canonizers. start: the relevance at the output:
-    "logit", "probability" or "ones" of the true class, or a function (output, target) -> relevance,
-    shaped as the output (or -> (tensor, its relevance) for models that return several). After a
-    call, `rules` says for each weight which rule its layer used, `approximated` names the operators
-    that were passed by gradient times input, and `failures` says for each weight whose layer's rule
-    failed why it has no relevance.
+    "logit", "probability" or "ones" of the true class, "output" for each value of the first output
+    as relevant as it is large, or a function (output, target) -> relevance, shaped as the output
+    (or -> (tensor, its relevance) for models that return several). After a call, `rules` says for
+    each weight which rule its layer used, `approximated` names the operators that were passed by
+    gradient times input, and `failures` says for each weight whose layer's rule failed why it has
+    no relevance.
     """
 
     def __init__(
@@ -468,7 +471,7 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
     Args:
         output: what the model returned: float [N, classes, ...], or what `start` takes.
         target: int64 [N, ...], the classes, or what `start` takes.
-        start: "logit", "probability", "ones", or a function (output, target).
+        start: "logit", "probability", "ones", "output", or a function (output, target).
 
     Returns:
         The output tensor, and its relevance of the same shape.
@@ -487,36 +490,55 @@ def start_relevance(output: Any, target: Any, start: Start) -> tuple[Tensor, Ten
                 f"{tuple(getattr(output, 'shape', ()))}: they must be equal"
             )
         return output, R.detach().to(output.dtype)
-    if isinstance(output, Mapping) and isinstance(
-        output.get("logits"), Tensor
-    ):  # as Hugging Face's models call them
-        output = output["logits"]
+    if start == "output":
+        scores = find_scores(output)
+        return scores, scores.detach()
+    found = list_tensors(output)
+    if "logits" in found or len(found) == 1:  # as Hugging Face's models call them; the only one
+        output = find_scores(output)
     if not isinstance(output, Tensor):
         raise ModelError(
             f"the model returns a {type(output).__name__}: give start=function(output, target) -> "
             "(tensor, its relevance)"
         )
-    if (
-        not isinstance(target, Tensor)
-        or target.is_floating_point()
-        or target.shape != (output.shape[0], *output.shape[2:])
-    ):
+    R = _choose_true_class(output, target, start)
+    if start == "logit":
+        return output, output.detach() * R
+    if start == "probability":
+        return output, F.softmax(output.detach(), dim=_find_class_axis(output, target)) * R
+    return output, R
+
+
+def _find_class_axis(output: Tensor, target: Tensor) -> int | None:
+    """Where the classes lie: [N, C, ...], or [N, ..., C] as language models have them; or None."""
+    if output.ndim >= 2 and target.shape == (output.shape[0], *output.shape[2:]):
+        return 1
+    if output.ndim >= 3 and target.shape == output.shape[:-1]:
+        return -1
+    return None
+
+
+def _choose_true_class(output: Tensor, target: Any, start: str) -> Tensor:
+    """One at each true class, of the output's shape; nothing where the target is -100 (padding)."""
+    is_class = isinstance(target, Tensor) and not target.is_floating_point()
+    axis = _find_class_axis(output, target) if is_class else None
+    if axis is None:
         raise DataError(
             f"start '{start}' needs one class index per sample, shape "
             f"{(output.shape[0], *output.shape[2:])}, and got "
-            f"{_describe_target(target)}: for other tasks give start=function(output, target)"
+            f"{_describe_target(target)}: for other tasks give start='output', or "
+            "start=function(output, target)"
         )
-    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < output.shape[1]:
+    counted = target != IGNORED
+    classes = target.long() * counted
+    low = int(classes.min()) if target.numel() else 0
+    high = int(classes.max()) if target.numel() else 0
+    if low < 0 or high >= output.shape[axis]:
         raise DataError(
-            f"targets run from {int(target.min())} to {int(target.max())}, the output has "
-            f"{output.shape[1]} classes"
+            f"targets run from {low} to {high}, the output has {output.shape[axis]} classes"
         )
-    true_class = torch.zeros_like(output).scatter_(1, target.long().unsqueeze(1), 1.0)
-    if start == "logit":
-        return output, output.detach() * true_class
-    if start == "probability":
-        return output, F.softmax(output.detach(), dim=1) * true_class
-    return output, true_class
+    mark = counted.to(output.dtype).unsqueeze(axis)
+    return torch.zeros_like(output).scatter_(axis, classes.unsqueeze(axis), mark)
 
 
 def take_first_line(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""What a training follows and is judged by: losses, metrics, and the float network's outputs."""

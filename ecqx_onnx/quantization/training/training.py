@@ -1,0 +1,155 @@
+"""Quantization by training; a validation split chooses the best epoch, never the test set.
+
+Adam on all parameters, levels assigned anew after each step. An epoch's order and dropout follow
+from (seed, epoch) alone, so a run that is resumed from its state file continues bit for bit as if
+it had not been interrupted.
+
+Under torchrun (`torchrun --nproc-per-node=N -m ecqx_onnx quantize ...`) each process takes every
+N-th sample of each batch; gradients and relevances are averaged and summed over the processes, so
+the global batch is what one process would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from ecqx_onnx.errors import DataError, OptionError
+from ecqx_onnx.options.training import DistillBy, Precision, Schedule, _Setup
+from ecqx_onnx.quantization.distributed import find_rank, open_process_group
+from ecqx_onnx.quantization.objectives.evaluation import move_to
+from ecqx_onnx.quantization.objectives.objective import choose_objective, name_of
+from ecqx_onnx.quantization.state_file import StateFile
+from ecqx_onnx.quantization.training.devices import choose_device
+from ecqx_onnx.quantization.training.records import Progress, Training
+from ecqx_onnx.quantization.training.run import TrainingRun
+
+
+def train(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    loss: str | Callable[[Any, Any], Any] = "cross_entropy",
+    metric: str | Callable[[Any, Any], Any] | None = None,
+    epochs: int = 10,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    schedule: Schedule = "cosine",
+    validation: float = 0.1,
+    distillation: float = 0.0,
+    distill_by: DistillBy = "auto",
+    temperature: float = 2.0,
+    entropy_ramp: float = 0.0,
+    relevance_until: float = 0.4,
+    precision: Precision = "float32",
+    augment: Any = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+    state_file: str | Path | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> Training:
+    """Quantize a model in place by training on dataset.train; its test split is not looked at.
+
+    Args:
+        model: its weights are left on their levels.
+        dataset: its `train` is a TrainingSplit.
+        loss: "cross_entropy", "bce", "mse", "l1", "dice", "distillation" (the float network's
+            outputs alone), or a function of (what the model returns, targets).
+        metric: what chooses the best epoch: "accuracy", "label_accuracy", "mse", "l1", "dice",
+            "iou", "agreement", "cosine", "error", or a function (output, targets) that returns one
+            number a sample, where more is better; by default the one that belongs to the loss.
+        epochs: 0 assigns levels without training, with relevances of up to 8 batches.
+        batch_size: samples a step.
+        learning_rate: Adam's, for weights and all else.
+        schedule: of the learning rate.
+        validation: share of the training samples that chooses the best epoch; 0 takes the last.
+        distillation: share of the loss that follows the float model's outputs, in [0, 1]; without
+            targets it is 1.
+        distill_by: how they are followed: "logits", "mse" or "cosine"; "auto" takes logits beside
+            a cross entropy, else mse.
+        temperature: of the distillation's softmax.
+        entropy_ramp: share of the training over which γ rises from 0 to its value; an epoch before
+            that is never the best.
+        relevance_until: share of the training after which no new relevances are taken, so that the
+            weights settle on their levels.
+        precision: "bfloat16" runs the forward passes under torch.autocast, in about half the time
+            for convolutions where the processor has it (`emulates_bfloat16`); weights and levels
+            stay exact.
+        augment: called with a batch of inputs and a random generator, while training only.
+        device: where to train; by default CUDA where there is one.
+        seed: of shuffling, splits and augmentation.
+        progress: called with where the training stands.
+        state_file: written after each epoch.
+        resume: go on from state_file.
+        **options: those of the Quantizer (bits, entropy_weight, relevance ...).
+
+    Returns:
+        The outcome, with the Quantizer attached to the model.
+
+    Raises:
+        OptionError: an option is unknown, or out of its range.
+        DataError: the data do not fit the model.
+        FileError: state_file is of another training, or cannot be read or written.
+
+    Example:
+        train(model, dataset, loss="mse", bits=3, relevance=None, epochs=5)
+    """
+    setup = _Setup(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        validation=validation,
+        distillation=distillation,
+        temperature=temperature,
+        entropy_ramp=entropy_ramp,
+        precision=precision,
+        seed=seed,
+        relevance_until=relevance_until,
+        loss=name_of(loss),
+        metric=None if metric is None else name_of(metric),
+        distill_by=distill_by,
+    )
+    split = dataset.train
+    if split is None or len(split) == 0:
+        raise DataError("the data set has no training samples")
+    objective = choose_objective(
+        loss,
+        metric,
+        distillation=distillation,
+        distill_by=distill_by,
+        temperature=temperature,
+        has_targets=getattr(split, "has_targets", True),
+    )
+    kept = None if state_file is None else StateFile(state_file)
+    # Without `resume`, too: the file is going to be replaced.
+    state = None if kept is None else kept.load()
+    with open_process_group() as local:
+        where = choose_device(device, local)
+        example = move_to(next(iter(split.batches(2)))[0], where)
+        run = TrainingRun(
+            model.to(where), setup, objective, options, where, augment, progress, example
+        )
+        if epochs == 0:
+            if run.quantizer.activations is not None:
+                raise OptionError(
+                    "activations 'int8' are trained for, and 0 epochs train nothing: calibrate "
+                    "when you convert"
+                )
+            run.assign_only(split)
+            return Training(run.quantizer, (), 0, asdict(setup), tuple(run.notes), run.evaluate)
+        rest, held_out = split.divide(validation, seed=seed) if validation else (split, None)
+        if resume and state is not None:
+            run.restore(state)
+        while len(run.history) < epochs:
+            run.train_epoch(rest, held_out)
+            if kept is not None and find_rank() == 0:
+                kept.save(run.state())
+        return run.finish()
