@@ -19,7 +19,9 @@ class DeployOptions:
     folder: str | Path = required("The folder to write.")
     to: str = required("The platform: web, android, ios or linux.")
     against: Any = option(
-        None, "The PyTorch side, for a validation and a tolerance that is derived from it."
+        None,
+        "The PyTorch side, for a validation and a tolerance that is derived from it; or the float"
+        " .onnx that was compressed.",
     )
     data: Any = option(
         None, "Labelled data for golden inputs and the expected accuracy: as for quantize."

@@ -18,9 +18,9 @@ SAMPLES = "Use only so many samples of the test split."
 DATA = "Labelled data for accuracy: as for quantize. Without it, random inputs are compared."
 OUT_ONNX = "The .onnx file to write."
 MIN_AGREEMENT = (
-    "Quantised without training: per cent of samples that must keep the float model's class (95)."
+    "Quantised without training: per cent of samples that must keep the float model's class (99)."
 )
 MAX_ERROR = (
-    "Quantised without training: largest relative error of an output (0.1 if no class scores)."
+    "Quantised without training: largest relative error of an output (0.05 if no class scores)."
 )
 MAX_DROP = "Quantised without training: points of accuracy that may be lost on --data."

@@ -21,7 +21,8 @@ class ValidateOptions:
     against: Any = option(
         None,
         "What the file was made from: the checkpoint (or state dict, .pt2) that was converted, or"
-        " the .onnx that was packed. Without it and without --data: is the file whole?",
+        " the .onnx that was packed, or the float .onnx that was compressed. Without it and without"
+        " --data: is the file whole?",
     )
     data: Any = option(None, shared.DATA)
     inputs: Mapping[str, np.ndarray] | None = option(

@@ -296,16 +296,19 @@ def explain_inexactness(file: OnnxFile, *, float_reference: bool) -> str | None:
         The reason, or None where they may not.
     """
     if float_reference:
-        return "the PyTorch model is float and the file's weights are quantised"
+        return "the model compared with is float and the file's weights are quantised"
     return "activations are quantised" if has_quantized_activations(file) else None
 
 
-def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
+def check_difference(
+    comparison: Comparison, *, inexact: str | None, reference: str = "PyTorch"
+) -> Check:
     """Compare the largest difference to PyTorch's outputs with its bound.
 
     Args:
         comparison: A pass over the data beside PyTorch's model.
         inexact: What `explain_inexactness` says; with a reason nothing is judged.
+        reference: What it is compared with, in words.
 
     Returns:
         The check "outputs".
@@ -315,7 +318,7 @@ def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
     worst = max(comparison.differences, key=lambda d: _compute_excess(d.measured, d.bound.limit))
     where = f"output '{worst.output}', " if len(comparison.differences) > 1 else ""
     if inexact:
-        sentence = f"{where}largest difference to PyTorch; no bound, because {inexact}"
+        sentence = f"{where}largest difference to {reference}; no bound, because {inexact}"
         return Check("outputs", None, worst.measured, None, sentence)
     return Check(
         "outputs",
@@ -326,12 +329,15 @@ def check_difference(comparison: Comparison, *, inexact: str | None) -> Check:
     )
 
 
-def check_agreement(comparison: Comparison, *, inexact: str | None) -> Check | None:
+def check_agreement(
+    comparison: Comparison, *, inexact: str | None, reference: str = "PyTorch"
+) -> Check | None:
     """Check the classes beside PyTorch's.
 
     Args:
         comparison: A pass over the data.
         inexact: What `explain_inexactness` says.
+        reference: What it is compared with, in words.
 
     Returns:
         The check "top-1", or None where the outputs are no classes.
@@ -340,7 +346,7 @@ def check_agreement(comparison: Comparison, *, inexact: str | None) -> Check | N
         return None
     # Both classes' scores may each move by the bound, and by what rounded parameters change.
     tie = 2 * (comparison.differences[0].bound.limit + comparison.differences[0].moved)
-    return check_classes(comparison.agreement, tie, reference="PyTorch", inexact=inexact)
+    return check_classes(comparison.agreement, tie, reference=reference, inexact=inexact)
 
 
 def check_classes(
@@ -376,11 +382,12 @@ def check_classes(
     return Check("top-1", False, share, 100, sentence)
 
 
-def check_accuracy(comparison: Comparison) -> Check | None:
+def check_accuracy(comparison: Comparison, *, reference: str = "PyTorch") -> Check | None:
     """Check the accuracy beside PyTorch's.
 
     Args:
         comparison: A pass over the data.
+        reference: What it is compared with, in words.
 
     Returns:
         The check "accuracy", or None without labels.
@@ -392,7 +399,7 @@ def check_accuracy(comparison: Comparison) -> Check | None:
             f"{comparison.onnx_accuracy} on {comparison.samples} samples, nothing to compare with"
         )
         return Check("accuracy", None, 100 * comparison.onnx_accuracy.share, None, sentence)
-    return check_chance(comparison.onnx_accuracy, comparison.pytorch_accuracy, reference="PyTorch")
+    return check_chance(comparison.onnx_accuracy, comparison.pytorch_accuracy, reference=reference)
 
 
 def check_chance(file: Proportion, other: Proportion, *, reference: str) -> Check:

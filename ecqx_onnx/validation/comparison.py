@@ -25,6 +25,7 @@ from ecqx_onnx.validation.metrics import (
     measure_accuracy,
     measure_agreement,
 )
+from ecqx_onnx.validation.onnx_reference import OnnxReference
 from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, InputRange
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Comparison:
 
 def compare(
     session: Session,
-    reference: torch.nn.Module | None,
+    reference: torch.nn.Module | OnnxReference | None,
     batches: Iterable[Batch],
     *,
     progress: Progress | None = None,
@@ -108,7 +109,7 @@ def compare(
 
     Args:
         session: The file's, or one that replays the outputs of another machine.
-        reference: PyTorch's model, or None.
+        reference: PyTorch's model, or a float .onnx file in its place, or None.
         batches: Inputs, and labels or None, in the model's preprocessing.
         progress: Called with the number of samples done so far.
         shift: What the file's rounded parameters change in the outputs.
@@ -120,9 +121,6 @@ def compare(
         DataError: There is no sample, or inputs or labels do not fit the graph.
         CheckFailed: The runtime fails.
     """
-
-    from ecqx_onnx.validation.pytorch_outputs import run_reference
-
     size = find_fixed_batch(session)
     differences = _Differences(session, reference, shift)
     samples, first = 0, None
@@ -144,7 +142,7 @@ def compare(
         if classes and labels is not None:
             right += measure_accuracy(got[0][:count], labels)
         if reference is not None:
-            wanted = run_reference(reference, inputs)
+            wanted = _run_reference(reference, inputs)
             if [array.shape for array in wanted] != [array.shape for array in got]:
                 return Comparison(
                     samples,
@@ -184,6 +182,16 @@ def compare(
     )
 
 
+def _run_reference(
+    reference: torch.nn.Module | OnnxReference, inputs: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    if isinstance(reference, OnnxReference):
+        return reference.run(inputs)
+    from ecqx_onnx.validation.pytorch_outputs import run_reference
+
+    return run_reference(reference, inputs)
+
+
 def _cut_padding(array: np.ndarray, count: int) -> np.ndarray:
     """Without what a fixed batch was filled up with."""
     return array[:count] if array.ndim else array
@@ -204,13 +212,17 @@ class _Differences:
     """The worst difference of each output so far, and its bound, which grows with the data."""
 
     def __init__(
-        self, session: Session, reference: torch.nn.Module | None, shift: Shift | None = None
+        self,
+        session: Session,
+        reference: torch.nn.Module | OnnxReference | None,
+        shift: Shift | None = None,
     ) -> None:
         self.shift = shift
         self.names = [node.name for node in session.get_outputs()]
         self.reference = reference
         self.worst: list[Difference] = []
-        self.has_exact = reference is not None
+        # What is compared with a float .onnx file is quantized: rounding errors don't matter.
+        self.has_exact = reference is not None and not isinstance(reference, OnnxReference)
 
     def judge(
         self,
@@ -233,8 +245,7 @@ class _Differences:
         if self.has_exact and (samples_before < EXACT_SAMPLES or self._is_undecided(between)):
             from ecqx_onnx.validation.pytorch_outputs import run_reference_exactly
 
-            assert self.reference is not None
-            exact = run_reference_exactly(self.reference, inputs)
+            exact = run_reference_exactly(self.reference, inputs)  # type: ignore[arg-type]
             self.has_exact = exact is not None
         for i, name in enumerate(self.names):
             measured = between[i] if exact is None else find_largest_difference(got[i], exact[i])

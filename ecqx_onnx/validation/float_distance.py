@@ -16,8 +16,8 @@ from ecqx_onnx.errors import OptionError
 from ecqx_onnx.validation.metrics import Proportion, is_classification
 from ecqx_onnx.validation.report import Check
 
-LEAST_AGREEMENT = 95.0  # per cent, of class scores
-LARGEST_ERROR = 0.1  # relative, of all other outputs
+LEAST_AGREEMENT = 99.0  # per cent, of class scores
+LARGEST_ERROR = 0.05  # relative, of all other outputs
 SHOWN_LAYERS = 3
 SHOWN_OUTPUTS = 4
 NAME = "float model"
@@ -27,15 +27,23 @@ NAME = "float model"
 class FloatBounds:
     """How far an untrained result may lie from its float model.
 
+    Where none is given, the defaults are judged: LEAST_AGREEMENT for class scores, LARGEST_ERROR
+    for all other outputs. Where one is given, only what is given.
+
     Attributes:
-        min_agreement: Per cent of the samples that keep the float model's class; None: by default.
-        max_error: Relative error of every output; None: by default.
+        min_agreement: Per cent of the samples that keep the float model's class; None: not judged.
+        max_error: Relative error of every output; None: not judged.
         max_drop: Points of accuracy, on labelled data; None: not judged.
     """
 
     min_agreement: float | None = None
     max_error: float | None = None
     max_drop: float | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a bound at all."""
+        return any(v is not None for v in (self.min_agreement, self.max_error, self.max_drop))
 
     def __post_init__(self) -> None:
         share = self.min_agreement
@@ -185,26 +193,30 @@ def judge_distance(
     Returns:
         A check that fails where a bound is crossed.
     """
-    faults: list[str] = []
+    has_classes = scores and bool(distances) and bool(distances[0].same)
+    faults = _list_unanswerable(bounds, has_classes=has_classes, labelled=accuracies is not None)
     parts: list[str] = []
     measured: float | None = None
     limit: float | None = None
     for place, distance in enumerate(distances):
-        classes = place == 0 and scores and bool(distance.same)
+        classes = place == 0 and has_classes
         if classes:
-            share, least = 100 * distance.same.share, _or(bounds.min_agreement, LEAST_AGREEMENT)
+            share = 100 * distance.same.share
+            least = bounds.min_agreement if bounds.given else LEAST_AGREEMENT
             measured, limit = share, least
             parts.append(
                 f"{share:.2f} % of its classes are the same, relative error {distance.error:.3g}"
             )
-            if share < least:
+            if least is not None and share < least:
                 faults.append(f"{least:g} % are wanted (--min-agreement)")
         else:
             parts.append(
                 f"relative error {distance.error:.3g}"
                 + (f" of '{distance.name}'" if len(distances) > 1 else "")
             )
-        allowed = bounds.max_error if classes else _or(bounds.max_error, LARGEST_ERROR)
+        allowed = bounds.max_error
+        if not bounds.given and not classes:
+            allowed = LARGEST_ERROR
         if measured is None:
             measured, limit = distance.error, allowed
         if allowed is not None and not distance.error <= allowed:
@@ -229,8 +241,14 @@ def judge_distance(
     return Check(NAME, not faults, measured, limit, sentence)
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _list_unanswerable(bounds: FloatBounds, *, has_classes: bool, labelled: bool) -> list[str]:
+    """Bounds that nothing was measured for: no file passes by them."""
+    found = []
+    if bounds.min_agreement is not None and not has_classes:
+        found.append("nothing says that an output holds class scores: bound --max-error instead")
+    if bounds.max_drop is not None and not labelled:
+        found.append("--max-drop needs data with labels: add --data, or bound --max-error")
+    return found
 
 
 def recipe_of(metadata: Mapping[str, object]) -> Mapping[str, object]:

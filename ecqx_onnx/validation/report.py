@@ -68,6 +68,7 @@ class ValidationReport:
         peak_memory: Bytes that loading the file and running a batch took on the device (of
             WebAssembly: the whole heap); None where nobody measured it.
         notes: What a user should know, a sentence each.
+        reference: What it was compared with, in words.
     """
 
     file: str
@@ -85,6 +86,7 @@ class ValidationReport:
     device: str | None = None
     peak_memory: int | None = None
     notes: tuple[str, ...] = ()
+    reference: str = "PyTorch"
 
     @property
     def ok(self) -> bool:
@@ -169,7 +171,7 @@ def show(value: Value) -> str:
 def _list_numbers(report: ValidationReport) -> list[tuple[str, str]]:
     rows = [("size", f"{show(report.size)} bytes"), ("samples compared", show(report.samples))]
     if report.pytorch_accuracy and report.onnx_accuracy:
-        rows.append(("accuracy of PyTorch (95 %)", str(report.pytorch_accuracy)))
+        rows.append((f"accuracy of {report.reference} (95 %)", str(report.pytorch_accuracy)))
     if report.onnx_accuracy:
         rows.append(("accuracy of ONNX (95 %)", str(report.onnx_accuracy)))
     if report.load_seconds is not None:

@@ -47,8 +47,10 @@ from ecqx_onnx.validation.judgement import (
     preprocess_batches,
     read_preprocessing,
 )
+from ecqx_onnx.validation.onnx_reference import OnnxReference
 from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
 from ecqx_onnx.validation.report import Check, ValidationReport
+from ecqx_onnx.validation.samples import SampleBatches
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +62,12 @@ UNTRAINED_SETS = 8  # of random inputs, where the distance from a float model is
 def validate(
     path: Path | str,
     *,
-    reference: torch.nn.Module | None = None,
+    reference: torch.nn.Module | OnnxReference | None = None,
     tensors: Sequence[QuantTensor] = (),
     float_reference: bool = False,
     float_model: Callable[..., bytes | None] | None = None,
     split: Split | None = None,
+    samples: SampleBatches | None = None,
     notes: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     float_bounds: FloatBounds | None = None,
@@ -77,7 +80,8 @@ def validate(
 
     Args:
         path: The .onnx file.
-        reference: The PyTorch model, compared output by output.
+        reference: The PyTorch model, compared output by output; or a float .onnx file in its
+            place, with float_reference.
         tensors: The quantized weights that it holds.
         float_reference: Whether it is the float model from before the quantization, so that
             differences are shown and not judged.
@@ -85,6 +89,7 @@ def validate(
             integer kernels is compared; called with floats="float16", the same with its parameters
             rounded.
         split: Data with classes; without it, synthetic inputs are compared.
+        samples: Instead of a split, samples for any number of inputs, with or without classes.
         notes: Sentences for the report.
         preprocessing: By default what the file records.
         float_bounds: How far a file that was quantized without training may lie from its float
@@ -122,12 +127,17 @@ def validate(
         )
     )
     inexact = checks.explain_inexactness(file, float_reference=float_reference)
+    other = "the float model" if isinstance(reference, OnnxReference) else "PyTorch"
 
-    untrained = float_reference and is_untrained(file.metadata)
+    untrained = is_judged_by_distance(file, reference, float_reference=float_reference)
     seeds = range(UNTRAINED_SETS if untrained else 1)
     total = len(seeds) * SYNTHETIC_BATCH if split is None else len(split)
-    if split is None:
-        batches: Iterator[Batch] = (
+    if samples is not None:
+        total = samples.count
+        notes = (*notes, samples.note)
+        batches: Iterator[Batch] = samples.read(find_fixed_batch(session) or batch_size)
+    elif split is None:
+        batches = (
             (make_synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed), None)
             for seed in seeds
         )
@@ -140,7 +150,7 @@ def validate(
         shift = None if reference is None else measure_float16_shift(file, float_model)
         comparison = compare(session, reference, batches, progress=counted, shift=shift)
     except CheckFailed as error:
-        if split is None:  # the shapes or values may be what it cannot take
+        if split is None and samples is None:  # the shapes or values may be what it cannot take
             raise DataError(
                 f"{path}: does not run on synthetic inputs, so give it real data: {error}"
             ) from error
@@ -170,7 +180,7 @@ def validate(
         origin = None if float_reference else float_model
         found += check_stored_weights(model, decoded, tensors, float_model=origin)
     if reference is not None:
-        found.append(checks.check_difference(comparison, inexact=inexact))
+        found.append(checks.check_difference(comparison, inexact=inexact, reference=other))
     if untrained and reference is not None and comparison.distances:
         found.append(
             judge_float_distance(
@@ -178,13 +188,13 @@ def validate(
                 comparison,
                 reference,
                 float_bounds or FloatBounds(),
-                scores=class_names or split is not None or bool(file.metadata.get("labels")),
-                data=None if split is None else split.source.name,
+                scores=has_scores(file, split, samples, class_names),
+                data=name_data(split, samples),
             )
         )
     for check in (
-        checks.check_agreement(comparison, inexact=inexact),
-        checks.check_accuracy(comparison),
+        checks.check_agreement(comparison, inexact=inexact, reference=other),
+        checks.check_accuracy(comparison, reference=other),
     ):
         if check is not None:
             found.append(check)
@@ -213,8 +223,58 @@ def validate(
         largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
         load_seconds=measure_load_seconds(file.path),
         latency=latency,
+        reference=other,
         operators=Counter(operators),
     )
+
+
+def is_judged_by_distance(
+    file: OnnxFile, reference: torch.nn.Module | OnnxReference | None, *, float_reference: bool
+) -> bool:
+    """Tell whether the distance from the float model decides, instead of bounds of rounding.
+
+    Args:
+        file: The file that is validated.
+        reference: What it is compared with.
+        float_reference: Whether that is the float model from before the quantization.
+
+    Returns:
+        True for files that were quantized without training, and beside any float .onnx file.
+    """
+    return float_reference and (isinstance(reference, OnnxReference) or is_untrained(file.metadata))
+
+
+def has_scores(
+    file: OnnxFile, split: Split | None, samples: SampleBatches | None, class_names: bool
+) -> bool:
+    """Tell whether the first output, if [N, C], holds class scores.
+
+    Args:
+        file: The file that is validated.
+        split: Data with classes, or None.
+        samples: Other data, or None.
+        class_names: Whether the model that it is compared with has names for its classes.
+
+    Returns:
+        True with labels or names of classes.
+    """
+    labelled = split is not None or (samples is not None and samples.labelled)
+    return class_names or labelled or bool(file.metadata.get("labels"))
+
+
+def name_data(split: Split | None, samples: SampleBatches | None) -> str | None:
+    """Name the data for a sentence.
+
+    Args:
+        split: Data with classes, or None.
+        samples: Other data, or None.
+
+    Returns:
+        Their name; None for synthetic inputs.
+    """
+    if samples is not None:
+        return samples.name
+    return None if split is None else split.source.name
 
 
 def _choose_preprocessing(
@@ -287,7 +347,7 @@ def list_doubts(
 def judge_float_distance(
     file: OnnxFile,
     comparison: Comparison,
-    reference: torch.nn.Module,
+    reference: torch.nn.Module | OnnxReference,
     bounds: FloatBounds,
     *,
     scores: bool,
@@ -320,9 +380,14 @@ def judge_float_distance(
     )
 
 
-def _measure_weight_errors(file: OnnxFile, reference: torch.nn.Module) -> list[LayerError]:
+def _measure_weight_errors(
+    file: OnnxFile, reference: torch.nn.Module | OnnxReference
+) -> list[LayerError]:
     """Of the file's quantised weights that the float model has under their names and in their
-    shapes."""
+    shapes; none beside an .onnx file, where error feedback makes a weight's own error say little.
+    """
+    if isinstance(reference, OnnxReference):
+        return []
     try:
         stored = read_weights(file.with_data())
     except FileError:  # which the check of the weights tells

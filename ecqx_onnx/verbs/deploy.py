@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.options.deploy import DeployOptions
 from ecqx_onnx.options.option import check_limits, refuse_unknown_options
-from ecqx_onnx.verbs.reference import load_evaluation_data, load_reference
+from ecqx_onnx.validation.onnx_reference import OnnxReference
+from ecqx_onnx.verbs.reference import (
+    load_evaluation_data,
+    load_reference,
+    load_samples_or_split,
+)
 
 if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import Source
@@ -37,8 +42,10 @@ def deploy(
         onnx_file: the file to deploy; it is validated first, and one that fails is not deployed.
         folder: the folder to write.
         to: the platform: web, android, ios or linux.
-        against: what the file was converted from; it makes the tolerance sharp.
-        data: a data set's name, a Dataset or a Split, for golden inputs and the expected accuracy.
+        against: what the file was converted from, which makes the tolerance sharp; or the float
+            .onnx file that it was compressed from.
+        data: a data set's name, a Dataset or a Split, for golden inputs and the expected accuracy;
+            beside a float .onnx file also unlabelled, which the validation takes.
         factory: FILE.py:FACTORY, the network of a state dict.
         input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
         trust_pickle: unpickle a module, which runs its author's code.
@@ -62,13 +69,16 @@ def deploy(
 
     platform = deployment.find_platform(to)
     check_limits(DeployOptions, samples=samples)
-    dataset = load_dataset(data) if isinstance(data, str) else data
     reference = load_reference(
         against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle
     )
-    evaluation = load_evaluation_data(
-        dataset, onnx_file, samples=samples, labels=labels or reference.labels
-    )
+    if isinstance(reference.module, OnnxReference):
+        evaluation = load_samples_or_split(data, onnx_file, reference, samples=samples)
+    else:
+        dataset = load_dataset(data) if isinstance(data, str) else data
+        evaluation = load_evaluation_data(
+            dataset, onnx_file, samples=samples, labels=labels or reference.labels
+        )
     report = validation.validate(
         onnx_file,
         reference=reference.module,
@@ -77,6 +87,7 @@ def deploy(
         float_model=reference.float_model,
         class_names=bool(reference.labels),
         split=evaluation.split,
+        samples=evaluation.samples,
         notes=evaluation.notes,
         latency_runs=0,
         progress=progress,
@@ -86,7 +97,8 @@ def deploy(
         platform,
         folder,
         report=report,
-        reference=reference.module,
+        # The golden outputs are the file's own; a float file says nothing of their rounding.
+        reference=None if isinstance(reference.module, OnnxReference) else reference.module,
         split=evaluation.split,
         labels=labels,
         data_labels=evaluation.labels,

@@ -1,4 +1,4 @@
-"""What an .onnx file is compared with: the PyTorch side, and labelled data.
+"""What an .onnx file is compared with: the PyTorch side or a float .onnx file, and data.
 
 `load_reference` and `load_evaluation_data` turn what a user names into what validation takes.
 """
@@ -6,14 +6,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ecqx_onnx.checkpoint.float_model import make_float_model
+from ecqx_onnx.compression.model.float_model import is_onnx_path
+from ecqx_onnx.compression.search.samples import InputSpec, holds_inputs, load_samples
 from ecqx_onnx.data import Dataset, Split
+from ecqx_onnx.errors import CheckFailed, InputError, ModelError
+from ecqx_onnx.inputs.onnx_file import read_onnx
+from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.tensors import QuantTensor
+from ecqx_onnx.validation.comparison import Batch
+from ecqx_onnx.validation.judgement import read_preprocessing
+from ecqx_onnx.validation.onnx_reference import OnnxReference, find_integer_operator
+from ecqx_onnx.validation.samples import SampleBatches
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The PyTorch side of a comparison; without arguments, there is none.
+    """The other side of a comparison; without arguments, there is none.
 
     Attributes:
         module: runs beside the file; None where nothing is given.
@@ -34,7 +43,7 @@ class Reference:
         labels: names of its classes, in the order of its scores; empty where it has none.
     """
 
-    module: torch.nn.Module | None = None
+    module: torch.nn.Module | OnnxReference | None = None
     tensors: tuple[QuantTensor, ...] = ()
     is_float: bool = False
     float_model: Callable[..., bytes | None] | None = None
@@ -50,12 +59,14 @@ class EvaluationData:
         notes: what a user should know of them, one sentence each.
         name: of the data set; "the given data" for a bare split.
         labels: names of the data set's classes, if it has any.
+        samples: instead of a split, for any number of inputs; with or without classes.
     """
 
     split: Split | None = None
     notes: tuple[str, ...] = ()
     name: str = "the given data"
     labels: tuple[str, ...] = ()
+    samples: SampleBatches | None = None
 
 
 def load_reference(
@@ -69,7 +80,8 @@ def load_reference(
     """Load the PyTorch side of a comparison.
 
     Args:
-        against: anything that `convert` takes, or the float model; None for no reference.
+        against: anything that `convert` takes, or the float model, also as an .onnx file; None
+            for no reference.
         factory: FILE.py:FACTORY, the network of a state dict.
         input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
         trust_pickle: unpickle a module, which runs its author's code.
@@ -83,6 +95,8 @@ def load_reference(
     """
     if against is None:
         return Reference()
+    if is_onnx_path(against):
+        return _load_float_file(Path(against))
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 
     checkpoint = as_checkpoint(
@@ -100,6 +114,89 @@ def load_reference(
         float_model=functools.partial(make_float_model, checkpoint),
         labels=checkpoint.labels,
     )
+
+
+def _load_float_file(path: Path) -> Reference:
+    file = read_onnx(path)
+    name = find_integer_operator(file)
+    if name is not None:
+        raise ModelError(
+            f"{path}: its weights are integers already ({name}), and a float model is needed here:"
+            " give the one from before the quantization"
+        )
+    return Reference(OnnxReference(path), is_float=True)
+
+
+def load_samples_or_split(
+    data: Any,
+    onnx_file: str | Path,
+    reference: Reference,
+    *,
+    samples: int | None = None,
+    labels_from: str | Path | None = None,
+) -> EvaluationData:
+    """Load data that a file is compared with its float model on; they need no labels.
+
+    Args:
+        data: whatever `compress` takes, or a labelled data set.
+        onnx_file: the file, which may record preprocessing and class names.
+        reference: the float model.
+        samples: take only so many.
+        labels_from: another .onnx file with class names, for where `onnx_file` has none.
+
+    Returns:
+        A split where the data are labelled, else samples by the names of the inputs.
+
+    Raises:
+        InputError: if the data can't be read, or don't fit the file.
+    """
+    if data is None:
+        return EvaluationData()
+    specs = [InputSpec.of(node) for node in _list_inputs(onnx_file, reference)]
+    if not holds_inputs(data, [spec.name for spec in specs]):
+        try:
+            found = load_evaluation_data(
+                data, onnx_file, samples=samples, labels=reference.labels, labels_from=labels_from
+            )
+            if isinstance(found.split, Split):
+                return found
+        except InputError as error:
+            return _load_unlabelled(data, onnx_file, specs, samples, error)
+    return _load_unlabelled(data, onnx_file, specs, samples, None)
+
+
+def _list_inputs(onnx_file: str | Path, reference: Reference) -> list[Any]:
+    if isinstance(reference.module, OnnxReference):
+        return reference.module.inputs
+    try:
+        return list(open_session(Path(onnx_file), level="disabled").get_inputs())
+    except CheckFailed as error:
+        raise ModelError(f"{onnx_file}: {error}") from error
+
+
+def _load_unlabelled(
+    data: Any,
+    onnx_file: str | Path,
+    specs: Sequence[InputSpec],
+    count: int | None,
+    trouble: InputError | None,
+) -> EvaluationData:
+    """As `compress` reads them; `trouble` is told where that does not go either."""
+    recorded = read_preprocessing(onnx_file) if len(specs) == 1 else None
+    try:
+        found = load_samples(data, specs, preprocessing=recorded, samples=count)
+        next(found.batches(1))
+    except InputError as error:
+        raise trouble or error from None
+
+    def read(size: int) -> Iterator[Batch]:
+        for feeds, labels in found.batches(1 if found.calls else size):
+            yield tuple(feeds[spec.name] for spec in specs), labels
+
+    used = found.preprocessing
+    note = f"preprocessing: {used.describe() if used else 'none, arrays as they are'}"
+    known = SampleBatches(found.name, len(found), read, found.labels is not None, note)
+    return EvaluationData(samples=known, name=found.name)
 
 
 def load_evaluation_data(
@@ -159,8 +256,6 @@ def read_class_names(path: str | Path) -> tuple[tuple[str, ...], int | None]:
     Raises:
         FileError: if it can't be read.
     """
-    from ecqx_onnx.inputs.onnx_file import read_onnx
-
     file = read_onnx(path)
     labels = file.metadata.get("labels")
     names = tuple(map(str, labels)) if isinstance(labels, list) else ()

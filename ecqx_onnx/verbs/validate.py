@@ -15,7 +15,13 @@ from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
 from ecqx_onnx.validation.float_distance import FloatBounds
-from ecqx_onnx.verbs.reference import load_evaluation_data, load_reference
+from ecqx_onnx.verbs.reference import (
+    EvaluationData,
+    Reference,
+    load_evaluation_data,
+    load_reference,
+    load_samples_or_split,
+)
 
 if TYPE_CHECKING:
     from ecqx_onnx.sources.to_checkpoint import Source
@@ -55,16 +61,19 @@ def validate(
     Args:
         onnx_file: the file to check.
         against: what it was converted from (anything that `convert` takes), or the float model that
-            was quantized: differences to that one are shown, and only the accuracy is judged. Or
-            the path of the .onnx file that `pack` was given.
-        data: a data set's name (see `load_dataset`), a Dataset or a Split; its test split is used,
+            was quantized, also as an .onnx file: then `float_bounds` say how far it may be away.
+            Or the path of the .onnx file that `pack` was given.
+        data: a data set's name (see `load_dataset`), a Dataset or a Split; beside a float model
+            whatever `compress` takes, labelled or not. Its test split is used, where it has one,
             preprocessed as the file's metadata say. Without it, random inputs are compared.
         inputs: instead of data, against an .onnx file: one array for each of its inputs, by name.
         factory: FILE.py:FACTORY, the network of a state dict.
         input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
         trust_pickle: unpickle a module, which runs its author's code.
         samples: use only so many of the data; at least 1.
-        float_bounds: how far a file of `convert(bits=...)` may lie from its float model.
+        float_bounds: how far a file that was not trained may lie from its float model; by default
+            99 % of the classes are the same, or a relative error of 0.05. Nothing that the file
+            says of itself counts.
         strict: refuse a state dict that lacks weights, or has others.
         batch_size: samples that run at once; at least 1.
         latency_runs: pairs of measurements; 0 leaves latency out.
@@ -83,7 +92,12 @@ def validate(
     from ecqx_onnx import validation
 
     check_limits(ValidateOptions, samples=samples, batch_size=batch_size, latency_runs=latency_runs)
-    if is_onnx(against):
+    if is_onnx(against) and not is_compared_with_float(onnx_file, against, float_bounds):
+        if float_bounds is not None:
+            raise OptionError(
+                f"{against} is not float, and every difference to it counts: leave --min-agreement,"
+                " --max-error and --max-drop out"
+            )
         _check_against_original(
             onnx_file, against, factory=factory, both_given=None not in (data, inputs)
         )
@@ -98,15 +112,25 @@ def validate(
             latency_runs=latency_runs,
             progress=progress,
         )
-    if inputs is not None:
+    if inputs is not None and not is_onnx(against):
         raise OptionError(
             "--inputs are for a validation against an .onnx file; beside PyTorch give --data, or"
             " nothing"
         )
+    if is_onnx(against):
+        _check_against_original(
+            onnx_file, against, factory=factory, both_given=None not in (data, inputs)
+        )
     reference = load_reference(
         against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
     )
-    evaluation = load_evaluation_data(data, onnx_file, samples=samples, labels=reference.labels)
+    evaluation = load_data_beside(
+        reference,
+        onnx_file,
+        data if inputs is None else inputs,
+        samples=samples,
+        labels_from=against if is_onnx(against) else None,
+    )
     return validation.validate(
         onnx_file,
         reference=reference.module,
@@ -115,12 +139,80 @@ def validate(
         float_model=reference.float_model,
         class_names=bool(reference.labels),
         split=evaluation.split,
-        notes=evaluation.notes,
+        samples=evaluation.samples,
+        notes=(*evaluation.notes, *_tell_own_numbers(onnx_file, reference)),
         float_bounds=float_bounds,
         batch_size=batch_size,
         latency_runs=latency_runs,
         progress=progress,
     )
+
+
+def is_compared_with_float(
+    onnx_file: str | Path, against: str | Path, float_bounds: FloatBounds | None
+) -> bool:
+    """Tell whether two .onnx files are a float model and what was quantized from it.
+
+    Args:
+        onnx_file: the file to check.
+        against: the other one.
+        float_bounds: how far they may lie apart; whoever gives bounds means a float model.
+
+    Returns:
+        False where the other file's weights are integers too, and where the first is a lossless
+        repacking of it: then nothing but rounding may differ.
+    """
+    from ecqx_onnx.inputs.onnx_file import read_onnx
+    from ecqx_onnx.validation.float_distance import recipe_of
+    from ecqx_onnx.validation.onnx_reference import find_integer_operator
+
+    if find_integer_operator(read_onnx(against)) is not None:
+        return False
+    file = read_onnx(onnx_file)
+    if float_bounds is not None or recipe_of(file.metadata):
+        return True
+    return find_integer_operator(file) not in (None, "ecqx-onnx")
+
+
+def load_data_beside(
+    reference: Reference,
+    onnx_file: str | Path,
+    data: Any,
+    *,
+    samples: int | None,
+    labels_from: str | Path | None = None,
+) -> EvaluationData:
+    """Load data; beside a float model they need no labels.
+
+    Args:
+        reference: what the file is compared with.
+        onnx_file: the file.
+        data: as for `validate`.
+        samples: take only so many.
+        labels_from: another .onnx file with class names.
+
+    Returns:
+        A split, or samples by the names of inputs; empty for None.
+
+    Raises:
+        InputError: if the data can't be read, or don't fit the file.
+    """
+    if reference.is_float:
+        return load_samples_or_split(
+            data, onnx_file, reference, samples=samples, labels_from=labels_from
+        )
+    return load_evaluation_data(data, onnx_file, samples=samples, labels=reference.labels)
+
+
+def _tell_own_numbers(onnx_file: str | Path, reference: Reference) -> tuple[str, ...]:
+    """What the file says of its distance from the float model, which nothing is judged by."""
+    from ecqx_onnx.inputs.onnx_file import read_onnx
+    from ecqx_onnx.validation.float_distance import recipe_of
+
+    stated = recipe_of(read_onnx(onnx_file).metadata).get("float_error")
+    if not reference.is_float or not isinstance(stated, int | float):
+        return ()
+    return (f"the file itself states a relative error of {stated:g}, which is not judged by",)
 
 
 def _check_against_original(
@@ -164,7 +256,8 @@ def validate_on(
     Args:
         devices: their names, such as "node" or "ssh://user@host".
         onnx_file: the file to check.
-        against: what it was converted from, as `convert` takes it, or the float model.
+        against: what it was converted from, as `convert` takes it, or the float model, also as an
+            .onnx file.
         data: a data set's name, a Dataset or a Split; without it, random inputs are compared.
         factory: FILE.py:FACTORY, the network of a state dict.
         input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
@@ -185,19 +278,25 @@ def validate_on(
     """
     from ecqx_onnx.inputs.onnx_file import read_onnx
     from ecqx_onnx.validation import devices as room
+    from ecqx_onnx.validation.onnx_reference import find_integer_operator
 
     check_limits(ValidateOptions, samples=samples, batch_size=batch_size, time_limit=time_limit)
     read_onnx(onnx_file)  # a damaged file is no device's trouble
-    if is_onnx(against):
+    if is_onnx(against) and find_integer_operator(read_onnx(against)) is not None:
         raise OptionError(
-            f"devices are compared with PyTorch's model, and {against} is an .onnx file: leave"
-            " --device out"
+            f"devices are compared with a float model, and {against} is none: leave --device out"
         )
     found = [room.find_device(name) for name in devices]
     reference = load_reference(
         against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
     )
-    evaluation = load_evaluation_data(data, onnx_file, samples=samples, labels=reference.labels)
+    evaluation = load_data_beside(
+        reference,
+        onnx_file,
+        data,
+        samples=samples,
+        labels_from=against if is_onnx(against) else None,
+    )
     reports = []
     troubles = []
     for device in found:
@@ -214,6 +313,7 @@ def validate_on(
                 float_model=reference.float_model,
                 class_names=bool(reference.labels),
                 split=evaluation.split,
+                samples=evaluation.samples,
                 notes=evaluation.notes,
                 float_bounds=float_bounds,
                 batch_size=batch_size,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import FloatGraph, list_graphs
+from ecqx_onnx_converters.graph.graph import FloatGraph
 from ecqx_onnx_converters.graph.opset_raising import raise_opset
 from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
@@ -29,13 +29,9 @@ from ecqx_onnx.errors import ModelError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.tensors import QuantTensor, Scale
+from ecqx_onnx.validation.onnx_reference import find_integer_operator
 
 WANTED_OPSETS = (21, 18, 13)  # the first that can be had brings short integers, or packed ones
-INTEGERS = (  # operators whose weights are integers already
-    "QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger",
-    "ConvInteger", "MatMulNBits", "DynamicQuantizeMatMul", "QGemm", "Quant",
-    "DynamicQuantizeLSTM", "QAttention", "GatherBlockQuantized",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +121,12 @@ def _refuse_integers(path: Path, file: OnnxFile) -> None:
         raise ModelError(
             f"{path}: its weights are stored as integers by ecqx-onnx already; give the float model"
         )
-    operators = {node.op_type for scope in list_graphs(file.proto.graph) for node in scope.node}
-    for name in INTEGERS:
-        if name in operators:
-            raise ModelError(
-                f"{path}: is quantised already ({name} nodes); give the float model, or make this"
-                f" file smaller without a loss: ecqx-onnx pack {path} OUT.onnx"
-            )
+    name = find_integer_operator(file)
+    if name is not None:
+        raise ModelError(
+            f"{path}: is quantised already ({name} nodes); give the float model, or make this"
+            f" file smaller without a loss: ecqx-onnx pack {path} OUT.onnx"
+        )
 
 
 def _raise(graph: FloatGraph) -> tuple[FloatGraph, list[str]]:

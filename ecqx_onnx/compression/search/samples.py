@@ -247,6 +247,53 @@ def load_splits(
     return splits
 
 
+def load_samples(
+    data: Any,
+    inputs: Sequence[InputSpec],
+    *,
+    preprocessing: Preprocessing | None = None,
+    samples: int | None = None,
+) -> Samples:
+    """Read DATA to judge a file on: the test samples where there are any, else all of them.
+
+    Args:
+        data: one of the forms above.
+        inputs: of the model.
+        preprocessing: by default what types and shapes ask for.
+        samples: at most so many, evenly spaced; None for all.
+
+    Returns:
+        The samples.
+
+    Raises:
+        DataError: there is none, or they don't fit the model.
+        FileError: a file is missing or damaged.
+    """
+    found = _find(data, tuple(inputs), preprocessing)
+    chosen = found.samples if found.test is None else found.test
+    if not len(chosen):
+        raise DataError(f"{chosen.name} holds no sample: there is nothing to judge by")
+    return chosen if samples is None else chosen.take(samples)
+
+
+def holds_inputs(data: Any, names: Sequence[str]) -> bool:
+    """Tell whether data say themselves which array is which input.
+
+    Args:
+        data: one of the forms above.
+        names: of all of the model's inputs.
+
+    Returns:
+        True for an .npz or a mapping with an array for each of them.
+    """
+    if isinstance(data, Mapping):
+        return all(name in data for name in names)
+    if isinstance(data, str | Path) and Path(data).suffix == ".npz":
+        there = _names_in(Path(data))
+        return all(name in there for name in names)
+    return False
+
+
 def _find(data: Any, inputs: tuple[InputSpec, ...], preprocessing: Preprocessing | None) -> _Found:
     if isinstance(data, Dataset):
         return _from_dataset(data, inputs, preprocessing)

@@ -34,7 +34,7 @@ from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.comparison import Batch, compare, pad_batch
 from ecqx_onnx.validation.devices.devices import Device, find_device
 from ecqx_onnx.validation.devices.job import Result, read_result, write_job
-from ecqx_onnx.validation.float_distance import FloatBounds, is_untrained
+from ecqx_onnx.validation.float_distance import FloatBounds
 from ecqx_onnx.validation.floats import measure_float16_shift
 from ecqx_onnx.validation.judgement import (
     SYNTHETIC_BATCH,
@@ -44,8 +44,17 @@ from ecqx_onnx.validation.judgement import (
     derive_bounds,
     preprocess_batches,
 )
+from ecqx_onnx.validation.onnx_reference import OnnxReference
 from ecqx_onnx.validation.report import Check, ValidationReport, show
-from ecqx_onnx.validation.validator import judge_float_distance, list_doubts, prepare_samples
+from ecqx_onnx.validation.samples import SampleBatches
+from ecqx_onnx.validation.validator import (
+    has_scores,
+    is_judged_by_distance,
+    judge_float_distance,
+    list_doubts,
+    name_data,
+    prepare_samples,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,11 +71,12 @@ def validate_on(
     device: str | Device,
     path: Path | str,
     *,
-    reference: torch.nn.Module | None = None,
+    reference: torch.nn.Module | OnnxReference | None = None,
     tensors: Sequence[QuantTensor] = (),
     float_reference: bool = False,
     float_model: Callable[..., bytes | None] | None = None,
     split: Split | None = None,
+    samples: SampleBatches | None = None,
     notes: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
     float_bounds: FloatBounds | None = None,
@@ -89,6 +99,7 @@ def validate_on(
         float_reference: Whether it is the float model from before the quantization.
         float_model: Makes the ONNX model from before any quantization.
         split: Data with classes; without it, synthetic inputs are compared.
+        samples: Instead of a split, samples for any number of inputs.
         notes: Sentences for the report.
         preprocessing: By default what the file records.
         float_bounds: How far an untrained file may lie from its float model.
@@ -117,11 +128,16 @@ def validate_on(
     if split is not None:
         split, told = prepare_samples(file, split, preprocessing, session)
         notes = (*notes, told)
+    if samples is not None:
+        notes = (*notes, samples.note)
     inexact = checks.explain_inexactness(file, float_reference=float_reference)
+    other = "the float model" if isinstance(reference, OnnxReference) else "PyTorch"
     size = find_fixed_batch(session)
 
     def batches() -> Iterator[Batch]:
-        if split is None:
+        if samples is not None:
+            yield from samples.read(size or batch_size)
+        elif split is None:
             yield make_synthetic_inputs(session, batch=SYNTHETIC_BATCH), None
         else:
             yield from preprocess_batches(split, size or batch_size)
@@ -167,10 +183,11 @@ def validate_on(
         origin = None if float_reference else float_model
         found += check_stored_weights(model, decoded, tensors, float_model=origin)
     if reference is not None:
-        found.append(checks.check_difference(comparison, inexact=inexact))
-        if float_reference and is_untrained(file.metadata) and comparison.distances:
-            scores = class_names or split is not None or bool(file.metadata.get("labels"))
-            data = None if split is None else split.source.name
+        found.append(checks.check_difference(comparison, inexact=inexact, reference=other))
+        judged = is_judged_by_distance(file, reference, float_reference=float_reference)
+        if judged and comparison.distances:
+            scores = has_scores(file, split, samples, class_names)
+            data = name_data(split, samples)
             found.append(
                 judge_float_distance(
                     file,
@@ -182,8 +199,8 @@ def validate_on(
                 )
             )
     for check in (
-        checks.check_agreement(comparison, inexact=inexact),
-        checks.check_accuracy(comparison),
+        checks.check_agreement(comparison, inexact=inexact, reference=other),
+        checks.check_accuracy(comparison, reference=other),
     ):
         if check is not None:
             found.append(check)
@@ -203,6 +220,7 @@ def validate_on(
         largest_difference=max((d.to_pytorch for d in comparison.differences), default=None),
         load_seconds=result.load_seconds,
         latency=latency,
+        reference=other,
         operators=result.operators or {},
         device=device.name,
         peak_memory=result.peak_memory,
