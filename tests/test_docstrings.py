@@ -123,5 +123,17 @@ def test_public_functions_say_what_they_take_return_and_raise():
     assert not found, f"public docstrings that lack something:\n{shown}"
 
 
+def test_every_module_begins_with_one_plain_sentence():
+    """On one line, and in words: no "(graph, weights) -> the graph"."""
+    odd = []
+    for path in FILES:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = text.split("\n\n")[0]
+        plain = first.endswith((".", ":", "?")) and "->" not in first and "\n" not in first
+        if path.read_text(encoding="utf-8").strip() and not plain:
+            odd.append(f"{path.relative_to(ROOT)}: {first!r}")
+    assert not odd, "\n".join(odd)
+
+
 if __name__ == "__main__":
     print("\n".join(find_missing()))

@@ -1,16 +1,15 @@
-"""(module, its quantised weights) -> the same module, whose forward rounds activations to 8 bits
-where the int8 file will do so.
+"""Round activations to 8 bits in a module's forward, where the int8 file will do so.
 
-The forward runs inside a torch function mode, which sees each operator as it is executed, and
-follows the rules of `convert --activations int8` (ecqx_onnx_converters/integer_nodes.py): what a
-convolution, a product, a sum of activations ... reads is rounded first. Convolution, BatchNorm and
+The forward runs inside a torch function mode, which sees each operator as it is executed. It
+follows the rules of `convert --activations int8` (passes/integer_nodes.py of the converters): what
+a convolution, a product or a sum of activations reads is rounded first. Convolution, BatchNorm and
 Relu are one kernel with one output, so nothing is rounded between them; the last product's sums
 stay float. Inside recurrent layers and attention, whose kernels are one operator here, nothing is
 rounded.
 
     x̂ = s (clip(round(x / s) + z, 0, 255) - z),   s = (high - low) / 255,   z = round(-low / s)
-     [Jacob et al. 2018, sec.
-    3.1]
+
+[Jacob et al. 2018, sec. 3.1]
 
 The gradient passes straight through inside [low, high] and is zero outside. Ranges are moving
 averages of each batch's extremes.

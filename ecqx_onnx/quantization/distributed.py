@@ -1,7 +1,7 @@
-"""Several processes that train one model (torch.distributed): relevances summed over them, levels
-the same in all.
+"""Keep several processes that train one model (torch.distributed) on the same levels.
 
-Without an initialised process group every function here does nothing.
+Relevances are summed over the processes, and levels are those of the first. Without an initialised
+process group every function here does nothing.
 """
 
 from __future__ import annotations

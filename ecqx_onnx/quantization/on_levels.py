@@ -1,4 +1,4 @@
-"""What a module computes a weight with where that weight is held on its levels: W -> kΔ.
+"""Replace a weight W by its level kΔ wherever the module computes with it.
 
 The gradient of kΔ goes to W unchanged (straight-through). It is the last parametrization of a
 weight, or runs behind the forward pre-hook of torch's older weight_norm.

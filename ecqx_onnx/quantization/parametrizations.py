@@ -1,5 +1,4 @@
-"""Copies of a module, and weights that a module computes from other parameters in every forward
-pass (weight_norm, say).
+"""Handle weights that a module computes from other parameters in every forward (weight_norm, say).
 
 Such a weight W = f(g, v) is no parameter itself: what a graph multiplies, and what is to be
 quantised, is W. Both kinds that torch has are known here: torch.nn.utils.parametrize (the new

@@ -1,7 +1,6 @@
-"""What a weight is: a parameter that an operator multiplies with what flows through the network,
-found in its traced graph.
+"""Find a network's weights: the parameters that its operators multiply with what flows through it.
 
-Enters a torch.export program, leaves name -> Weight. The operators are convolutions, matrix
+A torch.export program enters, a Weight for each name leaves. The operators are convolutions, matrix
 products, einsum, recurrent kernels and table look-ups whose indices depend on the values of an
 input (token embeddings). With constant or shape-derived indices (positions) a table stays float, as
 do buffers, masks, anchors, gains, norms and whatever is only added or scaled with.

@@ -2,8 +2,9 @@
 
 Activations become uint8, asymmetric [Jacob et al. 2018, arXiv 1712.05877, sec. 2.1]:
 
-    x = s (q - z),   s = (high - low) / 255,   z = round(-low / s),   with low <= 0 <= high so that
-    zero is exact
+    x = s (q - z),   s = (high - low) / 255,   z = round(-low / s)
+
+with low <= 0 <= high, so that zero is exact.
 
 Weights keep their integers and get their DequantizeLinear from the writer; biases become int32 with
 scale s_x s_w. Written like this, onnxruntime fuses DequantizeLinear -> operator -> QuantizeLinear

@@ -3,14 +3,13 @@
 Bytes have one step for all channels of an activation. A channel that is small beside the others
 gets few of the 256 values, and a depthwise convolution behind it may blow it up again: BatchNorm
 gives it a large factor there. Between a product and a depthwise convolution each channel c can have
-a factor f of its own, since both have a step per channel anyway and a Relu between them lets
-positive factors through                                           [cross-layer equalisation, Nagel
-et al. 2019, arXiv 1906.04721]
+a factor f_c of its own, since both have a step per channel anyway and a Relu between them lets
+positive factors through [cross-layer equalisation, Nagel et al. 2019, arXiv 1906.04721]:
 
-    f_c = 2^floor(log2(largest of all channels / largest of channel c)),   step of the product ·
-    f_c,  step behind it / f_c
+    f_c = 2^floor(log2(largest of all channels / largest of channel c))
 
-Powers of two, so that no rounding changes and the integers stay what they are.
+The step of the product is multiplied by f_c, the one behind it divided by f_c. Powers of two, so
+that no rounding changes and the integers stay what they are.
 """
 
 from __future__ import annotations

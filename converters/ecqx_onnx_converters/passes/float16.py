@@ -4,12 +4,11 @@ Runtimes fold the Cast while loading: inference is as it was, with rounded param
 one tensor, cast once and split. A parameter is stored so where it takes fewer bytes, Cast included,
 and where rounding is harmless:
 
-    |float16(p) - p|  <=  2^-11 |p|           always: float16 has 11 significant bits, but below
-    2^-14 fewer; or
-                      <=  2^-11 max |p|       where p is only added or multiplied into sums (biases,
-                      weights), since there
-                                              the rounding of the tensor's largest entry outweighs
-                                              it.
+    |float16(p) - p|  <=  2^-11 |p|        always, or
+                      <=  2^-11 max |p|    where p is only added or multiplied into sums.
+
+float16 has 11 significant bits, but fewer below 2^-14. In sums (biases, weights) the rounding of
+the tensor's largest entry outweighs that of its small ones.
 
 Steps of quantised weights, where a weight has several, are rounded by the first rule and
 dequantised from float16.

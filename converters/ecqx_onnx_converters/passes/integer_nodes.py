@@ -1,5 +1,4 @@
-"""(float graph, its quantised weights) -> which nodes run on integer kernels, and why each of the
-others stays float.
+"""Find the nodes of a float graph that can run on integer kernels, and why each other one can't.
 
 onnxruntime has kernels on 8-bit integers for products (QLinearConv, QGemm, QLinearMatMul),
 elementwise sums and products, averages and concatenation. Operators that only move values (MaxPool,

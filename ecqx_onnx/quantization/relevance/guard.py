@@ -1,5 +1,4 @@
-"""Relevances that cannot end a training: whatever fails while they are taken is recorded, and plain
-ECQ goes on.
+"""Take relevances so that they cannot end a training: a failure is recorded, and ECQ goes on.
 
 What enters and leaves is as in `relevance.Relevances`; this is the only way in which the Quantizer
 calls it. Options and targets that do not fit what was asked for are still refused, since the user
