@@ -22,6 +22,7 @@ from ecqx_onnx.inputs.onnx_file import OnnxFile
 from ecqx_onnx.recognition.recognition import NotRecognized, recognize
 
 RAISED_TO = (21, 18, 13)  # opsets that bring storages: INT4; packed; several weights in a byte
+WORTH_DECODING = 0.9  # of the bytes that several integers a byte take as they are
 RECORD = 40  # bytes of metadata that a stored weight takes, about
 
 
@@ -130,13 +131,23 @@ def _list_useless(plan: Plan, foreign: Foreign) -> list[Kept]:
     """Weights that the plan can't store, or stores in no fewer bytes than they had."""
     found = {weight.name for weight in foreign.weights}
     found |= {entry.weight.name for entry in plan.entries}
+    narrow = {
+        weight.name for weight in foreign.weights if weight.integers and weight.integers.digits > 1
+    }
     useless = [kept for kept in plan.kept if kept.name in found]
     if plan.entries:
         for row in build(plan).tensors:
             before = foreign.replaced.get(row.name)
             if before is None:
                 before = foreign.graph.weights[row.name].nbytes
-            if row.nbytes + RECORD >= before:
-                reason = f"stored anew it would take {row.nbytes + RECORD:,} bytes, not {before:,}"
+            after = row.nbytes + RECORD
+            if after >= before:
+                reason = f"stored anew it would take {after:,} bytes, not {before:,}"
+                useless.append(Kept(row.name, row.shape, reason))
+            elif row.name in narrow and after > WORTH_DECODING * before:
+                reason = (
+                    f"stored anew it would take {after / before:.0%} of its {before:,} bytes, too"
+                    " little gain to decode several integers a byte while loading"
+                )
                 useless.append(Kept(row.name, row.shape, reason))
     return useless

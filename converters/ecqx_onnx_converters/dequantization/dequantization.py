@@ -4,8 +4,7 @@
 a codebook; runtimes inline it and fold it while loading, so inference runs at float speed.
 `make_standard`: DequantizeLinear, which every tool knows and
 which onnxruntime recomputes at every inference. `make_integer`: the same in front of an integer
-kernel. `make_integers`: where the graph reads integers (QLinearConv, a foreign DequantizeLinear),
-these, by Cast or, with an offset, by one more function; both fold while loading.
+kernel. Where the graph reads integers (QLinearConv, a foreign DequantizeLinear), see integers.py.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import Message
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
-from ecqx_onnx_converters.graph.graph import NARROW
-from ecqx_onnx_converters.matching.matching import Integers
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import DOMAIN
 
@@ -179,61 +176,6 @@ def make_integer(
     return Dequantization("integer", made.node, (*made.initializers, zero), before=(cast,))
 
 
-def make_integers(form: Integers, *, levels: str, output: str, constant: str) -> Dequantization:
-    """Write the nodes for level + form.offset as form.type, where the graph reads integers.
-
-    Args:
-        form: the type and the offset.
-        levels: name of the stored value.
-        output: name of the value that the graph reads.
-        constant: name of the offset.
-
-    Returns:
-        The node, and the offset if there is one.
-    """
-    if not form.offset:
-        return Dequantization(
-            "none", helper.make_node("Cast", [levels], [output], to=form.type), ()
-        )
-    node = helper.make_node("Offset", [levels, constant], [output], domain=DOMAIN, to=form.type)
-    return Dequantization(
-        "none",
-        node,
-        (numpy_helper.from_array(np.array(form.offset, np.int32), constant),),
-        "Offset",
-    )
-
-
-def read_integers(node: NodeProto, offset: np.ndarray | None) -> Integers:
-    """Read what `make_integers` wrote.
-
-    Args:
-        node: of a file.
-        offset: what its second input holds; None without one.
-
-    Returns:
-        The type and the offset.
-
-    Raises:
-        FileError: if no such node is written by us.
-    """
-    to = next((attribute.i for attribute in node.attribute if attribute.name == "to"), 0)
-    wanted = (
-        node.op_type == "Offset"
-        and node.domain == DOMAIN
-        and offset is not None
-        and offset.size == 1
-    )
-    if to not in NARROW or not (
-        wanted or (node.op_type == "Cast" and node.domain in ("", "ai.onnx"))
-    ):
-        raise FileError(
-            f"the integers '{node.output[0]}' are made by {node.op_type} to type {to}; the ONNX "
-            "file is damaged"
-        )
-    return Integers(to, int(offset.reshape(())) if wanted and offset is not None else 0)
-
-
 def refuse_standard(tensor: QuantTensor) -> Refusal | None:
     """Say why DequantizeLinear cannot compute a weight.
 
@@ -257,23 +199,12 @@ def make_function(name: str, opset: int) -> FunctionProto:
     """Write a model-local function.
 
     Args:
-        name: one of BODIES, or "Offset".
+        name: one of BODIES.
         opset: of the operators in it.
 
     Returns:
         The function.
     """
-    if name == "Offset":
-        cast = helper.make_node("Cast", ["sum"], ["integers"])
-        cast.attribute.append(
-            AttributeProto(name="to", ref_attr_name="to", type=AttributeProto.INT)
-        )
-        wide = helper.make_node("Cast", ["levels"], ["wide"], to=TensorProto.INT32)
-        nodes = [wide, helper.make_node("Add", ["wide", "offset"], ["sum"]), cast]
-        imports = [helper.make_opsetid("", opset)]
-        return helper.make_function(
-            DOMAIN, name, ["levels", "offset"], ["integers"], nodes, imports, ["to"]
-        )
     inputs, body = BODIES[name]
     nodes = []
     for operation, sources, result in body:

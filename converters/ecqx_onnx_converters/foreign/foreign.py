@@ -12,6 +12,8 @@ Looked for in the main graph and in every subgraph:
         the same (QONNX, see qonnx.py)
     integers that anything else reads (QLinearConv, MatMulInteger, …)
         they stay integers
+    bytes of several integers (MatMulNBits, GatherBlockQuantized; sub_byte.py)
+        the integers are taken out of them, and put back by the decoder
 
 A DequantizeLinear stays, and only its integers are stored anew, where runtimes make an integer
 kernel of it (another input of its consumer is dequantized as well), where its result is no float32,
@@ -29,6 +31,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from ecqx_onnx.tensors import QuantTensor, Scale
 from ecqx_onnx_converters.foreign import qonnx, quantization_nodes
 from ecqx_onnx_converters.foreign.quantization_nodes import Constant, Grid, Rule
+from ecqx_onnx_converters.foreign.sub_byte import find_bits
 from ecqx_onnx_converters.graph.graph import (
     NARROW,
     FloatGraph,
@@ -41,6 +44,7 @@ from ecqx_onnx_converters.graph.graph import (
     rename_values,
 )
 from ecqx_onnx_converters.graph.uses import find_uses
+from ecqx_onnx_converters.matching.digits import join_digits, split_digits
 from ecqx_onnx_converters.matching.matching import GraphWeight, Integers
 from ecqx_onnx_converters.refusal import Refusal
 
@@ -53,6 +57,10 @@ ZERO_POINTS = {
     "ConvInteger": {1: 3},
     "MatMulInteger": {1: 3},
     "QGemm": {3: 5},
+    "QAttention": {1: 7},
+    "DynamicQuantizeMatMul": {1: 3},
+    "MatMulIntegerToFloat": {1: 5},
+    "DynamicQuantizeLSTM": {1: 9, 2: 11},
 }
 
 
@@ -286,9 +294,14 @@ class _Search:
             zero = None
             if position is not None and position < len(use.node.input):
                 zero = self.read_constant(use.node.input[position], known)
+            bits = find_bits(tensor, uses[tensor.name])
             constant = self.read_constant(tensor.name, known)
-            if constant is not None and constant.values.size:
+            if isinstance(bits, Refusal):
+                self.refused[tensor.name] = bits.reason
+            elif constant is not None and constant.values.size and bits == 8:
                 self.found[tensor.name] = _make_integer_weight(tensor.name, constant, zero)
+            elif constant is not None and constant.values.size:
+                self.found[tensor.name] = _make_sub_byte_weight(tensor.name, constant, bits)
 
 
 def _find_rule(node: NodeProto) -> Rule | None:
@@ -315,6 +328,18 @@ def _make_integer_weight(name: str, integers: Constant, zero: Constant | None) -
     levels = (integers.values - offset).astype(np.int8)
     tensor = QuantTensor(name, levels, Scale(np.ones((), np.float32)))
     return GraphWeight(name, tensor, (integers.source,), integers=Integers(integers.type, offset))
+
+
+def _make_sub_byte_weight(name: str, integers: Constant, bits: int) -> GraphWeight:
+    """Levels count from the integer that occurs most often."""
+    digits = split_digits(integers.values, bits)
+    center = int(np.bincount(digits.reshape(-1), minlength=1 << bits).argmax())
+    levels = (digits - center).astype(np.int8)
+    form = Integers(integers.type, bits=bits)
+    everywhere = np.full(form.digits, center, np.int8)
+    offset = int(join_digits(everywhere, form)[0])
+    tensor = QuantTensor(name, levels, Scale(np.ones((), np.float32)))
+    return GraphWeight(name, tensor, (integers.source,), integers=replace(form, offset=offset))
 
 
 def _drop_unread(proto: ModelProto, read_before: set[str]) -> set[str]:

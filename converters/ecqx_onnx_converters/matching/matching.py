@@ -40,10 +40,18 @@ class Integers:
     Attributes:
         type: the TensorProto type of the integer.
         offset: the integer of level 0.
+        bits: of each level. Fewer than 8: a UINT8 holds several levels along the last axis (as
+            MatMulNBits and GatherBlockQuantized read them), the first in its low bits.
     """
 
     type: int
     offset: int = 0
+    bits: int = 8
+
+    @property
+    def digits(self) -> int:
+        """How many levels an integer holds."""
+        return 8 // self.bits
 
 
 @dataclass(frozen=True, eq=False)

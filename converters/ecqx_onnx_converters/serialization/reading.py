@@ -15,8 +15,9 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.tensors import Codebook, QuantTensor, Scale
-from ecqx_onnx_converters.dequantization.dequantization import read_integers, read_meaning
+from ecqx_onnx_converters.dequantization.dequantization import read_meaning
 from ecqx_onnx_converters.dequantization.fused import expand_call
+from ecqx_onnx_converters.dequantization.integers import read_integers
 from ecqx_onnx_converters.graph.files import read_external_bytes, read_proto
 from ecqx_onnx_converters.graph.graph import clear_data, read_values
 from ecqx_onnx_converters.graph.limits import LONGEST_NAME
@@ -361,11 +362,11 @@ def _read_integers(record: Record, levels: np.ndarray, contents: Contents) -> St
             f"nothing makes the integers of '{record.name}' in the ONNX file; some tool has"
             " rewritten it: pack it again"
         )
-    offsets = []
+    constants = []
     for name in node.input[1:]:
         if name in contents.initializers:
-            offsets.append(read_values(contents.initializers[name]))
-    form = read_integers(node, offsets[0] if len(offsets) == 1 else None)
+            constants.append(read_values(contents.initializers[name]))
+    form = read_integers(node, constants, levels.ndim)
     tensor = QuantTensor(record.name, levels, Scale(np.ones((), np.float32)))
     weight = GraphWeight(record.name, tensor, record.sources, integers=form)
     return _make_stored(record, weight, levels, contents)

@@ -23,7 +23,8 @@ from ecqx_onnx_converters.graph.graph import (
     rename_values,
 )
 from ecqx_onnx_converters.graph.uses import find_uses
-from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
+from ecqx_onnx_converters.matching.digits import join_digits
+from ecqx_onnx_converters.matching.matching import GraphWeight, Integers, Matching
 from ecqx_onnx_converters.serialization.reading import (
     Record,
     StoredWeight,
@@ -156,13 +157,11 @@ def _make_integers(item: StoredWeight, name: str, *, transposed: bool = False) -
     transposed: in the transpose of the weight's own axes.
     """
     levels = item.weight.tensor.levels.T if transposed else item.weight.tensor.levels
-    form = item.weight.integers
-    element_type = TensorProto.INT8 if form is None else form.type
-    offset = 0 if form is None else form.offset
-    values = levels.astype(np.int16) + offset
-    dtype = helper.tensor_dtype_to_np_dtype(element_type)
+    form = item.weight.integers or Integers(TensorProto.INT8)
+    values = join_digits(levels, form)
+    dtype = helper.tensor_dtype_to_np_dtype(form.type)
     raw = bytes(numpy_helper.from_array(values.astype(dtype)).raw_data)
-    return helper.make_tensor(name, element_type, levels.shape, raw, raw=True)
+    return helper.make_tensor(name, form.type, values.shape, raw, raw=True)
 
 
 def _make_weight(record: Record, item: StoredWeight, maker: NodeProto) -> GraphWeight:

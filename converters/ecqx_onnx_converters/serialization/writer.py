@@ -30,7 +30,6 @@ from ecqx_onnx_converters.dequantization.dequantization import (
     make_folded,
     make_function,
     make_integer,
-    make_integers,
     make_standard,
 )
 from ecqx_onnx_converters.dequantization.fused import (
@@ -40,6 +39,11 @@ from ecqx_onnx_converters.dequantization.fused import (
     fold_transpose_into_gemm,
     fuse,
     make_scaled,
+)
+from ecqx_onnx_converters.dequantization.integers import (
+    INTEGER_FUNCTIONS,
+    make_integer_function,
+    make_integers,
 )
 from ecqx_onnx_converters.dequantization.standard import apply_standard
 from ecqx_onnx_converters.graph.files import (
@@ -270,8 +274,9 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
         graph.initializer.extend(fresh)
         seen.update(part.name for part in dequantization.initializers)
         if dequantization.function is not None and not is_fused:
-            function = make_function(dequantization.function, plan.opset)
-            functions[DOMAIN, dequantization.function] = function
+            name = dequantization.function
+            make = make_integer_function if name in INTEGER_FUNCTIONS else make_function
+            functions[DOMAIN, name] = make(name, plan.opset)
         # 3. The nodes: one call for both, or the levels' own and those of the dequantization.
         if fused is not None and is_fused:
             nodes.extend(fuse(stored, fused, dequantization.node))
@@ -348,7 +353,11 @@ def _make_dequantization(
     # 1. The graph reads integers.
     if weight.integers is not None:
         return make_integers(
-            weight.integers, levels=stored.levels, output=weight.name, constant=constant
+            weight.integers,
+            weight.tensor.levels.ndim,
+            levels=stored.levels,
+            output=weight.name,
+            constant=constant,
         )
     # 2. A function of ours.
     if entry.form is None:
