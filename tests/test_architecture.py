@@ -33,7 +33,7 @@ ROOMS = (
     ("validation",),
     ("sources",),
     ("compression",),
-    ("delivery", "deployment", "reporting"),
+    ("delivery", "deployment", "reporting", "doctor"),
     ("verbs",),
     ("api",),
     ("demo",),
@@ -268,6 +268,7 @@ def test_what_needs_no_pytorch_runs_without_it(quantized_file):
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for arguments in (
         ["targets"],
+        ["doctor"],
         ["inspect", quantized_file],
         ["pack", quantized_file, packed],
         ["inspect", packed],

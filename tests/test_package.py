@@ -338,6 +338,7 @@ def test_a_clean_environment_without_torch_runs_the_wheel(built, tmp_path):
     for arguments in (
         "--version",
         "targets",
+        "doctor",
         "inspect foreign.onnx",
         "pack foreign.onnx packed.onnx",
         "inspect packed.onnx",

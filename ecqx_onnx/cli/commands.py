@@ -150,6 +150,23 @@ def demo(
         )
 
 
+@register_command
+def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
+    """Show versions, devices that are ready, what is missing, and the command that brings it.
+
+    Exit status 1 if a package is missing that every command needs.
+
+    Example:  ecqx-onnx doctor
+    """
+    from ecqx_onnx.doctor import examine
+
+    found = examine()
+    emit(found, as_json=as_json, quiet=quiet)
+    if not found.ok:
+        names = ", ".join(package.name for package in found.broken)
+        raise CheckFailed(f"missing or too old: {names}; the commands above bring them")
+
+
 @device_app.command("setup")
 @guard
 @refuse_json_and_output

@@ -34,13 +34,14 @@ from ecqx_onnx.cli.terminal import (
 app = typer.Typer(
     name="ecqx-onnx",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="A PyTorch model in, a tiny ONNX file out: 2-5 bit sparse weights that stock onnxruntime"
     " runs, and proof that it still says the same.\n\n"
     "[bold]quantize[/] trains, [bold]convert[/] writes the .onnx, [bold]validate[/] proves it,"
-    " [bold]inspect[/] looks inside, [bold]demo[/] shows all of it.",
+    " [bold]inspect[/] looks inside, [bold]demo[/] shows all of it, [bold]doctor[/] says what is"
+    " missing.",
 )
 device_app = typer.Typer(
     no_args_is_help=True,

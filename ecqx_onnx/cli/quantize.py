@@ -31,7 +31,8 @@ LEVELS = "Levels"
 RELEVANCE = "Relevance"
 TRAINING = "Training"
 OUTPUT = "Output"
-NOT_TO_TRAIN = ("recipe", "as_json", "quiet", "debug")  # parameters of the command alone
+# Parameters of the command alone.
+NOT_TO_TRAIN = ("recipe", "as_json", "quiet", "debug", "all_weights")
 
 Model = Annotated[str, make_argument(QuantizeOptions, "factory", metavar="FILE.py:FACTORY")]
 Recipe = Annotated[

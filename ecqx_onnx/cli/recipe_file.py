@@ -18,7 +18,7 @@ LARGEST_JSON = 100_000  # bytes; ours have some hundreds
 # Bytes; tomllib takes time that grows with the square of a dotted key's length.
 LARGEST_TOML = 10_000
 # What one run does, not how.
-NOT_IN_RECIPES = {"recipe", "out", "resume", "force", "as_json", "quiet", "debug"}
+NOT_IN_RECIPES = {"recipe", "out", "resume", "force", "as_json", "quiet", "debug", "all_weights"}
 NOT_REPLAYED = ("best_epoch", "trained")  # what a checkpoint tells beside the options
 
 

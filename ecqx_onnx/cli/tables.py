@@ -13,9 +13,9 @@ from typing import Any
 from ecqx_onnx_converters.serialization.report import WriteReport
 from ecqx_onnx_converters.targets import INT2_TYPES, INT4_TYPES, INT8_TYPES, TARGETS, Target
 from rich.console import RenderableType
-from rich.table import Table
 
 from ecqx_onnx.rendering import Shown
+from ecqx_onnx.rendering.fitted import Column, FittedTable
 from ecqx_onnx.rendering.write_report import render_write_report, write_report_to_json
 
 
@@ -62,12 +62,11 @@ class TargetTable(Shown):
         Returns:
             A table with a row for each.
         """
-        table = Table(show_lines=True)
-        for heading in ("target", "runs on", "a file holds"):
-            table.add_column(heading, overflow="fold", no_wrap=heading == "target")
+        columns = (Column("target"), Column("runs on", "prose"), Column("a file holds", "prose"))
+        rows = []
         for target in self.targets:
-            table.add_row(target.name, target.runs_on, _describe_file(target))
-        return table
+            rows.append((target.name, target.runs_on, _describe_file(target)))
+        return FittedTable(columns, rows, ruled=True)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Write the targets as plain values.

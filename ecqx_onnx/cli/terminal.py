@@ -26,6 +26,7 @@ from rich.console import Console
 
 from ecqx_onnx.errors import EcqxError, FileError, InputError, explain_missing_package
 from ecqx_onnx.inputs.reading import check_name, check_regular, make_file_error
+from ecqx_onnx.rendering.weights import show_all_rows
 
 INTERRUPTED = 130  # 128 + SIGINT
 UNFORESEEN = 70  # EX_SOFTWARE of sysexits.h
@@ -56,6 +57,15 @@ Debug = Annotated[
     bool,
     typer.Option(
         "--debug", hidden=True, help="Show the traceback of an error that nobody foresaw."
+    ),
+]
+
+
+LIST_WEIGHTS = ("quantize", "convert", "inspect", "pack", "unpack")
+AllWeights = Annotated[
+    bool,
+    typer.Option(
+        "--all", help="Show every weight; by default more than 20 are grouped by their names."
     ),
 ]
 
@@ -245,13 +255,15 @@ def guard(function: Callable[..., Any]) -> Callable[..., Any]:
         function: the command, as typer takes it.
 
     Returns:
-        The same with one more parameter; see `turn_errors_into_exit`.
+        The same with one more parameter (see `turn_errors_into_exit`), and --all where weights
+        are listed.
     """
     name = function.__name__.replace("_", " ")
 
     @functools.wraps(function)
-    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
-        with turn_errors_into_exit(_describe_command(name, kwargs), debug=debug):
+    def run(*args: Any, debug: bool = False, all_weights: bool = False, **kwargs: Any) -> None:
+        doing = _describe_command(name, kwargs)
+        with show_all_rows(all_weights), turn_errors_into_exit(doing, debug=debug):
             for parameter in (*INPUTS, *OUTPUTS):
                 value = kwargs.get(parameter)
                 if isinstance(value, str | Path):
@@ -268,6 +280,11 @@ def guard(function: Callable[..., Any]) -> Callable[..., Any]:
         "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
     )
     parameters = [*signature.parameters.values(), option]
+    if name in LIST_WEIGHTS:
+        every = inspect.Parameter(
+            "all_weights", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AllWeights
+        )
+        parameters.append(every)
     for parameter in parameters:
         for about in getattr(parameter.annotation, "__metadata__", ()):
             about.readable = False  # typer would show a file without permission in a box of usage

@@ -10,7 +10,6 @@ from typing import Any
 
 from ecqx_onnx_converters import WriteReport
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ecqx_onnx.compression.search.bounds import Bounds
@@ -18,6 +17,7 @@ from ecqx_onnx.compression.search.points import Point
 from ecqx_onnx.compression.search.quality import Quality
 from ecqx_onnx.compression.search.search import finest_first
 from ecqx_onnx.compression.verdict import Verdict
+from ecqx_onnx.rendering.fitted import Column, FittedTable
 from ecqx_onnx.validation.metrics import Proportion
 
 
@@ -122,14 +122,14 @@ class CompressResult:
             f" {self.source}; {self.chosen.bits_per_weight:.2f} coded bits a weight"
         )
 
-    def _verdict_table(self) -> Table:
+    def _verdict_table(self) -> FittedTable:
         title = f"{self.source} on {self.verdict.quality.samples} samples that nothing has seen"
-        table = Table(title=title, title_justify="left")
-        for heading in ("", "float", "compressed"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        for row in self._rows():
-            table.add_row(*row)
-        return table
+        columns = (
+            Column("on these", "name"),
+            Column("float", right=True),
+            Column("compressed", right=True),
+        )
+        return FittedTable(columns, self._rows(), title=title)
 
     def _rows(self) -> list[tuple[str, str, str]]:
         quality, before, after = self.verdict.quality, self.verdict.before, self.verdict.after
@@ -154,23 +154,34 @@ class CompressResult:
         rows.append((latency, f"{1e3 * before.latency:.2f} ms", f"{1e3 * after.latency:.2f} ms"))
         return rows
 
-    def _curve_table(self) -> Table:
-        table = Table(title=f"points tried; wanted: {self.bounds.words}", title_justify="left")
-        headings = ("bytes", "bits a weight", "agreement", "lost points", "error", "")
-        for heading in headings:
-            table.add_column(heading, justify="right")
+    def _curve_table(self) -> FittedTable:
+        rows = []
         for point in finest_first(self.points):
             agreement, drop = point.quality.agreement, point.quality.drop
-            chosen = "chosen" if point.bits == self.chosen.bits else ""
-            table.add_row(
-                f"{point.nbytes:,}",
-                f"{point.bits_per_weight:.3f}",
-                "" if agreement is None else f"{100 * agreement.share:.2f} %",
-                "" if drop is None else f"{drop:+.2f}",
-                f"{point.quality.error:.4f}",
-                chosen,
+            rows.append(
+                (
+                    f"{point.nbytes:,}",
+                    f"{point.bits_per_weight:.3f}",
+                    "" if agreement is None else f"{100 * agreement.share:.2f} %",
+                    "" if drop is None else f"{drop:+.2f}",
+                    f"{point.quality.error:.4f}",
+                    "chosen" if point.bits == self.chosen.bits else "",
+                )
             )
-        return table
+        columns = (
+            Column("bytes", right=True),
+            Column("bits a weight", right=True),
+            Column("agreement", right=True, meaning="samples with the float model's class"),
+            Column("lost points", right=True, meaning="of accuracy"),
+            Column("error", right=True, meaning="||y - y'|| / ||y|| of the worst output"),
+            Column(""),
+        )
+        known = [n for n, column in enumerate(columns) if any(row[n] for row in rows)]
+        return FittedTable(
+            [columns[number] for number in known],
+            [[row[number] for number in known] for row in rows],
+            title=f"points tried; wanted: {self.bounds.words}",
+        )
 
     def _repr_html_(self) -> str:
         """For a notebook."""

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ecqx_onnx.deployment.tolerances import Tolerance
+from ecqx_onnx.rendering.fitted import Column, FittedTable
 from ecqx_onnx.validation.metrics import Proportion
 
 GOLDEN = "golden/"  # the folder's files of inputs and outputs
@@ -72,16 +72,16 @@ class Deployed:
         Returns:
             What rich prints.
         """
-        table = Table(title=f"{self.folder}: ready for {self.platform}", title_justify="left")
-        table.add_column("file", overflow="fold")
-        table.add_column("bytes", justify="right")
+        rows = []
         golden_bytes = 0
         for name, size in self.files:
             if name.startswith(GOLDEN):
                 golden_bytes += size
             else:
-                table.add_row(Text(name), f"{size:,}")
-        table.add_row(f"{GOLDEN} ({self.cases} cases)", f"{golden_bytes:,}")
+                rows.append((name, f"{size:,}"))
+        rows.append((f"{GOLDEN} ({self.cases} cases)", f"{golden_bytes:,}"))
+        columns = (Column("file", "name"), Column("bytes", right=True))
+        table = FittedTable(columns, rows, title=f"{self.folder}: ready for {self.platform}")
         lines: list[RenderableType] = [table]
         lines += [Text(f"note: {note}", style="yellow") for note in self.notes]
         words = f"{self.folder}: {self.size:,} bytes, the model {self.model_bytes:,}"

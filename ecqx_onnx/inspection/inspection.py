@@ -114,8 +114,10 @@ def _list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
     initializers = {tensor.name for tensor in proto.graph.initializer}
     inputs = [value for value in proto.graph.input if value.name not in initializers]
     operators: Counter[str] = Counter()
+    calls = 0  # of functions of ours, whose names are single letters
     for graph in list_graphs(proto.graph):
-        operators.update(node.op_type for node in graph.node)
+        operators.update(node.op_type for node in graph.node if node.domain != DOMAIN)
+        calls += sum(node.domain == DOMAIN for node in graph.node)
     facts = [
         (
             "opset",
@@ -128,11 +130,19 @@ def _list_facts(file: OnnxFile) -> tuple[tuple[str, str], ...]:
         ("inputs", "; ".join(map(_describe_signature, inputs))),
         ("outputs", "; ".join(map(_describe_signature, proto.graph.output))),
         ("nodes", ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))),
-        ("functions", ", ".join(function.name for function in proto.functions)),
+        ("functions", _describe_functions(proto, calls)),
         ("external data", ", ".join(path.name for path in file.external)),
         ("tool", str(file.metadata.get("tool_version", ""))),
     ]
     return tuple(fact for fact in facts if fact[1])
+
+
+def _describe_functions(proto: onnx.ModelProto, calls: int) -> str:
+    names = [function.name for function in proto.functions if function.domain != DOMAIN]
+    own = len(proto.functions) - len(names)
+    if own:
+        names.append(f"{own} that decode and dequantize weights, in {calls} nodes")
+    return ", ".join(names)
 
 
 def _describe_signature(value: onnx.ValueInfoProto) -> str:

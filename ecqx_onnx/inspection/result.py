@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from ecqx_onnx.rendering.fitted import Column, FactTable, FittedTable
+from ecqx_onnx.rendering.weights import WeightRow, draw_weights
 from ecqx_onnx.tensors import QuantTensor
 
+PARTS = (
+    Column("what the bytes are for", "name"),
+    Column("bytes", right=True),
+    Column("share", right=True),
+)
 SHOWN_FLOATS = 12  # rows of float weights in the tables; the JSON has all
-HEADINGS = ("weight", "shape", "bits", "zeros", "entropy", "stored", "storage", "bytes")
 
 
 @dataclass(frozen=True)
@@ -171,23 +175,18 @@ class Inspection:
         Returns:
             What `rich` prints.
         """
-        facts = Table(
-            title=Text(f"{self.file}: {self.kind}, {self.nbytes:,} bytes"),
-            title_justify="left",
-            show_header=False,
-        )
         rows = [
             *self.facts,
             ("recipe", _format_fields(self.recipe)),
             ("preprocessing", _format_fields(self.preprocessing)),
         ]
-        for name, value in [*rows, ("labels", ", ".join(self.labels))]:
-            if value:
-                facts.add_row(name, Text(value))
-        parts = Table("what the bytes are for", "bytes", "share")
+        rows.append(("labels", ", ".join(self.labels)))
+        facts = FactTable(rows, title=f"{self.file}: {self.kind}, {self.nbytes:,} bytes")
+        shares = []
         for name, count in sorted(self.parts.items(), key=lambda item: -item[1]):
             if count:
-                parts.add_row(name, f"{count:,}", f"{count / max(1, self.nbytes):.1%}")
+                shares.append((name, f"{count:,}", f"{count / max(1, self.nbytes):.1%}"))
+        parts = FittedTable(PARTS, shares)
         tables: list[RenderableType] = [facts]
         if self.tensors:
             tables.append(self._render_weights())
@@ -202,33 +201,31 @@ class Inspection:
             tables.append(Text(more, style="dim"))
         return Group(*tables, parts, *(Text(warning, style="yellow") for warning in self.warnings))
 
-    def _render_weights(self) -> Table:
-        table = Table()
-        for heading in HEADINGS:
-            is_text = heading in ("weight", "storage")
-            table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    def _render_weights(self) -> FittedTable:
+        rows = []
         for row in self.tensors:
-            storage = f"{row.storage}, {row.dequantization}" if row.dequantization else row.storage
-            shape = "x".join(map(str, row.shape))
-            # Bits per weight, as is the entropy.
-            stored = f"{8 * row.nbytes / max(1, math.prod(row.shape)):.2f}"
-            numbers = (
-                str(row.bits),
-                f"{row.zeros:.1%}",
-                f"{row.entropy:.2f}",
-                stored,
-                storage,
-                f"{row.nbytes:,}",
+            rows.append(
+                WeightRow(
+                    name=", ".join(row.sources),
+                    shape=row.shape,
+                    bits=row.bits,
+                    zeros=row.zeros,
+                    entropy=row.entropy,
+                    storage=row.storage,
+                    dequantization=row.dequantization,
+                    nbytes=row.nbytes,
+                )
             )
-            table.add_row(", ".join(row.sources), shape, *numbers)
-        return table
+        return draw_weights(rows)
 
 
 def _format_fields(fields: Mapping[str, Any]) -> str:
     """What is set, as `name value`."""
     unset: tuple[Any, ...] = (None, [], "", {})
-    return ", ".join(
-        f"{name} {value}"
-        for name, value in fields.items()
-        if name != "version" and value not in unset
-    )
+    words = []
+    for name, value in fields.items():
+        if name == "version" or value in unset:
+            continue
+        shown = f"({_format_fields(value)})" if isinstance(value, Mapping) else value
+        words.append(f"{name} {shown}")
+    return ", ".join(words)

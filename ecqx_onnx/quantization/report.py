@@ -97,22 +97,9 @@ class Report(Shown):
             A table with a line for each weight, its sums above and the warnings below.
         """
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=self._describe(), title_justify="left")
-        table.add_column("weight", overflow="fold")
-        for heading in ("shape", "bits", "zeros", "plain ECQ", "entropy"):
-            table.add_column(heading, justify="right")
-        table.add_column("relevance")
-        for tensor in self.tensors:
-            table.add_row(
-                Text(tensor.name),
-                "x".join(map(str, tensor.shape)),
-                str(tensor.bits),
-                f"{100 * tensor.zeros:.1f} %",
-                f"{100 * tensor.ecq_zeros:.1f} %",
-                f"{tensor.entropy:.2f}",
-                Text(tensor.rule),
-            )
+        from ecqx_onnx.rendering.trained import draw_trained_weights
+
+        table = draw_trained_weights(self.tensors, self._describe())
         return Group(table, *(Text(f"warning: {warning}") for warning in self.warnings))

@@ -7,11 +7,10 @@ from typing import Any
 
 from ecqx_onnx_converters.serialization.report import WriteReport
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-HEADINGS = ("weight", "shape", "bits", "zeros", "entropy", "storage", "bytes", "fewer than float")
-ON_THE_LEFT = ("weight", "storage")
+from ecqx_onnx.rendering.fitted import FittedTable
+from ecqx_onnx.rendering.weights import WeightRow, draw_weights
 
 
 def render_write_report(report: WriteReport) -> RenderableType:
@@ -24,6 +23,9 @@ def render_write_report(report: WriteReport) -> RenderableType:
         A table of the weights, what stays float, notes, and a line that sums it up.
     """
     lines: list[RenderableType] = [_draw_weights(report)]
+    rescaled = [row for row in report.tensors if row.rescaled]
+    if rescaled:
+        lines.append(Text(f"BatchNorm is folded into {len(rescaled)} of these", style="dim"))
     for kept in report.kept:
         sentence = f"stays float: {kept.name} {list(kept.shape)}: {kept.reason}"
         lines.append(Text(sentence, style="yellow"))
@@ -88,24 +90,23 @@ def write_report_to_json(report: WriteReport) -> dict[str, Any]:
     }
 
 
-def _draw_weights(report: WriteReport) -> Table:
-    table = Table(title=str(report.path), title_justify="left", caption_justify="left")
-    for heading in HEADINGS:
-        justify: Any = "left" if heading in ON_THE_LEFT else "right"
-        table.add_column(heading, justify=justify, overflow="fold")
+def _draw_weights(report: WriteReport) -> FittedTable:
+    rows = []
     for row in report.tensors:
-        float_bytes = 4 * math.prod(row.shape)
-        table.add_row(
-            ", ".join(row.sources) + (" (BatchNorm folded)" if row.rescaled else ""),
-            "x".join(map(str, row.shape)),
-            str(row.bits),
-            f"{row.zeros:.1%}",
-            f"{row.entropy:.2f}",
-            f"{row.storage}, {row.dequantization}",
-            f"{row.nbytes:,}",
-            f"{float_bytes / max(1, row.nbytes):.1f}x",
+        rows.append(
+            WeightRow(
+                name=", ".join(row.sources),
+                shape=row.shape,
+                bits=row.bits,
+                zeros=row.zeros,
+                entropy=row.entropy,
+                storage=row.storage,
+                dequantization=row.dequantization,
+                nbytes=row.nbytes,
+                reason=row.reason,
+            )
         )
-    return table
+    return draw_weights(rows, title=str(report.path))
 
 
 def _summarize(report: WriteReport) -> str:

@@ -8,11 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from ecqx_onnx.rendering.fitted import Column, FactTable, FittedTable
 from ecqx_onnx.runtime.latency import FLOAT, Latency
 from ecqx_onnx.validation.metrics import Proportion
+
+COLUMNS = (
+    Column(""),
+    Column("check"),
+    Column("measured"),
+    Column("limit"),
+    Column("what it says", "prose"),
+)
 
 Value = float | int | str | None
 
@@ -104,20 +112,12 @@ class ValidationReport:
         Returns:
             Every check, the numbers, and a last line with the verdict.
         """
-        checks = Table(title=Text(f"{self.file} on {self.runtime}"), title_justify="left")
-        for heading in ("", "check", "measured", "limit", "what it says"):
-            checks.add_column(heading, overflow="fold")
+        rows = []
         for check in self.checks:
-            checks.add_row(
-                _draw_mark(check),
-                check.name,
-                show(check.measured),
-                show(check.limit),
-                Text(check.sentence),
-            )
-        numbers = Table(show_header=False)
-        for name, value in _list_numbers(self):
-            numbers.add_row(name, Text(value))
+            numbers_of = (show(check.measured), show(check.limit))
+            rows.append((_draw_mark(check), check.name, *numbers_of, check.sentence))
+        checks = FittedTable(COLUMNS, rows, title=f"{self.file} on {self.runtime}")
+        numbers = FactTable(_list_numbers(self))
         notes = [Text(f"note: {note}", style="yellow") for note in self.notes]
         return Group(checks, numbers, *notes, _draw_verdict(self))
 
@@ -165,7 +165,7 @@ def show(value: Value) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.3g}"
-    return f"{value:,}".replace(",", " ") if isinstance(value, int) else value
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def _list_numbers(report: ValidationReport) -> list[tuple[str, str]]:

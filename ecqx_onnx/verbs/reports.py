@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ecqx_onnx_converters import WriteReport
 from ecqx_onnx_converters.planning.plan import Kept
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ecqx_onnx.rendering import Shown
+from ecqx_onnx.rendering.trained import draw_trained_weights
 from ecqx_onnx.rendering.write_report import render_write_report, write_report_to_json
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation.equivalence import Equivalence
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ecqx_onnx.quantization.objectives.objective import Score
     from ecqx_onnx.quantization.report import Report
     from ecqx_onnx.quantization.training import EpochRecord
-
-HEADINGS = ("weight", "shape", "bits", "zeros", "plain ECQ's", "entropy", "relevance by")
-ON_THE_LEFT = ("weight", "relevance by")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -117,21 +114,8 @@ class Quantized(Shown):
         Returns:
             A table of the weights, warnings and notes, and a line that sums it up.
         """
-        table = Table(title=f"{self.path}, trained on {self.data}", title_justify="left")
-        for heading in HEADINGS:
-            justify: Any = "left" if heading in ON_THE_LEFT else "right"
-            table.add_column(heading, justify=justify, overflow="fold")
-        for row in self.report.tensors:
-            table.add_row(
-                row.name,
-                "x".join(map(str, row.shape)),
-                str(row.bits),
-                f"{row.zeros:.1%}",
-                f"{row.ecq_zeros:.1%}",
-                f"{row.entropy:.2f}",
-                row.rule,
-            )
-        lines: list[RenderableType] = [table]
+        title = f"{self.path}, trained on {self.data}"
+        lines: list[RenderableType] = [draw_trained_weights(self.report.tensors, title)]
         for warning in self.report.warnings:
             lines.append(Text(f"warning: {warning}", style="yellow"))
         for note in self.notes:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from google.protobuf.message import Message
 from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ecqx_onnx.errors import FileError
@@ -49,12 +48,6 @@ class Dequantization:
     initializers: tuple[TensorProto, ...]
     function: str | None = None
     before: tuple[NodeProto, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the nodes and constants take in the file."""
-        parts: list[Message] = [self.node, *self.before, *self.initializers]
-        return sum(part.ByteSize() for part in parts)
 
 
 def make_folded(

@@ -25,8 +25,8 @@ class WrittenTensor:
         entropy: Zero-order, in bits per weight.
         storage: The codec as the report names it, such as "dense INT4".
         dequantization: Its form: "folded", "standard", "integer" or "none".
-        nbytes: Integers and their decoding, step or codebook; tied weights count their integers
-            once, with the first.
+        nbytes: Of the integers as they are stored, as `inspect` counts them; tied weights count
+            them once, with the first.
         rescaled: Whether the graph's values are the parameter's times a batch norm's factor,
             restored to a relative 2^-22 rather than bit for bit.
         reason: Why it has this storage or form where another was asked for; empty otherwise.

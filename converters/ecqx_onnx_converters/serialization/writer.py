@@ -299,7 +299,7 @@ def _put_weights(model: ModelProto, plan: Plan, fused: str | None) -> tuple[Writ
                 step=dequantization.initializers[0].name,
                 names=names,
             )
-        rows.append(_make_row(entry, dequantization, is_first))
+        rows.append(_make_row(entry, is_first))
     # 5. Where calls are fused, the decoder's last function is replaced.
     if fused is not None:
         levels_function = functions.pop((DOMAIN, TENSOR))
@@ -382,13 +382,13 @@ def _make_dequantization(
     return made
 
 
-def _make_row(entry: Entry, dequantization: Dequantization, is_first: bool) -> WrittenTensor:
+def _make_row(entry: Entry, is_first: bool) -> WrittenTensor:
     """What the report says of one weight."""
     tensor = entry.weight.tensor
-    nbytes = dequantization.nbytes
+    nbytes = 0
     label = f"{entry.stored.label}, shared"
     if is_first:
-        nbytes += entry.stored.nbytes
+        nbytes = entry.stored.nbytes
         label = entry.stored.label
     return WrittenTensor(
         name=entry.weight.name,

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ecqx_onnx.errors import FileError, InputError, OptionError
 from ecqx_onnx.inputs.reading import turn_system_errors
+from ecqx_onnx.rendering.fitted import Column, FittedTable
 from ecqx_onnx.validation.devices import setup
 from ecqx_onnx.validation.devices.browser import NAMES, RUNNERS, Browser
 from ecqx_onnx.validation.devices.job import Job
@@ -319,17 +319,14 @@ class DeviceList:
         Returns:
             A table with a row for each device.
         """
-        table = Table(show_header=True)
-        for heading in ("device", "runs", "here"):
-            table.add_column(heading, overflow="fold")
+        columns = (Column("device"), Column("runs", "prose"), Column("here", "prose"))
+        rows = []
         for device in self.devices:
-            here = (
-                Text("ready", style="green")
-                if device.ready
-                else Text(device.advice, style="yellow")
-            )
-            table.add_row(Text(device.name), Text(device.runs), here)
-        return table
+            here = Text("ready", style="green")
+            if not device.ready:
+                here = Text(device.advice, style="yellow")
+            rows.append((device.name, device.runs, here))
+        return FittedTable(columns, rows)
 
     def to_json(self) -> list[dict[str, Any]]:
         """Describe the list in JSON values.
