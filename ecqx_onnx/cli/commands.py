@@ -72,6 +72,8 @@ def deploy(
     factory: Factory = None,
     input_shape: InputShape = None,
     labels: Annotated[str | None, _deploy_option("labels")] = None,
+    title: Annotated[str, _deploy_option("title")] = "",
+    webgpu: Annotated[bool, _deploy_option("webgpu")] = False,
     samples: Annotated[int | None, _deploy_option("samples")] = None,
     trust_pickle: TrustPickle = False,
     force: Force = False,
@@ -97,6 +99,8 @@ def deploy(
             input_shape=parse_shape(input_shape),
             samples=samples,
             labels=parse_names(labels),
+            title=title,
+            webgpu=webgpu,
             trust_pickle=trust_pickle,
             force=force,
             progress=progress,
@@ -171,7 +175,7 @@ def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
 @guard
 @refuse_json_and_output
 def device_setup(
-    device: Annotated[str, typer.Argument(help="The device: web, node or arm64.")],
+    device: Annotated[str, typer.Argument(help="The device: web, node or arm64; or webgpu.")],
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -183,7 +187,8 @@ def device_setup(
 
     with show_progress(quiet or as_json) as progress:
         folder = set_up(device, progress=progress)
-    find_device(device)
+    if device != "webgpu":  # a part of folders for the web, and no device
+        find_device(device)
     if as_json:
         print_json({"device": device, "ready": True, "folder": str(folder)})
     elif not quiet:

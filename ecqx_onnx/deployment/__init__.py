@@ -4,7 +4,7 @@ Each is ready to use on a platform, and can prove there that the model gives the
 """
 
 from ecqx_onnx.deployment.deployed import Deployed
-from ecqx_onnx.deployment.folder import deploy
+from ecqx_onnx.deployment.folder import check_page_options, deploy
 from ecqx_onnx.deployment.platforms import PLATFORMS, Platform, find_platform
 
-__all__ = ["PLATFORMS", "Deployed", "Platform", "deploy", "find_platform"]
+__all__ = ["PLATFORMS", "Deployed", "Platform", "check_page_options", "deploy", "find_platform"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from ecqx_onnx_converters.serialization.reading import read_weights
 from ecqx_onnx import __version__
 from ecqx_onnx.data import Split
 from ecqx_onnx.deployment.deployed import Deployed
+from ecqx_onnx.deployment.filling import copy_templates, copy_web_runtime
 from ecqx_onnx.deployment.golden import choose_raw_maker, make_cases
 from ecqx_onnx.deployment.manifest import describe_file, describe_node, format_lines, store_case
 from ecqx_onnx.deployment.platforms import Platform, find_platform
@@ -37,7 +36,6 @@ from ecqx_onnx.runtime.decoded_model import decode_model
 from ecqx_onnx.runtime.sessions import Session, find_fixed_batch, open_session
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.checks import has_quantized_activations
-from ecqx_onnx.validation.devices.setup import WEB_FILES, set_up
 from ecqx_onnx.validation.judgement import read_preprocessing
 from ecqx_onnx.validation.validator import prepare_samples
 
@@ -49,7 +47,7 @@ FORMAT = "ecqx-onnx deployment"
 VERSION = 1
 MODEL = "model.onnx"
 BOUND_BATCH = 64  # samples of a call, where the graph leaves it open
-TEXT = (".md", ".txt")  # templates that are filled in; all others are copied as they are
+LONGEST_TITLE = 200  # characters
 
 
 def deploy(
@@ -63,6 +61,8 @@ def deploy(
     labels: Sequence[str] = (),
     data_labels: Sequence[str] = (),
     data_name: str = "",
+    title: str = "",
+    webgpu: bool = False,
     force: bool = False,
 ) -> Deployed:
     """Write a folder with everything that a platform needs to run a model.
@@ -78,6 +78,8 @@ def deploy(
         labels: the classes' names, instead of the file's.
         data_labels: the classes' names where neither `labels` nor the file has them.
         data_name: what the README calls the data set.
+        title: the model's name on page and README; by default the file's.
+        webgpu: put the runtime for GPUs into a folder for the web, too.
         force: replace a folder that an earlier call wrote.
 
     Returns:
@@ -97,7 +99,11 @@ def deploy(
         failed = "; ".join(f"{check.name}: {check.sentence}" for check in report.failures)
         raise CheckFailed(f"{onnx_file}: is not deployed, because its validation fails: {failed}")
     labels = _choose_labels(file, labels, data_labels)
-    maker = _Maker(file, platform, reference, split, labels, data_name, report)
+    check_page_options(platform, title, webgpu=webgpu)
+    title = " ".join(title.split())
+    maker = _Maker(
+        file, platform, reference, split, labels, data_name, report, title=title, webgpu=webgpu
+    )
     with replace_folder_on_success(
         folder, check=lambda: _check_place(folder, force), force=force
     ) as temporary:
@@ -107,6 +113,27 @@ def deploy(
         if path.is_file():
             files.append((path.relative_to(folder).as_posix(), path.stat().st_size))
     return Deployed(folder=folder, files=tuple(files), **result)
+
+
+def check_page_options(platform: Platform, title: str, *, webgpu: bool) -> None:
+    """Refuse a title that no page shows, and a runtime that the platform has no use for.
+
+    Args:
+        platform: that is deployed to.
+        title: the model's name on page and README.
+        webgpu: whether the runtime for GPUs is wanted.
+
+    Raises:
+        OptionError: if one of them cannot be had.
+    """
+    if len(title) > LONGEST_TITLE:
+        raise OptionError(
+            f"--title has {len(title)} characters, which no page shows; use {LONGEST_TITLE} or less"
+        )
+    if webgpu and platform.name != "web":
+        raise OptionError(
+            f"--webgpu is for --to web, and this folder is for {platform.name}; leave it out"
+        )
 
 
 def _check_place(folder: Path, force: bool) -> None:
@@ -158,6 +185,8 @@ class _Maker:
     labels: tuple[str, ...]
     data_name: str
     report: ValidationReport
+    title: str
+    webgpu: bool
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write everything into `folder`, which is empty, and return the rest of `Deployed`."""
@@ -211,7 +240,7 @@ class _Maker:
             "format": FORMAT,
             "version": VERSION,
             "tool": f"ecqx-onnx {__version__}",
-            "name": self.file.path.stem,
+            "name": self.title or self.file.path.stem,
             "platform": self.platform.name,
             "runtime": self.platform.runtime_for(self.file.proto),
             "made_with": self.report.runtime,
@@ -233,15 +262,15 @@ class _Maker:
             manifest["raw"] = {"dtype": raw.dtype.name, "shape": list(raw.shape[1:])}
         if accuracy is not None:
             manifest["accuracy"] = {**accuracy.to_json(), "data": self.data_name}
+        if self.platform.name == "web":
+            manifest["webgpu"] = self.webgpu
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(text, encoding="utf-8")
-        self._copy_templates(folder, manifest, notes)
+        copy_templates(self.platform, folder, manifest, notes)
         if self.platform.name in ("linux", "android"):
             (folder / "golden.txt").write_text(format_lines(manifest), encoding="utf-8")
         if self.platform.name == "web":
-            (folder / "runtime").mkdir()
-            for name in WEB_FILES:
-                shutil.copyfile(set_up("web") / name, folder / "runtime" / name)
+            copy_web_runtime(folder, webgpu=self.webgpu)
         return {
             "platform": self.platform.name,
             "model_bytes": self.file.size,
@@ -279,45 +308,10 @@ class _Maker:
                 "model"
             )
 
-    def _copy_templates(self, folder: Path, manifest: dict[str, Any], notes: Sequence[str]) -> None:
-        """The runner and the README; texts are filled in with the manifest's values."""
-        tolerances = []
-        for output in manifest["outputs"]:
-            name = _quote_markdown(output["name"])
-            tolerances.append(f"- {name}: {output['tolerance']:.3g}, {output['tolerance_from']}")
-        values = {
-            "name": _quote_markdown(manifest["name"]),
-            "tool": manifest["tool"],
-            "runtime": manifest["runtime"],
-            "least": manifest["runtime"].split()[1],
-            "made_with": manifest["made_with"],
-            "bytes": f"{manifest['model']['bytes']:,}",
-            "sha256": manifest["model"]["sha256"],
-            "accuracy": _describe_accuracy(manifest["accuracy"]),
-            "cases": str(len(manifest["golden"]["cases"])),
-            "tolerances": "\n".join(tolerances),
-            "notes": "".join(f"\n- Note: {note}." for note in notes),
-        }
-        for template in self.platform.templates:
-            if template.suffix in TEXT:
-                text = Template(template.read_text(encoding="utf-8")).substitute(values)
-                (folder / template.name).write_text(text, encoding="utf-8")
-            else:
-                shutil.copyfile(template, folder / template.name)
-
 
 def _can_make_raw(session: Session, preprocessing: Preprocessing | None) -> bool:
     """Whether raw samples can be made up."""
     return preprocessing is not None and choose_raw_maker(session, preprocessing) is not None
-
-
-def _describe_accuracy(found: dict[str, Any] | None) -> str:
-    """The accuracy in the README's words, whose sentence begins before them."""
-    if not found:
-        return "was not measured (no data was given)"
-    share = f"{100 * found['share']:.2f} %"
-    interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}, 95 % interval"
-    return f"{share} ({interval}, {found['total']} samples of {_quote_markdown(found['data'])})"
 
 
 def _choose_labels(
@@ -337,8 +331,3 @@ def _choose_labels(
     if isinstance(recorded, list) and recorded:
         return tuple(map(str, recorded))
     return tuple(data_labels)
-
-
-def _quote_markdown(text: str) -> str:
-    """As Markdown code, whatever it holds."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"

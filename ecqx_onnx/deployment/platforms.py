@@ -39,9 +39,18 @@ class Platform:
     external: bool
 
     @property
+    def folder(self) -> Path:
+        """Where its templates lie."""
+        return TEMPLATES / self.name
+
+    @property
     def templates(self) -> tuple[Path, ...]:
-        """The files that every folder for this platform gets, sorted by name."""
-        return tuple(sorted(path for path in (TEMPLATES / self.name).iterdir() if path.is_file()))
+        """The files that every folder for this platform gets, by their names in it, sorted."""
+        names = []
+        for path in self.folder.rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                names.append(path.relative_to(self.folder))
+        return tuple(sorted(names))
 
     def runtime_for(self, proto: onnx.ModelProto) -> str:
         """Say which runtime loads a file.

@@ -31,6 +31,11 @@ class DeployOptions:
     labels: Sequence[str] = option(
         (), "The classes' names with commas, instead of those in the file."
     )
+    title: str = option("", "The model's name on page and README, instead of the file's.")
+    webgpu: bool = option(
+        False,
+        "For the web: add onnxruntime's WebGPU build (27 MB), used where it is faster and passes.",
+    )
     samples: int | None = option(None, shared.SAMPLES, minimum=1)
     trust_pickle: bool = option(False, shared.TRUST_PICKLE)
     force: bool = option(False, "Replace the folder if it exists.")

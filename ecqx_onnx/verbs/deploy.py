@@ -33,6 +33,8 @@ def deploy(
     trust_pickle: bool = False,
     samples: int | None = None,
     labels: Sequence[str] = (),
+    title: str = "",
+    webgpu: bool = False,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Deployed:
@@ -51,6 +53,9 @@ def deploy(
         trust_pickle: unpickle a module, which runs its author's code.
         samples: use only so many of the data; at least 1.
         labels: the classes' names, instead of those that the file (or else the data set) holds.
+        title: the model's name on page and README; by default the file's.
+        webgpu: add onnxruntime's WebGPU build to a folder for the web; the page uses it where a GPU
+            is found, it passes the self-check and is faster.
         force: replace the folder if it exists.
         progress: called with (samples done, samples in all).
 
@@ -68,6 +73,7 @@ def deploy(
     from ecqx_onnx.data import load_dataset
 
     platform = deployment.find_platform(to)
+    deployment.check_page_options(platform, title, webgpu=webgpu)
     check_limits(DeployOptions, samples=samples)
     reference = load_reference(
         against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle
@@ -103,5 +109,7 @@ def deploy(
         labels=labels,
         data_labels=evaluation.labels,
         data_name=evaluation.name,
+        title=title,
+        webgpu=webgpu,
         force=force,
     )

@@ -25,6 +25,12 @@ WEB_INTEGRITY = (
     "Y3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 )
 WEB_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+# onnxruntime-web's build for GPUs; which of its WebAssembly programs it loads, its module says.
+WEBGPU_FILES = (
+    "ort.webgpu.min.mjs",
+    "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm",
+)
 ARM64_ONNXRUNTIME = "1.32.0"
 ARM64_NUMPY = "2.4.6"
 # What Python and onnxruntime need of Debian; the rest of Python's dependencies apt finds itself.
@@ -51,7 +57,7 @@ def set_up(device: str, *, progress: Progress | None = None) -> Path:
     """Fetch what a device needs, unless it is there.
 
     Args:
-        device: "web", "node" or "arm64".
+        device: "web", "node", "webgpu" (for folders of `deploy`) or "arm64".
         progress: Called with (steps done, steps in all, what is being done now).
 
     Returns:
@@ -64,6 +70,7 @@ def set_up(device: str, *, progress: Progress | None = None) -> Path:
     makers: Mapping[str, tuple[Path, Callable[[Path, Progress], None]]] = {
         "web": (_find_web_folder(), _fetch_web),
         "node": (_find_web_folder(), _fetch_web),
+        "webgpu": (_find_webgpu_folder(), _fetch_webgpu),
         "arm64": (_find_arm64_folder(), _fetch_arm64),
     }
     if device not in makers:
@@ -135,11 +142,23 @@ def _find_web_folder() -> Path:
     return _find_cache() / f"onnxruntime-web-{WEB_VERSION}"
 
 
+def _find_webgpu_folder() -> Path:
+    return _find_cache() / f"onnxruntime-web-{WEB_VERSION}-webgpu"
+
+
 def _find_arm64_folder() -> Path:
     return _find_cache() / f"arm64-onnxruntime-{ARM64_ONNXRUNTIME}"
 
 
 def _fetch_web(folder: Path, progress: Progress) -> None:
+    _fetch_from_npm(folder, progress, WEB_FILES)
+
+
+def _fetch_webgpu(folder: Path, progress: Progress) -> None:
+    _fetch_from_npm(folder, progress, WEBGPU_FILES)
+
+
+def _fetch_from_npm(folder: Path, progress: Progress, files: Sequence[str]) -> None:
     work = folder.parent
     progress(0, 1, f"fetching onnxruntime-web {WEB_VERSION}")
     _run_program("web", ["npm", "pack", "--silent", f"onnxruntime-web@{WEB_VERSION}"], work)
@@ -152,7 +171,7 @@ def _fetch_web(folder: Path, progress: Progress) -> None:
         )
     folder.mkdir()
     with tarfile.open(archive) as tar:
-        for name in WEB_FILES:
+        for name in files:
             member = tar.extractfile(f"package/dist/{name}")
             assert member is not None
             with member, (folder / name).open("wb") as out:

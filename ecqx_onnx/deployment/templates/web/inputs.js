@@ -33,7 +33,7 @@ export function imageToRaw({ data, width, height }, manifest, invert) {
 }
 
 /** Light strokes on black, placed as MNIST places its digits: the longest side 20 of 28 pixels, the centre of mass in the middle. */
-export function drawingToRaw(canvas, manifest) {
+export function drawingToRaw(canvas, manifest, invert = false) {
   const [height, width] = manifest.raw.shape;
   const ink = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   const box = bounds(ink);
@@ -50,7 +50,22 @@ export function drawingToRaw(canvas, manifest) {
   context.fillRect(0, 0, large.width, large.height);
   context.setTransform(scale * zoom, 0, 0, scale * zoom, x * zoom, y * zoom);
   context.drawImage(canvas, 0, 0);
-  return imageToRaw(context.getImageData(0, 0, large.width, large.height), manifest, false);
+  return imageToRaw(context.getImageData(0, 0, large.width, large.height), manifest, invert);
+}
+
+/** Mean of the outermost pixels, from 0 (black) to 1 (white): what a drawing's background is. */
+export function borderLightness(raw, manifest) {
+  const [height, width, channels] = imageShape(manifest.raw.shape);
+  const levels = manifest.preprocessing.scale > 1 ? Math.min(255, manifest.preprocessing.scale) : 255;
+  let [sum, count] = [0, 0];
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      if (x > 0 && y > 0 && x < width - 1 && y < height - 1) continue;
+      for (let c = 0; c < channels; c++) sum += raw[(y * width + x) * channels + c];
+      count += channels;
+    }
+  }
+  return sum / count / levels;
 }
 
 function bounds({ data, width, height }) {
@@ -135,24 +150,6 @@ async function decoded(file, bytes, rate) {
   const mixed = new Float32Array(buffer.length);
   for (let c = 0; c < buffer.numberOfChannels; c++) buffer.getChannelData(c).forEach((value, i) => (mixed[i] += value / buffer.numberOfChannels));
   return Int16Array.from(mixed, (value) => Math.max(-32768, Math.min(32767, Math.round(value * 32768))));
-}
-
-/** Milliseconds of microphone -> a file that readSound takes. */
-export async function record(milliseconds) {
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
-  try {
-    const recorder = new MediaRecorder(stream);
-    const parts = [];
-    recorder.addEventListener('dataavailable', (event) => parts.push(event.data));
-    const ended = new Promise((resolve) => recorder.addEventListener('stop', resolve));
-    recorder.start();
-    await new Promise((resolve) => setTimeout(resolve, milliseconds));
-    recorder.stop();
-    await ended;
-    return new File(parts, 'recording');
-  } finally {
-    for (const track of stream.getTracks()) track.stop();
-  }
 }
 
 /** A raw sample as a small picture: pixels, or the outline of a waveform. */

@@ -17,16 +17,26 @@ async function whole(read, { file, sha256, bytes }) {
   return content;
 }
 
+/** Some servers send their start page for files that they do not have. */
+function parse(bytes) {
+  try {
+    return JSON.parse(new TextDecoder().decode(bytes));
+  } catch {
+    throw new Error('manifest.json is no JSON: serve the folder as it was written');
+  }
+}
+
 const SHORTEST = 2; // milliseconds: browsers' clocks are coarse, so faster models run several times per measurement
 
 export class Model {
-  static async open(read, ort) {
-    const manifest = JSON.parse(new TextDecoder().decode(await read('manifest.json')));
+  /** providers: of onnxruntime-web, the first that can run an operator runs it. */
+  static async open(read, ort, providers = ['wasm']) {
+    const manifest = parse(await read('manifest.json'));
     const bytes = await whole(read, manifest.model);
     const externalData = await Promise.all(manifest.external.map(async (entry) => ({ path: entry.file, data: await whole(read, entry) })));
     ort.env.wasm.numThreads = 1;
     ort.env.logLevel = 'error';
-    const create = () => ort.InferenceSession.create(bytes, { executionProviders: ['wasm'], externalData });
+    const create = () => ort.InferenceSession.create(bytes, { executionProviders: providers, externalData });
     const start = performance.now();
     const session = await create();
     const model = new Model();
