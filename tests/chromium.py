@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -229,9 +230,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     stalls: names of files whose answer never comes.
     """
 
-    headers_of_all: dict[str, str] = {}
-    types: dict[str, str] = {}
-    stalls: tuple[str, ...] = ()
+    headers_of_all: ClassVar[dict[str, str]] = {}
+    types: ClassVar[dict[str, str]] = {}
+    stalls: ClassVar[tuple[str, ...]] = ()
 
     def log_message(self, *arguments):
         pass
