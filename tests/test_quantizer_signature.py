@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch.nn as nn
 
+from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import OptionError
 from ecqx_onnx.options.quantizer import Recipe
-from ecqx_onnx.quantization import Quantizer
+from ecqx_onnx.quantization import Quantizer, train
+from ecqx_onnx.quantization.training import training
 
 
 @pytest.fixture
@@ -18,27 +21,54 @@ def quantizer():
     return Quantizer(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), exclude="2.*")
 
 
-def test_the_keywords_of_the_quantizer_are_the_options_of_a_recipe_with_their_defaults():
-    parameters = inspect.signature(Quantizer).parameters
-    named = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+@pytest.mark.parametrize("function", [Quantizer, train])
+def test_the_options_of_a_recipe_are_keywords_with_the_same_defaults(function):
+    keywords = inspect.signature(function).parameters
     recipe = Recipe()
-    assert named == {entry.name: getattr(recipe, entry.name) for entry in fields(Recipe)}
+    for entry in fields(Recipe):
+        assert keywords[entry.name].default == getattr(recipe, entry.name), entry.name
+        assert keywords[entry.name].kind is inspect.Parameter.KEYWORD_ONLY
+    kinds = {parameter.kind for parameter in keywords.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_the_quantizer_has_no_other_options_than_a_recipe():
+    keywords = inspect.signature(Quantizer).parameters.keys() - {"model", "example"}
+    assert keywords == {entry.name for entry in fields(Recipe)}
 
 
 @pytest.mark.parametrize("kind", [OptionError, TypeError])
 def test_an_unknown_option_is_an_option_error_and_a_type_error(kind):
-    with pytest.raises(kind, match=r"no option 'bit'.*did you mean '?bits'?"):
+    with pytest.raises(kind, match="Quantizer has no option 'bit': did you mean bits"):
         Quantizer(nn.Linear(3, 2), bit=4)
+    with pytest.raises(kind, match="train has no option 'epoch': did you mean epochs"):
+        train(nn.Linear(3, 2), None, epoch=4)
 
 
-def test_every_option_reaches_the_recipe():
-    given = {"bits": 3, "rho": 3.0, "relevance": None, "granularity": "channel", "step": "learned"}
-    options = Quantizer(nn.Linear(3, 2), **given).options
-    assert {name: getattr(options, name) for name in given} == given
+def changed(value):
+    """Another value than the default, that the option takes as well."""
+    if isinstance(value, float):
+        return value + 0.01 if value < 1 else 3.0
+    others = {4: 3, 8: 5, "epsilon_plus_flat": None, "logit": "ones", None: 7, (): ("1.*",)}
+    others |= {"symmetric": "asymmetric", "auto": "learned", "tensor": "channel"}
+    others |= {"plain": "absolute", "float32": "int8"}
+    return others[value]
+
+
+@pytest.mark.parametrize("entry", fields(Recipe), ids=lambda entry: entry.name)
+def test_every_keyword_reaches_the_option_of_its_name(entry, monkeypatch):
+    """Of the Quantizer, and of `train`, each alone: no two are mistaken for each other."""
+    value = 0.99 if entry.name == "size_exponent" else changed(entry.default)
+    expected = Recipe(**{entry.name: value})
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    assert Quantizer(model, **{entry.name: value}).options == expected
+
+    seen = []
+    monkeypatch.setattr(training, "TrainingRun", lambda *given: seen.append(given[3]) or 1 / 0)
+    data = Dataset.from_arrays("x", {"x": np.zeros((8, 4), np.float32), "y": np.arange(8) % 2})
+    with pytest.raises(ZeroDivisionError):
+        train(model, data, **{entry.name: value})
+    assert seen == [expected]
 
 
 def test_the_quantizer_says_what_it_holds(quantizer):

@@ -137,8 +137,9 @@ def refuse_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
     Returns:
         The same function; an unknown keyword raises UnknownOptionError, which is a TypeError.
     """
-    known = list(inspect.signature(function).parameters)
-    name = function.__name__
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    # Of a class, whose __init__ it is, the class.
+    name = function.__qualname__.removesuffix(".__init__").split(".")[-1]
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from ecqx_onnx.errors import OptionError
-from ecqx_onnx.options.option import option, refuse_unknown
+from ecqx_onnx.options.option import option
 
 
 @dataclass(frozen=True)
@@ -229,21 +229,3 @@ class Recipe:
         if callable(self.start):
             values["start"] = getattr(self.start, "__name__", type(self.start).__name__)
         return values
-
-
-def make_recipe(options: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from options by name.
-
-    Args:
-        options: as the Quantizer takes them.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        UnknownOptionError: for a name that no option has, with the nearest one.
-        OptionError: for a value that does not fit.
-    """
-    known = [entry.name for entry in fields(Recipe)]
-    refuse_unknown(options, known, who="the Quantizer")
-    return Recipe(**options)

@@ -13,7 +13,7 @@ optimizer made at kΔ is carried over to W (straight-through), and W's levels ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ecqx_onnx.errors import ModelError, OptionError
+from ecqx_onnx.options.option import refuse_unknown_options
 from ecqx_onnx.options.quantizer import (
     Activations,
     Gradient,
@@ -28,7 +29,6 @@ from ecqx_onnx.options.quantizer import (
     Levels,
     Recipe,
     StepRule,
-    make_recipe,
 )
 from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.computed_weights import ComputedWeight
@@ -41,8 +41,6 @@ from ecqx_onnx.quantization.parametrizations import Parametrized, find_parametri
 from ecqx_onnx.quantization.report import Report, TensorReport
 from ecqx_onnx.quantization.selection import Candidate, find_candidates
 from ecqx_onnx.tensors import QuantTensor, Scale
-
-RECIPE_NAMES = frozenset(entry.name for entry in fields(Recipe))
 
 
 @dataclass(eq=False)
@@ -101,6 +99,7 @@ class Quantizer:
         print(quantizer.report())
     """
 
+    @refuse_unknown_options
     def __init__(
         self,
         model: nn.Module,
@@ -125,7 +124,6 @@ class Quantizer:
         exclude: str | Sequence[str] = (),
         gradient: Gradient = "plain",
         activations: Activations = "float32",
-        **unknown: Any,
     ) -> None:
         """Attach to a model and assign its weights' first levels.
 
@@ -157,16 +155,53 @@ class Quantizer:
             exclude: patterns of parameter names that stay float.
             gradient: "plain", or "absolute" for |kΔ| times the gradient.  [Thesis]
             activations: "float32", or "int8" to round them while training.
-            **unknown: nothing; a name that stands here is refused.
 
         Raises:
             UnknownOptionError: for an option that there is not; it is a TypeError as well.
             OptionError: for a value that does not fit.
             ModelError: nothing can be quantized, or a weight is not finite.
         """
-        # The keywords above are the fields of Recipe, by name; a test holds them to it.
-        options = {name: value for name, value in locals().items() if name in RECIPE_NAMES}
-        self.options = make_recipe({**options, **unknown})
+        recipe = Recipe(
+            bits=bits,
+            entropy_weight=entropy_weight,
+            relevance=relevance,
+            start=start,
+            refresh_every=refresh_every,
+            relevance_memory=relevance_memory,
+            relevance_samples=relevance_samples,
+            rho=rho,
+            keep=keep,
+            prune=prune,
+            zero_floor=zero_floor,
+            size_exponent=size_exponent,
+            levels=levels,
+            step=step,
+            step_rate=step_rate,
+            granularity=granularity,
+            exclude=exclude,
+            gradient=gradient,
+            activations=activations,
+        )
+        self._attach(model, example, recipe)
+
+    @classmethod
+    def from_recipe(cls, model: nn.Module, recipe: Recipe, example: Any = None) -> Quantizer:
+        """Attach to a model with options that stand in one value.
+
+        Args:
+            model: as for the Quantizer itself; changed in place.
+            recipe: all its options.
+            example: as for the Quantizer itself.
+
+        Returns:
+            The quantizer, attached, with its first levels assigned.
+        """
+        quantizer = cls.__new__(cls)
+        quantizer._attach(model, example, recipe)
+        return quantizer
+
+    def _attach(self, model: nn.Module, example: Any, recipe: Recipe) -> None:
+        self.options = recipe
         self.model = model
         module = _unwrap_model(model)
         self._weights, self._left_float = _choose_weights(module, self.options, example)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class TrainingRun:
         model: nn.Module,
         setup: _Setup,
         objective: Objective,
-        options: Mapping[str, Any],
+        recipe: Recipe,
         device: torch.device,
         augment: Any,
         progress: Callable[[Progress], None] | None,
@@ -61,7 +61,7 @@ class TrainingRun:
             model: on its device.
             setup: the numbers of the training.
             objective: what is made small, and what it is judged by.
-            options: of the Quantizer.
+            recipe: the options of the Quantizer.
             device: of the model.
             augment: of the samples, or None.
             progress: called with where the training stands, or None.
@@ -78,7 +78,7 @@ class TrainingRun:
         self.teacher: nn.Module | None = None
         if objective.needs_float:
             self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        self.quantizer = Quantizer(model, example, **self._choose_start(options))
+        self.quantizer = Quantizer.from_recipe(model, self._choose_start(recipe), example)
         if setup.entropy_ramp:
             self.quantizer.entropy_scale = 0.0
             self.quantizer.assign()
@@ -91,19 +91,16 @@ class TrainingRun:
         self.history: list[EpochRecord] = []
         self.best: dict[str, Any] | None = None
 
-    def _choose_start(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _choose_start(self, recipe: Recipe) -> Recipe:
         """The Quantizer's options; relevances start at the outputs where there are no classes."""
-        chosen = dict(options)
         has_classes = self.objective.loss_name == "cross_entropy"
-        wanted = chosen.get("start", "logit")
-        if has_classes or wanted != "logit" or chosen.get("relevance", "") in (None, "none"):
-            return chosen
-        chosen["start"] = "output"
+        if has_classes or recipe.start != "logit" or recipe.relevance is None:
+            return recipe
         self.notes.append(
             f"relevances start at the outputs themselves, since --loss {self.objective.loss_name}"
             " names no class"
         )
-        return chosen
+        return replace(recipe, start="output")
 
     def _read(self, split: TrainingSplit, epoch: int | None = None) -> Iterator[tuple[Any, Any]]:
         """On the device; shuffled by (seed, epoch), in order without an epoch."""

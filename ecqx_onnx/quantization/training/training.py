@@ -11,15 +11,24 @@ the global batch is what one process would see.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 
 from ecqx_onnx.errors import DataError, OptionError
+from ecqx_onnx.options.option import refuse_unknown_options
+from ecqx_onnx.options.quantizer import (
+    Activations,
+    Gradient,
+    Granularity,
+    Levels,
+    Recipe,
+    StepRule,
+)
 from ecqx_onnx.options.training import DistillBy, Precision, Schedule, _Setup
 from ecqx_onnx.quantization.distributed import find_rank, open_process_group
 from ecqx_onnx.quantization.objectives.evaluation import move_to
@@ -30,6 +39,7 @@ from ecqx_onnx.quantization.training.records import Progress, Training
 from ecqx_onnx.quantization.training.run import TrainingRun
 
 
+@refuse_unknown_options
 def train(
     model: nn.Module,
     dataset: Any,
@@ -53,7 +63,25 @@ def train(
     progress: Callable[[Progress], None] | None = None,
     state_file: str | Path | None = None,
     resume: bool = False,
-    **options: Any,
+    bits: int | Mapping[str, int] = 4,
+    entropy_weight: float = 0.1,
+    relevance: Any = "epsilon_plus_flat",
+    start: Any = "logit",
+    refresh_every: int = 8,
+    relevance_memory: float = 0.9,
+    relevance_samples: int | None = None,
+    rho: float = 2.0,
+    keep: float = 0.1,
+    prune: float = 0.1,
+    zero_floor: float = 0.5,
+    size_exponent: float = 1.0,
+    levels: Levels = "symmetric",
+    step: StepRule | Literal["learned"] = "auto",
+    step_rate: float = 1e-3,
+    granularity: Granularity = "tensor",
+    exclude: str | Sequence[str] = (),
+    gradient: Gradient = "plain",
+    activations: Activations = "float32",
 ) -> Training:
     """Quantize a model in place by training on dataset.train; its test split is not looked at.
 
@@ -88,7 +116,28 @@ def train(
         progress: called with where the training stands.
         state_file: written after each epoch.
         resume: go on from state_file.
-        **options: those of the Quantizer (bits, entropy_weight, relevance ...).
+        bits: 2 to 8, for all weights or as {pattern of parameter names: bits}, where the last
+            matching pattern wins and what none matches stays float.
+        entropy_weight: γ in [0, 1], how dear a bit is against a squared error; 0 is the
+            nearest level.  [ECQx, sec. 4]
+        relevance: name of a zennit composite, a Composite, or None for plain ECQ.
+        start: relevance at the output: "logit", "probability" or "ones" of the true class,
+            "output" for each value of it, or a function (output, target) -> relevance.
+        refresh_every: steps between two relevances, 1 or more.
+        relevance_memory: share of the old in the moving average, in [0, 1).
+        relevance_samples: take relevances on so many samples of a batch; None for all.
+        rho: ρ of f(R) = ρ R^β, above 1.
+        keep: by how much relevances may lower the share of zeros, in [0, 1].
+        prune: by how much they may raise it, in [0, 1].
+        zero_floor: P_0 is at least this, in [0, 1], so that zero is the cheapest symbol.
+        size_exponent: λ = γ·δ^size_exponent·λ_max, in [0, 1]; 1 spares small tensors most.
+        levels: "symmetric", 2^b - 1 of them, or "asymmetric", 2^b.
+        step: how Δ is found: "auto", "percentile", "least_squares", or "learned" by gradient.
+        step_rate: learning rate of log Δ where step="learned", above 0.
+        granularity: one Δ per "tensor" or per output "channel".
+        exclude: patterns of parameter names that stay float.
+        gradient: "plain", or "absolute" for |kΔ| times the gradient.  [Thesis]
+        activations: "float32", or "int8" to round them while training.
 
     Returns:
         The outcome, with the Quantizer attached to the model.
@@ -117,6 +166,27 @@ def train(
         metric=None if metric is None else name_of(metric),
         distill_by=distill_by,
     )
+    recipe = Recipe(
+        bits=bits,
+        entropy_weight=entropy_weight,
+        relevance=relevance,
+        start=start,
+        refresh_every=refresh_every,
+        relevance_memory=relevance_memory,
+        relevance_samples=relevance_samples,
+        rho=rho,
+        keep=keep,
+        prune=prune,
+        zero_floor=zero_floor,
+        size_exponent=size_exponent,
+        levels=levels,
+        step=step,
+        step_rate=step_rate,
+        granularity=granularity,
+        exclude=exclude,
+        gradient=gradient,
+        activations=activations,
+    )
     split = dataset.train
     if split is None or len(split) == 0:
         raise DataError("the data set has no training samples")
@@ -135,7 +205,7 @@ def train(
         where = choose_device(device, local)
         example = move_to(next(iter(split.batches(2)))[0], where)
         run = TrainingRun(
-            model.to(where), setup, objective, options, where, augment, progress, example
+            model.to(where), setup, objective, recipe, where, augment, progress, example
         )
         if epochs == 0:
             if run.quantizer.activations is not None:
