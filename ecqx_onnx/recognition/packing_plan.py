@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ecqx_onnx_converters.graph.opset_raising import raise_opset
 from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight
 from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
+from ecqx_onnx_converters.passes.shapes import find_stated_shapes
 from ecqx_onnx_converters.passes.work import Work
 from ecqx_onnx_converters.planning.plan import Kept, Plan
 from ecqx_onnx_converters.targets import Target, find_target
@@ -45,6 +47,7 @@ def rewrite_model(file: OnnxFile) -> ModelProto | None:
         "opset": None,
     }
     plan, _, _ = plan_packing(raised or graph, options, fold_batchnorm=True)
+    plan = replace(plan, shapes=find_stated_shapes(graph))
     return build(plan).to_model() if plan.entries else None
 
 

@@ -19,6 +19,8 @@ from ecqx_onnx_converters.foreign import qonnx
 from ecqx_onnx_converters.graph.files import find_data_path, replace_model
 from ecqx_onnx_converters.graph.opsets import lower_opset
 from ecqx_onnx_converters.graph.outputs import check_output
+from ecqx_onnx_converters.passes.shapes import find_stated_shapes
+from ecqx_onnx_converters.passes.sharing import share_equal_tensors
 from ecqx_onnx_converters.planning.plan import Kept
 from ecqx_onnx_converters.planning.planner import check_forms
 from ecqx_onnx_converters.serialization import unpacking
@@ -121,21 +123,32 @@ def _pack(
     if file.metadata.get("tensors"):
         reason = "its weights are stored by ecqx-onnx already"
         return _pass_through(file, out, reason, (), (), force=force)
-    graph = FloatGraph.load(file.path)
-    notes = _list_notes(file.proto)
+    shared = share_equal_tensors(FloatGraph.load(file.path))
+    graph = shared.graph
     defined = qonnx.define_operators(graph.proto)
     raised = raise_graph(graph, find_target(wanted.target), wanted.opset) if rewrite else None
-    if raised is not None:
-        sentence = f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter"
-        notes = (*notes, sentence)
     plan, kept, batchnorms = plan_packing(
         raised or graph, wanted.to_options(), fold_batchnorm=rewrite
     )
+    if not plan.entries and raised is not None:  # in vain
+        raised = None
+        plan, kept, batchnorms = plan_packing(graph, wanted.to_options(), fold_batchnorm=False)
+    plan = replace(plan, shapes=find_stated_shapes(graph))
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
 
     # 2. Copy the model where there is nothing to gain, or the checker would refuse it.
-    if not plan.entries and defined is None:
-        return _pass_through(file, out, _explain_nothing(kept), kept, notes, force=force)
+    if not plan.entries and defined is None and not shared.nbytes:
+        return _pass_through(file, out, _explain_nothing(kept), kept, (), force=force)
+    notes = _list_notes(file.proto)
+    if raised is not None:
+        sentence = f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter"
+        notes = (*notes, sentence)
+    if shared.nbytes:
+        sentence = (
+            f"{shared.nbytes:,} bytes left out: {shared.equal} tensors that are another's equal,"
+            f" {shared.unread} that nothing reads"
+        )
+        notes = (*notes, sentence)
     if folded:
         sentence = (
             f"{len(folded)} BatchNormalization went into the scales of the weights before, up to"
@@ -148,7 +161,7 @@ def _pack(
         fault = _find_fault(file)
         if fault is not None:
             reason = f"onnx's checker rejects the original: {fault}"
-            return _pass_through(file, out, reason, kept, notes, force=force)
+            return _pass_through(file, out, reason, kept, (), force=force)
 
     # 3. Write to a temporary place, which becomes `out` if it is smaller and says the same.
     equivalence: Equivalence | None = None
@@ -180,7 +193,7 @@ def _pack(
             read_onnx(file.path), out, wanted, check=True, inputs=inputs, rewrite=False, force=force
         )
     if reason:
-        return _pass_through(file, out, reason, kept, notes, force=force)
+        return _pass_through(file, out, reason, kept, (), force=force)
     written = replace(written, path=out, kept=kept)
     return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onnx import ValueInfoProto
+
 from ecqx_onnx_converters.dequantization.standard import StandardForm
 from ecqx_onnx_converters.graph.graph import FloatGraph
 from ecqx_onnx_converters.matching.matching import GraphWeight, Missing
@@ -62,6 +64,7 @@ class Plan:
         entries: the quantized weights, in the order of the matching.
         kept: weights that stay float.
         missing: QuantTensors that are nowhere in the graph.
+        shapes: of inner values, which the file shall state; all others are left to the runtime.
     """
 
     graph: FloatGraph
@@ -70,3 +73,4 @@ class Plan:
     entries: tuple[Entry, ...]
     kept: tuple[Kept, ...]
     missing: tuple[Missing, ...]
+    shapes: tuple[ValueInfoProto, ...] = ()

@@ -49,7 +49,8 @@ def shorten_names(model: ModelProto) -> Mapping[str, str]:
             for values in (node.input, node.output):
                 values[:] = [rename(name) for name in values]
         sparse_values = (sparse.values for sparse in scope.sparse_initializer)
-        for value in (*scope.input, *scope.output, *scope.initializer, *sparse_values):
+        tensors = (*scope.initializer, *sparse_values)
+        for value in (*scope.input, *scope.output, *scope.value_info, *tensors):
             value.name = rename(value.name)
         for info in scope.quantization_annotation:
             info.tensor_name = rename(info.tensor_name)

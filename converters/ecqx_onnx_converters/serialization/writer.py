@@ -191,6 +191,8 @@ def build(plan: Plan, *, metadata: Mapping[str, Any] | None = None) -> Built:
     fused = choose_fused(plan.entries)
     tensors = _put_weights(model, plan, fused)
     transposed = fold_transpose_into_gemm(graph)
+    if not plan.target.one_sample:
+        _state_shapes(graph, plan)
     # 3. Fewer bytes for the same.
     drop_defaults(model, plan.opset)
     shorten_integers(model)
@@ -217,6 +219,15 @@ def _clear_graph(graph: GraphProto, quantized: Collection[str]) -> None:
     for scope in list_graphs(graph):
         # Shapes that every runtime infers; they outweigh a small model's weights.
         scope.ClearField("value_info")
+
+
+def _state_shapes(graph: GraphProto, plan: Plan) -> None:
+    """Adds the plan's shapes of values that the plan's graph makes, in place."""
+    made = {name for node in plan.graph.proto.graph.node for name in node.output}
+    listed = {value.name for value in graph.output}
+    for value in plan.shapes:
+        if value.name in made and value.name not in listed:
+            graph.value_info.append(value)
 
 
 def _write_metadata(
