@@ -22,7 +22,7 @@ from shared import ROOT, make_parser
 
 from ecqx_onnx import api
 from ecqx_onnx.validation.devices.job import compute_sha256
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 TIME_LIMIT = 7200.0  # seconds; emulation is slow, and slower on a busy machine
 DEVICES = ("local", "web", "arm64")

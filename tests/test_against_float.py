@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import ecqx_onnx
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import DataError, ModelError, OptionError
-from ecqx_onnx.validation.float_distance import FloatBounds
+from ecqx_onnx.validation.references.float_distance import FloatBounds
 from ecqx_onnx.verbs.compress import compress
 from ecqx_onnx.verbs.validate import validate_on
 from tests.test_compression_command import recurrent_data, recurrent_network

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).parents[1]
 BASES = {"ecqx_onnx": ROOT, "ecqx_onnx_converters": ROOT / "converters"}
-MOST_FILES = 12  # of a room without sub-rooms
+MOST_FILES = 12  # of a room itself; more lie in its sub-rooms
 
 # Rooms from the lowest to the highest: each may import those of the rows above it, and itself.
 ROOMS = (
@@ -164,14 +164,14 @@ def test_api_is_a_face():
     assert set(functions) <= {"__getattr__", "__dir__"}
 
 
-def test_no_room_has_many_files_without_sub_rooms():
+def test_no_room_has_many_files_beside_its_sub_rooms():
     folders = defaultdict(list)
     for path in FILES:
-        folders[path.parent].append(path)
+        if path.name != "__init__.py":
+            folders[path.parent].append(path)
     for folder, files in folders.items():
-        has_rooms = any(other.parent == folder for other in folders)
-        assert has_rooms or len(files) <= MOST_FILES, (
-            f"{folder.relative_to(ROOT)} has {len(files)} files"
+        assert len(files) <= MOST_FILES, (
+            f"{folder.relative_to(ROOT)} has {len(files)} files: give it sub-rooms"
         )
 
 

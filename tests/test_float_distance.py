@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 import ecqx_onnx
 from ecqx_onnx.cli import app
 from ecqx_onnx.errors import OptionError
-from ecqx_onnx.validation.float_distance import (
+from ecqx_onnx.validation.outputs.metrics import Proportion
+from ecqx_onnx.validation.references.float_distance import (
     FloatBounds,
     LayerError,
     judge_distance,
     measure_output,
     measure_weight,
 )
-from ecqx_onnx.validation.metrics import Proportion
 
 
 def random(*shape, seed=0):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecqx_onnx.errors import DataError
-from ecqx_onnx.validation.metrics import (
+from ecqx_onnx.validation.outputs.metrics import (
     Proportion,
     find_largest_difference,
     is_classification,

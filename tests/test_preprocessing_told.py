@@ -15,7 +15,12 @@ from ecqx_onnx import api
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.sources.loading import load_factory
-from ecqx_onnx.validation.plausibility import Confusion, InputRange, doubt_accuracy, doubt_range
+from ecqx_onnx.validation.outputs.plausibility import (
+    Confusion,
+    InputRange,
+    doubt_accuracy,
+    doubt_range,
+)
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -24,7 +24,7 @@ from ecqx_onnx.inspection import inspect
 from ecqx_onnx.quantization import train
 from ecqx_onnx.reporting import write_report
 from ecqx_onnx.reporting.charts import draw_curves, draw_histogram, draw_scatter
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 MODELS = Path(__file__).parents[1] / "models"
 HOSTILE = "<script>alert('$title')</script>&\"https://example.org/x.js\""

@@ -15,8 +15,8 @@ from ecqx_onnx.runtime.sessions import (
     open_session,
     run,
 )
-from ecqx_onnx.validation.bounds import Bound, derive_bound
-from ecqx_onnx.validation.pytorch_outputs import run_reference, run_reference_exactly
+from ecqx_onnx.validation.outputs.bounds import Bound, derive_bound
+from ecqx_onnx.validation.references.pytorch_outputs import run_reference, run_reference_exactly
 from tests.onnx_torch_pairs import make_pair
 
 

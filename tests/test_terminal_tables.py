@@ -26,7 +26,7 @@ from ecqx_onnx.rendering.fitted import Column, FittedTable, split_name, wrap_nam
 from ecqx_onnx.rendering.weights import MOST_ROWS, show_all_rows
 from ecqx_onnx.runtime.latency import Latency
 from ecqx_onnx.validation.equivalence import Equivalence
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 from ecqx_onnx.validation.report import Check, ValidationReport
 from ecqx_onnx.verbs.reports import PackReport
 

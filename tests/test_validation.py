@@ -23,10 +23,10 @@ from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.runtime.decoded_model import decode_model
 from ecqx_onnx.validation import ValidationReport, validate
-from ecqx_onnx.validation.bounds import Bound
 from ecqx_onnx.validation.checks import check_accuracy, check_agreement, check_operators
-from ecqx_onnx.validation.comparison import Comparison, Difference
-from ecqx_onnx.validation.metrics import Agreement, Proportion
+from ecqx_onnx.validation.outputs.bounds import Bound
+from ecqx_onnx.validation.outputs.comparison import Comparison, Difference
+from ecqx_onnx.validation.outputs.metrics import Agreement, Proportion
 from tests.onnx_torch_pairs import Pair, edit, make_pair
 
 

@@ -24,7 +24,7 @@ from ecqx_onnx.cli.frame import emit, register_command
 from ecqx_onnx.options.convert import ConvertOptions
 
 if TYPE_CHECKING:
-    from ecqx_onnx.validation.float_distance import FloatBounds
+    from ecqx_onnx.validation.references.float_distance import FloatBounds
 
 
 def _option(name: str, *, metavar: str | None = None) -> Any:
@@ -108,7 +108,7 @@ def make_float_bounds(
     Returns:
         The bounds; None where none is given.
     """
-    from ecqx_onnx.validation.float_distance import FloatBounds
+    from ecqx_onnx.validation.references.float_distance import FloatBounds
 
     if min_agreement is None and max_error is None and max_drop is None:
         return None

@@ -18,7 +18,7 @@ from ecqx_onnx.compression.search.quality import Quality
 from ecqx_onnx.compression.search.search import finest_first
 from ecqx_onnx.compression.verdict import Verdict
 from ecqx_onnx.rendering.fitted import Column, FittedTable
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,8 @@ from ecqx_onnx_converters.serialization.report import WrittenTensor
 from ecqx_onnx.errors import CheckFailed, ModelError
 from ecqx_onnx.runtime.mobile_tools import convert_to_ort
 from ecqx_onnx.runtime.sessions import make_synthetic_inputs, open_session, run
-from ecqx_onnx.validation.bounds import derive_bound
 from ecqx_onnx.validation.checks import check_optimization
+from ecqx_onnx.validation.outputs.bounds import derive_bound
 
 SAMPLES = 4
 LONG_NAME = 200  # bytes; onnxruntime's tools lengthen names, which file systems limit

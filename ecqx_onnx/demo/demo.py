@@ -25,7 +25,7 @@ from ecqx_onnx.data import Dataset, load_dataset
 from ecqx_onnx.demo import model as demo_model
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.validation import ValidationReport
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 DATA = "sklearn:digits"
 SEED = 0

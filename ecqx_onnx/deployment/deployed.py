@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ecqx_onnx.deployment.tolerances import Tolerance
 from ecqx_onnx.rendering.fitted import Column, FittedTable
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 GOLDEN = "golden/"  # the folder's files of inputs and outputs
 

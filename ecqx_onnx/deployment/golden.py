@@ -20,7 +20,7 @@ from ecqx_onnx.runtime.sessions import (
     make_synthetic_inputs,
     run,
 )
-from ecqx_onnx.validation.comparison import pad_batch
+from ecqx_onnx.validation.outputs.comparison import pad_batch
 
 CASES = 8
 MOST_BYTES = 2**20  # of all golden inputs; one case is kept whatever its size

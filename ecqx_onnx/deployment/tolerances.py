@@ -1,10 +1,11 @@
 """Tolerances: how closely a runner on another device must reproduce a model's outputs.
 
-Two float32 implementations of one network each lie within the bound of validation/bounds.py of the
-exact result, so they lie within twice that bound of each other: that is the tolerance. Where
-activations are quantized, a runtime runs integer kernels, which give the same bits on x86, arm64
-and WebAssembly, or the graph as it is written, in floats; the two may differ by levels. There it is
-widened by the largest difference of the two, onnxruntime's optimization levels, on the data.
+Two float32 implementations of one network each lie within the bound of the exact result
+(validation/outputs/bounds.py), so they lie within twice that bound of each other: that is the
+tolerance. Where activations are quantized, a runtime runs integer kernels, which give the same bits
+on x86, arm64 and WebAssembly, or the graph as it is written, in floats; the two may differ by
+levels. There it is widened by the largest difference of the two, onnxruntime's optimization levels,
+on the data.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from ecqx_onnx.deployment.golden import Case
 from ecqx_onnx.errors import DataError, ModelError
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.sessions import Session, run
-from ecqx_onnx.validation.bounds import Bound, derive_bound
-from ecqx_onnx.validation.comparison import pad_batch
-from ecqx_onnx.validation.metrics import find_largest_difference
+from ecqx_onnx.validation.outputs.bounds import Bound, derive_bound
+from ecqx_onnx.validation.outputs.comparison import pad_batch
+from ecqx_onnx.validation.outputs.metrics import find_largest_difference
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +141,7 @@ def _compute_bounds(
     """The rounding bound of each output for these inputs."""
     if reference is None:
         return [derive_bound(output, None) for output in run(session, inputs)]
-    from ecqx_onnx.validation.pytorch_outputs import run_reference, run_reference_exactly
+    from ecqx_onnx.validation.references.pytorch_outputs import run_reference, run_reference_exactly
 
     wanted = run_reference(reference, inputs)
     exact = run_reference_exactly(reference, inputs)

@@ -22,7 +22,7 @@ from ecqx_onnx.inspection.inspection import inspect
 from ecqx_onnx.inspection.result import InspectedTensor
 from ecqx_onnx.reporting.charts import draw_curves, draw_histogram, draw_scatter
 from ecqx_onnx.tensors import QuantTensor, total_entropy_bytes
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 if TYPE_CHECKING:
     from ecqx_onnx.checkpoint.checkpoint import Checkpoint

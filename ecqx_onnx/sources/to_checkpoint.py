@@ -41,7 +41,7 @@ from ecqx_onnx.quantization.weights import find_weights
 from ecqx_onnx.sources.loading import Loaded, load_model
 from ecqx_onnx.sources.post_training import WeightSelection, find_quantized_tensors
 from ecqx_onnx.tensors import QuantTensor
-from ecqx_onnx.validation.float_probe import FloatProbe, example_of
+from ecqx_onnx.validation.references.float_probe import FloatProbe, example_of
 
 FOLDED_UP_TO = 8192  # entries: what torch's exporter computes while it exports
 Source = Any  # Quantizer | nn.Module | ExportedProgram | Checkpoint | path

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from ecqx_onnx.validation.judgement import read_preprocessing
     from ecqx_onnx.validation.original import validate_against_original
     from ecqx_onnx.validation.report import Check, ValidationReport
+    from ecqx_onnx.validation.stored.whole import check_file
     from ecqx_onnx.validation.validator import validate
-    from ecqx_onnx.validation.whole import check_file
 
 _HOMES = {
     "Check": "ecqx_onnx.validation.report",
     "Latency": "ecqx_onnx.runtime.latency",
     "ValidationReport": "ecqx_onnx.validation.report",
-    "check_file": "ecqx_onnx.validation.whole",
+    "check_file": "ecqx_onnx.validation.stored.whole",
     "read_preprocessing": "ecqx_onnx.validation.judgement",
     "validate": "ecqx_onnx.validation.validator",
     "validate_against_original": "ecqx_onnx.validation.original",

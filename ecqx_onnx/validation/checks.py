@@ -17,12 +17,12 @@ from ecqx_onnx.errors import CheckFailed
 from ecqx_onnx.inputs.onnx_file import OnnxFile
 from ecqx_onnx.runtime.latency import Latency
 from ecqx_onnx.runtime.sessions import Session, run
-from ecqx_onnx.validation.bounds import Bound
-from ecqx_onnx.validation.comparison import Comparison, Difference
-from ecqx_onnx.validation.metrics import Agreement, Proportion, find_largest_difference
-from ecqx_onnx.validation.parameters import ParametersComparison
+from ecqx_onnx.validation.outputs.bounds import Bound
+from ecqx_onnx.validation.outputs.comparison import Comparison, Difference
+from ecqx_onnx.validation.outputs.metrics import Agreement, Proportion, find_largest_difference
 from ecqx_onnx.validation.report import Check
-from ecqx_onnx.validation.weights import WeightsComparison
+from ecqx_onnx.validation.stored.parameters import ParametersComparison
+from ecqx_onnx.validation.stored.weights import WeightsComparison
 
 # Operators that round activations to integers, and those that compute on such.
 QUANTIZING = {

@@ -29,9 +29,9 @@ from ecqx_onnx.runtime.sessions import (
     open_session,
     run,
 )
-from ecqx_onnx.validation.bounds import derive_bound
-from ecqx_onnx.validation.comparison import Batch, pad_batch
-from ecqx_onnx.validation.metrics import (
+from ecqx_onnx.validation.outputs.bounds import derive_bound
+from ecqx_onnx.validation.outputs.comparison import Batch, pad_batch
+from ecqx_onnx.validation.outputs.metrics import (
     Agreement,
     Proportion,
     find_largest_difference,

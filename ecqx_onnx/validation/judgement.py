@@ -17,11 +17,11 @@ from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.decoded_model import DecodedModel, decode_model
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
-from ecqx_onnx.validation.bounds import Bound, derive_bound
-from ecqx_onnx.validation.comparison import Batch, Comparison
-from ecqx_onnx.validation.parameters import compare_parameters, list_float_tensors
+from ecqx_onnx.validation.outputs.bounds import Bound, derive_bound
+from ecqx_onnx.validation.outputs.comparison import Batch, Comparison
 from ecqx_onnx.validation.report import Check
-from ecqx_onnx.validation.weights import compare_weights
+from ecqx_onnx.validation.stored.parameters import compare_parameters, list_float_tensors
+from ecqx_onnx.validation.stored.weights import compare_weights
 
 SYNTHETIC_BATCH = 4
 

@@ -35,8 +35,8 @@ from ecqx_onnx.validation.judgement import (
     preprocess_batches,
     read_preprocessing,
 )
-from ecqx_onnx.validation.parameters import compare_parameters, list_float_tensors
 from ecqx_onnx.validation.report import Check, ValidationReport
+from ecqx_onnx.validation.stored.parameters import compare_parameters, list_float_tensors
 from ecqx_onnx.validation.validator import prepare_samples
 
 

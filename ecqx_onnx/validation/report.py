@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ecqx_onnx.rendering.fitted import Column, FactTable, FittedTable
 from ecqx_onnx.runtime.latency import FLOAT, Latency
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 COLUMNS = (
     Column(""),

@@ -29,15 +29,6 @@ from ecqx_onnx.runtime.sessions import (
 )
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
-from ecqx_onnx.validation.comparison import Batch, Comparison, compare
-from ecqx_onnx.validation.float_distance import (
-    FloatBounds,
-    LayerError,
-    is_untrained,
-    judge_distance,
-    measure_weight,
-)
-from ecqx_onnx.validation.floats import measure_float16_shift
 from ecqx_onnx.validation.judgement import (
     SYNTHETIC_BATCH,
     check_stored_weights,
@@ -47,10 +38,19 @@ from ecqx_onnx.validation.judgement import (
     preprocess_batches,
     read_preprocessing,
 )
-from ecqx_onnx.validation.onnx_reference import OnnxReference
-from ecqx_onnx.validation.plausibility import doubt_accuracy, doubt_range
+from ecqx_onnx.validation.outputs.comparison import Batch, Comparison, compare
+from ecqx_onnx.validation.outputs.plausibility import doubt_accuracy, doubt_range
+from ecqx_onnx.validation.outputs.samples import SampleBatches
+from ecqx_onnx.validation.references.float_distance import (
+    FloatBounds,
+    LayerError,
+    is_untrained,
+    judge_distance,
+    measure_weight,
+)
+from ecqx_onnx.validation.references.floats import measure_float16_shift
+from ecqx_onnx.validation.references.onnx_reference import OnnxReference
 from ecqx_onnx.validation.report import Check, ValidationReport
-from ecqx_onnx.validation.samples import SampleBatches
 
 if TYPE_CHECKING:
     import torch

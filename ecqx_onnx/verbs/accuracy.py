@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ecqx_onnx.validation.metrics import Proportion
-from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion
+from ecqx_onnx.validation.outputs.metrics import Proportion
+from ecqx_onnx.validation.outputs.plausibility import MOST_CLASSES, Confusion
 
 if TYPE_CHECKING:
     import torch

@@ -34,8 +34,8 @@ from ecqx_onnx.options.convert import ConvertOptions
 from ecqx_onnx.options.option import check_limits, get_defaults, refuse_unknown_options
 from ecqx_onnx.options.quantize import QuantizeOptions
 from ecqx_onnx.options.quantizer import Recipe
-from ecqx_onnx.validation.float_distance import FloatBounds
-from ecqx_onnx.validation.float_probe import FloatProbe
+from ecqx_onnx.validation.references.float_distance import FloatBounds
+from ecqx_onnx.validation.references.float_probe import FloatProbe
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.options.deploy import DeployOptions
 from ecqx_onnx.options.option import check_limits, refuse_unknown_options
-from ecqx_onnx.validation.onnx_reference import OnnxReference
+from ecqx_onnx.validation.references.onnx_reference import OnnxReference
 from ecqx_onnx.verbs.reference import (
     load_evaluation_data,
     load_reference,

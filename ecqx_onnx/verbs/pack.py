@@ -35,7 +35,7 @@ from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.options.option import refuse_unknown_options
 from ecqx_onnx.recognition.packing_plan import plan_packing, raise_graph
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
-from ecqx_onnx.validation.float_distance import is_untrained, recipe_of
+from ecqx_onnx.validation.references.float_distance import is_untrained, recipe_of
 from ecqx_onnx.verbs.reports import PackReport
 
 

@@ -24,8 +24,8 @@ from ecqx_onnx.options.quantizer import (
     StepRule,
 )
 from ecqx_onnx.options.training import DistillBy, Precision, Schedule
-from ecqx_onnx.validation.metrics import Proportion
-from ecqx_onnx.validation.plausibility import doubt_accuracy
+from ecqx_onnx.validation.outputs.metrics import Proportion
+from ecqx_onnx.validation.outputs.plausibility import doubt_accuracy
 from ecqx_onnx.verbs.accuracy import accuracy, confuse
 from ecqx_onnx.verbs.reports import Quantized
 from ecqx_onnx.verbs.training_data import (

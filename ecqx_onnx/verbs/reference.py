@@ -19,10 +19,10 @@ from ecqx_onnx.errors import CheckFailed, InputError, ModelError
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.tensors import QuantTensor
-from ecqx_onnx.validation.comparison import Batch
 from ecqx_onnx.validation.judgement import read_preprocessing
-from ecqx_onnx.validation.onnx_reference import OnnxReference, find_integer_operator
-from ecqx_onnx.validation.samples import SampleBatches
+from ecqx_onnx.validation.outputs.comparison import Batch
+from ecqx_onnx.validation.outputs.samples import SampleBatches
+from ecqx_onnx.validation.references.onnx_reference import OnnxReference, find_integer_operator
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from ecqx_onnx.rendering.trained import draw_trained_weights
 from ecqx_onnx.rendering.write_report import render_write_report, write_report_to_json
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation.equivalence import Equivalence
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 if TYPE_CHECKING:
     from ecqx_onnx.quantization.objectives.objective import Score

@@ -14,7 +14,7 @@ from ecqx_onnx.options.option import check_limits, refuse_unknown_options
 from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.validation import ValidationReport
 from ecqx_onnx.validation.devices import TIME_LIMIT, DeviceTable
-from ecqx_onnx.validation.float_distance import FloatBounds
+from ecqx_onnx.validation.references.float_distance import FloatBounds
 from ecqx_onnx.verbs.reference import (
     EvaluationData,
     Reference,
@@ -163,8 +163,8 @@ def is_compared_with_float(
         repacking of it: then nothing but rounding may differ.
     """
     from ecqx_onnx.inputs.onnx_file import read_onnx
-    from ecqx_onnx.validation.float_distance import recipe_of
-    from ecqx_onnx.validation.onnx_reference import find_integer_operator
+    from ecqx_onnx.validation.references.float_distance import recipe_of
+    from ecqx_onnx.validation.references.onnx_reference import find_integer_operator
 
     if find_integer_operator(read_onnx(against)) is not None:
         return False
@@ -207,7 +207,7 @@ def load_data_beside(
 def _tell_own_numbers(onnx_file: str | Path, reference: Reference) -> tuple[str, ...]:
     """What the file says of its distance from the float model, which nothing is judged by."""
     from ecqx_onnx.inputs.onnx_file import read_onnx
-    from ecqx_onnx.validation.float_distance import recipe_of
+    from ecqx_onnx.validation.references.float_distance import recipe_of
 
     stated = recipe_of(read_onnx(onnx_file).metadata).get("float_error")
     if not reference.is_float or not isinstance(stated, int | float):
@@ -278,7 +278,7 @@ def validate_on(
     """
     from ecqx_onnx.inputs.onnx_file import read_onnx
     from ecqx_onnx.validation import devices as room
-    from ecqx_onnx.validation.onnx_reference import find_integer_operator
+    from ecqx_onnx.validation.references.onnx_reference import find_integer_operator
 
     check_limits(ValidateOptions, samples=samples, batch_size=batch_size, time_limit=time_limit)
     read_onnx(onnx_file)  # a damaged file is no device's trouble

@@ -13,7 +13,7 @@ from ecqx_onnx.errors import FileError, ModelError
 from ecqx_onnx.inputs import claimed_work
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.runtime import runner, sessions, watchdog
-from ecqx_onnx.validation.whole import check_file
+from ecqx_onnx.validation.stored.whole import check_file
 from ecqx_onnx.verbs.deploy import deploy
 from ecqx_onnx.verbs.pack import pack
 

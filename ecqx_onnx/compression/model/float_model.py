@@ -29,7 +29,7 @@ from ecqx_onnx.errors import ModelError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.tensors import QuantTensor, Scale
-from ecqx_onnx.validation.onnx_reference import find_integer_operator
+from ecqx_onnx.validation.references.onnx_reference import find_integer_operator
 
 WANTED_OPSETS = (21, 18, 13)  # the first that can be had brings short integers, or packed ones
 

@@ -23,7 +23,7 @@ import numpy as np
 from ecqx_onnx.compression.search.points import Point
 from ecqx_onnx.compression.search.quality import OutputQuality, Quality
 from ecqx_onnx.errors import FileError
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 
 class SearchFolder:

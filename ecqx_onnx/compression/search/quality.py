@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 
 @dataclass(frozen=True)

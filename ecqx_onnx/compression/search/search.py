@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ecqx_onnx.compression.search.bounds import Bounds
 from ecqx_onnx.compression.search.points import Candidate, Point
 from ecqx_onnx.compression.search.quality import Quality
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 LEAST_BITS, MOST_BITS = 0.3, 6.5
 START = 2.2

@@ -31,11 +31,8 @@ from ecqx_onnx.runtime.sessions import (
 )
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
-from ecqx_onnx.validation.comparison import Batch, compare, pad_batch
 from ecqx_onnx.validation.devices.devices import Device, find_device
 from ecqx_onnx.validation.devices.job import Result, read_result, write_job
-from ecqx_onnx.validation.float_distance import FloatBounds
-from ecqx_onnx.validation.floats import measure_float16_shift
 from ecqx_onnx.validation.judgement import (
     SYNTHETIC_BATCH,
     check_stored_weights,
@@ -44,9 +41,12 @@ from ecqx_onnx.validation.judgement import (
     derive_bounds,
     preprocess_batches,
 )
-from ecqx_onnx.validation.onnx_reference import OnnxReference
+from ecqx_onnx.validation.outputs.comparison import Batch, compare, pad_batch
+from ecqx_onnx.validation.outputs.samples import SampleBatches
+from ecqx_onnx.validation.references.float_distance import FloatBounds
+from ecqx_onnx.validation.references.floats import measure_float16_shift
+from ecqx_onnx.validation.references.onnx_reference import OnnxReference
 from ecqx_onnx.validation.report import Check, ValidationReport, show
-from ecqx_onnx.validation.samples import SampleBatches
 from ecqx_onnx.validation.validator import (
     has_scores,
     is_judged_by_distance,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ecqx_onnx.errors import OptionError
-from ecqx_onnx.validation.metrics import Proportion, is_classification
+from ecqx_onnx.validation.outputs.metrics import Proportion, is_classification
 from ecqx_onnx.validation.report import Check
 
 LEAST_AGREEMENT = 99.0  # per cent, of class scores

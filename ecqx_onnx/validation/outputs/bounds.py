@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecqx_onnx.validation.metrics import find_largest_difference
+from ecqx_onnx.validation.outputs.metrics import find_largest_difference
 
 ORDER_FACTOR = 8.0  # other order of summation (4) and spread of maxima (2), see above
 FINAL_ULPS = 4.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecqx_onnx.validation.comparison import Batch
+from ecqx_onnx.validation.outputs.comparison import Batch
 
 
 @dataclass(frozen=True)

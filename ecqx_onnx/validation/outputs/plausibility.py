@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ecqx_onnx.validation.metrics import Proportion
+from ecqx_onnx.validation.outputs.metrics import Proportion
 
 FEWEST = 20  # samples, below which an accuracy tells nothing
 MOST_CLASSES = 2000  # of which confusions are counted: 32 MB

@@ -14,10 +14,8 @@ import numpy as np
 
 from ecqx_onnx.errors import DataError
 from ecqx_onnx.runtime.sessions import Session, find_fixed_batch, fit_inputs, run
-from ecqx_onnx.validation.bounds import Bound, derive_bound
-from ecqx_onnx.validation.float_distance import OutputDistance, add_distances, measure_output
-from ecqx_onnx.validation.floats import RUNS, Shift
-from ecqx_onnx.validation.metrics import (
+from ecqx_onnx.validation.outputs.bounds import Bound, derive_bound
+from ecqx_onnx.validation.outputs.metrics import (
     Agreement,
     Proportion,
     find_largest_difference,
@@ -25,8 +23,14 @@ from ecqx_onnx.validation.metrics import (
     measure_accuracy,
     measure_agreement,
 )
-from ecqx_onnx.validation.onnx_reference import OnnxReference
-from ecqx_onnx.validation.plausibility import MOST_CLASSES, Confusion, InputRange
+from ecqx_onnx.validation.outputs.plausibility import MOST_CLASSES, Confusion, InputRange
+from ecqx_onnx.validation.references.float_distance import (
+    OutputDistance,
+    add_distances,
+    measure_output,
+)
+from ecqx_onnx.validation.references.floats import RUNS, Shift
+from ecqx_onnx.validation.references.onnx_reference import OnnxReference
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +191,7 @@ def _run_reference(
 ) -> tuple[np.ndarray, ...]:
     if isinstance(reference, OnnxReference):
         return reference.run(inputs)
-    from ecqx_onnx.validation.pytorch_outputs import run_reference
+    from ecqx_onnx.validation.references.pytorch_outputs import run_reference
 
     return run_reference(reference, inputs)
 
@@ -243,7 +247,7 @@ class _Differences:
         between = [find_largest_difference(g, w) for g, w in zip(got, wanted, strict=True)]
         exact = None
         if self.has_exact and (samples_before < EXACT_SAMPLES or self._is_undecided(between)):
-            from ecqx_onnx.validation.pytorch_outputs import run_reference_exactly
+            from ecqx_onnx.validation.references.pytorch_outputs import run_reference_exactly
 
             exact = run_reference_exactly(self.reference, inputs)  # type: ignore[arg-type]
             self.has_exact = exact is not None

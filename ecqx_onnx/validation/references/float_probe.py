@@ -11,7 +11,8 @@ from ecqx_onnx.data import Split
 from ecqx_onnx.errors import InputError
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.tensors import QuantTensor
-from ecqx_onnx.validation.float_distance import (
+from ecqx_onnx.validation.outputs.metrics import Proportion, is_classification, measure_accuracy
+from ecqx_onnx.validation.references.float_distance import (
     FloatBounds,
     LayerError,
     OutputDistance,
@@ -20,7 +21,6 @@ from ecqx_onnx.validation.float_distance import (
     measure_output,
     measure_weight,
 )
-from ecqx_onnx.validation.metrics import Proportion, is_classification, measure_accuracy
 from ecqx_onnx.validation.report import Check
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class FloatProbe:
         import torch
         from torch.utils._pytree import tree_leaves
 
-        from ecqx_onnx.validation.pytorch_outputs import run_reference
+        from ecqx_onnx.validation.references.pytorch_outputs import run_reference
 
         leaves = [leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor)]
         if not leaves:
@@ -111,7 +111,7 @@ class FloatProbe:
         )
 
     def _judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
-        from ecqx_onnx.validation.pytorch_outputs import run_reference
+        from ecqx_onnx.validation.references.pytorch_outputs import run_reference
 
         distances: tuple[OutputDistance, ...] = ()
         right, float_right = Proportion(0, 0), Proportion(0, 0)

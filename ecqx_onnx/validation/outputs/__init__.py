@@ -1,0 +1,1 @@
+"""How the outputs of two models are compared: samples, metrics, and bounds with their reasons."""
