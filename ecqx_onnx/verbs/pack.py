@@ -38,6 +38,9 @@ from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.references.float_distance import is_untrained, recipe_of
 from ecqx_onnx.verbs.reports import PackReport
 
+# Of a file: what tensors stored once must save for a file to be written anew for that alone.
+WORTH_SHARING = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Storage:
@@ -137,7 +140,8 @@ def _pack(
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
 
     # 2. Copy the model where there is nothing to gain, or the checker would refuse it.
-    if not plan.entries and defined is None and not shared.nbytes:
+    worthless = shared.nbytes < WORTH_SHARING * file.size
+    if not plan.entries and defined is None and worthless:
         return _pass_through(file, out, _explain_nothing(kept), kept, (), force=force)
     notes = _list_notes(file.proto)
     if raised is not None:
