@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations
 
 from ecqx_onnx import api
-from ecqx_onnx.checkpoint.export import prepare, trace
+from ecqx_onnx.checkpoint.export import prepare
+from ecqx_onnx.checkpoint.tracing import trace
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.quantization.weights import find_weights
 

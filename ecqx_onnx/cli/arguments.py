@@ -18,7 +18,7 @@ Strict = Annotated[bool, typer.Option("--strict/--no-strict", help=shared.STRICT
 Factory = Annotated[
     str | None, typer.Option("--model", metavar="FILE.py:FACTORY", help=shared.FACTORY)
 ]
-InputShape = Annotated[str | None, typer.Option(help=shared.INPUT_SHAPE)]
+InputShape = Annotated[list[str] | None, typer.Option(metavar="SHAPE", help=shared.INPUT_SHAPE)]
 MinAgreement = Annotated[float | None, typer.Option(help=shared.MIN_AGREEMENT)]
 MaxError = Annotated[float | None, typer.Option(help=shared.MAX_ERROR)]
 MaxDrop = Annotated[float | None, typer.Option(help=shared.MAX_DROP)]
@@ -90,31 +90,6 @@ def parse_numbers(text: str | None, option: str) -> tuple[float, ...] | None:
             f"{option} {text!r} is not a list of numbers; write one value, or one per channel with"
             " commas: 0.49,0.48,0.45"
         ) from None
-
-
-def parse_shape(text: str | None) -> tuple[int, ...] | None:
-    """Read a shape.
-
-    Args:
-        text: '3,32,32', or None.
-
-    Returns:
-        The lengths, each from 1 to 2^31 - 1; None for None.
-
-    Raises:
-        OptionError: if one of them is no such number.
-    """
-    if text is None:
-        return None
-    lengths = []
-    for part in text.split(","):
-        if not (part.strip().isdecimal() and 0 < int(part) < 2**31):
-            raise OptionError(
-                f"--input-shape {text!r} is not a list of positive integers; write it without the"
-                " batch: 3,32,32"
-            )
-        lengths.append(int(part))
-    return tuple(lengths)
 
 
 def parse_bits(text: str) -> int | dict[str, int]:

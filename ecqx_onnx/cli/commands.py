@@ -17,7 +17,6 @@ from ecqx_onnx.cli.arguments import (
     make_argument,
     make_option,
     parse_names,
-    parse_shape,
 )
 from ecqx_onnx.cli.frame import (
     device_app,
@@ -30,6 +29,7 @@ from ecqx_onnx.cli.frame import (
 from ecqx_onnx.cli.terminal import escape, guard, stdout
 from ecqx_onnx.errors import CheckFailed
 from ecqx_onnx.options.deploy import DeployOptions
+from ecqx_onnx.options.input_shape import parse_input_shape
 
 
 @register_command
@@ -96,7 +96,7 @@ def deploy(
             against=against,
             data=data,
             factory=factory,
-            input_shape=parse_shape(input_shape),
+            input_shape=parse_input_shape(input_shape),
             samples=samples,
             labels=parse_names(labels),
             title=title,

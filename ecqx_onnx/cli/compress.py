@@ -20,12 +20,12 @@ from ecqx_onnx.cli.arguments import (
     make_argument,
     make_option,
     parse_numbers,
-    parse_shape,
 )
 from ecqx_onnx.cli.frame import _json_file, register_command
 from ecqx_onnx.cli.terminal import escape, escape_report, make_strict_json, stderr, stdout
 from ecqx_onnx.errors import CheckFailed, OptionError
 from ecqx_onnx.options.compress import CompressOptions
+from ecqx_onnx.options.input_shape import parse_input_shape
 
 SIZE, QUALITY, FILE = "Bounds of size", "Bounds of quality", "The file"
 
@@ -88,7 +88,7 @@ def compress(
         out,
         data=data,
         factory=factory,
-        input_shape=parse_shape(input_shape),
+        input_shape=parse_input_shape(input_shape),
         max_bytes=max_bytes,
         bits_per_weight=bits_per_weight,
         max_drop=max_drop,

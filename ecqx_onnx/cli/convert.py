@@ -18,10 +18,10 @@ from ecqx_onnx.cli.arguments import (
     TrustPickle,
     make_argument,
     make_option,
-    parse_shape,
 )
 from ecqx_onnx.cli.frame import emit, register_command
 from ecqx_onnx.options.convert import ConvertOptions
+from ecqx_onnx.options.input_shape import parse_dynamic, parse_input_shape
 
 if TYPE_CHECKING:
     from ecqx_onnx.validation.references.float_distance import FloatBounds
@@ -37,6 +37,7 @@ def convert(
     out: Annotated[Path, make_argument(ConvertOptions, "out")],
     factory: Factory = None,
     input_shape: InputShape = None,
+    dynamic: Annotated[list[str] | None, _option("dynamic", metavar="AXIS")] = None,
     bits: Annotated[int | None, _option("bits")] = None,
     entropy_weight: Annotated[float, _option("entropy_weight")] = 0.0,
     include: Annotated[list[str] | None, _option("include")] = None,
@@ -72,7 +73,8 @@ def convert(
         model,
         out,
         factory=factory,
-        input_shape=parse_shape(input_shape),
+        input_shape=parse_input_shape(input_shape),
+        dynamic=parse_dynamic(dynamic),
         bits=bits,
         entropy_weight=entropy_weight,
         include=tuple(include or ()),

@@ -17,11 +17,11 @@ from ecqx_onnx.cli.arguments import (
     TrustPickle,
     make_argument,
     make_option,
-    parse_shape,
 )
 from ecqx_onnx.cli.convert import make_float_bounds
 from ecqx_onnx.cli.frame import emit, register_command, show_progress
 from ecqx_onnx.errors import CheckFailed, InputError, OptionError
+from ecqx_onnx.options.input_shape import parse_input_shape
 from ecqx_onnx.options.validate import ValidateOptions
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def validate(
         "against": against,
         "data": data,
         "factory": factory,
-        "input_shape": parse_shape(input_shape),
+        "input_shape": parse_input_shape(input_shape),
         "samples": samples,
         "float_bounds": make_float_bounds(min_agreement, max_error, max_drop),
         "strict": strict,

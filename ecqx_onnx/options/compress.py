@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecqx_onnx.options import shared
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import option, required
 
 
@@ -21,7 +22,7 @@ class CompressOptions:
         "Some hundred samples, with or without labels: .npz, a folder, FILE.py:FUNCTION."
     )
     factory: str | None = option(None, shared.FACTORY)
-    input_shape: Sequence[int] | None = option(None, shared.INPUT_SHAPE)
+    input_shape: InputShape | None = option(None, shared.INPUT_SHAPE)
 
     # Bounds of size.
     max_bytes: int | str | None = option(None, "Most bytes of the whole file: 70k, 1.5M, 64KiB.")

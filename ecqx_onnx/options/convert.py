@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecqx_onnx.options import shared
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import option, required
 
 
@@ -20,7 +21,8 @@ class ConvertOptions:
     )
     out: str | Path = required(shared.OUT_ONNX)
     factory: str | None = option(None, shared.FACTORY)
-    input_shape: Sequence[int] | None = option(None, shared.INPUT_SHAPE)
+    input_shape: InputShape | None = option(None, shared.INPUT_SHAPE)
+    dynamic: Any = option(None, shared.DYNAMIC)
     bits: int | None = option(
         None,
         "Quantise a float model to so many bits, without training.",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecqx_onnx.options import shared
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import option, required
 
 
@@ -27,7 +28,7 @@ class DeployOptions:
         None, "Labelled data for golden inputs and the expected accuracy: as for quantize."
     )
     factory: str | None = option(None, shared.FACTORY)
-    input_shape: Sequence[int] | None = option(None, shared.INPUT_SHAPE)
+    input_shape: InputShape | None = option(None, shared.INPUT_SHAPE)
     labels: Sequence[str] = option(
         (), "The classes' names with commas, instead of those in the file."
     )

@@ -2,8 +2,13 @@
 
 FACTORY = "A function (or class) that returns the network of a state dict."
 INPUT_SHAPE = (
-    "Shape of one input without the batch, such as 3,32,32; needed with --model where FILE.py has"
-    " no INPUT_SHAPE."
+    "Shape of one input without the batch, such as 3,32,32; or each input with its batch, such as"
+    " ids=2,16:int64, repeated. Needed with --model where FILE.py has no INPUT_SHAPE, EXAMPLE or"
+    " example_inputs()."
+)
+DYNAMIC = (
+    "Axis of an input that is free, NAME:AXIS or NAME:AXIS=LABEL, such as ids:1=time; repeat for"
+    " more, or none. By default the first of every input, where that can be."
 )
 STRICT = "Refuse a state dict that lacks weights of the model's, or has others."
 TRUST_PICKLE = "Unpickle MODEL. This runs its author's code."

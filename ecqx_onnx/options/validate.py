@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ecqx_onnx.options import shared
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import option, required
 
 
@@ -30,7 +31,7 @@ class ValidateOptions:
         "Against an .onnx file: an .npz with one array per model input, instead of --data.",
     )
     factory: str | None = option(None, shared.FACTORY)
-    input_shape: Sequence[int] | None = option(None, shared.INPUT_SHAPE)
+    input_shape: InputShape | None = option(None, shared.INPUT_SHAPE)
     samples: int | None = option(None, shared.SAMPLES, minimum=1)
     batch_size: int = option(64, "Number of samples that run at once.", minimum=1)
     device: Sequence[str] | None = option(

@@ -23,6 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
 from ecqx_onnx.runtime import watchdog
+from ecqx_onnx.runtime.random_values import draw_values
 
 Session = onnxruntime.InferenceSession
 Level = Literal["all", "disabled"]
@@ -252,7 +253,7 @@ def find_fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
 def make_synthetic_inputs(
     session: onnxruntime.InferenceSession, *, batch: int = 1, free: int = 1, seed: int = 0
 ) -> tuple[np.ndarray, ...]:
-    """Make random inputs for a model: normal floats, and integers of 0 and 1.
+    """Make random inputs for a model: normal floats, integers of 0 and 1, masks of padded rows.
 
     Args:
         session: a loaded session of onnxruntime.
@@ -283,9 +284,7 @@ def make_synthetic_inputs(
                 f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: "
                 "give real ones"
             )
-        floats = np.issubdtype(dtype, np.floating)
-        values = generator.standard_normal(shape) if floats else generator.integers(0, 2, shape)
-        arrays.append(values.astype(dtype))
+        arrays.append(draw_values(node.name, dtype, shape, generator))
     return tuple(arrays)
 
 

@@ -35,6 +35,7 @@ class Loaded:
     Attributes:
         model: an nn.Module, an ExportedProgram or a Quantizer.
         input_shape: without the batch; None if nothing is said.
+        example: what the network is called with; None if nothing is said.
         preprocessing: of raw samples; None if nothing is said.
         notes: what was done to the weights, a sentence each.
     """
@@ -43,6 +44,7 @@ class Loaded:
     input_shape: tuple[int, ...] | None = None
     preprocessing: Preprocessing | None = None
     notes: tuple[str, ...] = ()
+    example: Any = None
 
 
 def load_factory(spec: str) -> Loaded:
@@ -52,7 +54,8 @@ def load_factory(spec: str) -> Loaded:
         spec: "FILE.py:FACTORY".
 
     Returns:
-        What FACTORY() returns, with INPUT_SHAPE and PREPROCESSING of the file where it has them.
+        What FACTORY() returns, with INPUT_SHAPE, PREPROCESSING and EXAMPLE (or what
+        example_inputs() returns) of the file where it has them.
 
     Raises:
         OptionError: if `spec` is of another form.
@@ -85,6 +88,7 @@ def load_factory(spec: str) -> Loaded:
         model,
         _read_input_shape(names.get("INPUT_SHAPE"), file),
         _read_preprocessing(names.get("PREPROCESSING"), file),
+        example=_read_example(names, file),
     )
 
 
@@ -105,6 +109,25 @@ def _read_input_shape(shape: Any, file: str) -> tuple[int, ...] | None:
             " 32)"
         )
     return tuple(lengths)
+
+
+def _read_example(names: Mapping[str, Any], file: str) -> Any:
+    """EXAMPLE, or what example_inputs() returns: a tensor, or a tuple or mapping of arguments."""
+    found = names.get("EXAMPLE")
+    make = names.get("example_inputs")
+    if found is None and callable(make):
+        try:
+            found = make()
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise ModelError(
+                f"example_inputs() in {file} failed with {type(error).__name__}: {error}"
+            ) from error
+    if found is None or isinstance(found, torch.Tensor | tuple | list | Mapping):
+        return found
+    raise ModelError(
+        f"EXAMPLE in {file} is {type(found).__name__}: write a tensor, a tuple of the forward's"
+        " arguments, or {'name': tensor}"
+    )
 
 
 def _read_preprocessing(found: Any, file: str) -> Preprocessing | None:

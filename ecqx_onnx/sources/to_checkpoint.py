@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +17,23 @@ from ecqx_onnx.checkpoint.export import (
     Exported,
     export,
     export_float_graph,
+    prepare,
+)
+from ecqx_onnx.checkpoint.forward import Example, adapt_forward, divide_arguments
+from ecqx_onnx.checkpoint.insight import observe
+from ecqx_onnx.checkpoint.tracing import (
+    Dynamic,
     find_written_buffers,
     notes_on,
-    prepare,
     trace,
     trace_fixed,
 )
-from ecqx_onnx.checkpoint.insight import observe
 from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.inputs.program.program import run_module
 from ecqx_onnx.inputs.safetensors_file import is_safetensors
 from ecqx_onnx.inputs.torch_file import is_program, load_plain
 from ecqx_onnx.inputs.user_code import is_function_spec
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.quantization.activations import ActivationRounding
 from ecqx_onnx.quantization.parametrizations import (
@@ -38,6 +42,7 @@ from ecqx_onnx.quantization.parametrizations import (
     merge_parametrizations,
 )
 from ecqx_onnx.quantization.weights import find_weights
+from ecqx_onnx.sources.example import choose_example
 from ecqx_onnx.sources.loading import Loaded, load_model
 from ecqx_onnx.sources.post_training import WeightSelection, find_quantized_tensors
 from ecqx_onnx.tensors import QuantTensor
@@ -50,9 +55,10 @@ Source = Any  # Quantizer | nn.Module | ExportedProgram | Checkpoint | path
 def as_checkpoint(
     model: Source,
     *,
-    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    example: Example | None = None,
     factory: str | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
+    dynamic: Dynamic | None = None,
     trust_pickle: bool = False,
     bits: int | None = None,
     entropy_weight: float = 0.0,
@@ -70,9 +76,11 @@ def as_checkpoint(
     Args:
         model: a Quantizer, nn.Module, ExportedProgram, Checkpoint, or the path of a file. One that
             is given is not changed.
-        example: a batch, or a tuple of the forward's arguments; wanted for modules.
+        example: a batch, or the forward's arguments in a tuple or by name; wanted for modules.
         factory: "FILE.py:FACTORY" of the network that a state dict belongs to.
-        input_shape: of one sample, without the batch, in place of an example.
+        input_shape: of one sample, without the batch, in place of an example; or each input by
+            name.
+        dynamic: which axes are free, {input: {axis: name}}; None for the batch where that can be.
         trust_pickle: unpickle the file, which runs its author's code.
         bits: 2 to 8, for float weights that are quantized here, without training.
         entropy_weight: how much shorter code counts against exactness; with `bits`.
@@ -96,7 +104,7 @@ def as_checkpoint(
     """
     if isinstance(model, Checkpoint):
         _refuse_second_quantization(bits)
-        _refuse_shape(input_shape)
+        _refuse_shape(input_shape, dynamic)
         return model
     if isinstance(model, str | Path):
         if is_function_spec(str(model)) or Path(model).suffix == ".py":
@@ -106,7 +114,7 @@ def as_checkpoint(
             )
         if _is_for_checkpoint(model, factory=factory, trust_pickle=trust_pickle):
             _refuse_second_quantization(bits, f"{model}: ")
-            _refuse_shape(input_shape, f"{model}: ")
+            _refuse_shape(input_shape, dynamic, f"{model}: ")
             return load(model)
         loaded = load_model(model, factory=factory, trust_pickle=trust_pickle, strict=strict)
     else:
@@ -116,17 +124,16 @@ def as_checkpoint(
         preprocessing=preprocessing or loaded.preprocessing,
         labels=tuple(labels),
     )
-    shape = input_shape or loaded.input_shape
     if hasattr(loaded.model, "tensors"):
         _refuse_second_quantization(bits)
-        example = _make_example(example, shape, loaded.preprocessing)
-        return _convert_quantizer(loaded.model, example, details)
+        example = choose_example(example, input_shape, loaded)
+        return _convert_quantizer(loaded.model, example, dynamic, details)
     if isinstance(loaded.model, torch.export.ExportedProgram):
-        _refuse_shape(input_shape)
+        _refuse_shape(input_shape, dynamic)
     else:
-        example = _make_example(example, shape, loaded.preprocessing)
+        example = choose_example(example, input_shape, loaded)
     chosen = WeightSelection(bits, entropy_weight, tuple(include), tuple(exclude), allow_float)
-    return _convert_float(loaded, example, chosen, details, probe)
+    return _convert_float(loaded, example, dynamic, chosen, details, probe)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +146,7 @@ class _Details:
 
 
 def _convert_quantizer(
-    quantizer: Any, example: torch.Tensor | Sequence[torch.Tensor], details: _Details
+    quantizer: Any, example: Example, dynamic: Dynamic | None, details: _Details
 ) -> Checkpoint:
     """The checkpoint of a model that was trained; `quantizer` is a Quantizer."""
     tensors = quantizer.tensors()
@@ -148,7 +155,7 @@ def _convert_quantizer(
     ranges: Mapping[str, tuple[float, float]] = {}
     # The graph is exported without the rounding of activations: the converter places its own.
     with contextlib.nullcontext() if rounding is None else rounding.on(attached=False):
-        exported = export(_merge_computed(quantizer.model), example)
+        exported = export(_merge_computed(quantizer.model), example, dynamic=dynamic)
     if rounding is not None:
         ranges = _find_ranges_in_graph(rounding, exported, example)
     return build(
@@ -173,7 +180,8 @@ def _merge_computed(model: torch.nn.Module) -> torch.nn.Module:
 
 def _convert_float(
     loaded: Loaded,
-    example: torch.Tensor | Sequence[torch.Tensor] | None,
+    example: Example | None,
+    dynamic: Dynamic | None,
     chosen: WeightSelection,
     details: _Details,
     probe: FloatProbe | None,
@@ -187,7 +195,7 @@ def _convert_float(
     else:
         assert example is not None  # only programs come without one
         module, changes = prepare(loaded.model)
-        program, findings = trace(module, example)
+        program, findings = trace(module, example, dynamic=dynamic)
         notes = (*changes, *findings)
     notes = (*notes, *loaded.notes)
     if chosen.bits:
@@ -201,7 +209,7 @@ def _convert_float(
     try:
         return _build_quantized(program, tensors, notes, details)
     except ModelError as error:
-        if module is None or example is None:
+        if module is None or example is None or dynamic is not None:
             raise
         failure = error
     program, note = trace_fixed(module, example, failure)
@@ -227,11 +235,18 @@ def _show_float(
     preprocessing: Preprocessing | None,
 ) -> None:
     """Let the probe see the float model as it is now: a run may write buffers."""
-    if module is None:
-        probe.see_float(run_module(program), example_of(program), preprocessing)
+    names = tuple(map(str, program.graph_signature.user_inputs))
+    if module is None or not _is_plain(example):
+        probe.see_float(run_module(program), example_of(program), preprocessing, names=names)
         return
     shown = copy_module(module) if find_written_buffers(program) else module
-    probe.see_float(shown, _as_float32(example), preprocessing)
+    probe.see_float(shown, _as_float32(example), preprocessing, names=names)
+
+
+def _is_plain(example: Any) -> bool:
+    """Whether a module takes the tensors by their position."""
+    several = example if isinstance(example, list | tuple) else (example,)
+    return all(isinstance(value, torch.Tensor) for value in several)
 
 
 def _build_quantized(
@@ -318,7 +333,12 @@ def _refuse_second_quantization(bits: int | None, name: str = "") -> None:
         )
 
 
-def _refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
+def _refuse_shape(input_shape: InputShape | None, dynamic: Dynamic | None, name: str = "") -> None:
+    if dynamic is not None:
+        raise OptionError(
+            f"{name}the model says itself which axes are free; leave --dynamic out, or give it"
+            " where the model is exported"
+        )
     if input_shape:
         raise OptionError(
             f"{name}the model says itself what shape it takes; leave --input-shape out"
@@ -326,20 +346,21 @@ def _refuse_shape(input_shape: Sequence[int] | None, name: str = "") -> None:
 
 
 def _find_ranges_in_graph(
-    rounding: ActivationRounding, exported: Exported, example: torch.Tensor | Sequence[torch.Tensor]
+    rounding: ActivationRounding, exported: Exported, example: Example
 ) -> Mapping[str, tuple[float, float]]:
     """The ranges that a training ended with, by the names of their values in the graph."""
     from ecqx_onnx.runtime.calibration import find_ranges_by_value
 
-    example = (example,) if isinstance(example, torch.Tensor) else tuple(example)
+    arguments = divide_arguments(rounding.module, example)
     # Values are found by what they are on random inputs, which hardly any two share.
     generator = torch.Generator().manual_seed(0)
     probe = [
         torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.cpu()
-        for x in example
+        for x in arguments.tensors
     ]
     device = next(rounding.module.parameters()).device
-    seen = rounding.values(*(x.to(device) for x in probe))
+    with adapt_forward(rounding.module, arguments):
+        seen = rounding.values(*(x.to(device) for x in probe))
     arrays = {place: value.float().cpu().numpy() for place, value in seen.items()}
     return find_ranges_by_value(
         exported.graph, [x.numpy() for x in probe], arrays, rounding.bounds()
@@ -374,26 +395,3 @@ def _write_back(
             values[tensor.name] = value
         changed[name] = values[tensor.name]
     return changed
-
-
-def _make_example(
-    example: torch.Tensor | Sequence[torch.Tensor] | None,
-    shape: Sequence[int] | None,
-    preprocessing: Preprocessing | None,
-) -> torch.Tensor | Sequence[torch.Tensor]:
-    """The example that is given, or zeros for a batch of two."""
-    if example is not None:
-        return example
-    if shape is None:
-        raise OptionError(
-            "the model's input shape is not known; add --input-shape 3,32,32 (no batch), or"
-            " INPUT_SHAPE = (3, 32, 32) to FILE.py"
-        )
-    if math.prod(shape) > 2**28:
-        raise OptionError(
-            f"an input of shape {tuple(shape)} has more than 2^28 entries; give the shape of one"
-            " sample"
-        )
-    if preprocessing is not None and preprocessing.kind == "indices":
-        return torch.zeros(2, *shape, dtype=torch.int64)
-    return torch.zeros(2, *shape)

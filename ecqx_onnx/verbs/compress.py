@@ -39,6 +39,7 @@ from ecqx_onnx.compression.verdict import judge_file, write_reference
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, ModelError, OptionError
 from ecqx_onnx.options.compress import CompressOptions
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import check_limits, refuse_unknown_options
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.runner import Runner, batch_size
@@ -71,7 +72,7 @@ def compress(
     data: Any,
     factory: str | None = None,
     example: Any = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
     max_bytes: int | str | None = None,
     bits_per_weight: float | None = None,
     max_drop: float | None = None,

@@ -31,6 +31,7 @@ from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, OptionError
 from ecqx_onnx.options.convert import ConvertOptions
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import check_limits, get_defaults, refuse_unknown_options
 from ecqx_onnx.options.quantize import QuantizeOptions
 from ecqx_onnx.options.quantizer import Recipe
@@ -38,9 +39,8 @@ from ecqx_onnx.validation.references.float_distance import FloatBounds
 from ecqx_onnx.validation.references.float_probe import FloatProbe
 
 if TYPE_CHECKING:
-    import torch
-
     from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+    from ecqx_onnx.checkpoint.forward import Example
     from ecqx_onnx.sources.to_checkpoint import Source
 
 
@@ -49,9 +49,10 @@ def convert(
     model: Source,
     out: str | Path,
     *,
-    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    example: Example | None = None,
     factory: str | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
     trust_pickle: bool = False,
     bits: int | None = None,
     entropy_weight: float = 0.0,
@@ -82,7 +83,9 @@ def convert(
         example: for a module, one batch of its input, or a tuple of the forward's arguments;
             only shape and type matter.
         factory: FILE.py:FACTORY, the network of a state dict.
-        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
+        input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE; or an
+            `TypedShape` for each input by name.
+        dynamic: which axes are free, {input: {axis: name}}; by default the first of every input.
         trust_pickle: unpickle a module, which runs its author's code.
         bits: 2 to 8: quantize a float model without training, so that errors cancel (see
             quantization/levels/rounding.py); without it a float model is refused.
@@ -152,6 +155,7 @@ def convert(
         example=example,
         factory=factory,
         input_shape=input_shape,
+        dynamic=dynamic,
         trust_pickle=trust_pickle,
         bits=bits,
         entropy_weight=entropy_weight,

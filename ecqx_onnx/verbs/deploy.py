@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ecqx_onnx.deployment import Deployed
 from ecqx_onnx.options.deploy import DeployOptions
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import check_limits, refuse_unknown_options
 from ecqx_onnx.validation.references.onnx_reference import OnnxReference
 from ecqx_onnx.verbs.reference import (
@@ -29,7 +30,7 @@ def deploy(
     against: Source | None = None,
     data: Any = None,
     factory: str | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
     trust_pickle: bool = False,
     samples: int | None = None,
     labels: Sequence[str] = (),

@@ -17,6 +17,7 @@ from ecqx_onnx.compression.search.samples import InputSpec, holds_inputs, load_s
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.errors import CheckFailed, InputError, ModelError
 from ecqx_onnx.inputs.onnx_file import read_onnx
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation.judgement import read_preprocessing
@@ -73,7 +74,7 @@ def load_reference(
     against: Source | None,
     *,
     factory: str | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
     trust_pickle: bool = False,
     strict: bool = True,
 ) -> Reference:

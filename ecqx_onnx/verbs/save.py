@@ -10,9 +10,8 @@ from ecqx_onnx.options.option import refuse_unknown_options
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    import torch
-
     from ecqx_onnx.checkpoint.checkpoint import Checkpoint
+    from ecqx_onnx.checkpoint.forward import Example
     from ecqx_onnx.sources.to_checkpoint import Source
 
 
@@ -21,7 +20,8 @@ def save(
     source: Source,
     path: str | Path,
     *,
-    example: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    example: Example | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] = (),
     recipe: Mapping[str, Any] | None = None,
@@ -32,8 +32,9 @@ def save(
     Args:
         source: a Quantizer, or a module whose weights are already on few values.
         path: the checkpoint to write, such as model.pt.
-        example: one batch of the model's input, or a tuple of the forward's arguments; only shape
-            and type matter.
+        example: one batch of the model's input, or the forward's arguments in a tuple or by name,
+            {"input_ids": ids}; only shape and type matter.
+        dynamic: which axes are free, {input: {axis: name}}; by default the first of every input.
         preprocessing: how raw samples become the model's input.
         labels: names of the classes, in the order of the model's scores.
         recipe: how the model was made, plain values by name.
@@ -52,7 +53,12 @@ def save(
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
 
     checkpoint = as_checkpoint(
-        source, example=example, preprocessing=preprocessing, labels=labels, recipe=recipe
+        source,
+        example=example,
+        dynamic=dynamic,
+        preprocessing=preprocessing,
+        labels=labels,
+        recipe=recipe,
     )
     save_checkpoint(checkpoint, path, force=force)
     return checkpoint

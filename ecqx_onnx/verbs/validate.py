@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from ecqx_onnx.errors import InputError, OptionError
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import check_limits, refuse_unknown_options
 from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.validation import ValidationReport
@@ -47,7 +48,7 @@ def validate(
     data: Any = None,
     inputs: Mapping[str, np.ndarray] | None = None,
     factory: str | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
     trust_pickle: bool = False,
     samples: int | None = None,
     float_bounds: FloatBounds | None = None,
@@ -241,7 +242,7 @@ def validate_on(
     against: Source | None = None,
     data: Any = None,
     factory: str | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
     trust_pickle: bool = False,
     samples: int | None = None,
     float_bounds: FloatBounds | None = None,

@@ -7,7 +7,6 @@ before it. A PyTorch model is exported first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from ecqx_onnx.compression.model.half import is_half, to_float32
 from ecqx_onnx.compression.model.weights import find_weights
 from ecqx_onnx.errors import ModelError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.tensors import QuantTensor, Scale
 from ecqx_onnx.validation.references.onnx_reference import find_integer_operator
@@ -60,7 +60,7 @@ def load_float_model(
     *,
     factory: str | None = None,
     example: Any = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
     trust_pickle: bool = False,
 ) -> FloatModel:
     """Read an .onnx file, or export a PyTorch model.
@@ -185,7 +185,7 @@ def _from_pytorch(
     model: Any,
     factory: str | None,
     example: Any,
-    input_shape: Sequence[int] | None,
+    input_shape: InputShape | None,
     trust_pickle: bool,
 ) -> FloatModel:
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint

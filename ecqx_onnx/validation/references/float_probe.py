@@ -10,6 +10,7 @@ import numpy as np
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import InputError
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
+from ecqx_onnx.runtime.random_values import draw_values
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation.outputs.metrics import Proportion, is_classification, measure_accuracy
 from ecqx_onnx.validation.references.float_distance import (
@@ -43,6 +44,7 @@ class FloatProbe:
         self._bounds = bounds
         self._layers: list[LayerError] = []
         self._sets: list[tuple[tuple[np.ndarray, ...], np.ndarray | None]] = []
+        self._names: tuple[str, ...] = ()
         self._float: list[tuple[np.ndarray, ...]] = []
         self.trouble: str | None = "there is no example input to run them on"
         self.error: float | None = None  # the largest relative error of an output
@@ -61,7 +63,12 @@ class FloatProbe:
             self._layers.append(measure_weight(tensor.name, tensor.dequantize(), weight))
 
     def see_float(
-        self, model: torch.nn.Module, example: object, preprocessing: Preprocessing | None
+        self,
+        model: torch.nn.Module,
+        example: object,
+        preprocessing: Preprocessing | None,
+        *,
+        names: Sequence[str] = (),
     ) -> None:
         """Run the float model, before its weights are rounded.
 
@@ -69,6 +76,7 @@ class FloatProbe:
             model: The float model.
             example: As the model is traced with; tensors, in any nest.
             preprocessing: What the data go through, or None for their own.
+            names: Of the example's tensors, where known: masks are drawn as such.
         """
 
         import torch
@@ -80,6 +88,7 @@ class FloatProbe:
         if not leaves:
             return
         try:
+            self._names = tuple(names) if len(names) == len(leaves) else ("",) * len(leaves)
             self._sets = list(self._make_inputs(leaves, preprocessing))
             self._float = [run_reference(model, inputs) for inputs, _ in self._sets]
         except InputError as error:
@@ -146,7 +155,8 @@ class FloatProbe:
         if self._split is None:
             for seed in range(RANDOM_SETS):
                 generator = np.random.default_rng(seed)
-                yield tuple(_draw_random(leaf, generator) for leaf in leaves), None
+                pairs = zip(self._names, leaves, strict=True)
+                yield tuple(_draw_random(*pair, generator) for pair in pairs), None
             return
         split = (
             self._split if preprocessing is None else self._split.with_preprocessing(preprocessing)
@@ -184,15 +194,13 @@ def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...
     )
 
 
-def _draw_random(leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
-    """Normal floats, or integers of 0 and 1, as a validation without data takes them."""
+def _draw_random(name: str, leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:
+    """As a validation without data draws them."""
 
     import torch
 
-    shape = tuple(leaf.shape)
-    values = (
-        generator.standard_normal(shape)
-        if leaf.is_floating_point()
-        else generator.integers(0, 2, shape)
-    )
-    return torch.from_numpy(np.asarray(values)).to(leaf.dtype).numpy()
+    dtype = np.dtype(np.float32)  # numpy has no bfloat16
+    if not leaf.is_floating_point():
+        dtype = torch.empty(0, dtype=leaf.dtype).numpy().dtype
+    values = draw_values(name, dtype, tuple(leaf.shape), generator)
+    return torch.from_numpy(values).to(leaf.dtype).numpy()
