@@ -17,6 +17,7 @@ from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.passes.shapes import find_stated_shapes
 from ecqx_onnx_converters.passes.work import Work
 from ecqx_onnx_converters.planning.plan import Kept, Plan
+from ecqx_onnx_converters.serialization.report import WrittenTensor
 from ecqx_onnx_converters.targets import Target, find_target
 from onnx import ModelProto
 
@@ -131,26 +132,36 @@ def plan_packing(
 
 
 def _list_useless(plan: Plan, foreign: Foreign) -> list[Kept]:
-    """Weights that the plan can't store, or stores in no fewer bytes than they had."""
-    found = {weight.name for weight in foreign.weights}
-    found |= {entry.weight.name for entry in plan.entries}
+    """Weights that the plan can't store, or stores in no fewer bytes than they had.
+
+    Weights of one source share their integers: they get smaller together, or not at all.
+    """
+    sources = {weight.name: weight.sources[0] for weight in foreign.weights}
+    found = {*sources, *(entry.weight.name for entry in plan.entries)}
     narrow = {
         weight.name for weight in foreign.weights if weight.integers and weight.integers.digits > 1
     }
     useless = [kept for kept in plan.kept if kept.name in found]
-    if plan.entries:
-        for row in build(plan).tensors:
-            before = foreign.replaced.get(row.name)
-            if before is None:
-                before = foreign.graph.weights[row.name].nbytes
-            after = row.nbytes + RECORD
-            if after >= before:
-                reason = f"stored anew it would take {after:,} bytes, not {before:,}"
-                useless.append(Kept(row.name, row.shape, reason))
-            elif row.name in narrow and after > WORTH_DECODING * before:
-                reason = (
-                    f"stored anew it would take {after / before:.0%} of its {before:,} bytes, too"
-                    " little gain to decode several integers a byte while loading"
-                )
-                useless.append(Kept(row.name, row.shape, reason))
+    if not plan.entries:
+        return useless
+    rows: dict[str, list[WrittenTensor]] = {}
+    for row in build(plan).tensors:
+        rows.setdefault(sources.get(row.name, row.name), []).append(row)
+    for source, members in rows.items():
+        before = foreign.replaced.get(source)
+        if before is None:
+            before = foreign.graph.weights[source].nbytes
+        after = sum(row.nbytes + RECORD for row in members)
+        reason = ""
+        if not before:
+            reason = f"something else reads '{source}', too, which would stay beside it"
+        elif after >= before:
+            reason = f"stored anew it would take {after:,} bytes, not {before:,}"
+        elif members[0].name in narrow and after > WORTH_DECODING * before:
+            reason = (
+                f"stored anew it would take {after / before:.0%} of its {before:,} bytes, too"
+                " little gain to decode several integers a byte while loading"
+            )
+        if reason:
+            useless += [Kept(row.name, row.shape, reason) for row in members]
     return useless

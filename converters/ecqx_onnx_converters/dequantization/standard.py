@@ -39,17 +39,22 @@ class StandardForm:
     integer: bool = False
 
 
-def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm | Refusal:
+def find_standard_form(
+    tensor: QuantTensor, uses: Sequence[Use], *, is_output: bool = False
+) -> StandardForm | Refusal:
     """Find how DequantizeLinear may feed all consumers of a weight with exact float arithmetic.
 
     Args:
         tensor: the weight in the graph's layout, with one step or a step along one axis.
         uses: its consumers.
+        is_output: whether the weight is an output of the graph as well, which has its layout.
 
     Returns:
         The form, or why there is none.
     """
     kinds = [_classify_use(use) for use in uses]
+    if is_output:
+        kinds.append("plain")
     for kind in kinds:
         if isinstance(kind, Refusal):
             return kind
@@ -66,11 +71,15 @@ def find_standard_form(tensor: QuantTensor, uses: Sequence[Use]) -> StandardForm
     dense = {kind for kind in kinds if kind != "gather"}
     layouts = {
         kind == "gemm" and not read_attribute(use, "transB")
-        for kind, use in zip(kinds, uses, strict=True)
+        for kind, use in zip(kinds, uses, strict=False)  # the output comes last, and is no use
         if kind != "gather"
     }
+    if is_output:
+        layouts.add(False)
     if len(layouts) > 1:
-        return Refusal("its consumers want it both as it is and transposed")
+        return Refusal("it is wanted both as it is and transposed")
+    if "gather" in kinds and True in layouts:
+        return Refusal("its rows are gathered, and a product wants it transposed")
     return StandardForm(transposed=layouts == {True}, dense=bool(dense))
 
 

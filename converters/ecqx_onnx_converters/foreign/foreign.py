@@ -71,7 +71,8 @@ class Foreign:
     Attributes:
         graph: the graph; the nodes that made the weights are gone.
         weights: what it reads now and nothing in it makes.
-        replaced: weight name -> bytes of the tensors that it makes superfluous.
+        replaced: source of weights -> bytes of the tensor, which they make superfluous; weights of
+            one source are stored once.
         refused: name of a value -> why it stays.
     """
 
@@ -104,13 +105,12 @@ def find_quantized(graph: FloatGraph, *, leave: Collection[str] = ()) -> Foreign
     gone = _drop_unread(proto, read_before)
     gone.update(_remove_values(proto.graph, search.found.keys()))
 
-    # 3. Count what they replace; a shared tensor counts once.
+    # 3. Count what they replace.
     weights = tuple(search.found.values())
-    sizes = {}
+    replaced = {weight.sources[0]: 0 for weight in weights}
     for tensor in graph.proto.graph.initializer:
-        if tensor.name in gone:
-            sizes[tensor.name] = _count_bytes(tensor, graph)
-    replaced = {weight.name: sizes.pop(weight.sources[0], 0) for weight in weights}
+        if tensor.name in gone and tensor.name in replaced:
+            replaced[tensor.name] = _count_bytes(tensor, graph)
     left = {name: values for name, values in graph.weights.items() if name not in gone}
     refused = {name: reason for name, reason in search.refused.items() if name not in search.found}
     return Foreign(FloatGraph(proto, left), weights, replaced, refused)
@@ -212,6 +212,10 @@ class _Search:
         """Makes a weight of what the node computes, and removes the node."""
         tensor = QuantTensor("", made.levels, Scale(made.step))
         transpose = self.find_only_transpose(scope, node)
+        # Integers that others read, too, are stored once: as they are or, a matrix, as its
+        # transpose.
+        if made.levels.ndim != 2 and len(self.uses.get(made.source, ())) > 1:
+            transpose = None
         last = node if transpose is None else transpose
         name = self.make_name(scope, last)
         if name in self.leave:

@@ -95,11 +95,12 @@ def make_plan(
 
     # 2. Each weight alone; tied weights together.
     uses = find_uses(graph.proto.graph)
+    outputs = {value.name for value in graph.proto.graph.output}
     names = NameMaker(list_value_names(graph.proto.graph))
     entries: list[Entry] = []
     kept: list[Kept] = []
     for members in _group_tied(matching.found):
-        planned = _plan_tied(members, able, storage, form, uses, names, integer)
+        planned = _plan_tied(members, able, storage, form, uses, outputs, names, integer)
         if not isinstance(planned, Refusal):
             entries.extend(planned)
             continue
@@ -191,6 +192,7 @@ def _plan_tied(
     storage: str,
     dequantize: str,
     uses: Mapping[str, Sequence[Use]],
+    outputs: Collection[str],
     names: NameMaker,
     integer: Collection[str],
 ) -> list[Entry] | Refusal:
@@ -204,7 +206,8 @@ def _plan_tied(
         if member.name in integer:
             form = StandardForm(transposed=False, dense=True, integer=True)
         else:
-            form = _choose_form(member, dequantize, consumers, target)
+            is_output = member.name in outputs
+            form = _choose_form(member, dequantize, consumers, target, is_output=is_output)
         forms.append(form)
         if isinstance(form, StandardForm):
             gathered = any(use.node.op_type == "Gather" for use in consumers)
@@ -243,7 +246,12 @@ def _permute_levels(weight: GraphWeight, form: StandardForm | Refusal | None) ->
 
 
 def _choose_form(
-    weight: GraphWeight, dequantize: str, uses: Sequence[Use], target: Target
+    weight: GraphWeight,
+    dequantize: str,
+    uses: Sequence[Use],
+    target: Target,
+    *,
+    is_output: bool,
 ) -> StandardForm | Refusal | None:
     """None where the folded function is wanted anyway, or integers."""
     if dequantize == "folded" or weight.integers is not None:
@@ -254,7 +262,7 @@ def _choose_form(
     opset = _find_standard_opset(weight)
     if target.max_opset < opset:
         return Refusal(f"DequantizeLinear needs opset {opset}, which the graph can't be raised to")
-    return find_standard_form(weight.tensor, uses)
+    return find_standard_form(weight.tensor, uses, is_output=is_output)
 
 
 def _find_standard_opset(weight: GraphWeight) -> int:

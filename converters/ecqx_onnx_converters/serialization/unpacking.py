@@ -110,14 +110,20 @@ def unpack(path: Path | str) -> Unpacked:
         else:
             found.append(_make_weight(record, item, makers[record.value]))
         main.node.remove(makers[record.value])
-    # 3. Integers that the graph still reads: rows of an embedding are gathered from its levels.
+    # 3. Take out what only these nodes read, and what comes back in another form.
+    graph = _remove_unread(graph, before, {*plain, *(weight.name for weight in found)})
+    # 4. Integers that the graph still reads: rows of an embedding are gathered from its levels.
     read = find_uses(main)
+    gathered: dict[str, TensorProto] = {}
     for record, item in zip(records, stored, strict=True):
         if record.levels and not record.integers and record.levels in read:
-            plain[record.levels] = _make_integers(item, record.levels, transposed=record.transposed)
-    # 4. Take out what only these nodes read, and put in what comes back in another form.
-    graph = _remove_unread(graph, before, {*plain, *(weight.name for weight in found)})
-    main.initializer.extend(plain.values())
+            values = _make_integers(item, record.levels, transposed=record.transposed)
+            gathered[record.levels] = values
+    for name in gathered:
+        if name in makers and makers[name] in main.node:
+            main.node.remove(makers[name])
+    graph = _remove_unread(graph, before, set(gathered))
+    main.initializer.extend([*plain.values(), *gathered.values()])
     _drop_functions(graph.proto)
     # 5. Names as they were before the writer shortened them.
     named = tuple(_restore_names(main, found, records))
