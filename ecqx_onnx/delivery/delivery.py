@@ -26,6 +26,7 @@ def deliver(
     metadata: Mapping[str, Any],
     force: bool = False,
     sources: Sequence[Path] = (),
+    valid: bool = True,
 ) -> WriteReport:
     """Write a model as its target loads it, and load it before it gets its name.
 
@@ -35,6 +36,7 @@ def deliver(
         metadata: what the file's metadata record, JSON values by name.
         force: replace a file that is there.
         sources: files that are read, none of which may be replaced.
+        valid: whether onnx's checker has to accept an .onnx file, too.
 
     Returns:
         The report of what was written.
@@ -49,7 +51,13 @@ def deliver(
     if target.suffix == ".ort":
         return ort_file.write_ort(plan, path, metadata=metadata, force=force, sources=sources)
     report = write(
-        plan, path, metadata=metadata, force=force, accept=_require_loading, sources=sources
+        plan,
+        path,
+        metadata=metadata,
+        force=force,
+        accept=_require_loading,
+        sources=sources,
+        valid=valid,
     )
     if not target.accelerators:
         return report

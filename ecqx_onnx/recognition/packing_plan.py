@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from ecqx_onnx_converters import FloatGraph, Matching, build, make_plan
-from ecqx_onnx_converters.foreign import qonnx
 from ecqx_onnx_converters.foreign.foreign import Foreign, find_quantized
+from ecqx_onnx_converters.foreign.qonnx_functions import drop_uncalled
 from ecqx_onnx_converters.graph.opset_raising import raise_opset
 from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight
@@ -22,6 +22,7 @@ from ecqx_onnx_converters.targets import Target, find_target
 from onnx import ModelProto
 
 from ecqx_onnx.inputs.onnx_file import OnnxFile
+from ecqx_onnx.recognition.foreign_graph import load_foreign_graph
 from ecqx_onnx.recognition.recognition import NotRecognized, recognize
 
 RAISED_TO = (21, 18, 13)  # opsets that bring storages: INT4; packed; several weights in a byte
@@ -38,8 +39,7 @@ def rewrite_model(file: OnnxFile) -> ModelProto | None:
     Returns:
         The packed model with its data in it; None where nothing in it can be packed.
     """
-    graph = FloatGraph.load(file.path)
-    qonnx.define_operators(graph.proto)
+    graph = load_foreign_graph(file).graph
     raised = raise_graph(graph, find_target("onnxruntime"), None)
     options: dict[str, Any] = {
         "storage": "auto",
@@ -114,13 +114,14 @@ def plan_packing(
         ]
         work = Work(foreign.graph, Matching((*foreign.weights, *there), ()))
         if fold_batchnorm:
-            work = fold_batchnorms(work)
+            work = fold_batchnorms(work, before_rounding=False)
             batchnorms = work.find_notes(BatchNorm)
         plan = make_plan(work.graph, work.matching, **options)
         useless = _list_useless(plan, foreign)
         if not useless:
             break
         leave |= {kept.name: kept for kept in useless}
+    drop_uncalled(plan.graph.proto)
     # 3. Why the others are not stored anew.
     floats = [
         Kept(kept.name, kept.shape, unrecognized[kept.name].reason)

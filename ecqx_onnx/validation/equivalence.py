@@ -99,7 +99,7 @@ class Equivalence:
 
 
 def compare_models(
-    first: Path,
+    first: Path | bytes,
     second: Path,
     *,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -109,7 +109,7 @@ def compare_models(
     """Run two files on the same inputs and compare what they say.
 
     Args:
-        first: The original.
+        first: The original, a path or a model with all data in it.
         second: The file that should be the same model.
         inputs: By the first model's names of them, instead of batches.
         batches: Of a data set; without either, random inputs in shapes that the original takes.

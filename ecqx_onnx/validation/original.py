@@ -18,6 +18,7 @@ from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.options.validate import ValidateOptions
+from ecqx_onnx.recognition.foreign_graph import make_runnable
 from ecqx_onnx.runtime.decoded_model import DecodedModel, decode_model
 from ecqx_onnx.runtime.latency import Latency, measure_latency
 from ecqx_onnx.runtime.sessions import (
@@ -29,6 +30,7 @@ from ecqx_onnx.runtime.sessions import (
 )
 from ecqx_onnx.validation import checks
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
+from ecqx_onnx.validation.identity import check_identity
 from ecqx_onnx.validation.judgement import (
     check_stored_weights,
     decode_or_report,
@@ -65,7 +67,8 @@ def validate_against_original(
         latency_runs: Pairs of measurements; 0 leaves latency out.
 
     Returns:
-        A report; its `ok` says whether every check passed.
+        A report; its `ok` says whether every check passed. A copy of the original is told as such
+        and not run, unless data or inputs are given.
 
     Raises:
         InputError: A file or the data cannot be used, or nothing could be compared.
@@ -73,9 +76,15 @@ def validate_against_original(
         DataError: Nothing was proven.
     """
     file, source = read_onnx(path), read_onnx(original)
-    found = [checks.check_format(file)]
+    identity = check_identity(file, source)
+    if identity is not None and split is None and inputs is None:
+        return ValidationReport(
+            str(path), describe_runtime(), file.size, 0, (identity,), notes=tuple(notes)
+        )
+    runnable = make_runnable(source)
+    found = [checks.check_format(file, original=source)]
     try:
-        session = open_session(source.path)
+        session = open_session(runnable)
     except CheckFailed as error:
         raise ModelError(f"{original}: there is nothing to compare with: {error}") from error
     batches = None
@@ -85,7 +94,7 @@ def validate_against_original(
         notes = (*notes, told)
         batches = preprocess_batches(split, find_fixed_batch(session) or batch_size)
     counted = None if progress is None or split is None else lambda done: progress(done, len(split))
-    same = compare_models(source.path, file.path, inputs=inputs, batches=batches, progress=counted)
+    same = compare_models(runnable, file.path, inputs=inputs, batches=batches, progress=counted)
     for check in same.checks:
         if check.passed is None:  # nothing was proven
             raise DataError(f"{path}: {check.sentence}")
@@ -96,7 +105,7 @@ def validate_against_original(
         )
     executed, before = count_executed_operators(file.path, same.first), Counter[str]()
     if any(map(checks.rounds_activations, executed)):
-        before = count_executed_operators(source.path, same.original_first)
+        before = count_executed_operators(runnable, same.original_first)
     found.append(checks.check_operators(file, executed, original=before))
     model = file.with_data()
     decoded = decode_or_report(model, found)
@@ -121,7 +130,7 @@ def validate_against_original(
         onnx_accuracy=same.accuracy,
         agreement=same.agreement.same if same.agreement else None,
         load_seconds=measure_load_seconds(file.path),
-        latency=_measure_against_original(source.path, file.path, same, latency_runs),
+        latency=_measure_against_original(runnable, file.path, same, latency_runs),
         operators=executed,
     )
 
@@ -158,7 +167,7 @@ def _rewrite_parameters(source: OnnxFile) -> dict[str, np.ndarray] | None:
 
 
 def _measure_against_original(
-    original: Path, path: Path, same: Equivalence, runs: int
+    original: Path | bytes, path: Path, same: Equivalence, runs: int
 ) -> Latency | None:
     """Of one sample; None where the two don't take the same inputs, or not a single sample."""
     if not runs or len(same.first) != len(same.original_first):

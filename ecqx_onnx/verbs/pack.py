@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from ecqx_onnx_converters import FloatGraph, Matching, WriteReport, make_plan, write
-from ecqx_onnx_converters.foreign import qonnx
+from ecqx_onnx_converters import Matching, WriteReport, make_plan, write
+from ecqx_onnx_converters.foreign.qonnx_functions import list_defined
 from ecqx_onnx_converters.graph.files import find_data_path, replace_model
 from ecqx_onnx_converters.graph.opsets import lower_opset
 from ecqx_onnx_converters.graph.outputs import check_output
+from ecqx_onnx_converters.graph.well_formed import find_fault
 from ecqx_onnx_converters.passes.shapes import find_stated_shapes
 from ecqx_onnx_converters.passes.sharing import share_equal_tensors
 from ecqx_onnx_converters.planning.plan import Kept
@@ -29,11 +29,13 @@ from onnx import ModelProto
 
 from ecqx_onnx import __version__
 from ecqx_onnx.delivery.delivery import deliver
-from ecqx_onnx.errors import CheckFailed, OptionError
+from ecqx_onnx.errors import CheckFailed, FileError, ModelError, OptionError
 from ecqx_onnx.inputs.model_copy import copy_model
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.options.option import refuse_unknown_options
+from ecqx_onnx.recognition.foreign_graph import load_foreign_graph, make_runnable
 from ecqx_onnx.recognition.packing_plan import plan_packing, raise_graph
+from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.references.float_distance import is_untrained, recipe_of
 from ecqx_onnx.verbs.reports import PackReport
@@ -125,10 +127,17 @@ def _pack(
     # 1. Plan the weights that get smaller.
     if file.metadata.get("tensors"):
         reason = "its weights are stored by ecqx-onnx already"
-        return _pass_through(file, out, reason, (), (), force=force)
-    shared = share_equal_tensors(FloatGraph.load(file.path))
+        return _pass_through(file, out, reason, (), force=force)
+    foreign = load_foreign_graph(file)
+    missing = foreign.definitions.missing
+    if missing:
+        reason = (
+            f"it has {missing[0]}, which no runtime here has and which is not defined by standard"
+            " operators, so that nothing could be checked"
+        )
+        return _pass_through(file, out, reason, (), force=force)
+    shared = share_equal_tensors(foreign.graph)
     graph = shared.graph
-    defined = qonnx.define_operators(graph.proto)
     raised = raise_graph(graph, find_target(wanted.target), wanted.opset) if rewrite else None
     plan, kept, batchnorms = plan_packing(
         raised or graph, wanted.to_options(), fold_batchnorm=rewrite
@@ -138,12 +147,13 @@ def _pack(
         plan, kept, batchnorms = plan_packing(graph, wanted.to_options(), fold_batchnorm=False)
     plan = replace(plan, shapes=find_stated_shapes(graph))
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
+    is_defined = bool(foreign.definitions.defined)
 
-    # 2. Copy the model where there is nothing to gain, or the checker would refuse it.
+    # 2. Copy the model where there is nothing to gain.
     worthless = shared.nbytes < WORTH_SHARING * file.size
-    if not plan.entries and defined is None and worthless:
-        return _pass_through(file, out, _explain_nothing(kept), kept, (), force=force)
-    notes = _list_notes(file.proto)
+    if not plan.entries and not is_defined and worthless:
+        return _pass_through(file, out, _explain_nothing(kept), kept, force=force)
+    notes = (*_list_notes(file.proto), *foreign.notes)
     if raised is not None:
         sentence = f"raised from opset {graph.opset} to {raised.opset} by onnx's version converter"
         notes = (*notes, sentence)
@@ -159,27 +169,27 @@ def _pack(
             " rounding"
         )
         notes = (*notes, sentence)
-    if defined is not None:
-        notes = (*notes, defined)
-    else:
-        fault = _find_fault(file)
-        if fault is not None:
-            reason = f"onnx's checker rejects the original: {fault}"
-            return _pass_through(file, out, reason, kept, (), force=force)
+    if defined := list_defined(plan.graph.proto):
+        sentence = (
+            f"{', '.join(defined)} of activations: defined in the file by standard operators, so"
+            " that stock runtimes run it"
+        )
+        notes = (*notes, sentence)
 
     # 3. Write to a temporary place, which becomes `out` if it is smaller and says the same.
     equivalence: Equivalence | None = None
     reason = ""
     again = False
     with replace_model(out, force=force, sources=_list_sources(file)) as temporary:
-        written = write(plan, temporary, metadata={"version": __version__})
-        if written.nbytes >= file.size and defined is None:
+        written = write(plan, temporary, metadata={"version": __version__}, valid=False)
+        notes = (*notes, *_check_validity(file, temporary))
+        if written.nbytes >= file.size and not is_defined:
             reason = (
                 f"with its weights packed it would take {written.nbytes:,} bytes, no less than the"
                 f" {file.size:,} that it has"
             )
         elif check:
-            equivalence = compare_models(file.path, temporary, inputs=inputs)
+            equivalence = compare_models(make_runnable(file), temporary, inputs=inputs)
             rewritten = bool(folded) or raised is not None
             again = rewritten and not equivalence.ok
             if not equivalence.ok and not again:
@@ -197,7 +207,7 @@ def _pack(
             read_onnx(file.path), out, wanted, check=True, inputs=inputs, rewrite=False, force=force
         )
     if reason:
-        return _pass_through(file, out, reason, kept, (), force=force)
+        return _pass_through(file, out, reason, kept, force=force)
     written = replace(written, path=out, kept=kept)
     return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
 
@@ -250,7 +260,12 @@ def unpack(
             unpacked.graph, unpacked.matching, **wanted.to_options(), integer=unpacked.kernels
         )
     report = deliver(
-        plan, out, metadata=unpacked.metadata, force=force, sources=_list_sources(file)
+        plan,
+        out,
+        metadata=unpacked.metadata,
+        force=force,
+        sources=_list_sources(file),
+        valid=find_fault(file.path) is None,
     )
     if not is_untrained(unpacked.metadata):
         return report
@@ -279,15 +294,21 @@ def _list_notes(proto: ModelProto) -> tuple[str, ...]:
     )
 
 
-def _find_fault(file: OnnxFile) -> str | None:
-    """What onnx's checker has against the model, in one line."""
-    # The full check infers shapes strictly, which rejects sparse initializers.
-    full = not file.proto.graph.sparse_initializer
+def _check_validity(file: OnnxFile, written: Path) -> tuple[str, ...]:
+    """FileError for what onnx's checker rejects, and had not rejected before; a sentence where it
+    had, since onnxruntime takes more."""
+    fault = find_fault(written)
+    if fault is None:
+        return ()
+    if find_fault(file.path) is None:
+        raise FileError(f"the model would not be valid ONNX and was not written: {fault}")
     try:
-        onnx.checker.check_model(str(file.path), full_check=full)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        return " ".join(str(error).split())[:300]
-    return None
+        open_session(written)
+    except CheckFailed as error:
+        raise ModelError(
+            f"{file.path}: cannot be packed, since onnx's checker rejects it ({fault}) and {error}"
+        ) from None
+    return (f"onnx's checker rejects it, as it rejects the original ({fault})",)
 
 
 def _explain_nothing(kept: tuple[Kept, ...]) -> str:
@@ -306,14 +327,14 @@ def _pass_through(
     out: Path,
     reason: str,
     kept: tuple[Kept, ...],
-    notes: tuple[str, ...],
     *,
     force: bool,
 ) -> PackReport:
     """The same bytes; external data go to a file beside it that is named after `out`."""
+    notes: tuple[str, ...] = ()
     if file.external:
         check_output(find_data_path(out), force=force)
-        notes = (*notes, f"its external data are in {find_data_path(out).name}")
+        notes = (f"its external data are in {find_data_path(out).name}",)
     with replace_model(out, force=force, sources=_list_sources(file)) as temporary:
         copied = (temporary, *copy_model(file, temporary))
         nbytes = sum(part.stat().st_size for part in copied)

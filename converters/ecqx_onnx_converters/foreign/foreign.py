@@ -313,7 +313,7 @@ def _find_rule(node: NodeProto) -> Rule | None:
     if node.domain in ("", "ai.onnx"):
         return quantization_nodes.RULES.get(node.op_type)
     if node.domain in qonnx.DOMAINS:
-        return qonnx.RULES.get(node.op_type)
+        return qonnx.RULES.get(node.op_type.partition("_")[0])  # Quant_FLOOR: qonnx_functions.py
     return None
 
 

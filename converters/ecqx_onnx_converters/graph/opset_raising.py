@@ -10,10 +10,11 @@ import onnx
 from onnx import ModelProto, helper, version_converter
 
 from ecqx_onnx_converters.graph.graph import FloatGraph, find_opset, list_graphs
-from ecqx_onnx_converters.graph.opsets import CHANGED, refuse_opset, set_opset
+from ecqx_onnx_converters.graph.opsets import CHANGED, is_runtime_own, refuse_opset, set_opset
 from ecqx_onnx_converters.refusal import Refusal
 
 # Operators that the converter leaves as they are where their meaning changes (the tests pin it).
+HIDING = "ecqx.runtime"  # domain in which the converter leaves alone what it doesn't know
 UNTRUSTED = ("GroupNormalization", "GridSample", "Hardmax")
 
 
@@ -48,13 +49,16 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
     refusal = refuse_opset(functions, opset)
     if refusal is not None:
         return refusal
+    stripped = strip_weights(graph)
+    _hide_runtime_own(stripped, present)
     try:
-        converted = version_converter.convert_version(strip_weights(graph), opset)
+        converted = version_converter.convert_version(stripped, opset)
     except REFUSALS as error:
         return Refusal(
             f"onnx's version converter doesn't take it to opset {opset}: "
             f"{' '.join(str(error).split())[:200]}"
         )
+    _show_runtime_own(converted)
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     # The converter gets neither the data of weights nor the functions, and gives back more
@@ -69,6 +73,23 @@ def raise_opset(graph: FloatGraph, opset: int) -> FloatGraph | Refusal:
         scope.ClearField("value_info")
     set_opset(proto, opset)
     return FloatGraph(proto, graph.weights)
+
+
+def _hide_runtime_own(model: ModelProto, opset: int) -> None:
+    """Moves onnxruntime's own operators out of the standard domain, in place."""
+    for scope in list_graphs(model.graph):
+        for node in scope.node:
+            if node.domain in ("", "ai.onnx") and is_runtime_own(node, opset):
+                node.domain = HIDING
+    model.opset_import.append(helper.make_opsetid(HIDING, 1))
+
+
+def _show_runtime_own(model: ModelProto) -> None:
+    """Moves them back, in place."""
+    for scope in list_graphs(model.graph):
+        for node in scope.node:
+            if node.domain == HIDING:
+                node.domain = ""
 
 
 # What onnx's version converter raises where it can't.

@@ -20,6 +20,8 @@ CHANGED = {
     "Hardmax": 13,
     "Upsample": 9,
 }
+# What onnxruntime has in the standard domain before, or without, the standard, in every opset.
+RUNTIME_OWN = ("LayerNormalization", "SimplifiedLayerNormalization")
 
 
 def refuse_opset(model: ModelProto, opset: int) -> Refusal | None:
@@ -58,6 +60,8 @@ def has_same_meaning(node: NodeProto, old: int, new: int) -> bool:
     Returns:
         False, too, for operators that onnx doesn't know.
     """
+    if is_runtime_own(node, old):
+        return True
     try:
         before = defs.get_schema(node.op_type, old)
         after = defs.get_schema(node.op_type, new)
@@ -85,6 +89,19 @@ def has_same_meaning(node: NodeProto, old: int, new: int) -> bool:
         elif name in stated:
             return False
     return True
+
+
+def is_runtime_own(node: NodeProto, opset: int) -> bool:
+    """Tells whether onnxruntime alone gives a node of the standard domain its meaning.
+
+    Args:
+        node: Of the standard domain.
+        opset: The one that its graph imports.
+
+    Returns:
+        True for an operator of RUNTIME_OWN that the standard has not in that opset.
+    """
+    return node.op_type in RUNTIME_OWN and not defs.has(node.op_type, opset, "")
 
 
 def set_opset(model: ModelProto, opset: int) -> None:
@@ -129,6 +146,8 @@ def has_newer_form(model: ModelProto, opset: int) -> bool:
         True if a node of the graph can't be written like that in `opset`.
     """
     for node in _list_standard_nodes(list_graphs(model.graph)):
+        if is_runtime_own(node, opset):
+            continue
         schema = defs.get_schema(node.op_type, opset)
         if len(node.input) > schema.max_input:
             return True

@@ -10,14 +10,15 @@ Add. Products with a float weight are left to the runtime, which fuses these by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from ecqx_onnx_converters.graph.constants import list_names_inside
 from ecqx_onnx_converters.graph.graph import (
     FloatGraph,
     find_constant,
@@ -41,6 +42,18 @@ ROUNDING = (
     "Floor",
     "Ceil",
     "Sign",
+    "IntQuant",
+    "Trunc",
+)
+INTEGERS = (
+    TensorProto.INT8,
+    TensorProto.INT16,
+    TensorProto.INT32,
+    TensorProto.INT64,
+    TensorProto.UINT8,
+    TensorProto.UINT16,
+    TensorProto.UINT32,
+    TensorProto.UINT64,
 )
 
 
@@ -76,11 +89,13 @@ class _Product:
     bias: np.ndarray
 
 
-def fold_batchnorms(work: Work) -> Work:
+def fold_batchnorms(work: Work, *, before_rounding: bool = True) -> Work:
     """Fold each BatchNormalization into the quantized weight before it, where that is exact.
 
     Args:
         work: is not changed.
+        before_rounding: fold, too, where values are rounded to integers further on, though not at
+            once: the last bit of a float can then become a whole level.
 
     Returns:
         The new graph and matching, and as a note one BatchNorm for each such node of the main
@@ -107,12 +122,15 @@ def fold_batchnorms(work: Work) -> Work:
         return replace(work, notes=(*work.notes, *left))
     taken = list_value_names(graph.proto.graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
+    for value in graph.proto.graph.output:
+        uses[value.name] = uses.get(value.name, 0) + 1
     matmul = any(node.op_type == "MatMul" for node in graph.proto.graph.node)
     ranks = _infer_ranks(graph, matching.found) if matmul else {}
+    rounded = frozenset[str]() if before_rounding else _find_rounded_values(graph.proto)
     results = []
     for node in [node for node in surgeon.nodes if node.op == "BatchNormalization"]:
         name = node.outputs[0].name
-        product = _find_product(node, surgeon, weights, constants, uses, ranks)
+        product = _find_product(node, surgeon, weights, constants, uses, ranks, rounded)
         folded = (
             product
             if isinstance(product, Refusal)
@@ -155,6 +173,7 @@ def _find_product(
     constants: _Constants,
     uses: Mapping[str, int],
     ranks: Mapping[str, int],
+    rounded: Collection[str],
 ) -> _Product | Refusal:
     """What stands before the BatchNormalization, if it is a product that can take the factor."""
     if len(node.outputs) > 1 or node.attrs.get("training_mode", 0):
@@ -171,7 +190,8 @@ def _find_product(
         output is before.outputs[0] for output in surgeon.outputs
     ):
         return Refusal("something else reads what it normalises, too")
-    if any(user.op in ROUNDING for user in node.outputs[0].outputs):
+    follows = any(user.op in ROUNDING for user in node.outputs[0].outputs)
+    if follows or node.outputs[0].name in rounded:
         return Refusal(
             "what follows it rounds to integers, where the last bit of a float can become a whole "
             "level"
@@ -196,6 +216,44 @@ def _find_product(
     ):
         return Refusal("the bias before it is no constant of one value per channel")
     return _Product(before, weight, np.broadcast_to(bias.reshape(-1), channels))
+
+
+def _find_rounded_values(model: ModelProto) -> frozenset[str]:
+    """Names of the values that are rounded to integers somewhere behind, in sorted nodes."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    rounding = {
+        key
+        for key, function in functions.items()
+        if any(_rounds(node, frozenset()) for node in function.node)
+    }
+    while True:  # functions that call these
+        more = set(rounding)
+        for key, function in functions.items():
+            if any((node.domain, node.op_type) in rounding for node in function.node):
+                more.add(key)
+        if more == rounding:
+            break
+        rounding = more
+    found: set[str] = set()
+    for node in reversed(model.graph.node):
+        if node.op_type in ("Shape", "Size"):  # of these values alone, nothing depends
+            continue
+        if _rounds(node, rounding) or not found.isdisjoint(node.output):
+            found.update(node.input)
+            found.update(list_names_inside(node))
+    return frozenset(found - {""})
+
+
+def _rounds(node: NodeProto, rounding: Collection[tuple[str, str]]) -> bool:
+    """Whether a node, or one in a graph inside it, makes whole numbers of floats."""
+    if node.op_type in ROUNDING or (node.domain, node.op_type) in rounding:
+        return True
+    if node.op_type == "Cast" and any(entry.i in INTEGERS for entry in node.attribute):
+        return True
+    for inner in list_subgraphs(node):
+        if any(_rounds(part, rounding) for part in inner.node):
+            return True
+    return False
 
 
 GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}

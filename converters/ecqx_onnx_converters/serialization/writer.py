@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import (
     FunctionProto,
     GraphProto,
@@ -58,6 +57,7 @@ from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.graph.opsets import set_opset
 from ecqx_onnx_converters.graph.outputs import check_output
 from ecqx_onnx_converters.graph.uses import find_uses
+from ecqx_onnx_converters.graph.well_formed import find_fault
 from ecqx_onnx_converters.passes.shapes import fix_batch
 from ecqx_onnx_converters.planning.packed_choice import choose_fused
 from ecqx_onnx_converters.planning.plan import Entry, Plan
@@ -117,6 +117,7 @@ def write(
     external_data: bool | None = None,
     accept: Callable[[Path], None] | None = None,
     sources: Sequence[Path] = (),
+    valid: bool = True,
 ) -> WriteReport:
     """Write a plan as a file. Same plan and metadata, same bytes.
 
@@ -129,9 +130,14 @@ def write(
             than one protobuf holds.
         accept: Raises if the written file, still in a temporary place, is not to take its name.
         sources: Files that are read, none of which is replaced.
+        valid: Whether onnx's checker has to accept the file; not where it rejects what the plan was
+            made of, which runtimes take.
 
     Returns:
         What was written.
+
+    Raises:
+        FileError: If the file is in the way, can't be written or is rejected.
     """
     path = Path(path)
     built = build(plan, metadata=metadata)
@@ -141,7 +147,8 @@ def write(
         check_output(find_data_path(path), force=force)
     with replace_model(path, force=force, sources=sources) as temporary:
         write_proto(built.model, built.payloads, temporary, external=external_data)
-        _check_model(temporary)
+        if valid:
+            _check_model(temporary)
         if accept is not None:
             accept(temporary)
         nbytes = sum(part.stat().st_size for part in temporary.parent.iterdir())
@@ -456,17 +463,7 @@ def _count_tensor_bytes(built: Built) -> int:
 
 
 def _check_model(path: Path) -> None:
-    """FileError for what onnx's checker rejects.
-
-    With shape inference, unless there are sparse tensors, which strict inference rejects.
-    """
-    model = onnx.load(path, load_external_data=False)
-    full = not model.graph.sparse_initializer
-    del model
-    try:
-        onnx.checker.check_model(str(path), full_check=full)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise FileError(
-            f"the model would not be valid ONNX and was not written: {first_line}"
-        ) from error
+    """FileError for what onnx's checker rejects."""
+    fault = find_fault(path)
+    if fault is not None:
+        raise FileError(f"the model would not be valid ONNX and was not written: {fault}")
