@@ -374,3 +374,21 @@ def test_notes_of_a_copy_are_those_of_a_copy(tmp_path):
     assert report.notes == ()
     assert numpy_helper.to_array(onnx.load(report.path).graph.initializer[0]).size
     assert_same_outputs(path, report.path, X)
+
+
+def test_a_model_whose_equal_tensors_are_shared_is_its_original_by_validate(tmp_path):
+    floats = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    model = make_model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["t"]),
+            helper.make_node("MatMul", ["t", "v"], ["y"]),
+        ],
+        {"w": floats, "v": floats},
+        **ENDS,
+    )
+    path = save(model, tmp_path / "model.onnx")
+    report = pack(path, tmp_path / "packed.onnx")
+    assert report.nbytes < 0.6 * path.stat().st_size
+    assert_same_outputs(path, report.path, X)
+    result = validate(report.path, against=path, latency_runs=0)
+    assert result.ok, result.failures

@@ -15,6 +15,7 @@ from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.matching.matching import GraphWeight
 from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.passes.shapes import find_stated_shapes
+from ecqx_onnx_converters.passes.sharing import share_equal_tensors
 from ecqx_onnx_converters.passes.work import Work
 from ecqx_onnx_converters.planning.plan import Kept, Plan
 from ecqx_onnx_converters.serialization.report import WrittenTensor
@@ -39,7 +40,8 @@ def rewrite_model(file: OnnxFile) -> ModelProto | None:
     Returns:
         The packed model with its data in it; None where nothing in it can be packed.
     """
-    graph = load_foreign_graph(file).graph
+    shared = share_equal_tensors(load_foreign_graph(file).graph)
+    graph = shared.graph
     raised = raise_graph(graph, find_target("onnxruntime"), None)
     options: dict[str, Any] = {
         "storage": "auto",
@@ -49,7 +51,7 @@ def rewrite_model(file: OnnxFile) -> ModelProto | None:
     }
     plan, _, _ = plan_packing(raised or graph, options, fold_batchnorm=True)
     plan = replace(plan, shapes=find_stated_shapes(graph))
-    return build(plan).to_model() if plan.entries else None
+    return build(plan).to_model() if plan.entries or shared.nbytes else None
 
 
 def raise_graph(graph: FloatGraph, target: Target, opset: int | None) -> FloatGraph | None:

@@ -149,7 +149,7 @@ def _check_original_parameters(
         return None
     found = list_float_tensors(decoded.proto)
     compared = compare_parameters(found, before, stored=stored)
-    if compared.faults and stored:
+    if compared.faults:
         rewritten = _rewrite_parameters(source)
         again = None if rewritten is None else compare_parameters(found, rewritten, stored=stored)
         if again is not None and not again.faults:
