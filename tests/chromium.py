@@ -123,7 +123,7 @@ class Tab:
         end = time.monotonic() + limit
         while time.monotonic() < end:
             with contextlib.suppress(AssertionError):  # between two pages there is no context
-                if self.evaluate(expression, limit=limit):
+                if self.evaluate(f"Boolean({expression})", limit=limit):
                     return
             time.sleep(0.05)
         seen = self.evaluate("document.body.innerText")

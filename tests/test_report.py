@@ -4,6 +4,7 @@ itself."""
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from ecqx_onnx.data import Dataset
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inspection import inspect
 from ecqx_onnx.quantization import train
+from ecqx_onnx.rendering.axes import choose_ticks, label_ticks
 from ecqx_onnx.reporting import write_report
 from ecqx_onnx.reporting.charts import draw_curves, draw_histogram, draw_scatter
 from ecqx_onnx.validation.outputs.metrics import Proportion
@@ -303,3 +305,46 @@ def test_the_command_line_writes_the_page_and_refuses_in_one_sentence(trained, t
         ).exit_code
         == 2
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 1), (97.81, 97.84), (2.0001, 2.0004), (-3, 12), (0, 1e-7), (1e9, 1e9 + 3), (0, 250_000)],
+)
+def test_no_two_lines_of_an_axis_have_the_same_label_and_each_tells_its_value(low, high):
+    ticks = choose_ticks(high, low)
+    labels = label_ticks(ticks)
+    assert len(set(labels)) == len(ticks) >= 3
+    step = ticks[1] - ticks[0]
+    assert all(abs(float(a) - b) <= 0.01 * step for a, b in zip(labels, ticks, strict=True))
+
+
+def test_a_curve_that_hardly_moves_has_an_axis_of_differing_labels():
+    chart = draw_curves([("a", "first", [0.97812, 0.97815])], best=None, percent=True)
+    labels = re.findall(r">([\d.]+ %)</text>", chart)
+    assert len(set(labels)) == len(labels) >= 3
+    level = draw_curves([("a", "first", [0.5, 0.5])], best=None, percent=False)
+    assert len(re.findall(r'class="grid"', level)) >= 1
+
+
+def test_the_size_of_the_onnx_file_stands_beside_the_coded_size(trained, tmp_path):
+    shutil.copy(trained[0], tmp_path / "net.pt")
+    page = page_of(tmp_path / "net.pt", tmp_path)
+    assert "<dt>File</dt><dd>–</dd>" in page
+    assert "ecqx-onnx convert net.pt net.onnx" in page
+    api.convert(tmp_path / "net.pt", tmp_path / "net.onnx")
+    size = f"<dt>File</dt><dd>{(tmp_path / 'net.onnx').stat().st_size:,} bytes</dd>"
+    page = page_of(tmp_path / "net.pt", tmp_path)
+    assert size in page
+    assert page.index("<dt>Coded</dt>") < page.index(size)
+    assert "ecqx-onnx convert" not in page
+    assert "ecqx-onnx validate net.onnx --against net.pt --data DATA" in page
+    # A file of the same name from another model says nothing of this one.
+    (tmp_path / "net.onnx").rename(tmp_path / "mine.onnx")
+    shutil.copy(MODELS / "lenet5_mnist_4bit.pt", tmp_path / "other.pt")
+    api.convert(tmp_path / "other.pt", tmp_path / "net.onnx")
+    assert "<dt>File</dt><dd>–</dd>" in page_of(tmp_path / "net.pt", tmp_path)
+    with pytest.raises(FileError, match="holds other weights"):
+        write_report(tmp_path / "net.pt", tmp_path / "no.html", onnx_file=tmp_path / "net.onnx")
+    write_report(tmp_path / "net.pt", tmp_path / "yes.html", onnx_file=tmp_path / "mine.onnx")
+    assert size in (tmp_path / "yes.html").read_text(encoding="utf-8")

@@ -114,6 +114,14 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path(
         "report.html"
     ),
+    onnx_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--onnx",
+            metavar="FILE.onnx",
+            help="The file converted from it; by default the one of its name beside it.",
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -124,7 +132,7 @@ def report(
     """
     from ecqx_onnx.reporting import write_report
 
-    emit(write_report(model, out, force=force), as_json=as_json, quiet=quiet)
+    emit(write_report(model, out, onnx_file=onnx_file, force=force), as_json=as_json, quiet=quiet)
 
 
 @register_command

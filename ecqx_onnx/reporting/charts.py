@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ecqx_onnx.rendering.axes import choose_ticks, label_ticks
+
 # Pixels around the plotted area.
-LEFT = 46
+LEFT = 46  # at least
+CHARACTER = 6.2  # pixels of width in the labels' size
 RIGHT = 10
 TOP = 10
 BOTTOM = 34
@@ -27,10 +30,11 @@ class _Area:
 
     width: int
     height: int
+    left: int = LEFT
 
     @property
     def inner(self) -> int:
-        return self.width - LEFT - RIGHT
+        return self.width - self.left - RIGHT
 
     @property
     def tall(self) -> int:
@@ -38,15 +42,15 @@ class _Area:
 
     def draw_grid_line(self, y: float, *, text: str) -> str:
         """A horizontal line at y, with its value at the left."""
-        line = f'<path class="grid" d="M{LEFT} {y:.1f}h{self.inner}"/>'
-        return line + _draw_text(LEFT - 6, y + 4, text, "end")
+        line = f'<path class="grid" d="M{self.left} {y:.1f}h{self.inner}"/>'
+        return line + _draw_text(self.left - 6, y + 4, text, "end")
 
     def draw_tick(self, x: float, text: str) -> str:
         """A value below the axis, at x."""
         return _draw_text(x, self.height - BOTTOM + 15, text, "middle")
 
     def draw_axis_name(self, name: str) -> str:
-        return _draw_text(LEFT + self.inner / 2, self.height - 3, name, "middle")
+        return _draw_text(self.left + self.inner / 2, self.height - 3, name, "middle")
 
     def wrap(self, parts: Sequence[str], description: str) -> str:
         """The whole chart; screen readers read the description."""
@@ -70,25 +74,27 @@ def draw_histogram(
     Returns:
         One <svg> element.
     """
-    area = _Area(width, height)
     highest = max((count for _, count in counts), default=1) / max(1, total)
+    ticks = choose_ticks(100 * highest)
+    labels = [f"{label} %" for label in label_ticks(ticks)]
+    area = _Area(width, height, _find_left(labels))
     slot = area.inner / max(1, len(counts))
     parts = []
-    for tick in _choose_ticks(highest):
-        up = tick / highest if highest else 0.0
-        parts.append(area.draw_grid_line(TOP + area.tall * (1 - up), text=f"{100 * tick:g} %"))
+    for tick, label in zip(ticks, labels, strict=True):
+        up = tick / (100 * highest) if highest else 0.0
+        parts.append(area.draw_grid_line(TOP + area.tall * (1 - up), text=label))
     every = math.ceil(len(counts) * LABEL_WIDTH / area.inner)
     for i, (level, count) in enumerate(counts):
         share = count / max(1, total)
         size = area.tall * share / highest if highest else 0
         kind = "zero" if level == 0 else "bar"
-        x = LEFT + slot * (i + (1 - BAR) / 2)
+        x = area.left + slot * (i + (1 - BAR) / 2)
         y = TOP + area.tall - size
         words = f"level {level}: {count:,} weights, {100 * share:.2f} %"
         place = f'x="{x:.1f}" y="{y:.1f}" width="{slot * BAR:.1f}" height="{size:.1f}"'
         parts.append(f'<rect class="{kind}" {place}><title>{words}</title></rect>')
         if i % every == 0 or level == 0:
-            parts.append(area.draw_tick(LEFT + (i + 0.5) * slot, str(level).replace("-", "−")))
+            parts.append(area.draw_tick(area.left + (i + 0.5) * slot, str(level).replace("-", "−")))
     parts.append(area.draw_axis_name("level"))
     return area.wrap(parts, "share of the weights on each level")
 
@@ -131,8 +137,9 @@ def draw_scatter(
         if decade == int(decades):
             power = f"≤ {power}"
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{power}</text>')
-    for value in _choose_ticks(most):
-        parts.append(area.draw_tick(LEFT + area.inner * value / most, f"{value:.3g}"))
+    ticks = choose_ticks(most)
+    for value, label in zip(ticks, label_ticks(ticks), strict=True):
+        parts.append(area.draw_tick(LEFT + area.inner * value / most, label))
     parts.append(area.draw_axis_name("magnitude |w|"))
     for kind, path in points.items():
         if path:
@@ -168,23 +175,27 @@ def draw_curves(
     Returns:
         One <svg> element.
     """
-    area = _Area(width, height)
     epochs = max((len(line) for _, _, line in series), default=0)
     low, high = _find_range(series, percent)
+    factor = 100 if percent else 1
+    ticks = choose_ticks(factor * high, factor * low)
+    labels = label_ticks(ticks)
+    if percent:
+        labels = [f"{label} %" for label in labels]
+    area = _Area(width, height, _find_left(labels))
 
     def place_epoch(epoch: int) -> float:
         if epochs <= 1:
-            return LEFT + area.inner * 0.5
-        return LEFT + area.inner * ((epoch - 1) / (epochs - 1))
+            return area.left + area.inner * 0.5
+        return area.left + area.inner * ((epoch - 1) / (epochs - 1))
 
     def place_value(value: float) -> float:
         return TOP + area.tall * (high - value) / (high - low)
 
     parts = []
-    for tick in _choose_ticks(high, low):
-        if low <= tick <= high:
-            text = f"{100 * tick:.4g} %" if percent else f"{tick:.3g}"
-            parts.append(area.draw_grid_line(place_value(tick), text=text))
+    for tick, label in zip(ticks, labels, strict=True):
+        if low <= tick / factor <= high:
+            parts.append(area.draw_grid_line(place_value(tick / factor), text=label))
     every = max(1, math.ceil(epochs / MOST_LABELS))
     for epoch in range(1, epochs + 1):
         if epoch % every == 0 or epoch == 1:
@@ -232,16 +243,10 @@ def _find_range(
     return low, high
 
 
-def _choose_ticks(high: float, low: float = 0.0) -> list[float]:
-    """Three to six round numbers from low to high."""
-    span = high - low
-    if not (span > 0 and math.isfinite(span)):
-        return [low]
-    step = 10 ** math.floor(math.log10(span / 4))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+def _find_left(labels: Sequence[str]) -> int:
+    """Room for the labels of the lines at the left, in pixels."""
+    longest = max(map(len, labels), default=0)
+    return max(LEFT, math.ceil(CHARACTER * longest) + 12)
 
 
 def _draw_text(x: float, y: float, text: str, anchor: str) -> str:

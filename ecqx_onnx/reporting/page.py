@@ -5,11 +5,11 @@ The page has no scripts and needs no other file; every word from the checkpoint 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +18,16 @@ from rich.text import Text
 
 from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint.insight import Insight, WeightInsight
+from ecqx_onnx.errors import FileError, InputError
 from ecqx_onnx.inspection.inspection import inspect
 from ecqx_onnx.inspection.result import InspectedTensor
+from ecqx_onnx.rendering.web_page import (
+    frame_table,
+    render_commands,
+    render_details,
+    render_facts,
+    render_page,
+)
 from ecqx_onnx.reporting.charts import draw_curves, draw_histogram, draw_scatter
 from ecqx_onnx.tensors import QuantTensor, total_entropy_bytes
 from ecqx_onnx.validation.outputs.metrics import Proportion
@@ -27,8 +35,6 @@ from ecqx_onnx.validation.outputs.metrics import Proportion
 if TYPE_CHECKING:
     from ecqx_onnx.checkpoint.checkpoint import Checkpoint
 
-
-TEMPLATE = Path(__file__).parent / "page.html"
 
 EXPLAINED = (
     "Each point is a weight: how large it is, and how relevant layer-wise relevance propagation "
@@ -102,26 +108,36 @@ class Written:
         )
 
 
-def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = False) -> Written:
+def write_report(
+    checkpoint_file: str | Path,
+    out: str | Path,
+    *,
+    onnx_file: str | Path | None = None,
+    force: bool = False,
+) -> Written:
     """Write a page about a checkpoint.
 
     Args:
         checkpoint_file: model.pt of `quantize`, `compress` or `save`.
         out: the page to write, such as report.html.
+        onnx_file: what was converted from it, whose size is shown; by default the file of the same
+            name beside it, if there is one with these weights.
         force: replace a file that is there.
 
     Returns:
         What was written.
 
     Raises:
-        FileError: if the checkpoint is none, or the page is in the way or cannot be written.
+        FileError: if the checkpoint is none, `onnx_file` is of another one, or the page is in the
+            way or cannot be written.
 
     Example:
         >>> write_report("model.pt", "report.html")
     """
     out = Path(out)
     check_output(out, force=force, source=checkpoint_file)
-    page, checkpoint = _render_page(Path(checkpoint_file))
+    given = None if onnx_file is None else Path(onnx_file)
+    page, checkpoint = _render_page(Path(checkpoint_file), given)
     with replace_on_success(out, force=force) as temporary:
         temporary.write_text(page, encoding="utf-8")
     relevances = 0
@@ -132,11 +148,12 @@ def write_report(checkpoint_file: str | Path, out: str | Path, *, force: bool = 
     return Written(out, len(page.encode()), len(checkpoint.tensors), relevances, epochs)
 
 
-def _render_page(path: Path) -> tuple[str, Checkpoint]:
+def _render_page(path: Path, given: Path | None) -> tuple[str, Checkpoint]:
     """The page of a checkpoint's file, and the checkpoint."""
     from ecqx_onnx.checkpoint.checkpoint import load
 
     checkpoint = load(path)
+    onnx_file = _find_onnx(path, [tensor.name for tensor in checkpoint.tensors], given)
     insight = checkpoint.insight
     rows = {row.name: row for row in inspect(path).tensors}
     seen: dict[str, WeightInsight] = {}
@@ -147,21 +164,65 @@ def _render_page(path: Path) -> tuple[str, Checkpoint]:
         _render_layer(tensor, rows[tensor.name], seen.get(tensor.name))
         for tensor in checkpoint.tensors
     ]
-    footer = f"{path.name}, {path.stat().st_size:,} bytes, read by ecqx-onnx {__version__}"
-    values = {
-        "title": escape(path.stem),
-        "subtitle": escape(_render_subtitle(checkpoint)),
-        "facts": _render_facts(checkpoint),
-        "warnings": _render_warnings(checkpoint),
-        "curves": _render_curves(insight) if insight and insight.history else "",
-        "table": _render_table(checkpoint.tensors, rows, seen),
-        "kept_float": _render_kept_float(checkpoint),
-        "explanation": f"<p>{EXPLAINED if some else NO_RELEVANCES}</p>",
-        "layers": "\n".join(layers),
-        "recipe": _render_recipe(checkpoint),
-        "footer": escape(footer),
-    }
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values), checkpoint
+    weights = _render_table(checkpoint.tensors, rows, seen)
+    body = [
+        render_facts(_list_facts(checkpoint, onnx_file)),
+        _render_warnings(checkpoint),
+        _render_curves(insight) if insight and insight.history else "",
+        f"<section><h2>Weights</h2>{frame_table(weights, 'weights')}",
+        f"{_render_kept_float(checkpoint)}</section>",
+        "<section><h2>Is magnitude importance?</h2>",
+        f"<p>{EXPLAINED if some else NO_RELEVANCES}</p></section>",
+        f'<div class="layers">{"".join(layers)}</div>',
+        render_commands("Next", _list_commands(path, onnx_file)),
+        _render_recipe(checkpoint),
+    ]
+    page = render_page(
+        title=path.stem,
+        subtitle=_render_subtitle(checkpoint),
+        body="\n".join(part for part in body if part),
+        footer=f"{path.name}, {path.stat().st_size:,} bytes, read by ecqx-onnx {__version__}",
+    )
+    return page, checkpoint
+
+
+def _find_onnx(checkpoint_file: Path, names: Sequence[str], given: Path | None) -> Path | None:
+    """The .onnx file of a checkpoint: the one that is given, or one beside it that holds the same.
+
+    Raises:
+        FileError: if the file that is given holds other weights.
+    """
+    candidate = given or checkpoint_file.with_suffix(".onnx")
+    if given is None and not candidate.is_file():
+        return None
+    try:
+        found = {row.name for row in inspect(candidate).tensors}
+    except InputError:
+        if given is not None:
+            raise
+        return None
+    if found == set(names):
+        return candidate
+    if given is None:
+        return None
+    raise FileError(
+        f"{given}: holds other weights than {checkpoint_file}; give the file that was converted "
+        "from it"
+    )
+
+
+def _list_commands(path: Path, onnx_file: Path | None) -> list[str]:
+    """What to type next: convert where that is not done, validate, deploy."""
+    model = shlex.quote(path.name)
+    out = shlex.quote(onnx_file.name if onnx_file else path.with_suffix(".onnx").name)
+    folder = shlex.quote(f"{path.stem}_web")
+    commands = [
+        f"ecqx-onnx validate {out} --against {model} --data DATA",
+        f"ecqx-onnx deploy {out} --to web {folder} --against {model} --data DATA --serve",
+    ]
+    if onnx_file is None:
+        commands.insert(0, f"ecqx-onnx convert {model} {out}")
+    return commands
 
 
 def _render_subtitle(checkpoint: Checkpoint) -> str:
@@ -174,15 +235,7 @@ def _render_subtitle(checkpoint: Checkpoint) -> str:
     return words
 
 
-def _render_facts(checkpoint: Checkpoint) -> str:
-    parts = []
-    for what, value, note in _list_facts(checkpoint):
-        parts.append(f"<div><dt>{escape(what)}</dt><dd>{escape(value)}</dd>")
-        parts.append(f'<dd class="note">{escape(note)}</dd></div>')
-    return "".join(parts)
-
-
-def _list_facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
+def _list_facts(checkpoint: Checkpoint, onnx_file: Path | None) -> Iterator[tuple[str, str, str]]:
     """(what, value, note)"""
     tensors = checkpoint.tensors
     size = max(1, sum(tensor.size for tensor in tensors))
@@ -196,6 +249,12 @@ def _list_facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
         "single levels"
     )
     yield "Coded", f"{entropy:,} bytes", note
+    if onnx_file is None:
+        yield "File", NOTHING, "no .onnx file beside it yet: convert writes one"
+    else:
+        nbytes = onnx_file.stat().st_size
+        note = f"{onnx_file.name}, all of it: {floats / max(1, nbytes):.1f}× smaller than float32"
+        yield "File", f"{nbytes:,} bytes", note
     insight = checkpoint.insight
     if insight and insight.after:
         after = Proportion(insight.after["hits"], insight.after["total"])
@@ -249,11 +308,14 @@ def _render_curves(insight: Insight) -> str:
         caption += f"; the dotted line is epoch {best}, whose weights these are"
     figures = [
         (draw_curves(accuracy, best=best, percent=True), f"Accuracy. {caption}"),
+    ]
+    more = [
         (draw_one("zeros", "zeros", percent=True), "Share of zeros"),
         (draw_one("entropy", "bits_per_weight"), "Entropy of the levels, bits a weight"),
         (draw_one("loss", "loss"), "Training loss"),
     ]
-    return f"<section><h2>Training</h2>{_render_figures(figures)}</section>"
+    rest = render_details("<span>zeros, entropy and loss</span>", _render_figures(more))
+    return f"<section><h2>Training</h2>{_render_figures(figures)}{rest}</section>"
 
 
 def _render_figures(figures: Sequence[tuple[str, str]]) -> str:
@@ -272,7 +334,8 @@ def _render_table(
     """A row of figures for each weight tensor."""
     parts = ["<thead><tr>"]
     for name, is_text in HEADINGS:
-        parts.append(f'<th class="{"left" if is_text else ""}">{name}</th>')
+        kind = ' class="left"' if is_text else ""
+        parts.append(f'<th scope="col"{kind}>{name}</th>')
     parts.append("</tr></thead><tbody>")
     for tensor in tensors:
         row = rows[tensor.name]
@@ -340,8 +403,8 @@ def _render_layer(tensor: QuantTensor, row: InspectedTensor, seen: WeightInsight
     shape = " × ".join(map(str, row.shape))
     zeros = f"{100 * row.zeros:.1f} % zeros"
     note = f"{shape}, {row.bits} bits, {zeros}, {row.entropy:.2f} bits entropy"
-    heading = f'<h3>{escape(row.name)}</h3><p class="note">{note}</p>'
-    return f"<section>{heading}{_render_figures(figures)}</section>"
+    heading = f'<h3>{escape(row.name)}</h3><span class="note">{note}</span>'
+    return f"<section>{render_details(heading, _render_figures(figures))}</section>"
 
 
 def _draw_relevances(tensor: QuantTensor, seen: WeightInsight) -> tuple[str, str]:
@@ -367,7 +430,8 @@ def _render_recipe(checkpoint: Checkpoint) -> str:
     for name, value in _list_recipe(checkpoint):
         cells = f"<td>{escape(name)}</td><td class='left'>{escape(str(value))}</td>"
         parts.append(f"<tr>{cells}</tr>")
-    return "".join(parts)
+    table = frame_table(f"<tbody>{''.join(parts)}</tbody>", "recipe")
+    return f"<section>{render_details('<h2>Recipe</h2>', table)}</section>"
 
 
 def _list_recipe(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
