@@ -25,6 +25,7 @@ from ecqx_onnx.cli.frame import (
     refuse_json_and_output,
     register_command,
     show_progress,
+    suggest,
 )
 from ecqx_onnx.cli.terminal import escape, guard, stdout
 from ecqx_onnx.errors import CheckFailed
@@ -88,7 +89,7 @@ def deploy(
     """
     from ecqx_onnx import api
 
-    with show_progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json, "validating the file") as progress:
         result = api.deploy(
             onnx_file,
             folder,
@@ -152,9 +153,13 @@ def demo(
     """
     from ecqx_onnx.demo.demo import run_demo
 
-    with show_progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json, "making the network and the data") as progress:
         result = run_demo(folder, force=force, progress=progress)
     emit(result, as_json=as_json, quiet=quiet)
+    model = folder / "model"
+    given = ("--against", f"{model}.pt", "--data", "sklearn:digits")
+    following = ("deploy", f"{model}.onnx", "--to", "web", folder / "web", *given)
+    suggest(*following, as_json=as_json, quiet=quiet)
     if not result.ok:
         raise CheckFailed(
             "the converted model does not say the same as PyTorch; the table shows which check"
@@ -193,7 +198,7 @@ def device_setup(
     """
     from ecqx_onnx.validation.devices import find_device, set_up
 
-    with show_progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json, "looking what is there") as progress:
         folder = set_up(device, progress=progress)
     if device != "webgpu":  # a part of folders for the web, and no device
         find_device(device)

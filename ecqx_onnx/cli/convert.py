@@ -19,7 +19,7 @@ from ecqx_onnx.cli.arguments import (
     make_argument,
     make_option,
 )
-from ecqx_onnx.cli.frame import emit, register_command
+from ecqx_onnx.cli.frame import emit, register_command, show_progress, suggest
 from ecqx_onnx.options.convert import ConvertOptions
 from ecqx_onnx.options.input_shape import parse_dynamic, parse_input_shape
 
@@ -69,32 +69,36 @@ def convert(
     """
     from ecqx_onnx import api
 
-    report = api.convert(
-        model,
-        out,
-        factory=factory,
-        input_shape=parse_input_shape(input_shape),
-        dynamic=parse_dynamic(dynamic),
-        bits=bits,
-        entropy_weight=entropy_weight,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        storage=storage,
-        dequantize=dequantize,
-        target=target,
-        opset=opset,
-        activations=activations,
-        calibration=calibration,
-        calibration_method=calibration_method,
-        calibration_samples=calibration_samples,
-        floats=floats,
-        data=data,
-        float_bounds=make_float_bounds(min_agreement, max_error, max_drop),
-        strict=strict,
-        trust_pickle=trust_pickle,
-        force=force,
-    )
+    with show_progress(quiet or as_json, "exporting the model and writing the file"):
+        report = api.convert(
+            model,
+            out,
+            factory=factory,
+            input_shape=parse_input_shape(input_shape),
+            dynamic=parse_dynamic(dynamic),
+            bits=bits,
+            entropy_weight=entropy_weight,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            storage=storage,
+            dequantize=dequantize,
+            target=target,
+            opset=opset,
+            activations=activations,
+            calibration=calibration,
+            calibration_method=calibration_method,
+            calibration_samples=calibration_samples,
+            floats=floats,
+            data=data,
+            float_bounds=make_float_bounds(min_agreement, max_error, max_drop),
+            strict=strict,
+            trust_pickle=trust_pickle,
+            force=force,
+        )
     emit(report, as_json=as_json, quiet=quiet)
+    given = () if factory is None else ("--model", factory)
+    following = ("validate", report.path, "--against", model, *given, "--data", data or "DATA")
+    suggest(*following, as_json=as_json, quiet=quiet)
 
 
 def make_float_bounds(

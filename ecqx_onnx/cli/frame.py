@@ -12,6 +12,7 @@ import errno
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,14 @@ from contextvars import ContextVar
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 from ecqx_onnx.cli.terminal import (
     escape,
@@ -102,11 +110,12 @@ def _print_version(
 
 
 @contextlib.contextmanager
-def show_progress(silent: bool) -> Iterator[Callable[..., None] | None]:
-    """Show a bar on stderr while something runs.
+def show_progress(silent: bool, first: str = "") -> Iterator[Callable[..., None] | None]:
+    """Show a bar on stderr while something runs: it moves, and says what is done, all the time.
 
     Args:
         silent: show nothing.
+        first: what is done until the first report.
 
     Yields:
         A function of (done, total, text) that moves the bar; None where nobody wants to see one.
@@ -114,13 +123,29 @@ def show_progress(silent: bool) -> Iterator[Callable[..., None] | None]:
     if silent or not stderr.is_terminal:  # in a log, a bar is nothing but an empty line
         yield None
         return
-    text_column = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(text_column, *columns, console=stderr, transient=True) as bar:
-        task = bar.add_task("", total=None)
+    columns = (
+        BarColumn(bar_width=12),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        # The last column, as it alone is cut where the terminal is narrow.
+        TextColumn(
+            "{task.description}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis"),
+        ),
+    )
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(escape(first) or "starting", total=None)
 
         def show(done: int, total: int, text: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=escape(text) or None)
+            nonlocal task
+            description = escape(text) or None
+            if done >= total:  # what goes on now, such as writing the file, has no known length
+                last = bar.tasks[0].description
+                bar.remove_task(task)
+                task = bar.add_task(description or last, total=None)
+            else:
+                bar.update(task, completed=done, total=total, description=description)
 
         yield show
 
@@ -151,6 +176,24 @@ def print_json(value: Any) -> None:
     """
     text = json.dumps(make_strict_json(value), indent=2, allow_nan=False)
     print(text, file=_json_file.get(sys.stdout), flush=True)
+
+
+def suggest(*arguments: object, as_json: bool, quiet: bool) -> None:
+    """Say which command one would type next.
+
+    Args:
+        arguments: of `ecqx-onnx`; what the user has to fill in is in capitals.
+        as_json: then nothing is said.
+        quiet: likewise.
+    """
+    if as_json or quiet:
+        return
+    words = []
+    for argument in arguments:
+        text = str(argument)
+        words.append(text if text.isupper() else shlex.quote(text))
+    line = escape(f"next: ecqx-onnx {' '.join(words)}")
+    stdout.print(line, style="dim", soft_wrap=True, highlight=False)
 
 
 def emit(result: Any, *, as_json: bool, quiet: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ecqx_onnx.cli.arguments import Force, Json, Quiet, make_argument, make_option
-from ecqx_onnx.cli.frame import emit, register_command
+from ecqx_onnx.cli.frame import emit, register_command, show_progress, suggest
 from ecqx_onnx.options.option import get_help
 from ecqx_onnx.options.pack import PackOptions, UnpackOptions
 
@@ -47,18 +47,20 @@ def pack(
     from ecqx_onnx.validation.equivalence import load_inputs
     from ecqx_onnx.verbs import pack as packing
 
-    report = packing.pack(
-        model,
-        out,
-        storage=storage,
-        dequantize=dequantize,
-        target=target,
-        opset=opset,
-        check=check,
-        inputs=None if inputs is None else load_inputs(inputs),
-        force=force,
-    )
+    with show_progress(quiet or as_json, "packing the weights and comparing the outputs"):
+        report = packing.pack(
+            model,
+            out,
+            storage=storage,
+            dequantize=dequantize,
+            target=target,
+            opset=opset,
+            check=check,
+            inputs=None if inputs is None else load_inputs(inputs),
+            force=force,
+        )
     emit(report, as_json=as_json, quiet=quiet)
+    suggest("validate", out, "--against", model, as_json=as_json, quiet=quiet)
 
 
 @register_command
@@ -81,7 +83,14 @@ def unpack(
     """
     from ecqx_onnx.verbs import pack as packing
 
-    report = packing.unpack(
-        model, out, floats=floats, dequantize=dequantize, target=target, opset=opset, force=force
-    )
+    with show_progress(quiet or as_json, "unpacking the weights"):
+        report = packing.unpack(
+            model,
+            out,
+            floats=floats,
+            dequantize=dequantize,
+            target=target,
+            opset=opset,
+            force=force,
+        )
     emit(report, as_json=as_json, quiet=quiet)

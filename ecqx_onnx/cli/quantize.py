@@ -21,7 +21,7 @@ from ecqx_onnx.cli.arguments import (
     parse_bits,
     parse_numbers,
 )
-from ecqx_onnx.cli.frame import emit, register_command, show_progress
+from ecqx_onnx.cli.frame import emit, register_command, show_progress, suggest
 from ecqx_onnx.cli.recipe_file import take_recipe
 from ecqx_onnx.cli.terminal import process_number, stderr
 from ecqx_onnx.options.quantize import QuantizeOptions
@@ -136,6 +136,8 @@ def quantize(
         stderr.print(
             "this processor emulates bfloat16, which takes longer than float32 does", style="yellow"
         )
-    with show_progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json, "loading the network and the data") as progress:
         result = api.quantize(options.pop("model"), **options, progress=progress)
     emit(result, as_json=as_json and process_number() == 0, quiet=quiet)
+    onnx_file = Path(result.path).with_suffix(".onnx")
+    suggest("convert", result.path, onnx_file, as_json=as_json, quiet=quiet)

@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 
 from ecqx_onnx.errors import EcqxError, FileError, InputError, explain_missing_package
-from ecqx_onnx.inputs.reading import check_name, check_regular, make_file_error
+from ecqx_onnx.inputs.reading import check_name, check_regular, check_there, make_file_error
 from ecqx_onnx.rendering.weights import show_all_rows
 
 INTERRUPTED = 130  # 128 + SIGINT
@@ -272,6 +272,8 @@ def guard(function: Callable[..., Any]) -> Callable[..., Any]:
                 value = kwargs.get(parameter)
                 if isinstance(value, str | Path):
                     check_regular(value)
+                    if _is_in_the_way(kwargs):  # that comes after what is to be read
+                        check_there(value)
             function(*args, **kwargs)
 
     # typer does not evaluate what is set below.
@@ -291,6 +293,12 @@ def guard(function: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _is_in_the_way(arguments: Mapping[str, Any]) -> bool:
+    """An output exists, and nobody allowed to replace it."""
+    outputs = [arguments[name] for name in OUTPUTS if arguments.get(name) is not None]
+    return not arguments.get("force") and any(map(os.path.lexists, outputs))
 
 
 def _describe_command(name: str, arguments: Mapping[str, Any]) -> str:

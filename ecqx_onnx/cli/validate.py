@@ -90,7 +90,7 @@ def validate(
         "trust_pickle": trust_pickle,
     }
     if device:
-        with show_progress(quiet or as_json) as progress:
+        with show_progress(quiet or as_json, "making the job for the devices") as progress:
             table = api.validate_on(
                 device, onnx_file, **options, time_limit=time_limit, progress=progress
             )
@@ -99,7 +99,7 @@ def validate(
     from ecqx_onnx.validation.equivalence import load_inputs
 
     arrays = None if inputs is None else load_inputs(inputs)
-    with show_progress(quiet or as_json) as progress:
+    with show_progress(quiet or as_json, "loading the file and the model") as progress:
         report = api.validate(onnx_file, **options, inputs=arrays, progress=progress)
     emit_report(report, as_json=as_json, quiet=quiet)
 

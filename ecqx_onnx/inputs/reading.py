@@ -140,6 +140,26 @@ def check_regular(path: Path | str) -> None:
         )
 
 
+def check_there(path: Path | str) -> None:
+    """Refuse an input that is missing, before anything is said about the output.
+
+    Args:
+        path: of a file or folder; of FILE.py:NAME the file; what else has a colon passes.
+
+    Raises:
+        FileError: if there is nothing.
+    """
+    file, colon, _ = str(path).partition(":")
+    if colon and not file.endswith(".py"):
+        return
+    try:
+        os.stat(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileError(f"cannot read '{file}': {error.strerror}; check the path") from None
+    except (OSError, ValueError):  # opening it tells more
+        return
+
+
 def open_regular(path: Path | str, *, most: int | None = None) -> BinaryIO:
     """Open a regular file for reading, without waiting for a pipe.
 

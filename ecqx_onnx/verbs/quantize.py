@@ -548,8 +548,8 @@ def training_progress(progress: Told) -> Callable[[Progress], None]:
 
     def show(at: Progress) -> None:
         text = (
-            f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}  {_show_metric(at)}  "
-            f"zeros {at.zeros:.1%}  {at.bits_per_weight:.2f} bit/weight"
+            f"epoch {at.epoch}/{at.epochs}  loss {at.loss:.3f}  {_show_metric(at)}"
+            f"  {at.zeros:.0%} zeros  {at.bits_per_weight:.2f} bit"
         )
         progress((at.epoch - 1) * at.steps + at.step, at.epochs * at.steps, text)
 

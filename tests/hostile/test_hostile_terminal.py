@@ -264,5 +264,5 @@ def test_what_a_progress_bar_says_is_no_markup(monkeypatch):
     )
     with frame.show_progress(False) as show:
         show(1, 2, "[/x] \x1b[31m\n")
-        show(2, 2)
+        show(1, 2)
     assert said == ["[/x] \\x1b[31m\\n", None]

@@ -160,7 +160,7 @@ def _fetch_webgpu(folder: Path, progress: Progress) -> None:
 
 def _fetch_from_npm(folder: Path, progress: Progress, files: Sequence[str]) -> None:
     work = folder.parent
-    progress(0, 1, f"fetching onnxruntime-web {WEB_VERSION}")
+    progress(0, 1, f"fetching onnxruntime-web {WEB_VERSION} from npm, 33 MB")
     _run_program("web", ["npm", "pack", "--silent", f"onnxruntime-web@{WEB_VERSION}"], work)
     archive = work / f"onnxruntime-web-{WEB_VERSION}.tgz"
     found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
@@ -188,7 +188,7 @@ def _fetch_arm64(folder: Path, progress: Progress) -> None:
     work, root = folder.parent, folder / "root"
     for place in (work / "debs", work / "wheels", root, folder / "site"):
         place.mkdir(parents=True)
-    progress(0, 4, "fetching the emulator")
+    progress(0, 4, "fetching the emulator; all of arm64 takes 222 MB on disk")
     _run_program("arm64", ["apt-get", "download", "qemu-user-static"], work)
     (emulator,) = work.glob("qemu-user-static_*.deb")
     _run_program("arm64", ["dpkg-deb", "-x", str(emulator), "qemu"], work)
