@@ -184,3 +184,34 @@ def test_inspecting_an_onnx_file_loads_neither_torch_nor_a_runtime(tmp_path):
         check=True,
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_integers_of_others_have_rows_and_the_gain_is_said(tmp_path):
+    """Ternary levels as INT8 behind DequantizeLinear, and two readers of one tensor."""
+    levels = np.resize(np.array([0, 0, 0, 1, -1, 0, 0, 0], np.int8), (64, 96))
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s"], ["v"]),
+        onnx.helper.make_node("Gemm", ["x", "w"], ["h"], transB=1),
+        onnx.helper.make_node("MatMul", ["h", "v"], ["y"]),
+    ]
+    floats = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", floats, ["n", 96])],
+        [onnx.helper.make_tensor_value_info("y", floats, ["n", 96])],
+        [
+            onnx.numpy_helper.from_array(levels, "q"),
+            onnx.numpy_helper.from_array(np.float32(0.5), "s"),
+        ],
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "foreign.onnx")
+    found = inspect(tmp_path / "foreign.onnx")
+    (row,) = found.tensors
+    assert (row.storage, row.shape, row.bits, row.zeros) == ("INT8", (64, 96), 2, 0.75)
+    assert row.nbytes == pytest.approx(levels.size, abs=20)
+    entropy = row.entropy * levels.size / 8
+    (gain,) = (value for name, value in found.facts if name == "possible gain")
+    assert f"have an entropy of {entropy:,.0f} bytes" in gain
+    assert not found.warnings

@@ -25,9 +25,10 @@ from ecqx_onnx_converters.storage import DOMAIN
 from onnx import TensorProto
 
 from ecqx_onnx.checkpoint.insight import Insight, to_document
-from ecqx_onnx.errors import FileError
+from ecqx_onnx.errors import EcqxError, FileError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, count_stored_bytes, read_onnx
 from ecqx_onnx.inspection.byte_parts import FLOATS, NARROW, count_byte_parts, list_scale_names
+from ecqx_onnx.inspection.foreign_integers import describe_gain, list_foreign_integers
 from ecqx_onnx.inspection.result import FloatWeight, InspectedTensor, Inspection
 
 
@@ -80,13 +81,18 @@ def _inspect_onnx(file: OnnxFile) -> Inspection:
             "graph, parameters or metadata do not have the file's own checksum; the file was"
             " changed"
         )
+    rows = tuple(_list_rows(stored, proto))
+    facts = _list_facts(file)
+    if not file.metadata.get("tensors"):
+        rows, gain = _list_foreign(file, warnings)
+        facts = (*facts, *gain)
     scales = list_scale_names(proto)
     return Inspection(
         file=str(file.path),
         kind="ONNX model",
         nbytes=file.size,
-        facts=_list_facts(file),
-        tensors=tuple(_list_rows(stored, proto)),
+        facts=facts,
+        tensors=rows,
         floats=tuple(_list_float_weights(proto.graph, scales)),
         parts=count_byte_parts(file, scales),
         recipe=_read_json_object(file.metadata.get("recipe")),
@@ -95,6 +101,19 @@ def _inspect_onnx(file: OnnxFile) -> Inspection:
         inflated=inflated,
         warnings=tuple(warnings),
     )
+
+
+def _list_foreign(
+    file: OnnxFile, warnings: list[str]
+) -> tuple[tuple[InspectedTensor, ...], list[tuple[str, str]]]:
+    """Someone else's integers, and a fact about them; a warning where they can't be read."""
+    try:
+        rows = list_foreign_integers(file.path)
+    except EcqxError as error:
+        warnings.append(f"its integers can't be read: {error}")
+        return (), []
+    gain = describe_gain(rows)
+    return rows, [("possible gain", gain)] if gain else []
 
 
 def _is_inflated(file: OnnxFile) -> bool:
