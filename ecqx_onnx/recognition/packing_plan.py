@@ -24,6 +24,7 @@ from onnx import ModelProto
 
 from ecqx_onnx.inputs.onnx_file import OnnxFile
 from ecqx_onnx.recognition.foreign_graph import load_foreign_graph
+from ecqx_onnx.recognition.left_alone import list_left_alone
 from ecqx_onnx.recognition.recognition import NotRecognized, recognize
 
 RAISED_TO = (21, 18, 13)  # opsets that bring storages: INT4; packed; several weights in a byte
@@ -130,8 +131,13 @@ def plan_packing(
         for kept in plan.kept
         if kept.name in unrecognized
     ]
-    refused = [Kept(name, (), reason) for name, reason in foreign.refused.items()]
-    return plan, (*leave.values(), *refused, *floats), batchnorms
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.proto.graph.initializer}
+    refused = [Kept(name, shapes.get(name, ()), reason) for name, reason in foreign.refused.items()]
+    kept = (*leave.values(), *refused, *floats)
+    told = {entry.name for entry in kept} | recognized.keys()
+    for weight in foreign.weights:
+        told.update((weight.name, *weight.sources))
+    return plan, (*kept, *list_left_alone(graph, told)), batchnorms
 
 
 def _list_useless(plan: Plan, foreign: Foreign) -> list[Kept]:

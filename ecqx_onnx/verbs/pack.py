@@ -7,6 +7,7 @@ with the reason.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from ecqx_onnx.inputs.model_copy import copy_model
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.options.option import refuse_unknown_options
 from ecqx_onnx.recognition.foreign_graph import load_foreign_graph, make_runnable
+from ecqx_onnx.recognition.left_alone import SMALLEST
 from ecqx_onnx.recognition.packing_plan import plan_packing, raise_graph
 from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
@@ -313,8 +315,12 @@ def _check_validity(file: OnnxFile, written: Path) -> tuple[str, ...]:
 
 def _explain_nothing(kept: tuple[Kept, ...]) -> str:
     if not kept:
-        return "it has no weight of two or more dimensions"
-    return f"none of its {len(kept)} weights can be packed ({kept[0].name}: {kept[0].reason})"
+        return f"it has no weight of two or more dimensions and {SMALLEST} or more entries"
+    largest = max(kept, key=lambda entry: math.prod(entry.shape))
+    told = f"{largest.name}: {largest.reason}"
+    if len(kept) == 1:
+        return f"its one weight can't be packed ({told})"
+    return f"none of its {len(kept)} weights can be packed, nor the largest ({told})"
 
 
 def _list_sources(file: OnnxFile) -> tuple[Path, ...]:
