@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.graph.files import read_external_bytes, read_proto
+from ecqx_onnx_converters.graph.files import lies_beside, read_external_bytes, read_proto
 from ecqx_onnx_converters.graph.graph import clear_data, list_graphs
 from ecqx_onnx_converters.graph.limits import may_have_size
 from ecqx_onnx_converters.serialization.reading import read_metadata
@@ -77,7 +77,7 @@ class OnnxFile:
         for _, tensor in list_named_tensors(proto):
             if tensor.data_location == TensorProto.EXTERNAL:
                 # As long as the shape says, where no length is stated.
-                content = read_external_bytes(tensor, self.path.parent)
+                content = read_external_bytes(tensor, self.path)
                 clear_data(tensor)
                 tensor.raw_data = content
         return proto
@@ -255,7 +255,7 @@ def find_external_file(path: Path, where: str, tensor: TensorProto) -> Path:
         tensor: one with external data.
 
     Returns:
-        The file: inside the model's folder, there, and long enough.
+        The file: beside the model (see `lies_beside`), there, and long enough.
 
     Raises:
         FileError: if there is no such file.
@@ -278,21 +278,19 @@ def find_external_file(path: Path, where: str, tensor: TensorProto) -> Path:
         raise FileError(
             f"{path}: {where} has external data whose offset or length is not a number"
         ) from None
-    folder = path.parent.resolve()
-    outside = PureWindowsPath(location).is_absolute() or Path(location).is_absolute()
     try:
-        inside = folder in (folder / location).resolve().parents
-        there = inside and (folder / location).is_file()
+        inside = lies_beside(path, location)
+        there = inside and (path.parent / location).is_file()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
         raise FileError(
             f"{path}: {where} lies in '{location}', which cannot be opened ({error})"
         ) from error
-    if not location or outside or not inside:
+    if not inside:
         raise FileError(
             f"{path}: {where} points to external data at '{location}', outside of the model's"
-            " folder: refused"
+            " folder: refused; copy the data there if you trust the file"
         )
-    file = folder / location
+    file = path.parent / location
     if not there:
         raise FileError(
             f"{path}: {where} lies in '{location}', which is missing: keep that file beside the"

@@ -61,4 +61,4 @@ def _read_data(file: OnnxFile, tensor: TensorProto) -> bytes:
     """The external data of a tensor; nothing for one whose data the model holds itself."""
     if tensor.data_location != TensorProto.EXTERNAL:
         return b""
-    return read_external_bytes(tensor, file.path.parent)
+    return read_external_bytes(tensor, file.path)

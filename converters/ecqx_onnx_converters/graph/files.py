@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import onnx
@@ -77,12 +77,41 @@ def read_proto(path: Path | str) -> ModelProto:
     return model
 
 
-def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
+def lies_beside(model: Path, location: str) -> bool:
+    """Tells whether a model's external data may be opened where the model says that it lies.
+
+    What the file names has to lie in the model's own folder, links followed. Where the model itself
+    is a link into a folder of blobs, as in Hugging Face's cache, data that is linked into that same
+    folder counts as its own: whoever made the one link made the other.
+
+    Args:
+        model: Path of the .onnx file.
+        location: As the file states it.
+
+    Returns:
+        False for absolute paths and for what leads out of these folders.
+
+    Raises:
+        OSError: If the links can't be followed.
+        RuntimeError: For links in a circle, up to Python 3.12.
+    """
+    if not location or PureWindowsPath(location).is_absolute() or Path(location).is_absolute():
+        return False
+    named = model.parent / location
+    target = named.resolve()
+    if model.parent.resolve() in target.parents:
+        return True
+    if ".." in Path(location).parts or not (model.is_symlink() and named.is_symlink()):
+        return False
+    return target.parent == model.resolve().parent
+
+
+def read_external_bytes(tensor: TensorProto, model: Path) -> bytes:
     """Reads the raw data of a tensor that lies in a file beside the model.
 
     Args:
         tensor: Its declaration, whose external_data says where the data lies.
-        folder: The model's folder; data outside it is not opened.
+        model: Path of the .onnx file; data that does not lie beside it is not opened.
 
     Returns:
         The bytes, little-endian, exactly as many as dims and type need.
@@ -92,12 +121,8 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    path = folder / location
-    if (
-        not location
-        or Path(location).is_absolute()
-        or not path.resolve().is_relative_to(folder.resolve())
-    ):
+    path = model.parent / location
+    if not lies_beside(model, location):
         raise FileError(
             f"the data of tensor '{tensor.name}' lies in '{location}', outside the model's folder; "
             "it is not opened"
@@ -129,12 +154,12 @@ def read_external_bytes(tensor: TensorProto, folder: Path) -> bytes:
         ) from error
 
 
-def read_external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
+def read_external_values(tensor: TensorProto, model: Path) -> np.ndarray:
     """Reads the values of a tensor that lies in a file beside the model.
 
     Args:
         tensor: Its declaration, of a type that numpy has.
-        folder: The model's folder.
+        model: Path of the .onnx file.
 
     Returns:
         An array of the declared shape and type.
@@ -143,7 +168,7 @@ def read_external_values(tensor: TensorProto, folder: Path) -> np.ndarray:
         FileError: As `read_external_bytes`.
     """
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    stored = np.frombuffer(read_external_bytes(tensor, folder), dtype.newbyteorder("<"))
+    stored = np.frombuffer(read_external_bytes(tensor, model), dtype.newbyteorder("<"))
     return stored.astype(dtype, copy=False).reshape(tensor.dims)
 
 

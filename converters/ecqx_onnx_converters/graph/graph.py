@@ -83,20 +83,20 @@ class FloatGraph:
         Raises:
             FileError: If it cannot be read or is damaged.
         """
-        return cls._take_apart(read_proto(path), Path(path).parent)
+        return cls._take_apart(read_proto(path), Path(path))
 
     @classmethod
-    def _take_apart(cls, proto: ModelProto, folder: Path | None) -> FloatGraph:
+    def _take_apart(cls, proto: ModelProto, path: Path | None) -> FloatGraph:
         strip_metadata(proto)
         _hoist(proto.graph)
         weights = {}
         for tensor in proto.graph.initializer:
-            if folder is not None and tensor.data_location == TensorProto.EXTERNAL:
+            if path is not None and tensor.data_location == TensorProto.EXTERNAL:
                 if tensor.data_type in NATIVE:
-                    weights[tensor.name] = read_external_values(tensor, folder)
+                    weights[tensor.name] = read_external_values(tensor, path)
                     clear_data(tensor)
                 else:
-                    content = read_external_bytes(tensor, folder)
+                    content = read_external_bytes(tensor, path)
                     clear_data(tensor)
                     tensor.raw_data = content
             elif _is_weight(tensor):

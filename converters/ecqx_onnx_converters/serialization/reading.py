@@ -94,7 +94,7 @@ def is_as_written(source: ModelProto | Path | str) -> bool | None:
     Raises:
         FileError: The file can't be read.
     """
-    model, folder = _open_source(source)
+    model, path = _open_source(source)
     text = _find_metadata_text(model)
     read_metadata(model)  # an error where the metadata as a whole can't be read
     stored = None if text is None else read_checksum(text)
@@ -102,19 +102,19 @@ def is_as_written(source: ModelProto | Path | str) -> bool | None:
         return None
 
     def content(tensor: TensorProto) -> bytes | None:
-        if folder is None or tensor.data_location != TensorProto.EXTERNAL:
+        if path is None or tensor.data_location != TensorProto.EXTERNAL:
             return None
-        return read_external_bytes(tensor, folder)
+        return read_external_bytes(tensor, path)
 
     start, wanted = stored
     return compute_checksum(model, content, start=start) == wanted
 
 
 def _open_source(source: ModelProto | Path | str) -> tuple[ModelProto, Path | None]:
-    """A model, and the folder of its external data; None for a model with its data in it."""
+    """A model, and its path, beside which external data lies; None for one with its data in it."""
     if isinstance(source, ModelProto):
         return source, None
-    return read_proto(source), Path(source).parent
+    return read_proto(source), Path(source)
 
 
 def _find_metadata_text(model: ModelProto) -> str | None:
@@ -151,9 +151,9 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
     Raises:
         FileError: The file is damaged or lies about itself.
     """
-    model, folder = _open_source(source)
+    model, path = _open_source(source)
     try:
-        return _read_all(model, folder)
+        return _read_all(model, path)
     # A node without inputs, a name that isn't UTF-8, …
     except (IndexError, TypeError, ValueError, OverflowError) as error:
         raise FileError(
@@ -161,11 +161,11 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
         ) from error
 
 
-def _read_all(model: ModelProto, folder: Path | None) -> tuple[StoredWeight, ...]:
+def _read_all(model: ModelProto, path: Path | None) -> tuple[StoredWeight, ...]:
     """Every weight, once calls that decode and dequantize at once are two nodes each."""
     nodes = [part for node in model.graph.node for part in expand_call(node)]
     makers = {output: node for node in nodes for output in node.output}
-    contents = replace(Contents.of(model), initializers=_Initializers(model, folder), makers=makers)
+    contents = replace(Contents.of(model), initializers=_Initializers(model, path), makers=makers)
     users: dict[str, list[NodeProto]] = {}
     for node in nodes:
         for name in node.input[:1]:
@@ -417,14 +417,14 @@ def _read_floats(tensor: TensorProto) -> np.ndarray:
 class _Initializers(dict[str, TensorProto]):
     """By name; external data is read when a tensor is asked for."""
 
-    def __init__(self, model: ModelProto, folder: Path | None) -> None:
+    def __init__(self, model: ModelProto, path: Path | None) -> None:
         super().__init__({tensor.name: tensor for tensor in model.graph.initializer})
-        self.folder = folder
+        self.path = path
 
     def __getitem__(self, name: str) -> TensorProto:
         tensor = super().__getitem__(name)
-        if self.folder is not None and tensor.data_location == TensorProto.EXTERNAL:
-            content = read_external_bytes(tensor, self.folder)
+        if self.path is not None and tensor.data_location == TensorProto.EXTERNAL:
+            content = read_external_bytes(tensor, self.path)
             clear_data(tensor)
             tensor.raw_data = content
         return tensor
