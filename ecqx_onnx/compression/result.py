@@ -176,10 +176,12 @@ class CompressResult:
             Column("error", right=True, meaning="||y - y'|| / ||y|| of the worst output"),
             Column(""),
         )
-        known = [n for n, column in enumerate(columns) if any(row[n] for row in rows)]
+        # Columns that say something of any point.
+        cells = list(zip(*rows, strict=True))
+        known = [number for number, column in enumerate(cells) if any(column)]
         return FittedTable(
             [columns[number] for number in known],
-            [[row[number] for number in known] for row in rows],
+            list(zip(*[cells[number] for number in known], strict=True)),
             title=f"points tried; wanted: {self.bounds.words}",
         )
 

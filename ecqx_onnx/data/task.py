@@ -201,8 +201,9 @@ def load_training_data(spec: str, arguments: Sequence[str], *, classes: bool) ->
     if is_function_spec(spec):
         return _make(spec, _call(spec), arguments, classes=classes)
     if path.suffix == ".npz" and path.is_file():
-        names = {ONE_INPUT, *TARGETS, *arguments}
-        wanted = {f"{name}{part}" for name in names for part in PARTS}
+        wanted: set[str] = set()
+        for part in PARTS:
+            wanted.update(f"{name}{part}" for name in (ONE_INPUT, *TARGETS, *arguments))
         found = read_npz(path, wanted={*wanted, "is_test", "jpeg_test"})
         if "jpeg_test" in found:
             return load_dataset(spec)

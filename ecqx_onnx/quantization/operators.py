@@ -19,8 +19,10 @@ def list_spellings(*names: str) -> frozenset[Callable]:
     Returns:
         The functions.
     """
-    homes = (torch, F, Tensor)
-    return frozenset(getattr(home, name) for home in homes for name in names if hasattr(home, name))
+    found: set[Any] = set()
+    for home in (torch, F, Tensor):
+        found.update(getattr(home, name) for name in names if hasattr(home, name))
+    return frozenset(found)
 
 
 ADDITIONS = list_spellings("add", "__add__", "__radd__")
@@ -45,7 +47,10 @@ def find_tensors(value: Any) -> list[Tensor]:
         value = value.values()
     elif not isinstance(value, (list, tuple)):
         return []
-    return [tensor for item in value for tensor in find_tensors(item)]
+    found: list[Tensor] = []
+    for item in value:
+        found += find_tensors(item)
+    return found
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

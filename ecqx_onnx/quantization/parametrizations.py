@@ -72,9 +72,10 @@ def find_parametrized(model: nn.Module) -> tuple[Parametrized, ...]:
     Returns:
         One entry for each such weight; empty for most models.
     """
-    return tuple(
-        entry for layer, module in model.named_modules() for entry in _find_in_module(layer, module)
-    )
+    found: list[Parametrized] = []
+    for layer, module in model.named_modules():
+        found.extend(_find_in_module(layer, module))
+    return tuple(found)
 
 
 def _find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:

@@ -77,7 +77,9 @@ def find_candidates(model: nn.Module, example: Any = None) -> tuple[Candidate, .
     if example is not None and _is_in_doubt(model):
         traced = _trace_weights(model, example)
     computed = {entry.name: entry for entry in find_parametrized(model)}
-    sources = {name for entry in computed.values() for name in entry.sources}
+    sources: set[str] = set()
+    for entry in computed.values():
+        sources.update(entry.sources)
     multiplied = dict(_find_in_code(model))
     found: list[Candidate] = []
     seen: set[int] = set()

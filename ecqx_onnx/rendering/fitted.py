@@ -117,8 +117,10 @@ class FittedTable:
             return natural
         if kind == "prose":
             return min(natural, LEAST_PROSE)
-        longest = max(len(part) for cell in cells for part in split_name(cell))
-        return min(natural, max(longest, LONGEST_NAME))
+        longest = LONGEST_NAME
+        for cell in cells:
+            longest = max(longest, *map(len, split_name(cell)))
+        return min(natural, longest)
 
     def _draw_table(self, shown: Sequence[int], width: int) -> Table:
         widths = {number: self._find_least(number) for number in shown}

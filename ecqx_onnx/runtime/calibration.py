@@ -23,6 +23,7 @@ import onnxruntime
 from ecqx_onnx_converters.graph.files import write_proto
 from ecqx_onnx_converters.graph.graph import FloatGraph
 from ecqx_onnx_converters.graph.outputs import open_temporary_folder
+from ecqx_onnx_converters.graph.uses import find_makers
 from onnx import ModelProto, TensorProto, helper
 from onnx.shape_inference import infer_shapes
 from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -203,8 +204,7 @@ def _run_every_value(
     }
     made = [
         name
-        for node in proto.graph.node
-        for name in node.output
+        for name in find_makers(proto.graph.node)
         if name and kinds.get(name) == TensorProto.FLOAT
     ]
     proto.graph.output.extend(_declare_value(name) for name in made if name not in known)

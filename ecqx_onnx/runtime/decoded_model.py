@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.graph.graph import list_graphs, list_subgraphs
+from ecqx_onnx_converters.graph.graph import list_subgraphs
+from ecqx_onnx_converters.graph.uses import find_makers, list_initializers
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ecqx_onnx.errors import CheckFailed
@@ -52,9 +53,7 @@ class DecodedModel:
         Returns:
             The bytes of an ONNX file; None above protobuf's 2 GB.
         """
-        tensors = (
-            tensor for graph in list_graphs(self.proto.graph) for tensor in graph.initializer
-        )
+        tensors = list_initializers(self.proto.graph)
         if sum(map(count_stored_bytes, tensors)) > SERIALIZED_LIMIT:
             return None
         return remove_quantization(self.proto).SerializeToString()
@@ -76,17 +75,13 @@ def decode_model(model: ModelProto) -> DecodedModel:
     proto.CopyFrom(model)
     _fold_constants(proto.graph, proto, {})
     del proto.metadata_props[:]
-    tensors = [tensor for graph in list_graphs(proto.graph) for tensor in graph.initializer]
-    floats = {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in tensors
-        if tensor.data_type == TensorProto.FLOAT
-    }
-    integers = {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in tensors
-        if tensor.data_type == TensorProto.INT8
-    }
+    floats: dict[str, np.ndarray] = {}
+    integers: dict[str, np.ndarray] = {}
+    for tensor in list_initializers(proto.graph):
+        if tensor.data_type == TensorProto.FLOAT:
+            floats[tensor.name] = numpy_helper.to_array(tensor)
+        if tensor.data_type == TensorProto.INT8:
+            integers[tensor.name] = numpy_helper.to_array(tensor)
     return DecodedModel(proto, floats, integers)
 
 
@@ -95,17 +90,16 @@ def _fold_constants(graph: GraphProto, model: ModelProto, outer: Mapping[str, Te
 
     Then those of the inner graphs, which see the outer constants.
     """
-    inputs = {
-        value.name for value in graph.input
-    }  # an initializer that is an input too may be overridden: not constant
+    # An initializer that is an input too may be overridden: it is not constant.
+    inputs = {value.name for value in graph.input}
     constants = dict(outer)
-    constants.update(
-        {tensor.name: tensor for tensor in graph.initializer if tensor.name not in inputs}
-    )
+    for tensor in graph.initializer:
+        if tensor.name not in inputs:
+            constants[tensor.name] = tensor
     for sparse in graph.sparse_initializer:
         constants[sparse.values.name] = _make_dense(sparse)
     constant, rest = _split_graph(graph, set(constants))
-    frontier = _find_readers(rest, graph) & {name for node in constant for name in node.output}
+    frontier = _find_readers(rest, graph) & find_makers(constant).keys()
     computed = _evaluate(constant, sorted(frontier), constants, model)
     del graph.node[:]
     graph.node.extend(rest)
@@ -140,9 +134,8 @@ def _split_graph(graph: GraphProto, constants: set[str]) -> tuple[list[NodeProto
 
 
 def _reads_outside(graph: GraphProto) -> bool:
-    made = {value.name for value in (*graph.input, *graph.initializer)} | {
-        name for node in graph.node for name in node.output
-    }
+    made = {value.name for value in (*graph.input, *graph.initializer)}
+    made.update(find_makers(graph.node))
     return not _find_readers(list(graph.node), graph) - {""} <= made
 
 
@@ -156,7 +149,7 @@ def _evaluate(
 
     It runs without optimizations, each operator exactly as written.
     """
-    makers = {output: node for node in nodes for output in node.output}
+    makers = find_makers(nodes)
     results: dict[str, TensorProto] = {}
     piece: list[str] = []
     read: set[str] = set()

@@ -47,7 +47,9 @@ def _convert_constants_to_floats(proto: ModelProto, nodes: list[NodeProto]) -> N
 
     The time that these take does not depend on their values.
     """
-    read = {name for node in nodes for name in node.input}
+    read: set[str] = set()
+    for node in nodes:
+        read.update(node.input)
     tensors = list(proto.graph.initializer)
     del proto.graph.initializer[:]
     for tensor in tensors:

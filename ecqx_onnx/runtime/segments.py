@@ -45,7 +45,10 @@ class Segments:
     @property
     def live_bytes(self) -> int:
         """Bytes of all values that are alive here."""
-        return sum(value.nbytes for alive in self.live for value in alive.values())
+        total = 0
+        for alive in self.live:
+            total += sum(value.nbytes for value in alive.values())
+        return total
 
     def advance(self, position: int, weights: Mapping[str, np.ndarray]) -> None:
         """Runs the nodes up to `position` with these values of changed weights.
@@ -57,8 +60,9 @@ class Segments:
         """
         if position <= self.position:
             return
-        made = [name for index in range(self.position, position) for name in self._outputs(index)]
-        kept = [name for name in made if self._last_read.get(name, -1) >= position]
+        kept = []
+        for index in range(self.position, position):
+            kept += [n for n in self._outputs(index) if self._last_read.get(n, -1) >= position]
         for batch, new in enumerate(self._run(self.position, position, kept, weights)):
             alive = self.live[batch]
             needed = {

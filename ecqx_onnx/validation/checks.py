@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from ecqx_onnx_converters.graph.graph import list_graphs
+from ecqx_onnx_converters.graph.uses import list_operators
 from ecqx_onnx_converters.graph.well_formed import find_fault
 from ecqx_onnx_converters.serialization.reading import is_as_written, read_metadata
 
@@ -182,11 +182,7 @@ def has_quantized_activations(file: OnnxFile) -> bool:
     """
     if file.metadata:
         return bool(file.metadata.get("activations"))
-    return any(
-        rounds_activations(node.op_type)
-        for graph in list_graphs(file.proto.graph)
-        for node in graph.node
-    )
+    return any(map(rounds_activations, list_operators(file.proto.graph)))
 
 
 def check_weights(comparison: WeightsComparison, *, alone: bool = False) -> Check:

@@ -203,12 +203,11 @@ def compare_models(
 
 def _find_mismatch(references: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> str | None:
     """A sentence where the outputs cannot be paired."""
-    shapes = [str([list(array.shape) for array in arrays]) for arrays in (results, references)]
-    return (
-        None
-        if shapes[0] == shapes[1]
-        else f"its outputs have other shapes than the original's: {' and '.join(shapes)}"
-    )
+    got = [list(array.shape) for array in results]
+    wanted = [list(array.shape) for array in references]
+    if got == wanted:
+        return None
+    return f"its outputs have other shapes than the original's: {got} and {wanted}"
 
 
 def _judge_outputs(

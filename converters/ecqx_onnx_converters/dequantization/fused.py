@@ -17,7 +17,7 @@ from onnx import FunctionProto, GraphProto, NodeProto, helper
 
 from ecqx_onnx_converters.dequantization.dequantization import BODIES
 from ecqx_onnx_converters.graph.graph import list_graphs
-from ecqx_onnx_converters.graph.uses import find_uses, set_attribute
+from ecqx_onnx_converters.graph.uses import find_makers, find_uses, set_attribute
 from ecqx_onnx_converters.storage import DOMAIN, Stored
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
 
@@ -79,14 +79,14 @@ def fold_transpose_into_gemm(graph: GraphProto) -> set[str]:
         for node in graph.node
         if node.domain == DOMAIN and node.op_type in FUSED
     }
-    uses, outputs = (
-        find_uses(graph),
-        {value.name for scope in list_graphs(graph) for value in scope.output},
-    )
+    uses = find_uses(graph)
+    outputs: set[str] = set()
+    for scope in list_graphs(graph):
+        outputs.update(value.name for value in scope.output)
     turned = set()
-    for node in [
-        node for node in graph.node if node.op_type == "Transpose" and node.input[0] in calls
-    ]:
+    for node in list(graph.node):
+        if node.op_type != "Transpose" or node.input[0] not in calls:
+            continue
         readers = uses.get(node.output[0], [])
         gemm = all(use.node.op_type == "Gemm" and use.position == 1 for use in readers)
         if list(node.attribute[0].ints) != [1, 0] or not gemm or node.output[0] in outputs:
@@ -157,27 +157,25 @@ def compose(name: str, first: FunctionProto, second: FunctionProto) -> FunctionP
     Returns:
         One function for both.
     """
+    # 1. Names that the first function does not have, for every value of the second.
     letters = _list_free_letters(first)
     new = {second.input[0]: first.output[0]}
-    new |= {
-        value: next(letters)
-        for value in (*second.input[1:], *(made for node in second.node for made in node.output))
-    }
+    for value in (*second.input[1:], *find_makers(second.node)):
+        new[value] = next(letters)
+
+    # 2. The second function's nodes under these names, behind the first one's.
     nodes = list(first.node)
     for node in second.node:
         own = NodeProto()
         own.CopyFrom(node)
-        own.input[:], own.output[:] = (
-            [new[value] for value in values] for values in (node.input, node.output)
-        )
+        own.input[:] = [new[value] for value in node.input]
+        own.output[:] = [new[value] for value in node.output]
         nodes.append(own)
-    inputs, outputs = (
-        [*first.input, *(new[value] for value in second.input[1:])],
-        [new[value] for value in second.output],
-    )
+    inputs = [*first.input, *(new[value] for value in second.input[1:])]
+    outputs = [new[value] for value in second.output]
     return helper.make_function(DOMAIN, name, inputs, outputs, nodes, list(first.opset_import))
 
 
 def _list_free_letters(function: FunctionProto) -> Iterator[str]:
-    taken = {*function.input, *(value for node in function.node for value in node.output)}
+    taken = {*function.input, *find_makers(function.node)}
     return (letter for letter in string.ascii_letters if letter not in taken)

@@ -24,7 +24,7 @@ from ecqx_onnx.tensors import QuantTensor, Scale
 from ecqx_onnx_converters.graph.constants import Constants
 from ecqx_onnx_converters.graph.graph import FloatGraph, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
-from ecqx_onnx_converters.graph.uses import find_uses
+from ecqx_onnx_converters.graph.uses import find_positions, find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight
 from ecqx_onnx_converters.passes.work import Work
 
@@ -54,7 +54,7 @@ def find_places(work: Work) -> tuple[Place, ...]:
     nodes, constants = graph.proto.graph.node, Constants(graph)
     uses = {name: len(places) for name, places in find_uses(graph.proto.graph).items()}
     outputs = {value.name for value in graph.proto.graph.output}
-    makers = {name: index for index, node in enumerate(nodes) for name in node.output}
+    makers = find_positions(nodes)
     weights = {
         weight.name: weight for weight in matching.found if isinstance(weight.tensor.meaning, Scale)
     }

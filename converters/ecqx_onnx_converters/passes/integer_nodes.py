@@ -20,7 +20,7 @@ from ecqx_onnx.tensors import Scale
 from ecqx_onnx_converters.dequantization.dequantization import refuse_standard
 from ecqx_onnx_converters.graph.constants import Constants, list_names_inside
 from ecqx_onnx_converters.graph.graph import FloatGraph
-from ecqx_onnx_converters.graph.uses import find_uses
+from ecqx_onnx_converters.graph.uses import find_positions, find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -115,7 +115,7 @@ class _Search:
         self.uses = find_uses(graph.proto.graph)
         self.outputs = {value.name for value in graph.proto.graph.output}
         self.types = _infer_element_types(graph)
-        self.makers = {name: index for index, node in enumerate(self.nodes) for name in node.output}
+        self.makers = find_positions(self.nodes)
         self.readers = self._readers()
         self.quantized: set[str] = set()  # values that exist as bytes
         self.integer: dict[int, IntegerNode] = {}

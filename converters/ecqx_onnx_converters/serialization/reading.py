@@ -21,6 +21,7 @@ from ecqx_onnx_converters.dequantization.integers import read_integers
 from ecqx_onnx_converters.graph.files import read_external_bytes, read_proto
 from ecqx_onnx_converters.graph.graph import clear_data, read_values
 from ecqx_onnx_converters.graph.limits import LONGEST_NAME
+from ecqx_onnx_converters.graph.uses import find_makers
 from ecqx_onnx_converters.matching.matching import GraphWeight
 from ecqx_onnx_converters.serialization.checksum import compute_checksum
 from ecqx_onnx_converters.serialization.metadata import (
@@ -163,8 +164,10 @@ def read_weights(source: ModelProto | Path | str) -> tuple[StoredWeight, ...]:
 
 def _read_all(model: ModelProto, path: Path | None) -> tuple[StoredWeight, ...]:
     """Every weight, once calls that decode and dequantize at once are two nodes each."""
-    nodes = [part for node in model.graph.node for part in expand_call(node)]
-    makers = {output: node for node in nodes for output in node.output}
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        nodes.extend(expand_call(node))
+    makers = find_makers(nodes)
     contents = replace(Contents.of(model), initializers=_Initializers(model, path), makers=makers)
     users: dict[str, list[NodeProto]] = {}
     for node in nodes:

@@ -22,7 +22,7 @@ from ecqx_onnx_converters.graph.graph import (
     list_value_names,
     rename_values,
 )
-from ecqx_onnx_converters.graph.uses import find_uses
+from ecqx_onnx_converters.graph.uses import find_makers, find_uses
 from ecqx_onnx_converters.matching.digits import join_digits
 from ecqx_onnx_converters.matching.matching import GraphWeight, Integers, Matching
 from ecqx_onnx_converters.serialization.reading import (
@@ -92,7 +92,7 @@ def unpack(path: Path | str) -> Unpacked:
     # 2. Take the nodes out that make the weights' floats.
     graph = FloatGraph.load(path)
     main = graph.proto.graph
-    makers = {output: node for node in main.node for output in node.output}
+    makers = find_makers(main.node)
     before = set(find_uses(main))
     found: list[GraphWeight] = []
     plain: dict[str, TensorProto] = {}

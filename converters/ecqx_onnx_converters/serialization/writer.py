@@ -56,7 +56,7 @@ from ecqx_onnx_converters.graph.graph import list_graphs, list_value_names
 from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.graph.opsets import set_opset
 from ecqx_onnx_converters.graph.outputs import check_output
-from ecqx_onnx_converters.graph.uses import find_uses
+from ecqx_onnx_converters.graph.uses import find_makers, find_uses
 from ecqx_onnx_converters.graph.well_formed import find_fault
 from ecqx_onnx_converters.passes.shapes import fix_batch
 from ecqx_onnx_converters.planning.packed_choice import choose_fused
@@ -230,7 +230,7 @@ def _clear_graph(graph: GraphProto, quantized: Collection[str]) -> None:
 
 def _state_shapes(graph: GraphProto, plan: Plan) -> None:
     """Adds the plan's shapes of values that the plan's graph makes, in place."""
-    made = {name for node in plan.graph.proto.graph.node for name in node.output}
+    made = find_makers(plan.graph.proto.graph.node)
     listed = {value.name for value in graph.output}
     for value in plan.shapes:
         if value.name in made and value.name not in listed:

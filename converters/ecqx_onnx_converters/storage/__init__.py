@@ -15,6 +15,7 @@ import numpy as np
 from google.protobuf.message import Message
 from onnx import FunctionProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
+from ecqx_onnx_converters.graph.uses import find_makers
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.targets import Target
 
@@ -89,7 +90,7 @@ class Contents:
         return cls(
             {tensor.name: tensor for tensor in graph.initializer},
             {sparse.values.name: sparse for sparse in graph.sparse_initializer},
-            {output: node for node in graph.node for output in node.output},
+            find_makers(graph.node),
         )
 
 

@@ -214,9 +214,11 @@ def _as_weight(
     dense = [one for one in candidates if one.kind != "table"] or candidates
     if len({(one.kind, one.groups) for one in dense}) > 1:
         return Passed(name, values.shape, "its readers see it in different layouts")
-    products = tuple(product for one in (*dense, *candidates) for product in one.products)
+    products: dict[Product, None] = {}  # each once, in order
+    for one in (*dense, *candidates):
+        products.update(dict.fromkeys(one.products))
     first = dense[0]
-    return Weight(name, first.shape, first.groups, first.kind, tuple(dict.fromkeys(products)))
+    return Weight(name, first.shape, first.groups, first.kind, tuple(products))
 
 
 def _by_operator(name: str, values: np.ndarray, use: Use, main: bool) -> Weight | None:

@@ -421,7 +421,7 @@ def _collect(parts: Any) -> Any:
     if not batches:
         raise DataError("it yields no sample")
     if isinstance(batches[0], Mapping):
-        return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+        return _join_by_name(batches)
     if isinstance(batches[0], tuple):
         columns = zip(*batches, strict=True)
         return tuple(_join(column) for column in columns)
@@ -430,8 +430,15 @@ def _collect(parts: Any) -> Any:
 
 def _join(column: Sequence[Any]) -> Any:
     if isinstance(column[0], Mapping):
-        return {key: np.concatenate([part[key] for part in column]) for key in column[0]}
+        return _join_by_name(column)
     return np.concatenate([np.atleast_1d(np.asarray(part)) for part in column])
+
+
+def _join_by_name(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    joined = {}
+    for name in parts[0]:
+        joined[name] = np.concatenate([part[name] for part in parts])
+    return joined
 
 
 def _from_values(

@@ -301,10 +301,8 @@ def _record_running_order(
     for handle in handles:
         handle.remove()
     names = {module: name for name, module in shadow.named_modules()}
-    order = [
-        (names[module], module)
-        for module in (*ran, *(module for module in names if module not in ran))
-    ]
+    others = [module for module in names if module not in ran]
+    order = [(names[module], module) for module in (*ran, *others)]
     return order, unlike, output
 
 

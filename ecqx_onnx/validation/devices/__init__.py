@@ -9,7 +9,8 @@ from ecqx_onnx.validation.devices.devices import (
     find_device,
 )
 from ecqx_onnx.validation.devices.setup import set_up
-from ecqx_onnx.validation.devices.validation import TIME_LIMIT, DeviceTable, Trouble, validate_on
+from ecqx_onnx.validation.devices.side_by_side import DeviceTable, Trouble
+from ecqx_onnx.validation.devices.validation import TIME_LIMIT, validate_on
 
 __all__ = [
     "KNOWN",

@@ -261,24 +261,28 @@ def _refuse_result(device: str, raw: Mapping[str, Any]) -> None:
 
 def _parse_result(job: Job, folder: Path, raw: Mapping[str, Any]) -> Result:
     """ValueError or TypeError for a field that no runner writes so."""
-    plain, batches = raw.get("plain"), _list(raw["batches"], "batches")
+    batches = _list(raw["batches"], "batches")
     if len(batches) != job.batches:
         raise ValueError(f"{len(batches)} batches of {job.batches}")
+    outputs = []
+    for batch in batches:
+        outputs.append(tuple(dict(entry) for entry in _list(batch, "a batch")))
+    plain = raw.get("plain")
+    if plain is not None:
+        entries = _list(plain, "plain")
+        plain = tuple(_read_array(folder, entry, "an unoptimised output") for entry in entries)
+    peak_memory = raw.get("peak_memory")
+    if peak_memory is not None:
+        peak_memory = _count(peak_memory, "peak_memory")
     return Result(
         folder=folder,
         runtime=_read_text(raw["runtime"], "runtime"),
-        batches=tuple(tuple(dict(entry) for entry in _list(batch, "a batch")) for batch in batches),
-        plain=None
-        if plain is None
-        else tuple(
-            _read_array(folder, entry, "an unoptimised output") for entry in _list(plain, "plain")
-        ),
+        batches=tuple(outputs),
+        plain=plain,
         operators=_read_operators(raw.get("operators")),
         load_seconds=_read_seconds(raw.get("load_seconds"), "load_seconds"),
         latency=_read_latency(raw.get("latency")),
-        peak_memory=None
-        if raw.get("peak_memory") is None
-        else _count(raw["peak_memory"], "peak_memory"),
+        peak_memory=peak_memory,
     )
 
 

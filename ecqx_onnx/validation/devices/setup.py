@@ -250,7 +250,9 @@ def _download_arm64_debs(work: Path) -> None:
         "Dir::Cache::archives": str(archives),
         "Debug::NoLocking": "1",
     }
-    options = [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
+    options = []
+    for key, value in settings.items():
+        options += ["-o", f"{key}={value}"]
     _run_program("arm64", ["apt-get", *options, "--quiet=2", "update"], work)
     install = [
         "install",

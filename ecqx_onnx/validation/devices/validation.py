@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ecqx_onnx_converters.graph.outputs import open_temporary_folder
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError
@@ -46,7 +41,7 @@ from ecqx_onnx.validation.outputs.samples import SampleBatches
 from ecqx_onnx.validation.references.float_distance import FloatBounds
 from ecqx_onnx.validation.references.floats import measure_float16_shift
 from ecqx_onnx.validation.references.onnx_reference import OnnxReference
-from ecqx_onnx.validation.report import Check, ValidationReport, show
+from ecqx_onnx.validation.report import Check, ValidationReport
 from ecqx_onnx.validation.validator import (
     has_scores,
     is_judged_by_distance,
@@ -60,10 +55,6 @@ if TYPE_CHECKING:
     import torch
 
 
-ROWS = (
-    "runtime", "verdict", "accuracy (95 %)", "PyTorch's class", "largest difference",
-    "load", "latency", "x float", "memory",
-)  # fmt: skip
 TIME_LIMIT = ValidateOptions.time_limit  # seconds for everything that the runner does
 
 
@@ -224,101 +215,6 @@ def validate_on(
         operators=result.operators or {},
         device=device.name,
         peak_memory=result.peak_memory,
-    )
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """A device that gave no result, and why, in one sentence."""
-
-    device: str
-    sentence: str
-
-
-@dataclass(frozen=True)
-class DeviceTable:
-    """Reports of one file (or several) on several devices, side by side.
-
-    Attributes:
-        reports: One for each device that gave one.
-        troubles: Devices that gave none.
-    """
-
-    reports: tuple[ValidationReport, ...]
-    troubles: tuple[Trouble, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether every device gave a report without failures."""
-        return not self.troubles and all(report.ok for report in self.reports)
-
-    @property
-    def failures(self) -> tuple[Check, ...]:
-        """The checks that failed, of all reports."""
-        return tuple(check for report in self.reports for check in report.failures)
-
-    def render(self) -> RenderableType:
-        """Draw the reports for a terminal.
-
-        Returns:
-            A table with a column for each device, then what failed.
-        """
-        files = ", ".join(
-            sorted({f"{report.file}: {show(report.size)} bytes" for report in self.reports})
-        )
-        table = Table(title=Text(files or "on each device"), title_justify="left")
-        columns = [_make_column(report) for report in self.reports] + [
-            (t.device, "", "no result") for t in self.troubles
-        ]
-        for heading in ("", *(column[0] for column in columns)):
-            table.add_column(Text(heading), overflow="fold")
-        for row in itertools.zip_longest(ROWS, *(column[1:] for column in columns), fillvalue=""):
-            table.add_row(*map(Text, row))
-        failed = [
-            Text(f"{r.device}: {c.name}: {c.sentence}", style="red")
-            for r in self.reports
-            for c in r.failures
-        ]
-        slow = [
-            Text(f"{r.device}: {c.name}: {c.sentence}", style="yellow")
-            for r in self.reports
-            for c in r.checks
-            if c.name == "latency"
-        ]
-        notes = [
-            Text(f"note: {note}", style="yellow")
-            for note in dict.fromkeys(n for r in self.reports for n in r.notes)
-        ]
-        return Group(table, *notes, *failed, *slow)
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Describe the reports in JSON values.
-
-        Returns:
-            A report for each device; of one without result: device, ok, error.
-        """
-        troubles = [
-            {"device": trouble.device, "ok": False, "error": trouble.sentence}
-            for trouble in self.troubles
-        ]
-        return [*(report.to_json() for report in self.reports), *troubles]
-
-
-def _make_column(report: ValidationReport) -> tuple[str, ...]:
-    """The device's name, then a cell for each of ROWS."""
-    return (
-        report.device or "here",
-        report.runtime,
-        "ok" if report.ok else "FAILED",
-        str(report.onnx_accuracy or ""),
-        f"{100 * report.agreement.share:.2f} % of {report.agreement.total}"
-        if report.agreement
-        else "",
-        show(report.largest_difference),
-        f"{1e3 * report.load_seconds:.1f} ms" if report.load_seconds is not None else "",
-        f"{1e3 * report.latency.seconds:.3f} ms" if report.latency else "",
-        f"{report.latency.ratio:.2f}" if report.latency else "",
-        f"{report.peak_memory / 2**20:.1f} MiB" if report.peak_memory is not None else "",
     )
 
 

@@ -295,5 +295,6 @@ def pad_batch(array: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def _describe_mismatch(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> str:
-    shapes = " and ".join(str([list(array.shape) for array in arrays]) for arrays in (got, wanted))
-    return f"its outputs have other shapes than PyTorch's: {shapes}"
+    shapes = [list(array.shape) for array in got]
+    theirs = [list(array.shape) for array in wanted]
+    return f"its outputs have other shapes than PyTorch's: {shapes} and {theirs}"

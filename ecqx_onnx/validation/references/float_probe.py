@@ -184,14 +184,11 @@ def example_of(program: torch.export.ExportedProgram) -> tuple[torch.Tensor, ...
         if node.op == "placeholder" and node.name in inputs
     ]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    shapes = [
-        [length if isinstance(length, int) else FREE for length in tensor.shape]
-        for tensor in tensors
-    ]
-    return tuple(
-        torch.zeros(shape, dtype=tensor.dtype)
-        for tensor, shape in zip(tensors, shapes, strict=True)
-    )
+    zeros = []
+    for tensor in tensors:
+        shape = [length if isinstance(length, int) else FREE for length in tensor.shape]
+        zeros.append(torch.zeros(shape, dtype=tensor.dtype))
+    return tuple(zeros)
 
 
 def _draw_random(name: str, leaf: torch.Tensor, generator: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import list_graphs
+from ecqx_onnx_converters.graph.uses import list_operators
 
 from ecqx_onnx.errors import CheckFailed, DataError, ModelError
 from ecqx_onnx.inputs.onnx_file import OnnxFile
@@ -31,8 +31,9 @@ def find_integer_operator(file: OnnxFile) -> str | None:
     """
     if file.metadata.get("tensors"):
         return "ecqx-onnx"
-    operators = {node.op_type for scope in list_graphs(file.proto.graph) for node in scope.node}
-    operators |= {node.op_type for function in file.proto.functions for node in function.node}
+    operators = list_operators(file.proto.graph)
+    for function in file.proto.functions:
+        operators.update(node.op_type for node in function.node)
     return next((name for name in INTEGERS if name in operators), None)
 
 

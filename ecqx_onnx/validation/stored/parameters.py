@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ecqx_onnx_converters.graph.graph import list_graphs
+from ecqx_onnx_converters.graph.uses import list_initializers
 from ecqx_onnx_converters.serialization.reading import StoredWeight
 from onnx import ModelProto, TensorProto, numpy_helper
 
@@ -39,10 +39,9 @@ def list_float_tensors(model: ModelProto) -> dict[str, np.ndarray]:
     Returns:
         Values by name; two of one name in two subgraphs count as one.
     """
-    tensors = (tensor for graph in list_graphs(model.graph) for tensor in graph.initializer)
     return {
         tensor.name: numpy_helper.to_array(tensor)
-        for tensor in tensors
+        for tensor in list_initializers(model.graph)
         if tensor.data_type in FLOATS
     }
 

@@ -49,13 +49,14 @@ def compare_weights(
     Returns:
         How many are right, and a sentence for each that is not.
     """
-    own = {name for item in stored for name in (item.value, item.levels_name)}
+    own: set[str] = set()
+    for item in stored:
+        own.update((item.value, item.levels_name))
     values = {
         name: weight for name, weight in decoded.items() if weight.ndim >= 2 and name not in own
     }
-    values.update(
-        {item.weight.name: np.ascontiguousarray(item.weight.dequantize()) for item in stored}
-    )
+    for item in stored:
+        values[item.weight.name] = np.ascontiguousarray(item.weight.dequantize())
     matching = match(values, tensors)
     matched = {weight.name: weight for weight in matching.found}
     faults: dict[str, str] = {}
