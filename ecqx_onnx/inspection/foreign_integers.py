@@ -43,7 +43,7 @@ def list_foreign_integers(path: Path) -> tuple[InspectedTensor, ...]:
             form = "read as integers"
             if weight.integers.digits > 1:
                 storage = f"{storage}, {weight.integers.digits} in each"
-        nbytes = foreign.replaced[weight.name]
+        nbytes = foreign.replaced[source]
         rows.append(
             InspectedTensor.from_tensor(weight.tensor, weight.sources, storage, form, nbytes)
         )
