@@ -337,3 +337,33 @@ def test_a_masked_decoder_validates_on_random_inputs(tmp_path):
     api.convert(checkpoint, tmp_path / "m.onnx")
     report = api.validate(tmp_path / "m.onnx", against=checkpoint, latency_runs=0)
     assert report.ok, report.failures
+
+
+class Running(nn.Module):
+    """Adds its running state, in place or anew."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.layer, self.in_place = nn.Linear(8, 8), in_place
+        self.register_buffer("state", torch.zeros(8))
+
+    def forward(self, x):
+        y = self.layer(x) + self.state
+        change = x.mean(0).abs() * 100
+        if self.in_place:
+            self.state.add_(change)
+        else:
+            self.state = self.state + change
+        return y
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_running_state_does_not_widen_the_bound_that_a_file_is_measured_by(tmp_path, in_place):
+    torch.manual_seed(0)
+    checkpoint = api.as_checkpoint(Running(in_place), example=torch.randn(2, 8), bits=4)
+    assert any("writes the model's buffers (state)" in note for note in checkpoint.notes)
+    api.convert(checkpoint, tmp_path / "m.onnx")
+    report = api.validate(tmp_path / "m.onnx", against=checkpoint, latency_runs=0)
+    assert report.ok
+    (outputs,) = [check for check in report.checks if check.name == "outputs"]
+    assert outputs.measured <= outputs.limit < 1e-3

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -203,3 +205,74 @@ def test_files_of_other_tools_are_told_by_their_first_bytes(tmp_path, spec, what
             ecqx_onnx.convert(path, tmp_path / "m.onnx", **options)
         assert "trust-pickle" not in str(raised.value)
         assert "save it again" not in str(raised.value)
+
+
+# What the user's own Python may import
+
+IMPORTS = """import torch
+from torch import nn
+from torchvision.models import SqueezeNet
+
+INPUT_SHAPE = (3, 32, 32)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+
+    def forward(self, x):
+        return self.inner(x)
+"""
+
+
+def run_python(folder, code, *, importable=()):
+    """In a process of its own; the current folder is not among what Python searches."""
+    paths = [*map(str, importable), *(path for path in sys.path if path)]
+    start = f"import sys; sys.path[:0] = {paths!r}\n{code}"
+    return subprocess.run([sys.executable, "-P", "-c", start], cwd=folder, check=True)
+
+
+def test_a_pickle_finds_its_modules_in_the_current_folder_and_torchvision_imports(tmp_path):
+    (tmp_path / "own_net.py").write_text(IMPORTS)
+    save = """
+from ecqx_onnx.quantization.relevance.zennit_import import import_zennit
+import_zennit()
+from own_net import Net
+import torch
+torch.save(Net(), "whole.pt")
+torch.save(Net().state_dict(), "state.pt")
+"""
+    run_python(tmp_path, save, importable=[tmp_path])
+    load = """
+from ecqx_onnx.sources.loading import load_model
+before = list(sys.path)
+for given in ({"path": "whole.pt", "trust_pickle": True}, {"path": "state.pt", "factory": SPEC}):
+    assert type(load_model(**given).model).__name__ == "Net"
+assert sys.path == before
+"""
+    run_python(tmp_path, load.replace("SPEC", "'own_net.py:Net'"))
+
+
+def test_a_pickle_of_a_script_is_refused_with_what_to_do(tmp_path):
+    script = "import torch; from torch import nn\n"
+    script += "class Net(nn.Linear): pass\n"
+    script += "torch.save(Net(2, 2), 'main.pt')\n"
+    (tmp_path / "train.py").write_text(script)
+    subprocess.run([sys.executable, "train.py"], cwd=tmp_path, check=True)
+    with pytest.raises(FileError, match=r"--model FILE\.py:CLASS"):
+        load_model(tmp_path / "main.pt", trust_pickle=True)
+
+
+def test_deploy_takes_a_state_dict_that_has_more_than_the_model(tmp_path, spec):
+    torch.manual_seed(0)
+    model = network()
+    torch.save(model.state_dict() | {"old.weight": torch.zeros(2)}, tmp_path / "more.pt")
+    out = tmp_path / "m.onnx"
+    options = {"factory": spec, "strict": False}
+    ecqx_onnx.convert(tmp_path / "more.pt", out, bits=8, **options)
+    deploy = {"to": "linux", "against": tmp_path / "more.pt", "factory": spec}
+    with pytest.raises(ModelError, match=r"old\.weight too many"):
+        ecqx_onnx.deploy(out, tmp_path / "folder", **deploy)
+    ecqx_onnx.deploy(out, tmp_path / "folder", strict=False, **deploy)
+    assert (tmp_path / "folder").is_dir()

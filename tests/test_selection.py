@@ -122,6 +122,19 @@ def test_what_the_code_does_not_show_stays_float_and_says_how_to_have_it_traced(
     assert {tensor.name for tensor in traced.tensors()} == {"first.weight", "weight"}
 
 
+class Cache:
+    """No tensor, as transformers' decoders return one beside their logits."""
+
+
+def test_what_a_trace_cannot_return_is_no_reason_not_to_trace():
+    class Caching(Decoder):
+        def forward(self, tokens):
+            return {"logits": super().forward(tokens), "cache": Cache()}
+
+    quantizer = Quantizer(Caching(), {"tokens": TOKENS}, relevance=None)
+    assert "positions.weight" not in {tensor.name for tensor in quantizer.tensors()}
+
+
 def test_an_example_that_cannot_be_traced_leaves_the_choice_to_the_structure():
     quantizer = Quantizer(Block(), torch.randn(4, 5), relevance=None)
     assert {tensor.name for tensor in quantizer.tensors()} == WEIGHTS

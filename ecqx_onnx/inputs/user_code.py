@@ -1,6 +1,7 @@
 """Run the user's own Python file, and take from it what "FILE.py:NAME" names.
 
-This is trusted code: it comes from the command line or a recipe. torch is not needed here.
+This is trusted code: it comes from the command line or a recipe. torch is not needed here, and
+torchvision can be imported in it beside a CPU-only torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ecqx_onnx.errors import FileError, InputError
+from ecqx_onnx.inputs.torchvision_import import import_beside_torchvision
 
 
 def is_function_spec(spec: str) -> bool:
@@ -72,7 +74,8 @@ def run_file(file: str) -> ModuleType:
     folder = str(path.parent.resolve())
     sys.path.insert(0, folder)
     try:
-        specification.loader.exec_module(module)
+        loader = specification.loader
+        import_beside_torchvision(lambda: loader.exec_module(module))
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # it may raise anything; a script ends when run

@@ -38,5 +38,6 @@ class DeployOptions:
         "For the web: add onnxruntime's WebGPU build (27 MB), used where it is faster and passes.",
     )
     samples: int | None = option(None, shared.SAMPLES, minimum=1)
+    strict: bool = option(True, shared.STRICT)
     trust_pickle: bool = option(False, shared.TRUST_PICKLE)
     force: bool = option(False, "Replace the folder if it exists.")

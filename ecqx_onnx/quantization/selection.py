@@ -9,10 +9,12 @@ every forward pass (weight_norm) stands there under its own name, W = f(g, v).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ecqx_onnx.quantization.forward_code import find_multiplied
+from ecqx_onnx.quantization.operators import find_tensors
 from ecqx_onnx.quantization.parametrizations import (
     Parametrized,
     compute_effective_weight,
@@ -183,11 +186,25 @@ def _trace_weights(model: nn.Module, example: Any) -> Mapping[str, Weight] | Non
         copy = copy_module(model).eval()
         merge_parametrizations(copy)
         args, kwargs = _make_arguments(copy, example)
+        copy.forward = _give_tensors_only(copy.forward)
         with _silence(), torch.no_grad():
             program = torch.export.export(copy, args, kwargs)
         return find_weights(program)
     except Exception:  # the network is anybody's, and torch raises anything
         return None
+
+
+def _give_tensors_only(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward without what a trace cannot return, such as a cache beside the logits."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
+            output = list(vars(output).values())
+        return tuple(find_tensors(output))
+
+    return call
 
 
 def _make_arguments(model: nn.Module, example: Any) -> tuple[tuple, dict[str, Any]]:

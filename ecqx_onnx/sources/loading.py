@@ -6,8 +6,10 @@ that the user trusts.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ecqx_onnx.errors import FileError, ModelError, OptionError
 from ecqx_onnx.inputs.program.program import load_program
 from ecqx_onnx.inputs.safetensors_file import is_safetensors, read_safetensors
 from ecqx_onnx.inputs.torch_file import is_program, load_plain
+from ecqx_onnx.inputs.torchvision_import import import_beside_torchvision
 from ecqx_onnx.inputs.user_code import is_function_spec, run_file
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 
@@ -261,11 +264,14 @@ def load_model(
         return replace(loaded, notes=notes)
     if trust_pickle:
         try:
-            model = torch.load(path, map_location="cpu", weights_only=False)
+            with _import_from_here():
+                model = import_beside_torchvision(
+                    lambda: torch.load(path, map_location="cpu", weights_only=False)
+                )
         except Exception as error:  # unpickling runs the author's code, which may raise anything
             raise FileError(
-                f"{path}: cannot be unpickled ({type(error).__name__}: {error}); run this where its"
-                " modules can be imported"
+                f"{path}: cannot be unpickled ({type(error).__name__}: {error});"
+                f" {_advise_on_pickle(error)}"
             ) from error
         if isinstance(model, torch.nn.Module):
             return Loaded(model.eval())
@@ -276,6 +282,26 @@ def load_model(
     raise ModelError(
         f"{path}: is a state dict, which has no network in it; add --model FILE.py:FACTORY"
     )
+
+
+@contextlib.contextmanager
+def _import_from_here() -> Iterator[None]:
+    """The current folder is importable, as for a script that lies there."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _advise_on_pickle(error: Exception) -> str:
+    if "__main__" in str(error):
+        return (
+            "the script that saved it defined the class itself: save model.state_dict() there and"
+            " name the class with --model FILE.py:CLASS"
+        )
+    return "run this in a folder from which its modules can be imported"
 
 
 def _find_state(document: Any, path: str | Path) -> dict[str, torch.Tensor]:

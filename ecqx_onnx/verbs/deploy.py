@@ -36,6 +36,7 @@ def deploy(
     labels: Sequence[str] = (),
     title: str = "",
     webgpu: bool = False,
+    strict: bool = True,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Deployed:
@@ -57,6 +58,7 @@ def deploy(
         title: the model's name on page and README; by default the file's.
         webgpu: add onnxruntime's WebGPU build to a folder for the web; the page uses it where a GPU
             is found, it passes the self-check and is faster.
+        strict: refuse a state dict that lacks weights, or has others.
         force: replace the folder if it exists.
         progress: called with (samples done, samples in all).
 
@@ -77,7 +79,7 @@ def deploy(
     deployment.check_page_options(platform, title, webgpu=webgpu)
     check_limits(DeployOptions, samples=samples)
     reference = load_reference(
-        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle
+        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
     )
     if isinstance(reference.module, OnnxReference):
         evaluation = load_samples_or_split(data, onnx_file, reference, samples=samples)

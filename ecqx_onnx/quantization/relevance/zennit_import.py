@@ -1,20 +1,11 @@
-"""Importing zennit beside a CPU-only torch.
-
-zennit imports torchvision. PyPI's torchvision is built for CUDA and, beside a CPU-only torch, its
-compiled operators do not load: its Python part then dies with "operator torchvision::nms does not
-exist" while it registers shapes for them. Declaring the two schemas lets the import pass; nobody
-here calls the operators. Where torchvision imports by itself nothing is changed.
-"""
+"""Importing zennit, which imports torchvision, also beside a CPU-only torch."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from types import ModuleType
 
-import torch
-
-_declared: list[torch.library.Library] = []  # the declarations last as long as this object
+from ecqx_onnx.inputs.torchvision_import import import_beside_torchvision
 
 
 def import_zennit() -> ModuleType:
@@ -23,17 +14,4 @@ def import_zennit() -> ModuleType:
     Returns:
         The package.
     """
-    try:
-        return importlib.import_module("zennit")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-    for name in [
-        name for name in sys.modules if name.partition(".")[0] in ("torchvision", "zennit")
-    ]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)
-    return importlib.import_module("zennit")
+    return import_beside_torchvision(lambda: importlib.import_module("zennit"))

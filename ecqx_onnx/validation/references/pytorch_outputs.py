@@ -19,7 +19,7 @@ LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 def run_reference(
     reference: torch.nn.Module, inputs: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, ...]:
-    """Run PyTorch's model as it is, in evaluation mode.
+    """Run PyTorch's model as it is, in evaluation mode; buffers that it writes are given back.
 
     Args:
         reference: The model.
@@ -34,7 +34,10 @@ def run_reference(
     arguments = [torch.from_numpy(array) for array in inputs]
     with torch.no_grad(), _hold_evaluation_mode(reference):
         try:
-            return _convert_to_arrays(reference(*_place_on_device(reference, arguments)))
+            outputs = torch.func.functional_call(
+                reference, _copy_buffers(reference), tuple(_place_on_device(reference, arguments))
+            )
+            return _convert_to_arrays(outputs)
         except Exception as error:  # the network is anybody's, and torch raises anything
             shapes = ", ".join(str(list(array.shape)) for array in inputs)
             message = " ".join(str(error).split())[:200]
@@ -75,6 +78,11 @@ def run_reference_exactly(
         np.issubdtype(array.dtype, np.floating) and array.dtype != np.float64 for array in arrays
     )
     return None if low else arrays
+
+
+def _copy_buffers(reference: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a forward that keeps a running state writes into: each run starts from the same."""
+    return {name: value.detach().clone() for name, value in reference.named_buffers()}
 
 
 @contextmanager
