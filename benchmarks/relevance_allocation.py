@@ -34,8 +34,8 @@ from ecqx_onnx.compression.rounding.ordered import Layers, round_in_order
 from ecqx_onnx.compression.rounding.units import choose_unit
 from ecqx_onnx.compression.search.allocation import (
     allocate,
-    dial_for_bits,
     entropy,
+    find_dial,
     measure_rate,
 )
 from ecqx_onnx.compression.search.sensitivity import measure_sensitivity
@@ -92,7 +92,7 @@ def report(layers: Layers, slopes: Mapping[str, Mapping[str, float]], feeds, tes
     expected = logits()
     for rate in RATES:
         for method, values in slopes.items():
-            dial = dial_for_bits(curves, values, rate * entries)
+            dial = find_dial(curves, values, rate * entries)
             multiples = allocate(curves, values, dial)
             steps = {name: units[name] * np.float32(m) for name, m in multiples.items()}
             model = round_in_order(layers, steps, feeds)

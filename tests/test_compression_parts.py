@@ -10,8 +10,8 @@ from ecqx_onnx.compression.model.biases import corrected_bias, with_biases
 from ecqx_onnx.compression.model.weights import Product, Window, find_weights
 from ecqx_onnx.compression.rounding.moments import MomentKey, collect_moments, unique_keys
 from ecqx_onnx.compression.rounding.ordered import Layers, round_at_once, round_in_order
-from ecqx_onnx.compression.rounding.vectors import input_vectors
-from ecqx_onnx.compression.search.allocation import LADDER, allocate, dial_for_bits, measure_rate
+from ecqx_onnx.compression.rounding.vectors import take_input_vectors
+from ecqx_onnx.compression.search.allocation import LADDER, allocate, find_dial, measure_rate
 from ecqx_onnx.compression.search.bounds import make_bounds, parse_bytes
 from ecqx_onnx.errors import OptionError
 from ecqx_onnx.runtime.runner import Runner
@@ -92,7 +92,7 @@ def test_windows_are_those_that_loops_find(strides, pads, dilations):
     image = np.random.default_rng(0).normal(size=(1, 2, 8, 7)).astype(np.float32)
     window = Window((3, 2), strides, pads, dilations)
     product = Product("Conv", "x", "y", "window", True, window)
-    found = input_vectors(image, product)
+    found = take_input_vectors(image, product)
     wanted = windows_by_hand(image[0], (3, 2), strides, pads, dilations)
     assert found[0] == pytest.approx(wanted)
 
@@ -101,7 +101,7 @@ def test_padded_tokens_are_left_out():
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     mask = np.array([[True, True, False], [True, False, False]])
     product = Product("MatMul", "x", "y", "last", True)
-    assert np.array_equal(input_vectors(x, product, mask=mask)[0], x[mask])
+    assert np.array_equal(take_input_vectors(x, product, mask=mask)[0], x[mask])
 
 
 def test_moments_of_a_grouped_convolution_are_those_of_its_windows():
@@ -171,7 +171,7 @@ def test_an_allocation_is_as_good_as_the_best_of_a_grid_at_its_own_rate():
         curves.append(measure_rate(f"w{index}", values, np.ones((1, 1, 1), np.float32)))
         slopes[f"w{index}"] = float(generator.uniform(0.1, 30))
     # Only convex parts of the curves can be reached by one slope, so compare within a bit or two.
-    dial = dial_for_bits(curves, slopes, 2.0 * sum(curve.size for curve in curves))
+    dial = find_dial(curves, slopes, 2.0 * sum(curve.size for curve in curves))
     chosen = allocate(curves, slopes, dial)
     spent = sum(curve.bits_at(chosen[curve.name]) * curve.size for curve in curves)
     error = sum(slopes[name] * multiple**2 for name, multiple in chosen.items())

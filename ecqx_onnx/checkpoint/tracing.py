@@ -123,7 +123,10 @@ def _trace_with_axes(
     try:
         program = torch.export.export(model, traced, dynamic_shapes=shapes)
     except Exception as error:
-        wanted = ", ".join(f"{name}:{axis}" for name, own in dynamic.items() for axis in own)
+        free_axes: list[str] = []
+        for name, own in dynamic.items():
+            free_axes += [f"{name}:{axis}" for axis in own]
+        wanted = ", ".join(free_axes)
         raise ModelError(
             f"the model does not trace with {wanted} free: {find_reason(error)}; free fewer axes"
         ) from error

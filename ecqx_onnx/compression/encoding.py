@@ -79,7 +79,7 @@ def encode(
     Raises:
         OptionError: the options don't go together.
     """
-    work = Work(_changed_graph(layers, model), _matching(layers, model))
+    work = Work(_make_graph(layers, model), _make_matching(layers, model))
     if options.floats == "float16":
         work = apply_passes((round_steps, store_float16), work)
     half = any(halved.names or halved.steps for halved in work.find_notes(Halved))
@@ -94,7 +94,7 @@ def encode(
     )
     stated = {**metadata, "floats": "float16"} if half else dict(metadata)
     built = build(plan, metadata=stated)
-    nbytes = _file_bytes(built)
+    nbytes = _count_file_bytes(built)
     # Functions that decode are part of what coded weights take; small against them, but counted.
     functions = sum(function.ByteSize() for function in built.model.functions)
     coded = functions + sum(row.nbytes for row in built.tensors)
@@ -102,7 +102,7 @@ def encode(
     return Encoded(plan, nbytes, coded, entries, stated, notes)
 
 
-def _file_bytes(built: Built) -> int:
+def _count_file_bytes(built: Built) -> int:
     """Of the file; of a model beyond one protobuf, of the file and its data, nearly."""
     payload = sum(values.nbytes for values in built.payloads.values())
     if payload < EXACT:
@@ -110,7 +110,7 @@ def _file_bytes(built: Built) -> int:
     return built.model.ByteSize() + payload
 
 
-def _changed_graph(layers: Layers, model: RoundedModel) -> FloatGraph:
+def _make_graph(layers: Layers, model: RoundedModel) -> FloatGraph:
     """The graph with corrected biases; its weights stay float, as the planner wants them."""
     arrays = dict(layers.graph.weights)
     for bias in layers.biases.values():
@@ -119,7 +119,7 @@ def _changed_graph(layers: Layers, model: RoundedModel) -> FloatGraph:
     return FloatGraph(layers.graph.proto, arrays)
 
 
-def _matching(layers: Layers, model: RoundedModel) -> Matching:
+def _make_matching(layers: Layers, model: RoundedModel) -> Matching:
     found = []
     for weight in layers.weights:
         rounded = model.rounded.get(weight.name)

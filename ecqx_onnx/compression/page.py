@@ -105,7 +105,7 @@ def as_html(result: Shown, *, whole: bool = True) -> str:
         _render_misses(result),
         _render_section("Float and compressed", _render_verdict(result)),
         _render_section(
-            "Error against bytes", f"<figure>{_chart(result)}</figure>{_render_points(result)}"
+            "Error against bytes", f"<figure>{_draw_chart(result)}</figure>{_render_points(result)}"
         ),
         _render_notes(result),
         _render_next(result),
@@ -216,7 +216,7 @@ def _render_next(result: Shown) -> str:
     return render_commands("Next", commands)
 
 
-def _chart(result: Shown) -> str:
+def _draw_chart(result: Shown) -> str:
     """Bytes to the right, error upwards; the chosen point filled.
 
     Its colors do not depend on a style sheet, as a notebook shows it without one.

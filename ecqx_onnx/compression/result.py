@@ -15,7 +15,7 @@ from rich.text import Text
 from ecqx_onnx.compression.search.bounds import Bounds
 from ecqx_onnx.compression.search.points import Point
 from ecqx_onnx.compression.search.quality import Quality
-from ecqx_onnx.compression.search.search import finest_first
+from ecqx_onnx.compression.search.search import sort_finest_first
 from ecqx_onnx.compression.verdict import Verdict
 from ecqx_onnx.rendering.fitted import Column, FittedTable
 from ecqx_onnx.validation.outputs.metrics import Proportion
@@ -84,11 +84,11 @@ class CompressResult:
             "bits_per_weight": self.chosen.bits_per_weight,
             "file_bits_per_weight": 8 * self.report.nbytes / max(1, self.entries),
             "weights": self.entries,
-            "verdict": _quality_json(self.verdict.quality),
+            "verdict": _write_quality(self.verdict.quality),
             "load_seconds": [self.verdict.before.load, self.verdict.after.load],
             "latency_seconds": [self.verdict.before.latency, self.verdict.after.latency],
-            "points": [_point_json(point) for point in self.points],
-            "chosen": _point_json(self.chosen),
+            "points": [_write_point(point) for point in self.points],
+            "chosen": _write_point(self.chosen),
             "float": [
                 {"name": kept.name, "shape": list(kept.shape), "reason": kept.reason}
                 for kept in self.report.kept
@@ -156,7 +156,7 @@ class CompressResult:
 
     def _curve_table(self) -> FittedTable:
         rows = []
-        for point in finest_first(self.points):
+        for point in sort_finest_first(self.points):
             agreement, drop = point.quality.agreement, point.quality.drop
             rows.append(
                 (
@@ -197,31 +197,31 @@ class CompressResult:
         return console.export_text()
 
 
-def _quality_json(quality: Quality) -> dict[str, Any]:
+def _write_quality(quality: Quality) -> dict[str, Any]:
     return {
         "error": quality.error,
         "drop": quality.drop,
         "samples": quality.samples,
-        "agreement": _proportion_json(quality.agreement),
-        "accuracy": _proportion_json(quality.accuracy),
-        "float_accuracy": _proportion_json(quality.float_accuracy),
+        "agreement": _write_proportion(quality.agreement),
+        "accuracy": _write_proportion(quality.accuracy),
+        "float_accuracy": _write_proportion(quality.float_accuracy),
         "outputs": [asdict(output) for output in quality.outputs],
     }
 
 
-def _proportion_json(proportion: Proportion | None) -> dict[str, float | int] | None:
+def _write_proportion(proportion: Proportion | None) -> dict[str, float | int] | None:
     return None if proportion is None else proportion.to_json()
 
 
-def _point_json(point: Point) -> dict[str, Any]:
+def _write_point(point: Point) -> dict[str, Any]:
     return {
         "bits": point.bits,
         "bytes": point.nbytes,
         "bits_per_weight": point.bits_per_weight,
-        "quality": _quality_json(point.quality),
+        "quality": _write_quality(point.quality),
     }
 
 
-def _rows_of(points: Sequence[Point]) -> list[tuple[int, float]]:
+def _list_rows(points: Sequence[Point]) -> list[tuple[int, float]]:
     """(bytes, error) of each point, for a chart."""
     return [(point.nbytes, point.quality.error) for point in points]

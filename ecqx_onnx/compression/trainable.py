@@ -114,7 +114,7 @@ def _number_entries(state: State) -> tuple[State, list[_Numbered]]:
         if value.ndim < 2 and not is_added:
             base = 1.0 if name in neutral else NOTHING
             filling = torch.full_like(value, base * (1 + 1e-3 * len(marked)))
-            marked[name] = _like(value, filling)
+            marked[name] = _make_like(value, filling)
             continue
         known = by_place.get(value.data_ptr())
         if known is not None and known.shape == value.shape:  # tied
@@ -124,13 +124,13 @@ def _number_entries(state: State) -> tuple[State, list[_Numbered]]:
             raise ModelError("the network is too large for --checkpoint: leave it out")
         bits = np.arange(total, total + value.numel(), dtype=np.uint32) + np.uint32(FIRST_NUMBER)
         numbers = torch.from_numpy(bits.view(np.float32).reshape(tuple(value.shape)))
-        marked[name] = by_place[value.data_ptr()] = _like(value, numbers)
+        marked[name] = by_place[value.data_ptr()] = _make_like(value, numbers)
         parameters.append(_Numbered(name, total, value.numel()))
         total += value.numel()
     return marked, parameters
 
 
-def _like(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _make_like(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The values as a Parameter where the old ones are one."""
     if isinstance(old, torch.nn.Parameter):
         return torch.nn.Parameter(values, requires_grad=False)
@@ -208,7 +208,7 @@ def _fill_program(program: torch.export.ExportedProgram, source: Checkpoint) -> 
         place = value.data_ptr()
         known = made.get(place)
         if known is None or not value.numel() or known.shape != value.shape:
-            known = made[place] = _like(blank, value.detach())
+            known = made[place] = _make_like(blank, value.detach())
         state[name] = known
     program.state_dict.update(state)
     return state
@@ -314,7 +314,7 @@ def _correct_biases(
         change = model.changed[bias] - before
         own = state.get(bias)
         if own is not None and np.array_equal(own.detach().numpy(), before):
-            state[bias] = _like(own, own.detach() + torch.from_numpy(change))
+            state[bias] = _make_like(own, own.detach() + torch.from_numpy(change))
             continue
         found = origins.of_bias(bias)
         if not found:
@@ -324,5 +324,5 @@ def _correct_biases(
             np.add.at(added, entries, change.reshape(-1)[places])
             old = state[part.name]
             new = old.detach() + torch.from_numpy(added.reshape(tuple(old.shape)))
-            state[part.name] = _like(old, new)
+            state[part.name] = _make_like(old, new)
     return lost

@@ -67,7 +67,7 @@ def judge_file(
     first = next(samples.batches(batch))[0]
     size = batch_size(first)
     outputs = run_session(before, names, first)
-    latency_before = _latency(before, names, first)
+    latency_before = _measure_latency(before, names, first)
     kept: list[list[np.ndarray]] | None = None
     if sum(array.nbytes for array in outputs) * len(samples) <= KEPT * size:
         # The float model's outputs are small: it makes room before the other one is loaded.
@@ -82,7 +82,7 @@ def judge_file(
         total.add(expected, found, labels, batch_size(feeds))
     costs = (
         Cost(sizes[0], load_before, latency_before, size),
-        Cost(sizes[1], load_after, _latency(after, names, first), size),
+        Cost(sizes[1], load_after, _measure_latency(after, names, first), size),
     )
     return Verdict(total.finish(), *costs)
 
@@ -93,7 +93,7 @@ def _open(path: Path) -> tuple[Session, float]:
     return session, time.perf_counter() - start
 
 
-def _latency(session: Session, names: Sequence[str], feeds: Feeds) -> float:
+def _measure_latency(session: Session, names: Sequence[str], feeds: Feeds) -> float:
     run_session(session, names, feeds)
     times = []
     for _ in range(ROUNDS):

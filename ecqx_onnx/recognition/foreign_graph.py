@@ -67,8 +67,10 @@ def make_runnable(file: OnnxFile) -> Path | bytes:
     Returns:
         Its path, where nothing is to be defined; else a model with all data in it.
     """
-    nodes = (node for scope in list_graphs(file.proto.graph) for node in scope.node)
-    if not any(node.domain in DOMAINS for node in nodes):
+    domains: set[str] = set()
+    for scope in list_graphs(file.proto.graph):
+        domains.update(node.domain for node in scope.node)
+    if domains.isdisjoint(DOMAINS):
         return file.path
     proto = ModelProto()
     proto.CopyFrom(file.with_data())

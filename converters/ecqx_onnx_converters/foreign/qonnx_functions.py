@@ -160,9 +160,9 @@ def drop_uncalled(model: ModelProto) -> None:
     Args:
         model: changed in place; functions of other domains stay.
     """
-    called = {
-        (node.domain, node.op_type) for scope in list_graphs(model.graph) for node in scope.node
-    }
+    called: set[tuple[str, str]] = set()
+    for scope in list_graphs(model.graph):
+        called.update((node.domain, node.op_type) for node in scope.node)
     for function in model.functions:
         called.update((node.domain, node.op_type) for node in function.node)
     for index in reversed(range(len(model.functions))):

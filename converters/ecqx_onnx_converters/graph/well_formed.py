@@ -14,6 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, defs, helper
 
 from ecqx_onnx_converters.graph.graph import list_graphs, list_subgraphs
 from ecqx_onnx_converters.graph.opsets import has_same_meaning
+from ecqx_onnx_converters.graph.uses import find_positions
 
 USUAL_OPSET = 21  # for models that import none, where it means the same as the newest
 # Domains that onnxruntime knows without an import.
@@ -83,7 +84,9 @@ def complete_imports(model: ModelProto) -> None:
     imported = {entry.domain for entry in model.opset_import}
     if not imported & {"", ALIAS}:
         model.opset_import.append(helper.make_opsetid("", _choose_opset(model)))
-    used = {node.domain for scope in list_graphs(model.graph) for node in scope.node}
+    used: set[str] = set()
+    for scope in list_graphs(model.graph):
+        used.update(node.domain for node in scope.node)
     used -= {function.domain for function in model.functions}
     for domain in KNOWN_DOMAINS:
         if domain in used - imported:
@@ -103,7 +106,9 @@ def free_domain(model: ModelProto, domain: str) -> str | None:
     if not any(function.domain == domain for function in model.functions):
         return None
     owners = (model, *model.functions)
-    taken = {entry.domain for owner in owners for entry in owner.opset_import}
+    taken: set[str] = set()
+    for owner in owners:
+        taken.update(entry.domain for entry in owner.opset_import)
     taken.update(function.domain for function in model.functions)
     number = 1
     while f"{domain}_{number}" in taken:
@@ -149,9 +154,10 @@ def _find_order(graph: GraphProto) -> Sequence[int] | None:
     None where they are sorted already, or can't be.
     """
     nodes = graph.node
-    makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    makers = find_positions(nodes)
+    makers.pop("", None)  # an output that is left out
     needs = [_find_needed(node, makers) for node in nodes]
-    if all(need < index for index, found in enumerate(needs) for need in found):
+    if all(not found or found[-1] < index for index, found in enumerate(needs)):
         return None
     order: list[int] = []
     done: set[int] = set()

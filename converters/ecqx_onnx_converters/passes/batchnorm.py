@@ -221,11 +221,10 @@ def _find_product(
 def _find_rounded_values(model: ModelProto) -> frozenset[str]:
     """Names of the values that are rounded to integers somewhere behind, in sorted nodes."""
     functions = {(function.domain, function.name): function for function in model.functions}
-    rounding = {
-        key
-        for key, function in functions.items()
-        if any(_rounds(node, frozenset()) for node in function.node)
-    }
+    rounding: set[tuple[str, str]] = set()
+    for key, function in functions.items():
+        if any(_rounds(node, frozenset()) for node in function.node):
+            rounding.add(key)
     while True:  # functions that call these
         more = set(rounding)
         for key, function in functions.items():

@@ -48,13 +48,13 @@ def with_biases(
         found = uses.get(weight.name, ())
         if len(found) != 1 or found[0].scope is not proto.graph:
             continue
-        name = _bias_of(weight, found[0], proto, arrays, uses, taken)
+        name = _find_bias(weight, found[0], proto, arrays, uses, taken)
         if name is not None:
             biases[weight.name] = name
     return FloatGraph(proto, arrays), biases
 
 
-def _bias_of(
+def _find_bias(
     weight: Weight,
     use: Use,
     proto: ModelProto,
@@ -63,14 +63,14 @@ def _bias_of(
     taken: set[str],
 ) -> str | None:
     """The weight's bias, with its values in `arrays` afterwards; None where there can't be one."""
-    node, rows = use.node, _rows(weight)
+    node, rows = use.node, _count_rows(weight)
     if node.op_type == "MatMul" and weight.kind == "matrix_transposed" and use.position == 1:
-        return _added_constant(node.output[0], rows, proto, arrays, uses)
+        return _find_added_constant(node.output[0], rows, proto, arrays, uses)
     plain_gemm = node.op_type == "Gemm" and use.position == 1 and _is_plain(use)
     if node.op_type != "Conv" and not plain_gemm:
         return None
     if len(node.input) > 2 and node.input[2]:
-        return _own_vector(node.input[2], rows, proto, arrays, uses)
+        return _find_vector(node.input[2], rows, proto, arrays, uses)
     name = make_fresh_name(f"{weight.name}.bias", taken)
     tensor = proto.graph.initializer.add(name=name, data_type=TensorProto.FLOAT)
     tensor.dims.append(rows)
@@ -80,7 +80,7 @@ def _bias_of(
     return name
 
 
-def _rows(weight: Weight) -> int:
+def _count_rows(weight: Weight) -> int:
     return weight.shape[0] if weight.kind in ("conv", "matrix") else weight.shape[-1]
 
 
@@ -89,7 +89,7 @@ def _is_plain(use: Use) -> bool:
     return attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
 
 
-def _own_vector(
+def _find_vector(
     name: str,
     rows: int,
     proto: ModelProto,
@@ -110,7 +110,7 @@ def _own_vector(
     return None
 
 
-def _added_constant(
+def _find_added_constant(
     output: str,
     rows: int,
     proto: ModelProto,
@@ -122,7 +122,7 @@ def _added_constant(
     if len(readers) != 1 or readers[0].node.op_type != "Add":
         return None
     other = readers[0].node.input[1 - readers[0].position]
-    return _own_vector(other, rows, proto, arrays, uses)
+    return _find_vector(other, rows, proto, arrays, uses)
 
 
 def corrected_bias(
@@ -144,10 +144,12 @@ def corrected_bias(
     Returns:
         float32, the bias's shape.
     """
-    old = np.einsum("grc,gc->gr", before.astype(np.float64), _per_group(mean_before, before))
-    new = np.einsum("grc,gc->gr", after.astype(np.float64), _per_group(mean_after, after))
+    old = np.einsum(
+        "grc,gc->gr", before.astype(np.float64), _spread_over_groups(mean_before, before)
+    )
+    new = np.einsum("grc,gc->gr", after.astype(np.float64), _spread_over_groups(mean_after, after))
     return (bias + (old - new).reshape(bias.shape)).astype(np.float32)
 
 
-def _per_group(mean: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+def _spread_over_groups(mean: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     return np.broadcast_to(mean, (matrices.shape[0], matrices.shape[2]))

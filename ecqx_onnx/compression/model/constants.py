@@ -44,12 +44,12 @@ def apply_moves(graph: FloatGraph) -> FloatGraph:
     proto = ModelProto()
     proto.CopyFrom(graph.proto)
     arrays = dict(graph.weights)
-    known = _constants(proto, arrays)
+    known = _list_constants(proto, arrays)
     outputs = {value.name for value in proto.graph.output}
     taken = list_value_names(proto.graph)
     gone = []
     for index, node in enumerate(proto.graph.node):
-        made = _moved(proto, node, known, outputs)
+        made = _move_constants(proto, node, known, outputs)
         if made is None:
             continue
         gone.append(index)
@@ -68,7 +68,7 @@ def apply_moves(graph: FloatGraph) -> FloatGraph:
     return FloatGraph(proto, arrays)
 
 
-def _constants(proto: ModelProto, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _list_constants(proto: ModelProto, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights, and small constants of the main graph."""
     found = dict(arrays)
     for tensor in proto.graph.initializer:
@@ -86,7 +86,7 @@ def _constants(proto: ModelProto, arrays: Mapping[str, np.ndarray]) -> dict[str,
     return found
 
 
-def _moved(
+def _move_constants(
     proto: ModelProto, node: NodeProto, known: Mapping[str, np.ndarray], outputs: set[str]
 ) -> list[np.ndarray] | None:
     """What the node makes of float constants; None where it is another node, or can't be told."""

@@ -47,7 +47,7 @@ def to_float32(graph: FloatGraph) -> FloatGraph:
     weights = dict(graph.weights)
     for tensor in proto.graph.initializer:
         if tensor.data_type == HALF:
-            values = weights[tensor.name] if tensor.name in weights else _values(tensor)
+            values = weights[tensor.name] if tensor.name in weights else _read_values(tensor)
             tensor.data_type = FULL
             clear_data(tensor)
             if tensor.name in weights or len(tensor.dims) >= 2:
@@ -64,7 +64,7 @@ def to_float32(graph: FloatGraph) -> FloatGraph:
     return FloatGraph(proto, weights)
 
 
-def _values(tensor: TensorProto) -> np.ndarray:
+def _read_values(tensor: TensorProto) -> np.ndarray:
     return numpy_helper.to_array(tensor)
 
 
@@ -72,7 +72,7 @@ def _widen_scope(scope) -> None:  # type: ignore[no-untyped-def]
     """Types of a subgraph's initializers, inputs and outputs."""
     for tensor in scope.initializer:
         if tensor.data_type == HALF:
-            wide = numpy_helper.from_array(_values(tensor).astype(np.float32), tensor.name)
+            wide = numpy_helper.from_array(_read_values(tensor).astype(np.float32), tensor.name)
             tensor.CopyFrom(wide)
     for value in (*scope.input, *scope.output):
         if value.type.tensor_type.elem_type == HALF:
@@ -86,7 +86,7 @@ def _widen_attributes(node: NodeProto) -> None:
             attribute.i = FULL
         if attribute.type == AttributeProto.TENSOR and attribute.t.data_type == HALF:
             wide = numpy_helper.from_array(
-                _values(attribute.t).astype(np.float32), attribute.t.name
+                _read_values(attribute.t).astype(np.float32), attribute.t.name
             )
             attribute.t.CopyFrom(wide)
 

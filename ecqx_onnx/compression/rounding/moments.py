@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ecqx_onnx.compression.model.weights import Product, Weight
-from ecqx_onnx.compression.rounding.vectors import input_vectors
+from ecqx_onnx.compression.rounding.vectors import take_input_vectors
 from ecqx_onnx.errors import ModelError
 from ecqx_onnx.runtime.runner import Feeds, Runner, batch_size
 
@@ -48,10 +48,10 @@ class MomentKey:
         if product is None or product.layout in ("unwatched", "rows"):
             return None
         groups = 1 if product.layout in ("sequence", "last", "first", "second_last") else 0
-        return cls(_shared(product), groups or weight.groups)
+        return cls(_drop_irrelevant(product), groups or weight.groups)
 
 
-def _shared(product: Product) -> Product:
+def _drop_irrelevant(product: Product) -> Product:
     """The product without what does not matter for its input's vectors."""
     operator = "" if product.layout in ("last", "sequence") else product.operator
     layout = "last" if product.layout == "sequence" else product.layout
@@ -259,7 +259,7 @@ def vectors_of(
     length = channels // key.groups * taps if window is not None else activation.shape[-1]
     wanted = max(FEWEST_VECTORS, VECTORS_PER_INPUT * length)
     limit = max(1, int(wanted * share))
-    return input_vectors(
+    return take_input_vectors(
         activation, key.product, groups=key.groups, limit=limit, offset=number, mask=mask
     )
 

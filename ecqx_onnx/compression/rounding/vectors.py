@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ecqx_onnx.compression.model.weights import Product, Window
 
 
-def input_vectors(
+def take_input_vectors(
     activation: np.ndarray,
     product: Product,
     *,
@@ -40,23 +40,25 @@ def input_vectors(
     x = activation.astype(np.float32, copy=False)
     if product.layout == "window":
         assert product.window is not None
-        return _windows(x, product.window, groups, limit, offset)
+        return _cut_windows(x, product.window, groups, limit, offset)
     if product.layout == "channels":
         flat = x.reshape(len(x), groups, x.shape[1] // groups, -1)
-        return _thin(flat.transpose(1, 0, 3, 2).reshape(groups, -1, flat.shape[2]), limit, offset)
+        return _take_every(
+            flat.transpose(1, 0, 3, 2).reshape(groups, -1, flat.shape[2]), limit, offset
+        )
     if product.layout == "hidden":
         states = x.transpose(1, 0, 2, 3)  # [steps, directions, N, hidden] -> directions first
-        return _thin(states.reshape(states.shape[0], -1, states.shape[-1]), limit, offset)
+        return _take_every(states.reshape(states.shape[0], -1, states.shape[-1]), limit, offset)
     if product.layout == "first":
         x = x.T
     elif product.layout == "second_last":
         x = np.swapaxes(x, -1, -2)
     elif mask is not None:
         x = _without_padding(x, mask)
-    return _thin(x.reshape(1, -1, x.shape[-1]), limit, offset)
+    return _take_every(x.reshape(1, -1, x.shape[-1]), limit, offset)
 
 
-def _thin(vectors: np.ndarray, limit: int, offset: int) -> np.ndarray:
+def _take_every(vectors: np.ndarray, limit: int, offset: int) -> np.ndarray:
     """Every k-th vector, so that at most about `limit` are left."""
     spacing = max(1, math.ceil(vectors.shape[1] / limit))
     return vectors[:, offset % spacing :: spacing]
@@ -71,10 +73,10 @@ def _without_padding(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return x
 
 
-def _windows(x: np.ndarray, window: Window, groups: int, limit: int, offset: int) -> np.ndarray:
+def _cut_windows(x: np.ndarray, window: Window, groups: int, limit: int, offset: int) -> np.ndarray:
     """x [N, C, *spatial] -> [groups, count, C / groups · kernel], kernel axes fastest."""
     spatial = x.shape[2:]
-    pads = _pads(window, spatial)
+    pads = _resolve_pads(window, spatial)
     padded = np.pad(x, ((0, 0), (0, 0), *pads)) if any(map(any, pads)) else x
     reach = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
     axes = tuple(range(2, x.ndim))
@@ -93,7 +95,7 @@ def _windows(x: np.ndarray, window: Window, groups: int, limit: int, offset: int
     return flat.transpose(1, 0, 2)
 
 
-def _pads(window: Window, spatial: tuple[int, ...]) -> list[tuple[int, int]]:
+def _resolve_pads(window: Window, spatial: tuple[int, ...]) -> list[tuple[int, int]]:
     """(begin, end) of each spatial axis, ONNX's auto_pad resolved."""
     rank = len(spatial)
     if window.auto_pad == "NOTSET":

@@ -105,13 +105,15 @@ def allocate(
     return chosen
 
 
-def _allocate_evenly(curves: Sequence[RateCurve], dial: float) -> dict[str, float]:
+def _share_evenly(curves: Sequence[RateCurve], dial: float) -> dict[str, float]:
     """Every weight the same multiple of its own deviation, 2^dial: what a sensitivity must beat."""
     multiple = float(np.clip(2.0**dial, FINEST, COARSEST))
     return {curve.name: multiple for curve in curves}
 
 
-def _dial_range(curves: Sequence[RateCurve], slopes: Mapping[str, float]) -> tuple[float, float]:
+def _find_dial_range(
+    curves: Sequence[RateCurve], slopes: Mapping[str, float]
+) -> tuple[float, float]:
     """(finest, coarsest) dial between which the steps move at all."""
     largest = max((slopes.get(curve.name, 0.0) / curve.size for curve in curves), default=1.0)
     smallest = min(
@@ -123,12 +125,12 @@ def _dial_range(curves: Sequence[RateCurve], slopes: Mapping[str, float]) -> tup
     return float(low), float(high)
 
 
-def _expected_bits(curves: Sequence[RateCurve], multiples: Mapping[str, float]) -> float:
+def _expect_bits(curves: Sequence[RateCurve], multiples: Mapping[str, float]) -> float:
     """Entropy of all weights together, in bits, by the curves."""
     return sum(curve.bits_at(multiples[curve.name]) * curve.size for curve in curves)
 
 
-def dial_for_bits(
+def find_dial(
     curves: Sequence[RateCurve], slopes: Mapping[str, float], bits: float, *, rounds: int = 40
 ) -> float:
     """Find the dial at which the curves expect a number of bits, by bisection.
@@ -142,10 +144,10 @@ def dial_for_bits(
     Returns:
         The position; an end of the range where none expects so many.
     """
-    low, high = _dial_range(curves, slopes)
+    low, high = _find_dial_range(curves, slopes)
     for _ in range(rounds):
         middle = (low + high) / 2
-        if _expected_bits(curves, allocate(curves, slopes, middle)) > bits:
+        if _expect_bits(curves, allocate(curves, slopes, middle)) > bits:
             low = middle
         else:
             high = middle

@@ -66,7 +66,7 @@ class SearchFolder:
         try:
             self.path.mkdir(exist_ok=True)
             lock = self.path / "lock"
-            owner = _owner(lock)
+            owner = _find_owner(lock)
             if owner is not None:
                 raise FileError(
                     f"{self.path}: process {owner} compresses to the same file; wait for it, or "
@@ -121,7 +121,7 @@ class SearchFolder:
             return {}
         for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                point = _point(json.loads(line))
+                point = _read_point(json.loads(line))
                 found[point.bits] = point
         return found
 
@@ -135,7 +135,7 @@ class SearchFolder:
             file.write(json.dumps(asdict(point)) + "\n")
 
 
-def _owner(lock: Path) -> int | None:
+def _find_owner(lock: Path) -> int | None:
     """The process that holds the lock, if it is alive and another one."""
     try:
         owner = int(lock.read_text(encoding="utf-8"))
@@ -158,20 +158,20 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _point(document: Any) -> Point:
+def _read_point(document: Any) -> Point:
     quality = document["quality"]
     made = Quality(
         tuple(OutputQuality(**output) for output in quality["outputs"]),
-        _proportion(quality["agreement"]),
-        _proportion(quality["accuracy"]),
-        _proportion(quality["float_accuracy"]),
+        _read_proportion(quality["agreement"]),
+        _read_proportion(quality["accuracy"]),
+        _read_proportion(quality["float_accuracy"]),
         int(quality["samples"]),
     )
     numbers = (float(document["bits"]), int(document["nbytes"]))
     return Point(*numbers, float(document["bits_per_weight"]), made, dict(document["steps"]))
 
 
-def _proportion(document: Any) -> Proportion | None:
+def _read_proportion(document: Any) -> Proportion | None:
     return None if document is None else Proportion(int(document["hits"]), int(document["total"]))
 
 

@@ -23,7 +23,7 @@ from ecqx_onnx.compression.search.allocation import (
     FINEST,
     RateCurve,
     allocate,
-    dial_for_bits,
+    find_dial,
     measure_rate,
 )
 from ecqx_onnx.compression.search.quality import Quality, QualitySum
@@ -152,7 +152,7 @@ class PointMaker:
             curves.append(measure_rate(weight.name, matrices, self._units[weight.name]))
         self._curves: tuple[RateCurve, ...] = tuple(curves)
         self._say(f"statistics of {len(layers.weights)} weights")
-        samples = _total_samples(self._batches)
+        samples = _count_samples(self._batches)
         self._moments = collect_moments(
             self._runner, layers.weights, self._batches, samples=samples
         )
@@ -215,7 +215,7 @@ class PointMaker:
         Returns:
             Weight -> step as a multiple of its unit.
         """
-        dial = dial_for_bits(self._curves, self.slopes, bits * self.entries)
+        dial = find_dial(self._curves, self.slopes, bits * self.entries)
         return allocate(self._curves, self.slopes, dial)
 
     def make(self, bits: float) -> Candidate:
@@ -271,6 +271,6 @@ class PointMaker:
         return total.finish()
 
 
-def _total_samples(batches: Sequence[Feeds]) -> int:
+def _count_samples(batches: Sequence[Feeds]) -> int:
     """Samples in all batches."""
     return sum(batch_size(feeds) for feeds in batches)

@@ -55,8 +55,8 @@ def search(
     """
     dial = _Dial(make, say, most_points)
     if bounds.limits_quality:
-        return _smallest(dial, bounds)
-    return _best_within(dial, bounds, entries)
+        return _find_smallest(dial, bounds)
+    return _find_best_within(dial, bounds, entries)
 
 
 class _Dial:
@@ -79,7 +79,7 @@ class _Dial:
         return candidate
 
 
-def _best_within(dial: _Dial, bounds: Bounds, entries: int) -> Found:
+def _find_best_within(dial: _Dial, bounds: Bounds, entries: int) -> Found:
     """The finest file within a size."""
     bits = bounds.bits_per_weight or START
     if bounds.max_bytes is not None:
@@ -90,7 +90,7 @@ def _best_within(dial: _Dial, bounds: Bounds, entries: int) -> Found:
     smallest: Candidate | None = None
     while True:
         candidate = dial.at(bits)
-        excess = _excess_bits(candidate.point, bounds, entries)
+        excess = _measure_excess(candidate.point, bounds, entries)
         if excess <= 0:
             if best is None or bits > best.point.bits:
                 best = candidate
@@ -100,7 +100,7 @@ def _best_within(dial: _Dial, bounds: Bounds, entries: int) -> Found:
         if smallest is None or candidate.point.nbytes < smallest.point.nbytes:
             smallest = candidate
         full = excess <= 0 and -excess <= (1 - ROOM) * max(candidate.point.bits_per_weight, 0.2)
-        if full or dial.spent or (bits in (low, high) and _closed(low, high)):
+        if full or dial.spent or (bits in (low, high) and _is_closed(low, high)):
             break
         # Nearly linear: go where the size is used up but for a thousandth.
         wish = bits - excess - 0.002 * bits
@@ -113,7 +113,7 @@ def _best_within(dial: _Dial, bounds: Bounds, entries: int) -> Found:
     return Found(best or smallest, tuple(dial.points), best is not None)
 
 
-def _excess_bits(point: Point, bounds: Bounds, entries: int) -> float:
+def _measure_excess(point: Point, bounds: Bounds, entries: int) -> float:
     """Bits per weight by which the point is too large; negative where there is room."""
     excess = -math.inf
     if bounds.max_bytes is not None:
@@ -123,11 +123,11 @@ def _excess_bits(point: Point, bounds: Bounds, entries: int) -> float:
     return excess
 
 
-def _closed(low: float, high: float) -> bool:
+def _is_closed(low: float, high: float) -> bool:
     return high - low <= CLOSE * high
 
 
-def _smallest(dial: _Dial, bounds: Bounds) -> Found:
+def _find_smallest(dial: _Dial, bounds: Bounds) -> Found:
     """The coarsest file that holds the quality bounds, on the search samples and with a margin."""
     low, high = LEAST_BITS, MOST_BITS
     bits = START
@@ -135,18 +135,18 @@ def _smallest(dial: _Dial, bounds: Bounds) -> Found:
     closest: Candidate | None = None
     while True:
         candidate = dial.at(bits)
-        ratio = _quality_ratio(candidate.point.quality, bounds)
+        ratio = _measure_quality_ratio(candidate.point.quality, bounds)
         same = any(point.nbytes == candidate.point.nbytes for point in dial.points[:-1])
         if ratio <= 1.0:
             best, high = candidate, bits
         else:
             low = bits
-        better = closest is None or ratio < _quality_ratio(closest.point.quality, bounds)
+        better = closest is None or ratio < _measure_quality_ratio(closest.point.quality, bounds)
         if better:
             closest = candidate
-        if dial.spent or same or _closed(low, high):
+        if dial.spent or same or _is_closed(low, high):
             break
-        wish = _next_bits(bits, ratio, low, high)
+        wish = _choose_next_bits(bits, ratio, low, high)
         if any(math.isclose(wish, point.bits, rel_tol=1e-4) for point in dial.points):
             break
         bits = wish
@@ -158,7 +158,7 @@ def _smallest(dial: _Dial, bounds: Bounds) -> Found:
     return Found(chosen, tuple(dial.points), held)
 
 
-def _next_bits(bits: float, ratio: float, low: float, high: float) -> float:
+def _choose_next_bits(bits: float, ratio: float, low: float, high: float) -> float:
     """Where the bound is expected to be met exactly: a bit more halves the error."""
     wish = (low + high) / 2
     if ratio > 0 and math.isfinite(ratio):
@@ -173,14 +173,14 @@ def _next_bits(bits: float, ratio: float, low: float, high: float) -> float:
     return min(max(wish, low + edge), high - edge)
 
 
-def _quality_ratio(quality: Quality, bounds: Bounds) -> float:
+def _measure_quality_ratio(quality: Quality, bounds: Bounds) -> float:
     """How much of what is allowed is used up, with a margin for samples that were not seen: above
     1.0 a bound is missed."""
     used = [0.0]
     if bounds.max_error is not None:
         used.append(quality.uncertain_error / bounds.max_error)
     if bounds.min_agreement is not None and quality.agreement is not None:
-        used.append(_share_used(_lost(quality.agreement), 1 - bounds.min_agreement / 100))
+        used.append(_share_used(_count_lost(quality.agreement), 1 - bounds.min_agreement / 100))
     if bounds.max_drop is not None and quality.drop is not None:
         samples = quality.agreement.total if quality.agreement is not None else quality.samples
         # One sample more or less is chance: a drop is told from none by more than that.
@@ -193,7 +193,7 @@ def _quality_ratio(quality: Quality, bounds: Bounds) -> float:
     return max(used)
 
 
-def _lost(same: Proportion) -> Proportion:
+def _count_lost(same: Proportion) -> Proportion:
     return Proportion(same.total - same.hits, same.total)
 
 
@@ -207,7 +207,7 @@ def _share_used(lost: Proportion, allowed: float) -> float:
     return wanted / allowed
 
 
-def finest_first(points: Sequence[Point]) -> tuple[Point, ...]:
+def sort_finest_first(points: Sequence[Point]) -> tuple[Point, ...]:
     """Sort points for a table.
 
     Args:

@@ -51,7 +51,7 @@ def measure_sensitivity(
         step = units[weight.name] * np.float32(probe)
         one = round_weight(layers, weight, step, known, known, None)
         found = [runner.run(feeds, weights=one.changed) for feeds in batches]
-        slopes[weight.name] = _squared_error(expected, found) / probe**2
+        slopes[weight.name] = _measure_squared_error(expected, found) / probe**2
     return slopes
 
 
@@ -74,7 +74,7 @@ def fill_unmoved(slopes: Mapping[str, float], sizes: Mapping[str, int]) -> dict[
     }
 
 
-def _squared_error(
+def _measure_squared_error(
     expected: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[np.ndarray]]
 ) -> float:
     """Mean over outputs of ||y - y'||² / ||y||² over all batches."""
