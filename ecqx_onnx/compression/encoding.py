@@ -26,7 +26,8 @@ EXACT = 1 << 30  # bytes of payloads up to which a file's size is counted to the
 class FileOptions:
     """How the file is written, as for `convert`.
 
-    floats: "float32" or "float16", for biases, steps and whatever stays float.
+    Attributes:
+        floats: "float32" or "float16", for biases, steps and whatever stays float.
     """
 
     storage: str = "auto"
@@ -40,9 +41,13 @@ class FileOptions:
 class Encoded:
     """A model that could be written.
 
-    plan: for `deliver`. nbytes: of the whole file. coded_bytes: of the quantized weights with their
-    tables and steps. entries: how many weights these are. metadata: what the file
-    says of itself. notes: what float16 did.
+    Attributes:
+        plan: for `deliver`.
+        nbytes: of the whole file.
+        coded_bytes: of the quantized weights with their tables and steps.
+        entries: how many weights these are.
+        metadata: what the file says of itself.
+        notes: what float16 did.
     """
 
     plan: Plan

@@ -25,11 +25,18 @@ from ecqx_onnx.validation.outputs.metrics import Proportion
 class CompressResult:
     """One run of `compress`.
 
-    path: of the file; None where a bound was missed and nothing was written.
-    source: the float model. bounds: what was asked for. points: all that were tried.
-    chosen: the point that was written. verdict: on samples that nothing has seen.
-    misses: bounds that don't hold, a clause each. report: what lies in the file.
-    entries: quantized weights. slopes: the sensitivity of each. seconds: wall time.
+    Attributes:
+        path: of the file; None where a bound was missed and nothing was written.
+        source: the float model.
+        bounds: what was asked for.
+        points: all that were tried.
+        chosen: the point that was written.
+        verdict: on samples that nothing has seen.
+        misses: bounds that don't hold, a clause each.
+        report: what lies in the file.
+        entries: quantized weights.
+        slopes: the sensitivity of each.
+        seconds: wall time.
     """
 
     path: Path | None

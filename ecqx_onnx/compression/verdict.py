@@ -23,7 +23,11 @@ ROUNDS = 5  # of one input, for the latency; the least counts
 
 @dataclass(frozen=True)
 class Cost:
-    """load, latency: seconds, one thread; latency is of one batch of `batch` samples."""
+    """What a file costs where it runs.
+
+    Attributes:
+        load, latency: seconds, one thread; latency is of one batch of `batch` samples.
+    """
 
     nbytes: int
     load: float
@@ -33,7 +37,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Verdict:
-    """quality: of the file against the float model. before, after: what either one costs."""
+    """How good a file is, and what it costs beside the float model.
+
+    Attributes:
+        quality: of the file against the float model.
+        before, after: what either one costs.
+    """
 
     quality: Quality
     before: Cost

@@ -18,8 +18,9 @@ class Band:
 
     With s the share that plain ECQ has, it stays in [s - keep, s + prune].
 
-    keep: band below s, a share in [0, 1].
-    prune: band above s, a share in [0, 1].
+    Attributes:
+        keep: band below s, a share in [0, 1].
+        prune: band above s, a share in [0, 1].
     """
 
     keep: float = 0.1

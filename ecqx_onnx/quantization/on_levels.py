@@ -33,8 +33,9 @@ class _StraightThrough(torch.autograd.Function):
 class OnLevels(nn.Module):
     """The last step of a weight's computation: whatever W is, the module gets kΔ.
 
-    quantized: kΔ, of the weight's shape and type. absolute: whether the gradient is multiplied by
-    |kΔ|.
+    Attributes:
+        quantized: kΔ, of the weight's shape and type.
+        absolute: whether the gradient is multiplied by |kΔ|.
     """
 
     quantized: Tensor

@@ -29,9 +29,12 @@ from ecqx_onnx.quantization.on_levels import OnLevels, OnLevelsHook
 class Parametrized:
     """One weight that is computed in every forward pass.
 
-    layer: the module's name in the model; tensor: the weight's name in the module ("weight"); kind:
-    who computes it, as its class is called; hook: the forward pre-hook of the old kind, None for
-    the new one; sources: full names of the parameters that it is computed from.
+    Attributes:
+        layer: the module's name in the model.
+        tensor: the weight's name in the module ("weight").
+        kind: who computes it, as its class is called.
+        hook: the forward pre-hook of the old kind, None for the new one.
+        sources: full names of the parameters that it is computed from.
     """
 
     layer: str

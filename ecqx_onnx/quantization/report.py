@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 class TensorReport:
     """One quantized weight.
 
-    name, shape: of the parameter. bits: of its grid. zeros, ecq_zeros: share of zeros in [0, 1],
-    with relevances and as plain ECQ would have it. entropy: bits per weight, of zero order. beta:
-    the exponent of f(R) = ρ R^β last used; None for plain ECQ. rule: where its relevance comes
-    from. warnings: what did not go as asked.
+    Attributes:
+        name, shape: of the parameter.
+        bits: of its grid.
+        zeros, ecq_zeros: share of zeros in [0, 1], with relevances and as plain ECQ would have it.
+        entropy: bits per weight, of zero order.
+        beta: the exponent of f(R) = ρ R^β last used; None for plain ECQ.
+        rule: where its relevance comes from.
+        warnings: what did not go as asked.
     """
 
     name: str
@@ -43,11 +47,15 @@ class TensorReport:
 class Report(Shown):
     """What was quantized and how; `print` and notebooks show it as a table.
 
-    tensors: the quantized weights. left_float: (parameter, why). approximated: operators that
-    relevance crossed by gradient times input, having no rule of their own. unmatched: patterns of
-    exclude and bits that no parameter's name matches. relevance_failures: (weight, why it has no
-    relevance), or ("all weights", why): what failed falls back to plain ECQ. parametrized: of
-    left_float, what is computed into another weight in each forward pass.
+    Attributes:
+        tensors: the quantized weights.
+        left_float: (parameter, why).
+        approximated: operators that relevance crossed by gradient times input, having no rule of
+            their own.
+        unmatched: patterns of exclude and bits that no parameter's name matches.
+        relevance_failures: (weight, why it has no relevance), or ("all weights", why): what failed
+            falls back to plain ECQ.
+        parametrized: of left_float, what is computed into another weight in each forward pass.
     """
 
     tensors: tuple[TensorReport, ...]

@@ -168,9 +168,11 @@ SHAPES_ONLY = frozenset(  # give no value of what they read
 class Weight:
     """One parameter that is a weight.
 
-    name: its name in the program's state dict; operator: who multiplies it ("linear"); axis: of its
-    output channels, where steps per channel make sense; computed: whether arithmetic lies between
-    the parameter and the operator.
+    Attributes:
+        name: its name in the program's state dict.
+        operator: who multiplies it ("linear").
+        axis: of its output channels, where steps per channel make sense.
+        computed: whether arithmetic lies between the parameter and the operator.
     """
 
     name: str

@@ -39,8 +39,10 @@ PIECE = 2**28  # bytes of constants that are decoded in one session
 class DecodedModel:
     """A model whose constants are decoded.
 
-    proto: no node in it computes on constants alone. weights: its float32 initializers by name;
-    integers: those of int8.
+    Attributes:
+        proto: no node in it computes on constants alone.
+        weights: its float32 initializers by name.
+        integers: those of int8.
     """
 
     proto: ModelProto

@@ -19,8 +19,10 @@ FLOAT = "the float model"
 class Latency:
     """Medians over interleaved runs of one sample on one thread, in seconds.
 
-    ratio: median over the pairs of seconds / other_seconds. runs: pairs measured. against: what
-    the other model is, in words.
+    Attributes:
+        ratio: median over the pairs of seconds / other_seconds.
+        runs: pairs measured.
+        against: what the other model is, in words.
     """
 
     seconds: float

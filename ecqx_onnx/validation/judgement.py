@@ -91,8 +91,7 @@ def check_stored_weights(
         decoded_model: What the runtime makes of the model's constants.
         tensors: The quantized weights of PyTorch's model; empty to check the file in itself.
         float_model: Makes the ONNX model from before the quantization, as for `validate`; None
-            where
-            there is none, or where it isn't the one that the file was made from.
+            where there is none, or where it isn't the one that the file was made from.
 
     Returns:
         One check of the checksum, one of the quantized weights, one of the float parameters; those

@@ -29,9 +29,10 @@ Value = float | int | str | None
 class Check:
     """One question to the file and its answer.
 
-    passed: None where nothing was at stake or the question could not be asked; `sentence` says
-        which.
-    measured, limit: of the same unit, named in the sentence.
+    Attributes:
+        passed: None where nothing was at stake or the question could not be asked; `sentence` says
+            which.
+        measured, limit: of the same unit, named in the sentence.
     """
 
     name: str

@@ -2,9 +2,9 @@
 
 `make_folded`: one node of a model-local function whose body is Cast and Mul, or Cast and Gather for
 a codebook; runtimes inline it and fold it while loading, so inference runs at float speed.
-`make_standard`: DequantizeLinear, which every tool knows and
-which onnxruntime recomputes at every inference. `make_integer`: the same in front of an integer
-kernel. Where the graph reads integers (QLinearConv, a foreign DequantizeLinear), see integers.py.
+`make_standard`: DequantizeLinear, which every tool knows and which onnxruntime recomputes at every
+inference. `make_integer`: the same in front of an integer kernel. Where the graph reads integers
+(QLinearConv, a foreign DequantizeLinear), see integers.py.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Dequantization:
     """Constants and the one node that turns the integer tensor into the weight; `make_function` is
     the model-local function it calls.
 
-    form: "folded", "standard", "integer" (DequantizeLinear in front of an integer kernel) or "none"
-    (the graph reads integers).
-    before: nodes in front of that node.
+    Attributes:
+        form: "folded", "standard", "integer" (DequantizeLinear in front of an integer kernel) or
+            "none" (the graph reads integers).
+        before: nodes in front of that node.
     """
 
     form: str

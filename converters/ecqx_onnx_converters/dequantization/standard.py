@@ -27,11 +27,12 @@ PLAIN = {"Conv": (1,), "ConvTranspose": (1,), "LSTM": (1, 2), "GRU": (1, 2), "RN
 class StandardForm:
     """How DequantizeLinear feeds a weight's consumers.
 
-    transposed: the float value has the transpose of the weight's layout, [out, in], for Gemm with
-    transB=1.
-    dense: some consumer reads the whole float value (false when only rows are gathered).
-    integer: the consumers are integer kernels, which the runtime fuses with DequantizeLinear of
-    INT8 with a zero point.
+    Attributes:
+        transposed: the float value has the transpose of the weight's layout, [out, in], for Gemm
+            with transB=1.
+        dense: some consumer reads the whole float value (false when only rows are gathered).
+        integer: the consumers are integer kernels, which the runtime fuses with DequantizeLinear of
+            INT8 with a zero point.
     """
 
     transposed: bool

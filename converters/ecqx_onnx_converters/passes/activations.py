@@ -51,7 +51,11 @@ Ranges = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class UInt8:
-    """x = scale (q - zero_point), q in [0, 255]. scale: float32."""
+    """A grid of bytes: x = scale (q - zero_point), q in [0, 255].
+
+    Attributes:
+        scale: float32.
+    """
 
     scale: np.float32
     zero_point: int

@@ -33,8 +33,12 @@ LARGEST_FACTOR = 2**12  # a channel that is smaller still says nothing
 
 @dataclass(frozen=True)
 class Place:
-    """Where channels can be equalised. value: between the two; before, behind: indices of the
-    convolutions in the graph."""
+    """Where channels can be equalised.
+
+    Attributes:
+        value: between the two.
+        before, behind: indices of the convolutions in the graph.
+    """
 
     value: str
     before: int

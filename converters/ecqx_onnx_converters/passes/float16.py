@@ -78,8 +78,13 @@ class Halved:
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """tensor: as declared in a graph. half: its values as float16; moved: how far, as in
-    Halved.rounding."""
+    """One float parameter that can be stored as float16.
+
+    Attributes:
+        tensor: as declared in a graph.
+        half: its values as float16.
+        moved: how far, as in Halved.rounding.
+    """
 
     tensor: TensorProto
     half: np.ndarray

@@ -45,14 +45,15 @@ CLIPS = ("Relu", "Clip")
 class IntegerNode:
     """How one node works on integers.
 
-    kind: "kernel" (its inputs and output pass through QuantizeLinear and DequantizeLinear, which
-    the runtime fuses with it),
-        "move" (it gets the bytes) or "clip" (the same, with its bounds quantised).
-    activations: positions of the inputs that are activations.
-    constants: positions of the inputs that are float constants, to be quantised to 8 bit.
-    output: the value that comes out, which is the absorbed Relu's or Clip's where there is one.
-    absorbed: index of that Relu or Clip.
-    float_output: a Gemm or MatMul whose sums go to float operators at full precision.
+    Attributes:
+        kind: "kernel" (its inputs and output pass through QuantizeLinear and DequantizeLinear,
+            which the runtime fuses with it), "move" (it gets the bytes) or "clip" (the same, with
+            its bounds quantised).
+        activations: positions of the inputs that are activations.
+        constants: positions of the inputs that are float constants, to be quantised to 8 bit.
+        output: the value that comes out, which is the absorbed Relu's or Clip's where there is one.
+        absorbed: index of that Relu or Clip.
+        float_output: a Gemm or MatMul whose sums go to float operators at full precision.
     """
 
     kind: str
@@ -65,7 +66,11 @@ class IntegerNode:
 
 @dataclass(frozen=True)
 class FloatNode:
-    """A node that stays float. name: of its weight, or of the value that it makes."""
+    """A node that stays float.
+
+    Attributes:
+        name: of its weight, or of the value that it makes.
+    """
 
     operator: str
     name: str
@@ -74,10 +79,13 @@ class FloatNode:
 
 @dataclass(frozen=True, eq=False)
 class IntegerNodes:
-    """nodes: by their index in the graph. stays: every other node that computes on activations.
+    """What of a graph can run on integers.
 
-    ranges: values whose range decides how they are quantised. weights: those that feed integer
-    kernels.
+    Attributes:
+        nodes: by their index in the graph.
+        stays: every other node that computes on activations.
+        ranges: values whose range decides how they are quantised.
+        weights: those that feed integer kernels.
     """
 
     nodes: Mapping[int, IntegerNode]

@@ -38,12 +38,13 @@ WANTED_OPSETS = (21, 18, 13)  # the first that can be had brings short integers,
 class FloatModel:
     """A float network.
 
-    graph: float32, with all its weights; BatchNormalization folded.
-    source: what the user named, in words.
-    file_bytes: of the .onnx file; of a PyTorch model, of its parameters as float32.
-    preprocessing, labels: of a PyTorch model's file; None and () where nothing is said.
-    notes: sentences for the report.
-    checkpoint: of a PyTorch model, else None.
+    Attributes:
+        graph: float32, with all its weights; BatchNormalization folded.
+        source: what the user named, in words.
+        file_bytes: of the .onnx file; of a PyTorch model, of its parameters as float32.
+        preprocessing, labels: of a PyTorch model's file; None and () where nothing is said.
+        notes: sentences for the report.
+        checkpoint: of a PyTorch model, else None.
     """
 
     graph: FloatGraph

@@ -62,12 +62,13 @@ def _drop_irrelevant(product: Product) -> Product:
 class Moments:
     """Second moments of one input.
 
-    blocks: float64 arrays [groups, k, k] on the diagonal, for inputs `starts[i]` to `starts[i] +
-    k`.
-    mean: float64 [groups, n].
-    count: vectors that were seen.
-    tails: float64 [groups], E|x|⁴ as a multiple of what it were for a normal distribution; tells
-        how sure the moments are.
+    Attributes:
+        blocks: float64 arrays [groups, k, k] on the diagonal, for inputs `starts[i]` to `starts[i]
+            + k`.
+        mean: float64 [groups, n].
+        count: vectors that were seen.
+        tails: float64 [groups], E|x|⁴ as a multiple of what it were for a normal distribution;
+            tells how sure the moments are.
     """
 
     blocks: tuple[np.ndarray, ...]

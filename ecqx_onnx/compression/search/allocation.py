@@ -24,8 +24,11 @@ FINEST, COARSEST = LADDER[0], LADDER[-1]
 class RateCurve:
     """What a weight costs at each step.
 
-    name: of the weight. size: entries. unit: float32, broadcasts against its matrices; step of
-    `LADDER`'s 1.0. bits: float64 [len(LADDER)], entropy per entry at each rung.
+    Attributes:
+        name: of the weight.
+        size: entries.
+        unit: float32, broadcasts against its matrices; step of `LADDER`'s 1.0.
+        bits: float64 [len(LADDER)], entropy per entry at each rung.
     """
 
     name: str

@@ -20,11 +20,15 @@ DEFAULT_ERROR = 0.05
 
 @dataclass(frozen=True)
 class Bounds:
-    """None where there is no such bound.
+    """What a file must keep to; None where there is no such bound.
 
-    max_bytes: of the whole file. bits_per_weight: coded bits per quantized weight. max_drop:
-    percentage points of top-1 accuracy. min_agreement: percent. max_error: share, the largest over
-    outputs. chosen: whether the user gave none and these are the defaults.
+    Attributes:
+        max_bytes: of the whole file.
+        bits_per_weight: coded bits per quantized weight.
+        max_drop: percentage points of top-1 accuracy.
+        min_agreement: percent.
+        max_error: share, the largest over outputs.
+        chosen: whether the user gave none and these are the defaults.
     """
 
     max_bytes: int | None = None

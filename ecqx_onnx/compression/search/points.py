@@ -40,9 +40,13 @@ Say = Callable[[str], None]
 class Point:
     """What was reached at one setting of the dial.
 
-    bits: that were expected for all quantized weights, by the rate curves; the search's coordinate.
-    nbytes: of the whole file, from the real encoder. bits_per_weight: coded. quality: on the
-    samples of the search. steps: weight -> multiple of its deviation.
+    Attributes:
+        bits: that were expected for all quantized weights, by the rate curves; the search's
+            coordinate.
+        nbytes: of the whole file, from the real encoder.
+        bits_per_weight: coded.
+        quality: on the samples of the search.
+        steps: weight -> multiple of its deviation.
     """
 
     bits: float
@@ -67,7 +71,8 @@ class Point:
 class Candidate:
     """A point, the file that it stands for, and what rounding had to do to weights.
 
-    rounded: levels and biases; None where nobody keeps them.
+    Attributes:
+        rounded: levels and biases; None where nobody keeps them.
     """
 
     point: Point

@@ -17,9 +17,11 @@ from ecqx_onnx.validation.outputs.metrics import Proportion
 class OutputQuality:
     """One output of the model, over all samples.
 
-    error: ||y - y'|| / ||y||. uncertainty: standard error of that, as a share of it.
-    cosine: mean over samples of the cosine of y and y', flattened.
-    worst_sample, worst_error: the sample that moved furthest, by its own relative error.
+    Attributes:
+        error: ||y - y'|| / ||y||.
+        uncertainty: standard error of that, as a share of it.
+        cosine: mean over samples of the cosine of y and y', flattened.
+        worst_sample, worst_error: the sample that moved furthest, by its own relative error.
     """
 
     name: str
@@ -32,10 +34,12 @@ class OutputQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of a changed model against the float model.
+    """How good a changed model is, against the float model.
 
-    outputs: one entry an output. agreement: of the classes; None where no output has classes.
-    accuracy, float_accuracy: on labels; None without.
+    Attributes:
+        outputs: one entry an output.
+        agreement: of the classes; None where no output has classes.
+        accuracy, float_accuracy: on labels; None without.
     """
 
     outputs: tuple[OutputQuality, ...]

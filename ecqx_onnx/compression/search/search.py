@@ -25,8 +25,13 @@ ROOM = 0.985  # a size is used at least so far, if quality is to be had for it
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """chosen: the best candidate: one that holds all bounds, if there is any. points: all tried, in
-    the order of trying. held: whether `chosen` holds the bounds on the search samples."""
+    """What a search has found.
+
+    Attributes:
+        chosen: the best candidate: one that holds all bounds, if there is any.
+        points: all tried, in the order of trying.
+        held: whether `chosen` holds the bounds on the search samples.
+    """
 
     chosen: Candidate
     points: tuple[Point, ...]

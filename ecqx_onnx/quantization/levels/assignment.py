@@ -4,9 +4,11 @@
     ECQx   the cost of k = 0 is multiplied by f(R) = ρ R^β       [ECQx, sec. 4]
 
 With k the best level other than zero,
+
     zero wins  <=>  ρ R^β · (w^2 + c_0) <= (w - kΔ)^2 + c_k
-               <=>  β >= log(((w - kΔ)^2 + c_k) / (ρ (w^2 + c_0))) / log R:
-one pass finds this critical exponent of each weight, and the share of zeros at any β is the share
+               <=>  β >= log(((w - kΔ)^2 + c_k) / (ρ (w^2 + c_0))) / log R
+
+One pass finds this critical exponent of each weight, and the share of zeros at any β is the share
 of critical exponents up to β. Everything runs in blocks that fit a core's cache; only levels and
 critical exponents are kept for all weights.
 """
@@ -39,9 +41,12 @@ EDGE = 1e-3  # share of weights: how near to the band's edge the bisection stops
 class Assignment:
     """The level of each weight and how it came about.
 
-    levels: int8, the weight's shape. zeros: share of zeros. ecq_zeros: what plain ECQ gives.
-    beta: the exponent used; None without relevances. in_band: False when no β in [0, 1] reaches
-    the band and the nearest was kept.
+    Attributes:
+        levels: int8, the weight's shape.
+        zeros: share of zeros.
+        ecq_zeros: what plain ECQ gives.
+        beta: the exponent used; None without relevances.
+        in_band: False when no β in [0, 1] reaches the band and the nearest was kept.
     """
 
     levels: Tensor

@@ -17,7 +17,10 @@ Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
 @dataclass(frozen=True)
 class Proportion:
-    """hits of total: an accuracy or an agreement. False as long as nothing was counted."""
+    """A share that was counted, `hits` of `total`: an accuracy or an agreement.
+
+    False as long as nothing was counted.
+    """
 
     hits: int
     total: int
@@ -108,10 +111,10 @@ def measure_accuracy(output: np.ndarray, labels: np.ndarray) -> Proportion:
 class Agreement:
     """Top-1 agreement of two models on the same inputs.
 
-    margin: the widest lead, by the first model's scores, that its class had over the other's where
-        they disagree; 0 if
-    they never do. A disagreement is only a rounded tie if its margin is within the rounding of
-    both.
+    Attributes:
+        margin: the widest lead, by the first model's scores, that its class had over the other's
+            where they disagree; 0 if they never do. A disagreement is only a rounded tie if its
+            margin is within the rounding of both.
     """
 
     same: Proportion

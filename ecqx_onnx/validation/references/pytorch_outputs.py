@@ -51,10 +51,9 @@ def run_reference_exactly(
 ) -> tuple[np.ndarray, ...] | None:
     """Run PyTorch's model in float64.
 
-    The parameters are replaced by float64 ones for this call only. Whatever the code still makes in
-    a
+    The parameters are replaced by float64 ones for this call only. What the code still makes in a
     lower precision (`torch.zeros(..., dtype=torch.float32)`, `x.float()`, constants of an exported
-    program) a dispatch mode raises.
+    program) is raised to float64 by a dispatch mode.
 
     Args:
         reference: The model.

@@ -22,7 +22,13 @@ FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
 
 @dataclass(frozen=True)
 class ParametersComparison:
-    """equal of total float tensors are in the file. faults: one sentence for each that is not."""
+    """How many of a model's float tensors are in a file.
+
+    Attributes:
+        equal: those that are there, bit for bit.
+        total: all of them.
+        faults: one sentence for each that is not.
+    """
 
     equal: int
     total: int

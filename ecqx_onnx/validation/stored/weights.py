@@ -40,8 +40,7 @@ def compare_weights(
 
     Args:
         stored: As our reader decodes them; empty for a foreign file, whose float weights are
-            compared
-            as they are.
+            compared as they are.
         decoded: By name in the file's graph, what the runtime computed from the stored integers:
             floats, and the integers of tables of which it dequantizes only the rows asked for.
         tensors: PyTorch's; empty to check the file in itself.
