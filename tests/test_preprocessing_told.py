@@ -22,7 +22,7 @@ from ecqx_onnx.validation.outputs.plausibility import (
     doubt_range,
 )
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/training-loop.md"
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def trained_linear(digits, preprocessing, *, epochs=20):
     return model
 
 
-# README
+# docs/training-loop.md
 
 
-def test_the_readmes_training_loop_runs_as_printed(digits, digits_file, monkeypatch):
-    text = README.read_text(encoding="utf-8")
+def test_the_documented_training_loop_runs_as_printed(digits, digits_file, monkeypatch):
+    text = PAGE.read_text(encoding="utf-8")
     printed = next(
         block
         for block in re.findall(r"```python\n(.*?)```", text, re.S)

@@ -133,8 +133,8 @@ class CompressResult:
         title = f"{self.source} on {self.verdict.quality.samples} samples that nothing has seen"
         columns = (
             Column("on these", "name"),
-            Column("float", right=True),
-            Column("compressed", right=True),
+            Column("float", "prose", right=True),
+            Column("compressed", "prose", right=True),
         )
         return FittedTable(columns, self._rows(), title=title)
 
