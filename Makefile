@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FUZZ_SECONDS ?= 30
+BENCH_LOAD ?=
 
-.PHONY: demo test test-all fuzz devices lint bench bench-size bench-devices bench-compress bench-integer bench-pack clean
+.PHONY: demo test test-all fuzz devices lint bench bench-size bench-load bench-devices bench-compress bench-integer bench-pack clean
 
 demo: .venv/demo          ## train, quantise, convert and validate a small CNN on handwritten digits
 	$(BIN)/ecqx-onnx demo --force
@@ -33,6 +34,9 @@ bench-size: .venv/test    ## bytes: entropy, packed, NNCodec, xz, zip side by si
 	$(BIN)/python benchmarks/packed_size.py
 	$(BIN)/python benchmarks/packed_size.py whole
 	$(BIN)/python benchmarks/packed_load.py 10
+
+bench-load: .venv/test    ## bytes, CPU and memory of loading 22 to 86 million weights; BENCH_LOAD=--all takes minutes
+	$(BIN)/python benchmarks/load_memory.py $(BENCH_LOAD)
 
 bench-devices: .venv/test ## reference networks on this computer, in a browser and on emulated ARM; about 45 minutes
 	$(BIN)/python benchmarks/devices.py ../shared/data

@@ -13,7 +13,7 @@ from ecqx_onnx_converters.dequantization.fused import FUSED, expand_call
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
 from ecqx_onnx_converters.serialization.metadata import METADATA_KEY, from_text
 from ecqx_onnx_converters.storage import DOMAIN
-from ecqx_onnx_converters.storage.packed import choices
+from ecqx_onnx_converters.storage.packed import stages
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
@@ -222,7 +222,7 @@ def test_what_only_some_could_have_none_has(tmp_path, monkeypatch):
     model = net()
     tensors = quantize_model(model)
     for options in ({"dequantize": "standard"}, {}):
-        monkeypatch.setattr(choices, "STAGED_FROM", 1 << 20 if options else 1)
+        monkeypatch.setattr(stages, "STAGED_FROM", 1 << 20 if options else 1)
         conversion = convert(
             float_graph(model, IMAGES), tensors, tmp_path, storage="packed", **options
         )

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from ecqx_onnx_converters import make_plan, match, read_weights, write
-from ecqx_onnx_converters.storage.packed import choices
+from ecqx_onnx_converters.storage.packed import stages
 
 from ecqx_onnx import api
 from ecqx_onnx.errors import FileError
@@ -115,18 +115,31 @@ def test_nothing_of_the_decoder_is_left_after_loading(large, tmp_path):
     }
 
 
-def test_a_file_of_two_stages_passes_validate_and_unpacks(large, tmp_path, monkeypatch):
+def test_a_file_of_stages_passes_validate_and_unpacks(large, tmp_path, monkeypatch):
     net, tensors, graph = large
-    monkeypatch.setattr(choices, "STAGED_FROM", 1)
+    monkeypatch.setattr(stages, "STAGED_FROM", 1)
+    monkeypatch.setattr(stages, "SLICED_FROM", 1 << 10)
+    monkeypatch.setattr(stages, "MOST_AT_ONCE", 1 << 10)
     conversion = convert(graph, tensors, tmp_path, storage="packed")
-    assert "Scan" in {node.op_type for node in onnx.load(conversion.path).graph.node}
+    operators = {node.op_type for node in onnx.load(conversion.path).graph.node}
+    assert operators >= {"Scan", "Concat"}
     assert_says_the_same(conversion, net, (torch.randn(2, 3, 12, 12),))
     report = api.validate(conversion.path, latency_runs=0)
     assert report.ok
     assert {check.name for check in report.checks} >= {"weights"}
     pack.unpack(conversion.path, tmp_path / "dense.onnx")
     left = {node.op_type for node in onnx.load(tmp_path / "dense.onnx").graph.node}
-    assert not left & {"Scan", "ConstantOfShape", "Shape", "Mul", "Levels", "D", "V", "Split"}
+    assert not left & {
+        "Scan",
+        "ConstantOfShape",
+        "Shape",
+        "Mul",
+        "Levels",
+        "D",
+        "V",
+        "Split",
+        "Concat",
+    }
 
 
 def test_a_flipped_bit_is_told(large, tmp_path):

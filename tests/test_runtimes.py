@@ -164,12 +164,12 @@ def test_a_file_says_the_same_in_every_runtime_of_its_target(
 
 
 @pytest.mark.parametrize("environment", list(RUNTIMES), indirect=True)
-def test_two_stages_of_decoding_fold_in_every_runtime(
-    environment, checkpoint, tmp_path, monkeypatch
-):
-    from ecqx_onnx_converters.storage.packed import choices
+def test_stages_of_decoding_fold_in_every_runtime(environment, checkpoint, tmp_path, monkeypatch):
+    from ecqx_onnx_converters.storage.packed import stages
 
-    monkeypatch.setattr(choices, "STAGED_FROM", 1)
+    monkeypatch.setattr(stages, "STAGED_FROM", 1)
+    monkeypatch.setattr(stages, "STAGE_BYTES", 1)
+    monkeypatch.setattr(stages, "SLICED_FROM", 1 << 10)
     test_a_file_says_the_same_in_every_runtime_of_its_target(
         environment, "onnxruntime-1.17", "packed", "folded", checkpoint, tmp_path
     )

@@ -16,7 +16,7 @@ from onnx import TensorProto
 from ecqx_onnx.errors import FileError
 from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import MAX_WEIGHTS, Contents, Stored, radix
-from ecqx_onnx_converters.targets import OPSET_OF_TYPE, Target
+from ecqx_onnx_converters.targets import INT8_TYPES, OPSET_OF_TYPE, Target
 
 # Type -> (bits, lowest level, highest level), narrowest first. UINT8 is never needed: levels are
 # int8.
@@ -29,8 +29,15 @@ TYPES: dict[int, tuple[int, int, int]] = {
 }
 
 
+# Weights of a tensor that is stored in whole bits where there is a type below a byte for it: at
+# load digits leave 40 bytes a weight behind, a Cast of INT4 next to nothing.
+WHOLE_FROM = 1 << 16
+
+
 def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     """Encode one weight as one initializer, or as digits and a node if these take fewer bytes.
+
+    Large tensors are digits only where the alternative is a byte for each weight.
 
     Args:
         levels: int8, any shape.
@@ -43,6 +50,8 @@ def encode(levels: np.ndarray, name: str, target: Target) -> Stored | Refusal:
     whole = _encode_whole_bits(levels, name, target)
     folds_digits = target.decoders and target.max_opset >= radix.OPSET
     if not folds_digits or not levels.size:
+        return whole
+    if levels.size >= WHOLE_FROM and isinstance(whole, Stored) and whole.type not in INT8_TYPES:
         return whole
     digits = radix.encode(levels, name)
     if isinstance(whole, Stored) and whole.nbytes <= digits.nbytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ecqx_onnx_converters.storage.packed import huffman
+from ecqx_onnx_converters.storage.packed import huffman, stages
 from ecqx_onnx_converters.storage.packed.alphabets.alphabet import MAX_SYMBOLS
 from ecqx_onnx_converters.storage.packed.stream import Coding, SymbolSequence
 
@@ -14,9 +14,9 @@ from ecqx_onnx_converters.storage.packed.stream import Coding, SymbolSequence
 MOST_CALLS = 32
 CALL_BYTES = 35  # of one call in the file
 CUT_BYTES = 35  # of a Split that a stream of one tensor has for what is left over
-# Weights of a file that is decoded in two stages; fewer leave some megabytes behind at most, and
-# the stage takes 150 bytes.
-STAGED_FROM = 1 << 20
+# Of a file of several stages, each of which has all these calls: fewer, since a runtime looks at
+# every node in each of its passes, and a graph of fewer nodes loads faster.
+STAGED_CALLS = 4
 COMPACT_BELOW = 1 << 15  # bytes of all streams, of a file that is decoded in one stage
 
 # Of a lane's end, and the bit before its first codeword; rather much, since a payload is there to
@@ -62,10 +62,10 @@ def is_compact(sequences: Sequence[SymbolSequence], streams: Sequence[Coding]) -
         See `Packed.compact`.
     """
     weights = sum(math.prod(sequence.shape) for sequence in sequences)
-    return weights < STAGED_FROM and sum(coding.nbytes for coding in streams) < COMPACT_BELOW
+    return weights < stages.STAGED_FROM and sum(coding.nbytes for coding in streams) < COMPACT_BELOW
 
 
-def choose_calls(size: int, streams: int) -> int:
+def choose_calls(size: int, streams: int, *, staged: bool = False) -> int:
     """Choose how often the decoder calls the function that reads 8 bytes of every lane.
 
     A lane has as many bytes as all calls read. Each call takes CALL_BYTES of the file, each lane
@@ -74,13 +74,15 @@ def choose_calls(size: int, streams: int) -> int:
     Args:
         size: Bytes of all streams.
         streams: How many there are.
+        staged: Whether the file is decoded in several stages.
 
     Returns:
-        In [1, MOST_CALLS].
+        In [1, MOST_CALLS], or in [1, STAGED_CALLS].
     """
 
     def estimate_cost(calls: int) -> float:
         lane = huffman.DIGIT * calls
         return CALL_BYTES * calls + LANE_BYTES * size / lane + streams * lane / 2
 
-    return min(range(1, MOST_CALLS + 1), key=estimate_cost)
+    most = STAGED_CALLS if staged else MOST_CALLS
+    return min(range(1, most + 1), key=estimate_cost)

@@ -7,7 +7,9 @@ one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
@@ -19,6 +21,12 @@ from ecqx_onnx_converters.storage.packed import bitstream, choices, onnx_decoder
 from ecqx_onnx_converters.storage.packed.grouping import arrange
 from ecqx_onnx_converters.storage.packed.huffman import DIGIT
 from ecqx_onnx_converters.storage.packed.reader import count_own_bytes
+from ecqx_onnx_converters.storage.packed.stages import (
+    Piece,
+    cut_piece,
+    is_staged,
+    plan_stages,
+)
 from ecqx_onnx_converters.storage.packed.stream import SymbolSequence
 from ecqx_onnx_converters.storage.packed.symbols import (
     add_contexts,
@@ -79,11 +87,15 @@ def _refuse_packing(levels: np.ndarray, target: Target) -> Refusal | None:
     return None
 
 
-def pack_all(tensors: Sequence[np.ndarray]) -> tuple[Streams, int]:
+def pack_all(
+    tensors: Sequence[np.ndarray], *, stages: Sequence[int] | None = None
+) -> tuple[Streams, int]:
     """Pack the tensors of a file into streams.
 
     Args:
         tensors: int8, none of them empty.
+        stages: In which stage each is decoded; None for one stage. What two stages decode has no
+            payload in common, even where it shares tables.
 
     Returns:
         The streams, each with the ascending indices of its tensors; and how often their decoder
@@ -94,7 +106,10 @@ def pack_all(tensors: Sequence[np.ndarray]) -> tuple[Streams, int]:
     sequences = [find_symbol_sequence(levels, top) for levels in tensors]
     streams, compact = arrange(sequences)
     # 2. The length of a lane. For a small file one call fewer than estimated is often better: try.
-    calls = choices.choose_calls(sum(coding.nbytes for _, coding in streams), len(streams))
+    size = sum(coding.nbytes for _, coding in streams)
+    if stages is not None:
+        streams = list(_divide_by_stage(streams, stages))
+    calls = choices.choose_calls(size, len(streams), staged=stages is not None)
     candidates = [calls]
     if compact and calls > 1:
         candidates = [calls - 1, calls]
@@ -119,16 +134,37 @@ def _count_written_bytes(candidate: tuple[Streams, int]) -> int:
     return payload + calls * choices.CALL_BYTES + cut * choices.CUT_BYTES
 
 
-def _is_staged(tensors: Sequence[np.ndarray]) -> bool:
-    """Whether the file is so large that it is decoded in two stages, see onnx_decoder.py."""
-    return sum(levels.size for levels in tensors) >= choices.STAGED_FROM
+def _divide_by_stage(
+    streams: Sequence[tuple[list[int], stream.Coding]], stages: Sequence[int]
+) -> Iterator[tuple[list[int], stream.Coding]]:
+    """The streams of each stage, stage by stage; those of one coding have the same tables."""
+    for stage in range(max(stages) + 1):
+        for members, coding in streams:
+            own = [member for member in members if stages[member] == stage]
+            if own:
+                yield own, coding
+
+
+@dataclass
+class _Parts:
+    """What becomes a tensor's `Stored`, while it is gathered."""
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: list[TensorProto] = field(default_factory=list)
+    nbytes: int = 0
 
 
 def _encode_streams(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
     """Packed streams as parts of a graph, for each weight its own."""
     arrays = [levels for _, levels in tensors]
-    streams, calls = pack_all(arrays)
-    staged = _is_staged(arrays)
+    # 1. Pieces of the tensors, each decoded in one stage.
+    staged = is_staged(arrays)
+    pieces = plan_stages(arrays)
+    cut = [cut_piece(arrays[piece.tensor], piece) for piece in pieces]
+    numbers = [piece.stage for piece in pieces] if staged else None
+    streams, calls = pack_all(cut, stages=numbers)
+    names = _name_pieces(pieces, [name for name, _ in tensors])
+    # 2. What all share goes with the first tensor.
     first = streams[0][1]  # contexts and compactness are the same for all
     functions = onnx_decoder.make_functions(
         calls,
@@ -139,43 +175,71 @@ def _encode_streams(tensors: Sequence[tuple[str, np.ndarray]]) -> list[Stored]:
     fresh = (f"{tensors[0][0]}_{index}" for index in count())
     constants: dict[bytes, str] = {}
     shapes: dict[tuple[int, ...], str] = {}
-    stage: list[str] = []
-    made: dict[int, Stored] = {}
+    parts = [_Parts() for _ in tensors]
+    waits = [""]
+    if staged:
+        number = 1 + max(piece.stage for piece in pieces)
+        one, parts[0].initializers = onnx_decoder.make_one(fresh, constants)
+        waits, parts[0].nodes = onnx_decoder.make_stages(one, number, fresh)
     for members, packed in streams:
-        # 1. What a stream's tensors share goes with the first of them.
-        names = [tensors[member][0] for member in members]
-        entries = [f"{name}_e" for name in names]
+        # 3. What a stream's pieces share goes with the first of them.
+        own = parts[pieces[members[0]].tensor]
+        stage = waits[pieces[members[0]].stage]
+        entries = [f"{names[member]}_e" for member in members]
         nodes, initializers, tables = onnx_decoder.make_stream_nodes(
-            packed, fresh, entries, constants
+            packed, fresh, entries, constants, stage=stage
         )
-        if staged and not stage:
-            stage = [next(fresh)]
-            one = nodes[0].input[2 + onnx_decoder.ONE]
-            nodes.extend(onnx_decoder.make_stage_nodes(one, stage[0], fresh))
-        for member, name, part in zip(members, names, packed.parts, strict=True):
-            # 2. Tensors of the same shape share it.
+        own.nodes.extend(nodes)
+        own.initializers.extend(initializers)
+        for member, part in zip(members, packed.parts, strict=True):
+            # 4. Pieces of the same shape share it.
+            own = parts[pieces[member].tensor]
             shape = tuple(part.shape[axis] for axis in part.permutation)
             if shape not in shapes:
-                shapes[shape] = f"{name}_s"
+                shapes[shape] = f"{names[member]}_s"
                 values = np.array(shape, np.int64)
-                initializers.append(onnx_decoder.make_tensor(f"{name}_s", values))
-            # 3. The nodes that are a tensor's own.
-            inputs = [f"{name}_e", *tables, shapes[shape], *stage]
-            nodes.extend(_make_level_nodes(name, part, inputs))
-            made[member] = Stored(
+                own.initializers.append(onnx_decoder.make_tensor(shapes[shape], values))
+            # 5. The nodes that are a piece's own.
+            inputs = [f"{names[member]}_e", *tables, shapes[shape]]
+            if staged:
+                inputs.append(stage)
+            own.nodes.extend(_make_level_nodes(names[member], part, inputs))
+            own.nbytes += count_own_bytes(part.entries, packed.slots)
+    stored = []
+    for index, (name, _) in enumerate(tensors):
+        # 6. Slices are joined.
+        own = parts[index]
+        slices = [member for member, piece in enumerate(pieces) if piece.tensor == index]
+        if len(slices) > 1:
+            axis = pieces[slices[0]].axis
+            whole = [names[member] for member in slices]
+            own.nodes.append(helper.make_node("Concat", whole, [name], axis=axis))
+        stored.append(
+            Stored(
                 storage="packed",
                 label="packed",
                 levels=name,
                 type=TensorProto.INT8,
                 opset=onnx_decoder.OPSET,
-                initializers=tuple(initializers),
-                nodes=tuple(nodes),
+                initializers=tuple(own.initializers),
+                nodes=tuple(own.nodes),
                 functions=functions,
-                own_bytes=count_own_bytes(part.entries, packed.slots),
+                own_bytes=own.nbytes,
             )
-            initializers = []
-            nodes = []
-    return [made[member] for member in sorted(made)]
+        )
+    return stored
+
+
+def _name_pieces(pieces: Sequence[Piece], tensors: Sequence[str]) -> list[str]:
+    """A name for each piece: the tensor's own where it is whole."""
+    counts = Counter(piece.tensor for piece in pieces)
+    names = []
+    for piece in pieces:
+        name = tensors[piece.tensor]
+        if counts[piece.tensor] > 1:
+            name = f"{name}_r{piece.begin}"
+        names.append(name)
+    return names
 
 
 def _make_level_nodes(name: str, part: stream.Part, inputs: list[str]) -> Iterator[NodeProto]:

@@ -7,22 +7,22 @@ initializers because a Constant node takes twice their bytes.
 
     r (table n, digits b, states x) -> all indices y, last states z
         reads 8 rows of digits: i = x + b; x' = n[i]
-    D (payload p, tree b, constants[, context signs t]) -> entries, int32 or uint8 [all]
+    D (payload p, tree b, constants[, stage i][, context signs t]) -> entries, int32 or uint8 [all]
         r reads the bits of all 256 bytes from all inner nodes, by the table of the tree, and so
         makes the table of bytes; by that it reads the payload, all lanes at once
     Levels (entries e, advances a, values v, shape s[, stage w]) -> int8 tensor
 
 In a small file bytes count more than memory at load: its functions leave out what makes arrays
-smaller (`Packed.compact`). A large file is decoded in two stages, so that what the first leaves
-behind is gone before levels become floats: the shape that Levels ends with waits for
-`make_stage_nodes`, a Scan over one zero, which no runtime folds. But its output's shape is
-constant, and known once the first stage is folded; then the Scan is dead.
+smaller (`Packed.compact`). A large file is decoded in several stages (stages.py): what the streams
+of one need waits for a number that `make_stages` makes, the length of what a Scan gives, which no
+runtime folds. But that length is constant, and known once the stage before is folded and gone; then
+the Scan is dead.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -36,7 +36,6 @@ from ecqx_onnx_converters.storage.packed.stream import ContextModel, Packed
 OPSET = 18
 DECODE, TENSOR = "D", "Levels"
 DECODE_BEFORE = "Decode"  # up to format 3
-ONE = 7  # which of the constants of a file that isn't compact is [1]
 
 
 def make_functions(
@@ -48,17 +47,22 @@ def make_functions(
         calls: How often D calls r, see `choices.choose_calls`.
         with_contexts: Whether the streams have several contexts.
         compact: See `Packed`.
-        staged: Whether the file is decoded in two stages.
+        staged: Whether the file is decoded in several stages.
 
     Returns:
         r, D and Levels.
     """
-    decode = _make_decode(calls, with_contexts=with_contexts, compact=compact)
-    return (_make_reader(), decode, _make_levels(compact=compact, staged=staged))
+    decode = _make_decode(calls, with_contexts=with_contexts, compact=compact, staged=staged)
+    return (_make_reader(staged=staged), decode, _make_levels(compact=compact, staged=staged))
 
 
 def make_stream_nodes(
-    packed: Packed, names: Iterator[str], entries: Sequence[str], known: dict[bytes, str]
+    packed: Packed,
+    names: Iterator[str],
+    entries: Sequence[str],
+    known: dict[bytes, str],
+    *,
+    stage: str = "",
 ) -> tuple[list[NodeProto], list[TensorProto], tuple[str, str]]:
     """Make the nodes that decode one stream.
 
@@ -68,33 +72,38 @@ def make_stream_nodes(
         entries: What the entries of each of its tensors shall be called.
         known: Names of constants that the file has, by `make_tensor` without a name; those that are
             new are added.
+        stage: Name of the number 1 that is known in the stream's own stage, see `make_stages`; ""
+            in a file of one stage.
 
     Returns:
         Nodes that make the entries; initializers; and the names of advances and values.
     """
-    # 1. The inputs of D: payload, tree, constants, and what contexts are told by.
-    inputs = []
-    initializers = []
-    for values in (packed.payload, packed.bits):
-        initializers.append(make_tensor(next(names), values))
-        inputs.append(initializers[-1].name)
-    for values in _make_constants(packed.slots, packed.compact):
+    initializers: list[TensorProto] = []
+
+    def share(values: np.ndarray) -> str:
+        """The name of a constant that the file holds once."""
         key = make_tensor("", values).SerializeToString(deterministic=True)
         if key not in known:
             known[key] = next(names)
             initializers.append(make_tensor(known[key], values))
-        inputs.append(known[key])
-    advances = make_tensor(next(names), packed.advances)
-    values_table = make_tensor(next(names), packed.values)
-    initializers += [advances, values_table]
+        return known[key]
+
+    # 1. The inputs of D: payload, tree, constants, and what contexts are told by.
+    initializers.append(make_tensor(next(names), packed.payload))
+    inputs = [initializers[0].name, share(packed.bits)]
+    for constant in _make_constants(packed.slots, packed.compact):
+        inputs.append(share(constant))
+    if stage:
+        inputs.append(stage)
+    advances = share(packed.advances)
+    values_table = share(packed.values)
     if packed.context_model is ContextModel.SIGNS:
-        inputs.append(values_table.name)
+        inputs.append(values_table)
     elif packed.context_model is ContextModel.STEADY and packed.has_corrections:
         assert packed.context_signs is not None  # as it is for all streams with contexts
-        initializers.append(make_tensor(next(names), packed.context_signs))
-        inputs.append(initializers[-1].name)
+        inputs.append(share(packed.context_signs))
     elif packed.context_model is ContextModel.STEADY:
-        inputs.append(advances.name)
+        inputs.append(advances)
     # 2. The outputs: of each tensor, and what is left over at the end.
     lengths = [part.entries for part in packed.parts]
     outputs = list(entries)
@@ -109,31 +118,70 @@ def make_stream_nodes(
         nodes[0].output[:] = [stream]
         nodes.append(helper.make_node("Split", [stream, sizes], outputs))
         initializers.append(make_tensor(sizes, np.array(lengths, np.int64)))
-    return nodes, initializers, (advances.name, values_table.name)
+    return nodes, initializers, (advances, values_table)
 
 
-def make_stage_nodes(one: str, stage: str, names: Iterator[str]) -> Iterator[NodeProto]:
-    """Make a 1 that is constant only once everything that is constant at first has been folded.
+def make_one(names: Iterator[str], known: dict[bytes, str]) -> tuple[str, list[TensorProto]]:
+    """Make the number 1 that the first stage does not wait for.
 
     Args:
-        one: Name of the constant [1].
-        stage: What the value, [1] as well, shall be called.
+        names: Names that are free in the graph.
+        known: See `make_stream_nodes`.
+
+    Returns:
+        The name of [1], int64, and its initializer.
+    """
+    one = np.array([1])
+    name = next(names)
+    known[make_tensor("", one).SerializeToString(deterministic=True)] = name
+    return name, [make_tensor(name, one)]
+
+
+def make_stages(one: str, count: int, names: Iterator[str]) -> tuple[list[str], list[NodeProto]]:
+    """Make numbers 1, each of which is known only once all that waits for the one before is folded.
+
+    Args:
+        one: Name of the constant [1], int64, which is the first.
+        count: How many stages there are.
         names: Names that are free in the graph.
 
     Returns:
-        Nodes that make it.
+        Their names, one for each stage; and the nodes that make them.
     """
-    length = next(names)
-    zero = next(names)
-    same = next(names)
-    element = helper.make_tensor_value_info("a", TensorProto.FLOAT, None)
-    negated = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
-    negation = helper.make_node("Neg", ["a"], ["b"])
-    body = helper.make_graph([negation], "s", [element], [negated])
-    yield helper.make_node("Mul", [one, one], [length])
-    yield helper.make_node("ConstantOfShape", [length], [zero])
-    yield helper.make_node("Scan", [zero], [same], num_scan_inputs=1, body=body)
-    yield helper.make_node("Shape", [same], [stage])
+    stages = [one]
+    nodes: list[NodeProto] = []
+    while len(stages) < count:
+        length, zero, same, stage = islice(names, 4)
+        element = helper.make_tensor_value_info("a", TensorProto.FLOAT, None)
+        negated = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
+        negation = helper.make_node("Neg", ["a"], ["b"])
+        body = helper.make_graph([negation], "s", [element], [negated])
+        # A product, since newer runtimes see through what only rearranges shapes, and would know
+        # all numbers of the chain at once.
+        nodes.append(helper.make_node("ReduceProd", [stages[-1]], [length]))
+        nodes.append(helper.make_node("ConstantOfShape", [length], [zero]))
+        nodes.append(helper.make_node("Scan", [zero], [same], num_scan_inputs=1, body=body))
+        nodes.append(helper.make_node("Shape", [same], [stage]))
+        stages.append(stage)
+    return stages, nodes
+
+
+def is_stage(name: str, makers: Mapping[str, NodeProto]) -> bool:
+    """Tell whether a value is a number 1 for which a stage waits.
+
+    Args:
+        name: An input of D.
+        makers: The nodes of the file by what they make.
+
+    Returns:
+        Whether it is made by Shape of Scan, as `make_stages` does it.
+    """
+    for operator in ("Shape", "Scan"):
+        node = makers.get(name)
+        if node is None or node.op_type != operator or node.domain or len(node.input) != 1:
+            return False
+        name = node.input[0]
+    return True
 
 
 def make_tensor(name: str, values: np.ndarray) -> TensorProto:
@@ -228,17 +276,23 @@ def _list_free_names(taken: Collection[str]) -> Iterator[str]:
         yield first + second
 
 
-def _make_reader() -> FunctionProto:
+def _make_reader(*, staged: bool) -> FunctionProto:
     """r: table n [all], digits b [8, columns], states x that fit a row.
 
-    Gives the last states z, and y: the indices of all rows, one below the other.
+    Gives the last states z, and y: the indices of all rows, one below the other. In a file of
+    several stages digits are of any integer type.
     """
     names = _list_free_names(taken="nbxyz")
     digits = list(islice(names, DIGIT))
     indices = list(islice(names, DIGIT))
     states = list(islice(names, DIGIT))
     states = ["x", *states[1:], "z"]
-    nodes = [_make_node(f"Split b -> {' '.join(digits)}", num_outputs=DIGIT)]
+    nodes = []
+    rows = "b"
+    if staged:
+        rows = next(names)
+        nodes.append(_make_node(f"CastLike b n -> {rows}"))
+    nodes.append(_make_node(f"Split {rows} -> {' '.join(digits)}", num_outputs=DIGIT))
     for k in range(DIGIT):
         nodes.append(_make_node(f"Add {states[k]} {digits[k]} -> {indices[k]}"))
         nodes.append(_make_node(f"Gather n {indices[k]} -> {states[k + 1]}"))
@@ -246,12 +300,26 @@ def _make_reader() -> FunctionProto:
     return _make_function("r", "n b x", "z y", nodes)
 
 
-def _make_decode(calls: int, *, with_contexts: bool, compact: bool) -> FunctionProto:
-    """D: payload p uint8 [8 * calls, lanes], tree b uint8 [bytes], constants[, context signs t].
+def _make_decode(calls: int, *, with_contexts: bool, compact: bool, staged: bool) -> FunctionProto:
+    """D: payload p uint8 [8 * calls, lanes], tree b uint8 [bytes], constants[, stage i][, context
+    signs t].
 
     Gives the entries y [all]. A state is an inner node's number, times 2 where it is added to a
-    bit, and times 256 where it is added to a byte.
+    bit, and times 256 where it is added to a byte. In a file of several stages payload and tree
+    take a shape that waits for the number i.
     """
+    tree = "b"
+    waiting = []
+    if staged:
+        tree = "bb"
+        waiting = [
+            _make_node("Shape b -> ba"),
+            _make_node("Mul ba i -> bc"),
+            _make_node("Reshape b bc -> bb"),
+            _make_node("Shape p -> pa"),
+            _make_node("Mul pa i -> pc"),
+            _make_node("Reshape p pc -> pb"),
+        ]
     # 1. With contexts: to inner node 2, 3 or 4 by the sign of a leaf's t.
     lead = []
     if with_contexts:
@@ -267,7 +335,8 @@ def _make_decode(calls: int, *, with_contexts: bool, compact: bool) -> FunctionP
     next_node = "r" if with_contexts else "K"
     # 2. The table of the tree, and with it the table of bytes.
     automaton = [
-        _make_node("CastLike b a -> A"),
+        *waiting,
+        _make_node(f"CastLike {tree} a -> A"),
         _make_node("Div A c -> B"),
         _make_node("Mod B d -> C"),
         _make_node("Reshape C h -> F"),  # 1: a leaf
@@ -301,7 +370,7 @@ def _make_decode(calls: int, *, with_contexts: bool, compact: bool) -> FunctionP
         ]
     table.append(_make_node("Transpose V -> W"))
     # 4. The payload, 8 bytes of every lane a call.
-    inputs = "p b c f a d e g h k" + " j" * (not compact) + " t" * with_contexts
+    inputs = "p b c f a d e g h k" + " j" * (not compact) + " i" * staged + " t" * with_contexts
     taken = {*inputs.split(), "v", "w", "z", "D", "y"}
     for node in (*automaton, *table):
         taken.update(node.input)
@@ -314,9 +383,14 @@ def _make_decode(calls: int, *, with_contexts: bool, compact: bool) -> FunctionP
         _make_node(f"r Z {digits[k]} {states[k]} -> {states[k + 1]} {indices[k]}")
         for k in range(calls)
     ]
+    first = [_make_node(f"Split pb -> {' '.join(digits)}", num_outputs=calls)]
+    if not staged:
+        first = [
+            _make_node("CastLike p a -> v"),
+            _make_node(f"Split v -> {' '.join(digits)}", num_outputs=calls),
+        ]
     reading = [
-        _make_node("CastLike p a -> v"),
-        _make_node(f"Split v -> {' '.join(digits)}", num_outputs=calls),
+        *first,
         *calls_of_reader,
         _make_node(f"Concat {' '.join(indices)} -> w", axis=0),
         _make_node("Transpose w -> z"),
@@ -340,21 +414,22 @@ def _make_levels(*, compact: bool, staged: bool) -> FunctionProto:
             _make_node("Cast e -> f", to=TensorProto.INT32),
             _make_node("Cast a -> b", to=TensorProto.INT32),
         ]
-    last = [_make_node("Reshape o s -> y")]
+    shape = "s"
     if staged:
-        last = [_make_node("Mul s w -> r"), _make_node("Reshape o r -> y")]
+        shape = "r"
+        first.append(_make_node("Mul s w -> r"))
     zero = TensorProto(data_type=TensorProto.INT8, dims=[1], raw_data=b"\0")
     nodes = [
         *first,
         _make_node(f"Gather b {entries} -> g"),
-        _make_node("ReduceProd s -> m"),
+        _make_node(f"ReduceProd {shape} -> m"),
         _make_node("Size m -> l"),
         _make_node("Neg l -> h"),  # an axis: -1
         _make_node("CumSum g h -> i"),
         _make_node(f"Gather v {entries} -> j"),
         _make_node("ConstantOfShape m -> n", value=zero),
         _make_node("ScatterElements n i j -> o", reduction="add"),
-        *last,
+        _make_node(f"Reshape o {shape} -> y"),
     ]
     inputs = "e a v s w" if staged else "e a v s"
     return _make_function(TENSOR, inputs, "y", nodes)

@@ -45,6 +45,10 @@ def decode(name: str, contents: Contents) -> np.ndarray:
         FileError: A node or an array is none that the encoder writes.
         KeyError: The file has no such tensor.
     """
+    # 0. Slices, each by itself.
+    slices, axis = _find_slices(name, contents)
+    if slices:
+        return _join_slices(name, [decode(part, contents) for part in slices], axis)
     # 1. The tensor's node, its stream's entries, its shape in coding order.
     node, permutation = _find_tensor_node(name, contents)
     stream, cuts = _read_stream(node, contents)
@@ -78,6 +82,9 @@ def stored_bytes(name: str, contents: Contents) -> int:
     Returns:
         Bytes of its own entries.
     """
+    slices, _ = _find_slices(name, contents)
+    if slices:
+        return sum(stored_bytes(part, contents) for part in slices)
     node, _ = _find_tensor_node(name, contents)
     stream, cuts = _read_stream(node, contents)
     begin, end = cuts[node.input[0]]
@@ -85,6 +92,37 @@ def stored_bytes(name: str, contents: Contents) -> int:
     payload = contents.initializers[maker.input[0]]
     slots = len(stream) // max(1, math.prod(payload.dims))
     return count_own_bytes(end - begin, slots)
+
+
+def _find_slices(name: str, contents: Contents) -> tuple[list[str], int]:
+    """The slices that a packed tensor is joined of, and along which axis; none where it is whole.
+
+    FileError for a slice that is joined of slices itself.
+    """
+    node = contents.makers[name]
+    if node.op_type != "Concat" or node.domain:
+        return [], 0
+    for part in node.input:
+        if contents.makers[part].op_type == "Concat":
+            raise FileError(
+                f"packed tensor '{name}' is joined of slices of slices; the ONNX file is damaged"
+            )
+    axes = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
+    return list(node.input), axes[0] if axes else 0
+
+
+def _join_slices(name: str, slices: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """The tensor of its slices; FileError if they do not go together."""
+    sizes = sum(part.size for part in slices)
+    try:
+        if sizes >= MAX_WEIGHTS:
+            raise ValueError(f"{sizes} weights are too many")
+        return np.concatenate(slices, axis=axis)
+    except ValueError as error:
+        raise FileError(
+            f"the slices of packed tensor '{name}' can't be joined ({error});"
+            " the ONNX file is damaged"
+        ) from error
 
 
 def _find_tensor_node(name: str, contents: Contents) -> tuple[NodeProto, list[int] | None]:
@@ -142,7 +180,13 @@ def _read_stream(node: NodeProto, contents: Contents) -> tuple[np.ndarray, Cuts]
 
 def _decode_stream(maker: NodeProto, contents: Contents) -> np.ndarray:
     """The entries that a node D, of this format or an earlier one, makes."""
-    payload, bits, *constants = (_read_constant(value, contents) for value in maker.input)
+    values = []
+    for value in maker.input:
+        if onnx_decoder.is_stage(value, contents.makers):
+            values.append(np.array([1]))
+        else:
+            values.append(_read_constant(value, contents))
+    payload, bits, *constants = values
     version, slots, context_signs = _recognize_format(constants)
     # 1. Where leaves lead; in format 2 there are two contexts, at inner nodes 1 and 2.
     after = None
@@ -187,6 +231,8 @@ def _recognize_format(constants: Sequence[np.ndarray]) -> tuple[int, int, np.nda
     """The format (1 and 2 alike: 2), slots and context signs, of D's inputs behind the tree."""
     for version, slots, known in onnx_decoder.list_known_constants():
         behind = constants[len(known) :]
+        if behind and _are_same(behind[:1], [np.array([1])]):  # the number that a stage waits for
+            behind = behind[1:]
         if _are_same(constants[: len(known)], known) and len(behind) <= 1:
             return version, slots, (behind[0] if behind else None)
     raise FileError(
