@@ -23,7 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from ecqx_onnx.errors import CheckFailed, DataError, FileError, ModelError
 from ecqx_onnx.runtime import watchdog
-from ecqx_onnx.runtime.random_values import draw_values
+from ecqx_onnx.runtime.random_values import draw_values, names_lengths
 
 Session = onnxruntime.InferenceSession
 Level = Literal["all", "disabled"]
@@ -57,6 +57,10 @@ NUMPY_TYPES = {
     "tensor(int16)": np.int16,
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(string)": np.object_,
     "tensor(bool)": np.bool_,
 }
 
@@ -251,15 +255,21 @@ def find_fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
 
 
 def make_synthetic_inputs(
-    session: onnxruntime.InferenceSession, *, batch: int = 1, free: int = 1, seed: int = 0
+    session: onnxruntime.InferenceSession,
+    *,
+    batch: int = 1,
+    free: int = 1,
+    seed: int = 0,
+    bounds: Mapping[str, int] | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """Make random inputs for a model: normal floats, integers of 0 and 1, masks of padded rows.
+    """Make random inputs for a model: normal floats, integers in range, masks of padded rows.
 
     Args:
         session: a loaded session of onnxruntime.
-        batch: length of a first axis that the graph leaves free.
-        free: length of any other axis that it leaves free.
+        batch: length of a first axis that the graph leaves free, and of all that have its name.
+        free: length of any other axis that it leaves free; a sum of names is as long as these.
         seed: of the generator.
+        bounds: what integers have to stay below, by input (see `find_index_bounds`).
 
     Returns:
         One array for each input, in the declared type.
@@ -269,23 +279,77 @@ def make_synthetic_inputs(
     """
     generator = np.random.default_rng(seed)
     arrays: list[np.ndarray] = []
-    for node in session.get_inputs():
+    shapes = _choose_shapes(session, batch=batch, free=free)
+    for node, shape in zip(session.get_inputs(), shapes, strict=True):
         dtype = NUMPY_TYPES.get(node.type)
         if dtype is None:
             raise ModelError(
                 f"input '{node.name}' has type {node.type}, which validation cannot feed"
             )
-        shape = [
-            n if isinstance(n, int) else batch if axis == 0 else free
-            for axis, n in enumerate(node.shape)
-        ]
         if math.prod(shape) > MOST_VALUES:
             raise ModelError(
                 f"input '{node.name}' has the shape {node.shape}, more than {MOST_VALUES} values: "
                 "give real ones"
             )
-        arrays.append(draw_values(node.name, dtype, shape, generator))
+        bound = (bounds or {}).get(node.name)
+        length = None
+        if names_lengths(node.name):
+            length = _find_counted_length(session, shapes, node.name)
+        values = draw_values(node.name, dtype, shape, generator, bound=bound, length=length)
+        arrays.append(values)
     return tuple(arrays)
+
+
+def _choose_shapes(
+    session: onnxruntime.InferenceSession, *, batch: int, free: int
+) -> list[list[int]]:
+    """One shape for each input; axes of one name have one length, wherever they are."""
+    nodes = session.get_inputs()
+    firsts = {node.shape[0] for node in nodes if node.shape and isinstance(node.shape[0], str)}
+    shapes = []
+    for node in nodes:
+        shape = []
+        for axis, length in enumerate(node.shape):
+            if isinstance(length, int):
+                shape.append(length)
+            elif isinstance(length, str) and length:
+                shape.append(_resolve_length(length, firsts, batch=batch, free=free))
+            else:
+                shape.append(batch if axis == 0 else free)
+        shapes.append(shape)
+    return shapes
+
+
+def _resolve_length(name: str, firsts: set[str], *, batch: int, free: int) -> int:
+    """Of an axis that is named, or is a sum of names and numbers ("past + sequence")."""
+    total = 0
+    for part in name.split("+"):
+        part = part.strip(" ()")
+        if part.isdigit() and len(part) < 6:
+            total += int(part)
+        else:
+            total += batch if part in firsts else free
+    return total
+
+
+def _find_counted_length(
+    session: onnxruntime.InferenceSession, shapes: Sequence[Sequence[int]], name: str
+) -> int | None:
+    """How long the sequences are whose lengths an input holds: those of the input whose name it
+    begins with, else of the first with a free axis beside the batch."""
+    found: list[tuple[bool, int]] = []
+    for node, shape in zip(session.get_inputs(), shapes, strict=True):
+        if node.name == name or len(shape) < 2:
+            continue
+        axes = [axis for axis in range(1, len(shape)) if not isinstance(node.shape[axis], int)]
+        if axes:
+            found.append((name.startswith(node.name.rstrip("s")), shape[axes[0]]))
+        else:
+            found.append((False, shape[-1]))
+    named = [length for is_named, length in found if is_named]
+    if named:
+        return named[0]
+    return found[0][1] if found else None
 
 
 def measure_load_seconds(model: Path | bytes, *, repeats: int = 3) -> float:

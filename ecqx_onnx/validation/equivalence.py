@@ -10,16 +10,20 @@ DequantizeLinear).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from ecqx_onnx_converters.graph.files import read_proto
+from onnx import ModelProto
 from rich.console import RenderableType
 from rich.text import Text
 
 from ecqx_onnx.data.npz import read_npz
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
+from ecqx_onnx.inputs.index_bounds import find_index_bounds
 from ecqx_onnx.runtime.sessions import (
     NUMPY_TYPES,
     Session,
@@ -41,8 +45,8 @@ from ecqx_onnx.validation.outputs.metrics import (
 )
 from ecqx_onnx.validation.report import Check
 
-# Tried for an input's free dimensions until the original takes them.
-FREE_LENGTHS = (1, 2, 16, 64, 512)
+# Tried for an input's free dimensions until the original takes them; first what is a sequence.
+FREE_LENGTHS = (16, 1, 2, 64, 512)
 SEEDS = 2
 
 
@@ -138,7 +142,7 @@ def compare_models(
             f"it takes an input '{unknown[0]}', which the original has not ({', '.join(names)})"
         )
         return Equivalence((Check("inputs", False, None, None, sentence),), 0)
-    sets: Iterable[Batch] = _draw_random_inputs(written)
+    sets: Iterable[Batch] = _draw_random_inputs(written, _find_bounds(first))
     if batches is not None:
         sets = _fit_batches(written, batches)
     elif inputs is not None:
@@ -245,7 +249,7 @@ def _run_without(second: Path, why: str) -> Equivalence:
             f"onnxruntime can run neither model, so they can't be compared; the original: {why}"
         )
         return Equivalence((Check("load", False, None, None, sentence),), 0)
-    ran = any(True for _ in _draw_random_inputs(session))
+    ran = any(True for _ in _draw_random_inputs(session, _find_bounds(second)))
     sentence = (
         f"the original can't be run ({why}); the packed model {'runs' if ran else 'loads'}, there "
         "is nothing to compare with"
@@ -296,13 +300,21 @@ def _fit_batches(session: Session, batches: Iterable[Batch]) -> Iterator[Batch]:
         yield tuple(array[:size] for array in whole), labels
 
 
-def _draw_random_inputs(session: Session) -> Iterator[Batch]:
+def _find_bounds(model: Path | bytes) -> Mapping[str, int]:
+    """What the integers that a model takes have to stay below."""
+    if isinstance(model, bytes):
+        return find_index_bounds(ModelProto.FromString(model))
+    return find_index_bounds(read_proto(model))
+
+
+def _draw_random_inputs(session: Session, bounds: Mapping[str, int]) -> Iterator[Batch]:
     """Sets of inputs that the model runs on; none if it takes none of those tried."""
     if any(node.type not in NUMPY_TYPES for node in session.get_inputs()):
         return
-    for length in FREE_LENGTHS:
+    ranges = (bounds, {}) if bounds else (bounds,)  # without, where they are no indices after all
+    for length, within in itertools.product(FREE_LENGTHS, ranges):
         for seed in range(SEEDS):
-            values = make_synthetic_inputs(session, batch=2, free=length, seed=seed)
+            values = make_synthetic_inputs(session, batch=2, free=length, seed=seed, bounds=within)
             try:
                 run(session, values)
             except CheckFailed:

@@ -13,6 +13,7 @@ from ecqx_onnx_converters.serialization.reading import read_weights
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
+from ecqx_onnx.inputs.index_bounds import find_index_bounds
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
@@ -137,8 +138,9 @@ def validate(
         notes = (*notes, samples.note)
         batches: Iterator[Batch] = samples.read(find_fixed_batch(session) or batch_size)
     elif split is None:
+        bounds = find_index_bounds(file.proto)
         batches = (
-            (make_synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed), None)
+            (make_synthetic_inputs(session, batch=SYNTHETIC_BATCH, seed=seed, bounds=bounds), None)
             for seed in seeds
         )
     else:

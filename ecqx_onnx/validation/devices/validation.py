@@ -12,6 +12,7 @@ from ecqx_onnx_converters.graph.outputs import open_temporary_folder
 
 from ecqx_onnx.data import Split
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError
+from ecqx_onnx.inputs.index_bounds import find_index_bounds
 from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.options.validate import ValidateOptions
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
@@ -129,7 +130,8 @@ def validate_on(
         if samples is not None:
             yield from samples.read(size or batch_size)
         elif split is None:
-            yield make_synthetic_inputs(session, batch=SYNTHETIC_BATCH), None
+            bounds = find_index_bounds(file.proto)
+            yield make_synthetic_inputs(session, batch=SYNTHETIC_BATCH, bounds=bounds), None
         else:
             yield from preprocess_batches(split, size or batch_size)
 
