@@ -16,6 +16,7 @@ from ecqx_onnx_converters.graph.graph import FloatGraph
 
 from ecqx_onnx.compression.model.biases import corrected_bias
 from ecqx_onnx.compression.model.weights import Weight
+from ecqx_onnx.compression.rounding.capped import round_to_cancel, window_of
 from ecqx_onnx.compression.rounding.moments import (
     MomentKey,
     Moments,
@@ -140,6 +141,8 @@ def round_weight(
     before: Moments | None,
     after: Moments | None,
     cross: Moments | None,
+    *,
+    capped: int | None = None,
 ) -> RoundedWeight:
     """Round one weight, and correct its bias.
 
@@ -151,13 +154,17 @@ def round_weight(
             watch, which is rounded to the nearest levels.
         after: moments of its input in the rounded network; None as for `before`.
         cross: centered as `after` is used here; None where both networks have the same input.
+        capped: the outermost level of the grid; None for an open grid.
 
     Returns:
         Its levels, and the values of it and its bias in the graph.
     """
     matrices, bias = layers.matrices(weight), layers.bias(weight)
     if after is None or before is None or after.count == 0:
-        rounded = round_nearest(matrices, step)
+        if capped is not None:
+            rounded = round_to_cancel(matrices, step, capped, window=window_of(weight))
+        else:
+            rounded = round_nearest(matrices, step)
         if _is_uneven(weight, rounded):
             rounded = round_nearest(matrices, rounded.steps.max())
         return RoundedWeight(rounded, {weight.name: weight.from_matrices(rounded.values)})
@@ -166,7 +173,7 @@ def round_weight(
     if cross is not None:
         target = corrected_target(matrices, used, cross, dampening=CORRECTION)
     sure = used.shrunk()
-    rounded = round_with_feedback(matrices, step, sure, target=target)
+    rounded = round_with_feedback(matrices, step, sure, target=target, capped=capped)
     while _is_uneven(weight, rounded):
         widest = rounded.steps.max()
         rounded = round_with_feedback(matrices, widest, sure, target=target)
@@ -192,6 +199,7 @@ def round_in_order(
     threads: int = 1,
     live_bytes: Mapping[int, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    capped: int | None = None,
 ) -> RoundedModel:
     """Every weight on the inputs that the rounded layers before it give.
 
@@ -203,6 +211,7 @@ def round_in_order(
         live_bytes: position of a node -> bytes that would be kept there for all batches. Where
             these are more than LIVE_BUDGET, the nodes since the last place with fewer run again.
         progress: called with (stages done, stages).
+        capped: the outermost level of the grid; None for an open grid.
 
     Returns:
         Levels of every weight, and the values that change in the graph.
@@ -227,19 +236,19 @@ def round_in_order(
         for weight in stage:
             key = MomentKey.of(weight)
             pair = None if key is None else pairs.get(key)
-            one = _round_by_pair(layers, weight, steps[weight.name], pair)
+            one = _round_by_pair(layers, weight, steps[weight.name], pair, capped)
             rounded[weight.name] = one.rounded
             changed.update(one.changed)
     return RoundedModel(rounded, changed)
 
 
 def _round_by_pair(
-    layers: Layers, weight: Weight, step: np.ndarray, pair: _Pair | None
+    layers: Layers, weight: Weight, step: np.ndarray, pair: _Pair | None, capped: int | None
 ) -> RoundedWeight:
     if pair is None:
-        return round_weight(layers, weight, step, None, None, None)
+        return round_weight(layers, weight, step, None, None, None, capped=capped)
     cross = pair.cross(centered=weight.name in layers.biases)
-    return round_weight(layers, weight, step, pair.before, pair.after, cross)
+    return round_weight(layers, weight, step, pair.before, pair.after, cross, capped=capped)
 
 
 def _find_readers(layers: Layers) -> dict[str, int]:

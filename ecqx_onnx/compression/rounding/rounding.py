@@ -79,6 +79,7 @@ def round_with_feedback(
     *,
     target: np.ndarray | None = None,
     dampening: float = DAMPENING,
+    capped: int | None = None,
 ) -> Rounded:
     """Levels whose output errors cancel.
 
@@ -88,10 +89,18 @@ def round_with_feedback(
         moments: of the inputs, with as many groups or with one for all.
         target: what is rounded, by default the matrices themselves; see `corrected_target`.
         dampening: added to H's diagonal, as a share of its mean.
+        capped: the outermost level of a grid that ends there: weights beyond it take it, and of
+            their errors no more than half a step is pushed on. None for the open grid.
+
     Returns:
-        Levels within +-HIGHEST, and the steps, wider for rows that would not fit.
+        Levels within +-HIGHEST, and the steps, wider for rows that would not fit; or levels within
+        +-capped, and the steps as they were.
     """
-    steps, notes = _widen_steps(matrices, steps)
+    notes: tuple[str, ...] = ()
+    if capped is None:
+        steps, notes = _widen_steps(matrices, steps)
+    else:
+        steps = np.broadcast_to(steps, (*matrices.shape[:2], 1)).astype(np.float32)
     levels = np.empty(matrices.shape, np.int8)
     loss = 0.0
     wanted = matrices if target is None else target
@@ -102,7 +111,8 @@ def round_with_feedback(
             factor, order, note = factorize(hessian, dampening)
             if note:
                 notes = (*notes, note)
-            rows, used, lost = _round_rows(wanted[group][:, part], steps[group], factor, order)
+            given = (wanted[group][:, part], steps[group], factor, order)
+            rows, used, lost = _round_rows(*given, capped)
             if not np.array_equal(used, steps[group]) and start:
                 # Another block has these rows rounded with a narrower step already.
                 steps[group] = used
@@ -176,7 +186,11 @@ def _upper_of_inverse(matrix: np.ndarray) -> np.ndarray:
 
 
 def _round_rows(
-    rows: np.ndarray, steps: np.ndarray, factor: np.ndarray, order: np.ndarray
+    rows: np.ndarray,
+    steps: np.ndarray,
+    factor: np.ndarray,
+    order: np.ndarray,
+    capped: int | None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """(levels int8 [rows, columns], steps [rows, 1], loss) of one group's block."""
     levels = np.empty(rows.shape, np.int8)
@@ -184,7 +198,7 @@ def _round_rows(
     steps = steps.copy()
     open_rows = np.arange(len(rows))
     while open_rows.size:
-        made, lost = _feed_errors(rows[open_rows][:, order], steps[open_rows], factor)
+        made, lost = _feed_errors(rows[open_rows][:, order], steps[open_rows], factor, capped)
         fits = np.abs(made).max(axis=1, initial=0.0) <= HIGHEST
         done = open_rows[fits]
         back = np.empty((len(done), rows.shape[1]), np.int8)
@@ -197,7 +211,7 @@ def _round_rows(
 
 
 def _feed_errors(
-    rows: np.ndarray, steps: np.ndarray, factor: np.ndarray
+    rows: np.ndarray, steps: np.ndarray, factor: np.ndarray, capped: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(levels as floats [rows, columns], loss of each row); columns in the factor's order."""
     work = rows.astype(np.float64)
@@ -209,7 +223,12 @@ def _feed_errors(
         end = min(start + BLOCK, columns)
         for j in range(start, end):
             levels[:, j] = np.rint(work[:, j] / wide)
-            errors[:, j] = (work[:, j] - levels[:, j] * wide) / factor[j, j]
+            if capped is not None:
+                levels[:, j] = np.clip(levels[:, j], -capped, capped)
+            lost = work[:, j] - levels[:, j] * wide
+            if capped is not None:
+                lost = np.clip(lost, -wide / 2, wide / 2)
+            errors[:, j] = lost / factor[j, j]
             work[:, j + 1 : end] -= errors[:, j : j + 1] * factor[j, j + 1 : end]
         work[:, end:] -= errors[:, start:end] @ factor[start:end, end:]
     return levels, (errors**2).sum(axis=1)
