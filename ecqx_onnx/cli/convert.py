@@ -39,6 +39,7 @@ def convert(
     input_shape: InputShape = None,
     dynamic: Annotated[list[str] | None, _option("dynamic", metavar="AXIS")] = None,
     bits: Annotated[int | None, _option("bits")] = None,
+    bits_per_weight: Annotated[float | None, _option("bits_per_weight")] = None,
     entropy_weight: Annotated[float, _option("entropy_weight")] = 0.0,
     include: Annotated[list[str] | None, _option("include")] = None,
     exclude: Annotated[list[str] | None, _option("exclude")] = None,
@@ -66,6 +67,8 @@ def convert(
     Example:  ecqx-onnx convert lenet5.pt lenet5.onnx
 
     Without training:  ecqx-onnx convert fp32.pt small.onnx --model net.py:net --bits 4
+
+    Any float .onnx:  ecqx-onnx convert float.onnx small.onnx --bits-per-weight 3
     """
     from ecqx_onnx import api
 
@@ -77,6 +80,7 @@ def convert(
             input_shape=parse_input_shape(input_shape),
             dynamic=parse_dynamic(dynamic),
             bits=bits,
+            bits_per_weight=bits_per_weight,
             entropy_weight=entropy_weight,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),

@@ -17,7 +17,8 @@ class ConvertOptions:
     """What is converted, how its weights and activations are stored, and for which runtime."""
 
     model: Any = required(
-        "A checkpoint of ours, a .pt2 program, a state dict (with --model), or a pickled module."
+        "A checkpoint of ours, a .pt2 program, a state dict (with --model), a pickled module, or"
+        " (with --bits or --bits-per-weight) a float .onnx file."
     )
     out: str | Path = required(shared.OUT_ONNX)
     factory: str | None = option(None, shared.FACTORY)
@@ -28,6 +29,13 @@ class ConvertOptions:
         "Quantise a float model to so many bits, without training.",
         minimum=2,
         maximum=8,
+    )
+    bits_per_weight: float | None = option(
+        None,
+        "Quantise a float model without training on as many levels as so many coded bits for each"
+        " weight ask for.",
+        minimum=0.05,
+        maximum=16.0,
     )
     entropy_weight: float = option(
         0.0, "With --bits: how dear coding is against distance; 0 is nearest level.", minimum=0.0
@@ -52,7 +60,8 @@ class ConvertOptions:
     calibration: Any = option(
         None,
         "With --activations int8: data that their ranges come from, as for quantize. Not needed"
-        " where the checkpoint was trained with --activations int8.",
+        " where the checkpoint was trained with --activations int8. With --bits or"
+        " --bits-per-weight: unlabelled samples that weights are rounded by.",
     )
     calibration_method: str = option(
         "minmax",

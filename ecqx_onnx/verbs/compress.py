@@ -9,7 +9,6 @@ nothing of this saw.
 
 from __future__ import annotations
 
-import fnmatch
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from ecqx_onnx import __version__
 from ecqx_onnx.compression.encoding import FileOptions
 from ecqx_onnx.compression.model.biases import with_biases
 from ecqx_onnx.compression.model.float_model import FloatModel, is_onnx_path, load_float_model
-from ecqx_onnx.compression.model.weights import Passed, Weight, find_weights
+from ecqx_onnx.compression.model.weights import Passed, find_weights, select_weights
 from ecqx_onnx.compression.result import CompressResult
 from ecqx_onnx.compression.rounding.ordered import Layers
 from ecqx_onnx.compression.search.bounds import Bounds, make_bounds
@@ -299,8 +298,7 @@ def _prepare(
     seed: int,
     threads: int,
 ) -> _Prepared:
-    weights, passed = find_weights(model.graph)
-    weights, passed = _select(weights, passed, include, exclude)
+    weights, passed = select_weights(*find_weights(model.graph), include=include, exclude=exclude)
     if not weights:
         raise ModelError(_why_no_weights(model, passed))
     graph, biases = with_biases(model.graph, weights)
@@ -320,28 +318,6 @@ def _prepare(
     used = splits.statistics.preprocessing
     notes.append(f"preprocessing: {used.to_json() if used else 'none, arrays as they are'}")
     return _Prepared(model, layers, passed, splits, batch, classes, bounds, tuple(notes))
-
-
-def _select(
-    weights: Sequence[Weight],
-    passed: Sequence[Passed],
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> tuple[tuple[Weight, ...], tuple[Passed, ...]]:
-    names = [weight.name for weight in weights]
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                first = names[0] if names else "none"
-                raise OptionError(f"{option} '{pattern}' matches no weight; the first is '{first}'")
-    kept, left = [], list(passed)
-    for weight in weights:
-        wanted = not include or any(fnmatch.fnmatchcase(weight.name, p) for p in include)
-        if wanted and not any(fnmatch.fnmatchcase(weight.name, p) for p in exclude):
-            kept.append(weight)
-        else:
-            left.append(Passed(weight.name, weight.shape, "left out, as asked for"))
-    return tuple(kept), tuple(left)
 
 
 def _why_no_weights(model: FloatModel, passed: Sequence[Passed]) -> str:

@@ -55,6 +55,7 @@ def convert(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     trust_pickle: bool = False,
     bits: int | None = None,
+    bits_per_weight: float | None = None,
     entropy_weight: float = 0.0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -78,7 +79,8 @@ def convert(
     embedding multiplies, whatever `include` names besides, and never what `exclude` names.
 
     Args:
-        model: a path, a Quantizer, a module, an exported program or a Checkpoint.
+        model: a path, a Quantizer, a module, an exported program or a Checkpoint; with `bits` or
+            `bits_per_weight` also a float .onnx file.
         out: the .onnx file to write (.ort for targets that load that).
         example: for a module, one batch of its input, or a tuple of the forward's arguments;
             only shape and type matter.
@@ -89,6 +91,8 @@ def convert(
         trust_pickle: unpickle a module, which runs its author's code.
         bits: 2 to 8: quantize a float model without training, so that errors cancel (see
             quantization/levels/rounding.py); without it a float model is refused.
+        bits_per_weight: instead of bits, quantize on an open grid, to so many coded bits for each
+            weight, 0.05 to 16.
         entropy_weight: with bits, quantize by entropy-constrained assignment instead; at least 0.
         include: with bits, patterns of more parameter names to quantize.
         exclude: with bits, patterns of parameter names that stay float.
@@ -99,7 +103,8 @@ def convert(
         activations: "float32", or "int8" for integer kernels.
         calibration: with activations="int8", a data set (as `load_dataset` takes it, a Dataset or a
             Split; its training samples where it has any) that their ranges come from; without it,
-            those of a training with activations="int8".
+            those of a training with activations="int8". With bits or bits_per_weight, samples as
+            `compress` takes them, by whose second moments errors are fed back.
         calibration_method: "minmax", "percentile" or "entropy".
         calibration_samples: number of samples for it; at least 1.
         floats: "float16" stores parameters that stay float in half the bytes, rounded; `validate`
@@ -120,12 +125,35 @@ def convert(
         report = ecqx_onnx.convert("model.pt", "out.onnx")
         print(report.nbytes)
     """
-    from ecqx_onnx.sources.to_checkpoint import as_checkpoint
-
     # 1. Refuse what does not go together, before anything is loaded.
     if floats not in ("float32", "float16"):
         raise OptionError(
             f"float parameters cannot be stored as '{floats}'; choose float32 or float16"
+        )
+    if bits and bits_per_weight is not None:
+        raise OptionError("--bits and --bits-per-weight both say how many: give one of them")
+    is_float_file = isinstance(model, str | Path) and Path(model).suffix.lower() == ".onnx"
+    rounds_here = bool(bits) and calibration is not None and activations == "float32"
+    if is_float_file or bits_per_weight is not None or rounds_here:
+        return _convert_at_once(
+            model,
+            Path(out),
+            example=example,
+            factory=factory,
+            input_shape=input_shape,
+            trust_pickle=trust_pickle,
+            bits=bits or None,
+            bits_per_weight=bits_per_weight,
+            entropy_weight=entropy_weight,
+            include=include,
+            exclude=exclude,
+            file=(storage, dequantize, target, opset, floats),
+            activations=activations,
+            calibration=calibration,
+            calibration_samples=calibration_samples,
+            data=data,
+            float_bounds=float_bounds,
+            force=force,
         )
     given = {"--entropy-weight": entropy_weight, "--exclude": exclude, "--include": include}
     without_bits = [option for option, value in given.items() if value]
@@ -149,6 +177,8 @@ def convert(
     check_name(out, target)
 
     # 2. Load the model, quantized if that is asked for.
+    from ecqx_onnx.sources.to_checkpoint import as_checkpoint  # torch; not for an .onnx
+
     probe = FloatProbe(_test_split(data), float_bounds or FloatBounds()) if bits else None
     checkpoint = as_checkpoint(
         model,
@@ -213,6 +243,75 @@ def convert(
     if integers is None:
         return report
     return replace(report, kernels=integers.kernels, stays=integers.stays)
+
+
+def _convert_at_once(
+    model: Source,
+    out: Path,
+    *,
+    example: Any,
+    factory: str | None,
+    input_shape: Sequence[int] | None,
+    trust_pickle: bool,
+    bits: int | None,
+    bits_per_weight: float | None,
+    entropy_weight: float,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    file: tuple[str, str, str, int | None, str],
+    activations: str,
+    calibration: Any,
+    calibration_samples: int,
+    data: Any,
+    float_bounds: FloatBounds | None,
+    force: bool,
+) -> WriteReport:
+    """What needs the exported graph only: a float .onnx, bits per weight, rounding by data."""
+    from ecqx_onnx.compression.encoding import FileOptions
+    from ecqx_onnx.verbs.convert_float import FloatOptions, convert_float
+
+    if bits is None and bits_per_weight is None:
+        raise OptionError(
+            f"{model} holds floats, if it is no quantised model (then: ecqx-onnx pack); say how"
+            " many bits a weight may take, --bits 4 or --bits-per-weight 3, or give a budget and"
+            " samples: ecqx-onnx compress"
+        )
+    if entropy_weight:
+        raise OptionError(
+            "--entropy-weight goes with --bits and a PyTorch model; fewer --bits-per-weight have"
+            " the same effect here"
+        )
+    if activations != "float32":
+        raise OptionError(
+            f"--activations {activations} goes with a PyTorch model and --bits; leave it out"
+        )
+    check_limits(
+        ConvertOptions,
+        bits=bits,
+        bits_per_weight=bits_per_weight,
+        calibration_samples=calibration_samples,
+    )
+    options = FloatOptions(
+        bits=bits,
+        bits_per_weight=bits_per_weight,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        data=data,
+        bounds=float_bounds or FloatBounds(),
+        file=FileOptions(*file),
+    )
+    return convert_float(
+        model,
+        out,
+        options,
+        factory=factory,
+        example=example,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        force=force,
+    )
 
 
 NO_PREPROCESSING = (

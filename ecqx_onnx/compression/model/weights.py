@@ -9,12 +9,15 @@ columns are what that output's input vector x is multiplied with. Rounding works
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from ecqx_onnx_converters.graph.graph import FloatGraph
 from ecqx_onnx_converters.graph.uses import Use, find_uses
+
+from ecqx_onnx.errors import OptionError
 
 RECURRENT = ("LSTM", "GRU", "RNN")
 SMALLEST = 64  # entries; a smaller tensor takes no fewer bytes as integers with step and record
@@ -175,6 +178,43 @@ def find_weights(graph: FloatGraph) -> tuple[tuple[Weight, ...], tuple[Passed, .
             passed.append(found)
     weights.sort(key=lambda weight: _position(weight, order))
     return tuple(weights), tuple(passed)
+
+
+def select_weights(
+    weights: Sequence[Weight],
+    passed: Sequence[Passed],
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> tuple[tuple[Weight, ...], tuple[Passed, ...]]:
+    """Choose weights by patterns of their names.
+
+    Args:
+        weights: as `find_weights` gives them, like what follows.
+        passed: tensors that are no weights.
+        include: patterns, of which a weight matches one; none for all weights.
+        exclude: patterns, of which it matches none.
+
+    Returns:
+        (the weights chosen, the tensors that are none or were not chosen).
+
+    Raises:
+        OptionError: a pattern matches no weight.
+    """
+    names = [weight.name for weight in weights]
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                first = names[0] if names else "none"
+                raise OptionError(f"{option} '{pattern}' matches no weight; the first is '{first}'")
+    kept, left = [], list(passed)
+    for weight in weights:
+        wanted = not include or any(fnmatch.fnmatchcase(weight.name, p) for p in include)
+        if wanted and not any(fnmatch.fnmatchcase(weight.name, p) for p in exclude):
+            kept.append(weight)
+        else:
+            left.append(Passed(weight.name, weight.shape, "left out, as asked for"))
+    return tuple(kept), tuple(left)
 
 
 def _order_of_nodes(graph: FloatGraph) -> dict[str, int]:

@@ -103,7 +103,11 @@ class Layers:
 
 
 def round_at_once(
-    layers: Layers, steps: Mapping[str, np.ndarray], moments: Mapping[MomentKey, Moments]
+    layers: Layers,
+    steps: Mapping[str, np.ndarray],
+    moments: Mapping[MomentKey, Moments],
+    *,
+    capped: int | None = None,
 ) -> RoundedModel:
     """Every weight by the moments of the float network's inputs; no data are run.
 
@@ -111,6 +115,7 @@ def round_at_once(
         layers: the network.
         steps: weight -> float32 [groups, rows, 1] or a shape that broadcasts to that.
         moments: of the float network, not centered.
+        capped: the outermost level of the grid; None for an open grid.
 
     Returns:
         Levels of every weight, and the values that change in the graph.
@@ -120,7 +125,8 @@ def round_at_once(
     for weight in layers.weights:
         key = MomentKey.of(weight)
         known = None if key is None else moments.get(key)
-        one = round_weight(layers, weight, steps[weight.name], known, known, None)
+        step = steps[weight.name]
+        one = round_weight(layers, weight, step, known, known, None, capped=capped)
         rounded[weight.name] = one.rounded
         changed.update(one.changed)
     return RoundedModel(rounded, changed)
@@ -161,10 +167,12 @@ def round_weight(
     """
     matrices, bias = layers.matrices(weight), layers.bias(weight)
     if after is None or before is None or after.count == 0:
-        if capped is not None:
-            rounded = round_to_cancel(matrices, step, capped, window=window_of(weight))
-        else:
+        if capped is None:
             rounded = round_nearest(matrices, step)
+        else:  # rows of a table are picked, not summed: there nothing can cancel
+            cancels = weight.kind != "table"
+            window = window_of(weight)
+            rounded = round_to_cancel(matrices, step, capped, window=window, cancels=cancels)
         if _is_uneven(weight, rounded):
             rounded = round_nearest(matrices, rounded.steps.max())
         return RoundedWeight(rounded, {weight.name: weight.from_matrices(rounded.values)})

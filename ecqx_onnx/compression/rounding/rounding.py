@@ -59,7 +59,7 @@ def round_nearest(matrices: np.ndarray, steps: np.ndarray) -> Rounded:
     Returns:
         Levels, and the steps, wider for rows that would not fit.
     """
-    steps, notes = _widen_steps(matrices, steps)
+    steps, notes = widen_steps(matrices, steps)
     levels = np.empty(matrices.shape, np.int8)
     loss = 0.0
     for group in range(len(matrices)):  # in parts: a table of words has millions of rows
@@ -98,7 +98,7 @@ def round_with_feedback(
     """
     notes: tuple[str, ...] = ()
     if capped is None:
-        steps, notes = _widen_steps(matrices, steps)
+        steps, notes = widen_steps(matrices, steps)
     else:
         steps = np.broadcast_to(steps, (*matrices.shape[:2], 1)).astype(np.float32)
     levels = np.empty(matrices.shape, np.int8)
@@ -125,9 +125,16 @@ def round_with_feedback(
     return Rounded(levels, steps, loss, tuple(dict.fromkeys(notes)))
 
 
-def _widen_steps(matrices: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """float32 [groups, rows, 1]: the steps, at least so wide that no weight lies beyond the
-    grid."""
+def widen_steps(matrices: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Make steps at least so wide that no weight lies beyond the grid.
+
+    Args:
+        matrices: float32 [groups, rows, columns].
+        steps: float32, positive, broadcasts against [groups, rows, 1].
+
+    Returns:
+        (float32 [groups, rows, 1], a sentence if some had to be wider).
+    """
     steps = np.broadcast_to(steps, (*matrices.shape[:2], 1)).astype(np.float32)
     peaks = np.abs(matrices).max(axis=-1, keepdims=True, initial=0.0)
     needed = (peaks / np.float32(HIGHEST - 2)).astype(np.float32)

@@ -276,6 +276,40 @@ def load_samples(
     return chosen if samples is None else chosen.take(samples)
 
 
+def load_calibration(
+    data: Any,
+    inputs: Sequence[InputSpec],
+    *,
+    preprocessing: Preprocessing | None = None,
+    samples: int = 512,
+    seed: int = 0,
+) -> Samples:
+    """Read DATA to round by: the training samples where there are any, else all of them.
+
+    Args:
+        data: one of the forms above.
+        inputs: of the model.
+        preprocessing: by default what types and shapes ask for.
+        samples: at most so many, drawn.
+        seed: of the draw.
+
+    Returns:
+        The samples.
+
+    Raises:
+        DataError: fewer than 32 samples, or they don't fit the model.
+        FileError: a file is missing or damaged.
+    """
+    found = _find(data, tuple(inputs), preprocessing).samples
+    if min(len(found), samples) < FEWEST:
+        raise DataError(
+            f"{found.name} gives {min(len(found), samples)} samples to round by, and {FEWEST} are"
+            " the fewest: add some, they need no labels"
+        )
+    drawn = np.random.RandomState(seed).permutation(len(found))[:samples]
+    return found.pick(np.sort(drawn.astype(np.int64)))
+
+
 def holds_inputs(data: Any, names: Sequence[str]) -> bool:
     """Tell whether data say themselves which array is which input.
 
