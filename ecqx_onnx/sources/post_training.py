@@ -10,9 +10,15 @@ import numpy as np
 import torch
 
 from ecqx_onnx.errors import InputError, ModelError, OptionError
-from ecqx_onnx.quantization.weights import MATRIX_PRODUCTS, Weight
+from ecqx_onnx.quantization.levels.grid import Grid
+from ecqx_onnx.quantization.weights import LOOKUPS, MATRIX_PRODUCTS, Weight
 from ecqx_onnx.recognition.recognition import NotRecognized, recognize
 from ecqx_onnx.tensors import QuantTensor
+
+MANY_BITS = 6  # from here on, steps need no clipping and always go by channel
+FEW_BITS = 3  # up to here, channels of convolutions have steps of their own, too
+LONG_CHANNEL = 64  # weights that pay for a step of their own at fewer bits
+PERCENTILE_FROM = 1000  # weights of a channel, of which a percentile leaves one out
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,14 @@ def find_quantized_tensors(
             if weight is not None and weight.operator in MATRIX_PRODUCTS:
                 axis = weight.axis
             floats = value.detach().cpu().float()
-            result = _quantize_weight(name, floats, chosen.bits, chosen.entropy_weight, axis=axis)
+            result = _quantize_weight(
+                name,
+                floats,
+                chosen.bits,
+                chosen.entropy_weight,
+                axis=axis,
+                is_summed=weight is None or _is_summed(weight),
+            )
         if isinstance(result, QuantTensor):
             found.append(result)
         else:
@@ -159,33 +172,63 @@ def _explain_nothing(
 
 
 def _quantize_weight(
-    name: str, weight: torch.Tensor, bits: int, entropy_weight: float, *, axis: int = 0
+    name: str, weight: torch.Tensor, bits: int, entropy_weight: float, *, axis: int, is_summed: bool
 ) -> QuantTensor:
-    """Quantize a weight without training; from 6 bits on each output channel has its own step.
+    """Quantize a weight without training.
 
-    `axis` is that of the output channels.
+    `axis` is that of the output channels; `is_summed` says that one channel is one output's sum.
     """
     from ecqx_onnx.quantization.levels.assignment import assign
-    from ecqx_onnx.quantization.levels.grid import choose_grid, fit_step
+    from ecqx_onnx.quantization.levels.grid import choose_grid
     from ecqx_onnx.quantization.levels.rounding import round_to_cancel
     from ecqx_onnx.tensors import Scale
 
     grid = choose_grid(weight, bits)
-    # So many levels need neither the percentile rule's clipping, for which training would have to
-    # make up, nor one step for all channels, which small ones pay for; and a step per channel is
-    # what BatchNorm leaves anyway.
-    channel: int | None = axis if bits >= 6 else None
-    if channel is not None:
-        others = tuple(place for place in range(weight.ndim) if place != axis)
-        largest = weight.abs().amax(others, keepdim=True)
-        smallest = torch.finfo(torch.float32).tiny
-        # The largest entry of a channel becomes its highest level; channels of zeros may have any.
-        fitted = (largest / max(grid.highest, -grid.lowest)).clamp(min=smallest)
-        step = torch.where(largest > 0, fitted, 1.0)
-    else:
-        step = fit_step(weight, grid)
+    channel = _choose_channel_axis(weight, bits, axis, is_summed=is_summed)
+    step = _choose_step(weight, grid, channel)
     if entropy_weight:
         levels = assign(weight, step, grid, axis=channel, strength=entropy_weight).levels
     else:
         levels = round_to_cancel(weight, step, grid)
     return QuantTensor(name, levels.numpy(), Scale(step.numpy()))
+
+
+def _is_summed(weight: Weight) -> bool:
+    """Whether the weights of one index along axis 0, or of `axis`, make one output."""
+    return weight.operator not in LOOKUPS and not weight.operator.startswith("conv_transpose")
+
+
+def _choose_channel_axis(
+    weight: torch.Tensor, bits: int, axis: int, *, is_summed: bool
+) -> int | None:
+    """The axis along which steps differ, None for one step.
+
+    Measured at equal bytes (benchmarks/RESULTS-compress.md): one step for all channels is what
+    ruins a transformer; a channel of few weights does not pay for a step of its own at few bits.
+    """
+    entries = weight.numel() // weight.shape[axis]
+    if bits >= MANY_BITS:
+        return axis
+    pays = weight.ndim == 2 or bits <= FEW_BITS
+    return axis if pays and entries >= LONG_CHANNEL and is_summed else None
+
+
+def _choose_step(weight: torch.Tensor, grid: Grid, channel: int | None) -> torch.Tensor:
+    """Steps without clipping, where errors are to cancel or levels are many; else by least squares.
+
+    A matrix of a transformer has single weights far outside, for which the whole channel would pay.
+    """
+    from ecqx_onnx.quantization.levels.grid import fit_step
+
+    if channel is None:
+        return fit_step(weight, grid)
+    if grid.bits < MANY_BITS and weight.ndim == 2:
+        return fit_step(weight, grid, axis=channel, rule="least_squares")
+    others = tuple(place for place in range(weight.ndim) if place != channel)
+    largest = weight.abs().amax(others, keepdim=True)
+    if grid.bits < MANY_BITS and weight.numel() // weight.shape[channel] >= PERCENTILE_FROM:
+        return fit_step(weight, grid, axis=channel, rule="percentile")
+    smallest = torch.finfo(torch.float32).tiny
+    # The largest entry of a channel becomes its highest level; channels of zeros may have any.
+    fitted = (largest / max(grid.highest, -grid.lowest)).clamp(min=smallest)
+    return torch.where(largest > 0, fitted, 1.0)

@@ -13,6 +13,7 @@ from ecqx_onnx.compression.rounding.rounding import ROWS_AT_ONCE, Rounded
 
 CANDIDATES = np.linspace(0.1, 1.0, 37)  # of the step that reaches the largest weight
 PER_ROW_FROM = 64  # columns, below which a step takes a noticeable share of its row
+FEW_LEVELS = 3  # the outermost one, up to which rows of convolutions have steps of their own
 PERCENTILE = 0.999  # of the magnitudes lies within the grid
 LONG = 1000  # entries from which on a percentile leaves one out
 SAMPLE = 1 << 18  # entries of a whole tensor that its step is fitted to
@@ -34,9 +35,9 @@ def outermost_level(bits: int) -> int:
 def fit_capped_steps(weight: Weight, matrices: np.ndarray, highest: int) -> np.ndarray:
     """Choose the steps of a grid that ends at a level, by what is best at equal bytes.
 
-    Measured on ResNet-20 and MiniLM (benchmarks/RESULTS-compress.md): a step for each row wins
-    wherever rows are long enough to pay for it. Errors in a convolution's windows cancel best where
-    hardly a weight is clipped; for matrices the squared error decides.
+    Measured on ResNet-20 and MiniLM (benchmarks/RESULTS-compress.md): a step for each row wins for
+    matrices, and for convolutions where levels are few. Errors in a convolution's windows cancel
+    best where hardly a weight is clipped; for matrices the squared error decides.
 
     Args:
         weight: its layout says whether rows can have steps of their own.
@@ -47,7 +48,10 @@ def fit_capped_steps(weight: Weight, matrices: np.ndarray, highest: int) -> np.n
         float32 [groups, rows, 1] or [1, 1, 1], positive.
     """
     by_row = weight.step_shape() != () and matrices.shape[-1] >= PER_ROW_FROM
-    if not weight.kind.startswith("conv"):
+    is_convolution = weight.kind.startswith("conv")
+    if is_convolution and highest > FEW_LEVELS:
+        by_row = False
+    if not is_convolution:
         return fit_steps(matrices, highest, by_row=by_row)
     rows = np.abs(matrices if by_row else matrices.reshape(1, 1, -1))
     if rows.shape[-1] >= LONG:
