@@ -302,3 +302,18 @@ def test_a_module_of_pytorch_is_compressed_too(tmp_path):
         module.eval(), tmp_path / "small.onnx", data=x.numpy(), example=x[:2], max_error=0.1
     )
     assert result.ok
+
+
+def test_lines_of_progress_say_how_long_it_will_take(tmp_path, model, data):
+    lines = []
+    compress(model, tmp_path / "small.onnx", data=data, max_error=0.02, say=lines.append)
+    assert any("sensitivity of weight" in line and "about" in line for line in lines)
+    assert any(line.startswith("point 1") and "more)" in line for line in lines)
+
+
+@pytest.mark.parametrize("option", [{"factory": "net.py:net"}, {"input_shape": (3, 9, 9)}])
+def test_what_only_pytorch_models_need_is_refused_beside_an_onnx_file(
+    tmp_path, model, data, option
+):
+    with pytest.raises(OptionError, match="PyTorch models"):
+        compress(model, tmp_path / "small.onnx", data=data, **option)

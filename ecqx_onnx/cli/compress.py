@@ -25,7 +25,7 @@ from ecqx_onnx.cli.frame import _json_file, register_command
 from ecqx_onnx.cli.terminal import escape, escape_report, make_strict_json, stderr, stdout
 from ecqx_onnx.errors import CheckFailed, OptionError
 from ecqx_onnx.options.compress import CompressOptions
-from ecqx_onnx.options.input_shape import parse_input_shape
+from ecqx_onnx.options.input_shape import parse_dynamic, parse_input_shape
 
 SIZE, QUALITY, FILE = "Bounds of size", "Bounds of quality", "The file"
 
@@ -52,6 +52,7 @@ def compress(
     mean: Annotated[str | None, _option("mean")] = None,
     std: Annotated[str | None, _option("std")] = None,
     input_shape: InputShape = None,
+    dynamic: Annotated[list[str] | None, _option("dynamic", metavar="AXIS")] = None,
     samples: Annotated[int, _option("samples")] = 1024,
     floats: Annotated[str, _option("floats", panel=FILE)] = "float32",
     storage: Annotated[str, _option("storage", panel=FILE)] = "auto",
@@ -89,6 +90,7 @@ def compress(
         data=data,
         factory=factory,
         input_shape=parse_input_shape(input_shape),
+        dynamic=parse_dynamic(dynamic),
         max_bytes=max_bytes,
         bits_per_weight=bits_per_weight,
         max_drop=max_drop,

@@ -23,6 +23,7 @@ class CompressOptions:
     )
     factory: str | None = option(None, shared.FACTORY)
     input_shape: InputShape | None = option(None, shared.INPUT_SHAPE)
+    dynamic: Any = option(None, shared.DYNAMIC)
 
     # Bounds of size.
     max_bytes: int | str | None = option(None, "Most bytes of the whole file: 70k, 1.5M, 64KiB.")

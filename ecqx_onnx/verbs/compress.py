@@ -41,7 +41,7 @@ from ecqx_onnx.options.compress import CompressOptions
 from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import check_limits, refuse_unknown_options
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
-from ecqx_onnx.runtime.runner import Runner, batch_size
+from ecqx_onnx.runtime.runner import Runner, batch_size, trim_heap
 
 CULPRIT = 0.02  # relative error of the outputs beyond which classes change
 BATCH = 32
@@ -72,6 +72,7 @@ def compress(
     factory: str | None = None,
     example: Any = None,
     input_shape: InputShape | None = None,
+    dynamic: Any = None,
     max_bytes: int | str | None = None,
     bits_per_weight: float | None = None,
     max_drop: float | None = None,
@@ -106,6 +107,7 @@ def compress(
         factory: FILE.py:FACTORY, the network of a state dict.
         example: for a module, one batch of its input; only shape and type matter.
         input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
+        dynamic: which axes are free, as for `convert`; of PyTorch models.
         max_bytes: of the whole file; a number, or text such as "70k".
         bits_per_weight: coded bits per quantized weight.
         max_drop: percentage points of top-1 accuracy; needs labels.
@@ -150,6 +152,7 @@ def compress(
         factory=factory,
         example=example,
         input_shape=input_shape,
+        dynamic=dynamic,
         trust_pickle=trust_pickle,
     )
     chosen = _preprocessing(loaded, mean, std)
@@ -466,6 +469,7 @@ def _finish(
     with reference_place as place, replace_model(out, force=force, sources=sources) as draft:
         encoded = candidate.encoded
         report = deliver(encoded.plan, draft, metadata=encoded.metadata)
+        trim_heap()  # loading the file took as much as judging it will
         reference = Path(str(model))
         if not is_onnx_path(model):
             reference = write_reference(prepared.model.graph, Path(place) / "float.onnx")

@@ -39,7 +39,7 @@ from ecqx_onnx.compression.rounding.rounding import HIGHEST, widen_steps
 from ecqx_onnx.compression.rounding.units import choose_unit
 from ecqx_onnx.compression.search.allocation import (
     allocate,
-    dial_for_bits,
+    find_dial,
     measure_rate,
 )
 from ecqx_onnx.compression.search.bounds import make_bounds
@@ -55,6 +55,7 @@ from ecqx_onnx.compression.search.search import search
 from ecqx_onnx.compression.search.sensitivity import fill_unmoved, measure_sensitivity
 from ecqx_onnx.delivery.delivery import deliver
 from ecqx_onnx.errors import DataError, ModelError, OptionError
+from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
 from ecqx_onnx.runtime.runner import Feeds, Runner, batch_size
 from ecqx_onnx.runtime.sessions import make_synthetic_inputs
@@ -107,7 +108,8 @@ def convert_float(
     *,
     factory: str | None = None,
     example: Any = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: InputShape | None = None,
+    dynamic: Any = None,
     trust_pickle: bool = False,
     force: bool = False,
 ) -> WriteReport:
@@ -119,7 +121,8 @@ def convert_float(
         options: how.
         factory: of a state dict, as for `convert`, like what follows.
         example: for a module.
-        input_shape: of one input without the batch.
+        input_shape: of the inputs.
+        dynamic: which of their axes are free.
         trust_pickle: unpickle a module, which runs its author's code.
         force: replace `out` if it exists.
 
@@ -139,6 +142,7 @@ def convert_float(
         factory=factory,
         example=example,
         input_shape=input_shape,
+        dynamic=dynamic,
         trust_pickle=trust_pickle,
     )
     weights, passed = select_weights(
@@ -285,7 +289,7 @@ class _Maker:
         made: dict[float, RoundedModel] = {}
 
         def make(bits: float) -> Candidate:
-            dial = dial_for_bits(curves, slopes, bits * entries)
+            dial = find_dial(curves, slopes, bits * entries)
             chosen = allocate(curves, slopes, dial)
             steps = {name: units[name] * np.float32(multiple) for name, multiple in chosen.items()}
             made.clear()

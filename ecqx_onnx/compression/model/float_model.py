@@ -24,7 +24,7 @@ from onnx.inliner import inline_local_functions
 from ecqx_onnx.compression.model.constants import apply_moves
 from ecqx_onnx.compression.model.half import is_half, to_float32
 from ecqx_onnx.compression.model.weights import find_weights
-from ecqx_onnx.errors import ModelError
+from ecqx_onnx.errors import ModelError, OptionError
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.preprocessing.preprocessing import Preprocessing
@@ -62,15 +62,17 @@ def load_float_model(
     factory: str | None = None,
     example: Any = None,
     input_shape: InputShape | None = None,
+    dynamic: Any = None,
     trust_pickle: bool = False,
 ) -> FloatModel:
     """Read an .onnx file, or export a PyTorch model.
 
     Args:
         model: path of an .onnx file; or whatever `convert` takes (module, state dict, program).
-        factory: as for `convert`; for PyTorch models only, as the three that follow.
+        factory: as for `convert`; for PyTorch models only, as the four that follow.
         example: as for `convert`.
         input_shape: as for `convert`.
+        dynamic: as for `convert`.
         trust_pickle: as for `convert`.
 
     Returns:
@@ -81,8 +83,22 @@ def load_float_model(
         FileError: the file is missing or damaged.
     """
     if is_onnx_path(model):
+        given = {"--model": factory, "--input-shape": input_shape, "--dynamic": dynamic}
+        option = next((name for name, value in given.items() if value is not None), None)
+        if option is not None:
+            raise OptionError(
+                f"{option} is for PyTorch models, and {model} says itself what it takes: leave it"
+                " out"
+            )
         return _load_onnx(Path(model))
-    return _from_pytorch(model, factory, example, input_shape, trust_pickle)
+    return _from_pytorch(
+        model,
+        factory=factory,
+        example=example,
+        input_shape=input_shape,
+        dynamic=dynamic,
+        trust_pickle=trust_pickle,
+    )
 
 
 def is_onnx_path(model: Any) -> bool:
@@ -184,9 +200,11 @@ def _declare(graph: FloatGraph, name: str, values: np.ndarray) -> None:
 
 def _from_pytorch(
     model: Any,
+    *,
     factory: str | None,
     example: Any,
     input_shape: InputShape | None,
+    dynamic: Any,
     trust_pickle: bool,
 ) -> FloatModel:
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint
@@ -196,6 +214,7 @@ def _from_pytorch(
         factory=factory,
         example=example,
         input_shape=input_shape,
+        dynamic=dynamic,
         trust_pickle=trust_pickle,
         allow_float=True,
     )

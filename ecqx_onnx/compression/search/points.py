@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,9 +176,13 @@ class PointMaker:
         size = batch_size(self._batches[0])
         some = self._batches[: max(1, PROBED // max(1, size))]
 
+        start = time.monotonic()
+
         def show(done: int, total: int) -> None:
             if done % max(1, total // 10) == 0:
-                self._say(f"sensitivity of weight {done + 1} of {total}")
+                left = (time.monotonic() - start) * (total - done) / max(1, done)
+                guess = f" (about {left:.0f} s)" if done else ""
+                self._say(f"sensitivity of weight {done + 1} of {total}{guess}")
 
         measured = measure_sensitivity(
             self.layers, self._units, self._moments, self._runner, some, progress=show

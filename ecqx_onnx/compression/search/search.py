@@ -8,6 +8,7 @@ look next; a bracket makes sure that the search ends.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ LEAST_BITS, MOST_BITS = 0.3, 6.5
 START = 2.2
 CLOSE = 0.015  # share of bits within which a bracket is closed
 MOST_POINTS = 10
+USUAL_POINTS = 3  # for a size; a bound of quality takes up to twice as many
 ROOM = 0.985  # a size is used at least so far, if quality is to be had for it
 
 
@@ -60,6 +62,7 @@ def search(
     """
     dial = _Dial(make, say, most_points)
     if bounds.limits_quality:
+        dial.usual = 2 * USUAL_POINTS
         return _find_smallest(dial, bounds)
     return _find_best_within(dial, bounds, entries)
 
@@ -71,6 +74,8 @@ class _Dial:
         self, make: Callable[[float], Candidate], say: Callable[[str], None], most: int
     ) -> None:
         self._make, self._say, self._most = make, say, most
+        self._start = time.monotonic()
+        self.usual = USUAL_POINTS
         self.points: list[Point] = []
 
     @property
@@ -80,7 +85,11 @@ class _Dial:
     def at(self, bits: float) -> Candidate:
         candidate = self._make(bits)
         self.points.append(candidate.point)
-        self._say(f"point {len(self.points)}: {candidate.point.sentence}")
+        done = len(self.points)
+        each = (time.monotonic() - self._start) / done
+        left = max(0, min(self.usual, self._most) - done)
+        guess = f" (about {each * left:.0f} s for {left} more)" if left else ""
+        self._say(f"point {done}: {candidate.point.sentence}{guess}")
         return candidate
 
 
