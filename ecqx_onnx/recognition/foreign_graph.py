@@ -12,13 +12,25 @@ from pathlib import Path
 from ecqx_onnx_converters import FloatGraph
 from ecqx_onnx_converters.foreign.qonnx import DOMAINS
 from ecqx_onnx_converters.foreign.qonnx_functions import Definitions, define_operators
+from ecqx_onnx_converters.graph.files import read_proto
 from ecqx_onnx_converters.graph.graph import list_graphs
 from ecqx_onnx_converters.graph.well_formed import complete_imports, free_domain, sort_nodes
 from ecqx_onnx_converters.storage import DOMAIN
 from google.protobuf.message import EncodeError
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, helper
 
-from ecqx_onnx.inputs.onnx_file import OnnxFile
+from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
+
+# Operators that draw random numbers, which two sessions would draw differently.
+RANDOM = (
+    "Bernoulli",
+    "Dropout",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +68,46 @@ def load_foreign_graph(file: OnnxFile) -> ForeignGraph:
     if renamed is not None:
         notes = (f"its own functions of domain '{DOMAIN}' are in '{renamed}', beside ours",)
     return ForeignGraph(graph, define_operators(graph.proto), notes)
+
+
+def seed_random(model: Path | bytes) -> Path | bytes:
+    """Give each operator that draws random numbers a seed, so that a model says the same twice.
+
+    Args:
+        model: A path, or a model with all data in it.
+
+    Returns:
+        A copy in which the n-th such operator has seed n; the model itself where there is none, or
+        where it is too large for a copy.
+    """
+    proto = ModelProto.FromString(model) if isinstance(model, bytes) else read_proto(model)
+    if not _list_drawing(proto):
+        return model
+    try:
+        if isinstance(model, Path):
+            proto.CopyFrom(read_onnx(model).with_data())
+        for number, node in enumerate(_list_drawing(proto), start=1):
+            for index in reversed(range(len(node.attribute))):
+                if node.attribute[index].name == "seed":
+                    del node.attribute[index]
+            seed = number if node.op_type == "Dropout" else float(number)
+            node.attribute.append(helper.make_attribute("seed", seed))
+        return proto.SerializeToString()
+    except (EncodeError, ValueError):  # beyond the 2 GB of a protobuf
+        return model
+
+
+def _list_drawing(proto: ModelProto) -> list[NodeProto]:
+    """Nodes that draw random numbers, in the order in which they stand."""
+    found = []
+    for scope in list_graphs(proto.graph):
+        for node in scope.node:
+            if node.op_type not in RANDOM or node.domain not in ("", "ai.onnx"):
+                continue
+            if node.op_type == "Dropout" and len(node.input) < 3:  # outside of training
+                continue
+            found.append(node)
+    return found
 
 
 def make_runnable(file: OnnxFile) -> Path | bytes:

@@ -48,7 +48,7 @@ SOURCE_LOCATION = re.compile(
     r"\S+\.(?:h|cc|cpp):\d+ [^()]*\([^()]*\)(?: const)? ?"
 )  # file, line and C++ signature
 PROVIDER = "CPUExecutionProvider"
-NUMPY_TYPES = {
+NUMPY_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
     "tensor(float16)": np.float16,
@@ -132,16 +132,43 @@ def run(
         ModelError: it takes too long, or an output is no tensor.
     """
     names = [node.name for node in session.get_inputs()]
+    for node in session.get_outputs():
+        if node.type.startswith("tensor(") and node.type not in NUMPY_TYPES:
+            raise ModelError(
+                f"output '{node.name}' is a {node.type}, which numpy has not: it can't be compared"
+            )
     try:
         outputs = run_within_time(session, None, dict(zip(names, inputs, strict=True)))
     except RUNTIME_ERRORS as error:
         raise CheckFailed(
             f"onnxruntime {onnxruntime.__version__} fails while running it: {shorten_reason(error)}"
         ) from None
+    found = []
     for node, output in zip(session.get_outputs(), outputs, strict=True):
-        if not isinstance(output, np.ndarray):
-            raise ModelError(f"output '{node.name}' is a {node.type}: only tensors can be compared")
-    return tuple(outputs)
+        array = _make_array(output)
+        if array is None:
+            raise ModelError(f"output '{node.name}' is a {node.type}, which can't be compared")
+        found.append(array)
+    return tuple(found)
+
+
+def _make_array(output: Any) -> np.ndarray | None:
+    """An output as one array: tensors of a sequence one after the other, the values of a map by its
+    keys; None for anything else."""
+    if isinstance(output, np.ndarray):
+        return output
+    if isinstance(output, dict):
+        return np.array([output[key] for key in sorted(output, key=str)])
+    if not isinstance(output, list):
+        return None
+    parts = [_make_array(part) for part in output]
+    if not all(isinstance(part, np.ndarray) for part in parts):
+        return None
+    arrays = [part for part in parts if part is not None]
+    if len({array.shape for array in arrays}) == 1:
+        return np.stack(arrays)
+    flat = [array.reshape(-1) for array in arrays]
+    return np.concatenate(flat) if flat else np.zeros(0, np.float32)
 
 
 def run_within_time(

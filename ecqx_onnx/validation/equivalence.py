@@ -24,6 +24,7 @@ from rich.text import Text
 from ecqx_onnx.data.npz import read_npz
 from ecqx_onnx.errors import CheckFailed, DataError, FileError
 from ecqx_onnx.inputs.index_bounds import find_index_bounds
+from ecqx_onnx.recognition.foreign_graph import seed_random
 from ecqx_onnx.runtime.sessions import (
     NUMPY_TYPES,
     Session,
@@ -125,13 +126,16 @@ def compare_models(
     Raises:
         DataError: The inputs don't fit, or the data hold no sample.
     """
+    seeded, other_seeded = seed_random(first), seed_random(second)
     try:
-        written, optimized = (open_session(first, level=level) for level in ("disabled", "all"))
+        written, optimized = (open_session(seeded, level=level) for level in ("disabled", "all"))
+        # Trying inputs advances the random numbers of a session.
+        trial = written if seeded is first else open_session(seeded, level="disabled")
     except CheckFailed as error:
         return _run_without(second, str(error))
     try:
         other, other_optimized = (
-            open_session(second, level=level) for level in ("disabled", "all")
+            open_session(other_seeded, level=level) for level in ("disabled", "all")
         )
     except CheckFailed as error:
         return Equivalence((Check("load", False, None, None, str(error)),), 0)
@@ -142,7 +146,7 @@ def compare_models(
             f"it takes an input '{unknown[0]}', which the original has not ({', '.join(names)})"
         )
         return Equivalence((Check("inputs", False, None, None, sentence),), 0)
-    sets: Iterable[Batch] = _draw_random_inputs(written, _find_bounds(first))
+    sets: Iterable[Batch] = _draw_random_inputs(trial, _find_bounds(first))
     if batches is not None:
         sets = _fit_batches(written, batches)
     elif inputs is not None:

@@ -157,6 +157,8 @@ def find_largest_difference(first: np.ndarray, second: np.ndarray) -> float:
         return math.inf
     if first.size == 0:
         return 0.0
+    if first.dtype.kind not in "biuf" or second.dtype.kind not in "biuf":  # text
+        return 0.0 if np.array_equal(first, second) else math.inf
     a, b = first.astype(np.float64), second.astype(np.float64)
     equal = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
