@@ -20,7 +20,10 @@ import pytest
 from tests.chromium import DESKTOP, PHONE
 
 VERSION = "4.10.3"
-INTEGRITY = "sha512-Xm7bpRXnDSX2YE2YFfBk2FnF0ep6tmG7xPh8iHee8MIcrgq762Nkce856dYtJYLkuIoYZvGfTs/PbZhideTcEg=="
+INTEGRITY = (
+    "sha512-Xm7bpRXnDSX2YE2YFfBk2FnF0ep6tmG7xPh8iHee8MIcrgq762Nkce856dYtJYLkuIoYZvGfTs"
+    "/PbZhideTcEg=="
+)
 VARIANTS = [
     pytest.param(size, dark, id=f"{name}, {'dark' if dark else 'light'}")
     for name, size in (("desktop", DESKTOP), ("phone", PHONE))

@@ -235,7 +235,11 @@ def _draw_chart(result: Shown) -> str:
         _, y = place(0, tick)
         parts.append(f'<path d="M{LEFT} {y:.1f}h{wide}" {GRID}/>')
         parts.append(_draw_text(LEFT - 8, y + 4, label, "end"))
-    unit, suffix = (1e6, "MB") if most >= 1e6 else (1e3, "kB") if most >= 1e3 else (1.0, "bytes")
+    unit, suffix = 1.0, "bytes"
+    if most >= 1e3:
+        unit, suffix = 1e3, "kB"
+    if most >= 1e6:
+        unit, suffix = 1e6, "MB"
     ticks = choose_ticks(most / unit)
     for tick, label in zip(ticks, label_ticks(ticks), strict=True):
         x, _ = place(tick * unit, 0)

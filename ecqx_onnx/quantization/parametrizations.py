@@ -94,11 +94,10 @@ def _find_in_module(layer: str, module: nn.Module) -> Iterator[Parametrized]:
             yield Parametrized(layer, tensor, " and ".join(kinds), None, tuple(sources))
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm):
-            names = (
-                [f"{hook.name}_g", f"{hook.name}_v"]
-                if isinstance(hook, WeightNorm)
-                else [f"{hook.name}_orig"]
-            )
+            if isinstance(hook, WeightNorm):
+                names = [f"{hook.name}_g", f"{hook.name}_v"]
+            else:
+                names = [f"{hook.name}_orig"]
             yield Parametrized(
                 layer, hook.name, type(hook).__name__, hook, tuple(prefix + name for name in names)
             )

@@ -67,11 +67,10 @@ class StateFile:
             raise FileError(
                 f"cannot read the training state '{self.path}' ({what}): delete it to start anew"
             ) from error
-        found = (
-            (state.get("format", FORMAT), state.get("version", VERSION))
-            if isinstance(state, dict)
-            else None
-        )
+        if isinstance(state, dict):
+            found = (state.get("format", FORMAT), state.get("version", VERSION))
+        else:
+            found = None
         if found != (FORMAT, VERSION) or not set(state) >= KEYS:
             raise FileError(
                 f"'{self.path}' is no training state of this ecqx-onnx: "

@@ -46,11 +46,10 @@ def convert_to_ort(source: Path, folder: Path) -> None:
             ValueError,
             RuntimeError,
         ) as error:  # KeyError: of a type that .ort files cannot have
-            what = (
-                f"its converter has no entry for {error}"
-                if isinstance(error, KeyError)
-                else shorten_reason(error)
-            )
+            if isinstance(error, KeyError):
+                what = f"its converter has no entry for {error}"
+            else:
+                what = shorten_reason(error)
             raise ModelError(
                 f"{source.stem}.ort was not written: onnxruntime does not convert it: {what}"
             ) from None
@@ -90,9 +89,10 @@ def note_accelerators(path: Path, accelerators: Sequence[str]) -> tuple[str, ...
         share = (
             f"{info.num_supported_nodes} of {info.num_nodes} nodes in {info.num_partitions} part(s)"
         )
-        lacks = (
-            f"; it lacks {', '.join(sorted(info.unsupported_ops))}" if info.unsupported_ops else ""
-        )
+        if info.unsupported_ops:
+            lacks = f"; it lacks {', '.join(sorted(info.unsupported_ops))}"
+        else:
+            lacks = ""
         notes.append(
             f"usability checker of onnxruntime: {name} {info.suitability().name}, {share}{lacks}"
         )

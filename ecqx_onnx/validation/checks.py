@@ -103,11 +103,10 @@ def check_optimization(
         ((find_largest_difference(a, b), bound.limit) for a, b, bound in outputs),
         key=lambda pair: _compute_excess(*pair),
     )
-    says = (
-        "agree"
-        if measured <= limit
-        else "do NOT agree: an optimisation of the runtime changes the result"
-    )
+    if measured <= limit:
+        says = "agree"
+    else:
+        says = "do NOT agree: an optimisation of the runtime changes the result"
     sentence = f"outputs with all optimisations and with none {says} (largest difference)"
     return Check("optimisation", measured <= limit, measured, limit, sentence)
 
@@ -437,11 +436,9 @@ def check_latency(file: OnnxFile, latency: Latency | None, *, runtime: str) -> C
 
 def _describe_difference(difference: Difference, samples: int) -> str:
     verb = "lies within" if difference.within else "EXCEEDS"
-    rounded = (
-        f"; float16 parameters move outputs by {difference.moved:.2e}, left out of it"
-        if difference.moved
-        else ""
-    )
+    rounded = ""
+    if difference.moved:
+        rounded = f"; float16 parameters move outputs by {difference.moved:.2e}, left out of it"
     return (
         f"the largest difference over {samples} samples {verb} the bound "
         f"{difference.bound.formula}{rounded}"

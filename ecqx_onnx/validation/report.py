@@ -128,6 +128,9 @@ class ValidationReport:
         Returns:
             Sizes in bytes, times in seconds, shares in [0, 1].
         """
+        float_latency = None
+        if self.latency and self.latency.against == FLOAT:
+            float_latency = self.latency.other_seconds
         return {
             "file": self.file,
             "device": self.device,
@@ -141,9 +144,7 @@ class ValidationReport:
             "largest_difference": _drop_infinity(self.largest_difference),
             "load_seconds": self.load_seconds,
             "latency_seconds": self.latency.seconds if self.latency else None,
-            "float_latency_seconds": self.latency.other_seconds
-            if self.latency and self.latency.against == FLOAT
-            else None,
+            "float_latency_seconds": float_latency,
             "latency_ratio": self.latency.ratio if self.latency else None,
             "latency_against": self.latency.against if self.latency else None,
             "peak_memory_bytes": self.peak_memory,

@@ -36,9 +36,9 @@ def find_permutation(stored: Stored) -> tuple[int, ...] | None:
         The permutation; None where it is coded in its own order.
     """
     turn = stored.nodes[-1]
-    return (
-        tuple(np.argsort(turn.attribute[0].ints).tolist()) if turn.op_type == "Transpose" else None
-    )
+    if turn.op_type == "Transpose":
+        return tuple(np.argsort(turn.attribute[0].ints).tolist())
+    return None
 
 
 def fuse(stored: Stored, name: str, dequantize: NodeProto) -> list[NodeProto]:

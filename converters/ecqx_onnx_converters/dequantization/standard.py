@@ -106,11 +106,9 @@ def find_output_axis(uses: Sequence[Use]) -> int:
     Returns:
         0 or 1.
     """
-    return (
-        0
-        if any(use.node.op_type == "Gemm" and read_attribute(use, "transB") for use in uses)
-        else 1
-    )
+    if any(use.node.op_type == "Gemm" and read_attribute(use, "transB") for use in uses):
+        return 0
+    return 1
 
 
 def _classify_use(use: Use) -> str | Refusal:

@@ -232,11 +232,10 @@ def quantize_activations(work: Work, ranges: Ranges) -> Work:
     while True:
         plan = find_integer_nodes(work.graph, work.matching.found, refused=refused)
         if not plan.weights:
-            first = (
-                f" ({plan.stays[0].operator} '{plan.stays[0].name}': {plan.stays[0].reason})"
-                if plan.stays
-                else ""
-            )
+            first = ""
+            if plan.stays:
+                stays = plan.stays[0]
+                first = f" ({stays.operator} '{stays.name}': {stays.reason})"
             raise ModelError(
                 f"no node of the model can run on integers{first}; convert without --activations "
                 "int8"
@@ -326,9 +325,10 @@ class _Rewriter:
             ]
             changed = helper.make_node("Clip", [changed.input[0], *bounds], list(changed.output))
         elif node.op_type == "Pad":
-            value = (
-                self.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-            )
+            if len(node.input) > 2 and node.input[2]:
+                value = self.constants.get(node.input[2])
+            else:
+                value = None
             padding = self._store(
                 self.formats[source].quantize(np.zeros(()) if value is None else value.reshape(()))
             )
@@ -343,11 +343,10 @@ class _Rewriter:
             values = self.constants.get(node.input[position])
             assert values is not None  # find_integer_nodes takes stored constants only
             node.input[position] = self._constant(values)
-        weight = (
-            self.weights.get(node.input[1])
-            if len(node.input) > 1 and node.input[1] in self.plan.weights
-            else None
-        )
+        if len(node.input) > 1 and node.input[1] in self.plan.weights:
+            weight = self.weights.get(node.input[1])
+        else:
+            weight = None
         if weight is not None and len(node.input) > 2 and node.input[2]:
             node.input[2] = self._bias(node.input[2], weight, first)
         self.nodes.append(node)

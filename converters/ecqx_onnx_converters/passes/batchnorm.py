@@ -131,11 +131,11 @@ def fold_batchnorms(work: Work, *, before_rounding: bool = True) -> Work:
     for node in [node for node in surgeon.nodes if node.op == "BatchNormalization"]:
         name = node.outputs[0].name
         product = _find_product(node, surgeon, weights, constants, uses, ranks, rounded)
-        folded = (
-            product
-            if isinstance(product, Refusal)
-            else _fold_one(node, product, surgeon, constants, taken)
-        )
+        folded: GraphWeight | Refusal
+        if isinstance(product, Refusal):
+            folded = product
+        else:
+            folded = _fold_one(node, product, surgeon, constants, taken)
         if isinstance(folded, Refusal):
             results.append(BatchNorm(name, None, folded.reason))
         else:
@@ -357,9 +357,10 @@ def _rescale_weight(product: _Product, factor: np.ndarray) -> GraphWeight | None
     made = with_factor(tensor, np.where(dead, np.float32(0), spread), dead, scaled=False)
     if made is None:
         return None
-    together = (
-        made.factor if made.factor is None or weight.factor is None else made.factor * weight.factor
-    )
+    if made.factor is None or weight.factor is None:
+        together = made.factor
+    else:
+        together = made.factor * weight.factor
     return replace(made, name=weight.name, sources=weight.sources, factor=together)
 
 

@@ -127,11 +127,10 @@ def equalize(work: Work, places: Sequence[Place], peaks: Mapping[str, np.ndarray
         )
         if len(before.input) > 2 and before.input[2]:
             bias = next((t for t in proto.graph.initializer if t.name == before.input[2]), None)
-            values = (
-                constants.get(before.input[2])
-                if bias is None or bias.name in graph.weights
-                else numpy_helper.to_array(bias)
-            )
+            if bias is None or bias.name in graph.weights:
+                values = constants.get(before.input[2])
+            else:
+                values = numpy_helper.to_array(bias)
             assert values is not None  # find_places takes stored ones only
             before.input[2] = names("b")
             proto.graph.initializer.append(

@@ -108,7 +108,11 @@ def round_to_float16(values: np.ndarray, *, linear: bool) -> np.ndarray | None:
         half = values.astype(np.float16)
         error = np.abs(half.astype(np.float64) - values)
     magnitude = np.abs(values.astype(np.float64))
-    return half if (error <= RELATIVE * (magnitude.max() if linear else magnitude)).all() else None
+    if linear:
+        magnitude = magnitude.max()
+    if (error <= RELATIVE * magnitude).all():
+        return half
+    return None
 
 
 def store_float16(work: Work) -> Work:

@@ -187,11 +187,9 @@ class _Search:
             return self._kernel(index, node, self._operands(node))
         if operator in CLIPS:
             bounds = self.bounds(node)
-            return (
-                IntegerNode("clip", (0,), node.output[0])
-                if bounds
-                else "its bounds are no constants"
-            )
+            if bounds:
+                return IntegerNode("clip", (0,), node.output[0])
+            return "its bounds are no constants"
         return self._move(node)
 
     def _move(self, node: NodeProto) -> IntegerNode | str:
@@ -378,11 +376,9 @@ def find_output_axis(node: NodeProto) -> int:
         0 or 1.
     """
     if node.op_type == "Gemm":
-        return (
-            0
-            if any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-            else 1
-        )
+        if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+            return 0
+        return 1
     return 0 if node.op_type == "Conv" else 1
 
 

@@ -84,11 +84,9 @@ class Envelope:
         self.bounds = [
             bounds[..., i].reshape(-1).contiguous() for i in range(self.most)
         ]  # the i-th in each cell
-        self.first_cell = (
-            torch.arange(channels, device=step.device)[:, None] * self.cells
-            if channels > 1
-            else None
-        )
+        self.first_cell: Tensor | None = None
+        if channels > 1:
+            self.first_cell = torch.arange(channels, device=step.device)[:, None] * self.cells
 
     def _cell(self, rows: Tensor, channels: slice) -> Tensor:
         return (

@@ -81,11 +81,9 @@ def to_channel_rows(tensor: Tensor, axis: int | None) -> Tensor:
     Returns:
         [channels, rest], a view where the layout allows.
     """
-    return (
-        tensor.reshape(1, -1)
-        if axis is None
-        else tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
-    )
+    if axis is None:
+        return tensor.reshape(1, -1)
+    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
 def from_channel_rows(rows: Tensor, shape: torch.Size, axis: int | None) -> Tensor:

@@ -556,11 +556,9 @@ def take_first_line(error: Exception) -> str:
 
 
 def _describe_target(target: Any) -> str:
-    return (
-        f"{target.dtype} of shape {tuple(target.shape)}"
-        if isinstance(target, Tensor)
-        else f"a {type(target).__name__}"
-    )
+    if isinstance(target, Tensor):
+        return f"{target.dtype} of shape {tuple(target.shape)}"
+    return f"a {type(target).__name__}"
 
 
 def _make_shadow(model: nn.Module) -> nn.Module:

@@ -143,11 +143,9 @@ class _Server(http.server.ThreadingHTTPServer):
         if parts[2:] == ("page.html",):
             return "page", RUNNERS / "page.html"
         folders = {"runner": RUNNERS, "runtime": self.runtime, "job": self.job}
-        return (
-            (parts[2], folders[parts[2]].joinpath(*parts[3:]))
-            if parts[2] in folders and len(parts) > 3
-            else None
-        )
+        if parts[2] in folders and len(parts) > 3:
+            return (parts[2], folders[parts[2]].joinpath(*parts[3:]))
+        return None
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -249,11 +249,10 @@ def _refuse_result(device: str, raw: Mapping[str, Any]) -> None:
     from ecqx_onnx.runtime.sessions import shorten_reason
 
     error = raw["error"] if isinstance(raw["error"], dict) else {"message": raw["error"]}
-    does = (
-        "does not load the model"
-        if error.get("stage") == "load"
-        else "fails while running the model"
-    )
+    if error.get("stage") == "load":
+        does = "does not load the model"
+    else:
+        does = "fails while running the model"
     runtime = str(raw.get("runtime", "the runtime"))[:LONGEST_TEXT]
     message = str(error.get("message"))[:LONGEST_TEXT]
     raise ModelError(f"{device}: {runtime} {does}: {shorten_reason(Exception(message))}")

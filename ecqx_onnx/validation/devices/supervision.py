@@ -73,11 +73,10 @@ def supervise(
         stop(process)
         listener.join(5)
     if process.returncode:
-        how = (
-            f"signal {-process.returncode}"
-            if process.returncode < 0
-            else f"exit status {process.returncode}"
-        )
+        if process.returncode < 0:
+            how = f"signal {-process.returncode}"
+        else:
+            how = f"exit status {process.returncode}"
         raise InputError(f"{device}: the runner died ({how}): {_find_last_words(said)}")
 
 

@@ -49,11 +49,10 @@ class Bound:
     @property
     def limit(self) -> float:
         """The largest absolute difference that rounding explains."""
-        once = (
-            FALLBACK_ULPS * self.ulp
-            if self.rounding is None
-            else ORDER_FACTOR * self.rounding + FINAL_ULPS * self.ulp
-        )
+        if self.rounding is None:
+            once = FALLBACK_ULPS * self.ulp
+        else:
+            once = ORDER_FACTOR * self.rounding + FINAL_ULPS * self.ulp
         return self.runs * once
 
     @property

@@ -135,11 +135,10 @@ class FloatProbe:
                 right += measure_accuracy(found[0], labels)
                 float_right += measure_accuracy(exact[0], labels)
         self.error = max((distance.error for distance in distances), default=None)
-        on = (
-            f"{samples} random inputs"
-            if self._split is None
-            else f"{samples} samples of {self._split.source.name}"
-        )
+        if self._split is None:
+            on = f"{samples} random inputs"
+        else:
+            on = f"{samples} samples of {self._split.source.name}"
         return judge_distance(
             distances,
             self._bounds,
@@ -158,9 +157,10 @@ class FloatProbe:
                 pairs = zip(self._names, leaves, strict=True)
                 yield tuple(_draw_random(*pair, generator) for pair in pairs), None
             return
-        split = (
-            self._split if preprocessing is None else self._split.with_preprocessing(preprocessing)
-        )
+        if preprocessing is None:
+            split = self._split
+        else:
+            split = self._split.with_preprocessing(preprocessing)
         for x, y in split.fitted(tuple(leaves[0].shape[1:])).batches(BATCH):
             yield (x,), y
 

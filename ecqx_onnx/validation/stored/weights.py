@@ -64,11 +64,10 @@ def compare_weights(
         fault = _find_stored_fault(item) or _find_decoding_fault(item, decoded)
         if fault is None and tensors:
             found = matched.get(name)
-            fault = (
-                _describe_other_values(values[name], name, tensors)
-                if found is None
-                else _find_rescaling_fault(item.weight, found)
-            )
+            if found is None:
+                fault = _describe_other_values(values[name], name, tensors)
+            else:
+                fault = _find_rescaling_fault(item.weight, found)
         if fault is not None:
             faults[name] = f"weight '{name}' {fault}"
     named = {item.weight.name for item in stored}
@@ -85,13 +84,10 @@ def compare_weights(
 
 
 def _find_stored_fault(item: StoredWeight) -> str | None:
+    if item.crc_ok:
+        return None
     return (
-        None
-        if item.crc_ok
-        else (
-            "has other integers than the file's own checksum says: it was changed after it was "
-            "written"
-        )
+        "has other integers than the file's own checksum says: it was changed after it was written"
     )
 
 

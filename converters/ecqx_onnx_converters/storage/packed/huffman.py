@@ -156,9 +156,10 @@ def build_automaton(
         before = np.broadcast_to(met[:, :, None], (*met.shape[:2], *met.shape[1:]))
         behind = met[state]
         shared = 2 * width <= shortest  # one slot: at most one of both has met a leaf
-        together = (
-            np.maximum(before, behind) if shared else np.concatenate([before, behind], axis=3)
-        )
+        if shared:
+            together = np.maximum(before, behind)
+        else:
+            together = np.concatenate([before, behind], axis=3)
         met = together.reshape(len(state), -1, together.shape[3])
         state = state[state].reshape(len(state), -1)
         width *= 2
