@@ -109,7 +109,10 @@ def measure_ours(model: Path, data: str, draws: int, folder: Path) -> None:
             bits = f"{made.point.bits_per_weight:.3f} coded, {whole:.3f} file bits a weight"
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             line = measure_file(path, feeds, expected)
-            print(f"draw {draw}, {rate}: {bits}, {line}, {seconds:.0f} CPU s, peak {peak} MB")
+            print(
+                f"draw {draw}, {rate}: {bits}, {line}, {seconds:.0f} CPU s, peak {peak} MB",
+                flush=True,
+            )
 
 
 def measure_peers(model: Path, data: str, folder: Path) -> None:

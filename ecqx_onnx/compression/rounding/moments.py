@@ -220,6 +220,8 @@ def collect_moments(
         size = max(1, batch_size(feeds))
         for key, total in sums.items():
             activation = found[str(key.product.value)]
+            if not activation.size:  # of a branch that was not taken
+                continue
             total.add(vectors_of(key, activation, number, size / samples, mask))
     for key, total in sums.items():
         check_finite(str(key.product.value), total)

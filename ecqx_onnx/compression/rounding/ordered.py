@@ -208,6 +208,7 @@ def round_in_order(
     live_bytes: Mapping[int, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     capped: int | None = None,
+    known: Mapping[MomentKey, Moments] | None = None,
 ) -> RoundedModel:
     """Every weight on the inputs that the rounded layers before it give.
 
@@ -220,6 +221,7 @@ def round_in_order(
             these are more than LIVE_BUDGET, the nodes since the last place with fewer run again.
         progress: called with (stages done, stages).
         capped: the outermost level of the grid; None for an open grid.
+        known: moments of the float network, for weights inside subgraphs, which no order reaches.
 
     Returns:
         Levels of every weight, and the values that change in the graph.
@@ -244,7 +246,12 @@ def round_in_order(
         for weight in stage:
             key = MomentKey.of(weight)
             pair = None if key is None else pairs.get(key)
-            one = _round_by_pair(layers, weight, steps[weight.name], pair, capped)
+            if pair is None and key is not None and known is not None:
+                alone = known.get(key)
+                step = steps[weight.name]
+                one = round_weight(layers, weight, step, alone, alone, None, capped=capped)
+            else:
+                one = _round_by_pair(layers, weight, steps[weight.name], pair, capped)
             rounded[weight.name] = one.rounded
             changed.update(one.changed)
     return RoundedModel(rounded, changed)

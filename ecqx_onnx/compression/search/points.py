@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from ecqx_onnx_converters.graph.graph import FloatGraph
 
 from ecqx_onnx.compression.encoding import Encoded, FileOptions, encode
+from ecqx_onnx.compression.model.exposed import expose_inputs
+from ecqx_onnx.compression.model.weights import Weight
 from ecqx_onnx.compression.rounding.moments import collect_moments, unique_keys
 from ecqx_onnx.compression.rounding.ordered import (
     LIVE_BUDGET,
@@ -110,20 +113,32 @@ class PointMaker:
             say: told what is done.
             keep_levels: candidates hold their levels, for a checkpoint.
         """
-        self.layers = layers
+        self.notes: list[str] = []
+        self._open_runner(layers, threads)
         self._keep_levels = keep_levels
         self._options, self._metadata = options, metadata
         self._threads, self._say = threads, say
         self._classes = classes
-        values = [str(key.product.value) for key in unique_keys(layers.weights)]
-        variable = layers.variable
-        self._runner = Runner(layers.graph, variable=variable, values=values, threads=threads)
-        self.notes: list[str] = []
         self._in_order = True
         self._batches = self._choose_statistics(statistics, batch)
         self._search = list(search.batches(batch))
         self._expected = [self._runner.run(feeds) for feeds, _ in self._search]
         self._learn()
+
+    def _open_runner(self, layers: Layers, threads: int) -> None:
+        """A session that gives the inputs of weights, those inside subgraphs among them."""
+        exposed = expose_inputs(layers.graph, layers.weights)
+        try:
+            self._runner = _open_runner(exposed.graph, exposed.weights, layers, threads)
+            self.layers = replace(layers, weights=exposed.weights)
+        except ModelError as error:
+            if exposed.graph is layers.graph:
+                raise
+            self.notes.append(
+                f"weights inside If, Loop or Scan are rounded without statistics: {error}"
+            )
+            self._runner = _open_runner(layers.graph, layers.weights, layers, threads)
+            self.layers = layers
 
     def _choose_statistics(self, statistics: Samples, batch: int) -> list[Feeds]:
         """All batches, or as many as leave room for the values between two layers."""
@@ -148,7 +163,7 @@ class PointMaker:
         return statistics.feeds(batch)
 
     def _learn(self) -> None:
-        """Units, rates, moments and sensitivities."""
+        """Units, rates and moments."""
         layers = self.layers
         self._units = {}
         curves = []
@@ -248,6 +263,7 @@ class PointMaker:
                 self._batches,
                 threads=self._threads,
                 live_bytes=self._live_bytes,
+                known=self._moments,
             )
         else:
             model = round_at_once(self.layers, steps, self._moments)
@@ -279,6 +295,13 @@ class PointMaker:
             size = batch_size(feeds)
             total.add(expected, found, labels, size)
         return total.finish()
+
+
+def _open_runner(
+    graph: FloatGraph, weights: Sequence[Weight], layers: Layers, threads: int
+) -> Runner:
+    values = [str(key.product.value) for key in unique_keys(weights)]
+    return Runner(graph, variable=layers.variable, values=values, threads=threads)
 
 
 def _count_samples(batches: Sequence[Feeds]) -> int:
