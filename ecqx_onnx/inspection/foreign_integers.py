@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +29,9 @@ def list_foreign_integers(path: Path) -> tuple[InspectedTensor, ...]:
     """
     graph = FloatGraph.load(path)
     types = {tensor.name: tensor.data_type for tensor in graph.proto.graph.initializer}
-    foreign = find_quantized(graph)
     rows = []
     seen = set[str]()
-    for weight in foreign.weights:
+    for weight in find_quantized(graph).weights:
         source = weight.sources[0]
         element_type = types.get(source, TensorProto.FLOAT)
         if element_type == TensorProto.FLOAT or source in seen:
@@ -43,11 +43,19 @@ def list_foreign_integers(path: Path) -> tuple[InspectedTensor, ...]:
             form = "read as integers"
             if weight.integers.digits > 1:
                 storage = f"{storage}, {weight.integers.digits} in each"
-        nbytes = foreign.replaced[source]
+        bits = _count_bits(element_type)
+        if weight.integers is not None and weight.integers.digits > 1:
+            bits = weight.integers.bits
+        nbytes = -(-weight.tensor.levels.size * bits // 8)
         rows.append(
             InspectedTensor.from_tensor(weight.tensor, weight.sources, storage, form, nbytes)
         )
     return tuple(rows)
+
+
+def _count_bits(element_type: int) -> int:
+    """Bits of an element: the number at the end of the type's name."""
+    return int(TensorProto.DataType.Name(element_type).lstrip(string.ascii_uppercase))
 
 
 def describe_gain(rows: Sequence[InspectedTensor]) -> str:

@@ -109,7 +109,8 @@ def _list_foreign(
     """Someone else's integers, and a fact about them; a warning where they can't be read."""
     try:
         rows = list_foreign_integers(file.path)
-    except EcqxError as error:
+    except (EcqxError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # Of a graph that no runtime takes: a name that nothing defines, scales that do not fit, …
         warnings.append(f"its integers can't be read: {error}")
         return (), []
     gain = describe_gain(rows)

@@ -14,7 +14,7 @@ from ecqx_onnx_converters.refusal import Refusal
 from ecqx_onnx_converters.storage import Stored
 from ecqx_onnx_converters.storage.packed.alphabets.alphabet import MOST_VALUES
 from ecqx_onnx_converters.storage.packed.alphabets.corrections import needs_corrections
-from ecqx_onnx_converters.storage.packed.encoder import encode_all
+from ecqx_onnx_converters.storage.packed.clusters import encode_all
 from ecqx_onnx_converters.storage.packed.onnx_decoder import TENSOR
 from ecqx_onnx_converters.targets import Target
 
@@ -65,7 +65,7 @@ def _classify_entry(entry: Entry) -> str | None:
     if entry.form is not None or entry.permutation is not None or weight.integers is not None:
         return None
     calls = [node for node in entry.stored.nodes if node.op_type == TENSOR]
-    if len(calls[0].input) != 4:
+    if len(calls) > 1 or len(calls[0].input) != 4:
         return None
     if isinstance(weight.tensor.meaning, Scale):
         step = weight.tensor.meaning.step
