@@ -38,9 +38,16 @@ def write_resnet20(checkpoint: Path, path: Path) -> None:
     network.load_state_dict(
         {name.removeprefix("module."): value for name, value in state.items()}, strict=False
     )
+    write_network(network.eval(), np.zeros((2, 3, 32, 32), np.float32), path)
+
+
+def write_network(network: Any, example: np.ndarray, path: Path) -> None:
+    """A classifier of one input as an .onnx file, its batch free."""
+    import torch
+
     torch.onnx.export(
-        network.eval(),
-        (torch.zeros(2, 3, 32, 32),),
+        network,
+        (torch.from_numpy(example),),
         str(path),
         dynamo=True,
         opset_version=18,
@@ -88,12 +95,46 @@ def show(label: str, model: Path, data: Any, folder: Path, **options: Any) -> Co
     return result
 
 
+def measure_curve(model: Path, data: Path, factory: str, folder: Path) -> None:
+    """`convert --bits` of a PyTorch network, and `compress` to the same bytes."""
+    import ecqx_onnx
+    from ecqx_onnx.validation.references.float_distance import FloatBounds
+
+    arrays = np.load(data)
+    held_out = {"x_test": arrays["x_test"], "y_test": arrays["y_test"]}
+    order = np.random.RandomState(0).permutation(len(arrays["x_train"]))[:SAMPLES]
+    samples = {"x_train": arrays["x_train"][order], **held_out}
+    np.savez(folder / "held_out.npz", **held_out)
+    for bits in (2, 3, 4, 5):
+        out = folder / "bits.onnx"
+        options = {"factory": factory, "floats": "float16", "force": True}
+        written = ecqx_onnx.convert(model, out, bits=bits, **options)
+        bounds = FloatBounds(max_error=1.0)
+        held = str(folder / "held_out.npz")
+        report = ecqx_onnx.validate(
+            out, against=model, factory=factory, data=held, float_bounds=bounds, latency_runs=0
+        )
+        same = 100 * report.agreement.share
+        right = 100 * report.onnx_accuracy.share
+        print(
+            f"--bits {bits}: {written.nbytes:,} bytes, agreement {same:.2f}, accuracy {right:.2f}"
+        )
+        show(
+            "compress", model, samples, folder, max_bytes=written.nbytes, factory=factory,
+            samples=10_000,
+        )  # fmt: skip
+
+
 def main() -> None:
     """See the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     resnet = kinds.add_parser("resnet20")
     resnet.add_argument("--shared", type=Path, default=Path("../shared/data"))
+    curve = kinds.add_parser("curve")
+    curve.add_argument("model", type=Path)
+    curve.add_argument("data", type=Path)
+    curve.add_argument("factory")
     file = kinds.add_parser("file")
     file.add_argument("model", type=Path)
     file.add_argument("data")
@@ -103,6 +144,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         if arguments.kind == "resnet20":
             measure_resnet20(arguments.shared, Path(place))
+            return
+        if arguments.kind == "curve":
+            measure_curve(arguments.model, arguments.data, arguments.factory, Path(place))
             return
         for bits in arguments.bits:
             options = {"bits_per_weight": bits, "samples": arguments.samples}

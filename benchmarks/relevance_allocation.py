@@ -1,4 +1,4 @@
-"""Relevance's fair trial: whose sensitivities share the bits of a ResNet-20 out best?
+"""Relevance's fair trial: whose sensitivities share the bits of a network out best?
 
 Every method gives a_l, the weight of a layer's squared step in the output's error; allocation,
 rounding and rates are the same for all. Printed is what the logits of the test images moved by.
@@ -16,6 +16,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from compress import MEAN, SAMPLES, STD, write_resnet20
+import lenet5
+from compress import MEAN, SAMPLES, STD, write_network
 from resnet20 import ResNet20
 
 from ecqx_onnx.compression.model.biases import with_biases
@@ -108,21 +110,57 @@ def report(layers: Layers, slopes: Mapping[str, Mapping[str, float]], feeds, tes
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A float network with its data, as it takes them: x, and held_out with its labels."""
+
+    network: torch.nn.Module
+    x: np.ndarray
+    held_out: np.ndarray
+    labels: np.ndarray
+
+
+def load_resnet20(shared: Path, draw: int) -> Trial:
+    """The public checkpoint, and lossless images."""
+    images = np.load(shared / "cifar10_lossless_part.npz")
+    order = np.random.RandomState(draw).permutation(len(images["x_train"]))[:SAMPLES]
+    preprocessing = Preprocessing("image", scale=255.0, mean=MEAN, std=STD)
+    checkpoint = shared / "checkpoints" / "resnet20_cifar10_fp32.pt"
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    network = ResNet20()
+    network.load_state_dict(plain, strict=False)
+    x = preprocessing.apply(images["x_train"][order])
+    return Trial(network.eval(), x, preprocessing.apply(images["x_test"]), images["y_test"])
+
+
+def load_lenet5(shared: Path, draw: int) -> Trial:
+    """The float checkpoint, and MNIST."""
+    images = np.load(shared / "mnist.npz")
+    order = np.random.RandomState(draw).permutation(len(images["x_train"]))[:SAMPLES]
+    network = lenet5.lenet5()
+    checkpoint = shared / "checkpoints" / "lenet5_mnist_fp32.pt"
+    network.load_state_dict(torch.load(checkpoint, weights_only=True, map_location="cpu"))
+    x = lenet5.PREPROCESSING.apply(images["x_train"][order])
+    held_out = lenet5.PREPROCESSING.apply(images["x_test"])
+    return Trial(network.eval(), x, held_out, images["y_test"])
+
+
+NETWORKS = {"resnet20": load_resnet20, "lenet5": load_lenet5}
+
+
 def main() -> None:
-    """`relevance_allocation.py --shared ../shared/data --draw 0`."""
+    """`relevance_allocation.py resnet20 --shared ../shared/data --draw 0`."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", choices=tuple(NETWORKS), nargs="?", default="resnet20")
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
     parser.add_argument("--draw", type=int, default=0)
     arguments = parser.parse_args()
-    checkpoint = arguments.shared / "checkpoints" / "resnet20_cifar10_fp32.pt"
-    images = np.load(arguments.shared / "cifar10_lossless_part.npz")
-    order = np.random.RandomState(arguments.draw).permutation(len(images["x_train"]))[:SAMPLES]
-    preprocessing = Preprocessing("image", scale=255.0, mean=MEAN, std=STD)
-    x = preprocessing.apply(images["x_train"][order])
-    held_out = preprocessing.apply(images["x_test"])
+    trial = NETWORKS[arguments.network](arguments.shared, arguments.draw)
+    network, x, held_out = trial.network, trial.x, trial.held_out
     with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "resnet20.onnx"
-        write_resnet20(checkpoint, path)
+        path = Path(place) / "network.onnx"
+        write_network(network, x[:2], path)
         graph = load_float_model(path).graph
     weights, _ = find_weights(graph)
     layers = Layers(*with_biases(graph, weights)[:1], weights, with_biases(graph, weights)[1])
@@ -132,11 +170,6 @@ def main() -> None:
     runner = Runner(layers.graph, variable=layers.variable, values=values)
     moments = collect_moments(runner, weights, feeds, samples=len(x))
     units = {w.name: choose_unit(w, layers.matrices(w)) for w in weights}
-    network = ResNet20()
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
-    network.load_state_dict(plain, strict=False)
-    network.eval()
     names = [w.name for w in weights]
     probe = torch.from_numpy(x[:PROBED])
     slopes: dict[str, Mapping[str, float]] = {
@@ -145,7 +178,7 @@ def main() -> None:
         "Fisher": fisher_slopes(network, probe, names),
         **relevance_slopes(network, probe, names),
     }
-    report(layers, slopes, feeds, test, images["y_test"])
+    report(layers, slopes, feeds, test, trial.labels)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def measure_ours(model: Path, data: str, draws: int, folder: Path) -> None:
         print(f"draw {draw}: statistics {time.process_time() - start:.0f} CPU s", flush=True)
         for rate in RATES:
             start = time.process_time()
-            found = search(maker.make, make_bounds(bits_per_weight=rate), entries=maker.entries)
+            bounds = make_bounds(max_bytes=int(rate * maker.entries / 8))  # of the whole file
+            found = search(maker.make, bounds, entries=maker.entries)
             made = found.chosen
             seconds = time.process_time() - start
             path = folder / "ours.onnx"

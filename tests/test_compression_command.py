@@ -317,3 +317,42 @@ def test_what_only_pytorch_models_need_is_refused_beside_an_onnx_file(
 ):
     with pytest.raises(OptionError, match="PyTorch models"):
         compress(model, tmp_path / "small.onnx", data=data, **option)
+
+
+def test_every_kind_of_bad_input_ends_the_command_with_status_2(tmp_path, model, data):
+    """One sentence on stderr, nothing written; as the issue lists them."""
+    files = {
+        "few": {"x": images(8)},
+        "none": {"x": images(0)},
+        "shape": {"x": images(64)[:, :2]},
+        "type": {"x": np.array(["a"] * 64)},
+        "nan": {"x": np.full((64, 3, 9, 9), np.nan, np.float32)},
+        "huge": {"x": np.full((64, 3, 9, 9), 3e38, np.float32)},  # infinite inside the network
+        "other": {"z": images(64)},
+    }
+    for name, arrays in files.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    compress(model, tmp_path / "compressed.onnx", data=data, max_error=0.2)
+    good, out = str(data), str(tmp_path / "out.onnx")
+    runs = [[str(model), out, "--data", str(tmp_path / f"{name}.npz")] for name in files]
+    runs += [
+        [str(model), out, "--data", good, "--max-drop", "1"],
+        [str(model), out, "--data", good, "--max-bytes", "0"],
+        [str(model), out, "--data", good, "--max-bytes", "many"],
+        [str(model), out, "--data", good, "--bits-per-weight", "0"],
+        [str(model), out, "--data", good, "--max-error", "nan"],
+        [str(model), out, "--data", good, "--min-agreement", "0.98"],
+        [str(model), out, "--data", good, "--checkpoint", str(tmp_path / "c.pt")],
+        [str(model), out, "--data", str(tmp_path / "absent.npz")],
+        [str(tmp_path / "absent.onnx"), out, "--data", good],
+        [str(tmp_path / "compressed.onnx"), out, "--data", good],
+        [str(data), out, "--data", good],
+        [str(model), str(model), "--data", good, "--force"],
+    ]
+    for words in runs:
+        result = CliRunner().invoke(app, ["compress", *words])
+        assert result.exit_code == 2, (words, result.exit_code, result.stderr, result.exception)
+        sentences = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert len(sentences) == 1, (words, result.stderr)
+        assert not (tmp_path / "out.onnx").exists()
+        assert not (tmp_path / "out.onnx.compress").exists(), words

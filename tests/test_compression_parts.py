@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from ecqx_onnx_converters.graph.graph import FloatGraph
 from onnx import TensorProto, helper, numpy_helper
@@ -212,3 +213,44 @@ def test_a_bound_that_makes_no_sense_is_refused(bounds):
 def test_an_agreement_written_as_a_share_is_told_in_percent():
     with pytest.raises(OptionError, match="write 98"):
         make_bounds(min_agreement=0.98)
+
+
+def outlier_network(sigmas):
+    """Two layers of matrices, one entry of the second so many deviations away."""
+    generator = np.random.default_rng(0)
+    first = generator.normal(size=(96, 128)).astype(np.float32) / 10
+    second = generator.normal(size=(128, 96)).astype(np.float32) / 10
+    second[7, 5] = sigmas * second.std()
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "w2"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "outlier",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 96])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 96])],
+        [numpy_helper.from_array(first, "w1"), numpy_helper.from_array(second, "w2")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def test_a_weight_at_175_deviations_spoils_nothing_beside_it(tmp_path):
+    """As in a sentence encoder's layers: never clipped, and no other channel pays for it."""
+    from ecqx_onnx.verbs.compress import compress
+
+    generator = np.random.default_rng(1)
+    x = (generator.normal(size=(512, 96)) @ generator.normal(size=(96, 96))).astype(np.float32)
+    outputs = {}
+    for sigmas in (0.0, 175.0):
+        onnx.save(outlier_network(sigmas), tmp_path / "float.onnx")
+        out = tmp_path / f"{sigmas:g}.onnx"
+        compress(tmp_path / "float.onnx", out, data=x, bits_per_weight=4.0)
+        run = Runner(FloatGraph.load(tmp_path / "float.onnx")).run({"x": x[:64]})[0]
+        found = onnxruntime.InferenceSession(out).run(None, {"x": x[:64]})[0]
+        others = np.delete(found - run, 5, axis=1)
+        outputs[sigmas] = np.linalg.norm(others) / np.linalg.norm(np.delete(run, 5, axis=1))
+        channel = np.linalg.norm((found - run)[:, 5]) / np.linalg.norm(run[:, 5])
+        assert channel < 0.1
+    assert outputs[175.0] < 1.1 * outputs[0.0]

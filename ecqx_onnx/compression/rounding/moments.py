@@ -150,14 +150,20 @@ class MomentSum:
             sizes = [min(LONGEST, length - start) for start in self.starts]
             self.blocks = [np.zeros((groups, size, size)) for size in sizes]
             self.fourth = np.zeros(groups)
+        self.count += count
+        with np.errstate(over="ignore", invalid="ignore"):  # which check_finite tells
+            self._add_products(vectors, others)
+
+    def _add_products(self, vectors: np.ndarray, others: np.ndarray | None) -> None:
+        assert self.total is not None
+        assert self.fourth is not None
         self.total += vectors.sum(axis=1, dtype=np.float64)
         squares = np.einsum("gcn,gcn->gc", vectors, vectors).astype(np.float64)
         self.fourth += (squares**2).sum(axis=1)
-        self.count += count
         for start, block in zip(self.starts, self.blocks, strict=True):
             part = vectors[:, :, start : start + block.shape[-1]]
             other = part if others is None else others[:, :, start : start + block.shape[-1]]
-            for group in range(groups):
+            for group in range(len(vectors)):
                 block[group] += other[group].T @ part[group]
 
     def add_mean(self, vectors: np.ndarray) -> None:
@@ -268,7 +274,7 @@ def vectors_of(
 
 
 def check_finite(name: str, total: MomentSum) -> None:
-    """Refuse sums that hold NaN or infinity.
+    """Refuse sums that hold NaN or infinity: so do the values, or their squares.
 
     Args:
         name: of the activation, for the message.
@@ -277,9 +283,11 @@ def check_finite(name: str, total: MomentSum) -> None:
     Raises:
         ModelError: they do.
     """
-    if total.total is not None and not np.isfinite(total.total).all():
+    sums = [*total.blocks] if total.total is None else [total.total, *total.blocks]
+    if not all(np.isfinite(part).all() for part in sums):
         raise ModelError(
-            f"activation '{name}' holds NaN or infinity on these data: mend the model or the data"
+            f"activation '{name}' holds NaN, infinity or numbers beyond 1e18 on these data: mend"
+            " the model or the data"
         )
 
 
