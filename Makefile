@@ -4,7 +4,7 @@ BIN := .venv/bin
 FUZZ_SECONDS ?= 30
 BENCH_LOAD ?=
 
-.PHONY: demo test test-all fuzz devices lint bench bench-size bench-load bench-devices bench-compress bench-integer bench-pack clean
+.PHONY: demo test test-all fuzz devices lint docs bench bench-size bench-load bench-devices bench-compress bench-integer bench-pack clean
 
 demo: .venv/demo          ## train, quantise, convert and validate a small CNN on handwritten digits
 	$(BIN)/ecqx-onnx demo --force
@@ -12,7 +12,7 @@ demo: .venv/demo          ## train, quantise, convert and validate a small CNN o
 test: .venv/test          ## every test that takes seconds
 	$(BIN)/python -m pytest -n 2
 
-test-all: .venv/test .venv/release  ## also the slow ones: minutes, gigabytes, other onnxruntime versions
+test-all: .venv/test .venv/docs .venv/release  ## also the slow ones: minutes, gigabytes, other onnxruntime versions
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 fuzz: .venv/test          ## hostile files for every reader, 30 s each; FUZZ_SECONDS=300 for longer
@@ -25,6 +25,9 @@ devices: .venv/test       ## runtimes for browser, Node.js and emulated ARM (236
 
 lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/mypy
+
+docs: .venv/docs          ## the documentation in docs/_build/html; strict, notebooks are executed, a minute
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench: .venv/test         ## speed as ratios in one process
 	$(BIN)/python benchmarks/assignment.py

@@ -39,15 +39,16 @@ MOST_PIXELS = 2**24  # to which an image is brought
 class Preprocessing:
     """What happens to raw samples before the model sees them.
 
+    What raw samples are, and what becomes of them, by kind::
+
+        "image"     uint8 [N, H, W] or [N, H, W, C]   -> float32 [N, C, H, W]
+        "waveform"  int16 or float [N, T]             -> float32 [N, 1, T], or with a
+                                                         spectrum [N, 1, frames, bands]
+        "array"     anything numeric [N, ...]         -> float32 [N, ...], as it lies
+        "indices"   integers [N, ...], say of words   -> int64 [N, ...], unchanged
+
     Attributes:
-        kind: what raw samples are, and what becomes of them:
-
-            "image"     uint8 [N, H, W] or [N, H, W, C]   -> float32 [N, C, H, W]
-            "waveform"  int16 or float [N, T]             -> float32 [N, 1, T], or with a
-                                                             spectrum [N, 1, frames, bands]
-            "array"     anything numeric [N, ...]         -> float32 [N, ...], as it lies
-            "indices"   integers [N, ...], say of words   -> int64 [N, ...], unchanged
-
+        kind: one of the above.
         scale: raw values are divided by it: 255 for 8-bit pixels, 32768 for 16-bit audio, 1 for
             none.
         mean: is subtracted. Empty for none, one value for all, or one per channel (axis 1; of
