@@ -96,7 +96,9 @@ def encode(
         storage=options.storage,
         dequantize=options.dequantize,
         opset=options.opset,
+        prefer="disk" if options.storage == "auto" else "auto",  # a budget counts bytes
     )
+    notes = (*notes, *plan.notes)
     stated = {**metadata, "floats": "float16"} if half else dict(metadata)
     built = build(plan, metadata=stated)
     nbytes = _count_file_bytes(built)

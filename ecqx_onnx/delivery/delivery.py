@@ -61,7 +61,8 @@ def deliver(
     )
     if not target.accelerators:
         return report
-    return replace(report, notes=mobile_tools.note_accelerators(path, target.accelerators))
+    told = mobile_tools.note_accelerators(path, target.accelerators)
+    return replace(report, notes=(*report.notes, *told))
 
 
 def _require_loading(path: Path) -> None:

@@ -46,7 +46,8 @@ class ConvertOptions:
     exclude: Sequence[str] = option(
         (), "With --bits: pattern of parameter names that stay float; repeat for more."
     )
-    storage: str = option("auto", shared.STORAGE)
+    storage: str = option("auto", shared.STORAGE_PREFERRED)
+    prefer: str = option("auto", shared.PREFER)
     dequantize: str = option("auto", shared.DEQUANTIZE)
     target: str = option("onnxruntime", shared.TARGET)
     opset: int | None = option(

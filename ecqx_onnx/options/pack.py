@@ -18,7 +18,8 @@ class PackOptions:
 
     model: str | Path = required("Any .onnx file with quantised weights, whoever made it.")
     out: str | Path = required(shared.OUT_ONNX)
-    storage: str = option("auto", shared.STORAGE)
+    storage: str = option("auto", shared.STORAGE_PREFERRED)
+    prefer: str = option("auto", shared.PREFER)
     dequantize: str = option("auto", shared.DEQUANTIZE)
     target: str = option("onnxruntime", shared.TARGET)
     opset: int | None = option(None, shared.OPSET)

@@ -16,6 +16,13 @@ FORCE = "Replace the output file if it exists."
 STORAGE = (
     "How integers lie in the file: auto, dense, sparse or packed. auto takes the fewest bytes."
 )
+STORAGE_PREFERRED = (
+    "How integers lie in the file: auto, dense, sparse or packed. auto goes by --prefer."
+)
+PREFER = (
+    "With --storage auto: disk (fewest bytes), load (nothing is decoded at load), or auto: decoded"
+    " where that saves an eighth of the file."
+)
 DEQUANTIZE = "How levels become floats: auto, folded (float speed) or standard (DequantizeLinear)."
 TARGET = "The runtime that must load the file; `ecqx-onnx targets` lists them."
 OPSET = "Highest ONNX opset to write; by default what the target can load."

@@ -79,6 +79,7 @@ def write_report_to_json(report: WriteReport) -> dict[str, Any]:
     return {
         "file": str(report.path),
         "bytes": report.nbytes,
+        "wire_bytes": report.wire_bytes,
         "opset": report.opset,
         "target": report.target,
         "tensors": tensors,

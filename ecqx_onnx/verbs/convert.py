@@ -29,6 +29,7 @@ from ecqx_onnx import __version__
 from ecqx_onnx.checkpoint.float_model import restore_float_weights
 from ecqx_onnx.data import Dataset, Split
 from ecqx_onnx.delivery.delivery import deliver
+from ecqx_onnx.delivery.wire import measure_wire
 from ecqx_onnx.errors import DataError, OptionError
 from ecqx_onnx.options.convert import ConvertOptions
 from ecqx_onnx.options.input_shape import InputShape
@@ -60,6 +61,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     storage: str = "auto",
+    prefer: str = "auto",
     dequantize: str = "auto",
     target: str = "onnxruntime",
     opset: int | None = None,
@@ -96,7 +98,9 @@ def convert(
         entropy_weight: with bits, quantize by entropy-constrained assignment instead; at least 0.
         include: with bits, patterns of more parameter names to quantize.
         exclude: with bits, patterns of parameter names that stay float.
-        storage: "auto" (fewest bytes), "dense", "sparse" or "packed".
+        storage: "auto", "dense", "sparse" or "packed".
+        prefer: with storage "auto", "disk" for the fewest bytes, "load" for nothing that is decoded
+            at load, or "auto", see `make_plan`.
         dequantize: "auto", "folded" (float speed) or "standard" (DequantizeLinear).
         target: the runtime that must load the file.
         opset: by default the lowest that holds the weights.
@@ -221,6 +225,7 @@ def convert(
         work.matching,
         target=target,
         storage=storage,
+        prefer=prefer,
         dequantize=dequantize,
         opset=opset,
         integer=() if integers is None else integers.weights,
@@ -240,7 +245,9 @@ def convert(
         metadata["activations"] = {"type": "uint8", "calibration": source}
         notes.append(RANGES_TRAINED if source == "trained" else RANGES_CALIBRATED)
     report = deliver(plan, out, metadata=metadata, force=force)
-    report = replace(report, notes=(*report.notes, *notes))
+    wire = measure_wire(report.path)
+    notes.extend(wire.sentences)
+    report = replace(report, notes=(*report.notes, *notes), wire_bytes=wire.written)
     if integers is None:
         return report
     return replace(report, kernels=integers.kernels, stays=integers.stays)

@@ -23,13 +23,14 @@ from ecqx_onnx_converters.graph.well_formed import find_fault
 from ecqx_onnx_converters.passes.shapes import find_stated_shapes
 from ecqx_onnx_converters.passes.sharing import share_equal_tensors
 from ecqx_onnx_converters.planning.plan import Kept
-from ecqx_onnx_converters.planning.planner import check_forms
+from ecqx_onnx_converters.planning.planner import check_forms, check_preference
 from ecqx_onnx_converters.serialization import unpacking
 from ecqx_onnx_converters.targets import check_name, find_target
 from onnx import ModelProto
 
 from ecqx_onnx import __version__
 from ecqx_onnx.delivery.delivery import deliver
+from ecqx_onnx.delivery.wire import NOT_MEASURED, measure_wire
 from ecqx_onnx.errors import CheckFailed, FileError, ModelError, OptionError
 from ecqx_onnx.inputs.model_copy import copy_model
 from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
@@ -54,6 +55,7 @@ class _Storage:
     dequantize: str
     target: str
     opset: int | None
+    prefer: str = "auto"
 
     def to_options(self) -> dict[str, Any]:
         """As the planner takes them."""
@@ -66,6 +68,7 @@ def pack(
     out: str | Path,
     *,
     storage: str = "auto",
+    prefer: str = "auto",
     dequantize: str = "auto",
     target: str = "onnxruntime",
     opset: int | None = None,
@@ -79,7 +82,9 @@ def pack(
     Args:
         model: the .onnx file.
         out: the .onnx file to write.
-        storage: "auto" (fewest bytes), "dense", "sparse" or "packed".
+        storage: "auto", "dense", "sparse" or "packed".
+        prefer: with storage "auto", "disk" for the fewest bytes, "load" for nothing that is decoded
+            at load, or "auto", see `make_plan`.
         dequantize: "auto", "folded" (float speed) or "standard" (DequantizeLinear).
         target: the runtime that must load the file.
         opset: highest to write; by default what the target can load.
@@ -109,10 +114,13 @@ def pack(
             " the model for it"
         )
     check_forms(storage, dequantize)
+    check_preference(prefer, storage)
     check_output(out, force=force, source=model)
     check_name(out, target)
     file = read_onnx(model)
-    wanted = _Storage(storage=storage, dequantize=dequantize, target=target, opset=opset)
+    wanted = _Storage(
+        storage=storage, dequantize=dequantize, target=target, opset=opset, prefer=prefer
+    )
     return _pack(file, out, wanted, check=check, inputs=inputs, rewrite=rewrite, force=force)
 
 
@@ -210,8 +218,10 @@ def _pack(
         )
     if reason:
         return _pass_through(file, out, reason, kept, force=force)
-    written = replace(written, path=out, kept=kept)
-    return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence)
+    notes = (*notes, *written.notes)
+    written = replace(written, path=out, kept=kept, notes=())
+    wire = NOT_MEASURED if file.external else measure_wire(out, file.path)
+    return PackReport(out, file.size, written.nbytes, written, "", kept, notes, equivalence, wire)
 
 
 @refuse_unknown_options

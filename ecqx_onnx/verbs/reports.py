@@ -11,6 +11,7 @@ from ecqx_onnx_converters.planning.plan import Kept
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from ecqx_onnx.delivery.wire import NOT_MEASURED, WireSizes
 from ecqx_onnx.rendering import Shown
 from ecqx_onnx.rendering.trained import draw_trained_weights
 from ecqx_onnx.rendering.write_report import render_write_report, write_report_to_json
@@ -147,6 +148,7 @@ class PackReport(Shown):
         kept: weights that stay as they were, each with the reason.
         notes: what a user should know, one sentence each.
         equivalence: the check against the original; None without a check, or when it was copied.
+        wire: bytes of both under brotli, where they were measured.
     """
 
     path: Path
@@ -157,6 +159,7 @@ class PackReport(Shown):
     kept: tuple[Kept, ...]
     notes: tuple[str, ...]
     equivalence: Equivalence | None
+    wire: WireSizes = NOT_MEASURED
 
     def __repr__(self) -> str:
         return f"<PackReport {self._summarize()}>"
@@ -176,6 +179,8 @@ class PackReport(Shown):
             "file": str(self.path),
             "original_bytes": self.original_bytes,
             "bytes": self.nbytes,
+            "wire_bytes": self.wire.written,
+            "original_wire_bytes": self.wire.original,
             "packed": written is not None,
             "reason": self.reason,
             "tensors": written["tensors"] if written else [],
@@ -198,7 +203,7 @@ class PackReport(Shown):
             for entry in self.kept:
                 sentence = f"stays: {entry.name} {list(entry.shape)}: {entry.reason}"
                 lines.append(Text(sentence, style="yellow"))
-        for note in self.notes:
+        for note in (*self.notes, *self.wire.sentences):
             lines.append(Text(f"note: {note}", style="yellow"))
         if self.equivalence is not None:
             lines.append(self.equivalence.render())

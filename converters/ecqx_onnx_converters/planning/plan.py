@@ -73,4 +73,5 @@ class Plan:
     entries: tuple[Entry, ...]
     kept: tuple[Kept, ...]
     missing: tuple[Missing, ...]
+    notes: tuple[str, ...] = ()
     shapes: tuple[ValueInfoProto, ...] = ()

@@ -19,6 +19,7 @@ from ecqx_onnx_converters.graph.names import NameMaker
 from ecqx_onnx_converters.graph.opsets import refuse_opset
 from ecqx_onnx_converters.graph.uses import Use, find_uses
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
+from ecqx_onnx_converters.planning.load_cost import describe_load
 from ecqx_onnx_converters.planning.packed_choice import pack_entries
 from ecqx_onnx_converters.planning.plan import Entry, Kept, Plan
 from ecqx_onnx_converters.refusal import Refusal
@@ -26,6 +27,7 @@ from ecqx_onnx_converters.storage import Stored
 from ecqx_onnx_converters.storage.registry import STORAGES
 from ecqx_onnx_converters.targets import INT8_TYPES, OPSET_OF_TYPE, Target, find_target
 
+PREFERENCES = ("auto", "disk", "load")
 DEQUANTIZATIONS = ("auto", "standard", "folded")
 STEPS_UP = (10, 11, 12, 13, 18, 21, 25)  # opsets that bring something a written file may need
 # Operator -> position of its bias.
@@ -61,6 +63,7 @@ def make_plan(
     dequantize: str = "auto",
     opset: int | None = None,
     integer: Collection[str] = (),
+    prefer: str = "auto",
 ) -> Plan:
     """Plans how each weight of a graph is stored and dequantized.
 
@@ -70,11 +73,13 @@ def make_plan(
         graph: the float graph.
         matching: the levels found for its weights.
         target: name of the runtime that is to read the file.
-        storage: "auto" (fewest bytes in the file) or a name from STORAGES.
+        storage: "auto", as `prefer` says, or a name from STORAGES.
         dequantize: "auto" (the target's own), "standard" or "folded".
         opset: highest to write; None for the highest of the target.
         integer: names of weights whose consumers all are integer kernels, which need
             DequantizeLinear in any case.
+        prefer: with storage "auto": "disk" for the fewest bytes in the file, "load" for nothing
+            that is decoded at load, "auto" for the fewest bytes where they are worth decoding.
 
     Returns:
         The plan; its entries are in the order of `matching.found`.
@@ -87,6 +92,9 @@ def make_plan(
     check_forms(storage, dequantize)
     able = _limit_target(graph, find_target(target), opset)
     form = able.dequantize if dequantize == "auto" else dequantize
+    check_preference(prefer, storage)
+    if prefer == "load":
+        able = replace(able, decoders=False)
     if form != able.dequantize and able.only:
         raise OptionError(
             f"target '{target}' cannot have --dequantize {form}: {able.only}; leave it at "
@@ -111,8 +119,15 @@ def make_plan(
     entries.sort(key=lambda entry: position[entry.weight.name])
 
     # 3. Packed weights share streams: they are chosen together.
-    if storage in ("auto", "packed"):
-        entries = pack_entries(entries, able, always=storage == "packed")
+    weighed = ""
+    if storage in ("auto", "packed") and prefer != "load":
+        entries, weighed = pack_entries(
+            entries,
+            able,
+            always=storage == "packed",
+            weigh=storage == prefer == "auto",
+            other_bytes=_count_other_bytes(graph, entries),
+        )
     if storage != "auto" and entries and all(entry.stored.storage != storage for entry in entries):
         raise OptionError(
             f"storage '{storage}' can't be had for any weight (leave --storage at auto): layer "
@@ -126,9 +141,48 @@ def make_plan(
         if is_weight and name not in planned_names:
             kept.append(Kept(name, values.shape, _explain_float(uses.get(name, []))))
     needed = max((find_needed_opset(entry) for entry in entries), default=0)
+    levels = {}
+    for entry in entries:
+        if entry.stored.storage == "packed":
+            levels[entry.stored.levels] = entry.weight.tensor.levels
     return Plan(
-        graph, able, max(graph.opset, needed), tuple(entries), tuple(kept), matching.missing
+        graph=graph,
+        target=able,
+        opset=max(graph.opset, needed),
+        entries=tuple(entries),
+        kept=tuple(kept),
+        missing=matching.missing,
+        notes=(weighed,) if weighed else describe_load([*levels.values()]),
     )
+
+
+def check_preference(prefer: str, storage: str) -> None:
+    """Refuses a preference that there is not, or that a storage leaves no choice.
+
+    Args:
+        prefer: a name from PREFERENCES.
+        storage: "auto" or a name from STORAGES.
+
+    Raises:
+        OptionError: there is no such preference, or the storage is not "auto".
+    """
+    if prefer not in PREFERENCES:
+        raise OptionError(f"nothing prefers '{prefer}'; choose one of {', '.join(PREFERENCES)}")
+    if prefer != "auto" and storage != "auto":
+        raise OptionError(
+            f"--prefer {prefer} chooses among storages, and --storage {storage} is one; leave one"
+            " of them out"
+        )
+
+
+def _count_other_bytes(graph: FloatGraph, entries: Sequence[Entry]) -> int:
+    """What the file holds beside its quantized weights."""
+    quantized = {entry.weight.name for entry in entries}
+    floats = 0
+    for name, values in graph.weights.items():
+        if name not in quantized:
+            floats += values.nbytes
+    return floats + sum(node.ByteSize() for node in graph.proto.graph.node)
 
 
 def _explain_float(uses: Sequence[Use]) -> str:

@@ -60,6 +60,7 @@ class WriteReport:
         notes: What the target's own tools say of the file, a sentence each.
         kernels: Operator -> how many of its nodes run on integers; empty for float activations.
         stays: The nodes that don't; empty for float activations.
+        wire_bytes: Of the file under brotli; None where that was not measured.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class WriteReport:
     notes: tuple[str, ...] = ()
     kernels: Mapping[str, int] = field(default_factory=dict)
     stays: tuple[FloatNode, ...] = ()
+    wire_bytes: int | None = None
 
     def __str__(self) -> str:
         lines = []

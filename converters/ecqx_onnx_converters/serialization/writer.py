@@ -160,6 +160,7 @@ def write(
         tensors=built.tensors,
         kept=plan.kept,
         missing=plan.missing,
+        notes=plan.notes,
     )
 
 

@@ -97,17 +97,42 @@ def plan_stages(tensors: Sequence[np.ndarray]) -> list[Piece]:
         tensor is one piece.
     """
     loads = [_estimate_load(levels) for levels in tensors]
-    whole = [Piece(index, load.axis, 0, load.rows, 0) for index, load in enumerate(loads)]
+    pieces, _ = _plan_loads(loads)
     if not is_staged(tensors):
-        return whole
-    # 1. How many stages.
+        return pieces
+    # Several calls for what is still large.
+    most = max(MOST_AT_ONCE, sum(load.weights for load in loads) // PIECES)
+    slices: list[Piece] = []
+    for piece in pieces:
+        slices.extend(_cut(piece, loads[piece.tensor], most))
+    return sorted(slices, key=lambda piece: (piece.tensor, piece.begin))
+
+
+def estimate_peak(tensors: Sequence[np.ndarray]) -> int:
+    """Estimate what is alive at most while a file is decoded.
+
+    Args:
+        tensors: int8, all packed tensors of the file.
+
+    Returns:
+        Bytes, the float weights included; an allocator may hold half as much again.
+    """
+    _, peak = _plan_loads([_estimate_load(levels) for levels in tensors])
+    return round(peak)
+
+
+def _plan_loads(loads: Sequence[_Load]) -> tuple[list[Piece], float]:
+    """Pieces for the stages, and the bytes alive at most; one stage for a small file."""
     weights = sum(load.weights for load in loads)
     total = sum(load.bytes for load in loads)
+    best = [Piece(index, load.axis, 0, load.rows, 0) for index, load in enumerate(loads)]
+    if weights < STAGED_FROM:
+        return best, total
+    # 1. How many stages.
     stages = min(MOST_STAGES, max(2, round((total / STAGE_BYTES) ** 0.5)))
     # 2. The least bytes alive at a time for which so many are enough, by bisection.
     low = 0.0
     high = total + FLOAT_BYTES * weights
-    best = whole
     for _ in range(ROUNDS):
         middle = (low + high) / 2
         filled = _fill_stages(loads, middle, stages)
@@ -116,12 +141,7 @@ def plan_stages(tensors: Sequence[np.ndarray]) -> list[Piece]:
         else:
             high = middle
             best = filled
-    # 3. Several calls for what is still large.
-    most = max(MOST_AT_ONCE, weights // PIECES)
-    pieces: list[Piece] = []
-    for piece in best:
-        pieces.extend(_cut(piece, loads[piece.tensor], most))
-    return sorted(pieces, key=lambda piece: (piece.tensor, piece.begin))
+    return best, high
 
 
 def cut_piece(levels: np.ndarray, piece: Piece) -> np.ndarray:
