@@ -29,7 +29,7 @@ VERBS = {
     "compress": (ecqx_onnx.compress, CompressOptions),
 }
 # Of the command alone: how its result is shown, and a file of options.
-OF_THE_COMMAND = {"as_json", "quiet", "debug", "all_weights", "help", "recipe", "report"}
+OF_THE_COMMAND = {"as_json", "quiet", "debug", "all_weights", "help", "recipe", "report", "serve"}
 # Of Python alone: values that cannot be typed.
 OF_PYTHON = {"progress", "example", "say", "latency_runs", "rewrite"}
 # Where the command's option has another name than the keyword.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from ecqx_onnx.cli.frame import (
     suggest,
 )
 from ecqx_onnx.cli.terminal import escape, guard, stdout
-from ecqx_onnx.errors import CheckFailed
+from ecqx_onnx.errors import CheckFailed, OptionError
 from ecqx_onnx.options.deploy import DeployOptions
 from ecqx_onnx.options.input_shape import parse_input_shape
 
@@ -76,6 +77,9 @@ def deploy(
     labels: Annotated[str | None, _deploy_option("labels")] = None,
     title: Annotated[str, _deploy_option("title")] = "",
     webgpu: Annotated[bool, _deploy_option("webgpu")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="For the web: serve the folder at once, until Ctrl-C.")
+    ] = False,
     samples: Annotated[int | None, _deploy_option("samples")] = None,
     strict: Strict = True,
     trust_pickle: TrustPickle = False,
@@ -91,6 +95,8 @@ def deploy(
     """
     from ecqx_onnx import api
 
+    if serve and (to != "web" or as_json):
+        raise OptionError("--serve is for --to web, and not together with --json; leave it out")
     with show_progress(quiet or as_json, "validating the file") as progress:
         result = api.deploy(
             onnx_file,
@@ -110,6 +116,42 @@ def deploy(
             progress=progress,
         )
     emit(result, as_json=as_json, quiet=quiet)
+    if serve:
+        _serve(folder, 0)
+    elif to == "web":
+        suggest("serve", folder, as_json=as_json, quiet=quiet)
+
+
+@register_command
+def serve(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder of `ecqx-onnx deploy --to web`.")
+    ],
+    port: Annotated[
+        int, typer.Option(help="The port to listen on; 0 takes any that is free.")
+    ] = 8000,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a deployed page to the browsers of this machine, until Ctrl-C.
+
+    Example:  ecqx-onnx serve lenet5_web
+    """
+    _serve(folder, port, as_json=as_json, quiet=quiet)
+
+
+def _serve(folder: Path, port: int, *, as_json: bool = False, quiet: bool = False) -> None:
+    """Say where the page is, and serve it until Ctrl-C, which is how this ends well."""
+    from ecqx_onnx.deployment.serving import open_server
+
+    with open_server(folder, port=port) as server:
+        if as_json:
+            print_json({"folder": str(folder), "url": server.url})
+        elif not quiet:
+            words = f"open {server.url} in a browser; Ctrl-C ends it"
+            stdout.print(escape(words), soft_wrap=True, highlight=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @register_command

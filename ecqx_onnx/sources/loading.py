@@ -41,6 +41,7 @@ class Loaded:
         example: what the network is called with; None if nothing is said.
         preprocessing: of raw samples; None if nothing is said.
         notes: what was done to the weights, a sentence each.
+        labels: names of the classes; empty if nothing is said.
     """
 
     model: Any  # nn.Module, ExportedProgram or Quantizer
@@ -48,6 +49,7 @@ class Loaded:
     preprocessing: Preprocessing | None = None
     notes: tuple[str, ...] = ()
     example: Any = None
+    labels: tuple[str, ...] = ()
 
 
 def load_factory(spec: str) -> Loaded:
@@ -57,7 +59,7 @@ def load_factory(spec: str) -> Loaded:
         spec: "FILE.py:FACTORY".
 
     Returns:
-        What FACTORY() returns, with INPUT_SHAPE, PREPROCESSING and EXAMPLE (or what
+        What FACTORY() returns, with INPUT_SHAPE, PREPROCESSING, LABELS and EXAMPLE (or what
         example_inputs() returns) of the file where it has them.
 
     Raises:
@@ -92,6 +94,7 @@ def load_factory(spec: str) -> Loaded:
         _read_input_shape(names.get("INPUT_SHAPE"), file),
         _read_preprocessing(names.get("PREPROCESSING"), file),
         example=_read_example(names, file),
+        labels=_read_labels(names.get("LABELS"), file),
     )
 
 
@@ -131,6 +134,18 @@ def _read_example(names: Mapping[str, Any], file: str) -> Any:
         f"EXAMPLE in {file} is {type(found).__name__}: write a tensor, a tuple of the forward's"
         " arguments, or {'name': tensor}"
     )
+
+
+def _read_labels(found: Any, file: str) -> tuple[str, ...]:
+    if found is None:
+        return ()
+    names = tuple(found) if isinstance(found, list | tuple) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"LABELS in {file} is {type(found).__name__}: write the classes' names in a list,"
+            " such as ['cat', 'dog']"
+        )
+    return names
 
 
 def _read_preprocessing(found: Any, file: str) -> Preprocessing | None:

@@ -122,7 +122,7 @@ def as_checkpoint(
     details = _Details(
         recipe=dict(recipe or {}),
         preprocessing=preprocessing or loaded.preprocessing,
-        labels=tuple(labels),
+        labels=tuple(labels) or loaded.labels,
     )
     if hasattr(loaded.model, "tensors"):
         _refuse_second_quantization(bits)
