@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +32,8 @@ from ecqx_onnx.inputs.onnx_file import read_onnx
 from ecqx_onnx.preprocessing import Preprocessing
 from ecqx_onnx.preprocessing.spectrum import Spectrum
 from ecqx_onnx.validation import validate
-from ecqx_onnx.validation.devices import find_device, set_up
-from ecqx_onnx.validation.devices.browser import FLAGS
+from ecqx_onnx.validation.devices import set_up
+from tests.chromium import find_chromium, open_browser, serve
 
 STUBS = Path(__file__).parent / "stubs"
 LABELS = ("cat", "dog", "<b>bird</b>")
@@ -835,40 +833,17 @@ def as_decoded(decode_image, pixels, shape):
     return decode_image(buffer.getvalue(), where="a test", shape=shape, resize=True)
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
-def opened(folder, profile):
-    """The page's DOM after its self-check, as a headless Chromium served by a plain static file
-    server sees it."""
-    try:
-        program = find_device("web").program
-    except InputError as error:
-        pytest.skip(str(error))
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_address[1]}/"
-        flags = [
-            *FLAGS,
-            "--no-sandbox",
-            f"--user-data-dir={profile}",
-            "--virtual-time-budget=120000",
-            "--dump-dom",
-            url,
-        ]
-        return subprocess.run([program, *flags], capture_output=True, text=True, timeout=180).stdout
-    finally:
-        server.shutdown()
-        server.server_close()
+def opened(folder):
+    """The page's document after its self-check, served by a plain static file server."""
+    find_chromium()
+    with open_browser() as tab, serve(folder) as url:
+        tab.open(url)
+        tab.wait("document.documentElement.dataset.state")
+        return tab.evaluate("document.documentElement.outerHTML")
 
 
 def test_the_page_checks_itself_in_a_browser(grey, tmp_path):
-    page = opened(web_folder(grey, tmp_path), tmp_path / "profile")
+    page = opened(web_folder(grey, tmp_path))
     assert 'data-check="passed"' in page, page[-3000:]
     assert 'data-state="ready"' in page
     assert page.count('class="sentence"') == 4
@@ -884,6 +859,6 @@ def test_the_page_sees_a_golden_output_that_is_not_its_own(grey, tmp_path):
     (folder / entry["file"]).write_bytes(values.tobytes())
     entry["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    page = opened(folder, tmp_path / "profile")
+    page = opened(folder)
     assert 'data-check="failed"' in page, page[-3000:]
     assert "does NOT compute" in page

@@ -14,7 +14,10 @@ export function within(promise, seconds, sentence) {
 }
 
 /** A file's bytes. told: called with (bytes so far, bytes in all or 0) while they arrive. */
-export function fetchBytes(name, told = () => {}) {
+export const fetchBytes = async (name, told) => (await fetchFile(name, told)).bytes;
+
+/** The same with what the server says of them: {bytes, type, kept}, kept whether they may be cached. */
+export function fetchFile(name, told = () => {}) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest(); // unlike fetch, it tells of progress and is counted as unfinished
     const fail = (sentence) => {
@@ -33,7 +36,9 @@ export function fetchBytes(name, told = () => {}) {
     request.addEventListener('load', () => {
       if (request.status === 200) {
         clearTimeout(timer);
-        resolve(new Uint8Array(request.response));
+        const type = (request.getResponseHeader('content-type') ?? '').split(';')[0];
+        const kept = !/no-store/.test(request.getResponseHeader('cache-control') ?? '');
+        resolve({ bytes: new Uint8Array(request.response), type, kept });
       } else fail(`cannot be fetched (${request.status}); serve the folder as it was written`);
     });
     request.open('GET', new URL(name, document.baseURI));

@@ -1,7 +1,7 @@
 // onnxruntime-web from the folder's runtime/: on WebAssembly, or on WebGPU where there is an adapter.
 // Its modules are named .js here, as many servers send .mjs as no script.
 
-import { fetchBytes, within } from './fetching.js';
+import { fetchFile, within } from './fetching.js';
 
 const FILES = {
   wasm: { script: 'ort.wasm.min.js', loader: 'ort-wasm-simd-threaded.js', binary: 'ort-wasm-simd-threaded.wasm' },
@@ -38,10 +38,13 @@ export function checkWebAssembly() {
 /** kind: 'wasm' or 'webgpu' -> onnxruntime-web's module. told: as fetchBytes takes it. */
 export async function loadRuntime(kind, told) {
   const { script, loader, binary } = FILES[kind];
-  const bytes = await fetchBytes(`runtime/${binary}`, told);
+  const at = (name) => new URL(`runtime/${name}`, document.baseURI).href;
+  // Fetched here, with patience and progress, into the browser's cache: from there it is compiled
+  // while it is read, and its code is kept for the next visit.
+  const { bytes, type, kept } = await fetchFile(`runtime/${binary}`, told);
   const ort = await import(`./runtime/${script}`);
-  ort.env.wasm.wasmBinary = bytes.buffer;
-  ort.env.wasm.wasmPaths = { mjs: new URL(`runtime/${loader}`, document.baseURI).href };
+  ort.env.wasm.wasmPaths = { mjs: at(loader), wasm: at(binary) };
+  if (type !== 'application/wasm' || !kept) ort.env.wasm.wasmBinary = bytes.buffer;
   return ort;
 }
 
