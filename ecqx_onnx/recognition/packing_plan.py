@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 from ecqx_onnx_converters import FloatGraph, Matching, build, make_plan
@@ -32,6 +31,52 @@ WORTH_DECODING = 0.9  # of the bytes that several integers a byte take as they a
 RECORD = 40  # bytes of metadata that a stored weight takes, about
 
 
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How integers are stored, and for whom.
+
+    Attributes:
+        storage: "auto" (fewest bytes), "dense", "sparse" or "packed".
+        dequantize: "auto", "folded" (float speed) or "standard" (DequantizeLinear).
+        target: the runtime that must load the file.
+        opset: highest to write; None for what the target can load.
+        prefer: what to choose by where both can be had; as `make_plan` takes it.
+    """
+
+    storage: str = "auto"
+    dequantize: str = "auto"
+    target: str = "onnxruntime"
+    opset: int | None = None
+    prefer: str = "auto"
+
+    def make_plan(
+        self, graph: FloatGraph, matching: Matching, *, integer: Collection[str] = ()
+    ) -> Plan:
+        """Plan a file with these options.
+
+        Args:
+            graph: as `make_plan` of the converters takes it.
+            matching: its quantized weights.
+            integer: names of weights that integer kernels read.
+
+        Returns:
+            The plan.
+
+        Raises:
+            OptionError: the options do not go together, or the target has no such storage.
+        """
+        return make_plan(
+            graph,
+            matching,
+            target=self.target,
+            storage=self.storage,
+            dequantize=self.dequantize,
+            opset=self.opset,
+            prefer=self.prefer,
+            integer=integer,
+        )
+
+
 def rewrite_model(file: OnnxFile) -> ModelProto | None:
     """What `pack` makes of a model with its default options, in memory.
 
@@ -44,13 +89,7 @@ def rewrite_model(file: OnnxFile) -> ModelProto | None:
     shared = share_equal_tensors(load_foreign_graph(file).graph)
     graph = shared.graph
     raised = raise_graph(graph, find_target("onnxruntime"), None)
-    options: dict[str, Any] = {
-        "storage": "auto",
-        "dequantize": "auto",
-        "target": "onnxruntime",
-        "opset": None,
-    }
-    plan, _, _ = plan_packing(raised or graph, options, fold_batchnorm=True)
+    plan, _, _ = plan_packing(raised or graph, StorageOptions(), fold_batchnorm=True)
     plan = replace(plan, shapes=find_stated_shapes(graph))
     return build(plan).to_model() if plan.entries or shared.nbytes else None
 
@@ -80,14 +119,14 @@ def raise_graph(graph: FloatGraph, target: Target, opset: int | None) -> FloatGr
 
 
 def plan_packing(
-    graph: FloatGraph, options: Mapping[str, Any], *, fold_batchnorm: bool
+    graph: FloatGraph, options: StorageOptions, *, fold_batchnorm: bool
 ) -> tuple[Plan, tuple[Kept, ...], tuple[BatchNorm, ...]]:
     """Plan the storage of all weights that get smaller.
 
     Args:
         graph: a model with weights that some quantizer has put on few values, or stored as
             integers.
-        options: "storage", "dequantize", "target" and "opset", as `make_plan` takes them.
+        options: how they are to be stored.
         fold_batchnorm: let BatchNormalization go into the scales before it.
 
     Returns:
@@ -119,7 +158,7 @@ def plan_packing(
         if fold_batchnorm:
             work = fold_batchnorms(work, before_rounding=False)
             batchnorms = work.find_notes(BatchNorm)
-        plan = make_plan(work.graph, work.matching, **options)
+        plan = options.make_plan(work.graph, work.matching)
         useless = _list_useless(plan, foreign)
         if not useless:
             break

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ecqx_onnx_converters import Matching, WriteReport, make_plan, write
+from ecqx_onnx_converters import Matching, WriteReport, write
 from ecqx_onnx_converters.foreign.qonnx_functions import list_defined
 from ecqx_onnx_converters.graph.files import find_data_path, replace_model
 from ecqx_onnx_converters.graph.opsets import lower_opset
@@ -37,7 +36,7 @@ from ecqx_onnx.inputs.onnx_file import OnnxFile, read_onnx
 from ecqx_onnx.options.option import refuse_unknown_options
 from ecqx_onnx.recognition.foreign_graph import load_foreign_graph, make_runnable
 from ecqx_onnx.recognition.left_alone import SMALLEST
-from ecqx_onnx.recognition.packing_plan import plan_packing, raise_graph
+from ecqx_onnx.recognition.packing_plan import StorageOptions, plan_packing, raise_graph
 from ecqx_onnx.runtime.sessions import open_session
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.references.float_distance import is_untrained, recipe_of
@@ -45,21 +44,6 @@ from ecqx_onnx.verbs.reports import PackReport
 
 # Of a file: what tensors stored once must save for a file to be written anew for that alone.
 WORTH_SHARING = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Storage:
-    """How integers are stored, and for whom."""
-
-    storage: str
-    dequantize: str
-    target: str
-    opset: int | None
-    prefer: str = "auto"
-
-    def to_options(self) -> dict[str, Any]:
-        """As the planner takes them."""
-        return asdict(self)
 
 
 @refuse_unknown_options
@@ -118,7 +102,7 @@ def pack(
     check_output(out, force=force, source=model)
     check_name(out, target)
     file = read_onnx(model)
-    wanted = _Storage(
+    wanted = StorageOptions(
         storage=storage, dequantize=dequantize, target=target, opset=opset, prefer=prefer
     )
     return _pack(file, out, wanted, check=check, inputs=inputs, rewrite=rewrite, force=force)
@@ -127,7 +111,7 @@ def pack(
 def _pack(
     file: OnnxFile,
     out: Path,
-    wanted: _Storage,
+    wanted: StorageOptions,
     *,
     check: bool,
     inputs: Mapping[str, np.ndarray] | None,
@@ -149,12 +133,10 @@ def _pack(
     shared = share_equal_tensors(foreign.graph)
     graph = shared.graph
     raised = raise_graph(graph, find_target(wanted.target), wanted.opset) if rewrite else None
-    plan, kept, batchnorms = plan_packing(
-        raised or graph, wanted.to_options(), fold_batchnorm=rewrite
-    )
+    plan, kept, batchnorms = plan_packing(raised or graph, wanted, fold_batchnorm=rewrite)
     if not plan.entries and raised is not None:  # in vain
         raised = None
-        plan, kept, batchnorms = plan_packing(graph, wanted.to_options(), fold_batchnorm=False)
+        plan, kept, batchnorms = plan_packing(graph, wanted, fold_batchnorm=False)
     plan = replace(plan, shapes=find_stated_shapes(graph))
     folded = [entry.name for entry in batchnorms if entry.weight is not None]
     is_defined = bool(foreign.definitions.defined)
@@ -262,15 +244,13 @@ def unpack(
     file = read_onnx(model)
     unpacked = unpacking.unpack(model)
     lower_opset(unpacked.graph.proto, opset or find_target(target).max_opset)
-    wanted = _Storage(storage="dense", dequantize=dequantize, target=target, opset=opset)
+    wanted = StorageOptions(storage="dense", dequantize=dequantize, target=target, opset=opset)
     if floats:
-        plan = make_plan(unpacked.with_floats(), Matching((), ()), **wanted.to_options())
+        plan = wanted.make_plan(unpacked.with_floats(), Matching((), ()))
         kept = tuple(replace(entry, reason="float, as asked for") for entry in plan.kept)
         plan = replace(plan, kept=kept)
     else:
-        plan = make_plan(
-            unpacked.graph, unpacked.matching, **wanted.to_options(), integer=unpacked.kernels
-        )
+        plan = wanted.make_plan(unpacked.graph, unpacked.matching, integer=unpacked.kernels)
     report = deliver(
         plan,
         out,
