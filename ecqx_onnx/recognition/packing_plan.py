@@ -40,7 +40,7 @@ class StorageOptions:
         dequantize: "auto", "folded" (float speed) or "standard" (DequantizeLinear).
         target: the runtime that must load the file.
         opset: highest to write; None for what the target can load.
-        prefer: what to choose by where both can be had; as `make_plan` takes it.
+        prefer: with storage "auto", what to save: "auto", "disk" or "load".
     """
 
     storage: str = "auto"
