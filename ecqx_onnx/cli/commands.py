@@ -80,6 +80,7 @@ def deploy(
     serve: Annotated[
         bool, typer.Option("--serve", help="For the web: serve the folder at once, until Ctrl-C.")
     ] = False,
+    card: Annotated[str, _deploy_option("card")] = "",
     samples: Annotated[int | None, _deploy_option("samples")] = None,
     strict: Strict = True,
     trust_pickle: TrustPickle = False,
@@ -110,6 +111,7 @@ def deploy(
             labels=parse_names(labels),
             title=title,
             webgpu=webgpu,
+            card=card,
             strict=strict,
             trust_pickle=trust_pickle,
             force=force,

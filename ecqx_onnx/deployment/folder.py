@@ -18,6 +18,7 @@ from ecqx_onnx_converters.serialization.reading import read_weights
 
 from ecqx_onnx import __version__
 from ecqx_onnx.data import Split
+from ecqx_onnx.deployment.card import CARD, write_card
 from ecqx_onnx.deployment.deployed import Deployed
 from ecqx_onnx.deployment.filling import copy_templates, copy_web_runtime
 from ecqx_onnx.deployment.golden import choose_raw_maker, make_cases
@@ -63,6 +64,7 @@ def deploy(
     data_name: str = "",
     title: str = "",
     webgpu: bool = False,
+    card: str = "",
     force: bool = False,
 ) -> Deployed:
     """Write a folder with everything that a platform needs to run a model.
@@ -80,6 +82,7 @@ def deploy(
         data_name: what the README calls the data set.
         title: the model's name on page and README; by default the file's.
         webgpu: put the runtime for GPUs into a folder for the web, too.
+        card: name of the float model, for a model card; "" for none.
         force: replace a folder that an earlier call wrote.
 
     Returns:
@@ -102,7 +105,16 @@ def deploy(
     check_page_options(platform, title, webgpu=webgpu)
     title = " ".join(title.split())
     maker = _Maker(
-        file, platform, reference, split, labels, data_name, report, title=title, webgpu=webgpu
+        file,
+        platform,
+        reference,
+        split,
+        labels,
+        data_name,
+        report,
+        title=title,
+        webgpu=webgpu,
+        card=card,
     )
     with replace_folder_on_success(
         folder, check=lambda: _check_place(folder, force), force=force
@@ -187,6 +199,7 @@ class _Maker:
     report: ValidationReport
     title: str
     webgpu: bool
+    card: str
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write everything into `folder`, which is empty, and return the rest of `Deployed`."""
@@ -267,6 +280,10 @@ class _Maker:
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(text, encoding="utf-8")
         copy_templates(self.platform, folder, manifest, notes)
+        if self.card:
+            checks = {c.name: c.sentence for c in self.report.checks if c.passed}
+            text = write_card(manifest, self.card, checks)
+            (folder / CARD).write_text(text, encoding="utf-8")
         if self.platform.name in ("linux", "android"):
             (folder / "golden.txt").write_text(format_lines(manifest), encoding="utf-8")
         if self.platform.name == "web":

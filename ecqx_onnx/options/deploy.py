@@ -37,6 +37,11 @@ class DeployOptions:
         False,
         "For the web: add onnxruntime's WebGPU build (27 MB), used where it is faster and passes.",
     )
+    card: str = option(
+        "",
+        "The float model's name, such as owner/resnet20: writes MODEL_CARD.md, which has it as its"
+        " base.",
+    )
     samples: int | None = option(None, shared.SAMPLES, minimum=1)
     strict: bool = option(True, shared.STRICT)
     trust_pickle: bool = option(False, shared.TRUST_PICKLE)

@@ -36,6 +36,7 @@ def deploy(
     labels: Sequence[str] = (),
     title: str = "",
     webgpu: bool = False,
+    card: str = "",
     strict: bool = True,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -58,6 +59,8 @@ def deploy(
         title: the model's name on page and README; by default the file's.
         webgpu: add onnxruntime's WebGPU build to a folder for the web; the page uses it where a GPU
             is found, it passes the self-check and is faster.
+        card: the float model's name, such as "owner/resnet20"; writes MODEL_CARD.md, which has it
+            as its base model.
         strict: refuse a state dict that lacks weights, or has others.
         force: replace the folder if it exists.
         progress: called with (samples done, samples in all).
@@ -77,6 +80,7 @@ def deploy(
 
     platform = deployment.find_platform(to)
     deployment.check_page_options(platform, title, webgpu=webgpu)
+    deployment.check_base_model(card)
     check_limits(DeployOptions, samples=samples)
     reference = load_reference(
         against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
@@ -114,5 +118,6 @@ def deploy(
         data_name=evaluation.name,
         title=title,
         webgpu=webgpu,
+        card=card,
         force=force,
     )
