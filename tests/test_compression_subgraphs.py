@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from ecqx_onnx_converters.graph.graph import FloatGraph
 from onnx import TensorProto, helper, numpy_helper
@@ -166,3 +167,18 @@ def test_feedback_in_a_subgraph_makes_the_error_smaller(tmp_path, make, monkeypa
     # A loop's state is a mixture that its own rounding changes: there it helps less.
     assert errors[0] < (0.9 if make is if_network else 1.02) * errors[1]
     onnx.checker.check_model(onnx.load(tmp_path / "small.onnx"))
+
+
+def test_convert_takes_the_statistics_of_subgraphs_too(tmp_path):
+    import ecqx_onnx
+
+    onnx.save(if_network(), tmp_path / "float.onnx")
+    x = correlated(256, sign=9.0)
+    errors = []
+    for calibration in ({"x": x}, None):
+        out = tmp_path / "small.onnx"
+        ecqx_onnx.convert(tmp_path / "float.onnx", out, bits=3, calibration=calibration, force=True)
+        wanted = Runner(FloatGraph.load(tmp_path / "float.onnx")).run({"x": x[:64]})[0]
+        found = onnxruntime.InferenceSession(out).run(None, {"x": x[:64]})[0]
+        errors.append(np.linalg.norm(found - wanted))
+    assert errors[0] < 0.9 * errors[1]

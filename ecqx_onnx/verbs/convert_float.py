@@ -28,7 +28,7 @@ from ecqx_onnx.compression.model.biases import with_biases
 from ecqx_onnx.compression.model.float_model import FloatModel, load_float_model
 from ecqx_onnx.compression.model.weights import find_weights, select_weights
 from ecqx_onnx.compression.rounding.capped import fit_capped_steps, outermost_level
-from ecqx_onnx.compression.rounding.moments import collect_moments, unique_keys
+from ecqx_onnx.compression.rounding.moments import MomentKey, Moments, collect_moments
 from ecqx_onnx.compression.rounding.ordered import (
     Layers,
     RoundedModel,
@@ -43,7 +43,7 @@ from ecqx_onnx.compression.search.allocation import (
     measure_rate,
 )
 from ecqx_onnx.compression.search.bounds import make_bounds
-from ecqx_onnx.compression.search.points import Candidate, Point
+from ecqx_onnx.compression.search.points import Candidate, Point, open_watching_runner
 from ecqx_onnx.compression.search.quality import Quality
 from ecqx_onnx.compression.search.samples import (
     InputSpec,
@@ -157,8 +157,7 @@ def convert_float(
     if options.calibration is not None:  # only data tell a mean error that biases can take up
         biased, biases = with_biases(loaded.graph, weights)
         layers = Layers(biased, weights, biases)
-    values = [str(key.product.value) for key in unique_keys(weights)]
-    runner = Runner(layers.graph, variable=layers.variable, values=values)
+    layers, runner, unwatched = open_watching_runner(layers, 1)
     feeds, told = _load_feeds(loaded, runner, options)
     maker = _Maker(layers, runner, feeds, options)
     model_of_levels, encoded = maker.make()
@@ -176,7 +175,7 @@ def convert_float(
     kept = tuple(replace(e, reason=reasons.get(e.name, e.reason)) for e in report.kept)
     coded = f"{encoded.bits_per_weight:.3f} coded bits for each quantised weight"
     rounding = (*encoded.notes, *model_of_levels.notes)
-    notes = (*report.notes, *loaded.notes, *told, *rounding, coded, check)
+    notes = (*report.notes, *loaded.notes, *unwatched, *told, *rounding, coded, check)
     return replace(report, kept=kept, notes=notes)
 
 
@@ -245,6 +244,10 @@ class _Maker:
         self, layers: Layers, runner: Runner, feeds: list[Feeds], options: FloatOptions
     ) -> None:
         self.layers, self.runner, self.feeds, self.options = layers, runner, feeds, options
+        self.moments: Mapping[MomentKey, Moments] = {}
+        if feeds:
+            count = sum(batch_size(batch) for batch in feeds)
+            self.moments = collect_moments(runner, layers.weights, feeds, samples=count)
 
     def make(self) -> tuple[RoundedModel, Encoded]:
         """The levels of all weights, and the file in memory."""
@@ -260,7 +263,8 @@ class _Maker:
 
     def _round(self, steps: Mapping[str, np.ndarray], capped: int | None) -> RoundedModel:
         if self.feeds:
-            return round_in_order(self.layers, steps, self.feeds, capped=capped)
+            known = self.moments
+            return round_in_order(self.layers, steps, self.feeds, capped=capped, known=known)
         if capped is None:  # nothing is clipped, and without data errors can only cancel
             capped = HIGHEST
             steps = {
@@ -280,10 +284,8 @@ class _Maker:
         sizes = {curve.name: curve.size for curve in curves}
         slopes: Mapping[str, float] = {name: float(size) for name, size in sizes.items()}
         if self.feeds:
-            count = sum(batch_size(batch) for batch in self.feeds)
-            moments = collect_moments(self.runner, self.layers.weights, self.feeds, samples=count)
             some = self.feeds[: max(1, PROBED // BATCH)]
-            found = measure_sensitivity(self.layers, units, moments, self.runner, some)
+            found = measure_sensitivity(self.layers, units, self.moments, self.runner, some)
             slopes = fill_unmoved(found, sizes)
         entries = sum(sizes.values())
         made: dict[float, RoundedModel] = {}

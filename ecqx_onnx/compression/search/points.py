@@ -113,8 +113,8 @@ class PointMaker:
             say: told what is done.
             keep_levels: candidates hold their levels, for a checkpoint.
         """
-        self.notes: list[str] = []
-        self._open_runner(layers, threads)
+        self.layers, self._runner, notes = open_watching_runner(layers, threads)
+        self.notes = list(notes)
         self._keep_levels = keep_levels
         self._options, self._metadata = options, metadata
         self._threads, self._say = threads, say
@@ -124,21 +124,6 @@ class PointMaker:
         self._search = list(search.batches(batch))
         self._expected = [self._runner.run(feeds) for feeds, _ in self._search]
         self._learn()
-
-    def _open_runner(self, layers: Layers, threads: int) -> None:
-        """A session that gives the inputs of weights, those inside subgraphs among them."""
-        exposed = expose_inputs(layers.graph, layers.weights)
-        try:
-            self._runner = _open_runner(exposed.graph, exposed.weights, layers, threads)
-            self.layers = replace(layers, weights=exposed.weights)
-        except ModelError as error:
-            if exposed.graph is layers.graph:
-                raise
-            self.notes.append(
-                f"weights inside If, Loop or Scan are rounded without statistics: {error}"
-            )
-            self._runner = _open_runner(layers.graph, layers.weights, layers, threads)
-            self.layers = layers
 
     def _choose_statistics(self, statistics: Samples, batch: int) -> list[Feeds]:
         """All batches, or as many as leave room for the values between two layers."""
@@ -295,6 +280,31 @@ class PointMaker:
             size = batch_size(feeds)
             total.add(expected, found, labels, size)
         return total.finish()
+
+
+def open_watching_runner(layers: Layers, threads: int) -> tuple[Layers, Runner, tuple[str, ...]]:
+    """Open a session that gives the inputs of weights, those inside subgraphs among them.
+
+    Args:
+        layers: the network.
+        threads: of onnxruntime.
+
+    Returns:
+        (layers whose weights say where their inputs are watched, the session, sentences for the
+        report).
+
+    Raises:
+        ModelError: onnxruntime does not load the network.
+    """
+    exposed = expose_inputs(layers.graph, layers.weights)
+    try:
+        runner = _open_runner(exposed.graph, exposed.weights, layers, threads)
+    except ModelError as error:
+        if exposed.graph is layers.graph:
+            raise
+        note = f"weights inside If, Loop or Scan are rounded without statistics: {error}"
+        return layers, _open_runner(layers.graph, layers.weights, layers, threads), (note,)
+    return replace(layers, weights=exposed.weights), runner, ()
 
 
 def _open_runner(
