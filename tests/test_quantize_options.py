@@ -115,6 +115,7 @@ def test_the_commands_defaults_are_those_of_the_functions_behind_it():
         "progress",
         "state_file",
         "granularity",
+        "budget",  # made of max_bytes or bits_per_weight
     }:
         assert typed[name] == behind[name], name
     assert not typed["per_channel"]

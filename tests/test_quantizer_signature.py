@@ -64,7 +64,12 @@ def test_every_keyword_reaches_the_option_of_its_name(entry, monkeypatch):
     assert Quantizer(model, **{entry.name: value}).options == expected
 
     seen = []
-    monkeypatch.setattr(training, "TrainingRun", lambda *given: seen.append(given[3]) or 1 / 0)
+
+    def watched(*given, **_):
+        seen.append(given[3])
+        return 1 / 0
+
+    monkeypatch.setattr(training, "TrainingRun", watched)
     data = Dataset.from_arrays("x", {"x": np.zeros((8, 4), np.float32), "y": np.arange(8) % 2})
     with pytest.raises(ZeroDivisionError):
         train(model, data, **{entry.name: value})

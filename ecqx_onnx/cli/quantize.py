@@ -67,6 +67,7 @@ def quantize(
     weights: Annotated[Path | None, _option("weights", DATA)] = None,
     mean: Annotated[str | None, _option("mean", DATA)] = None,
     std: Annotated[str | None, _option("std", DATA)] = None,
+    start_from: Annotated[Path | None, _option("start_from", DATA, "--from")] = None,
     validation: Annotated[float, _option("validation", DATA)] = 0.1,
     augment: Annotated[str | None, _option("augment", DATA)] = None,
     bits: Annotated[str, _option("bits", LEVELS)] = "4",
@@ -92,13 +93,15 @@ def quantize(
     loss: Annotated[str, _option("loss", TRAINING)] = "cross_entropy",
     metric: Annotated[str | None, _option("metric", TRAINING)] = None,
     epochs: Annotated[int, _option("epochs", TRAINING)] = 10,
-    learning_rate: Annotated[float, _option("learning_rate", TRAINING, "--lr")] = 1e-3,
+    learning_rate: Annotated[float | None, _option("learning_rate", TRAINING, "--lr")] = None,
     schedule: Annotated[str, _option("schedule", TRAINING)] = "cosine",
     batch_size: Annotated[int, _option("batch_size", TRAINING)] = 64,
     distillation: Annotated[float, _option("distillation", TRAINING)] = 0.0,
     distill_by: Annotated[str, _option("distill_by", TRAINING)] = "auto",
     temperature: Annotated[float, _option("temperature", TRAINING)] = 2.0,
     entropy_ramp: Annotated[float, _option("entropy_ramp", TRAINING)] = 0.0,
+    max_bytes: Annotated[str | None, _option("max_bytes", TRAINING)] = None,
+    bits_per_weight: Annotated[float | None, _option("bits_per_weight", TRAINING)] = None,
     precision: Annotated[str, _option("precision", TRAINING)] = "float32",
     device: Annotated[str | None, _option("device", TRAINING)] = None,
     seed: Annotated[int, _option("seed", TRAINING)] = 0,
@@ -113,6 +116,9 @@ def quantize(
     Example:  ecqx-onnx quantize net.py:net --weights fp32.pt --data mnist.npz --out net.pt
 
     Other tasks:  ecqx-onnx quantize net.py:net --data pairs.npz --loss mse --out net.pt ...
+
+    To a budget, after compress:  ecqx-onnx quantize net.py:net --weights fp32.pt --from small.pt
+    --data images.npz --loss distillation --max-bytes 52k --epochs 5 --out net.pt
 
     For integer kernels:  ecqx-onnx quantize ... --activations int8 --out net.pt
 

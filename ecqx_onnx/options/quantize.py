@@ -65,7 +65,9 @@ class QuantizeOptions(Recipe):
         "Number of passes over the training samples; 0 assigns levels without training.",
         minimum=0,
     )
-    learning_rate: float = option(1e-3, "Adam's learning rate.", minimum=0.0)
+    learning_rate: float | None = option(
+        None, "Adam's learning rate; default: 0.001, and 0.0001 with --from.", minimum=0.0
+    )
     schedule: Schedule = option("cosine", "How the learning rate falls: cosine or constant.")
     batch_size: int = option(64, "Number of samples in a training step.", minimum=1)
     distillation: float = option(0.0, "Share of the loss that follows the float network's outputs.")
@@ -83,6 +85,18 @@ class QuantizeOptions(Recipe):
     )
     device: str | None = option(
         None, "Where training runs: cpu, cuda, cuda:1 ...; default: cuda where there is one."
+    )
+    max_bytes: int | str | None = option(
+        None,
+        "Most bytes of the .onnx file that convert makes: 40k, 1.5M; the entropy weight follows"
+        " while training.",
+    )
+    bits_per_weight: float | None = option(
+        None, "Most coded bits for each quantized weight, instead of --max-bytes.", minimum=0.01
+    )
+    start_from: str | Path | None = option(
+        None,
+        "Go on from a checkpoint of `compress --checkpoint`; --weights are the float network's.",
     )
     seed: int = option(0, "Seed of all random choices: same seed, same bytes.")
     strict: bool = option(True, shared.STRICT)

@@ -31,6 +31,7 @@ class _Setup:
     loss: str = "cross_entropy"
     metric: str | None = None
     distill_by: str = "auto"
+    budget: str | None = None
 
     def __post_init__(self) -> None:
         counts_fit = self.epochs >= 0 and self.batch_size >= 1

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -42,6 +43,8 @@ from ecqx_onnx.quantization.report import Report, TensorReport
 from ecqx_onnx.quantization.selection import Candidate, find_candidates
 from ecqx_onnx.tensors import QuantTensor, Scale
 
+WITHIN_CELL = 0.49  # steps from a level, within which it is the nearest
+
 
 @dataclass(eq=False)
 class _Weight:
@@ -64,6 +67,7 @@ class _Weight:
     last: Assignment | None = None
     computed: ComputedWeight | None = None
     warnings: set[str] = field(default_factory=set)
+    adopted: bool = False  # whether its step was found elsewhere, see Quantizer.adopt
 
     def quantized(self) -> Tensor:
         """kΔ in float32, exactly as QuantTensor.dequantize computes it."""
@@ -370,21 +374,88 @@ class Quantizer:
             self.options.size_exponent,
         )
         for weight in self._weights:
-            R = weight.relevance
-            weight.last = assign(
-                weight.background,
-                weight.step,
-                weight.grid,
-                axis=weight.axis,
-                strength=gamma
-                * compute_size_factor(weight.background.numel(), self._largest) ** exponent,
-                relevance=None if R is None else R / R.amax(),
-                band=self.options.band,
-                rho=self.options.rho,
-                zero_floor=self.options.zero_floor,
-            )
+            factor = compute_size_factor(weight.background.numel(), self._largest) ** exponent
+            weight.last = self._assign_one(weight, gamma, gamma * factor)
             weight.levels = weight.last.levels
             weight.parameter.copy_(weight.quantized())
+
+    def _assign_one(self, weight: _Weight, gamma: float, strength: float) -> Assignment:
+        R = weight.relevance
+        relevance = None if R is None else R / R.amax()
+        if weight.adopted:
+            # Steps that were chosen for the least error at a rate already say what a weight's
+            # error costs: a bit has one price in squared steps, the same in all weights.
+            return assign(
+                (weight.background / weight.step).contiguous(),
+                torch.ones((), device=weight.step.device),
+                weight.grid,
+                price=gamma,
+                relevance=relevance,
+                band=self.options.band,
+                rho=self.options.rho,
+                zero_floor=0.0,
+            )
+        return assign(
+            weight.background,
+            weight.step,
+            weight.grid,
+            axis=weight.axis,
+            strength=strength,
+            relevance=relevance,
+            band=self.options.band,
+            rho=self.options.rho,
+            zero_floor=self.options.zero_floor,
+        )
+
+    @torch.no_grad()
+    def adopt(self, tensors: Sequence[QuantTensor]) -> None:
+        """Begin with levels and steps that were found elsewhere, such as by `compress`.
+
+        The grid of each weight reaches as far as its levels do. The background W stays, moved into
+        the cell of its level where it lay outside: so the levels are those given, and a price of
+        bits first moves the weights that lie nearest to another level.
+
+        Args:
+            tensors: one for each quantized weight, by name. Weights that have none go on as they
+                are.
+
+        Raises:
+            ModelError: if one is of no weight of this model, or of another shape.
+        """
+        by_name = {weight.name: weight for weight in self._weights}
+        for tensor in tensors:
+            weight = by_name.get(tensor.name)
+            if weight is None or tuple(weight.background.shape) != tensor.shape:
+                shapes = {name: tuple(w.background.shape) for name, w in by_name.items()}
+                raise ModelError(
+                    f"'{tensor.name}' {tensor.shape} is no quantized weight of this model, which"
+                    f" has {str(shapes)[:200]}: start from a checkpoint of the same network"
+                )
+            if not isinstance(tensor.meaning, Scale):
+                raise ModelError(
+                    f"the levels of '{tensor.name}' stand for a table of values, and a grid has one"
+                    " step: start from a checkpoint with steps"
+                )
+            device = weight.background.device
+            step = torch.from_numpy(np.array(tensor.meaning.step)).to(device)
+            # A level beyond those that are taken would never be near.
+            lowest = min(int(tensor.levels.min(initial=0)), 0)
+            highest = max(int(tensor.levels.max(initial=0)), 1)
+            bits = (highest - lowest).bit_length()
+            weight.grid = Grid(bits, lowest, highest)
+            weight.axis = None
+            if step.numel() > 1:
+                weight.axis = next(axis for axis, n in enumerate(step.shape) if n > 1)
+            weight.step = step.reshape(()) if step.numel() == 1 else step
+            levels = torch.from_numpy(tensor.levels.copy()).to(device).float()
+            lowest_value = (levels - WITHIN_CELL) * weight.step
+            highest_value = (levels + WITHIN_CELL) * weight.step
+            weight.background = torch.clamp(
+                weight.background.float(), lowest_value, highest_value
+            ).to(weight.background.dtype)
+            weight.learner = None
+            weight.adopted = True
+        self.assign()
 
     def _absorb(self) -> None:
         """W += (parameter - kΔ): the optimizer's update was computed at kΔ and is applied to W."""

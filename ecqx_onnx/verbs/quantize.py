@@ -28,7 +28,7 @@ from ecqx_onnx.validation.outputs.metrics import Proportion
 from ecqx_onnx.validation.outputs.plausibility import doubt_accuracy
 from ecqx_onnx.verbs.accuracy import accuracy, confuse
 from ecqx_onnx.verbs.reports import Quantized
-from ecqx_onnx.verbs.training_data import (
+from ecqx_onnx.verbs.training.data import (
     fit_channels,
     list_arguments,
     make_example,
@@ -109,7 +109,7 @@ def quantize(
     loss: str | Callable[..., Any] = "cross_entropy",
     metric: str | Callable[..., Any] | None = None,
     epochs: int = 10,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     schedule: Schedule = "cosine",
     batch_size: int = 64,
     distillation: float = 0.0,
@@ -118,6 +118,9 @@ def quantize(
     entropy_ramp: float = 0.0,
     precision: Precision = "float32",
     device: str | None = None,
+    max_bytes: int | str | None = None,
+    bits_per_weight: float | None = None,
+    start_from: str | Path | None = None,
     seed: int = 0,
     strict: bool = True,
     resume: bool = False,
@@ -170,7 +173,7 @@ def quantize(
             agreement, cosine, error, FILE.py:FUNCTION, or a function (output, targets) -> one
             number a sample, where more is better; by default the one of the loss.
         epochs: passes over the training samples; 0 assigns levels without training.
-        learning_rate: Adam's.
+        learning_rate: Adam's; None for 1e-3, and for 1e-4 with start_from.
         schedule: of the learning rate: "cosine" or "constant".
         batch_size: samples in a training step.
         distillation: share of the loss that follows the float network's outputs, in [0, 1]; 1
@@ -180,6 +183,10 @@ def quantize(
         entropy_ramp: share of the training over which γ rises from 0, in [0, 1).
         precision: of the forward passes: "float32" or "bfloat16".
         device: cpu, cuda, cuda:1 ...; by default cuda where there is one.
+        max_bytes: of the .onnx file that `convert` makes of the result, a number or "40k"; the
+            entropy weight is driven so that it is met, and the last epoch is kept.
+        bits_per_weight: of the coded levels, instead of max_bytes.
+        start_from: checkpoint that `compress` wrote (checkpoint=...), to go on from.
         seed: of all random choices: same seed, same bytes.
         strict: refuse a state dict that lacks weights, or has others.
         resume: go on where an interrupted run with the same `out` stopped.
@@ -240,6 +247,9 @@ def quantize(
         entropy_ramp=entropy_ramp,
         precision=precision,
         device=device,
+        max_bytes=max_bytes,
+        bits_per_weight=bits_per_weight,
+        start_from=start_from,
         seed=seed,
         strict=strict,
         resume=resume,
@@ -285,11 +295,10 @@ def _quantize(options: QuantizeOptions, progress: Told | None) -> Quantized:
 
     # 4. Save what came out, with how it came about.
     trained.quantizer.model.to("cpu")
-    recipe = {**trained.setup, "data": dataset.name, "best_epoch": trained.best_epoch}
+    recipe = {**trained.setup, **_describe_recipe(options, prepared, trained.best_epoch)}
+    recipe = {name: value for name, value in recipe.items() if name != "budget" or value}
     if not isinstance(after, Proportion):
-        recipe["score"] = after.to_json()
-    for name in BY_NAME:
-        recipe[name] = _show_option(getattr(options, name))
+        recipe["score"] = {"metric": after.metric, "value": float(f"{after.value:.4g}")}
     checkpoint = as_checkpoint(
         trained.quantizer,
         example=prepared.example,
@@ -436,6 +445,25 @@ def _train(
     progress: Told | None,
 ) -> Training:
     from ecqx_onnx.quantization import train
+    from ecqx_onnx.verbs.training.budget import load_start, make_budget
+
+    start = None if options.start_from is None else load_start(options.start_from)
+    budget = make_budget(
+        options.max_bytes,
+        options.bits_per_weight,
+        example=prepared.example,
+        details={
+            "preprocessing": prepared.dataset.preprocessing,
+            "labels": prepared.dataset.labels,
+            "recipe": {
+                **_describe_recipe(options, prepared, options.epochs),
+                "score": {
+                    "metric": _choose_objective(options, functions, prepared.dataset).metric.name,
+                    "value": 0.1234,
+                },
+            },
+        },
+    )
 
     given = {name: getattr(options, name) for name in (*OF_TRAIN, "augment", "loss", "metric")}
     for entry in fields(Recipe):
@@ -445,8 +473,28 @@ def _train(
         prepared.dataset,
         progress=None if progress is None else training_progress(progress),
         state_file=state_file,
+        budget=budget,
+        start_from=start,
         **{**given, **functions},
     )
+
+
+def _describe_recipe(
+    options: QuantizeOptions, prepared: _Prepared, best_epoch: int
+) -> dict[str, Any]:
+    """What the checkpoint says of its training, beside the options of the levels."""
+    not_kept = ("device", "resume")
+    recipe = {name: getattr(options, name) for name in OF_TRAIN if name not in not_kept}
+    recipe |= {"data": prepared.dataset.name, "best_epoch": best_epoch}
+    for name in BY_NAME:
+        recipe[name] = _show_option(getattr(options, name))
+    recipe["budget"] = None
+    for name in ("max_bytes", "bits_per_weight"):
+        if getattr(options, name) is not None:
+            recipe["budget"] = {name: getattr(options, name)}
+    if options.start_from is not None:
+        recipe["start_from"] = Path(options.start_from).name
+    return recipe
 
 
 def with_history(

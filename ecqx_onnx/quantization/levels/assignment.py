@@ -63,6 +63,7 @@ def assign(
     *,
     axis: int | None = None,
     strength: float = 0.0,
+    price: float | None = None,
     relevance: Tensor | None = None,
     band: Band = Band(),
     rho: float = 2.0,
@@ -75,7 +76,8 @@ def assign(
         step: float32, () or keepdims-shaped along axis: Δ.
         grid: the levels to choose from.
         axis: of the output channels where each has its own Δ; None for one Δ.
-        strength: γ·δ in [0, 1], the share of λ_max that λ takes.
+        strength: γ·δ, the share of λ_max that λ takes.
+        price: λ itself, in place of a share of λ_max.
         relevance: R in [0, 1], the weight's shape and dtype; None for plain ECQ.
         band: how far relevances may move the share of zeros.
         rho: ρ of f(R) = ρ R^β, above 1.
@@ -90,7 +92,10 @@ def assign(
     information = compute_information(
         estimate_probabilities(_count_nearest(rows, step_rows, grid), grid, zero_floor=zero_floor)
     )
-    cost = strength * find_largest_lambda(rows, step_rows, grid, information) * information
+    if price is None:
+        cost = strength * find_largest_lambda(rows, step_rows, grid, information) * information
+    else:
+        cost = price * information
     chosen = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     # 2. Without relevances the cheapest level wins.
     if relevance is None:

@@ -52,7 +52,16 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean, for independent samples (normal approximation)."""
+        """The 95 % interval of the mean, for independent samples.
+
+        Wilson's for a share of samples that are right or wrong; else the normal approximation.
+        """
+        n, p = max(1, self.samples), self.value
+        if self.squares == self.total and 0 <= p <= 1:  # each is 0 or 1
+            scale = 1 + Z95**2 / n
+            centre = (p + Z95**2 / (2 * n)) / scale
+            half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)) / scale
+            return max(0.0, centre - half), min(1.0, centre + half)
         variance = max(0.0, self.squares / max(1, self.samples) - self.value**2)
         half = Z95 * math.sqrt(variance / max(1, self.samples - 1))
         return self.value - half, self.value + half

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from ecqx_onnx.quantization.objectives.objective import Score
 from ecqx_onnx.quantization.quantizer import Quantizer
+from ecqx_onnx.tensors import QuantTensor
 
 
 class TrainingSplit(Protocol):
@@ -38,6 +41,19 @@ class TrainingSplit(Protocol):
             Two splits that share no sample.
         """
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class StartPoint:
+    """Where a training begins that goes on from a quantized network.
+
+    Attributes:
+        tensors: levels and steps of its weights.
+        state: the other entries of its state dict, such as corrected biases.
+    """
+
+    tensors: tuple[QuantTensor, ...]
+    state: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

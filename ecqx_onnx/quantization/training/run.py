@@ -31,9 +31,11 @@ from ecqx_onnx.quantization.objectives.values import (
     run_float,
 )
 from ecqx_onnx.quantization.quantizer import Quantizer
+from ecqx_onnx.quantization.training.budget import Budget, RateControl
 from ecqx_onnx.quantization.training.records import (
     EpochRecord,
     Progress,
+    StartPoint,
     Training,
     TrainingSplit,
 )
@@ -54,6 +56,9 @@ class TrainingRun:
         augment: Any,
         progress: Callable[[Progress], None] | None,
         example: Any,
+        *,
+        budget: Budget | None = None,
+        start_from: StartPoint | None = None,
     ) -> None:
         """Attach a quantizer and an optimizer to the model.
 
@@ -66,6 +71,11 @@ class TrainingRun:
             augment: of the samples, or None.
             progress: called with where the training stands, or None.
             example: some inputs on the device, which show what the model multiplies.
+            budget: what the result may take; None leaves γ as the options say.
+            start_from: a quantized network to go on from; the model is the float one.
+
+        Raises:
+            OptionError: if the budget cannot be reached, or start_from is of other weights.
         """
         copy_from_first((*model.parameters(), *model.buffers()))
         self.model = model
@@ -79,7 +89,13 @@ class TrainingRun:
         if objective.needs_float:
             self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         self.quantizer = Quantizer.from_recipe(model, self._choose_start(recipe), example)
-        if setup.entropy_ramp:
+        if start_from is not None:
+            self._begin_at(start_from)
+        self.control: RateControl | None = None
+        if budget is not None:
+            self.control = RateControl(self.quantizer, budget)
+            self.notes += self.control.notes
+        elif setup.entropy_ramp:
             self.quantizer.entropy_scale = 0.0
             self.quantizer.assign()
         self.optimizer = torch.optim.Adam(model.parameters(), lr=setup.learning_rate)
@@ -91,8 +107,18 @@ class TrainingRun:
         self.history: list[EpochRecord] = []
         self.best: dict[str, Any] | None = None
 
+    def _begin_at(self, start: StartPoint) -> None:
+        """Levels, steps and other parameters of a quantized network; the teacher stays float."""
+        own = self.model.state_dict()
+        quantized = {tensor.name for tensor in start.tensors}
+        for name, value in start.state.items():
+            fits = name in own and own[name].shape == value.shape
+            if fits and name not in quantized:
+                own[name].copy_(value)
+        self.quantizer.adopt(start.tensors)
+
     def _choose_start(self, recipe: Recipe) -> Recipe:
-        """The Quantizer's options; relevances start at the outputs where there are no classes."""
+        """The Quantizer's recipe; relevances start at the outputs where there are no classes."""
         has_classes = self.objective.loss_name == "cross_entropy"
         if has_classes or recipe.start != "logit" or recipe.relevance is None:
             return recipe
@@ -134,7 +160,7 @@ class TrainingRun:
             for step, (x, y) in enumerate(self._read(split, epoch)):
                 if count_samples(x) < count_processes():
                     continue  # a last batch with too few samples to go round
-                self._follow_schedules((epoch - 1 + step / steps) / self.setup.epochs)
+                self._follow_schedules(step, (epoch - 1 + step / steps) / self.setup.epochs)
                 loss, found = self._step(x, y)
                 seen += found.samples
                 total += loss * found.samples
@@ -165,14 +191,17 @@ class TrainingRun:
         )
         self._remember(epoch, validated)
 
-    def _follow_schedules(self, done: float) -> None:
+    def _follow_schedules(self, step: int, done: float) -> None:
         """done: share of the training, in [0, 1)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.setup.learning_rate * self.setup.rate_scale(done)
         # Steps come to rest with the weights: a Δ that still moves when they cannot follow ruins
         # the last epochs.
         self.quantizer.step_rate_scale = self.setup.rate_scale(done)
-        self.quantizer.entropy_scale = self.setup.entropy_scale(done)
+        if self.control is None:
+            self.quantizer.entropy_scale = self.setup.entropy_scale(done)
+        else:
+            self.control.follow(step, done)
         self.quantizer.relevances_rest = done >= self.setup.relevance_until
 
     def _tell(self, epoch: int, step: int, steps: int, loss: float, score: Score) -> None:
@@ -196,6 +225,8 @@ class TrainingRun:
     def _remember(self, epoch: int, validated: float | None) -> None:
         if not self.setup.counts(epoch):
             return
+        if self.control is not None and epoch < self.setup.epochs:
+            return  # only the last one keeps to the budget
         if self.best is not None and validated is not None:
             sign = 1 if self.objective.metric.higher_is_better else -1
             if sign * validated < sign * self.best["score"]:
@@ -275,6 +306,9 @@ class TrainingRun:
         assert self.best is not None  # at least one epoch has run
         self.model.load_state_dict(self.best["model"])
         self.quantizer.load_state_dict(self.best["quantizer"])
+        if self.control is not None:
+            size = self.control.finish()
+            self.notes.append(self.control.describe(size))
         self.model.eval()
         return Training(
             self.quantizer,
@@ -301,6 +335,7 @@ class TrainingRun:
             "quantizer": self.quantizer.state_dict(),
             "history": [asdict(record) for record in self.history],
             "best": self.best,
+            "budget": None if self.control is None else self.control.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -334,6 +369,8 @@ class TrainingRun:
             self.quantizer.load_state_dict(state["quantizer"])
             self.history = [EpochRecord(**record) for record in state["history"]]
             self.best = state["best"]
+            if self.control is not None:
+                self.control.restore(state["budget"])
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FileError(

@@ -34,8 +34,9 @@ from ecqx_onnx.quantization.distributed import find_rank, open_process_group
 from ecqx_onnx.quantization.objectives.evaluation import move_to
 from ecqx_onnx.quantization.objectives.objective import choose_objective, name_of
 from ecqx_onnx.quantization.state_file import StateFile
+from ecqx_onnx.quantization.training.budget import Budget
 from ecqx_onnx.quantization.training.devices import choose_device
-from ecqx_onnx.quantization.training.records import Progress, Training
+from ecqx_onnx.quantization.training.records import Progress, StartPoint, Training
 from ecqx_onnx.quantization.training.run import TrainingRun
 
 
@@ -48,7 +49,7 @@ def train(
     metric: str | Callable[[Any, Any], Any] | None = None,
     epochs: int = 10,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     schedule: Schedule = "cosine",
     validation: float = 0.1,
     distillation: float = 0.0,
@@ -82,6 +83,8 @@ def train(
     exclude: str | Sequence[str] = (),
     gradient: Gradient = "plain",
     activations: Activations = "float32",
+    budget: Budget | None = None,
+    start_from: StartPoint | None = None,
 ) -> Training:
     """Quantize a model in place by training on dataset.train; its test split is not looked at.
 
@@ -95,7 +98,7 @@ def train(
             number a sample, where more is better; by default the one that belongs to the loss.
         epochs: 0 assigns levels without training, with relevances of up to 8 batches.
         batch_size: samples a step.
-        learning_rate: Adam's, for weights and all else.
+        learning_rate: Adam's, for weights and all else; None for 1e-3, and 1e-4 with start_from.
         schedule: of the learning rate.
         validation: share of the training samples that chooses the best epoch; 0 takes the last.
         distillation: share of the loss that follows the float model's outputs, in [0, 1]; without
@@ -138,6 +141,10 @@ def train(
         exclude: patterns of parameter names that stay float.
         gradient: "plain", or "absolute" for |kΔ| times the gradient.  [Thesis]
         activations: "float32", or "int8" to round them while training.
+        budget: bytes that the result must keep to; γ is then driven by it, and the last epoch is
+            kept.
+        start_from: a quantized network of the same parameters to go on from, as `compress` found
+            it; `model` is the float one, which distillation follows.
 
     Returns:
         The outcome, with the Quantizer attached to the model.
@@ -150,6 +157,9 @@ def train(
     Example:
         train(model, dataset, loss="mse", bits=3, relevance=None, epochs=5)
     """
+    if learning_rate is None:
+        # A compressed network is near its best: larger steps first lead away from there.
+        learning_rate = 1e-3 if start_from is None else 1e-4
     setup = _Setup(
         epochs=epochs,
         batch_size=batch_size,
@@ -165,6 +175,7 @@ def train(
         loss=name_of(loss),
         metric=None if metric is None else name_of(metric),
         distill_by=distill_by,
+        budget=None if budget is None else budget.shown,
     )
     recipe = Recipe(
         bits=bits,
@@ -187,6 +198,11 @@ def train(
         gradient=gradient,
         activations=activations,
     )
+    if budget is not None and epochs == 0:
+        raise OptionError(
+            "a budget is kept by training, and 0 epochs train nothing: `ecqx-onnx compress` needs"
+            " no training"
+        )
     split = dataset.train
     if split is None or len(split) == 0:
         raise DataError("the data set has no training samples")
@@ -205,7 +221,9 @@ def train(
         where = choose_device(device, local)
         example = move_to(next(iter(split.batches(2)))[0], where)
         run = TrainingRun(
-            model.to(where), setup, objective, recipe, where, augment, progress, example
+            *(model.to(where), setup, objective, recipe, where, augment, progress, example),
+            budget=budget if epochs else None,
+            start_from=start_from,
         )
         if epochs == 0:
             if run.quantizer.activations is not None:

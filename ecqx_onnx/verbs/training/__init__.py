@@ -1,0 +1,1 @@
+"""What `quantize` needs around the training itself: its data, and its budget of bytes."""
