@@ -47,6 +47,7 @@ def validate(
     min_agreement: MinAgreement = None,
     max_error: MaxError = None,
     max_drop: MaxDrop = None,
+    bisect: Annotated[bool, _option("bisect")] = False,
     strict: Strict = True,
     trust_pickle: TrustPickle = False,
     as_json: Json = False,
@@ -66,12 +67,14 @@ def validate(
     """
     from ecqx_onnx import api
 
+    if device and bisect:
+        raise OptionError("--bisect looks inside on this machine: leave --device out")
     if device and inputs is not None:
         raise OptionError(
             "--inputs are for a validation against an .onnx file, on this machine: leave --device"
             " out"
         )
-    if against is None and data is None and not device:
+    if against is None and data is None and not device and not bisect:
         emit_report(
             check_whole_file(onnx_file, inputs=inputs, factory=factory),
             as_json=as_json,
@@ -100,7 +103,7 @@ def validate(
 
     arrays = None if inputs is None else load_inputs(inputs)
     with show_progress(quiet or as_json, "loading the file and the model") as progress:
-        report = api.validate(onnx_file, **options, inputs=arrays, progress=progress)
+        report = api.validate(onnx_file, **options, inputs=arrays, bisect=bisect, progress=progress)
     emit_report(report, as_json=as_json, quiet=quiet)
 
 

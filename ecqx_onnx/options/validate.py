@@ -45,6 +45,9 @@ class ValidateOptions:
     min_agreement: float | None = option(None, shared.MIN_AGREEMENT)
     max_error: float | None = option(None, shared.MAX_ERROR)
     max_drop: float | None = option(None, shared.MAX_DROP)
+    bisect: bool = option(
+        False, "Find the first tensor inside that differs, and say why it may: about log2 n runs."
+    )
     strict: bool = option(True, shared.STRICT)
     latency_runs: int = option(
         50, "Pairs of latency measurements; 0 leaves latency out.", minimum=0

@@ -29,6 +29,7 @@ from ecqx_onnx.runtime.sessions import (
     open_session,
 )
 from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.bisection import Bisection, bisect_file
 from ecqx_onnx.validation.equivalence import Equivalence, compare_models
 from ecqx_onnx.validation.identity import check_identity
 from ecqx_onnx.validation.judgement import (
@@ -52,6 +53,7 @@ def validate_against_original(
     batch_size: int = ValidateOptions.batch_size,
     progress: Callable[[int, int], None] | None = None,
     latency_runs: int = ValidateOptions.latency_runs,
+    bisect: bool = False,
 ) -> ValidationReport:
     """Compare a file with its original, in everything that can be asked of both.
 
@@ -65,6 +67,7 @@ def validate_against_original(
         batch_size: Samples that run at once.
         progress: Called with (samples done, samples in all).
         latency_runs: Pairs of measurements; 0 leaves latency out.
+        bisect: Whether to look for the first tensor that differs.
 
     Returns:
         A report; its `ok` says whether every check passed. A copy of the original is told as such
@@ -120,9 +123,15 @@ def validate_against_original(
         found.append(
             checks.check_chance(same.accuracy, same.original_accuracy, reference="the original")
         )
+    bisections: tuple[Bisection, ...] = ()
+    if bisect:
+        few = tuple(array[:8] if array.ndim else array for array in same.first)
+        rounds = checks.has_quantized_activations(source)
+        bisections = bisect_file(file, few, reference=source, quantized=rounds)
     return ValidationReport(
         file=str(path),
         runtime=describe_runtime(),
+        bisections=bisections,
         size=file.size,
         samples=same.samples,
         checks=tuple(found),

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ecqx_onnx.rendering.fitted import Column, FactTable, FittedTable
 from ecqx_onnx.runtime.latency import FLOAT, Latency
+from ecqx_onnx.validation.bisection.result import Bisection
 from ecqx_onnx.validation.outputs.metrics import Proportion
 
 COLUMNS = (
@@ -77,6 +78,7 @@ class ValidationReport:
         peak_memory: Bytes that loading the file and running a batch took on the device (of
             WebAssembly: the whole heap); None where nobody measured it.
         notes: What a user should know, a sentence each.
+        bisections: Where the outputs begin to differ, if that was asked for.
         reference: What it was compared with, in words.
     """
 
@@ -95,6 +97,7 @@ class ValidationReport:
     device: str | None = None
     peak_memory: int | None = None
     notes: tuple[str, ...] = ()
+    bisections: tuple[Bisection, ...] = ()
     reference: str = "PyTorch"
 
     @property
@@ -120,7 +123,8 @@ class ValidationReport:
         checks = FittedTable(COLUMNS, rows, title=f"{self.file} on {self.runtime}")
         numbers = FactTable(_list_numbers(self))
         notes = [Text(f"note: {note}", style="yellow") for note in self.notes]
-        return Group(checks, numbers, *notes, _draw_verdict(self))
+        places = [bisection.render() for bisection in self.bisections]
+        return Group(checks, numbers, *notes, *places, _draw_verdict(self))
 
     def to_json(self) -> dict[str, Any]:
         """Describe the report in JSON values.
@@ -151,6 +155,7 @@ class ValidationReport:
             "operators": dict(sorted(self.operators.items())),
             "checks": [check.to_json() for check in self.checks],
             "notes": list(self.notes),
+            "bisections": [bisection.to_json() for bisection in self.bisections],
         }
 
 

@@ -30,6 +30,7 @@ from ecqx_onnx.runtime.sessions import (
 )
 from ecqx_onnx.tensors import QuantTensor
 from ecqx_onnx.validation import checks
+from ecqx_onnx.validation.bisection import Bisection, bisect_file
 from ecqx_onnx.validation.judgement import (
     SYNTHETIC_BATCH,
     check_stored_weights,
@@ -76,6 +77,7 @@ def validate(
     batch_size: int = ValidateOptions.batch_size,
     progress: Callable[[int, int], None] | None = None,
     latency_runs: int = ValidateOptions.latency_runs,
+    bisect: bool = False,
 ) -> ValidationReport:
     """Ask everything that can be asked of a file with what is given.
 
@@ -100,6 +102,7 @@ def validate(
         batch_size: Samples that run at once.
         progress: Called with (samples done, samples in all).
         latency_runs: Pairs of measurements; 0 leaves latency out.
+        bisect: Whether to look for the first tensor that differs.
 
     Returns:
         A report; its `ok` says whether every check passed.
@@ -212,6 +215,18 @@ def validate(
     )
     if (slow := checks.check_latency(file, latency, runtime=describe_runtime())) is not None:
         found.append(slow)
+    bisections: tuple[Bisection, ...] = ()
+    if bisect:
+        other_side: object = reference
+        if isinstance(reference, OnnxReference):
+            other_side = read_onnx(reference.path)
+        bisections = bisect_file(
+            file,
+            few,
+            reference=other_side,
+            float_reference=float_reference,
+            quantized=checks.has_quantized_activations(file),
+        )
     return ValidationReport(
         file=str(path),
         runtime=describe_runtime(),
@@ -227,6 +242,7 @@ def validate(
         latency=latency,
         reference=other,
         operators=Counter(operators),
+        bisections=bisections,
     )
 
 

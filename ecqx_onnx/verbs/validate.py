@@ -55,6 +55,7 @@ def validate(
     strict: bool = True,
     batch_size: int = 64,
     latency_runs: int = 50,
+    bisect: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ValidationReport:
     """Check that an .onnx file says the same as PyTorch, or as the .onnx file it was packed from.
@@ -78,6 +79,8 @@ def validate(
         strict: refuse a state dict that lacks weights, or has others.
         batch_size: samples that run at once; at least 1.
         latency_runs: pairs of measurements; 0 leaves latency out.
+        bisect: look for the first tensor inside that differs, PyTorch (or the other .onnx file)
+            against onnxruntime, and all of its optimisations against none.
         progress: called with (samples done, samples in all).
 
     Returns:
@@ -111,6 +114,7 @@ def validate(
             inputs=inputs,
             batch_size=batch_size,
             latency_runs=latency_runs,
+            bisect=bisect,
             progress=progress,
         )
     if inputs is not None and not is_onnx(against):
@@ -145,6 +149,7 @@ def validate(
         float_bounds=float_bounds,
         batch_size=batch_size,
         latency_runs=latency_runs,
+        bisect=bisect,
         progress=progress,
     )
 
