@@ -25,6 +25,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __GLIBC__  // which the headers above define
+#include <malloc.h>
+#endif
+
 namespace {
 
 using Bytes = std::vector<char>;
@@ -232,6 +236,9 @@ class Model {
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(1);
     session_ = Ort::Session(environment_, deployment.model.c_str(), options);
+#ifdef __GLIBC__
+    malloc_trim(0);  // what loading has left free in the heap
+#endif
     for (const auto& name : deployment_.inputs) input_names_.push_back(name.c_str());
     for (const auto& output : deployment_.outputs) output_names_.push_back(output.name.c_str());
   }
