@@ -91,6 +91,28 @@ def test_the_worst_weights_come_first():
     assert "worst weights head.weight 0.7, fc.weight 0.3" in sentence
 
 
+def test_the_weight_that_alone_moves_the_outputs_most_is_named(tmp_path):
+    """The second layer's errors are larger, but what it gives hardly counts."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.loud = nn.Linear(16, 8)
+            self.quiet = nn.Linear(16, 8)
+            with torch.no_grad():
+                self.loud.weight.copy_(torch.randn(8, 16) ** 5)  # the few large ones count
+
+        def forward(self, x):
+            return self.loud(x) + 1e-4 * self.quiet(x)
+
+    example = torch.zeros(2, 16)
+    written = ecqx_onnx.convert(Net(), tmp_path / "out.onnx", bits=3, example=example)
+    note = next(note for note in written.notes if "against the float model" in note)
+    assert "worst weights quiet.weight" in note
+    assert "each alone, these move the outputs most: loud.weight" in note
+
+
 def test_a_share_is_refused_where_a_percentage_is_meant():
     with pytest.raises(OptionError, match="write 98"):
         FloatBounds(min_agreement=0.98)

@@ -177,6 +177,7 @@ def judge_distance(
     on: str,
     scores: bool,
     layers: Sequence[LayerError] = (),
+    movements: Sequence[LayerError] = (),
     accuracies: tuple[Proportion, Proportion] | None = None,
 ) -> Check:
     """Say how far a model that was quantised without training is from its float model.
@@ -188,6 +189,7 @@ def judge_distance(
         scores: whether the first output holds class scores: it comes with labels, or with class
             names.
         layers: errors of the weights; the worst are named.
+        movements: errors of the outputs where that weight alone is quantized; the worst are named.
         accuracies: (the quantised model's, the float model's), where there are labels.
 
     Returns:
@@ -228,17 +230,22 @@ def judge_distance(
             faults.append(f"{drop:.2f} points lost are more than {bounds.max_drop:g} (--max-drop)")
     more = f" and {len(parts) - SHOWN_OUTPUTS} more" if len(parts) > SHOWN_OUTPUTS else ""
     sentence = f"against the float model, on {on}: {'; '.join(parts[:SHOWN_OUTPUTS])}{more}"
-    worst = sorted(layers, key=lambda layer: layer.error, reverse=True)[:SHOWN_LAYERS]
-    if worst:
-        sentence += "; worst weights " + ", ".join(
-            f"{layer.name} {layer.error:.2g}" for layer in worst
-        )
+    if layers:
+        sentence += f"; worst weights {_name_worst(layers)}"
+    if movements:
+        sentence += f"; each alone, these move the outputs most: {_name_worst(movements)}"
     if faults:
         sentence += (
             f": TOO FAR, {faults[0]}; quantise to more bits, --exclude the worst weights, or "
             "train with `quantize`"
         )
     return Check(NAME, not faults, measured, limit, sentence)
+
+
+def _name_worst(layers: Sequence[LayerError]) -> str:
+    """The layers of the largest errors, with these."""
+    worst = sorted(layers, key=lambda layer: layer.error, reverse=True)[:SHOWN_LAYERS]
+    return ", ".join(f"{layer.name} {layer.error:.2g}" for layer in worst)
 
 
 def _list_unanswerable(bounds: FloatBounds, *, has_classes: bool, labelled: bool) -> list[str]:

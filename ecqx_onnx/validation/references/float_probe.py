@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ MOST_SAMPLES = 256
 BATCH = 32
 RANDOM_SETS = 8
 FREE = 2
+MOST_SECONDS = 5.0  # for all weights, each quantized alone
 
 
 class FloatProbe:
@@ -43,6 +45,8 @@ class FloatProbe:
         self._split = None if split is None else split.take(MOST_SAMPLES)
         self._bounds = bounds
         self._layers: list[LayerError] = []
+        self._movements: list[LayerError] = []
+        self._tensors: tuple[QuantTensor, ...] = ()
         self._sets: list[tuple[tuple[np.ndarray, ...], np.ndarray | None]] = []
         self._names: tuple[str, ...] = ()
         self._float: list[tuple[np.ndarray, ...]] = []
@@ -58,6 +62,8 @@ class FloatProbe:
             state: The float model's, with the weights that `tensors` stand for still as they were.
             tensors: Their quantized form.
         """
+        self._layers = []  # of an earlier attempt
+        self._tensors = tuple(tensors)
         for tensor in tensors:
             weight = state[tensor.name].detach().cpu().float().numpy()
             self._layers.append(measure_weight(tensor.name, tensor.dequantize(), weight))
@@ -91,10 +97,34 @@ class FloatProbe:
             self._names = tuple(names) if len(names) == len(leaves) else ("",) * len(leaves)
             self._sets = list(self._make_inputs(leaves, preprocessing))
             self._float = [run_reference(model, inputs) for inputs, _ in self._sets]
+            self._movements = list(self._measure_movements(model))
         except InputError as error:
             self.trouble = str(error)
             return
         self.trouble = None
+
+    def _measure_movements(self, model: torch.nn.Module) -> Iterator[LayerError]:
+        """How far each weight, quantized alone, moves the outputs on the first set of inputs; the
+        weights of the largest errors first, until MOST_SECONDS are over."""
+        import torch
+
+        from ecqx_onnx.validation.references.pytorch_outputs import run_reference
+
+        inputs = self._sets[0][0]
+        parameters = dict(model.named_parameters())
+        end = time.perf_counter() + MOST_SECONDS
+        errors = {layer.name: layer.error for layer in self._layers}
+        for tensor in sorted(self._tensors, key=lambda tensor: -errors[tensor.name]):
+            own = parameters.get(tensor.name)
+            if own is None or tuple(own.shape) != tensor.shape:
+                continue
+            if time.perf_counter() > end:
+                return
+            values = torch.from_numpy(tensor.dequantize()).to(own.device, own.dtype)
+            found = run_reference(model, inputs, replaced={tensor.name: values})
+            pairs = zip(found, self._float[0], strict=True)
+            moved = [measure_output(tensor.name, *pair).error for pair in pairs]
+            yield LayerError(tensor.name, max(moved, default=0.0))
 
     def judge(self, model: torch.nn.Module, *, class_names: bool) -> Check:
         """Run the quantized model on the same inputs and compare.
@@ -145,6 +175,7 @@ class FloatProbe:
             on=on,
             scores=class_names or bool(right),
             layers=self._layers,
+            movements=self._movements,
             accuracies=(right, float_right) if right else None,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,17 @@ LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def run_reference(
-    reference: torch.nn.Module, inputs: Sequence[np.ndarray]
+    reference: torch.nn.Module,
+    inputs: Sequence[np.ndarray],
+    *,
+    replaced: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[np.ndarray, ...]:
     """Run PyTorch's model as it is, in evaluation mode; buffers that it writes are given back.
 
     Args:
         reference: The model.
         inputs: Its arguments, one batch.
+        replaced: Parameters that take the place of the model's own in this run, by name.
 
     Returns:
         Its outputs, flattened.
@@ -35,7 +39,9 @@ def run_reference(
     with torch.no_grad(), _hold_evaluation_mode(reference):
         try:
             outputs = torch.func.functional_call(
-                reference, _copy_buffers(reference), tuple(_place_on_device(reference, arguments))
+                reference,
+                {**_copy_buffers(reference), **(replaced or {})},
+                tuple(_place_on_device(reference, arguments)),
             )
             return _convert_to_arrays(outputs)
         except Exception as error:  # the network is anybody's, and torch raises anything
