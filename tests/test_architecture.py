@@ -28,7 +28,7 @@ ROOMS = (
     ("inputs",),
     ("data",),
     ("quantization", "runtime"),
-    ("checkpoint",),
+    ("checkpoint", "trainers"),
     ("inspection", "recognition"),
     ("validation",),
     ("sources",),
