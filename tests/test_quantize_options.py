@@ -281,6 +281,28 @@ def test_a_recipe_repeats_a_run_and_typed_options_win_over_it(place):
     assert recipe_of(place / "other.pt") == {**expected, "bits": 5}
 
 
+def test_the_papers_recipe_has_a_name(place):
+    run(place, "p.pt", "--recipe", "paper", "--epochs", 1, "--bits", 3)
+    stored = recipe_of(place / "p.pt")
+    assert (stored["bits"], stored["prune"], stored["refresh_every"]) == (3, 0.0, 1)
+    assert (stored["levels"], stored["schedule"], stored["relevance_until"]) == (
+        "asymmetric",
+        "constant",
+        1.0,
+    )
+    paper = Recipe.paper(bits=3).to_json()
+    assert {name: stored[name] for name in paper} == paper
+
+
+def test_a_recipe_repeats_a_budget_and_another_loss(place):
+    typed = ("--epochs", 1, "--relevance", "none", "--bits-per-weight", 2.5)
+    run(place, "b.pt", *typed, "--metric", "error", "--distillation", 0.5)
+    assert recipe_of(place / "b.pt")["score"]["metric"] == "error"
+    run(place, "c.pt", "--recipe", place / "b.pt")
+    one, other = levels(place / "b.pt"), levels(place / "c.pt")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_recipes_that_cannot_be_used_are_refused_with_the_reason(place):
     for name, text, reason in (
         ("a.json", "{", "is no recipe"),

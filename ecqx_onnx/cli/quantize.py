@@ -40,7 +40,8 @@ Recipe = Annotated[
     typer.Option(
         is_eager=True,
         callback=take_recipe,
-        help="Options from a .json or .toml file, or from a checkpoint to repeat.",
+        help="Options from a .json or .toml file, from a checkpoint to repeat, or paper: the"
+        " paper's own.",
     ),
 ]
 PerChannel = Annotated[

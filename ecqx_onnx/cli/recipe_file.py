@@ -13,20 +13,25 @@ import typer
 from ecqx_onnx.cli.terminal import turn_errors_into_exit
 from ecqx_onnx.errors import FileError
 from ecqx_onnx.inputs.reading import check_regular, read_bytes
+from ecqx_onnx.options.quantizer import Recipe
+from ecqx_onnx.options.training import PAPER_TRAINING
 
+PAPER = "paper"  # --recipe paper
 LARGEST_JSON = 100_000  # bytes; ours have some hundreds
 # Bytes; tomllib takes time that grows with the square of a dotted key's length.
 LARGEST_TOML = 10_000
 # What one run does, not how.
 NOT_IN_RECIPES = {"recipe", "out", "resume", "force", "as_json", "quiet", "debug", "all_weights"}
-NOT_REPLAYED = ("best_epoch", "trained")  # what a checkpoint tells beside the options
+# What a checkpoint tells beside the options; of start_from, the name without its folder.
+NOT_REPLAYED = ("best_epoch", "trained", "score", "start_from")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read options from a file.
 
     Args:
-        path: a .json or .toml file of options, or a checkpoint (.pt), whose metadata have them.
+        path: a .json or .toml file of options, or a checkpoint (.pt), whose metadata have them; or
+            "paper", for the options of the paper.
 
     Returns:
         Value by the option's name.
@@ -34,6 +39,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         FileError: if it can't be read, or holds something else.
     """
+    if str(path) == PAPER:
+        return {**Recipe.paper().to_json(), **PAPER_TRAINING}
     if path.suffix == ".pt":
         from ecqx_onnx.checkpoint import load
 
@@ -58,7 +65,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _drop_not_replayed(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name not in NOT_REPLAYED}
+    kept = {name: value for name, value in found.items() if name not in NOT_REPLAYED}
+    budget = kept.pop("budget", None)
+    return kept | (budget if isinstance(budget, dict) else {})
 
 
 def write_as_typed(name: str, value: Any) -> Any:
@@ -93,7 +102,8 @@ def take_recipe(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     with turn_errors_into_exit(f"reading the recipe {path}"):
-        check_regular(path)
+        if str(path) != PAPER:
+            check_regular(path)
         given = convert_types(context, path, read_recipe(path))
         context.default_map = {**(context.default_map or {}), **given}
     return path

@@ -108,6 +108,35 @@ class Recipe:
         " which then needs no data.",
     )
 
+    @classmethod
+    def paper(cls, **changed: Any) -> Recipe:
+        """Give the options that follow the paper and its authors' code.
+
+        Relevances only save weights from zero, so that the share of zeros lies in [s - p, s]; they
+        are taken anew in every step, and remembered little. There are 2^b levels, and the step puts
+        the 99.9th percentile on the outermost. What stays of ours, deliberately: relevances are
+        taken on the background weights, since a weight that is quantized to zero would have none
+        and could never come back; BatchNormalization keeps its place instead of being merged; and
+        zero is the cheapest level.
+
+        Args:
+            **changed: options to set otherwise.
+
+        Returns:
+            The recipe.
+
+        Example:
+            Quantizer(model, **Recipe.paper(bits=2).to_json())
+        """
+        values: dict[str, Any] = {
+            "prune": 0.0,
+            "refresh_every": 1,
+            "relevance_memory": 0.1,
+            "levels": "asymmetric",
+            "step": "percentile",
+        }
+        return cls(**{**values, **changed})
+
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_numbers()

@@ -10,6 +10,13 @@ from ecqx_onnx.errors import OptionError
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["float32", "bfloat16"]
+# The paper trains by Adam at a constant rate, and takes relevances to the end [ECQx, sec. 5.1].
+PAPER_TRAINING = {
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "relevance_until": 1.0,
+    "entropy_ramp": 0.0,
+}
 DistillBy = Literal["auto", "logits", "mse", "cosine"]
 
 
