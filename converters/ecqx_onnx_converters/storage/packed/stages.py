@@ -19,8 +19,11 @@ STAGED_FROM = 1 << 20
 # onnxruntime repeats its passes ten times at most; the model's own graph needs some of them.
 MOST_STAGES = 8
 # A file has as many stages as the root of what decoding it leaves behind, in units of so many
-# bytes: what is alive at a time and the time that passes take then grow alike.
-STAGE_BYTES = 1 << 25
+# bytes, but no more than six, which leave some megabytes of nodes behind themselves, unless it is
+# very large.
+STAGE_BYTES = 1 << 22
+USUAL_STAGES = 6
+VERY_LARGE = 1 << 31
 SLICED_FROM = 1 << 19  # weights of a tensor that several stages may share
 # What decoding leaves behind, in bytes a weight, and so many more for each level that isn't zero;
 # measured on Gaussian levels of 1.1 to 3.4 bits a weight.
@@ -129,7 +132,8 @@ def _plan_loads(loads: Sequence[_Load]) -> tuple[list[Piece], float]:
     if weights < STAGED_FROM:
         return best, total
     # 1. How many stages.
-    stages = min(MOST_STAGES, max(2, round((total / STAGE_BYTES) ** 0.5)))
+    most = MOST_STAGES if total >= VERY_LARGE else USUAL_STAGES
+    stages = min(most, max(2, round((total / STAGE_BYTES) ** 0.5)))
     # 2. The least bytes alive at a time for which so many are enough, by bisection.
     low = 0.0
     high = total + FLOAT_BYTES * weights
