@@ -179,3 +179,27 @@ def test_a_weight_beyond_the_grid_does_not_spoil_its_row():
     rest = np.delete(made.levels[0, 0] * 0.8 - matrices[0, 0], 5)
     assert made.levels[0, 0, 5] == 3
     assert np.sqrt((rest**2).mean()) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "steps"),
+    [
+        ((8, 96), 4, 8),  # a matrix: one step for each output
+        ((8, 96), 2, 8),
+        ((8, 16, 3, 3), 3, 8),  # a convolution: up to three bits
+        ((8, 16, 3, 3), 4, 1),
+        ((8, 2, 3, 3), 3, 1),  # too few weights to pay for a step
+        ((8, 2, 3, 3), 6, 8),
+    ],
+)
+def test_a_channel_has_a_step_of_its_own_where_that_is_better(shape, bits, steps):
+    torch = pytest.importorskip("torch")
+    from ecqx_onnx.sources.post_training import _quantize_weight
+
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * torch.logspace(-1, 1, 8).reshape(-1, *(1,) * (len(shape) - 1))
+    made = _quantize_weight("w", weight, bits, 0.0, axis=0, is_summed=True)
+    assert made.meaning.step.size == steps
+    assert np.abs(made.levels).max() <= 2 ** (bits - 1) - 1
+    picked = _quantize_weight("w", weight, bits, 0.0, axis=0, is_summed=False)
+    assert picked.meaning.step.size == (8 if bits >= 6 else 1)
