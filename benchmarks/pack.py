@@ -4,7 +4,7 @@ Each file: bytes as it is, packed, and of both under zip, xz and brotli; load in
 one thread (least of three; peak over that of a bare process); latency of both in turns in one
 process; outputs compared bit by bit at two levels of optimization. And the encoder's speed against
 an earlier commit's.
-Run: make bench-pack    (python benchmarks/pack.py [--write] [--only WORD] [--speed COMMIT])
+Run: make bench-pack    (python benchmarks/pack.py [--write] [--only WORD] [--skip WORD])
 """
 
 from __future__ import annotations
@@ -255,6 +255,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--write", action="store_true", help=f"into {RESULTS.name}")
     parser.add_argument("--only", default="", help="files whose package or name has this in it")
+    parser.add_argument("--skip", help="files whose package or name has this in it are left out")
     parser.add_argument("--speed", default=EARLIER, help="commit of the encoder to compare with")
     arguments = parser.parse_args()
     rows: list[Row] = []
@@ -262,7 +263,9 @@ def main() -> None:
         folder = Path(temporary)
         files = [*fetch_files(), *make_models(folder)]
         for source, path in files:
-            if arguments.only in f"{source} {path.name}":
+            name = f"{source} {path.name}"
+            skipped = arguments.skip is not None and arguments.skip in name
+            if arguments.only in name and not skipped:
                 rows.append(measure(source, path, folder))
                 print(rows[-1], flush=True)
     ratios = measure_speed(arguments.speed)

@@ -120,8 +120,15 @@ def make_models(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _prepare(source: Path, path: Path, shape: list[int]) -> None:
-    """The model with inputs of a fixed shape, which calibration wants."""
+    """The model with inputs of a fixed shape and weights as initializers, as calibration wants."""
     model = onnx.load(source)
+    for index in reversed(range(len(model.graph.node))):
+        node = model.graph.node[index]
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(node.attribute[0].t)
+            tensor.name = node.output[0]
+            del model.graph.node[index]
     dims = model.graph.input[0].type.tensor_type.shape.dim
     for dim, length in zip(dims, shape, strict=True):
         dim.dim_value = length
