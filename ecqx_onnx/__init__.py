@@ -25,6 +25,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "Quantizer": "ecqx_onnx.quantization",
+    "Recipe": "ecqx_onnx.options.quantizer",
     "quantize": "ecqx_onnx.verbs.quantize",
     "save": "ecqx_onnx.api",
     "convert": "ecqx_onnx.api",
