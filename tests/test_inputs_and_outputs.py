@@ -268,7 +268,9 @@ def test_free_axes_come_from_the_command_line(tmp_path):
         for axis in ("ids:0", "ids:1=time", "mask:0", "mask:1=time")
         for word in ("--dynamic", axis)
     ]
-    code, text = command("convert", state, out, "--model", factory, "--bits", 4, *SHAPES, *axes)
+    code, text = command("convert", state, out, "--model", factory, "--bits", 8, *SHAPES, *axes)
+    assert code == 0, text
+    code, text = command("validate", out, "--against", state, "--model", factory, *SHAPES)
     assert code == 0, text
     assert shapes(out) == {
         "ids": ["batch", "time"],
@@ -367,3 +369,30 @@ def test_a_running_state_does_not_widen_the_bound_that_a_file_is_measured_by(tmp
     assert report.ok
     (outputs,) = [check for check in report.checks if check.name == "outputs"]
     assert outputs.measured <= outputs.limit < 1e-3
+
+
+class Grouped(nn.Module):
+    """Experts as transformers has them: on a kernel of its own unless it is told otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 8, 8))
+        self.way = "grouped_mm"
+
+    def get_experts_implementation(self):
+        return {"": self.way}
+
+    def set_experts_implementation(self, way):
+        self.way = way[""] if isinstance(way, dict) else way
+
+    def forward(self, x):
+        if self.way == "grouped_mm":
+            return x * float(x.sum())  # which no trace goes through
+        return torch.einsum("ni,eio->no", x, self.experts).reshape_as(x)
+
+
+def test_experts_are_traced_on_operators_that_onnx_has_and_left_as_they_were():
+    model = Grouped()
+    checkpoint = api.as_checkpoint(model, example=torch.randn(2, 8), bits=8)
+    assert [tensor.name for tensor in checkpoint.tensors] == ["experts"]
+    assert model.way == "grouped_mm"

@@ -12,6 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -49,7 +50,12 @@ def trace(
     was_training = model.training
     model.eval()
     try:
-        with adapt_forward(model, arguments) as told, silence_exporters(), torch.no_grad():
+        with (
+            adapt_forward(model, arguments) as told,
+            _compute_experts_batched(model),
+            silence_exporters(),
+            torch.no_grad(),
+        ):
             program, notes = _trace_program(model, arguments, dynamic)
     finally:
         model.train(was_training)
@@ -76,7 +82,12 @@ def trace_fixed(
     was_training = model.training
     model.eval()
     try:
-        with adapt_forward(model, arguments), silence_exporters(), torch.no_grad():
+        with (
+            adapt_forward(model, arguments),
+            _compute_experts_batched(model),
+            silence_exporters(),
+            torch.no_grad(),
+        ):
             program = torch.export.export(model, arguments.tensors)
     except Exception:
         raise error from None
@@ -84,6 +95,30 @@ def trace_fixed(
         model.train(was_training)
     batch = _find_batch(arguments.tensors)
     return program, f"the batch size is fixed to {batch}: with a free one, {error}"
+
+
+@contextlib.contextmanager
+def _compute_experts_batched(model: torch.nn.Module) -> Iterator[None]:
+    """Let transformers' mixtures of experts run on operators that ONNX has.
+
+    They call a kernel of grouped products unless their model is told otherwise.
+    """
+    told: list[tuple[Any, Any]] = []
+    try:
+        for module in model.modules():
+            ask: Any = getattr(module, "get_experts_implementation", None)
+            tell: Any = getattr(module, "set_experts_implementation", None)
+            if callable(ask) and callable(tell):
+                before = ask()
+                tell("batched_mm")
+                told.append((tell, before))
+    except Exception:  # another library's own business: it is traced as it is
+        pass
+    try:
+        yield
+    finally:
+        for tell, before in reversed(told):
+            tell(before)
 
 
 def _trace_program(

@@ -14,6 +14,7 @@ from ecqx_onnx.validation.devices.setup import WEB_FILES, WEBGPU_FILES, set_up
 
 TEXT = (".md", ".txt")  # templates that are filled in, with Markdown around the values
 MARKUP = (".html", ".xml")  # the same with HTML or XML around them
+SETTINGS = (".properties", ".pbxproj")  # of Gradle and Xcode: the version of onnxruntime
 
 
 def copy_templates(
@@ -28,7 +29,8 @@ def copy_templates(
         notes: what a user should know, one sentence each.
     """
     values = _make_values(manifest, notes)
-    markup = {"title": escape(manifest["name"])}
+    title = manifest["name"]
+    markup = {"title": escape(title), "app_name": escape(_quote_android(title), quote=False)}
     for name in platform.templates:
         source = platform.folder / name
         target = folder / name
@@ -38,6 +40,9 @@ def copy_templates(
             target.write_text(text, encoding="utf-8")
         elif source.suffix in MARKUP:
             text = Template(source.read_text(encoding="utf-8")).safe_substitute(markup)
+            target.write_text(text, encoding="utf-8")
+        elif source.suffix in SETTINGS:  # Xcode's own $(NAME) stays
+            text = Template(source.read_text(encoding="utf-8")).safe_substitute(values)
             target.write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(source, target)
@@ -93,6 +98,12 @@ def _describe_accuracy(found: dict[str, Any] | None) -> str:
     share = f"{100 * found['share']:.2f} %"
     interval = f"{100 * found['low']:.2f} to {100 * found['high']:.2f}, 95 % interval"
     return f"{share} ({interval}, {found['total']} samples of {_quote_markdown(found['data'])})"
+
+
+def _quote_android(text: str) -> str:
+    """As a string resource of Android, whose own marks are escaped."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace('"', '\\"')
+    return f"\\{escaped}" if escaped[:1] in ("@", "?") else escaped
 
 
 def _quote_markdown(text: str) -> str:

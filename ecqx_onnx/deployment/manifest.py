@@ -47,13 +47,13 @@ def describe_node(node: Any) -> dict[str, Any]:
     Raises:
         ModelError: for types that runners cannot be given.
     """
-    if node.type not in NUMPY_TYPES:
+    dtype = np.dtype(NUMPY_TYPES.get(node.type, np.object_))
+    if dtype.hasobject:  # texts and sequences are no bytes of a fixed width
         raise ModelError(
             f"'{node.name}' has type {node.type}, for which no golden values can be made"
         )
-    dtype = np.dtype(NUMPY_TYPES[node.type]).name
     shape = [length if isinstance(length, int) else None for length in node.shape]
-    return {"name": node.name, "dtype": dtype, "shape": shape}
+    return {"name": node.name, "dtype": dtype.name, "shape": shape}
 
 
 def store_case(

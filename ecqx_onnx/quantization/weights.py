@@ -36,6 +36,7 @@ MULTIPLIED: Mapping[str, Mapping[int, int | None]] = {
     "einsum": {1: None},
     "tensordot": {0: 0, 1: -1},
     "_grouped_mm": {1: -1},
+    "grouped_mm_fallback": {1: -1},  # of transformers, for experts on CPUs
     "scaled_dot_product_attention": {},
     **{name: {2: 0} for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
     **{name: {2: 0, 3: 0} for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")},

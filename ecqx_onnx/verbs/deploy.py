@@ -83,7 +83,12 @@ def deploy(
     deployment.check_base_model(card)
     check_limits(DeployOptions, samples=samples)
     reference = load_reference(
-        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
+        against,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        strict=strict,
+        onnx_file=onnx_file,
     )
     if isinstance(reference.module, OnnxReference):
         evaluation = load_samples_or_split(data, onnx_file, reference, samples=samples)

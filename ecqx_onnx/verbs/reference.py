@@ -77,6 +77,7 @@ def load_reference(
     input_shape: InputShape | None = None,
     trust_pickle: bool = False,
     strict: bool = True,
+    onnx_file: str | Path | None = None,
 ) -> Reference:
     """Load the PyTorch side of a comparison.
 
@@ -87,6 +88,7 @@ def load_reference(
         input_shape: of one input without the batch, where FILE.py has no INPUT_SHAPE.
         trust_pickle: unpickle a module, which runs its author's code.
         strict: refuse a state dict that lacks weights, or has others.
+        onnx_file: what is compared with it; a network that is traced here gets its free axes.
 
     Returns:
         The reference; the empty one for None.
@@ -104,6 +106,7 @@ def load_reference(
         against,
         factory=factory,
         input_shape=input_shape,
+        dynamic=None if factory is None or onnx_file is None else _find_free_axes(onnx_file),
         trust_pickle=trust_pickle,
         strict=strict,
         allow_float=True,
@@ -115,6 +118,17 @@ def load_reference(
         float_model=functools.partial(make_float_model, checkpoint),
         labels=checkpoint.labels,
     )
+
+
+def _find_free_axes(onnx_file: str | Path) -> dict[str, dict[int, str]] | None:
+    """The free axes of a file's inputs; None where none but first ones are free."""
+    found: dict[str, dict[int, str]] = {}
+    for value in read_onnx(onnx_file).proto.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        free = {axis: dim.dim_param for axis, dim in enumerate(dims) if dim.dim_param}
+        if free:
+            found[value.name] = free
+    return found if any(axis for free in found.values() for axis in free) else None
 
 
 def _load_float_file(path: Path) -> Reference:

@@ -127,7 +127,12 @@ def validate(
             onnx_file, against, factory=factory, both_given=None not in (data, inputs)
         )
     reference = load_reference(
-        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
+        against,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        strict=strict,
+        onnx_file=onnx_file,
     )
     evaluation = load_data_beside(
         reference,
@@ -294,7 +299,12 @@ def validate_on(
         )
     found = [room.find_device(name) for name in devices]
     reference = load_reference(
-        against, factory=factory, input_shape=input_shape, trust_pickle=trust_pickle, strict=strict
+        against,
+        factory=factory,
+        input_shape=input_shape,
+        trust_pickle=trust_pickle,
+        strict=strict,
+        onnx_file=onnx_file,
     )
     evaluation = load_data_beside(
         reference,

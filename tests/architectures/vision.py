@@ -75,8 +75,32 @@ def from_timm(name, size=64, **options):
     return Entry(name, "timm", make)
 
 
+def built_in_timm(name, build, size=32):
+    """A small one of timm's classes."""
+
+    def make():
+        prepare()
+        import timm
+
+        return build(timm), torch.randn(2, 3, size, size)
+
+    return Entry(name, "timm", make)
+
+
+def build_mixer(timm, block, **options):
+    room = timm.models.mlp_mixer
+    small = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32, **options}
+    return room.MlpMixer(num_classes=10, block_layer=getattr(room, block), **small)
+
+
+def build_gmlp(timm):
+    from timm.layers import GatedMlp
+
+    return build_mixer(timm, "SpatialGatingBlock", mlp_ratio=4, mlp_layer=GatedMlp)
+
+
 TORCHVISION = (
-    from_torchvision("resnet18"),
+    built("ResNet", lambda m: m.ResNet(m.resnet.BasicBlock, [1, 1, 1, 1], 10)),
     built("ResNeXt", lambda m: m.ResNet(m.resnet.Bottleneck, [1, 1, 1, 1], 10, False, 4, 4)),
     from_torchvision("squeezenet1_1"),
     built("DenseNet", build_densenet),
@@ -92,14 +116,13 @@ TORCHVISION = (
     built("SwinTransformer", build_swin),
     built("MaxVit", build_maxvit, 64),
     from_torchvision("lraspp_mobilenet_v3_large", "segmentation"),
-    from_torchvision("deeplabv3_mobilenet_v3_large", "segmentation"),
 )
 TIMM = (
     from_timm("vit_tiny_patch16_224", img_size=64, depth=2),
-    from_timm("mixer_s32_224", img_size=64, num_blocks=2),
-    from_timm("resmlp_12_224", img_size=64, num_blocks=2),
-    from_timm("gmlp_ti16_224", img_size=64, num_blocks=2),
-    from_timm("convmixer_768_32", dim=64, depth=2),
+    built_in_timm("MlpMixer", lambda timm: build_mixer(timm, "MixerBlock")),
+    built_in_timm("ResMLP", lambda timm: build_mixer(timm, "ResBlock", mlp_ratio=4)),
+    built_in_timm("gMLP", build_gmlp),
+    built_in_timm("ConvMixer", lambda timm: timm.models.convmixer.ConvMixer(64, 2, 5, 4)),
     from_timm("test_nfnet"),
     from_timm("test_byobnet"),
     from_timm("test_convnext"),
@@ -112,7 +135,10 @@ TIMM = (
     from_timm("edgenext_xx_small"),
     from_timm("efficientvit_m0", size=224),
     from_timm("efficientvit_b0"),
-    from_timm("poolformer_s12", layers=(1, 1, 1, 1)),
+    from_timm("test_efficientnet"),
+    from_timm("test_maxvit"),
+    from_timm("test_coatnet"),
+    from_timm("test_vit_relpos", img_size=64),
     from_timm("xcit_nano_12_p16_224", depth=2),
     from_timm("cait_xxs24_224", img_size=64, depth=2),
     from_timm("convit_tiny", img_size=64, depth=2),
