@@ -135,6 +135,24 @@ def test_what_a_trace_cannot_return_is_no_reason_not_to_trace():
     assert "positions.weight" not in {tensor.name for tensor in quantizer.tensors()}
 
 
+class Gained(nn.Conv2d):
+    """Scaled weight standardisation, as timm's ScaledStdConv2d: a gain beside the weight."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+        self.gain = nn.Parameter(torch.ones(4, 1, 1, 1))
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) * self.gain
+        return F.conv2d(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(2, 3, 8, 8)])
+def test_a_gain_beside_a_layers_weight_is_no_weight(example):
+    quantizer = Quantizer(nn.Sequential(Gained()), example, relevance=None)
+    assert [tensor.name for tensor in quantizer.tensors()] == ["0.weight"]
+
+
 def test_an_example_that_cannot_be_traced_leaves_the_choice_to_the_structure():
     quantizer = Quantizer(Block(), torch.randn(4, 5), relevance=None)
     assert {tensor.name for tensor in quantizer.tensors()} == WEIGHTS

@@ -100,6 +100,9 @@ COMPUTED = {
     "standardised": lambda x, w: F.linear(
         x, (w - w.mean(1, keepdim=True)) / (w.var(1, keepdim=True) + 1e-5).sqrt()
     ),
+    "batch-normalised": lambda x, w: F.linear(
+        x, F.batch_norm(w.reshape(1, 8, -1), None, None, training=True).reshape_as(w)
+    ),
     "normalised": lambda x, w: F.linear(F.normalize(x, dim=1), F.normalize(w, dim=1)),
 }
 

@@ -27,8 +27,8 @@ PAIRED = "zip"
 COUNTED = "enumerate"
 # Methods of a container that hand on its entries; the entry is the last of each pair.
 CONTAINED = frozenset(["values", "items", "parameters"])
-# Scaling a weight is no other weight.
-SCALINGS = (ast.Mult, ast.Div)
+# Scaling or centering a weight is no other weight.
+SCALINGS = (ast.Mult, ast.Div, ast.Sub)
 
 
 def find_multiplied(module: nn.Module) -> Mapping[str, int]:
@@ -170,9 +170,10 @@ class _Reader(ast.NodeVisitor):
         if isinstance(node, ast.IfExp):
             return self._attributes_of(node.body) | self._attributes_of(node.orelse)
         if isinstance(node, ast.BinOp) and isinstance(node.op, SCALINGS):
-            # A scale is written second, or is a number.
             first = self._attributes_of(node.left)
-            return first or self._attributes_of(node.right)
+            if isinstance(node.op, ast.Mult) and (first or isinstance(node.left, ast.Constant)):
+                return first | self._attributes_of(node.right)
+            return first  # x * self.gain is no weight
         if isinstance(node, ast.Call):
             return self._attributes_of_call(node)
         return frozenset()

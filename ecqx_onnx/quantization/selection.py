@@ -93,12 +93,14 @@ def find_candidates(model: nn.Module, example: Any = None) -> tuple[Candidate, .
                 continue
             seen.add(id(value))
             names = [name] if traced is None else _list_names(model, value)
-            axis, reason = _judge(names, module, value, traced, multiplied)
+            is_known = _is_layers_weight(module, short)
+            axis, reason = _judge(names, module, value, traced, multiplied, is_known)
             found.append(Candidate(name, value, None, axis, reason))
         for entry in computed.values():
             if entry.layer == prefix:
                 value = compute_effective_weight(model, entry)
-                axis, reason = _judge([entry.name], module, value, traced, multiplied)
+                is_known = _is_layers_weight(module, entry.tensor)
+                axis, reason = _judge([entry.name], module, value, traced, multiplied, is_known)
                 if isinstance(module, CACHING):
                     reason = reason or entry.advice
                 found.append(Candidate(entry.name, value, entry, axis, reason))
@@ -111,6 +113,7 @@ def _judge(
     value: Tensor,
     traced: Mapping[str, Weight] | None,
     multiplied: Mapping[int | str, int],
+    is_known: bool,
 ) -> tuple[int, str | None]:
     """(axis of the output channels, why it stays float or None) for one parameter or weight."""
     kind = type(module).__name__
@@ -123,13 +126,16 @@ def _judge(
         return axis, MAX_NORM
     if traced is not None:
         weight = next((traced[name] for name in names if name in traced), None)
+        if weight is None and is_known and not isinstance(module, EMBEDDINGS):
+            return axis, None  # computed with in a way that the trace does not follow
         if weight is None:
             return axis, f"parameter of {kind} that no operator multiplies on the example"
-        return (axis if isinstance(module, LAYERS) else weight.axis), None
-    if isinstance(module, LAYERS):
+        return (axis if is_known else weight.axis), None
+    if is_known:
         return axis, None
     in_code = multiplied.get(id(value), multiplied.get(names[0]))
-    if in_code is not None:
+    is_gain = value.numel() == max(value.shape)  # one number for each channel
+    if in_code is not None and not is_gain:
         return in_code % value.ndim, None
     return axis, (
         f"parameter of {kind} whose code does not show that it is multiplied: if it is, give"
@@ -142,10 +148,16 @@ def _is_in_doubt(model: nn.Module) -> bool:
     for module in model.modules():
         if isinstance(module, EMBEDDINGS):
             return True
-        own = module.parameters(recurse=False)
-        if not isinstance(module, LAYERS) and any(value.ndim >= 2 for value in own):
-            return True
+        for short, value in module.named_parameters(recurse=False):
+            if value.ndim >= 2 and not _is_layers_weight(module, short):
+                return True
     return False
+
+
+def _is_layers_weight(module: nn.Module, short: str) -> bool:
+    """Whether torch's layer multiplies this parameter; a subclass may have gains beside it."""
+    named = short == "weight" or short.startswith("weight_") or short.endswith("proj_weight")
+    return isinstance(module, LAYERS) and named
 
 
 def _list_names(model: nn.Module, value: Tensor) -> list[str]:

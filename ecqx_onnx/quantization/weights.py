@@ -87,6 +87,7 @@ VIEWS = frozenset(
         "expand",
         "expand_as",
         "view_as",
+        "reshape_as",
         "movedim",
         "moveaxis",
         "swapaxes",
@@ -145,6 +146,7 @@ ELEMENTWISE = frozenset(
         "_weight_norm_interface",
         "_softmax",
         "softplus",
+        "batch_norm",
     ]
 )
 SHAPES_ONLY = frozenset(  # give no value of what they read

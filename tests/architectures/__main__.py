@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from tests.architectures.catalogue import ENTRIES
-from tests.architectures.trial import Row, try_entry, write_table
+from tests.architectures.trial import HEADING, Row, try_entry, write_row
 
 
 def main(patterns: list[str]) -> int:
-    """Print a line while each runs to standard error, then the table."""
+    """Print each row as it comes."""
     torch.set_num_threads(1)
+    print(HEADING, flush=True)
     rows = []
     for entry in ENTRIES:
         if patterns and not any(fnmatch(entry.name, pattern) for pattern in patterns):
@@ -28,8 +29,7 @@ def main(patterns: list[str]) -> int:
                 traceback.print_exc()
                 row = Row(entry.name, entry.family, trouble=(f"TRACEBACK {error!r:.200}",))
         rows.append(row)
-        print(f"{row.name} {row.seconds:.0f} s {row.trouble}", file=sys.stderr, flush=True)
-    print(write_table(rows))
+        print(write_row(row), flush=True)
     good = sum(not row.trouble for row in rows)
     print(f"\n{len(rows)} architectures: {good} ok, {len(rows) - good} not")
     return int(good < len(rows))

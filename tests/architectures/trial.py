@@ -120,19 +120,23 @@ def list_tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
+HEADING = (
+    "| architecture | family | parameters | quantised | weights | relevances | .onnx |"
+    " matrices left float | result |\n|---|---|---:|---:|---:|---:|---:|---|---|"
+)
+
+
+def write_row(row: Row) -> str:
+    """A row of the table in Markdown."""
+    left = ", ".join(row.float_left[:3])
+    left += f" and {len(row.float_left) - 3} more" if len(row.float_left) > 3 else ""
+    result = "; ".join(row.trouble).replace("|", "/") or "ok"
+    return (
+        f"| {row.name} | {row.family} | {row.parameters:,} | {100 * row.share:.1f} % |"
+        f" {len(row.weights)} | {row.relevances} | {row.nbytes:,} | {left} | {result} |"
+    )
+
+
 def write_table(rows: list[Row]) -> str:
     """The rows in Markdown."""
-    lines = [
-        "| architecture | family | parameters | quantised | weights | relevances | .onnx |"
-        " matrices left float | result |",
-        "|---|---|---:|---:|---:|---:|---:|---|---|",
-    ]
-    for row in rows:
-        left = ", ".join(row.float_left[:3])
-        left += f" and {len(row.float_left) - 3} more" if len(row.float_left) > 3 else ""
-        result = "; ".join(row.trouble).replace("|", "/") or "ok"
-        lines.append(
-            f"| {row.name} | {row.family} | {row.parameters:,} | {100 * row.share:.1f} % |"
-            f" {len(row.weights)} | {row.relevances} | {row.nbytes:,} | {left} | {result} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([HEADING, *map(write_row, rows)])

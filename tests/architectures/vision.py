@@ -136,8 +136,6 @@ TIMM = (
     from_timm("efficientvit_m0", size=224),
     from_timm("efficientvit_b0"),
     from_timm("test_efficientnet"),
-    from_timm("test_maxvit"),
-    from_timm("test_coatnet"),
     from_timm("test_vit_relpos", img_size=64),
     from_timm("xcit_nano_12_p16_224", depth=2),
     from_timm("cait_xxs24_224", img_size=64, depth=2),
