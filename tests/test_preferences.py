@@ -6,12 +6,13 @@ import zlib
 import numpy as np
 import onnx
 import pytest
-from ecqx_onnx_converters import FloatGraph, GraphWeight, Matching, make_plan
+from ecqx_onnx_converters import FloatGraph, GraphWeight, Matching, make_plan, write
 from ecqx_onnx_converters.storage.packed import stages
 from onnx import TensorProto, helper, numpy_helper
 
 import ecqx_onnx
 from ecqx_onnx.errors import OptionError
+from ecqx_onnx.inspection import inspect
 from ecqx_onnx.tensors import QuantTensor, Scale
 
 
@@ -154,3 +155,11 @@ def test_without_the_library_nothing_is_said_of_the_wire(monkeypatch, tmp_path):
     report = ecqx_onnx.pack(write_original(tmp_path, SPARSE), tmp_path / "packed.onnx")
     assert report.to_json()["wire_bytes"] is None
     assert "brotli" not in " ".join(str(report).split())
+
+
+def test_inspect_says_what_decoding_costs(tmp_path):
+    write(make_plan(*make_graph(SPARSE)), tmp_path / "packed.onnx")
+    told = dict(inspect(tmp_path / "packed.onnx").facts)
+    assert "loading decodes 0.4 million packed weights" in told["load"]
+    write(make_plan(*make_graph(DENSE)), tmp_path / "dense.onnx")
+    assert "load" not in dict(inspect(tmp_path / "dense.onnx").facts)

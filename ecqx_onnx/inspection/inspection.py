@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 from ecqx_onnx_converters.dequantization.fused import expand_call
 from ecqx_onnx_converters.graph.graph import list_graphs
+from ecqx_onnx_converters.planning.load_cost import describe_load
 from ecqx_onnx_converters.serialization.reading import (
     StoredWeight,
     is_as_written,
@@ -82,7 +83,9 @@ def _inspect_onnx(file: OnnxFile) -> Inspection:
             " changed"
         )
     rows = tuple(_list_rows(stored, proto))
+    packed = [item.weight.tensor.levels for item in stored if item.storage == "packed"]
     facts = _list_facts(file)
+    facts = (*facts, *(("load", sentence) for sentence in describe_load(packed)))
     if not file.metadata.get("tensors"):
         rows, gain = _list_foreign(file, warnings)
         facts = (*facts, *gain)
