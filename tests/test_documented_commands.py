@@ -137,6 +137,7 @@ def write_files(folder):
     labels = {"y_train": digits.target[:1400], "y_test": digits.target[1400:]}
     np.savez(folder / "samples.npz", **parts, **labels)
     np.savez(folder / "data.npz", **parts, **labels)
+    np.savez(folder / "other.npz", x=parts["x_test"], y=labels["y_test"])
     code = (
         "from torch import nn\n\nINPUT_SHAPE = (1, 8, 8)\n\n\ndef net():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))\n"
