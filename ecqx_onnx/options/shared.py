@@ -21,7 +21,7 @@ STORAGE_PREFERRED = (
 )
 PREFER = (
     "With --storage auto: disk (fewest bytes), load (nothing is decoded at load), or auto: decoded"
-    " where that saves an eighth of the file."
+    " where that saves 15 % of the file."
 )
 DEQUANTIZE = "How levels become floats: auto, folded (float speed) or standard (DequantizeLinear)."
 TARGET = "The runtime that must load the file; `ecqx-onnx targets` lists them."
