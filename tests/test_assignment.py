@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ecqx_onnx.options.quantizer import Band
 from ecqx_onnx.quantization.levels import envelope
-from ecqx_onnx.quantization.levels.assignment import assign
+from ecqx_onnx.quantization.levels.assignment import _choose_exponent, assign
 from ecqx_onnx.quantization.levels.envelope import find_boundaries, find_cheapest
 from ecqx_onnx.quantization.levels.grid import Grid
 from tests.oracles import ecqx as oracle
@@ -315,3 +315,15 @@ def test_boundaries_round_down_so_that_float32_decides_as_float64_does():
         assert bool(
             (torch.nextafter(below, torch.full_like(below, torch.inf)).double() > exact).all()
         )
+
+
+def test_beta_moves_no_further_than_to_the_edge_that_it_is_outside_of():
+    """Where the far end of the band is as near to a bisection's end, it must not be taken."""
+    places = np.linspace(0, 1, 20_000)
+    exponents = np.interp(places, [0, 0.3, 0.4, 0.5995, 1], [0, 0.2, 0.4, 1.0, 5.0])
+    exponent = torch.from_numpy(exponents.astype(np.float32)).reshape(1, -1)
+    band = Band(keep=0.1, prune=0.1)
+    beta, in_band, zeros = _choose_exponent(exponent, 0.2, 10_000, band)
+    assert in_band
+    assert beta == pytest.approx(0.4, abs=0.01)
+    assert zeros == pytest.approx(8_000, abs=100)

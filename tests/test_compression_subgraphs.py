@@ -182,3 +182,35 @@ def test_convert_takes_the_statistics_of_subgraphs_too(tmp_path):
         found = onnxruntime.InferenceSession(out).run(None, {"x": x[:64]})[0]
         errors.append(np.linalg.norm(found - wanted))
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_branches_and_the_outer_graph_may_multiply_the_same_value(tmp_path):
+    """The weights of a branch then stand in one stage with one that the outer graph reads."""
+
+    def make_bare_branch(name, weight):
+        node = helper.make_node("MatMul", ["x", weight], [f"{name}_y"])
+        return helper.make_graph([node], name, [], [tensor(f"{name}_y")])
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "outer"], ["a"]),
+        helper.make_node("ReduceMean", ["x"], ["m"], keepdims=0),
+        helper.make_node("Greater", ["m", "zero"], ["c"]),
+        helper.make_node(
+            "If",
+            ["c"],
+            ["b"],
+            then_branch=make_bare_branch("t", "wt"),
+            else_branch=make_bare_branch("e", "we"),
+        ),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    weights = [random_array(name, WIDTH, WIDTH) for name in ("outer", "wt", "we")]
+    initializers = [*weights, numpy_helper.from_array(np.float32(0), "zero")]
+    graph = helper.make_graph(
+        nodes, "both", [tensor("x", "N", WIDTH)], [tensor("y", "N", WIDTH)], initializers
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "f.onnx")
+    x = np.random.default_rng(0).normal(size=(64, WIDTH)).astype(np.float32)
+    result = compress(tmp_path / "f.onnx", tmp_path / "o.onnx", data=x, bits_per_weight=4.0)
+    assert result.ok

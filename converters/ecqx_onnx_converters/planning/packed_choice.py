@@ -25,9 +25,9 @@ FUNCTION_BYTES = 70  # of a second function, for the weights of the file that ar
 # Weights of a file from which on `auto` weighs what decoding costs at load; below, it takes less
 # than 20 ms.
 WEIGHED_FROM = 1 << 18
-# Of the whole file, that packing must save then. Gaussian levels of 4 bits take 3.3 to
-# 3.9 bits packed. They save 17 % of a ResNet-50, which then loads in 6 times the float model's time
-# and 1.3 times its memory, and 12 to 14 % of a MiniLM, in 10 times and 2.6 times (`make bench-load`).
+# Of the whole file, that packing must save then. Gaussian levels of 4 bits take 3.3 to 3.9 bits
+# packed. They save 17 % of a ResNet-50, which then loads in 6 times the float model's time and 1.3
+# times its memory, and 12 to 14 % of a MiniLM, in 10 times and 2.6 times (`make bench-load`).
 LEAST_SAVING = 0.15
 
 

@@ -238,7 +238,8 @@ def round_in_order(
         keys = unique_keys([weight for weight in stage if weight.name in readers])
         pairs: dict[MomentKey, _Pair] = {}
         if keys:
-            position = min(readers[weight.name] for weight in stage)
+            # Weights of subgraphs have no reader in the outer graph.
+            position = min(readers[weight.name] for weight in stage if weight.name in readers)
             if live_bytes is None or live_bytes.get(position, 0) <= LIVE_BUDGET:
                 own.advance(position, {})
                 new.advance(position, changed)

@@ -212,18 +212,18 @@ def _choose_exponent(
         return beta, True, zeros
     # Zeros grow with β: bisect between β_0 and the end on the band's side, and take the side of
     # the edge that lies in the band.
-    outside, inside = beta, 1.0 if zeros < fewest else 0.0
+    grows = zeros < fewest
+    outside, inside = beta, 1.0 if grows else 0.0
     zeros = _count_zeros_at(exponent, inside)
-    if (inside == 1.0 and zeros < fewest) or (inside == 0.0 and zeros > most):
+    if zeros < fewest if grows else zeros > most:
         return inside, False, zeros
     for _ in range(BISECTIONS):
-        if fewest <= zeros <= most and min(zeros - fewest, most - zeros) <= size * EDGE:
+        beyond = zeros - fewest if grows else most - zeros  # of the edge that β_0 is outside of
+        if fewest <= zeros <= most and beyond <= size * EDGE:
             break
         middle = (outside + inside) / 2
         zeros_there = _count_zeros_at(exponent, middle)
-        if (inside > outside and zeros_there >= fewest) or (
-            inside < outside and zeros_there <= most
-        ):
+        if zeros_there >= fewest if grows else zeros_there <= most:
             inside, zeros = middle, zeros_there
         else:
             outside = middle
