@@ -39,6 +39,7 @@ class QuantizerCallback(Callback):
         self.quantizer = quantizer
         self._split = split or _take_pair
         self._steps = 0
+        self._state: dict[str, Any] | None = None  # loaded, and not taken over yet
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Count from where a resumed training stands.
@@ -115,10 +116,9 @@ class QuantizerCallback(Callback):
         self._take_over()
 
     def _take_over(self) -> None:
-        state = getattr(self, "_state", None)
-        if state is not None:
+        if self._state is not None:
+            self.quantizer.load_state_dict(self._state)
             self._state = None
-            self.quantizer.load_state_dict(state)
 
 
 def _take_pair(batch: Any) -> tuple[Any, Any]:
