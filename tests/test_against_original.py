@@ -234,9 +234,11 @@ def test_what_does_not_go_together_is_refused(files, arguments, words):
     )
 
 
-def test_a_torch_model_is_asked_for_where_one_is_needed(files, tmp_path):
+def test_convert_of_a_quantised_onnx_names_pack(files, tmp_path):
     result = CliRunner().invoke(
         app, ["convert", str(files / "original.onnx"), str(tmp_path / "out.onnx")]
     )
     assert result.exit_code == 2
-    assert "is an .onnx file where a PyTorch model is needed; `ecqx-onnx pack`" in result.stderr
+    assert "if it is quantised, `ecqx-onnx pack` makes it smaller" in " ".join(
+        result.stderr.split()
+    )

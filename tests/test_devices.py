@@ -329,7 +329,7 @@ def test_a_setup_that_fails_leaves_nothing_that_looks_complete(tmp_path, monkeyp
     with pytest.raises(InputError, match="setup needs 'npm'"):
         set_up("web")
     assert not list((tmp_path / "ecqx-onnx").iterdir())
-    with pytest.raises(OptionError, match="web, node, arm64"):
+    with pytest.raises(OptionError, match="web, node, webgpu, arm64"):
         set_up("toaster")
 
 

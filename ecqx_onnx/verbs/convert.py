@@ -281,9 +281,9 @@ def _convert_at_once(
 
     if bits is None and bits_per_weight is None:
         raise OptionError(
-            f"{model} holds floats, if it is no quantised model (then: ecqx-onnx pack); say how"
-            " many bits a weight may take, --bits 4 or --bits-per-weight 3, or give a budget and"
-            " samples: ecqx-onnx compress"
+            f"{model} is an .onnx file: if it is quantised, `ecqx-onnx pack` makes it smaller; if"
+            " it holds floats, add --bits 4 or --bits-per-weight 3, or give `ecqx-onnx compress` a"
+            " budget and samples"
         )
     if entropy_weight:
         raise OptionError(
