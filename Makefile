@@ -12,7 +12,7 @@ demo: .venv/demo          ## train, quantise, convert and validate a small CNN o
 test: .venv/test          ## every test that takes seconds
 	$(BIN)/python -m pytest -n 2
 
-test-all: .venv/architectures .venv/docs .venv/release  ## also the slow ones: minutes, gigabytes, other onnxruntime versions
+test-all: .venv/architectures .venv/trainers .venv/docs .venv/release  ## also the slow ones: minutes, gigabytes, other onnxruntime versions
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 fuzz: .venv/test          ## hostile files for every reader, 30 s each; FUZZ_SECONDS=300 for longer
