@@ -1,16 +1,23 @@
 """Assignment of levels by ECQ and ECQx: each weight gets the level of least cost.
 
-    ECQ    k*(w) = argmin_k (w - kΔ)^2 + λ I_k                   [ECQx, sec. 4; Thesis 4.4]
+    ECQ    k*(w) = argmin_k (w - kΔ)^2 + c_k,   c_k = λ I_k      [ECQx, sec. 4; Thesis 4.4]
     ECQx   the cost of k = 0 is multiplied by f(R) = ρ R^β       [ECQx, sec. 4]
 
-With k the best level other than zero,
+Δ is the step, R a weight's relevance, I_k = -log2 P_k the information content of level k, and
+λ = γ·δ·λ_max what a bit costs: γ is the user's choice, δ spares small tensors, and at λ_max the
+outermost weight of a side becomes zero (entropy.py). With k the best level other than zero, and
+since log R < 0,
 
     zero wins  <=>  ρ R^β · (w^2 + c_0) <= (w - kΔ)^2 + c_k
                <=>  β >= log(((w - kΔ)^2 + c_k) / (ρ (w^2 + c_0))) / log R
 
-One pass finds this critical exponent of each weight, and the share of zeros at any β is the share
-of critical exponents up to β. Everything runs in blocks that fit a core's cache; only levels and
+The right side is a weight's critical exponent. One pass over the weights finds all of them; the
+zeros at any β are the critical exponents up to β. So choosing the one β of the tensor, for a share
+of zeros inside the band (options/quantizer.Band), takes some more passes that only compare and
+count, BISECTIONS + 2 at most. Everything runs in blocks that fit a core's cache; only levels and
 critical exponents are kept for all weights.
+
+[ECQx]: Becking et al. 2022, arXiv 2109.04236. [Thesis]: Becking's master thesis of 2020, on ECQ.
 """
 
 from __future__ import annotations
@@ -31,8 +38,10 @@ from ecqx_onnx.quantization.levels.envelope import Envelope, split_into_blocks
 from ecqx_onnx.quantization.levels.grid import Grid, from_channel_rows, to_channel_rows
 
 TINY = 1e-30  # keeps quotients and logarithms finite in float32
-# R = 0 counts as this: weights without any relevance fall in order of what falling costs.
+# R = 0 counts as this. R = 0 itself would give the same critical exponent, 0, to all such weights;
+# with 1e-12 they become zero one after the other, those first for which zero is cheapest.
 LEAST_RELEVANCE = 1e-12
+MOST_MEAN_RELEVANCE = 1 - 1e-6  # a mean of 1 counts as this: its logarithm, a divisor, is not zero
 BISECTIONS = 24
 EDGE = 1e-3  # share of weights: how near to the band's edge the bisection stops
 
@@ -43,10 +52,12 @@ class Assignment:
 
     Attributes:
         levels: int8, the weight's shape.
-        zeros: share of zeros.
-        ecq_zeros: what plain ECQ gives.
+        zeros: share of zeros, in [0, 1].
+        ecq_zeros: the share that plain ECQ gives.
         beta: the exponent used; None without relevances.
-        in_band: False when no β in [0, 1] reaches the band and the nearest was kept.
+        in_band: False when no β in [0, 1] gives a share of zeros inside the band: its end is out of
+            reach, or the share jumps over the band, many weights having the same critical exponent.
+            β is then the end of [0, 1] on the band's side, or where the jump is.
     """
 
     levels: Tensor
@@ -72,12 +83,13 @@ def assign(
     """Run one pass of ECQ or, with relevances, ECQx over one tensor.
 
     Args:
-        weight: float [...], the background weights W.
+        weight: float32 or float64, any shape: the background weights W.
         step: float32, () or keepdims-shaped along axis: Δ.
         grid: the levels to choose from.
-        axis: of the output channels where each has its own Δ; None for one Δ.
-        strength: γ·δ, the share of λ_max that λ takes.
-        price: λ itself, in place of a share of λ_max.
+        axis: the axis of the output channels, if each has its own Δ; None for one Δ.
+        strength: γ·δ: λ is this share of λ_max. Exactly one of strength and price counts: price,
+            if it is given.
+        price: λ itself, as an absolute number; None for a share of λ_max.
         relevance: R in [0, 1], the weight's shape and dtype; None for plain ECQ.
         band: how far relevances may move the share of zeros.
         rho: ρ of f(R) = ρ R^β, above 1.
@@ -86,43 +98,48 @@ def assign(
     Returns:
         The levels and how they came about.
     """
-    # 1. λ I_k, from how often each level is the nearest.
+    # 1. c_k = λ I_k, from how often each level is the nearest.
     rows, step_rows = to_channel_rows(weight, axis).contiguous(), step.double().reshape(-1, 1)
     levels = grid.levels(weight)
     information = compute_information(
         estimate_probabilities(_count_nearest(rows, step_rows, grid), grid, zero_floor=zero_floor)
     )
     if price is None:
-        cost = strength * find_largest_lambda(rows, step_rows, grid, information) * information
+        costs = strength * find_largest_lambda(rows, step_rows, grid, information) * information
     else:
-        cost = price * information
+        costs = price * information
     chosen = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     # 2. Without relevances the cheapest level wins.
     if relevance is None:
-        envelope = Envelope(step_rows, levels, cost, rows.dtype)
-        level_at = levels.to(rows.dtype)[envelope.winners]
+        envelope = Envelope(step_rows, levels, costs, rows.dtype)
+        level_at = levels.to(rows.dtype)[envelope.winners]  # winners are indices into levels
         for block in split_into_blocks(rows):
             chosen[block] = level_at.index_select(
                 0, envelope.places(rows[block], block[0])
             ).view_as(rows[block])
-        zeros = 1 - int(torch.count_nonzero(chosen)) / max(1, chosen.numel())
-        return Assignment(from_channel_rows(chosen, weight.shape, axis), zeros, zeros)
+        share = 1 - int(torch.count_nonzero(chosen)) / max(1, chosen.numel())
+        return Assignment(from_channel_rows(chosen, weight.shape, axis), share, share)
 
-    # 3. With them: the exponent at which each weight falls to zero, then the one for all.
+    # 3. With them: the exponent at which each weight becomes zero, then the one β for all.
     R = to_channel_rows(relevance, axis)
     others = levels != 0
+    zero_cost = costs[-grid.lowest]  # levels begin at grid.lowest: this is the index of level 0
     exponent = torch.empty_like(rows)
-    ecq_zeros = find_critical_exponents(
-        rows, R, step_rows, levels[others], cost[others], cost[-grid.lowest], rho, exponent, chosen
+    ecq_zero_count = find_critical_exponents(
+        rows, R, step_rows, levels[others], costs[others], zero_cost, rho, exponent, chosen
     )
-    beta, in_band, zeros = _choose_exponent(
-        exponent, _find_neutral_exponent(R, rho), ecq_zeros, band
+    beta, in_band, zero_count = _choose_exponent(
+        exponent, _find_neutral_exponent(R, rho), ecq_zero_count, band
     )
     for block in split_into_blocks(rows):
         chosen[block].mul_(exponent[block] > beta)
     size = max(1, chosen.numel())
     return Assignment(
-        from_channel_rows(chosen, weight.shape, axis), zeros / size, ecq_zeros / size, beta, in_band
+        from_channel_rows(chosen, weight.shape, axis),
+        zeros=zero_count / size,
+        ecq_zeros=ecq_zero_count / size,
+        beta=beta,
+        in_band=in_band,
     )
 
 
@@ -133,9 +150,8 @@ def _count_nearest(rows: Tensor, step: Tensor, grid: Grid) -> Tensor:
         nearest = (
             (rows[block] / step[block[0]]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
         )
-        counts += torch.bincount(
-            nearest.view(-1).view(torch.uint8), minlength=256
-        )  # level -1 counts as 255
+        counts += torch.bincount(nearest.view(-1).view(torch.uint8), minlength=256)
+    # int8 seen as uint8: byte 256 + k holds level k < 0. Rolled, the counts begin at grid.lowest.
     return counts.roll(-grid.lowest)[: grid.highest - grid.lowest + 1]
 
 
@@ -153,15 +169,16 @@ def find_critical_exponents(
     """Find the smallest β at which each weight falls to zero.
 
     Args:
-        rows: float [channels, rest], the weights.
-        R: their relevances in [0, 1], likewise.
+        rows: float32 or float64 [channels, rest], the weights.
+        R: their relevances in [0, 1], of the same shape and dtype.
         step: float64 [channels, 1], Δ.
         levels: float64 [levels - 1], those other than zero, ascending.
-        cost: float64 [levels - 1], λ I_k of them.
-        zero_cost: float64 [], λ I_0.
+        cost: float64 [levels - 1], c_k = λ I_k of each of them.
+        zero_cost: float64 [], c_0 = λ I_0.
         rho: ρ of f(R) = ρ R^β.
-        exponent: [channels, rest], filled with the critical exponents.
-        chosen: int8 [channels, rest], filled with the level that a weight has below its exponent.
+        exponent: [channels, rest] in the weights' dtype, filled with the critical exponents.
+        chosen: int8 [channels, rest], filled with the level that a weight has where β is below its
+            critical exponent.
 
     Returns:
         How many zeros plain ECQ gives.
@@ -169,6 +186,7 @@ def find_critical_exponents(
     envelope = Envelope(step, levels, cost, rows.dtype)
     step = step.to(rows.dtype)
     zero_cost = zero_cost.to(rows.dtype)
+    # winners are indices into levels, one for each place that a weight can lie at.
     level_at = levels.to(rows.dtype)[envelope.winners]
     cost_at = cost.to(rows.dtype)[envelope.winners]
     ecq_zeros = 0
@@ -176,15 +194,18 @@ def find_critical_exponents(
         w, place = rows[block], envelope.places(rows[block], block[0])
         level = level_at.index_select(0, place).view_as(w)
         chosen[block] = level
-        away = (
+        # In place, so that a block needs no more memory: (kΔ - w)^2 + c_k is made where `level`
+        # was, of which `chosen` has a copy by now, and the logarithm where that cost was.
+        cost_of_other = (
             level.mul_(step[block[0]])
             .sub_(w)
             .square_()
             .add_(cost_at.index_select(0, place).view_as(w))
         )
-        zero = w.square().add_(zero_cost)
-        ecq_zeros += _count_up_to(zero, away)
-        ratio = away.div_(zero.mul_(rho).clamp_(min=TINY)).clamp_(min=TINY).log_()
+        cost_of_zero = w.square().add_(zero_cost)
+        ecq_zeros += _count_up_to(cost_of_zero, cost_of_other)
+        weighted = cost_of_zero.mul_(rho).clamp_(min=TINY)
+        ratio = cost_of_other.div_(weighted).clamp_(min=TINY).log_()
         torch.div(
             ratio, R[block].clamp(min=LEAST_RELEVANCE).log_().clamp_(max=-TINY), out=exponent[block]
         )
@@ -193,7 +214,7 @@ def find_critical_exponents(
 
 def _find_neutral_exponent(R: Tensor, rho: float) -> float:
     """β_0 in [0, 1] of the neutral point ρ·(mean R)^β = 1.  [ECQx]"""
-    mean = min(max(float(R.mean()), LEAST_RELEVANCE), 1 - 1e-6)
+    mean = min(max(float(R.mean()), LEAST_RELEVANCE), MOST_MEAN_RELEVANCE)
     return min(1.0, math.log(1 / rho) / math.log(mean))
 
 
