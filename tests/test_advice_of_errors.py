@@ -34,7 +34,7 @@ def test_labels_of_another_kind_are_told_what_they_are(y, advice):
 def test_a_misspelled_option_of_the_quantizer_is_named_with_the_right_one():
     with pytest.raises(OptionError, match="no option 'bit': did you mean bits"):
         ecqx_onnx.Quantizer(nn.Linear(3, 2), bit=4)
-    with pytest.raises(OptionError, match="no option 'color': there are bits"):
+    with pytest.raises(OptionError, match="no option 'color': there are model, example, bits"):
         ecqx_onnx.Quantizer(nn.Linear(3, 2), color=4)
 
 

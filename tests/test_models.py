@@ -42,7 +42,9 @@ def factory(name: str):
 
 
 def test_every_file_of_the_folder_is_tested_here():
-    assert sorted(path.stem for path in MODELS.glob("*.py")) == NAMES
+    # tests/test_newcomer.py has torchvision's.
+    others = {"mobilenet_v3"}
+    assert sorted({path.stem for path in MODELS.glob("*.py")} - others) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

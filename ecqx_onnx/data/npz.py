@@ -77,6 +77,22 @@ def read_npz(path: Path, *, wanted: Collection[str] | None = None) -> dict[str, 
         ) from error
 
 
+def list_arrays(path: Path) -> list[str]:
+    """List the arrays of a file; none of them is read.
+
+    Args:
+        path: the .npz file.
+
+    Returns:
+        Their names, sorted; none where the file is no archive.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return sorted(map(_name_array, archive.infolist()))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return []  # reading it says why
+
+
 def _name_array(info: zipfile.ZipInfo) -> str:
     return info.filename.removesuffix(".npy")
 

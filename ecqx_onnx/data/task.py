@@ -22,7 +22,7 @@ import numpy as np
 from ecqx_onnx.data import load_dataset
 from ecqx_onnx.data.dataset import TEST_FRACTION, Dataset
 from ecqx_onnx.data.folders import IMAGES, WAVS, open_images, open_wavs
-from ecqx_onnx.data.npz import read_npz
+from ecqx_onnx.data.npz import list_arrays, read_npz
 from ecqx_onnx.data.split import Arrays, Augmentation, Source
 from ecqx_onnx.errors import DataError, InputError, OptionError
 from ecqx_onnx.inputs.user_code import is_function_spec, load_function
@@ -207,7 +207,7 @@ def load_training_data(spec: str, arguments: Sequence[str], *, classes: bool) ->
         found = read_npz(path, wanted={*wanted, "is_test", "jpeg_test"})
         if "jpeg_test" in found:
             return load_dataset(spec)
-        return _make(path.name, found, arguments, classes=classes)
+        return _make(path.name, found, arguments, classes=classes, present=list_arrays(path))
     if spec and os.path.isdir(path) and not any(entry.is_dir() for entry in path.iterdir()):
         return _open_folder(path)
     return load_dataset(spec)
@@ -225,7 +225,15 @@ def _call(spec: str) -> Any:
         ) from error
 
 
-def _make(name: str, found: Any, arguments: Sequence[str], *, classes: bool) -> Dataset | TaskData:
+def _make(
+    name: str,
+    found: Any,
+    arguments: Sequence[str],
+    *,
+    classes: bool,
+    present: Sequence[str] = (),
+) -> Dataset | TaskData:
+    """present: names of all that the file holds, for the message."""
     if isinstance(found, Dataset | TaskData):
         return found
     if not isinstance(found, Mapping):
@@ -236,7 +244,7 @@ def _make(name: str, found: Any, arguments: Sequence[str], *, classes: bool) -> 
             " an object with `train` and `test`, which have `batches` and `divide`"
         )
     arrays = {str(key): np.asarray(value) for key, value in found.items()}
-    inputs = _list_inputs(name, arrays, arguments)
+    inputs = _list_inputs(name, arrays, arguments, present or sorted(arrays))
     targets = _find_targets(arrays, inputs)
     if inputs == (ONE_INPUT,) and classes and _are_classes(arrays, targets):
         if targets not in (None, "y"):
@@ -246,7 +254,7 @@ def _make(name: str, found: Any, arguments: Sequence[str], *, classes: bool) -> 
 
 
 def _list_inputs(
-    name: str, arrays: Mapping[str, np.ndarray], arguments: Sequence[str]
+    name: str, arrays: Mapping[str, np.ndarray], arguments: Sequence[str], present: Sequence[str]
 ) -> tuple[str, ...]:
     """Arrays named as arguments win over x."""
     named = tuple(argument for argument in arguments if _list_parts(arrays, argument))
@@ -254,7 +262,7 @@ def _list_inputs(
         return named
     if _list_parts(arrays, ONE_INPUT):
         return (ONE_INPUT,)
-    shown = ", ".join(sorted(arrays)[:8]) or "nothing"
+    shown = ", ".join(present[:8]) or "nothing"
     raise DataError(
         f"{name} has no 'x', and no arrays named as the network's inputs"
         f" {', '.join(arguments) or '(it takes none)'} (found: {shown}): save them so"

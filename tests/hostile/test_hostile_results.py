@@ -213,4 +213,6 @@ def test_outputs_of_every_type_that_a_graph_can_declare_have_a_name_here():
     from ecqx_onnx.runtime.sessions import NUMPY_TYPES
     from ecqx_onnx.validation.devices.job import OUTPUT_TYPES
 
-    assert {np.dtype(kind).name for kind in NUMPY_TYPES.values()} <= set(OUTPUT_TYPES)
+    # Texts do not travel: such an output is refused, as any other of a type without a name.
+    names = {np.dtype(kind).name for kind in NUMPY_TYPES.values()} - {"object"}
+    assert names <= set(OUTPUT_TYPES)

@@ -157,7 +157,8 @@ def pack_entries(
     best = candidates[sizes.index(least)]
     # 4. Is it worth the load?
     weights = sum(_permute_levels(first[name]).size for name in best)
-    saving = (sizes[0] - least) / (sizes[0] + other_bytes)
+    # A file of empty tensors alone has no bytes.
+    saving = (sizes[0] - least) / max(1, sizes[0] + other_bytes)
     if not weigh or weights < WEIGHED_FROM or saving >= LEAST_SAVING:
         return entries_with(best), ""
     sentence = (
