@@ -1,9 +1,16 @@
-"""Rounds layer by layer, each on the inputs that the layers before it, rounded already, give it.
+"""Rounds the layers in order, each on the inputs it gets from the layers already rounded.
 
-A stage holds the weights that read the same value (Q, K and V). For each stage both networks run up
-to that value: x is what the float network has there, x' what the rounded one has. The stage's
-target makes up for their difference, error feedback rounds it with the moments of x', and the bias
-takes up the mean error.
+A stage holds the weights that read the same value (Q, K and V). For each stage two networks run up
+to that value: the float network, which has x there, and the rounded one, which has x'. Then, for
+each weight W with the bias b,
+
+    V = argmin_V E|W x - V x'|²    makes up for what rounding did to the input
+    W' = kΔ                        is V, rounded by error feedback with the moments E[x' x'ᵀ]
+    b' = b + W E[x] - W' E[x']     takes up the mean error
+
+V is that of GPTAQ [Li et al. 2025, arXiv 2504.02692], see `corrected_target`; error feedback that
+of GPTQ [Frantar et al. 2023, arXiv 2210.17323], see `round_with_feedback`. With a bias the moments
+are centered, since it takes up what the means would.
 """
 
 from __future__ import annotations
@@ -35,8 +42,10 @@ from ecqx_onnx.compression.rounding.rounding import (
 from ecqx_onnx.runtime.runner import Feeds, batch_size
 from ecqx_onnx.runtime.segments import Segments
 
-LIVE_BUDGET = 96 << 20  # bytes of values between two layers, in each of the two networks
-CORRECTION = 0.1  # dampening of the target's correction: it learns from few samples
+# Bytes that each of the two networks may keep between two layers. Where more is alive, nodes run
+# again from the last place that had less: more time, but bounded memory.
+LIVE_BUDGET = 96 << 20
+CORRECTION = 0.1  # dampening of the target's correction, which is learned from few samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +118,14 @@ def round_at_once(
     *,
     capped: int | None = None,
 ) -> RoundedModel:
-    """Every weight by the moments of the float network's inputs; no data are run.
+    """Round every weight by the moments of the float network's inputs; no data are run.
 
     Args:
         layers: the network.
-        steps: weight -> float32 [groups, rows, 1] or a shape that broadcasts to that.
-        moments: of the float network, not centered.
-        capped: the outermost level of the grid; None for an open grid.
+        steps: weight -> its step, float32 [groups, rows, 1] or a shape that broadcasts to that.
+        moments: moments of the float network's inputs, not centered.
+        capped: the outermost level of a grid that ends there, in [1, 127]; None for an open grid,
+            of as many levels as the step asks for.
 
     Returns:
         Levels of every weight, and the values that change in the graph.
@@ -126,9 +136,9 @@ def round_at_once(
         key = MomentKey.of(weight)
         known = None if key is None else moments.get(key)
         step = steps[weight.name]
-        one = round_weight(layers, weight, step, known, known, None, capped=capped)
-        rounded[weight.name] = one.rounded
-        changed.update(one.changed)
+        made = round_weight(layers, weight, step, known, known, None, capped=capped)
+        rounded[weight.name] = made.rounded
+        changed.update(made.changed)
     return RoundedModel(rounded, changed)
 
 
@@ -144,8 +154,8 @@ def round_weight(
     layers: Layers,
     weight: Weight,
     step: np.ndarray,
-    before: Moments | None,
-    after: Moments | None,
+    float_moments: Moments | None,
+    rounded_moments: Moments | None,
     cross: Moments | None,
     *,
     capped: int | None = None,
@@ -155,18 +165,21 @@ def round_weight(
     Args:
         layers: the network.
         weight: one of its weights.
-        step: float32, positive, broadcasts against [groups, rows, 1].
-        before: moments of its input in the float network; None for a weight without an input to
-            watch, which is rounded to the nearest levels.
-        after: moments of its input in the rounded network; None as for `before`.
-        cross: centered as `after` is used here; None where both networks have the same input.
-        capped: the outermost level of the grid; None for an open grid.
+        step: its step, float32, positive, broadcasts against [groups, rows, 1].
+        float_moments: moments of its input x in the float network. Only their mean is read here;
+            their blocks may be empty, as `MomentSum.add_mean` leaves them. None for a weight
+            without an input to watch, which is rounded to the nearest levels.
+        rounded_moments: moments of its input x' in the rounded network, not centered; None as for
+            `float_moments`.
+        cross: E[x x'ᵀ], rows belonging to x; if the weight has a bias, less E[x] E[x']ᵀ. None where
+            both networks have the same input.
+        capped: the outermost level of a grid that ends there, in [1, 127]; None for an open grid.
 
     Returns:
         Its levels, and the values of it and its bias in the graph.
     """
     matrices, bias = layers.matrices(weight), layers.bias(weight)
-    if after is None or before is None or after.count == 0:
+    if rounded_moments is None or float_moments is None or rounded_moments.count == 0:
         if capped is None:
             rounded = round_nearest(matrices, step)
         else:  # rows of a table are picked, not summed: there nothing can cancel
@@ -176,20 +189,20 @@ def round_weight(
         if _is_uneven(weight, rounded):
             rounded = round_nearest(matrices, rounded.steps.max())
         return RoundedWeight(rounded, {weight.name: weight.from_matrices(rounded.values)})
-    used = after if bias is None else after.centered()
+    used = rounded_moments if bias is None else rounded_moments.centered()
     target = None
     if cross is not None:
         target = corrected_target(matrices, used, cross, dampening=CORRECTION)
-    sure = used.shrunk()
-    rounded = round_with_feedback(matrices, step, sure, target=target, capped=capped)
+    shrunk = used.shrunk()
+    rounded = round_with_feedback(matrices, step, shrunk, target=target, capped=capped)
     while _is_uneven(weight, rounded):
         widest = rounded.steps.max()
-        rounded = round_with_feedback(matrices, widest, sure, target=target)
+        rounded = round_with_feedback(matrices, widest, shrunk, target=target)
     values = rounded.values
     changed = {weight.name: weight.from_matrices(values)}
     if bias is not None:
-        fixed = corrected_bias(bias, matrices, values, before.mean, after.mean)
-        changed[layers.biases[weight.name]] = fixed
+        means = (float_moments.mean, rounded_moments.mean)
+        changed[layers.biases[weight.name]] = corrected_bias(bias, matrices, values, *means)
     return RoundedWeight(rounded, changed)
 
 
@@ -210,26 +223,28 @@ def round_in_order(
     capped: int | None = None,
     known: Mapping[MomentKey, Moments] | None = None,
 ) -> RoundedModel:
-    """Every weight on the inputs that the rounded layers before it give.
+    """Round every weight on the inputs that the rounded layers before it give.
 
     Args:
         layers: the network.
-        steps: weight -> step, as for `round_at_once`.
+        steps: weight -> its step, as for `round_at_once`.
         batches: the samples; what is alive between two layers is kept for all of them.
-        threads: of onnxruntime.
+        threads: how many threads onnxruntime has.
         live_bytes: position of a node -> bytes that would be kept there for all batches. Where
             these are more than LIVE_BUDGET, the nodes since the last place with fewer run again.
-        progress: called with (stages done, stages).
-        capped: the outermost level of the grid; None for an open grid.
-        known: moments of the float network, for weights inside subgraphs, which no order reaches.
+            None to keep them everywhere.
+        progress: called with (stages done, stages) before each stage.
+        capped: the outermost level of a grid that ends there, in [1, 127]; None for an open grid.
+        known: moments of the float network's inputs, for weights inside subgraphs, which no order
+            reaches.
 
     Returns:
         Levels of every weight, and the values that change in the graph.
     """
     rounded: dict[str, Rounded] = {}
     changed: dict[str, np.ndarray] = {}
-    own = Segments(layers.graph, batches, threads=threads)
-    new = Segments(layers.graph, batches, threads=threads)
+    float_run = Segments(layers.graph, batches, threads=threads)
+    rounded_run = Segments(layers.graph, batches, threads=threads)
     readers = _find_readers(layers)
     stages = _find_stages(layers.weights, readers)
     for number, stage in enumerate(stages):
@@ -241,20 +256,21 @@ def round_in_order(
             # Weights of subgraphs have no reader in the outer graph.
             position = min(readers[weight.name] for weight in stage if weight.name in readers)
             if live_bytes is None or live_bytes.get(position, 0) <= LIVE_BUDGET:
-                own.advance(position, {})
-                new.advance(position, changed)
-            pairs = _pair_moments(keys, own, new, position, batches, changed)
+                float_run.advance(position, {})
+                rounded_run.advance(position, changed)
+            pairs = _pair_moments(keys, float_run, rounded_run, position, batches, changed)
         for weight in stage:
             key = MomentKey.of(weight)
             pair = None if key is None else pairs.get(key)
             if pair is None and key is not None and known is not None:
-                alone = known.get(key)
+                # Inside a subgraph the rounded network's input is not seen: x stands in for it.
+                inner = known.get(key)
                 step = steps[weight.name]
-                one = round_weight(layers, weight, step, alone, alone, None, capped=capped)
+                made = round_weight(layers, weight, step, inner, inner, None, capped=capped)
             else:
-                one = _round_by_pair(layers, weight, steps[weight.name], pair, capped)
-            rounded[weight.name] = one.rounded
-            changed.update(one.changed)
+                made = _round_by_pair(layers, weight, steps[weight.name], pair, capped)
+            rounded[weight.name] = made.rounded
+            changed.update(made.changed)
     return RoundedModel(rounded, changed)
 
 
@@ -264,11 +280,12 @@ def _round_by_pair(
     if pair is None:
         return round_weight(layers, weight, step, None, None, None, capped=capped)
     cross = pair.cross(centered=weight.name in layers.biases)
-    return round_weight(layers, weight, step, pair.before, pair.after, cross, capped=capped)
+    moments = (pair.float_moments, pair.rounded_moments)
+    return round_weight(layers, weight, step, *moments, cross, capped=capped)
 
 
 def _find_readers(layers: Layers) -> dict[str, int]:
-    """Weight -> index of the first node that multiplies with it, for those with an input."""
+    """Weight -> index of the main graph's node that multiplies with it, for those with one."""
     places = {}
     for index, node in enumerate(layers.graph.proto.graph.node):
         for output in node.output:
@@ -282,7 +299,11 @@ def _find_readers(layers: Layers) -> dict[str, int]:
 
 
 def _find_stages(weights: Sequence[Weight], readers: Mapping[str, int]) -> list[list[Weight]]:
-    """Neighbors that read the same value, together; in the order of the nodes that read them."""
+    """Neighbors that read the same value, together; in the order of the nodes that read them.
+
+    Weights without such a node (tables of words, weights of subgraphs) come first: they wait for no
+    input, and layers behind them shall see them rounded already.
+    """
     ordered = sorted(weights, key=lambda weight: readers.get(weight.name, -1))
     stages: list[list[Weight]] = []
     last: str | None = None
@@ -299,27 +320,34 @@ def _find_stages(weights: Sequence[Weight], readers: Mapping[str, int]) -> list[
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Moments of x and of x', and E[x x'ᵀ] (a block's rows belong to x)."""
+    """Moments of one input in both networks.
 
-    before: Moments
-    after: Moments
-    mixed: Moments
+    float_moments: the mean of x; no blocks, which nothing reads. rounded_moments: of x', all.
+    products: E[x x'ᵀ], a block's rows belonging to x.
+    """
+
+    float_moments: Moments
+    rounded_moments: Moments
+    products: Moments
 
     def cross(self, *, centered: bool) -> Moments:
+        """E[x x'ᵀ], or E[x x'ᵀ] - E[x] E[x']ᵀ."""
+        products = self.products
         if not centered:
-            return self.mixed
+            return products
         blocks = []
-        for start, block in zip(self.mixed.starts, self.mixed.blocks, strict=True):
+        for start, block in zip(products.starts, products.blocks, strict=True):
             part = slice(start, start + block.shape[-1])
-            one, other = self.before.mean[:, part], self.after.mean[:, part]
-            blocks.append(block - one[:, :, None] * other[:, None, :])
-        return Moments(tuple(blocks), self.mixed.starts, self.mixed.mean, self.mixed.count)
+            float_mean = self.float_moments.mean[:, part]
+            rounded_mean = self.rounded_moments.mean[:, part]
+            blocks.append(block - float_mean[:, :, None] * rounded_mean[:, None, :])
+        return Moments(tuple(blocks), products.starts, products.mean, products.count)
 
 
 def _pair_moments(
     keys: Sequence[MomentKey],
-    own: Segments,
-    new: Segments,
+    float_run: Segments,
+    rounded_run: Segments,
     position: int,
     batches: Sequence[Feeds],
     changed: Mapping[str, np.ndarray],
@@ -327,27 +355,27 @@ def _pair_moments(
     """Moments of what the node at `position` reads, in both networks."""
     names = list(dict.fromkeys(str(key.product.value) for key in keys))
     # An LSTM's own state is no value before it: its node runs once more, with float weights.
-    inside = [name for name in names if name not in own.live[0]]
-    extra_own = own.peek(position + 1, inside, {})
-    extra_new = new.peek(position + 1, inside, changed)
+    inside = [name for name in names if name not in float_run.live[0]]
+    float_inside = float_run.peek(position + 1, inside, {})
+    rounded_inside = rounded_run.peek(position + 1, inside, changed)
     sums = {key: (MomentSum(), MomentSum(), MomentSum()) for key in keys}
     samples = sum(batch_size(feeds) for feeds in batches)
-    extras = zip(extra_own, extra_new, strict=True)
-    for number, (feeds, (more_own, more_new)) in enumerate(zip(batches, extras, strict=True)):
+    both_inside = zip(float_inside, rounded_inside, strict=True)
+    for batch, (feeds, (of_float, of_rounded)) in enumerate(zip(batches, both_inside, strict=True)):
         mask, share = padding_mask(feeds), max(1, batch_size(feeds)) / samples
-        before = {**own.live[number], **more_own}
-        after = {**new.live[number], **more_new}
-        for key, (first, second, mixed) in sums.items():
+        float_values = {**float_run.live[batch], **of_float}
+        rounded_values = {**rounded_run.live[batch], **of_rounded}
+        for key, (float_sum, rounded_sum, product_sum) in sums.items():
             name = str(key.product.value)
-            x = vectors_of(key, before[name], number, share, mask)
-            rounded = vectors_of(key, after[name], number, share, mask)
-            first.add_mean(x)
-            second.add(rounded)
-            mixed.add(rounded, x)
+            x = vectors_of(key, float_values[name], batch, share, mask)
+            x_rounded = vectors_of(key, rounded_values[name], batch, share, mask)
+            float_sum.add_mean(x)  # of x only the mean is read, for the bias and for centering
+            rounded_sum.add(x_rounded)
+            product_sum.add(x_rounded, x)
     pairs = {}
-    for key, parts in sums.items():
-        check_finite(str(key.product.value), parts[1])
-        pairs[key] = _Pair(*(part.finish() for part in parts))
+    for key, (float_sum, rounded_sum, product_sum) in sums.items():
+        check_finite(str(key.product.value), rounded_sum)
+        pairs[key] = _Pair(float_sum.finish(), rounded_sum.finish(), product_sum.finish())
     return pairs
 
 
@@ -358,11 +386,11 @@ def measure_live_bytes(
 
     Args:
         layers: the network.
-        batches: inputs by name.
-        threads: of onnxruntime.
+        batches: the samples, inputs by name.
+        threads: how many threads onnxruntime has.
 
     Returns:
-        Position of each layer's node -> bytes.
+        Position of each layer's node -> bytes that are alive before it.
     """
     segments = Segments(layers.graph, batches, threads=threads)
     found = {}
