@@ -1,6 +1,6 @@
 """The same files on several devices: accuracy, agreement, time and memory, side by side.
 
-    python benchmarks/devices.py ../shared/data         # everything; benchmarks/RESULTS-devices.md
+    python benchmarks/devices.py ../shared/data         # everything: results/DATE-devices.md
     python benchmarks/devices.py ../shared/data --network kws --variant int8 --device web
 
 What was measured is kept under --kept, by the file's checksum and the device, and not measured
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared import ROOT, make_parser
+from shared import ROOT, describe_run, make_parser, name_results
 
 from ecqx_onnx import api
 from ecqx_onnx.validation.devices.job import compute_sha256
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--again", action="store_true")
     parser.add_argument(
-        "--out", type=Path, help="by default benchmarks/RESULTS-devices.md if nothing was left out"
+        "--out", type=Path, help="by default benchmarks/results/DATE-devices.md if whole"
     )
     arguments = parser.parse_args()
     arguments.kept.mkdir(parents=True, exist_ok=True)
@@ -235,14 +235,15 @@ def main() -> None:
     table = format_markdown(rows)
     print(table)
     whole = not (arguments.network or arguments.variant or arguments.device)
-    out = arguments.out or (ROOT / "benchmarks" / "RESULTS-devices.md" if whole else None)
+    out = arguments.out or (name_results("devices") if whole else None)
     if out:
-        out.write_text(f"{HEAD}{_list_runtimes(rows)}\n\n{table}", encoding="utf-8")
+        title = "# The same file on a computer, in a browser and on an emulated ARM board"
+        run = describe_run("python benchmarks/devices.py ../shared/data")
+        runtimes = _list_runtimes(rows)
+        out.write_text(f"{title}\n\n{run}\n\n{HEAD}{runtimes}\n\n{table}", encoding="utf-8")
 
 
-HEAD = """# The same file on a computer, in a browser and on an emulated ARM board
-
-`python benchmarks/devices.py ../shared/data`: each row is one run of `ecqx-onnx validate FILE
+HEAD = """Each row is one run of `ecqx-onnx validate FILE
 --against CHECKPOINT --data DATA --device DEVICE` over the whole test set. *PyTorch's class*:
 samples to which both give the same class. Latency is one sample on one thread, the file and its
 decoded float model (of int8: the float model) in turn, on a machine that did other things as well;

@@ -1,6 +1,6 @@
 """Integer kernels against the float model and onnxruntime's quantize_static, in one table.
 
-    python benchmarks/integer_kernels.py ../shared/data > benchmarks/RESULTS-integer.md
+    python benchmarks/integer_kernels.py ../shared/data   # benchmarks/results/DATE-integer.md
     python benchmarks/integer_kernels.py ../shared/data --only "ResNet-20" --checkpoint resnet20.pt
 
 Columns: bytes, accuracy, latency. Each network twice: as it was trained, with 8-bit weights; and on

@@ -24,11 +24,10 @@ from pathlib import Path
 
 import numpy as np
 from pack_models import CACHE, fetch_files, make_models
-from shared import ROOT, make_parser
+from shared import ROOT, describe_run, make_parser, name_results
 
 from ecqx_onnx.verbs.pack import pack
 
-RESULTS = ROOT / "benchmarks" / "RESULTS-pack.md"
 EARLIER = "cb0f082"
 PROCESSES = 3
 SLOW_ABOVE = 8_000_000  # bytes; brotli's highest quality takes minutes there
@@ -253,7 +252,7 @@ def list_lines(rows: list[Row]) -> list[str]:
 def main() -> None:
     """All of it, row by row."""
     parser = make_parser(__doc__)
-    parser.add_argument("--write", action="store_true", help=f"into {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results/DATE-pack.md")
     parser.add_argument("--only", default="", help="files whose package or name has this in it")
     parser.add_argument("--skip", help="files whose package or name has this in it are left out")
     parser.add_argument("--speed", default=EARLIER, help="commit of the encoder to compare with")
@@ -278,11 +277,11 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if arguments.write:
-        title = "# Pack: files that people have\n\n" + HEAD + "\n\n"
-        RESULTS.write_text(title + text + "\n", encoding="utf-8")
+        title = f"# Pack: files that people have\n\n{describe_run('make bench-pack')}\n\n{HEAD}\n\n"
+        name_results("pack").write_text(title + text + "\n", encoding="utf-8")
 
 
-HEAD = f"""`make bench-pack`; packages by name from pip and npm, into `{CACHE.name}` in the cache;
+HEAD = f"""Packages by name from pip and npm, into `{CACHE.name}` in the cache;
 models that onnxruntime's quantizers make in the run. Bytes; load: CPU seconds, least of three fresh
 processes; peak over a bare process; latency: packed over original, median of pairs in turns, all
 optimizations; identical: outputs bit by bit without optimizations, and with all (else the largest

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import math
+import os
+import platform
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"  # what was trained; runs/ is not done again
+RESULTS = ROOT / "benchmarks" / "results"  # what was printed, by date and benchmark
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -24,6 +28,20 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def name_results(benchmark: str) -> Path:
+    """Where today's table of a benchmark goes: `benchmarks/results/DATE-BENCHMARK.md`."""
+    return RESULTS / f"{datetime.date.today().isoformat()}-{benchmark}.md"
+
+
+def describe_run(command: str) -> str:
+    """The first line of a file of results: machine, onnxruntime, date, command."""
+    import onnxruntime
+
+    machine = f"{platform.machine()} ({platform.system()}, {os.cpu_count()} cores)"
+    today = datetime.date.today().isoformat()
+    return f"Measured on {machine}, onnxruntime {onnxruntime.__version__}, {today}: `{command}`"
 
 
 def interpolate_accuracy(points: Iterable[Point], axis: str, value: float) -> float | None:

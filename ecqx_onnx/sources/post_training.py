@@ -203,8 +203,9 @@ def _choose_channel_axis(
 ) -> int | None:
     """The axis along which steps differ, None for one step.
 
-    Measured at equal bytes (benchmarks/RESULTS-compress.md): one step for all channels is what
-    ruins a transformer; a channel of few weights does not pay for a step of its own at few bits.
+    Measured at equal bytes (benchmarks/results/2026-12-01-compress.md): one step for all channels
+    is what ruins a transformer; a channel of few weights does not pay for a step of its own at few
+    bits.
     """
     entries = weight.numel() // weight.shape[axis]
     if bits >= MANY_BITS:

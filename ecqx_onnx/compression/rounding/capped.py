@@ -35,9 +35,9 @@ def outermost_level(bits: int) -> int:
 def fit_capped_steps(weight: Weight, matrices: np.ndarray, highest: int) -> np.ndarray:
     """Choose the steps of a grid that ends at a level, by what is best at equal bytes.
 
-    Measured on ResNet-20 and MiniLM (benchmarks/RESULTS-compress.md): a step for each row wins for
-    matrices, and for convolutions where levels are few. Errors in a convolution's windows cancel
-    best where hardly a weight is clipped; for matrices the squared error decides.
+    Measured on ResNet-20 and MiniLM (benchmarks/results/2026-12-01-compress.md): a step for each
+    row wins for matrices, and for convolutions where levels are few. Errors in a convolution's
+    windows cancel best where hardly a weight is clipped; for matrices the squared error decides.
 
     Args:
         weight: its layout says whether rows can have steps of their own.
