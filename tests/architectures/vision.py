@@ -62,8 +62,8 @@ def build_maxvit(models):
     return models.MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.0, num_classes=10)
 
 
-def from_timm(name, size=64, **options):
-    """A model by its name in timm."""
+def from_timm(name, size=64, *, told=None, **options):
+    """A model by its name in timm. told: what is said of it that does not work yet."""
 
     def make():
         prepare()
@@ -72,7 +72,7 @@ def from_timm(name, size=64, **options):
         model = timm.create_model(name, pretrained=False, num_classes=10, **options)
         return model, torch.randn(2, 3, size, size)
 
-    return Entry(name, "timm", make)
+    return Entry(name, "timm", make, refused=told)
 
 
 def built_in_timm(name, build, size=32):
@@ -104,7 +104,8 @@ TORCHVISION = (
     built("ResNeXt", lambda m: m.ResNet(m.resnet.Bottleneck, [1, 1, 1, 1], 10, False, 4, 4)),
     from_torchvision("squeezenet1_1"),
     built("DenseNet", build_densenet),
-    from_torchvision("googlenet", init_weights=False),
+    # Its auxiliary heads run in training alone, and are no part of a file.
+    from_torchvision("googlenet", init_weights=False, aux_logits=False),
     from_torchvision("mobilenet_v2"),
     from_torchvision("mobilenet_v3_small"),
     from_torchvision("shufflenet_v2_x0_5"),
@@ -123,7 +124,8 @@ TIMM = (
     built_in_timm("ResMLP", lambda timm: build_mixer(timm, "ResBlock", mlp_ratio=4)),
     built_in_timm("gMLP", build_gmlp),
     built_in_timm("ConvMixer", lambda timm: timm.models.convmixer.ConvMixer(64, 2, 5, 4)),
-    from_timm("test_nfnet"),
+    # The exporter folds the standardised weight of 4,096 entries, also where it is kept.
+    from_timm("test_nfnet", told="not placed: stages.0.0.downsample.conv.weight"),
     from_timm("test_byobnet"),
     from_timm("test_convnext"),
     from_timm("test_vit", img_size=64),
