@@ -25,7 +25,8 @@ def write_pages(folder: Path) -> None:
     for name, text in (("cli.md", describe_commands()), ("python.md", describe_names())):
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def describe_commands() -> str:
