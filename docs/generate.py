@@ -20,13 +20,13 @@ def write_pages(folder: Path) -> None:
     """Write cli.md and python.md.
 
     Args:
-        folder: it is there already.
+        folder: it is made where it is missing.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("cli.md", describe_commands()), ("python.md", describe_names())):
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
 
 
 def describe_commands() -> str:
