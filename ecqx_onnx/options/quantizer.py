@@ -42,7 +42,8 @@ class Recipe:
     pattern wins ("*" for all others). step="learned" begins at "auto" and then follows the gradient
     (LSQ), by Adam on log Δ with step_rate. size_exponent: λ = γ·δ^size_exponent·λ_max, where δ is
     below 1 for tensors smaller than the largest [ECQx]. gradient="absolute" multiplies what the
-    background weight sees of the gradient at its level kΔ by ``|kΔ|``, and by one where k = 0 [Thesis].
+    background weight sees of the gradient at its level kΔ by ``|kΔ|``, and by one where
+    k = 0 [Thesis].
 
     Example:
         Recipe(bits={"*": 4, "fc1.*": 2}, entropy_weight=0.2, exclude="conv1.*")
