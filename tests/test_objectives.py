@@ -312,6 +312,9 @@ def test_data_of_classes_stay_a_dataset_and_others_become_a_task(tmp_path):
     np.savez(tmp_path / "u.npz", x=x, y=np.zeros((9, 2)))
     with pytest.raises(DataError, match="different number"):
         load_training_data(f"{tmp_path}/u.npz", ["x"], classes=False)
+    np.savez(tmp_path / "e.npz", x=x[:0])
+    with pytest.raises(DataError, match="x in e.npz is empty"):
+        load_training_data(f"{tmp_path}/e.npz", ["x"], classes=False)
     np.savez(tmp_path / "p.npz", a=x, b=x)
     pair = load_training_data(f"{tmp_path}/p.npz", ["a", "b"], classes=False)
     with pytest.raises(OptionError, match="--mean"):

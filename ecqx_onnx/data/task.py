@@ -351,7 +351,10 @@ def _make_split(
     lengths = {f"{key}{part}": len(source) for key, source in sources.items()}
     if y is not None:
         lengths[f"{targets}{part}"] = len(y)
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+    for key, length in lengths.items():
+        if length == 0:
+            raise DataError(f"{key} in {name} is empty: give at least two samples")
+    if len(set(lengths.values())) != 1:
         shown = ", ".join(f"{key}: {length}" for key, length in lengths.items())
         raise DataError(f"{name} holds samples of different number ({shown}): make them equal")
     preprocessing = None
