@@ -105,6 +105,10 @@ def follow_match(output, target):
 
 def closeness(output, target):
     return -(output[0] - target).abs()
+
+
+def fail(output, target):
+    raise ValueError("my own fault")
 '''
 
 
@@ -195,6 +199,11 @@ def test_a_regression_learns_and_its_best_epoch_has_the_smallest_error(place):
         (["nets.py:regressor", "--data", "values.npz", "--loss", "mes"], "loss 'mes' is unknown"),
         (["nets.py:regressor", "--data", "values.npz", "--loss", "mse", "--metric", "f1"], "f1"),
         (["nets.py:regressor", "--data", "values.npz", "--loss", "bce"], "from 0 to 1"),
+        (["nets.py:regressor", "--data", "values.npz", "--loss", "nets.py:fail"], "my own fault"),
+        (
+            ["nets.py:regressor", "--data=values.npz", "--loss=mse", "--metric", "nets.py:fail"],
+            "the metric fail cannot judge the model's output (my own fault)",
+        ),
         (["nets.py:tokens", "--data", "bare.npz", "--weights", "tokens.pt"], "does not go through"),
         (
             ["nets.py:regressor", "--data", "bare.npz", "--weights=regressor.pt", "--metric=mse"],
@@ -313,7 +322,7 @@ def test_data_of_classes_stay_a_dataset_and_others_become_a_task(tmp_path):
     with pytest.raises(DataError, match="different number"):
         load_training_data(f"{tmp_path}/u.npz", ["x"], classes=False)
     np.savez(tmp_path / "e.npz", x=x[:0])
-    with pytest.raises(DataError, match="x in e.npz is empty"):
+    with pytest.raises(DataError, match=r"x in e\.npz is empty"):
         load_training_data(f"{tmp_path}/e.npz", ["x"], classes=False)
     np.savez(tmp_path / "p.npz", a=x, b=x)
     pair = load_training_data(f"{tmp_path}/p.npz", ["a", "b"], classes=False)

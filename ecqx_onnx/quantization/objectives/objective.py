@@ -180,10 +180,21 @@ class Objective:
 
         Returns:
             The batch's part of the score.
+
+        Raises:
+            DataError: if the metric fails on this output.
         """
         reference = wanted if self.metric.against_float else target
-        values = self.metric.measure(output, reference)
-        values = torch.as_tensor(values, dtype=torch.float64).detach().flatten()
+        try:
+            values = self.metric.measure(output, reference)
+            values = torch.as_tensor(values, dtype=torch.float64).detach().flatten()
+        except InputError:
+            raise
+        except MISFIT as error:
+            raise DataError(
+                f"the metric {self.metric.name} cannot judge the model's output"
+                f" ({_take_first_line(error)}): choose another --metric, or mend it"
+            ) from error
         if len(values) != samples:  # one number for the whole batch
             values = values.mean().repeat(samples)
         return Score(
