@@ -43,6 +43,27 @@ class Recurrent(torch.nn.Module):
         return self.last(states[:, -1])
 
 
+class Attentive(torch.nn.Module):
+    """Attention whose projections share one bias, which the graph holds in slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Linear(6, 16)
+        self.attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+        self.last = torch.nn.Linear(16, 4)
+
+    def forward(self, x):
+        hidden = self.table(x)
+        mixed, _ = self.attention(hidden, hidden, hidden)
+        return self.last(mixed.mean(1))
+
+
+def make_attentive():
+    torch.manual_seed(0)
+    rows = np.random.default_rng(1).normal(1.0, 1.0, (128, 5, 6)).astype(np.float32)
+    return Attentive().eval(), rows
+
+
 def make_small():
     torch.manual_seed(0)
     network = Small()
@@ -59,6 +80,23 @@ def make_recurrent():
     torch.manual_seed(0)
     ids = np.random.default_rng(1).integers(0, 50, (160, 7))
     return Recurrent().eval(), ids
+
+
+def test_corrections_of_biases_in_slices_come_back(tmp_path):
+    network, inputs = make_attentive()
+    result = compress(
+        network,
+        tmp_path / "small.onnx",
+        data=inputs,
+        example=torch.from_numpy(inputs[:2]),
+        bits_per_weight=4.0,
+        checkpoint=tmp_path / "small.pt",
+    )
+    assert not any("mean error" in note for note in result.notes)
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: inputs})[0]
+    again = load(tmp_path / "small.pt").module()(torch.from_numpy(inputs)).detach().numpy()
+    assert again == pytest.approx(found, rel=1e-3, abs=1e-5 * float(np.abs(found).max()))
 
 
 @pytest.mark.parametrize("make", [make_small, make_recurrent])

@@ -8,7 +8,7 @@ turns up in the graph, the parameter's entry of that number belongs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +48,23 @@ class _Numbered:
 class _Origins:
     """Which entry of which parameter each entry of an initializer is."""
 
-    def __init__(self, program: torch.export.ExportedProgram, state: State, layers: Layers) -> None:
-        marked, self._parameters = _number_entries(state)
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        state: State,
+        layers: Layers,
+        *,
+        all_biases: bool = False,
+    ) -> None:
+        marked, self._parameters = _number_entries(state, all_biases=all_biases)
         program.state_dict.update(marked)
         graph = apply_moves(export_float_graph(program))
         program.state_dict.update(state)
         self._weights = graph.weights
         folded, _ = fold_into_weights(graph)
         present = [weight for weight in layers.weights if weight.name in folded.weights]
-        self._biases: Mapping[str, np.ndarray] = with_biases(folded, present)[0].weights
+        biased, self._bias_of = with_biases(folded, present)
+        self._biases: Mapping[str, np.ndarray] = biased.weights
 
     def of_weight(self, name: str) -> list[tuple[_Numbered, np.ndarray, np.ndarray]]:
         """(parameter, its entries, entries of the initializer, both flat) for each parameter."""
@@ -71,9 +79,9 @@ class _Origins:
         same = [part for part in self._parameters if part.name == name and part.size == size]
         return [(part, np.arange(size), np.arange(size)) for part in same]
 
-    def of_bias(self, name: str) -> list[tuple[_Numbered, np.ndarray, np.ndarray]]:
-        """The same for a bias after folding."""
-        return self._look_up(self._biases.get(name))
+    def of_bias(self, weight: str) -> list[tuple[_Numbered, np.ndarray, np.ndarray]]:
+        """The same for the bias of a weight, after folding."""
+        return self._look_up(self._biases.get(self._bias_of.get(weight, "")))
 
     def _look_up(self, values: np.ndarray | None) -> list[tuple[_Numbered, np.ndarray, np.ndarray]]:
         if values is None or values.dtype != np.float32:
@@ -91,8 +99,11 @@ class _Origins:
         return found if seen == numbers.size else []
 
 
-def _number_entries(state: State) -> tuple[State, list[_Numbered]]:
+def _number_entries(state: State, *, all_biases: bool) -> tuple[State, list[_Numbered]]:
     """The state with numbers instead of weights, and neutral BatchNormalization around them.
+
+    Biases have numbers where BatchNormalization adds them, and with all_biases everywhere: then
+    those of a layer and of a normalization behind it would be summed, and neither be found.
 
     With a mean of nearly 0, variance and factor of nearly 1, a folded bias is what
     BatchNormalization adds: its numbers come through. No two tensors are equal, as the exporter
@@ -111,6 +122,7 @@ def _number_entries(state: State) -> tuple[State, list[_Numbered]]:
         if value.dtype != torch.float32 or not value.numel():
             continue
         is_added = name.endswith(".bias") and name.removesuffix("bias") in normalized
+        is_added = is_added or (all_biases and "bias" in name.rpartition(".")[2])
         if value.ndim < 2 and not is_added:
             base = 1.0 if name in neutral else NOTHING
             filling = torch.full_like(value, base * (1 + 1e-3 * len(marked)))
@@ -179,7 +191,10 @@ def make_checkpoint(
             "no compressed weight is a parameter of the PyTorch network as it stands: leave"
             " --checkpoint out"
         )
-    uncorrected = _correct_biases(state, layers, model, origins)
+    uncorrected = _correct_biases(state, layers, model, origins, model.rounded)
+    if uncorrected:
+        every = _Origins(program, state, layers, all_biases=True)
+        uncorrected = _correct_biases(state, layers, model, every, uncorrected)
     notes = list(source.notes)
     if lost:
         notes.append(f"{len(lost)} weights stay float in the checkpoint ({lost[0]} first)")
@@ -303,12 +318,16 @@ def _join_steps(steps: np.ndarray) -> np.ndarray | None:
 
 
 def _correct_biases(
-    state: State, layers: Layers, model: RoundedModel, origins: _Origins
+    state: State,
+    layers: Layers,
+    model: RoundedModel,
+    origins: _Origins,
+    names: Collection[str],
 ) -> list[str]:
-    """Add the corrections to the state's biases; names of weights whose correction is lost."""
+    """Add the corrections of these weights to the state's biases; those whose one is lost."""
     lost = []
     for name, bias in layers.biases.items():
-        if name not in model.rounded or bias not in model.changed:
+        if name not in names or bias not in model.changed:
             continue
         before = layers.graph.weights[bias]
         change = model.changed[bias] - before
@@ -316,7 +335,7 @@ def _correct_biases(
         if own is not None and np.array_equal(own.detach().numpy(), before):
             state[bias] = _make_like(own, own.detach() + torch.from_numpy(change))
             continue
-        found = origins.of_bias(bias)
+        found = origins.of_bias(name)
         if not found:
             lost.append(name)
         for part, entries, places in found:

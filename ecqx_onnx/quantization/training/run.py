@@ -88,13 +88,15 @@ class TrainingRun:
         self.teacher: nn.Module | None = None
         if objective.needs_float:
             self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        self.quantizer = Quantizer.from_recipe(model, self._choose_start(recipe), example)
+        recipe = self._choose_relevance(recipe, start_from)
+        self.quantizer = Quantizer.from_recipe(model, recipe, example)
         if start_from is not None:
             self._begin_at(start_from)
         self.control: RateControl | None = None
         if budget is not None:
             self.control = RateControl(self.quantizer, budget)
-            self.notes += self.control.notes
+            if start_from is None:
+                self.notes += self.control.notes
         elif setup.entropy_ramp:
             self.quantizer.entropy_scale = 0.0
             self.quantizer.assign()
@@ -117,8 +119,15 @@ class TrainingRun:
                 own[name].copy_(value)
         self.quantizer.adopt(start.tensors)
 
-    def _choose_start(self, recipe: Recipe) -> Recipe:
+    def _choose_relevance(self, recipe: Recipe, start: StartPoint | None) -> Recipe:
         """The Quantizer's recipe; relevances start at the outputs where there are no classes."""
+        if start is not None and recipe.relevance is not None:
+            # They would move zeros by up to the band at once, and undo what was found.
+            self.notes.append(
+                "no relevances are taken, since training goes on from levels whose zeros were"
+                " weighed already"
+            )
+            return replace(recipe, relevance=None)
         has_classes = self.objective.loss_name == "cross_entropy"
         if has_classes or recipe.start != "logit" or recipe.relevance is None:
             return recipe
