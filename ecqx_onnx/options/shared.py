@@ -30,9 +30,11 @@ SAMPLES = "Use only so many samples of the test split."
 DATA = "Labelled data for accuracy: as for quantize. Without it, random inputs are compared."
 OUT_ONNX = "The .onnx file to write."
 MIN_AGREEMENT = (
-    "Quantised without training: per cent of samples that must keep the float model's class (99)."
+    "Quantised without training: per cent of samples that must keep the float model's class;"
+    " default: 99, and 95 for what convert --bits made."
 )
 MAX_ERROR = (
-    "Quantised without training: largest relative error of an output (0.05 if no class scores)."
+    "Quantised without training: largest relative error of an output; default where there are no"
+    " class scores: 0.05, and 0.1 for what convert --bits made."
 )
 MAX_DROP = "Quantised without training: points of accuracy that may be lost on --data."

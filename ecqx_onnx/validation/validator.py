@@ -46,6 +46,7 @@ from ecqx_onnx.validation.outputs.samples import SampleBatches
 from ecqx_onnx.validation.references.float_distance import (
     FloatBounds,
     LayerError,
+    choose_bounds,
     is_untrained,
     judge_distance,
     measure_weight,
@@ -192,7 +193,7 @@ def validate(
                 file,
                 comparison,
                 reference,
-                float_bounds or FloatBounds(),
+                choose_bounds(float_bounds, file.metadata),
                 scores=has_scores(file, split, samples, class_names),
                 data=name_data(split, samples),
             )

@@ -36,7 +36,7 @@ from ecqx_onnx.options.input_shape import InputShape
 from ecqx_onnx.options.option import check_limits, get_defaults, refuse_unknown_options
 from ecqx_onnx.options.quantize import QuantizeOptions
 from ecqx_onnx.options.quantizer import Recipe
-from ecqx_onnx.validation.references.float_distance import FloatBounds
+from ecqx_onnx.validation.references.float_distance import ROUNDED, FloatBounds
 from ecqx_onnx.validation.references.float_probe import FloatProbe
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def convert(
     # 2. Load the model, quantized if that is asked for.
     from ecqx_onnx.sources.to_checkpoint import as_checkpoint  # torch; not for an .onnx
 
-    probe = FloatProbe(_test_split(data), float_bounds or FloatBounds()) if bits else None
+    probe = FloatProbe(_test_split(data), float_bounds or ROUNDED) if bits else None
     checkpoint = as_checkpoint(
         model,
         example=example,
@@ -308,7 +308,7 @@ def _convert_at_once(
         calibration=calibration,
         calibration_samples=calibration_samples,
         data=data,
-        bounds=float_bounds or FloatBounds(),
+        bounds=float_bounds or ROUNDED,
         file=FileOptions(*file),
     )
     return convert_float(

@@ -74,8 +74,8 @@ def validate(
         trust_pickle: unpickle a module, which runs its author's code.
         samples: use only so many of the data; at least 1.
         float_bounds: how far a file that was not trained may lie from its float model; by default
-            99 % of the classes are the same, or a relative error of 0.05. Nothing that the file
-            says of itself counts.
+            99 % of the classes are the same, or a relative error of 0.05; 95 % and 0.1 for what
+            `convert --bits` made. No number that the file says of itself counts.
         strict: refuse a state dict that lacks weights, or has others.
         batch_size: samples that run at once; at least 1.
         latency_runs: pairs of measurements; 0 leaves latency out.

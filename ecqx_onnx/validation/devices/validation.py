@@ -39,7 +39,7 @@ from ecqx_onnx.validation.judgement import (
 )
 from ecqx_onnx.validation.outputs.comparison import Batch, compare, pad_batch
 from ecqx_onnx.validation.outputs.samples import SampleBatches
-from ecqx_onnx.validation.references.float_distance import FloatBounds
+from ecqx_onnx.validation.references.float_distance import FloatBounds, choose_bounds
 from ecqx_onnx.validation.references.floats import measure_float16_shift
 from ecqx_onnx.validation.references.onnx_reference import OnnxReference
 from ecqx_onnx.validation.report import Check, ValidationReport
@@ -186,7 +186,7 @@ def validate_on(
                     file,
                     comparison,
                     reference,
-                    float_bounds or FloatBounds(),
+                    choose_bounds(float_bounds, file.metadata),
                     scores=scores,
                     data=data,
                 )

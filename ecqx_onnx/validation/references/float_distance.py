@@ -18,6 +18,9 @@ from ecqx_onnx.validation.report import Check
 
 LEAST_AGREEMENT = 99.0  # per cent, of class scores
 LARGEST_ERROR = 0.05  # relative, of all other outputs
+# The same for `convert --bits`, which is asked for bits and not for closeness.
+ROUNDED_AGREEMENT = 95.0
+ROUNDED_ERROR = 0.1
 SHOWN_LAYERS = 3
 SHOWN_OUTPUTS = 4
 NAME = "float model"
@@ -27,18 +30,22 @@ NAME = "float model"
 class FloatBounds:
     """How far an untrained result may lie from its float model.
 
-    Where none is given, the defaults are judged: LEAST_AGREEMENT for class scores, LARGEST_ERROR
-    for all other outputs. Where one is given, only what is given.
+    Where none is given, the defaults are judged: one for class scores, one for all other outputs.
+    Where one is given, only what is given.
 
     Attributes:
         min_agreement: Per cent of the samples that keep the float model's class; None: not judged.
         max_error: Relative error of every output; None: not judged.
         max_drop: Points of accuracy, on labelled data; None: not judged.
+        default_agreement: Per cent, where no bound is given.
+        default_error: Relative, where no bound is given.
     """
 
     min_agreement: float | None = None
     max_error: float | None = None
     max_drop: float | None = None
+    default_agreement: float = LEAST_AGREEMENT
+    default_error: float = LARGEST_ERROR
 
     @property
     def given(self) -> bool:
@@ -63,6 +70,25 @@ class FloatBounds:
                 f"--max-drop {self.max_drop:g} is not in points of accuracy: write 0 to 100, such "
                 "as 0.5"
             )
+
+
+ROUNDED = FloatBounds(default_agreement=ROUNDED_AGREEMENT, default_error=ROUNDED_ERROR)
+
+
+def choose_bounds(given: FloatBounds | None, metadata: Mapping[str, object]) -> FloatBounds:
+    """Choose what a file is judged by.
+
+    Args:
+        given: by the user; None where nothing is.
+        metadata: of the file. Only whether `convert --bits` made it is asked, never a number.
+
+    Returns:
+        What is given, else the defaults of the command that the file names.
+    """
+    if given is not None:
+        return given
+    asked_for_bits = {"bits", "bits_per_weight"} & recipe_of(metadata).keys()
+    return ROUNDED if asked_for_bits else FloatBounds()
 
 
 @dataclass(frozen=True)
@@ -204,7 +230,7 @@ def judge_distance(
         classes = place == 0 and has_classes
         if classes:
             share = 100 * distance.same.share
-            least = bounds.min_agreement if bounds.given else LEAST_AGREEMENT
+            least = bounds.min_agreement if bounds.given else bounds.default_agreement
             measured, limit = share, least
             parts.append(
                 f"{share:.2f} % of its classes are the same, relative error {distance.error:.3g}"
@@ -218,7 +244,7 @@ def judge_distance(
             )
         allowed = bounds.max_error
         if not bounds.given and not classes:
-            allowed = LARGEST_ERROR
+            allowed = bounds.default_error
         if measured is None:
             measured, limit = distance.error, allowed
         if allowed is not None and not distance.error <= allowed:
