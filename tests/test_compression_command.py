@@ -356,3 +356,69 @@ def test_every_kind_of_bad_input_ends_the_command_with_status_2(tmp_path, model,
         assert len(sentences) == 1, (words, result.stderr)
         assert not (tmp_path / "out.onnx").exists()
         assert not (tmp_path / "out.onnx.compress").exists(), words
+
+
+def test_images_of_any_size_are_brought_to_that_of_the_model(tmp_path):
+    """Its name has spaces, which the next command quotes."""
+    from onnx import TensorProto, helper, numpy_helper
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    weight = numpy_helper.from_array(draw.normal(size=(8, 3, 3, 3)).astype(np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    shape = ["N", 3, 20, 24]
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "a model.onnx")
+    for number in range(40):
+        pixels = draw.integers(0, 255, (20 + number % 5, 24 + number % 3, 3), dtype=np.uint8)
+        folder = tmp_path / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number} %s.png")
+    result = compress(
+        tmp_path / "a model.onnx",
+        tmp_path / "small one.onnx",
+        data=str(tmp_path / "images"),
+        max_error=0.2,
+    )
+    assert result.ok
+    assert any("resized to 20x24x3" in note for note in result.notes)
+    assert f"'{tmp_path}/small one.onnx'" in result.advice
+
+
+def test_what_onnxruntime_runs_is_compressed_whatever_the_checker_thinks(tmp_path):
+    """Nodes in the wrong order, an output without a shape, LayerNormalization below opset 17."""
+    draw = np.random.default_rng(0)
+
+    def make_array(name, *shape):
+        return numpy_helper.from_array((draw.normal(size=shape) / 4).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Gemm", ["n", "w2"], ["y"]),
+        helper.make_node("LayerNormalization", ["r", "s", "b"], ["n"]),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("MatMul", ["x", "w1"], ["a"]),
+    ]
+    arrays = [make_array("w1", 32, 48), make_array("s", 48), make_array("b", 48)]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [*arrays, make_array("w2", 48, 5)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    onnx.save(model, tmp_path / "a.onnx")
+    np.savez(tmp_path / "x.npz", x=draw.normal(size=(96, 32)).astype(np.float32))
+    typed = ["--data", f"{tmp_path}/x.npz", "--max-error", "0.04"]
+    files = [f"{tmp_path}/a.onnx", f"{tmp_path}/b.onnx"]
+    made = CliRunner().invoke(app, ["compress", *files, *typed])
+    assert made.exit_code == 0, made.stderr
+    judged = CliRunner().invoke(app, ["validate", files[1], "--against", files[0], *typed[:2]])
+    assert judged.exit_code == 0, judged.output

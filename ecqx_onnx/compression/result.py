@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,9 +62,10 @@ class CompressResult:
     def advice(self) -> str:
         """What would help where a bound was missed; the next command where none was."""
         if self.ok:
+            out = shlex.quote(str(self.report.path))
             return (
-                f"next: ecqx-onnx validate {self.report.path} --against {self.source} --data DATA,"
-                f" or ecqx-onnx deploy {self.report.path} --to web DIR"
+                f"next: ecqx-onnx validate {out} --against {shlex.quote(self.source)} --data DATA,"
+                f" or ecqx-onnx deploy {out} --to web DIR"
             )
         if self.bounds.limits_quality and self.bounds.limits_size:
             return "allow more bytes or a larger error; or train: ecqx-onnx quantize"

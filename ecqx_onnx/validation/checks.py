@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -38,7 +39,7 @@ QUANTIZING = {
 }
 
 
-def check_format(file: OnnxFile, *, original: OnnxFile | None = None) -> Check:
+def check_format(file: OnnxFile, *, original: Path | None = None) -> Check:
     """Ask onnx's own checker, with full shape inference where it knows all that is in the file.
 
     Args:
@@ -54,7 +55,7 @@ def check_format(file: OnnxFile, *, original: OnnxFile | None = None) -> Check:
         without = ", without shape inference, which rejects sparse initializers" if sparse else ""
         sentence = f"onnx's checker accepts the file (opset {_find_opset(file.proto)}{without})"
         return Check("format", True, None, None, sentence)
-    if original is None or find_fault(original.path) is None:
+    if original is None or find_fault(original) is None:
         return Check("format", False, None, None, f"onnx's checker rejects the file: {fault}")
     sentence = f"onnx's checker rejects the file as it rejects the original: {fault}"
     return Check("format", None, None, None, sentence)

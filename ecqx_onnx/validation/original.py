@@ -85,7 +85,7 @@ def validate_against_original(
             str(path), describe_runtime(), file.size, 0, (identity,), notes=tuple(notes)
         )
     runnable = make_runnable(source)
-    found = [checks.check_format(file, original=source)]
+    found = [checks.check_format(file, original=source.path)]
     try:
         session = open_session(runnable)
     except CheckFailed as error:

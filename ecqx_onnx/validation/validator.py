@@ -113,7 +113,8 @@ def validate(
         DataError: The file does not run on synthetic inputs.
     """
     file = read_onnx(path)
-    found = [checks.check_format(file)]
+    original = reference.path if isinstance(reference, OnnxReference) else None
+    found = [checks.check_format(file, original=original)]
     try:
         session = open_session(file.path)
         plain = open_session(file.path, level="disabled")

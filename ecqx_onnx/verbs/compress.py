@@ -319,7 +319,7 @@ def _prepare(
     bounds = bounds.with_defaults(has_classes=classes is not None)
     notes = [*model.notes, splits.sentence]
     used = splits.statistics.preprocessing
-    notes.append(f"preprocessing: {used.to_json() if used else 'none, arrays as they are'}")
+    notes.append(f"preprocessing: {used.describe() if used else 'none, arrays as they are'}")
     return _Prepared(model, layers, passed, splits, batch, classes, bounds, tuple(notes))
 
 
@@ -468,7 +468,8 @@ def _finish(
     reference_place = tempfile.TemporaryDirectory(prefix="ecqx-onnx-")
     with reference_place as place, replace_model(out, force=force, sources=sources) as draft:
         encoded = candidate.encoded
-        report = deliver(encoded.plan, draft, metadata=encoded.metadata)
+        valid = prepared.model.valid
+        report = deliver(encoded.plan, draft, metadata=encoded.metadata, valid=valid)
         trim_heap()  # loading the file took as much as judging it will
         reference = Path(str(model))
         if not is_onnx_path(model):

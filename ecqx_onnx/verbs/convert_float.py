@@ -170,7 +170,7 @@ def convert_float(
     if math.isfinite(error):
         recipe["float_error"] = float(f"{error:.3g}")
     metadata = {**encoded.metadata, **describe_model(loaded, recipe)}
-    report = deliver(encoded.plan, out, metadata=metadata, force=force)
+    report = deliver(encoded.plan, out, metadata=metadata, force=force, valid=loaded.valid)
     reasons = {entry.name: entry.reason for entry in passed}
     kept = tuple(replace(e, reason=reasons.get(e.name, e.reason)) for e in report.kept)
     coded = f"{encoded.bits_per_weight:.3f} coded bits for each quantised weight"

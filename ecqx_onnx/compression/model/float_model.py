@@ -15,6 +15,7 @@ import numpy as np
 from ecqx_onnx_converters.graph.graph import FloatGraph
 from ecqx_onnx_converters.graph.opset_raising import raise_opset
 from ecqx_onnx_converters.graph.opsets import refuse_opset
+from ecqx_onnx_converters.graph.well_formed import complete_imports, find_fault, sort_nodes
 from ecqx_onnx_converters.matching.matching import GraphWeight, Matching
 from ecqx_onnx_converters.passes.batchnorm import BatchNorm, fold_batchnorms
 from ecqx_onnx_converters.passes.work import Work
@@ -45,6 +46,7 @@ class FloatModel:
         preprocessing, labels: of a PyTorch model's file; None and () where nothing is said.
         notes: sentences for the report.
         checkpoint: of a PyTorch model, else None.
+        valid: whether onnx's checker accepts the file; onnxruntime runs more than it does.
     """
 
     graph: FloatGraph
@@ -54,6 +56,7 @@ class FloatModel:
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     checkpoint: Any = field(default=None, repr=False)
+    valid: bool = True
 
 
 def load_float_model(
@@ -118,6 +121,8 @@ def _load_onnx(path: Path) -> FloatModel:
     file = read_onnx(path)
     _refuse_integers(path, file)
     graph = FloatGraph.load(path)
+    complete_imports(graph.proto)
+    sort_nodes(graph.proto.graph)
     notes: list[str] = []
     if graph.proto.functions:
         inlined = inline_local_functions(graph.to_model())
@@ -130,7 +135,8 @@ def _load_onnx(path: Path) -> FloatModel:
     graph, folded = fold_into_weights(apply_moves(graph))
     if folded:
         notes.append(f"{folded} BatchNormalization went into the weights before, up to rounding")
-    return FloatModel(graph, str(path), file.size, notes=tuple(notes))
+    valid = find_fault(path) is None
+    return FloatModel(graph, str(path), file.size, notes=tuple(notes), valid=valid)
 
 
 def _refuse_integers(path: Path, file: OnnxFile) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ecqx_onnx.runtime.runner import Batch
 from ecqx_onnx.runtime.sessions import NUMPY_TYPES
 
 FEWEST = 32
+MOST_LOOKED_AT = 1000  # files that tell whether a folder holds images
 Feeds = Mapping[str, np.ndarray]
 
 
@@ -358,10 +360,27 @@ def _from_text(
     if path.suffix == ".npz":
         return _from_npz(path, inputs, preprocessing)
     if text and path.is_dir():
+        if preprocessing is None and _holds_images(path):
+            preprocessing = _fit_images(inputs)
         files = _loose_files(path)
         if files:
             return _from_files(path, files, inputs, preprocessing)
     return _from_dataset(load_dataset(text, preprocessing=preprocessing), inputs, preprocessing)
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether one of the first files, in the folder itself or below, is an image."""
+    looked_at = islice(folder.rglob("*"), MOST_LOOKED_AT)
+    return any(path.suffix.lower() in IMAGES for path in looked_at)
+
+
+def _fit_images(inputs: tuple[InputSpec, ...]) -> Preprocessing | None:
+    """Images in the size of the model's only input; None where it leaves the size open."""
+    lengths = inputs[0].shape[1:] if len(inputs) == 1 else ()
+    if len(lengths) != 3 or lengths[0] not in (1, 3) or None in lengths:
+        return None
+    channels, height, width = (int(length or 0) for length in lengths)
+    return Preprocessing("image", scale=255.0, image_shape=(height, width, channels))
 
 
 def _loose_files(folder: Path) -> list[Path]:

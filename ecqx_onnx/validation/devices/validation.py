@@ -110,7 +110,8 @@ def validate_on(
     """
     device = find_device(device) if isinstance(device, str) else device
     file = read_onnx(path)
-    found = [checks.check_format(file)]
+    original = reference.path if isinstance(reference, OnnxReference) else None
+    found = [checks.check_format(file, original=original)]
     try:
         session = open_session(
             file.path, level="disabled"
